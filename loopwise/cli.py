@@ -1,0 +1,50 @@
+"""The `loopwise` command: verbs whose modules are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from . import __version__
+from .errors import UserError, unknown
+
+# verb -> (module with `main(argv) -> int`, what it does). The order is the order of the main job.
+VERBS = {
+    "convert": ("loopwise.convert.command", "turn a pretrained decoder into a recurrent-depth model"),
+    "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
+    "eval": ("loopwise.train.evaluate", "held-out loss at several recurrences"),
+    "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
+}
+
+USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".join(
+    f"  {verb:<9}{text}" for verb, (_, text) in VERBS.items()
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"loopwise {__version__}")
+        return 0
+    try:
+        if argv[0] not in VERBS:
+            raise unknown("verb", argv[0], VERBS)
+        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    except UserError as error:
+        print(f"loopwise: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("loopwise: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())
