@@ -1,0 +1,111 @@
+"""Configuration of a recurrent-depth model: the source's own config, and which of its layers recur."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+STATE_INITS = ("input", "zeros", "normal")
+INJECTIONS = ("none", "add", "linear")
+
+
+class RecurrentDepthConfig(PreTrainedConfig):
+    r"""
+    Args:
+        source_config (`PreTrainedConfig` or `dict`): configuration of the source architecture, all its layers counted.
+        prelude, core, coda (`list[int]`): source-layer ids, each naming the layer whose structure (attention type,
+            window, rotary variant) stands at that place. The prelude and the coda run once, the core runs R times.
+        num_recurrences (`int`): R when a call names none.
+        max_recurrences (`int`): depth for which a served key-value cache has slots; 0 means max(8, num_recurrences).
+        state_init (`str`): `input` (s_0 = e, the prelude's output), `zeros`, or `normal` (truncated normal noise that
+            depends on seed, sequence, position and channel alone).
+        state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
+        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]).
+
+    Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
+
+    Raises ValueError, naming the value and the rule, where the fields contradict each other.
+    """
+
+    model_type = "recurrent_depth"
+    sub_configs: ClassVar[dict[str, Any]] = {"source_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "depth_logits"]
+
+    source_config: Any = None
+    prelude: list[int] = field(default_factory=list)
+    core: list[int] = field(default_factory=list)
+    coda: list[int] = field(default_factory=list)
+    num_recurrences: int = 1
+    max_recurrences: int = 0
+    state_init: str = "input"
+    state_std: float = 0.0087
+    state_seed: int = 0
+    injection: str = "none"
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.source_config, dict):
+            fields = dict(self.source_config)
+            self.source_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if not self.max_recurrences:
+            self.max_recurrences = max(8, self.num_recurrences)
+        for name in ("num_hidden_layers", "layer_types"):  # derived here; older writers may have stored them
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+        if self.source_config is not None:  # transformers builds an empty config to compute differences
+            self._check()
+
+    def _check(self) -> None:
+        count = self.source_config.num_hidden_layers
+        for name in ("prelude", "core", "coda"):
+            for layer in getattr(self, name):
+                if not 0 <= layer < count:
+                    raise ValueError(f"{name} names source layer {layer}; the source has layers 0 to {count - 1}")
+        if not self.core:
+            raise ValueError("core is empty; name at least one source layer to recur")
+        if self.num_recurrences < 1 or self.max_recurrences < self.num_recurrences:
+            raise ValueError(
+                f"num_recurrences={self.num_recurrences}, max_recurrences={self.max_recurrences}: "
+                "need 1 <= num_recurrences <= max_recurrences"
+            )
+        for name, choices in (("state_init", STATE_INITS), ("injection", INJECTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if self.injection == "none" and self.state_init != "input":
+            raise ValueError(
+                f"state_init={self.state_init!r} with injection='none' never shows the input to the core; "
+                "use state_init='input', or injection 'add' or 'linear'"
+            )
+
+    def __getattr__(self, name):
+        source = None if name.startswith("_") else self.__dict__.get("source_config")
+        if source is None or isinstance(source, dict):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(source, name)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:  # resize_token_embeddings writes it
+        self.source_config.vocab_size = value
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of key-value slots: prelude, coda, then the core once for each of `max_recurrences` depths."""
+        return len(self.slots(self.max_recurrences))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Attention type of each key-value slot, where the source distinguishes types (else AttributeError)."""
+        types = self.source_config.layer_types
+        return [types[layer] for layer in self.slots(self.max_recurrences)]
+
+    def slots(self, num_recurrences: int) -> list[int]:
+        """The source-layer id of every key-value slot: prelude, coda, then core by depth.
+
+        The core comes last, so a call at another depth finds every shallower slot at the same place.
+        """
+        return self.prelude + self.coda + self.core * num_recurrences

@@ -1,0 +1,262 @@
+"""One recurrent-depth model for every source architecture.
+
+    e   = prelude(embed(tokens))
+    s_0 = initial_state(e)
+    s_r = core(inject(s_{r-1}, e))          r = 1 .. R
+    logits = head(norm(coda(s_R)))
+
+The layers, embeddings, rotary tables, norms and head are the source architecture's own transformers modules.
+Shapes: B batch, T tokens of this call, D width, R recurrences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .configuration_recurrent_depth import RecurrentDepthConfig
+from .initial_state import initial_state
+from .injection import Injection
+from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, with_slot
+
+
+@dataclass
+class RecurrentDepthOutput(CausalLMOutputWithPast):
+    """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R; `depth_logits` [R, B, T, V] are the
+    logits read out after each recurrence."""
+
+    state: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    depth_logits: torch.Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """What one forward call asks of the recurrence, and what it leaves behind."""
+
+    num_recurrences: int
+    grad_recurrences: int | None
+    given_state: torch.Tensor | None
+    past: int
+    positions: torch.Tensor
+    sequence_ids: torch.Tensor | None
+    cache: Cache | None
+    keep_states: bool
+    read_all_depths: bool
+    keep_hidden: bool
+    layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
+    states: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = RecurrentDepthConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: RecurrentDepthConfig):
+        super().__init__(config)
+        source_config = config.source_config
+        self.source = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
+        name = layer_list_name(self.source, source_config.num_hidden_layers)
+        layers = list(self.source.get_submodule(name))
+        as_tuple = source_config.model_type in TUPLE_LAYERS
+        self.source.set_submodule(name, nn.ModuleList(Tap(i, self._visit, as_tuple) for i in range(len(layers))))
+        taken: set[int] = set()
+
+        def take(index: int) -> nn.Module:  # a layer that stands at two places has two sets of weights
+            layer = copy.deepcopy(layers[index]) if index in taken else layers[index]
+            taken.add(index)
+            return layer
+
+        self.prelude = nn.ModuleList(take(i) for i in config.prelude)
+        self.core = nn.ModuleList(take(i) for i in config.core)
+        self.coda = nn.ModuleList(take(i) for i in config.coda)
+        self.injection = Injection(config.injection, source_config.hidden_size)
+        self._no_split_modules = self.source._no_split_modules
+        self._call: _Call | None = None
+        self.post_init()
+
+    def _check_and_adjust_attn_implementation(self, *args, **kwargs):
+        source = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config.source_config)]  # it decides
+        for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+            setattr(self, name, getattr(source, name))
+        return super()._check_and_adjust_attn_implementation(*args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, Injection):
+            self.source._init_weights(module)
+        elif module.kind == "linear":
+            init.copy_(module.weight, Injection.preserving_weight(module.weight.shape[0], self.config.state_init))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.source.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.source.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.source.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.source.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_recurrences: int | None = None,
+        grad_recurrences: int | None = None,
+        initial_state: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        output_states: bool = False,
+        output_depth_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> RecurrentDepthOutput:
+        r"""
+        num_recurrences (`int`, *optional*): R, at least 1; default `config.num_recurrences`.
+        grad_recurrences (`int`, *optional*): the last this many recurrences carry gradient, the earlier ones run
+            without (truncated backpropagation, arXiv 2502.05171 section 3.3); default all.
+        initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
+            padding counted; positions beyond S start as `config.state_init` says.
+        sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
+        output_states, output_depth_logits (`bool`): return `states`, `depth_logits`. The latter runs the coda at every
+            depth and so needs `use_cache=False`.
+
+        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected).
+        """
+        config = self.config
+        recurrences = config.num_recurrences if num_recurrences is None else num_recurrences
+        if recurrences < 1:
+            raise ValueError(f"num_recurrences={recurrences}: at least 1")
+        if grad_recurrences is not None and grad_recurrences < 1:
+            raise ValueError(f"grad_recurrences={grad_recurrences}: at least 1")
+        if kwargs.pop("output_attentions", None):
+            raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        if output_depth_logits and (use_cache or past_key_values is not None):
+            raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
+        if use_cache is None:
+            in_config = getattr(config, "use_cache", True) and not self.training and not output_depth_logits
+            use_cache = past_key_values is not None or in_config
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if past_key_values is not None:
+            prepare_cache(past_key_values, config, recurrences)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._call = call = _Call(
+            num_recurrences=recurrences,
+            grad_recurrences=grad_recurrences,
+            given_state=initial_state,
+            past=past,
+            positions=_logical_positions(tokens, attention_mask, position_ids, past),
+            sequence_ids=sequence_ids,
+            cache=past_key_values,
+            keep_states=output_states,
+            read_all_depths=output_depth_logits,
+            keep_hidden=bool(output_hidden_states),
+        )
+        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
+        try:
+            out = self.source(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        finally:
+            self._call = None
+        logits, depth_logits = out.logits, None
+        if output_depth_logits:
+            depth_logits = logits.unflatten(0, (recurrences, -1))
+            logits = depth_logits[-1]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
+        return RecurrentDepthOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
+            state=call.states[-1],
+            states=torch.stack(call.states) if output_states else None,
+            depth_logits=depth_logits,
+        )
+
+    def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
+        call = self._call
+        assert call is not None, "the source model ran outside of RecurrentDepthForCausalLM.forward"
+        call.layer_arguments[index] = (args, kwargs)
+        if index + 1 < self.config.source_config.num_hidden_layers:
+            return hidden_states
+        return self._recur(hidden_states, call)
+
+    def _recur(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
+        """x [B, T, D], the embedded tokens -> coda(s_R) [B, T, D]; if `read_all_depths`, at every depth [R B, T, D]."""
+        config = self.config
+        coda_slot = len(config.prelude)
+        core_slot = coda_slot + len(config.coda)
+        e = self._run(self.prelude, config.prelude, x, call, slot=0)
+        s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
+        free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
+        for r in range(call.num_recurrences):
+            with torch.no_grad() if r < free else nullcontext():
+                s = self._run(self.core, config.core, self.injection(s, e), call, core_slot + r * len(config.core))
+            if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
+                call.states.append(s)
+        if call.read_all_depths:
+            return torch.cat([self._run(self.coda, config.coda, s, call, coda_slot) for s in call.states])
+        return self._run(self.coda, config.coda, s, call, coda_slot)
+
+    def _run(self, layers: nn.ModuleList, ids: list[int], x: torch.Tensor, call: _Call, slot: int) -> torch.Tensor:
+        """Layers in order, each with what the source passes to the source layer of that id, on slots from `slot` on."""
+        for offset, (layer, index) in enumerate(zip(layers, ids, strict=True)):
+            args, kwargs = call.layer_arguments[index]
+            if call.keep_hidden:
+                call.hidden.append(x)
+            kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, slot + offset), strict=True))
+            x = layer(x, *with_slot(args, call.cache, slot + offset), **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def _logical_positions(tokens, attention_mask, position_ids, past: int) -> torch.Tensor:
+    """Positions [B or 1, T] of this call's tokens within their sequences, left padding not counted."""
+    length = tokens.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    if position_ids is not None:
+        return position_ids
+    return torch.arange(past, past + length, device=tokens.device)[None]
+
+
+def _with_given(s: torch.Tensor, call: _Call) -> torch.Tensor:
+    """s [B, T, D] with the rows that the caller's initial state covers replaced."""
+    if call.given_state is None or call.given_state.shape[1] <= call.past:
+        return s
+    given = call.given_state[:, call.past : call.past + s.shape[1]].to(s)
+    return torch.cat([given, s[:, given.shape[1] :]], dim=1)

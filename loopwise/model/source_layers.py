@@ -1,0 +1,92 @@
+"""What stands in for the source model's layer list, and one view of the cache per depth.
+
+The source model's own forward embeds the tokens, makes the masks and rotary tables, and applies the final norm and the
+head. Its layer list is replaced by taps: each notes what the source passes to that layer, the last runs the recurrence
+with the real layers. So no architecture's embedding, masking or head code is written a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
+
+
+def layer_list_name(model: nn.Module, num_layers: int) -> str:
+    """Dotted name of the list of decoder layers inside a transformers causal language model, e.g. `model.layers`.
+
+    Raises ValueError where there is not exactly one list of `num_layers` modules.
+    """
+    lists = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers}
+    names = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
+    if len(names) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(names)} lists of {num_layers} layers; exactly one is needed")
+    return names[0]
+
+
+# Architectures whose decoder layers still return a tuple; all others return the hidden state alone. (The return
+# annotations in transformers do not tell: some promise a tuple and return a tensor.)
+TUPLE_LAYERS = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"}
+
+
+class Tap(nn.Module):
+    """Stands at place `index` of the source's layer list."""
+
+    def __init__(self, index: int, visit: Callable, returns_tuple: bool):
+        super().__init__()
+        self.index, self.visit, self.returns_tuple = index, visit, returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        hidden_states = self.visit(self.index, hidden_states, args, kwargs)
+        return (hidden_states,) if self.returns_tuple else hidden_states
+
+
+class DepthCache:
+    """A view of a cache that sends every access of one layer to one slot, whatever index the layer was built with."""
+
+    def __init__(self, cache: Cache, slot: int):
+        self._cache, self._slot = cache, slot
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self._cache.update(key_states, value_states, self._slot, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0):
+        return self._cache.get_seq_length(self._slot)
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0):
+        return self._cache.get_mask_sizes(query_length, self._slot)
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+
+def with_slot(arguments: Iterable, cache: Cache | None, slot: int) -> list:
+    """`arguments` with the cache, wherever it stands among them, replaced by its view for `slot`."""
+    return [DepthCache(cache, slot) if cache is not None and a is cache else a for a in arguments]
+
+
+def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
+    """Make `cache` ready for a call at `num_recurrences`, growing it where it has too few slots.
+
+    Raises ValueError where a fixed-size cache cannot grow, or where a depth holds fewer positions than the others:
+    reading it would silently skip what those positions said.
+    """
+    slots = config.slots(num_recurrences)
+    if cache.layer_class_to_replicate is None and len(cache.layers) < len(slots):
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"num_recurrences={num_recurrences}: this {type(cache).__name__} has slots for "
+                f"max_recurrences={config.max_recurrences}; raise that before the cache is made, or use a DynamicCache"
+            )
+        types, options = get_layer_types_and_kwargs(config.source_config)
+        for layer in slots[len(cache.layers) :]:
+            cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[types[layer]](**options[layer]))
+    lengths = [cache.get_seq_length(slot) for slot in range(len(slots))]
+    if all(isinstance(length, int) for length in lengths) and len(set(lengths)) > 1:
+        filled = sum(length == lengths[0] for length in lengths) - len(config.prelude) - len(config.coda)
+        raise ValueError(
+            f"num_recurrences={num_recurrences}, but the cache holds all {lengths[0]} positions only up to depth "
+            f"{filled // len(config.core)}; prefill it at the greatest depth that will be read"
+        )
