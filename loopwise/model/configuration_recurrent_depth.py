@@ -45,16 +45,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
     injection: str = "none"
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.source_config, dict):
-            fields = dict(self.source_config)
-            self.source_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        source, self.source_config = self.source_config, None  # so that the base class takes none of its fields as ours
+        if isinstance(source, dict):
+            fields = dict(source)
+            source = AutoConfig.for_model(fields.pop("model_type"), **fields)
         if not self.max_recurrences:
             self.max_recurrences = max(8, self.num_recurrences)
-        for name in ("num_hidden_layers", "layer_types"):  # derived here; older writers may have stored them
-            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
-        if self.source_config is not None:  # transformers builds an empty config to compute differences
-            self._check()
+        if source is None:  # transformers builds an empty config to compute differences
+            return
+        self.source_config = source
+        if self._attn_implementation is not None:
+            source._attn_implementation = self._attn_implementation
+        self._check()
 
     def _check(self) -> None:
         count = self.source_config.num_hidden_layers
@@ -80,16 +83,17 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     def __getattr__(self, name):
         source = None if name.startswith("_") else self.__dict__.get("source_config")
-        if source is None or isinstance(source, dict):
+        if source is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
 
     @property
     def vocab_size(self) -> int:
+        """As the source's; settable, as `resize_token_embeddings` does."""
         return self.source_config.vocab_size
 
     @vocab_size.setter
-    def vocab_size(self, value: int) -> None:  # resize_token_embeddings writes it
+    def vocab_size(self, value: int) -> None:
         self.source_config.vocab_size = value
 
     @property

@@ -17,7 +17,7 @@ def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _mix(x: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
     """One keyed splitmix64 round on int64: the output is a well-mixed function of (x, key)."""
-    z = (x + key) * _GOLDEN
+    z = x * _GOLDEN + key
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
@@ -32,7 +32,8 @@ def counter_normal(
     integers; returns float32 [B, T, width] on their device.
     """
     channels = torch.arange(width, device=positions.device)
-    bits = _mix(sequence_ids.long(), seed)[:, None]  # [B, 1]
+    bits = _mix(torch.full_like(sequence_ids, seed, dtype=torch.int64), 0)  # [B]
+    bits = _mix(sequence_ids.long(), bits)[:, None]  # [B, 1]
     bits = _mix(positions.long(), bits)[..., None]  # [B, T, 1]
     bits = _mix(channels, bits)  # [B, T, width]
     uniform = (_shift(bits, 40).float() + 0.5) / (1 << 24)  # 24 bits: exact in float32, never 0 or 1
