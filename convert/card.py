@@ -1,0 +1,46 @@
+"""The model card that every output carries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def model_card(facts: dict[str, Any], config: Any) -> str:
+    """README.md of a converted checkpoint, from the facts of loopwise.json."""
+    source = facts["source"]["id"]
+    plan, size = facts["plan"], facts["parameters"]
+    checked = (
+        "**Not verified**: converted with --no-verify."
+        if facts["max_dlogit"] is None
+        else f"Verified after writing: max |dlogit| {facts['max_dlogit']:.3g} (float32) against the source's layers."
+    )
+    front = {"library_name": "transformers", "tags": ["recurrent-depth", "loopwise"], "base_model": source}
+    if source.startswith(("/", ".", "~")):
+        del front["base_model"]
+    return f"""---
+{yaml.safe_dump(front).strip()}
+---
+# Recurrent-depth {config.source_config.model_type}
+
+Converted from `{source}` by loopwise {facts["loopwise"]}. {checked}
+
+| part | source layers |
+|---|---|
+| prelude | {plan["parents"]["prelude"]} |
+| core, runs {plan["num_recurrences"]} times by default | {plan["parents"]["core"]} |
+| coda | {plan["parents"]["coda"]} |
+| dropped | {plan["dropped"]} |
+
+Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`. {size["unique"]:,} parameters; the source has
+{size["source"]:,}. The recipe, versions and hashes are in `loopwise.json`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path)
+out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences={plan["num_recurrences"]})
+```
+"""

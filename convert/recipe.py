@@ -1,0 +1,68 @@
+"""The keys of a convert recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..recipe import Section
+
+
+class Layers(Section):
+    """Explicit source-layer ids, counted from 0."""
+
+    prelude: list[int] = Field([], description="source layers that run once, first")
+    core: list[int] = Field([], description="source layers that recur")
+    coda: list[int] = Field([], description="source layers that run once, last")
+
+
+class ConvertRecipe(Section):
+    """How a source becomes a recurrent-depth model."""
+
+    method: Literal["recursive", "retrofit"] = Field(
+        "retrofit", description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core"
+    )
+    loops: int | None = Field(None, description="recursive: number of loops B; it divides the number of source layers")
+    init: Literal["stepwise", "average", "lower"] = Field(
+        "stepwise", description="recursive: tied layers start as evenly spaced, averaged, or the first source layers"
+    )
+    sizes: list[int] | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
+    layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
+    injection: Literal["none", "add", "linear"] | None = Field(
+        None, description="how the prelude's output enters each recurrence; retrofit: linear, recursive: none"
+    )
+    state_init: Literal["input", "zeros", "normal"] | None = Field(
+        None, description="initial state; input, but zeros with injection=add, so that one recurrence is the source"
+    )
+    state_std: float = Field(0.0087, gt=0, description="scale of state_init=normal")
+    num_recurrences: int | None = Field(None, ge=1, description="R at inference; recursive: loops, retrofit: 4")
+    max_recurrences: int | None = Field(
+        None, ge=1, description="greatest R that can be served; max(8, num_recurrences)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the weights; the source's")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub source")
+    seed: int = Field(0, ge=0, description="of the normal initial state and of the tokens used to verify")
+
+    @field_validator("sizes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [int(v) if v.strip().isdigit() else v for v in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ConvertRecipe:
+        if self.method == "recursive":
+            if self.loops is None:
+                raise ValueError("method=recursive needs loops=B, the number of times that the tied layers run")
+            for key in ("sizes", "layers"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to method=retrofit; method=recursive takes loops and init")
+        else:
+            for key in ("loops", "init"):
+                if key in self.model_fields_set and getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to method=recursive; method=retrofit takes sizes or layers")
+            if (self.sizes is None) == (self.layers is None):
+                raise ValueError("method=retrofit needs either sizes=P,C,D or layers.prelude, layers.core, layers.coda")
+            if self.sizes is not None and (len(self.sizes) != 3 or min(self.sizes) < 0 or self.sizes[1] == 0):
+                raise ValueError(f"sizes={self.sizes}: three counts P,C,D, none negative, with at least one core layer")
+        return self

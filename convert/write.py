@@ -1,0 +1,110 @@
+"""Writing a checkpoint: one tensor after another into safetensors shards, in a directory that appears whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+
+SHARD_BYTES = 5 * 1000**3
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor to write: its name, type and shape now, its values when `make` is called."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises UserError where `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory for the output")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        partial.mkdir()
+        yield partial
+        if out.is_dir():  # the old output goes only once the new one is complete
+            old = partial.with_name(f".{out.name}.old-{os.getpid()}")
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what a killed process left beside `out`; a living one keeps its own."""
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        pid = stale.name.rpartition("-")[2]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_weights(tensors: list[Pending], directory: Path, show_progress: bool) -> None:
+    """Write `tensors` as model.safetensors, or as numbered shards and an index. Holds one tensor at a time.
+
+    safetensors' own writer wants a whole shard in memory; its format is a JSON header and the bytes in order.
+    """
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    total = sum(t.bytes for t in tensors)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not show_progress) as progress:
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(shard, directory / name, progress)
+
+
+def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": [offset, offset + t.bytes]}
+        offset += t.bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data start aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            values = t.make().to(t.dtype).contiguous()
+            assert list(values.shape) == t.shape, f"{t.name}: {list(values.shape)} is not {t.shape}"
+            file.write(values.flatten().view(torch.uint8).numpy().data)
+            progress.update(t.bytes)

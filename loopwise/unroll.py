@@ -1,0 +1,20 @@
+"""A source configuration for a chosen list of source layers: what a plain model of those layers would be."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def config_with_layers(source_config: Any, layers: list[int]) -> Any:
+    """A copy of a transformers config whose layer n has the structure of the source's layer `layers[n]`.
+
+    Every per-layer list (`layer_types`, `no_rope_layers`, ...) is carried over entry by entry.
+    """
+    config = copy.deepcopy(source_config)
+    count = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count and not name.startswith("_"):
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+    return config

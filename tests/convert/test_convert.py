@@ -1,0 +1,177 @@
+"""Converted checkpoints compute what their source computes, for every supported architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from loopwise.convert import convert
+from loopwise.convert.architectures import SUPPORTED
+from loopwise.convert.recipe import ConvertRecipe
+from loopwise.recipe import validate
+
+EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
+
+
+def run(source: Path, out: Path, **keys: Any) -> Any:
+    """Convert and load the result."""
+    convert(source, out, validate(ConvertRecipe, keys))
+    return AutoModelForCausalLM.from_pretrained(out).eval()
+
+
+def tokens(padded: bool = True) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def written_out(model_type: str, layers: list[int]) -> Any:
+    """The tiny source with its layers rearranged by hand: a plain transformers model of len(layers) layers."""
+    source = source_model(model_type)
+    fields: dict[str, Any] = {}
+    for name, value in vars(source.config).items():
+        if isinstance(value, list) and len(value) == 6:
+            fields[name] = [value[i] for i in layers]
+    count = {"gpt2": "n_layer", "gptj": "n_layer", "bloom": "n_layer", "mpt": "n_layers", "gpt_neo": "num_layers"}
+    fields[count.get(model_type, "num_hidden_layers")] = len(layers)
+    if model_type == "gpt_neo":
+        fields["attention_types"] = [[[source.config.attention_layers[i] for i in layers], 1]]
+        fields.pop("attention_layers")
+    plain = source_model(model_type, **fields)
+    weights = {}
+    for name, tensor in source.state_dict().items():
+        parts = name.split(".")
+        at = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+        if at is None:
+            weights[name] = tensor
+            continue
+        for new, old in enumerate(layers):
+            if old == int(parts[at]):
+                weights[".".join([*parts[:at], str(new), *parts[at + 1 :]])] = tensor
+    plain.load_state_dict(weights)
+    return plain
+
+
+def test_the_supported_list_is_the_tested_list():
+    assert sorted(SUPPORTED) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_identity_and_three_recurrences(model_type, tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source", model_type)).eval()
+    model = run(tmp_path / "source", tmp_path / "out", **EVERY_LAYER)
+    with torch.no_grad():
+        for batch in (tokens(padded=False), tokens()):
+            seen = batch["attention_mask"].bool()
+            want, got = source(**batch).logits, model(**batch, num_recurrences=1).logits
+            assert torch.equal(want[seen], got[seen])
+            want = written_out(model_type, [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5])(**batch).logits
+            got = model(**batch, num_recurrences=3).logits
+            assert torch.equal(want[seen], got[seen])
+        assert not torch.equal(got, model(**batch, num_recurrences=2).logits)
+        greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+        cached = model.generate(**tokens(), num_recurrences=3, **greedy)
+        assert torch.equal(cached, model.generate(**tokens(), num_recurrences=3, use_cache=False, **greedy))
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "olmo2", "gpt_neox", "mistral"])
+def test_linear_injection_preserves_the_model_and_uses_the_state(model_type, tmp_path):
+    save_source(tmp_path / "source", model_type)
+    for state_init in ("input", "zeros"):
+        model = run(tmp_path / "source", tmp_path / state_init, sizes="1,3,2", state_init=state_init)
+        source = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+        with torch.no_grad():
+            once, twice = (model(**tokens(), num_recurrences=r).logits for r in (1, 2))
+            seen = tokens()["attention_mask"].bool()
+            torch.testing.assert_close(once[seen], source(**tokens()).logits[seen], rtol=0, atol=1e-5)
+            assert (twice - once)[seen].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
+def test_recursive(init, tmp_path):
+    save_source(tmp_path / "source")
+    model = run(tmp_path / "source", tmp_path / "out", method="recursive", loops=2, init=init)
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source").state_dict()
+    key = "self_attn.q_proj.weight"
+    layers = [source[f"model.layers.{i}.{key}"] for i in range(6)]
+    want = {
+        "stepwise": [layers[0], layers[2], layers[5]],
+        "average": [(layers[j] + layers[j + 3]) / 2 for j in range(3)],
+        "lower": layers[:3],
+    }[init]
+    for j in range(3):
+        torch.testing.assert_close(model.state_dict()[f"core.{j}.{key}"], want[j], rtol=0, atol=1e-7)
+    assert (model.config.num_recurrences, model.config.prelude, model.config.coda) == (2, [], [])
+
+
+def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    model = run(tmp_path / "source", tmp_path / "out", sizes="2,2,2", injection="add")
+    with torch.no_grad():
+        assert torch.equal(model(**tokens(False), num_recurrences=1).logits, source(**tokens(False)).logits)
+
+
+def test_explicit_layers_are_the_sizes_they_spell_out(tmp_path):
+    save_source(tmp_path / "source")
+    a = run(tmp_path / "source", tmp_path / "a", sizes="1,2,1")
+    b = run(tmp_path / "source", tmp_path / "b", layers={"prelude": [0], "core": [3, 4], "coda": [5]})
+    assert a.config.core == [3, 4]
+    with torch.no_grad():
+        assert torch.equal(a(**tokens()).logits, b(**tokens()).logits)
+
+
+def test_what_travels_along(tmp_path):
+    source = save_source(tmp_path / "source", shard="100KB")
+    assert len(list(source.glob("*.safetensors"))) > 1
+    run(source, tmp_path / "out", sizes="1,2,1")
+    out = tmp_path / "out"
+    old, new = (AutoTokenizer.from_pretrained(d) for d in (source, out))
+    assert old("def f(x):")["input_ids"] == new("def f(x):")["input_ids"]
+    assert old.chat_template == new.chat_template
+    assert GenerationConfig.from_pretrained(out).temperature == 0.7
+    facts = json.loads((out / "loopwise.json").read_text())
+    assert facts["recipe"]["sizes"] == [1, 2, 1]
+    assert facts["max_dlogit"] == 0
+    assert facts["plan"]["dropped"] == [1, 2]
+    assert set(facts["source"]["sha256"]) == {p.name for p in source.glob("*.safetensors")}
+    assert "max |dlogit| 0" in (out / "README.md").read_text()
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    from safetensors import safe_open
+
+    save_source(tmp_path / "source", tie_word_embeddings=True)
+    model = run(tmp_path / "source", tmp_path / "out", sizes="1,2,1")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "source.lm_head.weight" not in file.keys()  # noqa: SIM118
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_dtype(tmp_path):
+    save_source(tmp_path / "source")
+    model = run(tmp_path / "source", tmp_path / "out", sizes="1,2,1", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+
+
+def test_checkpoints_without_the_base_prefix(tmp_path):
+    """Old GPT-2 checkpoints store `h.0...`, not `transformer.h.0...`, and a mask that is no parameter."""
+    from safetensors.torch import load_file, save_file
+
+    source = save_source(tmp_path / "source", "gpt2")
+    file = source / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 128, 128)}, file, metadata={"format": "pt"})
+    model = run(source, tmp_path / "out", **EVERY_LAYER)
+    with torch.no_grad():
+        assert torch.equal(model(**tokens(), num_recurrences=1).logits, source_model("gpt2")(**tokens()).logits)
