@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
-from ..recipe import describe, load_recipe
+from ..arguments import recipe_parser
+from ..recipe import load_recipe
 from .recipe import ConvertRecipe
 
 
 def main(argv: list[str]) -> int:
     """Parse, convert, print the plan and what was verified. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="loopwise convert",
-        usage="%(prog)s SOURCE OUT [--recipe NAME|FILE] [options] [key=value ...]",
-        description="Convert a pretrained decoder into a recurrent-depth model.",
-        epilog="keys:\n" + describe(ConvertRecipe),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    operands = {"source": "directory of a transformers checkpoint, or a hub id", "out": "directory to write"}
+    parser = recipe_parser(
+        "convert", operands, ConvertRecipe, "Convert a pretrained decoder into a recurrent-depth model."
     )
-    parser.add_argument("source", metavar="SOURCE", help="directory of a transformers checkpoint, or a hub id")
-    parser.add_argument("out", metavar="OUT", help="directory to write")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="recipe keys, see below")
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a YAML file, or the name of one in recipes/convert")
     parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")

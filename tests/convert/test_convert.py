@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loopwise.convert import convert
 from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.recipe import validate
+from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
 
 EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
 

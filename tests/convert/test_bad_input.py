@@ -1,0 +1,248 @@
+"""Bad input to `loopwise convert`: one clear line, exit 2, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopwise.cli import main
+from tests.tiny import save_source
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return save_source(tmp_path_factory.mktemp("source") / "llama")
+
+
+def refused(capsys, folder: Path, *argv: object) -> str:
+    """Run convert, which must fail with one line on stderr and leave `folder` as it was; the line is returned."""
+    before = sorted(folder.rglob("*"))
+    assert main(["convert", *map(str, argv)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("loopwise: error: ")
+    assert printed.out == ""
+    assert sorted(folder.rglob("*")) == before
+    return printed.err
+
+
+def broken(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "broken"))
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_missing_directory(capsys, tmp_path):
+    assert "no such directory" in refused(capsys, tmp_path, tmp_path / "none", tmp_path / "out", "sizes=1,2,1")
+    assert "no such directory" in refused(capsys, tmp_path, "no/such-model", tmp_path / "out", "sizes=1,2,1")
+
+
+def test_a_config_without_weights(capsys, tmp_path, source):
+    path = broken(source, tmp_path)
+    (path / "model.safetensors").unlink()
+    assert "no weights" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_weights_without_a_config(capsys, tmp_path, source):
+    path = broken(source, tmp_path)
+    (path / "config.json").unlink()
+    assert "no config.json" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+def test_a_truncated_file(capsys, tmp_path, source, keep):
+    path = broken(source, tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "truncated" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_a_missing_shard(capsys, tmp_path):
+    path = save_source(tmp_path / "sharded", shard="100KB")
+    shard = sorted(path.glob("model-*"))[1]
+    shard.unlink()
+    assert shard.name in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_a_pickle_only_checkpoint(capsys, tmp_path, source):
+    path = broken(source, tmp_path)
+    (path / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1)}, path / "pytorch_model.bin")
+    assert "pickled" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_loops_that_do_not_divide(capsys, tmp_path, source):
+    line = refused(capsys, tmp_path, source, tmp_path / "out", "method=recursive", "loops=4")
+    assert "loops=4" in line
+    assert "6 layers" in line
+    assert "1, 2, 3, 6" in line
+
+
+def test_layers_out_of_range(capsys, tmp_path, source):
+    line = refused(capsys, tmp_path, source, tmp_path / "out", "layers.core=[2,9]")
+    assert "layer 9" in line
+    assert "0 to 5" in line
+    assert "6" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=3,3,3")
+
+
+def test_an_unknown_key_names_the_nearest(capsys, tmp_path, source):
+    line = refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1", "num_recurences=3")
+    assert "did you mean 'num_recurrences'" in line
+    line = refused(capsys, tmp_path, source, tmp_path / "out", "layers.cor=[1]")
+    assert "did you mean 'layers.core'" in line
+
+
+def test_an_unsupported_architecture_lists_the_supported(capsys, tmp_path, source):
+    path = broken(source, tmp_path)
+    edit_config(path, model_type="mamba")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    assert "'mamba'" in line
+    assert "llama" in line
+    assert "qwen3" in line
+
+
+def test_a_full_output_needs_force(capsys, tmp_path, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    assert "--force" in refused(capsys, tmp_path, source, out, "sizes=1,2,1")
+    assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 0
+    assert not (out / "precious").exists()
+    assert (out / "model.safetensors").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    path = broken(source, tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    refused(capsys, tmp_path, path, out, "sizes=1,2,1", "--force")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["sizes=1,2"], "P,C,D"),
+        (["sizes=1,0,1"], "at least one core layer"),
+        (["sizes=a,b,c"], "sizes"),
+        ([], "sizes=P,C,D"),
+        (["sizes"], "key=value"),
+        (["method=mix"], "method='mix'"),
+        (["method=recursive"], "loops"),
+        (["method=recursive", "loops=2", "sizes=1,2,1"], "sizes belongs to method=retrofit"),
+        (["sizes=1,2,1", "loops=2"], "loops belongs to method=recursive"),
+        (["sizes=1,2,1", "injection=none", "state_init=zeros"], "never shows the input"),
+        (["sizes=1,2,1", "num_recurrences=0"], "num_recurrences=0"),
+        (["sizes=1,2,1", "num_recurrences=9", "max_recurrences=4"], "max_recurrences=4"),
+        (["sizes=1,2,1", "revision=main"], "revision"),
+        (["sizes=1,2,1", "dtype=int8"], "dtype='int8'"),
+    ],
+)
+def test_settings(capsys, tmp_path, source, settings, said):
+    assert said in refused(capsys, tmp_path, source, tmp_path / "out", *settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"text_config": {}}, "multimodal"),
+        ({"model_type": "recurrent_depth"}, "already"),
+        ({"model_type": "my_own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
+        ({"hidden_size": 128, "head_dim": 32}, "shape"),
+        ({"num_hidden_layers": 7}, "missing"),
+        ({"num_hidden_layers": 5}, "not one of"),
+    ],
+)
+def test_sources(capsys, tmp_path, source, fields, said):
+    path = broken(source, tmp_path)
+    edit_config(path, **fields)
+    assert said in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_adapters_and_files(capsys, tmp_path, source):
+    path = broken(source, tmp_path)
+    (path / "adapter_config.json").write_text("{}")
+    assert "merge" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    assert "is a file" in refused(capsys, tmp_path, source / "config.json", tmp_path / "out", "sizes=1,2,1")
+
+
+def test_the_output_may_not_lie_in_the_source(capsys, source):
+    assert "lies in the source" in refused(capsys, source, source, source / "out", "sizes=1,2,1")
+    assert "lies in the source" in refused(capsys, source, source, source, "sizes=1,2,1", "--force")
+
+
+def test_tying_different_attention_types_is_refused(capsys, tmp_path):
+    path = save_source(tmp_path / "gemma", "gemma3_text")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "method=recursive", "loops=3")
+    assert "different attention types" in line
+    assert main(["convert", str(path), str(tmp_path / "out"), "method=recursive", "loops=2"]) == 0
+
+
+def test_a_dry_run_writes_nothing(capsys, tmp_path, source):
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "core     3 4" in printed
+    assert "dropped  [1, 2]" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
+    """Killed while it writes: OUT does not exist, and the next convert removes what lies beside it."""
+    code = (
+        "import sys, time\nfrom loopwise.convert import write\n"
+        "def slow(*args):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "import loopwise.convert.surgery as surgery\nsurgery.write_weights = slow\n"
+        "from loopwise.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    argv = ["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ.copy()
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"writing\n"
+    time.sleep(0.2)
+    child.send_signal(kind)
+    _, err = child.communicate(timeout=30)
+    assert not (tmp_path / "out").exists()
+    if kind == signal.SIGINT:
+        assert child.returncode == 130
+        assert err.decode().strip() == "loopwise: interrupted"
+        assert list(tmp_path.iterdir()) == []
+    assert main(argv) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_named(capsys, tmp_path, source, monkeypatch):
+    from loopwise.convert import surgery
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(surgery, "write_weights", full)
+    assert "No space left" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_verification_can_fail(capsys, tmp_path, source, monkeypatch):
+    from loopwise.convert import surgery
+
+    monkeypatch.setattr(surgery, "_mean", lambda weights, names: weights.read(names[0]) * 1.01)
+    assert "verification failed" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--no-verify"]) == 0
+    assert "Not verified" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,262 @@
+"""The recurrent-depth model: state, cache, gradients, and loading without loopwise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model.initial_state import counter_normal
+from tests.tiny import VOCAB, source_config
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+
+
+def build(model_type: str = "llama", **fields: Any) -> Any:
+    """A tiny model with random weights throughout, the injection too."""
+    defaults: dict[str, Any] = {
+        "prelude": [0],
+        "core": [2, 3],
+        "coda": [5],
+        "num_recurrences": 3,
+        "injection": "linear",
+    }
+    torch.manual_seed(0)
+    model = RecurrentDepthForCausalLM(
+        RecurrentDepthConfig(source_config=source_config(model_type), **{**defaults, **fields})
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def ids(batch: int = 2, length: int = 14) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
+    """The model's formula for a Llama, spelled out with its modules and a plain causal mask."""
+    llama = model.source.model
+    x = llama.embed_tokens(tokens)
+    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+
+    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x, attention_mask=None, position_embeddings=rotary)
+        return x
+
+    e = run(model.prelude, x)
+    s = {"input": e, "zeros": torch.zeros_like(e)}[model.config.state_init]
+    for _ in range(recurrences):
+        both = torch.cat([s, e], -1)
+        injected = {"none": s, "add": s + e, "linear": both @ getattr(model.injection, "weight", both[0]).T}
+        s = run(model.core, injected[model.config.injection])
+    return model.source.lm_head(llama.norm(run(model.coda, s)))
+
+
+@pytest.mark.parametrize(
+    ("injection", "state_init"),
+    [("none", "input"), ("add", "zeros"), ("add", "input"), ("linear", "zeros"), ("linear", "input")],
+)
+def test_the_formula(injection, state_init):
+    model = build(injection=injection, state_init=state_init)
+    with torch.no_grad():
+        for recurrences in (1, 2, 5):
+            want = by_hand(model, ids(), recurrences)
+            torch.testing.assert_close(model(ids(), num_recurrences=recurrences).logits, want, rtol=0, atol=1e-5)
+
+
+def test_states_and_depth_logits_are_those_of_each_depth():
+    model = build()
+    with torch.no_grad():
+        out = model(ids(), num_recurrences=4, output_states=True, output_depth_logits=True)
+        for r in range(1, 5):
+            alone = model(ids(), num_recurrences=r)
+            assert torch.equal(out.states[r - 1], alone.state)
+            assert torch.equal(out.depth_logits[r - 1], alone.logits)
+    assert torch.equal(out.logits, out.depth_logits[-1])
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids(), output_depth_logits=True, use_cache=True)
+
+
+def test_hidden_states_are_the_input_of_every_layer_that_ran():
+    model = build()
+    with torch.no_grad():
+        out = model(ids(), num_recurrences=2, output_hidden_states=True)
+    assert len(out.hidden_states) == 1 + 2 * 2 + 1
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids()))
+
+
+@pytest.mark.parametrize("state_init", ["input", "zeros", "normal"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "olmo2", "gpt_neox", "mistral"])
+def test_padding_and_cache_change_nothing(model_type, state_init):
+    model = build(model_type, core=[1, 2], state_init=state_init, state_std=0.5)
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        whole = model(ids(), attention_mask=mask).logits
+        torch.testing.assert_close(whole[:1, 5:], model(ids()[:1, 5:]).logits, rtol=0, atol=2e-5)
+        for recurrences in (2, 12):  # 12 is deeper than the cache that config.max_recurrences asks for
+            options = {"attention_mask": mask, "num_recurrences": recurrences, **GREEDY}
+            cached = model.generate(ids(), **options)
+            assert torch.equal(cached, model.generate(ids(), use_cache=False, **options))
+            assert torch.equal(
+                cached[:1, 14:], model.generate(ids()[:1, 5:], num_recurrences=recurrences, **GREEDY)[:, 9:]
+            )
+
+
+def test_static_cache_equals_dynamic():
+    model = build()
+    assert torch.equal(model.generate(ids(), cache_implementation="static", **GREEDY), model.generate(ids(), **GREEDY))
+    with pytest.raises(ValueError, match="max_recurrences=8"):
+        model.generate(ids(), cache_implementation="static", num_recurrences=9, **GREEDY)
+
+
+def test_decoding_shallower_is_allowed_and_deeper_than_the_cache_is_an_error():
+    model = build()
+    with torch.no_grad():
+        cache = model(ids(), num_recurrences=3, use_cache=True).past_key_values
+        model(ids()[:, :1], past_key_values=cache, num_recurrences=2)
+        with pytest.raises(ValueError, match="only up to depth 2"):
+            model(ids()[:, :1], past_key_values=cache, num_recurrences=3)
+
+
+def test_a_given_initial_state_covers_its_positions():
+    model = build(state_init="zeros")
+    given = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids(), initial_state=given).logits
+        first = model(ids()[:, :8], initial_state=given, use_cache=True)
+        second = model(ids()[:, 8:], initial_state=given, past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=0, atol=1e-5)
+        assert not torch.equal(whole, model(ids()).logits)
+
+
+def test_noise_is_a_function_of_seed_sequence_position_and_channel():
+    positions = torch.arange(50)[None].expand(3, -1)
+    noise = counter_normal(7, torch.tensor([0, 1, 5]), positions, 64)
+    assert torch.equal(noise[2:, 9:20], counter_normal(7, torch.tensor([5]), torch.arange(9, 20)[None], 64))
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 0.9866) < 0.03  # of a standard normal cut at 3
+    assert noise.abs().max() <= 3
+    flat = [noise[0].flatten(), noise[1].flatten(), counter_normal(8, torch.tensor([0]), positions[:1], 64).flatten()]
+    flat += [noise[0, 1:].flatten()[:3000], noise[0].flatten()[1:3001]]
+    size = 3000
+    correlation = torch.corrcoef(torch.stack([f[:size] for f in flat]))
+    assert (correlation - torch.eye(5)).abs().max() < 0.08
+
+
+def test_sequence_ids_tell_sequences_apart():
+    model = build(state_init="normal", state_std=1.0)
+    same = ids(1).expand(2, -1)
+    with torch.no_grad():
+        a, b = model(same).logits, model(same, sequence_ids=torch.tensor([0, 1])).logits
+    assert torch.equal(a[0], a[1])
+    assert torch.equal(a[0], b[0])
+    assert not torch.allclose(b[0], b[1])
+
+
+def test_truncated_backpropagation_is_that_of_a_detached_state():
+    model = build()
+    model(ids(), labels=ids(), num_recurrences=5, grad_recurrences=2).loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.no_grad():
+        state = model(ids(), num_recurrences=3).state
+    model(ids(), labels=ids(), num_recurrences=2, initial_state=state).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="grad_recurrences=0"):
+        model(ids(), grad_recurrences=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = build().train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids(), labels=ids()).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(layer.gradient_checkpointing for layer in model.core)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_the_batch():
+    model = build()
+    with torch.no_grad():
+        logits = model(ids()).logits
+        want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
+        torch.testing.assert_close(model(ids(), labels=ids()).loss, want)
+        torch.testing.assert_close(model(ids(), labels=ids(), num_items_in_batch=52).loss, want * 26 / 52)
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "loopwise":
+            raise ImportError("loopwise is not installed here")
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokens = torch.load(sys.argv[2])
+out = model.generate(tokens, num_recurrences=3, max_new_tokens=8, do_sample=False, pad_token_id=2, eos_token_id=None)
+torch.save(out, sys.argv[3])
+model.save_pretrained(sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_path):
+    model = build(model_type, core=[1, 2])
+    model.save_pretrained(tmp_path / "model")
+    torch.save(ids(), tmp_path / "ids.pt")
+    paths = [str(tmp_path / name) for name in ("model", "ids.pt", "out.pt", "again")]
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", BLOCKED, *paths], env=env, check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), model.generate(ids(), num_recurrences=3, **GREEDY))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()  # saved there, it loads here
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_resized_embeddings_survive_saving(tmp_path):
+    model = build()
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)(ids()).logits.shape[-1] == VOCAB + 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"core": []}, "core is empty"),
+        ({"core": [6]}, "source layer 6"),
+        ({"coda": [-1]}, "source layer -1"),
+        ({"num_recurrences": 0}, "num_recurrences=0"),
+        ({"num_recurrences": 4, "max_recurrences": 3}, "max_recurrences=3"),
+        ({"injection": "gate"}, "none, add, linear"),
+        ({"state_init": "ones"}, "input, zeros, normal"),
+        ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(fields, said):
+    defaults = {"prelude": [0], "core": [1], "coda": [2]}
+    with pytest.raises(ValueError, match=said):
+        RecurrentDepthConfig(source_config=source_config("llama"), **{**defaults, **fields})
+
+
+def test_a_layer_at_two_places_has_two_sets_of_weights():
+    model = build(prelude=[2], core=[2])
+    assert model.prelude[0].mlp.up_proj.weight is not model.core[0].mlp.up_proj.weight
