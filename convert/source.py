@@ -43,7 +43,8 @@ def find_source(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: no such directory, and the hub does not give it ({reason})") from None
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(f"{source}: no such directory, and the hub does not give it{at} ({reason})") from None
 
 
 def read_config(path: Path) -> Any:

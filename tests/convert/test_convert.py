@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from loopwise.convert import convert
 from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
+from loopwise.errors import UserError
 from loopwise.recipe import validate
 from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
 
@@ -175,3 +176,25 @@ def test_checkpoints_without_the_base_prefix(tmp_path):
     model = run(source, tmp_path / "out", **EVERY_LAYER)
     with torch.no_grad():
         assert torch.equal(model(**tokens(), num_recurrences=1).logits, source_model("gpt2")(**tokens()).logits)
+
+
+def test_a_hub_source_at_a_revision(tmp_path, monkeypatch):
+    """A hub id resolves through the hub client: here its cache, offline, holds two revisions of one repository."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--me--tiny"
+    for seed, (name, commit) in enumerate({"main": "a" * 40, "v2": "b" * 40}.items()):
+        save_source(repository / "snapshots" / commit, seed=seed)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    for seed, keys in enumerate(({}, {"revision": "v2"})):
+        recipe = validate(ConvertRecipe, {**EVERY_LAYER, **keys})
+        facts = convert("me/tiny", tmp_path / "out", recipe, force=True)
+        assert facts["source"] == {**facts["source"], "id": "me/tiny", "revision": "ab"[seed] * 40}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        with torch.no_grad():
+            want = source_model("llama", seed)(**tokens()).logits
+            assert torch.equal(model(**tokens(), num_recurrences=1).logits, want)
+    with pytest.raises(UserError, match="v3"):
+        convert("me/tiny", tmp_path / "other", validate(ConvertRecipe, {**EVERY_LAYER, "revision": "v3"}))
