@@ -168,60 +168,56 @@ def test_the_command_names_modules_that_exist():
         assert "main" in functions, f"{module} has no main"
 
 
-def tracked(root: Path) -> dict[str, str]:
-    """Path -> mode of every file that git holds, with new ones that it does not ignore."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-s", "-z"], cwd=root, check=True, capture_output=True, text=True
-    ).stdout
-    modes = {line.split("\t")[1]: line.split()[0] for line in listing.split("\0") if line}
-    others = ["git", "ls-files", "--others", "--exclude-standard", "-z"]
-    new = subprocess.run(others, cwd=root, check=True, capture_output=True, text=True).stdout.split("\0")
-    return {
-        path: mode
-        for path, mode in {**modes, **dict.fromkeys(filter(None, new), "")}.items()
-        if os.path.lexists(root / path)
-    }
+def git(*arguments: str) -> list[str]:
+    """The entries that a git command lists."""
+    done = subprocess.run(["git", *arguments, "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return [entry for entry in done.stdout.split("\0") if entry]
 
 
 @pytest.mark.parametrize("name", LINKED)
 def test_links_are_committed_as_links(name):
     assert os.readlink(ROOT / "loopwise" / name) == f"../{name}"
     assert (ROOT / name).is_dir()
-    assert tracked(ROOT)[f"loopwise/{name}"] == "120000"
+    (entry,) = git("ls-files", "--stage", f"loopwise/{name}")
+    assert entry.startswith("120000 ")
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel that `make wheel` builds, by way of the source distribution, offline, from a copy of the tree."""
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """What `make wheel` builds, offline and through the source distribution, and the copy of the tree it came from."""
     copy, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for path in tracked(ROOT):
+    for path in git("ls-files", "--cached", "--others", "--exclude-standard"):
+        if not os.path.lexists(ROOT / path):  # deleted, but not yet for git
+            continue
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / path, copy / path, follow_symlinks=False)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(copy)]
     subprocess.run(build, check=True, capture_output=True, env={**os.environ, "PIP_NO_INDEX": "1"})
-    return next(dist.glob("*.whl"))
+    return next(dist.glob("*.whl")), copy
 
 
 @pytest.mark.xdist_group("wheel")
-def test_wheel_holds_everything_as_real_files(wheel):
+def test_wheel_holds_everything_as_real_files(built):
+    wheel, tree = built
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = set()
-    for path in tracked(ROOT):
-        folder = path.split("/")[0]
-        if Path(path).suffix in (".py", ".yaml", ".typed") and folder in ("loopwise", *LINKED):
-            wanted.add(path if folder == "loopwise" else f"loopwise/{path}")
+    for folder in ("loopwise", *LINKED):
+        for path in (tree / folder).rglob("*"):  # does not follow links
+            if path.suffix in (".py", ".yaml", ".typed"):
+                name = path.relative_to(tree).as_posix()
+                wanted.add(name if folder == "loopwise" else f"loopwise/{name}")
     assert held == wanted
     assert "loopwise/py.typed" in held
     assert any(name.startswith("loopwise/recipes/convert/") for name in held)
 
 
 @pytest.mark.xdist_group("wheel")
-def test_wheel_works_away_from_the_repository(wheel, tmp_path):
+def test_wheel_works_away_from_the_repository(built, tmp_path):
     """Installed elsewhere, it is what runs: the command, its recipes and the entry point that vLLM looks up."""
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    subprocess.run([*install, str(built[0])], check=True, capture_output=True)
     program = """if True:
         import importlib.metadata, json, loopwise
         from loopwise.convert.recipe import ConvertRecipe
@@ -237,7 +233,7 @@ def test_wheel_works_away_from_the_repository(wheel, tmp_path):
     run = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
     file, recipes, version, entries = json.loads(subprocess.run([sys.executable, "-c", program], **run).stdout)
     assert Path(file).is_relative_to(site)
-    assert recipes == sorted(path.stem for path in (ROOT / "recipes/convert").glob("*.yaml"))
+    assert recipes == sorted(path.stem for path in (built[1] / "recipes/convert").glob("*.yaml"))
     assert entries == ["console_scripts:loopwise.cli:main", "vllm.general_plugins:loopwise.serve.vllm:register"]
     said = subprocess.run([site / "bin/loopwise", "--version"], **run).stdout
     assert said == f"loopwise {version}\n"
