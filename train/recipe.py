@@ -1,0 +1,171 @@
+"""What `loopwise train` and `loopwise eval` can be told. No torch here: `--help` prints these keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+
+from loopwise.recipe import Section
+
+from .curriculum import RAMPS
+
+Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Data(Section):
+    """Where the text comes from and how it is cut into blocks."""
+
+    train: Sources = Field(
+        min_length=1,
+        description="source or list of sources: a .jsonl, .parquet or text file, a directory or glob of such files, "
+        "or a `datasets` hub id or saved directory",
+    )
+    eval: Sources | None = Field(default=None, description="held-out source or sources")
+    eval_fraction: Fraction = Field(
+        default=0.0,
+        lt=0.5,
+        description="held-out share of data.train, split off by document, where data.eval is not given",
+    )
+    text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    split: str = Field(default="train", description="split of a `datasets` source")
+    subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    sequence_length: int = Field(
+        default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
+    )
+
+    @model_validator(mode="after")
+    def _one_held_out(self) -> Data:
+        if self.eval and self.eval_fraction:
+            raise ValueError("eval and eval_fraction are two ways to name held-out text: give one")
+        return self
+
+    @property
+    def held_out(self) -> bool:
+        return bool(self.eval or self.eval_fraction)
+
+
+class Recurrence(Section):
+    """The recurrence curriculum; only for recurrent-depth models."""
+
+    mean: PositiveInt | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
+    schedule: Literal["constant", "linear", "1-sqrt"] = Field(
+        default="constant", description="growth of the mean: constant, linear or 1-sqrt"
+    )
+    ramp: Fraction | None = Field(
+        default=None,
+        description="share of the steps until the mean is reached "
+        f"(default: linear {RAMPS['linear']}, 1-sqrt {RAMPS['1-sqrt']})",
+    )
+    sampler: Literal["fixed", "poisson-lognormal"] = Field(
+        default="fixed", description="R of a step: fixed (the mean) or poisson-lognormal (around mean + 1)"
+    )
+    max: PositiveInt | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
+    backprop: PositiveInt | None = Field(
+        default=None, description="only this many last recurrences carry gradient (default: all)"
+    )
+    eval_at: list[PositiveInt] | None = Field(
+        default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recurrence:
+        if self.max is not None and self.sampler == "fixed":
+            raise ValueError(
+                "max caps a sampled R, and sampler=fixed samples none: drop max, or choose poisson-lognormal"
+            )
+        if self.max is not None and self.mean is not None and self.max < self.mean:
+            raise ValueError(f"max={self.max} is below mean={self.mean}")
+        if self.ramp is not None and self.schedule == "constant":
+            raise ValueError("ramp belongs to schedule=linear or 1-sqrt; schedule=constant has none")
+        return self
+
+
+class Optimiser(Section):
+    """AdamW and the course of its learning rate."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="after warm-up: cosine, linear (both to 0), constant, or wsd (constant, then linear to 0)",
+    )
+    warmup: Fraction = Field(default=0.01, description="share of the steps spent in linear warm-up")
+    cooldown: Fraction | None = Field(
+        default=None, description="share of the steps in wsd's final decay (default: 0.2)"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, allow_inf_nan=False, description="decoupled weight decay; norms and biases have none"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas")
+    clip: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="gradient norm to clip at (0: never)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Optimiser:
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
+        if self.warmup + (self.cooldown or 0) > 1:
+            raise ValueError(f"warmup={self.warmup} and cooldown={self.cooldown} together exceed the run")
+        return self
+
+
+class Train(Section):
+    """A training run."""
+
+    data: Data
+    recurrence: Recurrence | None = None
+    optimiser: Optimiser = Optimiser()
+    revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
+    steps: PositiveInt | None = Field(default=None, description="optimiser steps (default: from epochs)")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="passes over the data, where steps is not given (default: 1)",
+    )
+    batch_size: PositiveInt = Field(default=8, description="blocks in a micro-batch, on each process")
+    gradient_accumulation: PositiveInt = Field(default=1, description="micro-batches a step, on each process")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the computation: float32, or bfloat16 autocast; weights train in float32"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the final weights (default: as MODEL stores them)"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of data order, recurrences and dropout")
+    log_every: PositiveInt = Field(default=10, description="steps between log lines")
+    save_every: PositiveInt | None = Field(default=None, description="steps between checkpoints (default: none)")
+    keep_checkpoints: PositiveInt = Field(default=2, description="newest checkpoints that are kept")
+    eval_every: PositiveInt | None = Field(
+        default=None, description="steps between held-out evaluations (default: none)"
+    )
+    report_to: list[str] = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.steps and self.epochs:
+            raise ValueError("steps and epochs are two ways to set the length of the run: give one")
+        if self.eval_every and not self.data.held_out:
+            raise ValueError("eval_every needs held-out text: set data.eval or data.eval_fraction")
+        return self
+
+
+class Evaluate(Section):
+    """A measurement of held-out loss."""
+
+    data: Sources = Field(min_length=1, description="source or list of sources, as data.train of loopwise train")
+    eval_fraction: Fraction = Field(
+        default=0.0,
+        lt=0.5,
+        description="measure only on the share that a training run with this data.eval_fraction holds out",
+    )
+    text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    split: str = Field(default="train", description="split of a `datasets` source")
+    subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    sequence_length: int = Field(default=1024, ge=2, description="tokens in a block")
+    num_recurrences: list[PositiveInt] | None = Field(
+        default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
+    )
+    batch_size: PositiveInt = Field(default=8, description="blocks in a batch")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
+    revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
