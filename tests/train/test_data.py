@@ -1,0 +1,192 @@
+"""Sources, tokenisation, the held-out split, packing and the order of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopwise.errors import UserError
+from loopwise.train.data import Corpus, Order, build, load, pack, split, tokenise
+from loopwise.train.recipe import Data
+from loopwise.train.sources import documents
+
+
+def read(*sources, field="text", split="train"):
+    return list(documents([str(source) for source in sources], field, split, None))
+
+
+def test_sources(tmp_path):
+    (tmp_path / "a.txt").write_text("first\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.py").write_text("second")
+    (tmp_path / "deep" / "c.jsonl").write_text('{"text": "third"}\n\n{"text": ""}\n{"text": "fourth"}\n')
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\x00\xff")
+    (tmp_path / ".hidden").write_text("never")
+    (tmp_path / "empty.txt").write_text("")
+    assert read(tmp_path) == ["first\n", "second", "third", "fourth"]
+    assert read(f"{tmp_path}/**/*.py", tmp_path / "a.txt") == ["second", "first\n"]
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}')
+    assert read(tmp_path / "other.jsonl", field="body") == ["x"]
+
+
+def test_datasets_sources(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    dataset.to_parquet(tmp_path / "table.parquet")
+    assert read(tmp_path / "saved") == read(tmp_path / "splits") == read(tmp_path / "table.parquet") == ["one", "two"]
+    assert read(tmp_path / "splits", split="test") == ["two"]
+    with pytest.raises(UserError, match="no split 'dev'; it has 'train', 'test'"):
+        read(tmp_path / "splits", split="dev")
+    with pytest.raises(UserError, match=r"saved row 0: field 'n' holds a int, not text"):
+        read(tmp_path / "saved", field="n")
+    with pytest.raises(UserError, match="no field 'body' among 'text', 'n'"):
+        read(tmp_path / "table.parquet", field="body")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
+        ('{"text": "a"}\n["a"]\n', r"bad\.jsonl:2: a record is an object with a field 'text', not a list"),
+        ('{"text": "a"}\n\n{"txt": "a", "id": 1}\n', r"bad\.jsonl:3: no field 'text' among 'txt', 'id'"),
+        ('{"text": 5}\n', r"bad\.jsonl:1: field 'text' holds a int, not text"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, lines, message):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt: not UTF-8 text"):
+        read(tmp_path / "latin.txt")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n' + '{"text": "schön"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl:\d: not UTF-8"):
+        read(tmp_path / "latin.jsonl")
+    for missing in (tmp_path / "nowhere", "./nowhere", "nowhere.txt"):
+        with pytest.raises(UserError, match="no such file or directory"):
+            read(missing)
+    with pytest.raises(UserError, match="no files there"):
+        read(tmp_path / "*.rst")
+
+
+def test_tokenise_ends_every_document(tokenizer):
+    corpus = tokenise(["ab", "c"], tokenizer)
+    a, b, c = (tokenizer.convert_tokens_to_ids(x) for x in "abc")
+    assert corpus.tokens.tolist() == [a, b, 0, c, 0]
+    assert corpus.ends.tolist() == [3, 5]
+    assert corpus.tokens.dtype == np.int32
+
+
+def test_tokenise_keeps_what_the_tokenizer_puts_first(tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    with_bos = copy.deepcopy(tokenizer)
+    with_bos.add_special_tokens({"bos_token": "<s>"})
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", with_bos.bos_token_id)]
+    )
+    a = tokenizer.convert_tokens_to_ids("a")
+    assert tokenise(["a", "aa"], with_bos).tokens.tolist() == [
+        *(with_bos.bos_token_id, a, 0),
+        *(with_bos.bos_token_id, a, a, 0),
+    ]
+
+
+def test_tokenise_long_documents_in_pieces(tokenizer, monkeypatch):
+    from loopwise.train import data
+
+    texts = ["abcdefg" * 30, "x", "yz" * 9]
+    whole = tokenise(texts, tokenizer)
+    monkeypatch.setattr(data, "PIECE", 16)
+    monkeypatch.setattr(data, "BATCH", 100)
+    pieces = tokenise(texts, tokenizer)
+    assert np.array_equal(whole.tokens, pieces.tokens)
+    assert np.array_equal(whole.ends, pieces.ends)
+    assert np.array_equal(whole.keys, pieces.keys)
+
+
+def test_tokenise_needs_eos(tokenizer):
+    import copy
+
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        tokenise(["a"], without)
+
+
+def test_pack_values():
+    blocks = pack(np.arange(11, dtype=np.int32), 4, "data.train")
+    assert blocks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(UserError, match=r"data\.train: 3 tokens do not fill one block of sequence_length=4"):
+        pack(np.arange(3, dtype=np.int32), 4, "data.train")
+
+
+def corpus_of(lengths, keys=None):
+    ends = np.cumsum(lengths)
+    tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # a token is its document's number
+    keys = np.arange(len(lengths)) if keys is None else keys
+    return Corpus(tokens, ends, np.array(keys, np.uint64))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.floats(0.001, 0.499), st.integers(0, 99))
+def test_split_is_a_partition_of_about_the_fraction(lengths, fraction, seed):
+    corpus = corpus_of(lengths, np.random.default_rng(seed).integers(0, 2**63, len(lengths)))
+    train, held = split(corpus, fraction)
+    assert sorted([*train, *held]) == corpus.tokens.tolist()
+    wanted = fraction * len(corpus.tokens)
+    assert int(wanted) <= len(held) <= 2 * wanted
+    shared = set(train.tolist()) & set(held.tolist())
+    assert len(shared) <= 1  # by document, but for the one that the tail cuts
+
+
+def test_split_depends_on_the_documents_alone():
+    keys = np.random.default_rng(0).integers(0, 2**63, 100)
+    lengths = np.random.default_rng(1).integers(5, 20, 100)
+    _, held = split(corpus_of(lengths, keys), 0.1)
+    order = np.random.default_rng(2).permutation(100)
+    _, shuffled = split(corpus_of(lengths[order], keys[order]), 0.1)
+    assert set(held.tolist()) == {int(order[i]) for i in shuffled}
+
+
+def test_build_and_load(tmp_path, corpus, tokenizer):
+    data = Data(train=[str(corpus)], eval_fraction=0.1, sequence_length=16)
+    built = build(data, tokenizer, tmp_path / "tokens")
+    again = load(tmp_path / "tokens")
+    assert np.array_equal(built.train, again.train)
+    assert again.held_out is not None
+    assert built.train.shape[1] == again.held_out.shape[1] == 16
+    assert build(data, tokenizer, tmp_path / "other").digest == again.digest
+    changed = build(data.model_copy(update={"eval_fraction": 0.2}), tokenizer, tmp_path / "third")
+    assert changed.digest != again.digest
+
+
+def test_no_text(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
+        build(Data(train=[str(tmp_path / "empty.txt")]), tokenizer, tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+@given(st.integers(1, 40), st.integers(0, 1000), st.integers(0, 5))
+def test_order_passes_over_every_block(count, seed, epoch):
+    order = Order(count, seed)
+    seen = [order[epoch * count + i] for i in range(count)]
+    assert sorted(seen) == list(range(count))
+    assert [Order(count, seed)[epoch * count + i] for i in reversed(range(count))] == seen[::-1]
+
+
+def test_order_shuffles_every_pass_anew():
+    order = Order(50, 3)
+    first, second = ([order[e * 50 + i] for i in range(50)] for e in (0, 1))
+    assert first != second
+    assert first != list(range(50))
+    assert [Order(5, 0)[i] for i in range(10)] == [0, 2, 1, 4, 3, 3, 2, 4, 1, 0]  # a resumed run must find the same

@@ -1,0 +1,68 @@
+"""Tiny models, and how a run is started and looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from loopwise.cli import main
+
+
+def llama_config(**changes):
+    from transformers import LlamaConfig
+
+    sizes = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def save_recurrent(path: Path, tokenizer, source: dict | None = None, **changes) -> Path:
+    import torch
+
+    from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+    torch.manual_seed(0)
+    options = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3, "injection": "linear"}
+    config = RecurrentDepthConfig(source_config=llama_config(**(source or {})), **{**options, **changes})
+    RecurrentDepthForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run(arguments: list[str]) -> None:
+    assert main(arguments) == 0
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def history(out: Path, key: str = "loss") -> list[float]:
+    records = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [record[key] for record in records if key in record]
+
+
+RECURRENCE = [
+    "recurrence.mean=3",
+    "recurrence.schedule=1-sqrt",
+    "recurrence.sampler=poisson-lognormal",
+    "recurrence.backprop=2",
+]
