@@ -1,0 +1,148 @@
+"""Killed runs that are resumed, and several processes: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from train_tiny import RECURRENCE, history, run, same
+
+from loopwise.cli import main
+
+
+def environment() -> dict[str, str]:
+    """That of this process, with its number of threads: sums come out differently on another."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "loopwise", *arguments], env=environment())
+
+
+def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
+    settings = ["steps=150", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(command(noisy, killed, *settings))
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoint-60").exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (killed / "model.safetensors").exists()
+    (killed / ".checkpoint-90.partial" / "checkpoint-90").mkdir(parents=True, exist_ok=True)  # killed while writing
+    run(command(noisy, killed, *settings, "--resume"))
+    shown = capsys.readouterr().out
+    assert "from checkpoint-" in shown
+    run(command(noisy, whole, *settings))
+    assert same(killed, whole)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        a, b = (torch.load(path / "checkpoint-150" / name, weights_only=True) for path in (killed, whole))
+        assert json.dumps(a, default=tolist) == json.dumps(b, default=tolist)
+    assert not list(killed.glob(".*"))
+    run(command(noisy, killed, *settings, "--resume"))
+    assert "already finished" in capsys.readouterr().out
+
+
+def tolist(tensor: torch.Tensor) -> list:
+    return tensor.tolist()
+
+
+@pytest.fixture(scope="module")
+def stopped(noisy, command, tmp_path_factory) -> Path:
+    """A run of 20 steps with checkpoints at 10 and 20, as if it had been killed at its end."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    run(command(noisy, out, "steps=20", "save_every=10", *RECURRENCE))
+    for path in (out / "config.json", out / "model.safetensors", out / "trainer_state.json"):
+        path.unlink()
+    return out
+
+
+def test_resume_refuses_another_run(stopped, noisy, recurrent, corpus, command, tmp_path, capsys):
+    out = shutil.copytree(stopped, tmp_path / "out")
+
+    def refused(*settings: str, model: Path = noisy) -> str:
+        assert main(command(model, out, "steps=20", "save_every=10", *RECURRENCE, *settings, "--resume")) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        return error
+
+    error = refused("recurrence.mean=4", "optimiser.learning_rate=1e-3", "log_every=3")
+    assert "optimiser.learning_rate was 0.003, now 0.001; recurrence.mean was 3, now 4" in error
+    assert "log_every" not in error
+    assert "gradient_accumulation x processes was 1, now 2" in refused("gradient_accumulation=2")
+    assert f"MODEL was '{noisy}', now '{recurrent}'" in refused(model=recurrent)
+    (tmp_path / "more.jsonl").write_text(corpus.read_text() + '{"text": "and one document more"}\n')
+    assert "data.train was" in refused(f"data.train={tmp_path / 'more.jsonl'}")
+    corpus.rename(tmp_path / "aside")
+    try:
+        shutil.copy(tmp_path / "more.jsonl", corpus)
+        assert "digest of the data was" in refused()
+    finally:
+        (tmp_path / "aside").replace(corpus)
+
+
+def test_damaged_checkpoints_are_left_out(stopped, noisy, command, tmp_path, capsys):
+    settings = ["steps=20", "save_every=10", *RECURRENCE, "--resume", "log_every=5"]
+    ends = []
+    for name, spoil in {
+        "whole": lambda newest: None,
+        "cut": lambda newest: os.truncate(newest / "optimizer.pt", 100),
+        "missing": lambda newest: (newest / "model.safetensors").unlink(),
+        "unnamed": lambda newest: (newest / "run.json").unlink(),
+    }.items():
+        out = shutil.copytree(stopped, tmp_path / name)
+        spoil(out / "checkpoint-20")
+        run(command(noisy, out, *settings))
+        shown = capsys.readouterr()
+        if name != "whole":
+            assert "checkpoint-20 is left out: " in shown.err
+            assert "from checkpoint-10" in shown.out
+        ends.append(out)
+    assert all(same(ends[0], end) for end in ends[1:])
+
+
+def test_resume_without_a_checkpoint_begins(noisy, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(command(noisy, out, "steps=3", *RECURRENCE, "--resume"))
+    assert "from the beginning" in capsys.readouterr().out
+
+
+def test_only_the_newest_checkpoints_are_kept(noisy, command, tmp_path):
+    run(command(noisy, tmp_path / "out", "steps=9", "save_every=2", "keep_checkpoints=3", *RECURRENCE))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (6, 8, 9)
+    }
+
+
+def test_two_processes_equal_one(noisy, command, tmp_path):
+    """100 steps: losses within 1e-5 at the same global batch, weights bit-equal to one accumulating process."""
+    settings = ["steps=100", "log_every=1", *RECURRENCE, "data.eval_fraction=0.1", "eval_every=50"]
+    two = start(command(noisy, tmp_path / "two", *settings, "--launcher", "ddp", "--processes", "2"))
+    assert two.wait(300) == 0
+    run(command(noisy, tmp_path / "one", *settings, "gradient_accumulation=2"))
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert len(history(tmp_path / "two")) == 100
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
+    for key in ("eval_loss_r1", "eval_loss_r3"):
+        assert history(tmp_path / "two", key) == pytest.approx(history(tmp_path / "one", key), abs=1e-9)
+
+
+def test_two_processes_report_bad_input_once(noisy, command, tmp_path, capsys):
+    assert (
+        main(command(noisy, tmp_path / "out", "--launcher", "ddp", "--processes", "2", "data.train=nowhere.txt")) == 2
+    )
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

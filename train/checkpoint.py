@@ -1,0 +1,113 @@
+"""Checkpoints that are whole or absent, and the rule when a run may go on from one.
+
+A checkpoint is written beside its place and renamed into it. Its `run.json` names every file with its size, and the
+run that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loopwise.errors import UserError
+
+RUN = "run.json"
+DIGEST = "digest of the data"
+# Keys that change what a run shows or keeps, never what it computes.
+FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
+
+
+def partial_directory(out: Path, step: int) -> Path:
+    """Where checkpoint `step` is written before it is renamed to `out`/checkpoint-`step`."""
+    return out / f".checkpoint-{step}.partial"
+
+
+def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
+    """Turn the directory `written` into the checkpoint `target`, in one rename."""
+    files = {str(p.relative_to(written)): p.stat().st_size for p in sorted(written.rglob("*")) if p.is_file()}
+    (written / RUN).write_text(json.dumps({"files": files, "run": run}, indent=1))
+    for path in written.rglob("*"):
+        sync(path)
+    sync(written)
+    if target.exists():  # damaged: a sound one would have been resumed from
+        shutil.rmtree(target)
+    written.replace(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoint directories of `out`, newest first, sound or not."""
+    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((checkpoint / RUN).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {RUN}"
+    for name, size in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def last_sound(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint of `out`, and a line on each newer one that is not."""
+    notes = []
+    for checkpoint in checkpoints(out):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, notes
+        notes.append(f"{checkpoint.name} is left out: {wrong}")
+    return None, notes
+
+
+def prune(out: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed writers left behind."""
+    for old in [*checkpoints(out)[keep:], *out.glob(".*.partial")]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Raises UserError, naming the keys, where `run` would not go on as the run that wrote `checkpoint`.
+
+    `run` may lack the digest of the data, where that is not known yet.
+    """
+    old, new = _flat(json.loads((checkpoint / RUN).read_text())["run"]), _flat(run)
+    compared = {*old, *new} - {*FREE} - ({DIGEST} - {*new})
+    changed = [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} was written by another run ({'; '.join(changed)}): resume with the same settings, or "
+            "start anew in another directory"
+        )
+
+
+def _flat(run: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in run.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, "" if key == "recipe" else f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,44 @@
+"""`loopwise train MODEL OUT ...`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from loopwise.arguments import recipe_parser
+from loopwise.errors import UserError
+from loopwise.recipe import load_recipe
+
+from .recipe import Train
+
+
+def main(argv: list[str]) -> int:
+    """Train, in this process or in several that it launches."""
+    operands = {"model": "model directory or hub id", "out": "directory for the trained model and its checkpoints"}
+    parser = recipe_parser(
+        "train",
+        operands,
+        Train,
+        "Retrain a recurrent-depth model under a recurrence curriculum, or train a plain causal language model.",
+    )
+    parser.add_argument("--launcher", choices=["ddp"], help="train in several processes (data parallel)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last sound checkpoint in OUT, if any")
+    parser.add_argument("--force", action="store_true", help="replace an earlier run in OUT")
+    args = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(Train, "train", args.recipe, args.settings)
+    if args.processes is not None and args.launcher is None:
+        raise UserError(f"--processes {args.processes} needs --launcher ddp")
+    if find_spec("accelerate") is None:
+        raise UserError("training needs accelerate and datasets: pip install 'loopwise[train]'")
+    from . import launch
+
+    out = Path(args.out)
+    if launch.is_worker():
+        return launch.worker(args.model, out, recipe, args.resume, args.force)
+    if args.launcher:
+        return launch.launch(args.model, out, recipe, args.resume, args.force, args.processes, argv)
+    from .run import train
+
+    train(args.model, out, recipe, args.resume, args.force)
+    return 0

@@ -1,0 +1,66 @@
+"""Several processes for one run, through `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loopwise.errors import UserError
+from loopwise.recipe import RECIPES
+
+from .recipe import Train
+
+PREPARED = "LOOPWISE_PREPARED"  # set for workers whose launcher has done `prepare`
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several that accelerate or torchrun started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch(
+    model: str, out: Path, recipe: Train, resume: bool, force: bool, processes: int | None, argv: list[str]
+) -> int:
+    """Prepare the run here, then train it in `processes` copies of this command. Returns the exit code."""
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from .run import prepare
+
+    devices = torch.accelerator.device_count()
+    count = processes or devices
+    if count < 1 or (devices and count > devices):
+        raise UserError(
+            f"--processes {processes}: name at least 1" + (f", at most {devices} (GPUs here)" if devices else "")
+        )
+    if not prepare(model, out, recipe, resume, force, count):
+        return 0
+    os.environ[PREPARED] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)) if not devices else "1")
+    if not devices:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    profile = RECIPES / "accelerate" / "ddp.yaml"
+    options = ["--config_file", str(profile), "--num_processes", str(count), "--main_process_port", "0"]
+    args = launch_command_parser().parse_args([*options, "--module", "loopwise", "train", *argv])
+    try:
+        launch_command(args)
+    except ChildFailedError as error:  # the process itself has said why
+        return max(failure.exitcode for failure in error.failures.values()) or 1
+    return 0
+
+
+def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> int:
+    """One process of a run. Under the user's own launcher (`accelerate launch -m loopwise`) the first prepares it."""
+    from .progress import EndWithParent
+    from .run import prepare, work
+
+    if PREPARED not in os.environ:
+        from accelerate import PartialState
+
+        state = PartialState()
+        if state.is_main_process:
+            prepare(model, out, recipe, resume, force, state.num_processes)
+        state.wait_for_everyone()
+    work(model, out, recipe, resume, callbacks=[EndWithParent()] if PREPARED in os.environ else [])
+    return 0

@@ -1,0 +1,47 @@
+"""Loss per token: the sum that training minimises, and its held-out mean at one depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the next-token losses of labels [B, T] under logits [B, T, V], in float32."""
+    # The labels are shifted, not the logits: that would copy the largest tensor of the step.
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel,
+    blocks: np.ndarray,
+    num_recurrences: int | None,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+    report: Callable[[int], object] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """(sum of losses of this rank's share of blocks [n, T] in float64, tokens predicted by all ranks).
+
+    num_recurrences: R, or None for a model without recurrence.   shard: (rank, ranks): every rank takes every
+    `ranks`-th batch.   report: told the number of blocks after each batch.
+    """
+    model.eval()
+    rank, ranks = shard
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(rank * batch_size, len(blocks), ranks * batch_size):
+        batch = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64)).to(model.device)
+        options = {}
+        if num_recurrences is not None:
+            sequence_ids = torch.arange(start, start + len(batch), device=model.device)
+            options = {"num_recurrences": num_recurrences, "sequence_ids": sequence_ids}
+        logits = model(input_ids=batch, use_cache=False, **options).logits
+        total += token_losses(logits, batch).cpu().double()
+        if report:
+            report(len(batch))
+    return total.to(model.device), len(blocks) * (blocks.shape[1] - 1)

@@ -1,0 +1,103 @@
+"""Models and tokenizers from and to directories, with one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from loopwise.errors import UserError
+from loopwise.model import RecurrentDepthConfig
+
+
+def load_config(model: str, revision: str | None) -> Any:
+    """The config of `model`, a directory or a hub id. Raises UserError where it is neither, or holds no safetensors."""
+    path = Path(model)
+    if path.is_dir():
+        _check_weights(path)
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{model}: no such model directory")
+    with _told(model):
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{model}: its weights are quantised and cannot be trained; start from the unquantised model")
+    return config
+
+
+def _check_weights(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in it, so it is not a model directory")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        instead = (
+            f", only {pickles[0]}: pickled weights can run code, convert them to safetensors first" if pickles else ""
+        )
+        raise UserError(f"{path}: no *.safetensors weights in it{instead}")
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    for file in sorted({*path.glob("*.safetensors"), *(path / name for name in names)}):
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header and compares the length
+                pass
+        except Exception as error:
+            raise UserError(f"{file}: damaged or missing weights ({error})") from None
+
+
+def load_tokenizer(model: str, revision: str | None) -> Any:
+    with _told(model):
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+
+
+def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
+    """The causal language model in float32. Raises UserError for damaged or missing weights: none is left random."""
+    with _told(model):
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    loaded, info = result
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{model}: no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    return loaded
+
+
+def is_recurrent(config: Any) -> bool:
+    return isinstance(config, RecurrentDepthConfig)
+
+
+@contextmanager
+def _told(model: str):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, the hub and safetensors share no base class
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{model}: cannot be loaded ({told[0].rstrip('.')})") from error
+
+
+def quiet() -> None:
+    """transformers tells of every load and default; what matters here is said by this package."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which warns that it sees no GPU
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """What loads and serves: weights, config, generation config, tokenizer, chat template, remote code."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,69 @@
+"""What a run shows: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+
+class Progress(TrainerCallback):
+    """Loss, mean recurrences, learning rate and speed as they are logged; held-out losses by depth."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        line = describe(logs)
+        if not line:
+            return
+        if self.bar is None:
+            print(f"step {state.global_step}/{self.steps}  {line}", flush=True)
+        elif "loss" in logs:
+            self.bar.set_postfix_str(line)
+        else:
+            self.bar.write(f"step {state.global_step}/{self.steps}  {line}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class EndWithParent(TrainerCallback):
+    """Ends the process once the launcher that started it is gone, so that a killed run does not write on."""
+
+    def __init__(self) -> None:
+        self.parent = os.getppid()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.getppid() != self.parent:
+            os._exit(1)
+
+
+def describe(logs: dict[str, float]) -> str:
+    """One line of a log record, or nothing where it holds no loss."""
+    held_out = [(name, value) for name, value in logs.items() if name.startswith("eval_loss")]
+    if held_out:
+        at = ((f"R={name.rpartition('_r')[2]} " if "_r" in name else "") + f"{value:.4f}" for name, value in held_out)
+        return "held-out loss  " + "  ".join(at)
+    if "loss" not in logs:
+        return ""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "num_recurrences" in logs:
+        parts.append(f"R {logs['num_recurrences']:.1f}")
+    parts.append(f"lr {logs['learning_rate']:.2e}")
+    parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)

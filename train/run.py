@@ -1,0 +1,249 @@
+"""A training run: what is done once before any process starts, and what every process does."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from loopwise import __version__
+from loopwise.errors import UserError, unknown
+
+from . import data
+from .checkpoint import DIGEST, check_same_run, last_sound, prune, sync
+from .curriculum import Curriculum
+from .recipe import Recurrence, Train
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .trainer import RecurrentTrainer
+
+TOKENS = "tokens"
+RECIPE = "train_recipe.yaml"
+
+
+def train(model: str, out: str | Path, recipe: Train, resume: bool = False, force: bool = False) -> None:
+    """Train `model` (a directory or hub id) into the directory `out`, in this process.
+
+    Raises UserError for bad input, with nothing written, and for a loss that is not finite.
+    """
+    if prepare(model, Path(out), recipe, resume, force):
+        work(model, Path(out), recipe, resume)
+
+
+def prepare(
+    model: str, out: Path, recipe: Train, resume: bool = False, force: bool = False, processes: int = 1
+) -> bool:
+    """Check what can be checked before training, make `out`, and leave the packed tokens in it.
+
+    Returns False where the run in `out` is already finished. Raises UserError, with `out` as it was, for bad input.
+    """
+    from .pretrained import load_config, load_tokenizer, quiet
+
+    quiet()
+    _check_out(model, out, resume, force)
+    checkpoint, notes = last_sound(out) if resume else (None, [])
+    for note in notes:
+        print(note, file=sys.stderr)
+    if checkpoint:
+        check_same_run(checkpoint, describe(model, recipe, processes))
+    if resume and (out / "config.json").is_file():
+        print(f"{out}: the run is already finished")
+        return False
+    config = load_config(model, recipe.revision)
+    curriculum(config, recipe, steps=recipe.steps or 1)
+    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    _check_trackers(recipe.report_to)
+    if checkpoint and (out / TOKENS / "digest").is_file():
+        return True  # the text as it was when the run began
+    partial = out.parent / f".{out.name}.tokens.partial"
+    try:
+        blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
+        check_blocks(model, config, blocks.train, blocks.held_out)
+        if checkpoint:
+            check_same_run(checkpoint, describe(model, recipe, processes, blocks.digest))
+        if force:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        header = f"# loopwise {__version__}: loopwise train {model} {out}\n"
+        (out / RECIPE).write_text(header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        shutil.rmtree(out / TOKENS, ignore_errors=True)
+        partial.replace(out / TOKENS)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
+    """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
+    from .pretrained import load_config, load_model, load_tokenizer, quiet
+    from .trainer import RecurrentTrainer, arguments
+
+    quiet()
+    blocks = data.load(out / TOKENS)
+    checkpoint = last_sound(out)[0] if resume else None
+    loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
+    source_config = load_config(model, recipe.revision)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
+    steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(blocks.train) / samples_per_step)
+    trainer = RecurrentTrainer(
+        loaded,
+        load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
+        arguments(recipe, steps, out),
+        recipe,
+        blocks,
+        curriculum(source_config, recipe, steps),
+        describe(model, recipe, processes, blocks.digest),
+    )
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if trainer.args.should_save:
+        prune(out, recipe.keep_checkpoints)
+        print(_opening(trainer, checkpoint), flush=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recipe.data.held_out:
+        trainer.evaluate()
+    if trainer.args.should_save:
+        publish(trainer, out, recipe.dtype or _stored_dtype(source_config))
+        shutil.rmtree(out / TOKENS)
+        print(f"model written to {out}", flush=True)
+
+
+def publish(trainer: RecurrentTrainer, out: Path, dtype: str) -> None:
+    """Write the trained model into `out`, config.json last: no half of it is ever loadable."""
+    import torch
+
+    partial = out / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.trained.to(getattr(torch, dtype))
+    trainer.save_model(str(partial))
+    trainer.state.save_to_json(str(partial / "trainer_state.json"))
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        sync(path)
+        path.replace(out / path.name)
+    partial.rmdir()
+
+
+def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
+    """The curriculum of `recipe` for a model with `config`; None for a model without recurrence.
+
+    Raises UserError where the two do not go together.
+    """
+    from .pretrained import is_recurrent
+
+    if not is_recurrent(config):
+        if recipe.recurrence is not None:
+            raise UserError(
+                f"recurrence.* belongs to recurrent-depth models, and this is a plain {config.model_type}: "
+                "leave these keys out, or convert it first (loopwise convert)"
+            )
+        return None
+    keys = recipe.recurrence or Recurrence()
+    mean = keys.mean or config.num_recurrences
+    if keys.max is not None and keys.max < mean:
+        raise UserError(
+            f"recurrence.max={keys.max} is below the mean of {mean} recurrences; raise it or set recurrence.mean"
+        )
+    chosen = Curriculum(
+        mean=mean,
+        steps=steps,
+        schedule=keys.schedule,
+        ramp=keys.ramp,
+        sampler=keys.sampler,
+        max=keys.max,
+        backprop=keys.backprop,
+        seed=recipe.seed,
+    )
+    if config.injection == "none" and chosen.truncates:
+        # With injection e enters every recurrence; without, only s_0, before the recurrences without gradient.
+        raise UserError(
+            f"recurrence.backprop={keys.backprop}: with injection='none', steps of up to {chosen.cap} recurrences "
+            "would leave the embeddings and the prelude of this model without gradient; drop recurrence.backprop, or "
+            "convert with injection=linear"
+        )
+    return chosen
+
+
+def describe(model: str, recipe: Train, processes: int, digest: str | None = None) -> dict[str, Any]:
+    """What must be equal for a resumed run to go on as it began. Ranks and accumulation count by their product."""
+    keys = recipe.model_dump(mode="json")
+    keys["gradient_accumulation x processes"] = keys.pop("gradient_accumulation") * processes
+    run = {"MODEL": str(Path(model).resolve()) if Path(model).is_dir() else model, "recipe": keys}
+    return run if digest is None else {**run, DIGEST: digest}
+
+
+def _check_out(model: str, out: Path, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise UserError("--resume goes on with the run in OUT, --force deletes it: give one")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: OUT is a directory to be made, and this is a file")
+    if Path(model).is_dir() and Path(model).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: OUT would replace or hold MODEL ({model}); choose another directory")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    ours = (out / RECIPE).is_file()
+    if resume and not ours:
+        raise UserError(f"{out}: no run to resume in it (no {RECIPE})")
+    if force and not ours and not (out / "config.json").is_file():
+        raise UserError(
+            f"{out}: --force replaces an earlier run or a model, and this holds neither; choose another directory"
+        )
+    if not resume and not force:
+        choices = "--resume goes on with the run in it, --force replaces it" if ours else "--force replaces it"
+        raise UserError(f"{out}: not empty; {choices}, or choose another directory")
+
+
+def check_length(key: str, length: int, model: str, config: Any) -> None:
+    """Raises UserError where blocks of `length` tokens are longer than the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise UserError(f"{key}={length} is above the {limit} positions of {model} (max_position_embeddings)")
+
+
+def check_blocks(model: str, config: Any, *parts: np.ndarray | None) -> None:
+    """Raises UserError where tokenizer and model do not belong together."""
+    greatest = max(int(blocks.max()) for blocks in parts if blocks is not None)
+    if greatest >= config.vocab_size:
+        raise UserError(f"{model}: its tokenizer gives id {greatest}, its embeddings end at {config.vocab_size - 1}")
+
+
+def _check_trackers(names: list[str]) -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown("tracker in report_to", name, INTEGRATION_TO_CALLBACK)
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"report_to={name}: {str(error).splitlines()[0]}") from None
+
+
+def _tokenise(recipe: Train, tokenizer: Any, directory: Path) -> data.Blocks:
+    def report(documents: int, tokens: int) -> None:
+        print(f"\rtokenise: {documents:,} documents, {tokens:,} tokens", end="", file=sys.stderr, flush=True)
+
+    terminal = sys.stderr.isatty()
+    blocks = data.build(recipe.data, tokenizer, directory, report if terminal else None)
+    if terminal:
+        print(file=sys.stderr)
+    return blocks
+
+
+def _opening(trainer: RecurrentTrainer, checkpoint: Path | None) -> str:
+    blocks = trainer.blocks
+    held_out = f", {blocks.held_out.size:,} held out" if blocks.held_out is not None else ""
+    start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
+    return f"train {trainer.args.max_steps} steps {start}: {blocks.train.size:,} tokens{held_out}"
+
+
+def _stored_dtype(config: Any) -> str:
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -1,0 +1,269 @@
+"""transformers' Trainer with the recurrence curriculum, a loss per token of the whole step, and whole checkpoints.
+
+Everything random is a function of (seed, optimiser step, micro-batch): recurrences, data order, dropout. So the result
+depends neither on how a step's micro-batches are spread over ranks and accumulation, nor on interruptions.
+Shapes: B blocks of a micro-batch, T tokens of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from loopwise.errors import UserError
+
+from .checkpoint import commit, partial_directory, prune
+from .curriculum import Curriculum
+from .data import Blocks, Order
+from .measure import held_out_loss, token_losses
+from .pretrained import is_recurrent, write_model
+from .progress import Progress
+from .recipe import Train
+
+# DDP takes it from the Trainer by this name only.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+COOLDOWN = 0.2
+
+
+class Samples(Dataset):
+    """All samples of a run in their order; sample g is a block and g itself, which tells `normal` states apart."""
+
+    def __init__(self, blocks: np.ndarray, count: int, seed: int):
+        self.blocks, self.count = blocks, count
+        self.order = Order(len(blocks), seed)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, sample: int) -> tuple[int, np.ndarray]:
+        return sample, self.blocks[self.order[sample]]
+
+
+def collate(samples: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """input_ids and labels [B, T], sequence_ids [B]."""
+    input_ids = torch.from_numpy(np.stack([block for _, block in samples])).long()
+    sequence_ids = torch.tensor([sample for sample, _ in samples])
+    return {"input_ids": input_ids, "labels": input_ids, "sequence_ids": sequence_ids}
+
+
+def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    optimiser = recipe.optimiser
+    schedule_options = {}
+    if optimiser.schedule == "wsd":
+        cooldown = COOLDOWN if optimiser.cooldown is None else optimiser.cooldown
+        schedule_options = {"num_decay_steps": round(cooldown * steps), "decay_type": "linear"}
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=optimiser.learning_rate,
+        lr_scheduler_type=SCHEDULES[optimiser.schedule],
+        lr_scheduler_kwargs=schedule_options,
+        warmup_steps=round(optimiser.warmup * steps),
+        weight_decay=optimiser.weight_decay,
+        adam_beta1=optimiser.betas[0],
+        adam_beta2=optimiser.betas[1],
+        max_grad_norm=optimiser.clip,
+        bf16=recipe.precision == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 0,
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every,
+        report_to=recipe.report_to,
+        disable_tqdm=True,  # progress is shown by train/progress.py
+        log_level="error",
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,  # every parameter takes part in every step
+        ddp_broadcast_buffers=False,  # rotary tables, equal everywhere
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # else one process would wrap the model in nn.DataParallel
+    return args
+
+
+class RecurrentTrainer(Trainer):
+    """Trains `model` on `blocks`; `curriculum` is None for a model without recurrence.
+
+    `run` describes the run: it is kept in every checkpoint, and compared when one is resumed from.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        args: TrainingArguments,
+        recipe: Train,
+        blocks: Blocks,
+        curriculum: Curriculum | None,
+        run: dict[str, Any],
+    ):
+        self.recipe, self.blocks, self.curriculum, self.run = recipe, blocks, curriculum, run
+        self.trained, self.tokenizer = model, tokenizer
+        self.out = self._output_directory = Path(str(args.output_dir))
+        self.samples_per_step = recipe.batch_size * recipe.gradient_accumulation * args.world_size
+        config = dict(vars(model.config))
+        super().__init__(
+            model,
+            args,
+            data_collator=collate,
+            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed),
+            eval_dataset=cast(Any, blocks.held_out),  # the Trainer only looks whether there is any: see `evaluate`
+            callbacks=[Progress(args.max_steps)],
+        )
+        # The Trainer switches the cache off in the config, which is saved with the model; `compute_loss` asks for none.
+        vars(model.config).pop("use_cache", None)
+        vars(model.config).update(config)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the Trainer shall count the step's targets
+        self._micro_batch = (-1, 0)  # (step, micro-batches of it begun on this rank)
+        self._since: tuple[int, float] | None = None  # step and time of the last log line
+        self._evaluated: dict[str, float] = {}
+        self._costs = _costs(model)
+
+    # The samples are already in order, and rank r of W takes micro-batches r, r + W, ... of them.
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(cast(Samples, self.train_dataset))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step
+        self._since = self._since or (step, time.perf_counter())
+        done = self._micro_batch[1] if self._micro_batch[0] == step else 0
+        self._micro_batch = (step, done + 1)
+        # The same dropout for a micro-batch wherever and whenever it is computed.
+        micro_batch = done * self.args.world_size + self.args.process_index
+        torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, step, micro_batch]).generate_state(1)[0]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        depth = self.curriculum.at(self.state.global_step)._asdict() if self.curriculum else {}
+        if depth:
+            depth["sequence_ids"] = inputs["sequence_ids"]
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **depth)
+        assert num_items_in_batch is not None, "the Trainer counts the labels of a step"
+        # DDP averages over ranks what has to be summed. The factor is exact for 2, 4, 8, ... ranks.
+        loss = token_losses(outputs.logits, inputs["labels"]) / num_items_in_batch * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        # The norm is that of all ranks, so all stop together, before the weights change.
+        if not math.isfinite(norm):
+            step = self.state.global_step
+            depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
+            raise UserError(
+                f"step {step + 1}{depth}: the loss or its gradient is not finite; the weights of step {step} were not "
+                "changed by it. Lower optimiser.learning_rate or optimiser.clip, or look at the data"
+            )
+        return norm
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Held-out loss at each depth of `recurrence.eval_at`, as `eval_loss_r<R>` (`eval_loss` without recurrence)."""
+        held_out = self.blocks.held_out
+        assert held_out is not None, "the recipe names held-out text"
+        if self._evaluated.get("step") == self.state.global_step:
+            return self._evaluated
+        started = time.perf_counter()
+        shard = (self.args.process_index, self.args.world_size)
+        metrics: dict[str, float] = {}
+        for recurrences in self.eval_at():
+            name = f"{metric_key_prefix}_loss" + (f"_r{recurrences}" if recurrences else "")
+            total, count = held_out_loss(self.trained, held_out, recurrences, self.recipe.batch_size, shard)
+            metrics[name] = cast(torch.Tensor, self.accelerator.reduce(total)).item() / count
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._since:
+            self._since = (self._since[0], self._since[1] + time.perf_counter() - started)
+        self._evaluated = {**metrics, "step": self.state.global_step}
+        return metrics
+
+    def eval_at(self) -> list[int | None]:
+        if self.curriculum is None:
+            return [None]
+        chosen = self.recipe.recurrence.eval_at if self.recipe.recurrence else None
+        return list(chosen or sorted({1, self.curriculum.mean}))
+
+    def log(self, logs, start_time=None):
+        step = self.state.global_step
+        if "loss" in logs and self._since:
+            before, at = self._since
+            now = time.perf_counter()
+            steps = range(before, step)
+            tokens = len(steps) * self.blocks.train.shape[1] * self.samples_per_step
+            if self.curriculum:
+                logs["num_recurrences"] = sum(self.curriculum.at(s).num_recurrences for s in steps) / len(steps)
+            logs["tokens_per_second"] = tokens / (now - at)
+            self._since = (step, now)
+        self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Of this micro-batch: 2 operations a token and parameter outside the embeddings forward, 4 backward."""
+        once, recurring = self._costs
+        free, graded = 0, 1
+        if self.curriculum:
+            depth = self.curriculum.at(self.state.global_step)
+            graded = depth.grad_recurrences or depth.num_recurrences
+            free = depth.num_recurrences - graded
+        return inputs["input_ids"].numel() * (6 * once + recurring * (2 * free + 6 * graded))
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(self._output_directory)
+
+    def _save_checkpoint(self, model, trial=None):
+        step = self.state.global_step
+        partial = partial_directory(self.out, step)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._output_directory = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._output_directory = self.out
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
+            prune(self.out, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        write_model(self.trained, self.tokenizer, Path(output_dir or self.out))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Nothing: a resumed run builds its model from the checkpoint, which checks for missing weights."""
+
+
+def _costs(model: Any) -> tuple[int, int]:
+    """Parameters, outside the embeddings, that a token meets once, and those that it meets in every recurrence."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    total = sum(p.numel() for p in model.parameters())
+    if head is None or head.weight is not embeddings.weight:  # a tied matrix works as the head
+        total -= embeddings.weight.numel()
+    recurring = 0
+    if is_recurrent(model.config):
+        recurring = sum(p.numel() for part in (model.core, model.injection) for p in part.parameters())
+    return total - recurring, recurring
