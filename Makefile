@@ -29,7 +29,7 @@ setup: $(VENV)/.setup-$(KIND)
 define environment
 	@$(if $(PYTHON),,echo "Loopwise needs Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11" >&2; exit 1)
 	$(PYTHON) -m venv $(if $(wildcard $(VENV)/.unfinished $(1)),--clear) $(VENV)
-	@touch $(VENV)/.unfinished
+	@touch $(VENV)/.unfinished && rm -f $@
 endef
 
 $(VENV)/.deps-cpu: constraints.txt
