@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..recipe import Section
+
+
+def _numbers(value: object) -> object:
+    """Lists on the command line may be written as 1,2,3; YAML reads that as text."""
+    if isinstance(value, str):
+        return [int(v) if v.strip().isdigit() else v for v in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+Numbers = Annotated[list[int], BeforeValidator(_numbers)]
 
 
 class Layers(Section):
     """Explicit source-layer ids, counted from 0."""
 
-    prelude: list[int] = Field([], description="source layers that run once, first")
-    core: list[int] = Field([], description="source layers that recur")
-    coda: list[int] = Field([], description="source layers that run once, last")
+    prelude: Numbers = Field([], description="source layers that run once, first")
+    core: Numbers = Field([], description="source layers that recur")
+    coda: Numbers = Field([], description="source layers that run once, last")
 
 
 class ConvertRecipe(Section):
@@ -27,7 +37,7 @@ class ConvertRecipe(Section):
     init: Literal["stepwise", "average", "lower"] = Field(
         "stepwise", description="recursive: tied layers start as evenly spaced, averaged, or the first source layers"
     )
-    sizes: list[int] | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
+    sizes: Numbers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
     injection: Literal["none", "add", "linear"] | None = Field(
         None, description="how the prelude's output enters each recurrence; retrofit: linear, recursive: none"
@@ -43,11 +53,6 @@ class ConvertRecipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the weights; the source's")
     revision: str | None = Field(None, description="branch, tag or commit of a hub source")
     seed: int = Field(0, ge=0, description="of the normal initial state and of the tokens used to verify")
-
-    @field_validator("sizes", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return [int(v) if v.strip().isdigit() else v for v in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> ConvertRecipe:

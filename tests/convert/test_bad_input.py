@@ -138,6 +138,8 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
     ("settings", "said"),
     [
         (["sizes=1,2"], "P,C,D"),
+        (["sizes=4"], "P,C,D"),
+        (["layers.core=1,x"], "layers.core"),
         (["sizes=1,0,1"], "at least one core layer"),
         (["sizes=a,b,c"], "sizes"),
         ([], "sizes=P,C,D"),

@@ -126,7 +126,7 @@ def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):
 def test_explicit_layers_are_the_sizes_they_spell_out(tmp_path):
     save_source(tmp_path / "source")
     a = run(tmp_path / "source", tmp_path / "a", sizes="1,2,1")
-    b = run(tmp_path / "source", tmp_path / "b", layers={"prelude": [0], "core": [3, 4], "coda": [5]})
+    b = run(tmp_path / "source", tmp_path / "b", layers={"prelude": 0, "core": "3,4", "coda": [5]})
     assert a.config.core == [3, 4]
     with torch.no_grad():
         assert torch.equal(a(**tokens()).logits, b(**tokens()).logits)
