@@ -22,12 +22,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
 
-    import transformers
-
+    from ..quiet import quiet
     from .surgery import convert
 
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    quiet()
     facts = convert(
         args.source,
         args.out,

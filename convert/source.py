@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import UserError
 
@@ -57,15 +59,8 @@ def read_config(path: Path) -> Any:
         raise UserError(
             f"{path} is a PEFT adapter; merge it into its base model first (merge_and_unload), then convert"
         )
-    try:
-        fields = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} has no config.json; give the directory of a transformers checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.json'}: not valid JSON ({error})") from None
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type is None:
-        raise UserError(f"{path / 'config.json'} has no model_type")
+    fields = _config_fields(path)
+    model_type = fields["model_type"]
     if model_type == "recurrent_depth":
         raise UserError(f"{path} is a recurrent-depth model already")
     if "quantization_config" in fields:
@@ -81,6 +76,45 @@ def read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers' strict configs raise their own kinds
         raise UserError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+
+
+def read_recurrent_config(path: Path) -> Any:
+    """The config of a recurrent-depth checkpoint. Raises UserError for anything else."""
+    from ..model import RecurrentDepthConfig
+
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a recurrent-depth checkpoint")
+    kind = _config_fields(path).get("model_type")
+    if kind != "recurrent_depth":
+        raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
+    return RecurrentDepthConfig.from_pretrained(path)
+
+
+def _config_fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} has no config.json; give the directory of a transformers checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise UserError(f"{path / 'config.json'} has no model_type")
+    return fields
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """The transformers model of `config`; call it under `torch.device("meta")`."""
+    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
+
+
+def copy_carried(path: Path, directory: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence."""
+    for pattern in CARRIED:
+        for file in sorted(path.glob(pattern)):
+            if file.is_dir():  # chat templates may stand in a folder
+                shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, directory / file.name)
 
 
 class SourceWeights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .. import __version__
 from ..errors import UserError
@@ -24,7 +22,7 @@ from .architectures import attention_types
 from .card import model_card
 from .plan import Plan, make_plan
 from .recipe import ConvertRecipe
-from .source import CARRIED, SourceWeights, find_source, read_config
+from .source import SourceWeights, copy_carried, empty_model, find_source, read_config
 from .verify import verify
 from .write import Pending, new_directory, write_weights
 
@@ -53,7 +51,7 @@ def convert(
     source_config = read_config(path)
     plan = make_plan(recipe, attention_types(source_config))
     with torch.device("meta"):
-        source_model = _empty_source(source_config)
+        source_model = empty_model(source_config)
     with SourceWeights(path, source_model) as weights:
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
         config = _config(source_config, plan, recipe, dtype or _common_dtype(weights))
@@ -73,7 +71,7 @@ def convert(
         if dry_run:
             return facts
         with new_directory(out, force) as directory:
-            _copy_carried(path, directory)
+            copy_carried(path, directory)
             facts["source"]["sha256"] = weights.hashes()
             write_weights(tensors, directory, show_progress)
             _save_config(config, directory)
@@ -81,10 +79,6 @@ def convert(
             (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
             (directory / "README.md").write_text(model_card(facts, config))
     return facts
-
-
-def _empty_source(source_config: Any) -> PreTrainedModel:
-    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
 
 
 def _config(source_config: Any, plan: Plan, recipe: ConvertRecipe, dtype: torch.dtype) -> Any:
@@ -164,15 +158,6 @@ def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:
     for name in names[1:]:
         total = total + weights.read(name).float()  # not in place: a tensor read in float32 is the mapped file itself
     return total / len(names)
-
-
-def _copy_carried(path: Path, directory: Path) -> None:
-    for pattern in CARRIED:
-        for file in sorted(path.glob(pattern)):
-            if file.is_dir():  # chat templates may stand in a folder
-                shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, directory / file.name)
 
 
 def _save_config(config: RecurrentDepthConfig, directory: Path) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import UserError
 from ..model import RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from ..unroll import config_with_layers
 from .plan import Plan
-from .source import SourceWeights
+from .source import SourceWeights, empty_model
 
 TOLERANCE = 1e-4  # float32 logits; equality is bit for bit unless weights were averaged or cast
 
@@ -31,13 +30,9 @@ def verify(
     zeros. Raises UserError above TOLERANCE.
     """
     model = RecurrentDepthForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    length = min(32, getattr(source_config, "max_position_embeddings", None) or 32)
-    ids = torch.randint(source_config.vocab_size, (2, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, : length // 3] = 0
+    ids, mask = sample(source_config, seed)
     from_input = plan.state_init == "input" and plan.injection != "add"
-    state = None if from_input else torch.zeros(2, length, source_config.hidden_size)
+    state = None if from_input else torch.zeros(*ids.shape, source_config.hidden_size)
     worst = 0.0
     for depth in sorted({1, plan.num_recurrences} if plan.injection == "none" else {1}):
         reference = _written_out(plan, source_config, weights, dtype, depth)
@@ -54,6 +49,15 @@ def verify(
     return worst
 
 
+def sample(config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids and their mask, both [2, T]: the first sequence is padded on the left."""
+    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    return ids, mask
+
+
 def _written_out(
     plan: Plan, source_config: Any, weights: SourceWeights, dtype: torch.dtype | None, depth: int
 ) -> PreTrainedModel:
@@ -61,7 +65,7 @@ def _written_out(
     config = config_with_layers(source_config, plan.prelude + plan.core * depth + plan.coda)
     parents = plan.parents["prelude"] + plan.parents["core"] * depth + plan.parents["coda"]
     with no_init_weights():
-        model = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config).float().eval()
+        model = empty_model(config).float().eval()
     layers = layer_list_name(model, config.num_hidden_layers) + "."
     tied = set(model.all_tied_weights_keys)
     with torch.no_grad():

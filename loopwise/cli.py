@@ -14,6 +14,7 @@ VERBS = {
     "convert": ("loopwise.convert.command", "turn a pretrained decoder into a recurrent-depth model"),
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
     "eval": ("loopwise.train.evaluate", "held-out loss at several recurrences"),
+    "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
 }
 

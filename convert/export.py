@@ -1,0 +1,115 @@
+"""`loopwise export MODEL OUT --unroll R`: a plain checkpoint of the source architecture, for any engine."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from ..arguments import Parser
+from ..errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Parse, export, print what was written and verified. Returns the exit code."""
+    parser = Parser(
+        prog="loopwise export",
+        description="Write a recurrent-depth model at a fixed depth as a plain checkpoint of its source architecture.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint")
+    parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument("--unroll", metavar="R", type=int, required=True, help="recurrences to write out as layers")
+    parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
+    parser.add_argument("--no-verify", action="store_true", help="skip the check against MODEL")
+    args = parser.parse_args(argv)
+
+    from ..quiet import quiet
+
+    quiet()
+    difference = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
+    verified = "not verified" if difference is None else f"verified, max |dlogit| {difference:.3g}"
+    print(f"written: {args.out} ({verified})")
+    return 0
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    unroll: int,
+    force: bool = False,
+    check: bool = True,
+    show_progress: bool = False,
+) -> float | None:
+    """Write `model` at R = `unroll` as layers prelude, R x core, coda of a plain model of the source architecture.
+
+    Returns the largest difference in logits (float32) between the written model, reloaded, and `model` at that R; None
+    without `check`. Raises UserError for what the source architecture cannot express: an injection, a state that does
+    not start as the input.
+    """
+    import torch
+
+    from ..model import RecurrentDepthForCausalLM
+    from ..model.source_layers import layer_list_name
+    from ..unroll import config_with_layers
+    from .source import SourceWeights, copy_carried, empty_model, read_recurrent_config
+    from .write import Pending, new_directory, write_weights
+
+    path, out = Path(model).expanduser(), Path(out).expanduser()
+    config = read_recurrent_config(path)
+    if unroll < 1:
+        raise UserError(f"--unroll {unroll}: at least 1 recurrence")
+    kind = config.source_config.model_type
+    if config.injection != "none":
+        raise UserError(
+            f"{path} has injection={config.injection!r}, which mixes the input into every recurrence; a plain {kind} "
+            "has no such layer, so it cannot be exported"
+        )
+    ids = config.prelude + config.core * unroll + config.coda
+    target = config_with_layers(config.source_config, ids)
+    with torch.device("meta"):
+        recurrent, plain = RecurrentDepthForCausalLM(config), empty_model(target)
+    layers = layer_list_name(plain, len(ids))
+    places = [("prelude", i) for i in range(len(config.prelude))]
+    places += [("core", i) for i in range(len(config.core))] * unroll
+    places += [("coda", i) for i in range(len(config.coda))]
+    with SourceWeights(path, recurrent) as weights:
+        tensors = []
+
+        def add(name: str, stored: str) -> None:
+            tensors.append(Pending(name, weights.dtype(stored), weights.shape(stored), partial(weights.read, stored)))
+
+        for name in weights.names():
+            if name.startswith("source."):
+                add(weights.stored_name(name).removeprefix("source."), name)
+        for n, (part, i) in enumerate(places):
+            first = f"{part}.{i}."
+            for name in weights.names():
+                if name.startswith(first):
+                    add(f"{layers}.{n}.{name.removeprefix(first)}", name)
+        target.dtype, target.architectures = config.dtype, [type(plain).__name__]
+        with new_directory(out, force) as directory:
+            copy_carried(path, directory)
+            write_weights(tensors, directory, show_progress)
+            target.save_pretrained(directory)
+            return _verify(path, directory, unroll) if check else None
+
+
+def _verify(path: Path, directory: Path, unroll: int) -> float:
+    """Largest difference in logits (float32) between the two checkpoints. Raises UserError if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..model import RecurrentDepthForCausalLM
+    from .verify import sample
+
+    want = cast(Any, RecurrentDepthForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
+    got = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids, mask = sample(want.config, seed=0)
+    with torch.no_grad():
+        a = want(ids, attention_mask=mask, num_recurrences=unroll).logits
+        b = got(ids, attention_mask=mask).logits
+    difference = (a - b)[mask.bool()].abs().max().item()
+    if difference != 0:
+        raise UserError(f"verification failed: the logits differ by {difference:.3g}; nothing was written")
+    return difference
