@@ -26,16 +26,11 @@ USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    if argv[0] in ("-V", "--version"):
-        print(f"loopwise {__version__}")
-        return 0
     try:
-        if argv[0] not in VERBS:
-            raise unknown("verb", argv[0], VERBS)
-        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where it is still ours to handle that a reader has left
     except UserError as error:
         print(f"loopwise: error: {error}", file=sys.stderr)
         return 2
@@ -45,6 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"loopwise {__version__}")
+        return 0
+    if argv[0] not in VERBS:
+        raise unknown("verb", argv[0], VERBS)
+    return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -83,3 +84,12 @@ def test_a_verb_that_ends_early_says_so_in_one_line(error, code, said, monkeypat
     monkeypatch.setitem(VERBS, "fail", ("loopwise.failing", "fails"))
     assert main(["fail"]) == code
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "convert --help"])
+def test_a_reader_that_leaves_is_no_error(arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    script = f"{COMMAND} {arguments} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() in ("0", "141")  # 0 where the pipe took it all before the reader left
+    assert done.stderr == ""
