@@ -15,6 +15,7 @@ VERBS = {
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
     "eval": ("loopwise.train.evaluate", "held-out loss at several recurrences"),
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
+    "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
 }
 
