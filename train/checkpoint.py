@@ -81,8 +81,9 @@ def last_sound(out: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed writers left behind."""
-    for old in [*checkpoints(out)[keep:], *out.glob(".*.partial")]:
+    """Delete all but the newest `keep` sound checkpoints, and what killed writers left behind."""
+    sound = [path for path in checkpoints(out) if damage(path) is None]
+    for old in {*checkpoints(out), *out.glob(".*.partial")} - {*sound[:keep]}:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from loopwise.arguments import recipe_parser
 from loopwise.errors import UserError
+from loopwise.quiet import quiet
 from loopwise.recipe import load_recipe
 
 from .recipe import Data, Evaluate
@@ -37,7 +38,7 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     from tqdm import tqdm
 
     from .measure import held_out_loss
-    from .pretrained import is_recurrent, load_config, load_model, parameters, quiet
+    from .pretrained import is_recurrent, load_config, load_model, parameters
     from .run import check_blocks, check_length
 
     quiet()

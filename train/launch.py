@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import time
 from pathlib import Path
 
 from loopwise.errors import UserError
@@ -24,6 +27,7 @@ def launch(
     """Prepare the run here, then train it in `processes` copies of this command. Returns the exit code."""
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from .run import prepare
@@ -31,13 +35,15 @@ def launch(
     devices = torch.accelerator.device_count()
     count = processes or devices
     if count < 1 or (devices and count > devices):
-        raise UserError(
-            f"--processes {processes}: name at least 1" + (f", at most {devices} (GPUs here)" if devices else "")
-        )
+        most = f", at most {devices} (the devices here)" if devices else " (there is no GPU to count)"
+        raise UserError(f"--processes {processes}: name at least 1{most}")
+    # What failed is said by the process that failed, not by torch's launcher as well.
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     if not prepare(model, out, recipe, resume, force, count):
         return 0
     os.environ[PREPARED] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)) if not devices else "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     if not devices:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     profile = RECIPES / "accelerate" / "ddp.yaml"
@@ -45,8 +51,12 @@ def launch(
     args = launch_command_parser().parse_args([*options, "--module", "loopwise", "train", *argv])
     try:
         launch_command(args)
-    except ChildFailedError as error:  # the process itself has said why
-        return max(failure.exitcode for failure in error.failures.values()) or 1
+    except ChildFailedError as error:
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + error.sigval
     return 0
 
 
@@ -55,12 +65,19 @@ def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> i
     from .progress import EndWithParent
     from .run import prepare, work
 
-    if PREPARED not in os.environ:
-        from accelerate import PartialState
+    try:
+        if PREPARED not in os.environ:
+            from accelerate import PartialState
 
-        state = PartialState()
-        if state.is_main_process:
-            prepare(model, out, recipe, resume, force, state.num_processes)
-        state.wait_for_everyone()
-    work(model, out, recipe, resume, callbacks=[EndWithParent()] if PREPARED in os.environ else [])
+            state = PartialState()
+            if state.is_main_process:
+                prepare(model, out, recipe, resume, force, state.num_processes)
+            state.wait_for_everyone()
+        work(model, out, recipe, resume, callbacks=[EndWithParent()] if PREPARED in os.environ else [])
+    except UserError:
+        if os.environ["RANK"] != "0":
+            time.sleep(5)  # the first process mostly says the same, and its end ends this one
+        raise
+    except KeyboardInterrupt:
+        return 130  # the launcher says so
     return 0

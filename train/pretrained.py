@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -21,6 +19,8 @@ def load_config(model: str, revision: str | None) -> Any:
     """The config of `model`, a directory or a hub id. Raises UserError where it is neither, or holds no safetensors."""
     path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"revision={revision!r} is for hub models; {model} is a local directory")
         _check_weights(path)
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model}: no such model directory")
@@ -82,14 +82,6 @@ def _told(model: str):
     except Exception as error:  # transformers, the hub and safetensors share no base class
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{model}: cannot be loaded ({told[0].rstrip('.')})") from error
-
-
-def quiet() -> None:
-    """transformers tells of every load and default; what matters here is said by this package."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which warns that it sees no GPU
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:

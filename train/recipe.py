@@ -10,19 +10,28 @@ from loopwise.recipe import Section
 
 from .curriculum import RAMPS
 
-Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+def _numbers(value: object) -> object:
+    """Lists of numbers may be written as 1,2,3, which YAML reads as text."""
+    if isinstance(value, str):
+        return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Depths = Annotated[list[PositiveInt], BeforeValidator(_numbers)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Data(Section):
     """Where the text comes from and how it is cut into blocks."""
 
-    train: Sources = Field(
+    train: Strings = Field(
         min_length=1,
         description="source or list of sources: a .jsonl, .parquet or text file, a directory or glob of such files, "
         "or a `datasets` hub id or saved directory",
     )
-    eval: Sources | None = Field(default=None, description="held-out source or sources")
+    eval: Strings | None = Field(default=None, description="held-out source or sources")
     eval_fraction: Fraction = Field(
         default=0.0,
         lt=0.5,
@@ -65,7 +74,7 @@ class Recurrence(Section):
     backprop: PositiveInt | None = Field(
         default=None, description="only this many last recurrences carry gradient (default: all)"
     )
-    eval_at: list[PositiveInt] | None = Field(
+    eval_at: Depths | None = Field(
         default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
     )
 
@@ -139,7 +148,7 @@ class Train(Section):
     eval_every: PositiveInt | None = Field(
         default=None, description="steps between held-out evaluations (default: none)"
     )
-    report_to: list[str] = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
+    report_to: Strings = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
@@ -153,7 +162,7 @@ class Train(Section):
 class Evaluate(Section):
     """A measurement of held-out loss."""
 
-    data: Sources = Field(min_length=1, description="source or list of sources, as data.train of loopwise train")
+    data: Strings = Field(min_length=1, description="source or list of sources, as data.train of loopwise train")
     eval_fraction: Fraction = Field(
         default=0.0,
         lt=0.5,
@@ -163,7 +172,7 @@ class Evaluate(Section):
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
     sequence_length: int = Field(default=1024, ge=2, description="tokens in a block")
-    num_recurrences: list[PositiveInt] | None = Field(
+    num_recurrences: Depths | None = Field(
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
     batch_size: PositiveInt = Field(default=8, description="blocks in a batch")

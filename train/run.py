@@ -14,6 +14,7 @@ import yaml
 
 from loopwise import __version__
 from loopwise.errors import UserError, unknown
+from loopwise.quiet import quiet
 
 from . import data
 from .checkpoint import DIGEST, check_same_run, last_sound, prune, sync
@@ -45,7 +46,7 @@ def prepare(
 
     Returns False where the run in `out` is already finished. Raises UserError, with `out` as it was, for bad input.
     """
-    from .pretrained import load_config, load_tokenizer, quiet
+    from .pretrained import load_config, load_tokenizer
 
     quiet()
     _check_out(model, out, resume, force)
@@ -83,7 +84,7 @@ def prepare(
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
-    from .pretrained import load_config, load_model, load_tokenizer, quiet
+    from .pretrained import load_config, load_model, load_tokenizer
     from .trainer import RecurrentTrainer, arguments
 
     quiet()
@@ -112,19 +113,22 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     if recipe.data.held_out:
         trainer.evaluate()
     if trainer.args.should_save:
-        publish(trainer, out, recipe.dtype or _stored_dtype(source_config))
+        publish(trainer, model, out, recipe.dtype or _stored_dtype(source_config))
         shutil.rmtree(out / TOKENS)
         print(f"model written to {out}", flush=True)
 
 
-def publish(trainer: RecurrentTrainer, out: Path, dtype: str) -> None:
+def publish(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:
     """Write the trained model into `out`, config.json last: no half of it is ever loadable."""
     import torch
+
+    from .card import write_card
 
     partial = out / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     trainer.trained.to(getattr(torch, dtype))
     trainer.save_model(str(partial))
+    write_card(partial, model, trainer.recipe, trainer)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
     for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         sync(path)

@@ -141,7 +141,7 @@ class RecurrentTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the Trainer shall count the step's targets
         self._micro_batch = (-1, 0)  # (step, micro-batches of it begun on this rank)
         self._since: tuple[int, float] | None = None  # step and time of the last log line
-        self._evaluated: dict[str, float] = {}
+        self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
 
     # The samples are already in order, and rank r of W takes micro-batches r, r + W, ... of them.
@@ -184,8 +184,8 @@ class RecurrentTrainer(Trainer):
         """Held-out loss at each depth of `recurrence.eval_at`, as `eval_loss_r<R>` (`eval_loss` without recurrence)."""
         held_out = self.blocks.held_out
         assert held_out is not None, "the recipe names held-out text"
-        if self._evaluated.get("step") == self.state.global_step:
-            return self._evaluated
+        if self.evaluated.get("step") == self.state.global_step:
+            return self.evaluated
         started = time.perf_counter()
         shard = (self.args.process_index, self.args.world_size)
         metrics: dict[str, float] = {}
@@ -197,7 +197,7 @@ class RecurrentTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._since:
             self._since = (self._since[0], self._since[1] + time.perf_counter() - started)
-        self._evaluated = {**metrics, "step": self.state.global_step}
+        self.evaluated = {**metrics, "step": self.state.global_step}
         return metrics
 
     def eval_at(self) -> list[int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,13 +28,11 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "loopwise", *arguments], env=environment())
 
 
-def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
-    settings = ["steps=150", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(command(noisy, killed, *settings))
+def kill_after(checkpoint: Path, process: subprocess.Popen) -> None:
+    """SIGKILL `process` once `checkpoint` is there."""
     try:
         deadline = time.monotonic() + 120
-        while not (killed / "checkpoint-60").exists():
+        while not checkpoint.exists():
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -41,11 +40,16 @@ def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
     finally:
         process.kill()
         process.wait()
-    assert not (killed / "model.safetensors").exists()
+    assert not (checkpoint.parent / "model.safetensors").exists()
+
+
+def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
+    settings = ["steps=150", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after(killed / "checkpoint-60", start(command(noisy, killed, *settings)))
     (killed / ".checkpoint-90.partial" / "checkpoint-90").mkdir(parents=True, exist_ok=True)  # killed while writing
     run(command(noisy, killed, *settings, "--resume"))
-    shown = capsys.readouterr().out
-    assert "from checkpoint-" in shown
+    assert "from checkpoint-" in capsys.readouterr().out
     run(command(noisy, whole, *settings))
     assert same(killed, whole)
     for name in ("optimizer.pt", "scheduler.pt"):
@@ -138,6 +142,31 @@ def test_two_processes_equal_one(noisy, command, tmp_path):
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
     for key in ("eval_loss_r1", "eval_loss_r3"):
         assert history(tmp_path / "two", key) == pytest.approx(history(tmp_path / "one", key), abs=1e-9)
+
+
+def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):
+    """The launcher is killed: its workers end too, and one process, accumulating twice, goes on as they would have."""
+    settings = ["steps=90", "save_every=15", *RECURRENCE]
+    killed = tmp_path / "killed"
+    kill_after(
+        killed / "checkpoint-30", start(command(noisy, killed, *settings, "--launcher", "ddp", "--processes", "2"))
+    )
+    deadline = time.monotonic() + 30
+    while any(str(killed) in line for line in command_lines()):
+        assert time.monotonic() < deadline, "workers outlive their launcher"
+        time.sleep(0.1)
+    for out, options in ((killed, ["--resume"]), (tmp_path / "whole", [])):
+        run(command(noisy, out, *settings, "gradient_accumulation=2", *options))
+    assert same(killed, tmp_path / "whole")
+
+
+def command_lines() -> list[str]:
+    """Of all processes of this machine."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_text(errors="replace").replace("\0", " "))
+    return lines
 
 
 def test_two_processes_report_bad_input_once(noisy, command, tmp_path, capsys):

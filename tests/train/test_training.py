@@ -111,7 +111,7 @@ def test_the_model_that_a_run_leaves(recurrent, command, tmp_path, capsys):
     assert "held-out loss  R=1 " in shown
     assert f"model written to {out}" in shown
     sources = {path.name for path in recurrent.iterdir()}
-    assert {path.name for path in out.iterdir()} == sources | {"train_recipe.yaml", "trainer_state.json"}
+    assert {path.name for path in out.iterdir()} == sources | OWN
     config, before = (json.loads((path / "config.json").read_text()) for path in (out, recurrent))
     for read, dtype in ((config, "bfloat16"), (before, "float32")):
         assert read.pop("dtype") == dtype
@@ -124,6 +124,9 @@ def test_the_model_that_a_run_leaves(recurrent, command, tmp_path, capsys):
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, prompt.shape[1] + 3)
 
 
+OWN = {"train_recipe.yaml", "trainer_state.json", "loopwise.json", "README.md"}
+
+
 def test_the_written_recipe_repeats_the_run(recurrent, command, tmp_path):
     run(command(recurrent, tmp_path / "one", "steps=4", *RECURRENCE))
     recipe = str(tmp_path / "one" / "train_recipe.yaml")
@@ -132,12 +135,12 @@ def test_the_written_recipe_repeats_the_run(recurrent, command, tmp_path):
 
 
 def test_training_lowers_the_held_out_loss_that_eval_measures(recurrent, corpus, command, tmp_path, capsys):
-    settings = ["data.eval_fraction=0.1", "recurrence.eval_at=[2,5]", "steps=40"]
+    settings = ["data.eval_fraction=0.1", "recurrence.eval_at=2,5", "steps=40"]
     run(command(recurrent, tmp_path / "out", *settings))
     capsys.readouterr()
     measured = []
     for model in (recurrent, tmp_path / "out"):
-        depths = "num_recurrences=[2,5]"
+        depths = "num_recurrences=2,5"
         argv = ["eval", str(model), f"data={corpus}", "eval_fraction=0.1", "sequence_length=32", depths, "--json"]
         run(argv)
         measured.append(json.loads(capsys.readouterr().out))
@@ -170,6 +173,14 @@ def test_a_plain_model_trains_too(plain, command, tmp_path, capsys):
     assert len(history(tmp_path / "out", "eval_loss")) == 1
     assert main(["eval", str(tmp_path / "out"), "data=x", "num_recurrences=[2]"]) == 2
     assert "is a plain llama, without recurrence" in capsys.readouterr().err
+
+
+def test_epochs_are_passes_over_the_blocks(plain, command, tmp_path, capsys):
+    run(command(plain, tmp_path / "out", "epochs=0.06", "gradient_accumulation=2"))
+    tokens = int(capsys.readouterr().out.split(" tokens")[0].rsplit(" ", 1)[1].replace(",", ""))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == -(-0.06 * (tokens // 32) // 8)
+    assert state["log_history"][-1]["epoch"] == pytest.approx(0.06, abs=8 / (tokens // 32))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recurrent, command, tmp_path, capsys):

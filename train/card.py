@@ -1,0 +1,65 @@
+"""What a trained model says of its origin: loopwise.json, and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+
+from loopwise import __version__
+
+from .recipe import Train
+
+if TYPE_CHECKING:
+    from .trainer import RecurrentTrainer
+
+FACTS = "loopwise.json"
+
+
+def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTrainer) -> None:
+    """loopwise.json, README.md and the licence files of `model`, where that is a directory, into `directory`."""
+    source = Path(model)
+    facts: dict[str, Any] = {
+        "loopwise": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "source": {"id": model, "revision": recipe.revision},
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.blocks.train.shape[1],
+        "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
+    }
+    if (source / FACTS).is_file():  # how the model that was trained came about
+        facts["source"]["facts"] = json.loads((source / FACTS).read_text())
+    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    (directory / "README.md").write_text(_card(facts, trainer))
+    for licence in [*source.glob("LICENSE*"), *source.glob("NOTICE*")] if source.is_dir() else []:
+        shutil.copy(licence, directory)
+
+
+def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
+    source = facts["source"]["id"]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["loopwise"]}
+    if trainer.curriculum:
+        front["tags"].append("recurrent-depth")
+    if not Path(source).is_dir():
+        front["base_model"] = source
+    losses = [
+        f"| {name.removeprefix('eval_loss').removeprefix('_r') or '-'} | {value:.4f} |"
+        for name, value in facts["held_out_loss"].items()
+    ]
+    table = "\n".join(["", "| recurrences | held-out loss |", "|---|---|", *losses, ""]) if losses else ""
+    return f"""---
+{yaml.safe_dump(front).strip()}
+---
+# {Path(source).name}, trained
+
+Trained from `{source}` by loopwise {facts["loopwise"]}: {facts["steps"]:,} steps, {facts["tokens"]:,} tokens.
+{table}
+The recipe, the versions and the model's own origin are in `loopwise.json`.
+"""
