@@ -40,7 +40,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
     config = read_recurrent_config(Path(model).expanduser())
     with torch.device("meta"):
-        meta = RecurrentDepthForCausalLM(config)
+        meta: Any = RecurrentDepthForCausalLM(config)
     counts = {
         name: sum(p.numel() for p in getattr(meta, name).parameters())
         for name in ("prelude", "core", "coda", "injection")
