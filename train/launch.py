@@ -30,7 +30,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from .run import prepare
+    from .run import discarded_unless_begun, prepare
 
     devices = torch.accelerator.device_count()
     count = processes or devices
@@ -50,7 +50,8 @@ def launch(
     options = ["--config_file", str(profile), "--num_processes", str(count), "--main_process_port", "0"]
     args = launch_command_parser().parse_args([*options, "--module", "loopwise", "train", *argv])
     try:
-        launch_command(args)
+        with discarded_unless_begun(out):
+            launch_command(args)
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
     except SignalException as error:

@@ -20,6 +20,7 @@ def _numbers(value: object) -> object:
 
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Depths = Annotated[list[PositiveInt], BeforeValidator(_numbers)]
+COOLDOWN = 0.2
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -101,7 +102,7 @@ class Optimiser(Section):
     )
     warmup: Fraction = Field(default=0.01, description="share of the steps spent in linear warm-up")
     cooldown: Fraction | None = Field(
-        default=None, description="share of the steps in wsd's final decay (default: 0.2)"
+        default=None, description=f"share of the steps in wsd's final decay (default: {COOLDOWN})"
     )
     weight_decay: float = Field(
         default=0.01, ge=0, allow_inf_nan=False, description="decoupled weight decay; norms and biases have none"
@@ -113,9 +114,16 @@ class Optimiser(Section):
     def _consistent(self) -> Optimiser:
         if self.cooldown is not None and self.schedule != "wsd":
             raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
-        if self.warmup + (self.cooldown or 0) > 1:
-            raise ValueError(f"warmup={self.warmup} and cooldown={self.cooldown} together exceed the run")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and cooldown={self.decay} together exceed the run")
         return self
+
+    @property
+    def decay(self) -> float:
+        """Share of the steps in wsd's final decay."""
+        if self.schedule != "wsd":
+            return 0.0
+        return COOLDOWN if self.cooldown is None else self.cooldown
 
 
 class Train(Section):

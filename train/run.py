@@ -6,7 +6,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from loopwise.errors import UserError, unknown
 from loopwise.quiet import quiet
 
 from . import data
-from .checkpoint import DIGEST, check_same_run, last_sound, prune, sync
+from .checkpoint import DIGEST, check_same_run, checkpoints, last_sound, prune, sync
 from .curriculum import Curriculum
 from .recipe import Recurrence, Train
 
@@ -35,8 +36,21 @@ def train(model: str, out: str | Path, recipe: Train, resume: bool = False, forc
 
     Raises UserError for bad input, with nothing written, and for a loss that is not finite.
     """
-    if prepare(model, Path(out), recipe, resume, force):
-        work(model, Path(out), recipe, resume)
+    out = Path(out)
+    if prepare(model, out, recipe, resume, force):
+        with discarded_unless_begun(out):
+            work(model, out, recipe, resume)
+
+
+@contextmanager
+def discarded_unless_begun(out: Path) -> Iterator[None]:
+    """Where the run fails before it has left a checkpoint, nothing in `out` is worth keeping."""
+    try:
+        yield
+    except BaseException:
+        if not checkpoints(out) and not (out / "config.json").exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def prepare(

@@ -33,7 +33,6 @@ from .recipe import Train
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-COOLDOWN = 0.2
 
 
 class Samples(Dataset):
@@ -62,8 +61,7 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
     optimiser = recipe.optimiser
     schedule_options = {}
     if optimiser.schedule == "wsd":
-        cooldown = COOLDOWN if optimiser.cooldown is None else optimiser.cooldown
-        schedule_options = {"num_decay_steps": round(cooldown * steps), "decay_type": "linear"}
+        schedule_options = {"num_decay_steps": round(optimiser.decay * steps), "decay_type": "linear"}
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,

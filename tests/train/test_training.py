@@ -212,6 +212,7 @@ REFUSED = {
     "recurrence.max=2": "max caps a sampled R",
     "recurrence.ramp=0.5": "ramp belongs to schedule=linear or 1-sqrt",
     "optimiser.cooldown=0.5": "cooldown belongs to schedule=wsd",
+    "optimiser.schedule=wsd optimiser.warmup=0.9": "warmup=0.9 and cooldown=0.2 together exceed the run",
     "eval_every=5": "eval_every needs held-out text",
     "data.eval=x data.eval_fraction=0.1": "two ways to name held-out text",
     "data.sequence_length=512": "data.sequence_length=512 is above the 128 positions",
@@ -271,6 +272,7 @@ def test_missing_tensors_are_not_left_random(plain, command, tmp_path, capsys):
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert main(command(tmp_path / "model", tmp_path / "out", "steps=2")) == 2
     assert "no weights for model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_directory_is_left_alone(recurrent, command, tmp_path, capsys):
