@@ -191,7 +191,7 @@ class RecurrentTrainer(Trainer):
             name = f"{metric_key_prefix}_loss" + (f"_r{recurrences}" if recurrences else "")
             total, count = held_out_loss(self.trained, held_out, recurrences, self.recipe.batch_size, shard)
             metrics[name] = cast(torch.Tensor, self.accelerator.reduce(total)).item() / count
-        self.log(metrics)
+        self.log(dict(metrics))  # which adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._since:
             self._since = (self._since[0], self._since[1] + time.perf_counter() - started)

@@ -118,6 +118,10 @@ def test_the_model_that_a_run_leaves(recurrent, command, tmp_path, capsys):
         read["source_config"].pop("dtype")
     assert config == before
     assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(recurrent).chat_template
+    facts = json.loads((out / "loopwise.json").read_text())
+    assert facts["held_out_loss"].keys() == {"eval_loss_r1", "eval_loss_r3"}
+    assert (facts["steps"], facts["tokens"]) == (20, 20 * 4 * 32)
+    assert "| 3 | " in (out / "README.md").read_text()
     model: Any = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     prompt = AutoTokenizer.from_pretrained(out)("the core", return_tensors="pt").input_ids
