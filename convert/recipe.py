@@ -40,18 +40,18 @@ class ConvertRecipe(Section):
     sizes: Numbers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
     injection: Literal["none", "add", "linear"] | None = Field(
-        None, description="how the prelude's output enters each recurrence; retrofit: linear, recursive: none"
+        None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
     )
     state_init: Literal["input", "zeros", "normal"] | None = Field(
-        None, description="initial state; input, but zeros with injection=add, so that one recurrence is the source"
+        None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
     )
     state_std: float = Field(0.0087, gt=0, description="scale of state_init=normal")
-    num_recurrences: int | None = Field(None, ge=1, description="R at inference; recursive: loops, retrofit: 4")
+    num_recurrences: int | None = Field(None, ge=1, description="R at inference (default: recursive loops, retrofit 4)")
     max_recurrences: int | None = Field(
-        None, ge=1, description="greatest R that can be served; max(8, num_recurrences)"
+        None, ge=1, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the weights; the source's")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub source")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the weights (default: the source's)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
     seed: int = Field(0, ge=0, description="of the normal initial state and of the tokens used to verify")
 
     @model_validator(mode="after")

@@ -22,9 +22,9 @@ from typing import Any
 from .arguments import Parser
 from .errors import UserError
 
-VOCABULARY, SEQUENCE = 2048, 256
-BASE_STEPS, RETRAIN_STEPS, DEPTHS = 400, 160, [1, 2, 4, 8]
-HELD_OUT_BYTES = 300_000
+VOCABULARY, SEQUENCE = 1024, 128
+BASE_STEPS, RETRAIN_STEPS, DEPTHS = 800, 320, [1, 2, 4, 8]
+HELD_OUT_BYTES = 150_000
 MINIMUM_BYTES = 1_000_000
 
 
@@ -66,9 +66,9 @@ def demo(out: Path, text: Path | None) -> None:
     fresh, base, converted, retrained = (str(out / name) for name in ("fresh", "base", "converted", "retrained"))
     print(f"== a fresh Llama-style model with a byte-level BPE tokenizer: {fresh}", flush=True)
     create_base(train, Path(fresh))
-    data = [f"data.train={train}", f"data.sequence_length={SEQUENCE}", "batch_size=8", "log_every=40"]
+    data = [f"data.train={train}", f"data.sequence_length={SEQUENCE}", "batch_size=8", "log_every=80"]
     loopwise(
-        "train", fresh, base, *data, f"steps={BASE_STEPS}", "optimiser.learning_rate=3e-3", "optimiser.warmup=0.05"
+        "train", fresh, base, *data, f"steps={BASE_STEPS}", "optimiser.learning_rate=5e-3", "optimiser.warmup=0.05"
     )
     loopwise("convert", base, converted, "--recipe", "demo")
     loopwise("train", converted, retrained, "--recipe", "demo", *data, f"steps={RETRAIN_STEPS}")
@@ -129,12 +129,14 @@ def split(documents: list[str], out: Path) -> tuple[Path, Path]:
 
 
 def create_base(train: Path, out: Path) -> None:
-    """An untrained Llama of 3 M parameters, with a tokenizer trained on `train`."""
+    """An untrained Llama of 1.2 M parameters, with a tokenizer trained on `train`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    logging.disable_progress_bar()
+    from .quiet import quiet
+
+    quiet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -151,10 +153,10 @@ def create_base(train: Path, out: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,

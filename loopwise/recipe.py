@@ -112,6 +112,7 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
         if sections:
             lines += [describe(section, f"{prefix}{name}.") for section in sections]
         else:
-            default = "" if field.is_required() else f" (default {field.default!r})"
+            told = field.is_required() or field.default is None  # a default that is computed stands in the description
+            default = "" if told else f" (default {field.default!r})"
             lines.append(f"  {prefix}{name}: {field.description or ''}{default}")
     return "\n".join(lines)
