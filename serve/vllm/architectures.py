@@ -1,0 +1,39 @@
+"""The source architectures that can be served, and what vLLM calls them. The command reads this: nothing heavy."""
+
+from __future__ import annotations
+
+from ...errors import UserError
+
+# model_type of the source -> vLLM's class. Every entry is compared with transformers by tests/serve.
+ARCHITECTURES = {
+    "arcee": "ArceeForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+}
+
+
+def vllm_architecture(model_type: str | None) -> str:
+    """vLLM's name for source architecture `model_type`. Raises UserError, listing those that can be served."""
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"source architecture {model_type!r} cannot be served: choose from {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,60 @@
+"""What does not fit: refused with a reason, never ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UserError
+
+
+def check_depth(num_recurrences: int, limit: int) -> None:
+    """Raises UserError unless 1 <= num_recurrences <= limit, the model's `max_recurrences`."""
+    if not 1 <= num_recurrences <= limit:
+        raise UserError(
+            f"num_recurrences={num_recurrences}: this model is served at 1 to {limit} recurrences; "
+            'raise "max_recurrences" in its config.json for more'
+        )
+
+
+def check_vllm_config(config: Any) -> None:
+    """The refusals for a VllmConfig: for those who start vLLM themselves, and for what the checkpoint brings along."""
+    refuse(
+        {
+            "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
+            "enable_lora": config.lora_config is not None,
+            "speculative_config": config.speculative_config,
+            "quantization": config.model_config.quantization,
+            "kv_cache_dtype": config.cache_config.cache_dtype,
+            "cpu_offload_gb": config.offload_config.uva.cpu_offload_gb,
+            "offload_group_size": config.offload_config.prefetch.offload_group_size,
+            "runner": config.model_config.runner_type,
+        }
+    )
+
+
+def refuse(flags: dict[str, Any]) -> None:
+    """Raises UserError for the first of `flags`, vLLM's settings by name, that does not fit a recurrent-depth model."""
+    for name, (accepted, reason) in FLAGS.items():
+        value = flags.get(name)
+        if value is not None and value not in accepted:
+            shown = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{shown} does not fit a recurrent-depth model: {reason}")
+
+
+# vLLM's name of a setting -> (values that work, why no others do). None always works.
+FLAGS: dict[str, tuple[tuple, str]] = {
+    "pipeline_parallel_size": ((1,), "every recurrence would cross all stages; use --tensor-parallel-size"),
+    "enable_lora": ((False,), "an adapter would have to know the depth; merge it into the weights before converting"),
+    "speculative_config": ((), "no draft model proposes tokens for it"),
+    "speculative_model": ((), "no draft model proposes tokens for it"),
+    "quantization": ((), "quantised weights are not checked against the model; serve it in --dtype bfloat16"),
+    "kv_cache_dtype": (("auto", "float32", "bfloat16", "float16"), "a quantised cache is not checked at every depth"),
+    "cpu_offload_gb": ((0,), "offloading replaces the layers that recurrences share"),
+    "offload_group_size": ((0,), "offloading replaces the layers that recurrences share"),
+    "runner": (("auto", "generate"), "it generates text only"),
+    "convert": (("auto", "none"), "it generates text only"),
+    "headless": ((False,), "one process serves it"),
+    "grpc": ((False,), "it is served over HTTP"),
+    "api_server_count": ((1,), "one process serves it"),
+    "model_impl": (("auto",), "its layers are vLLM's own"),
+}

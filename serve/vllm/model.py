@@ -1,0 +1,118 @@
+"""A recurrent-depth model on vLLM's own model of the source architecture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from ...model import RecurrentDepthConfig
+from ...model.injection import Injection
+from .architectures import vllm_architecture
+from .limits import check_depth, check_vllm_config
+from .recurrence import Recurrence, hand_on
+from .weights import Completeness, source_name
+
+# Lists in a source config that hold one entry a layer.
+PER_LAYER = ("layer_types", "no_rope_layers")
+
+
+class RecurrentDepthForCausalLM(nn.Module):
+    """Embeddings, norm, head and logits are vLLM's model of the source; its layers run as a `Recurrence`.
+
+    The depth is fixed at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
+    """
+
+    source: Any  # vLLM's model, of whichever class
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
+        check_depth(config.num_recurrences, config.max_recurrences)
+        check_vllm_config(vllm_config)
+        self.config = config
+        unique = unique_config(config)
+        inner = vllm_config.with_hf_config(unique, architectures=[vllm_architecture(unique.model_type)])
+        inner.model_config.hf_text_config = inner.model_config.hf_config
+        self.source = initialize_model(inner, prefix=maybe_prefix(prefix, "source"))
+        self.layers_name = layer_list_name(self.source, unique.num_hidden_layers)
+        layers: list[nn.Module] = list(self.source.get_submodule(self.layers_name))
+        check_windows(layers, unique)
+        self.injection = Injection(config.injection, config.hidden_size)
+        context = vllm_config.compilation_config.static_forward_context
+        self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, context)
+        for layer in layers[:-1]:
+            layer.forward = hand_on(layer)
+        layers[-1].forward = self.recurrence.forward
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.source.embed_input_ids(input_ids)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
+        return self.source(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.source.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a recurrent-depth checkpoint. Raises ValueError where it is incomplete or holds something else."""
+        loaded: set[str] = set()
+        completeness = Completeness(self.config)
+
+        def of_source():
+            for name, tensor in weights:
+                completeness.see(name)
+                if name.startswith("injection."):
+                    default_weight_loader(self.get_parameter(name), tensor)
+                    loaded.add(name)
+                else:
+                    yield source_name(name, self.config, self.layers_name), tensor
+
+        loaded.update(f"source.{name}" for name in self.source.load_weights(of_source()))
+        completeness.check()
+        missing = {name for name, _ in self.named_parameters()} - loaded
+        if missing:
+            raise ValueError(f"vLLM's model has parameters that the checkpoint does not fill: {sorted(missing)}")
+        return loaded
+
+
+def unique_config(config: RecurrentDepthConfig):
+    """The source config of a model with one layer for each set of weights: prelude, core, coda."""
+    ids = [*config.prelude, *config.core, *config.coda]
+    unique = copy.deepcopy(config.source_config)
+    for name in PER_LAYER:
+        values = getattr(unique, name, None)
+        if isinstance(values, list):
+            setattr(unique, name, [values[i] for i in ids])
+    unique.num_hidden_layers = len(ids)
+    return unique
+
+
+def layer_list_name(model: nn.Module, count: int) -> str:
+    """Dotted name of the list of `count` layers inside vLLM's model, e.g. `model.layers`."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not names:
+        raise ValueError(f"vLLM's {type(model).__name__} has no list of {count} layers")
+    return names[0]
+
+
+def check_windows(layers: list[nn.Module], config) -> None:
+    """Raises ValueError where vLLM's layers do not attend through the window that the source config gives them."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+    for number, (layer, kind) in enumerate(zip(layers, types, strict=True)):
+        want = window if kind == "sliding_attention" else None
+        for attention in (m for m in layer.modules() if isinstance(m, Attention)):
+            if attention.sliding_window != want:
+                raise ValueError(
+                    f"vLLM's {type(layer).__name__} {number} has a sliding window of {attention.sliding_window}, "
+                    f"the source config says {want}"
+                )

@@ -1,0 +1,97 @@
+"""Tiny random recurrent-depth checkpoints with a tokenizer, and what transformers generates from them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+VOCABULARY = 259  # bytes and three special tokens
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 32}
+RETROFIT = {"prelude": [0, 1], "core": [4, 3], "coda": [5], "injection": "linear"}
+RECURSIVE = {"prelude": [], "core": [0, 2, 5], "coda": []}
+
+
+def source_config(model_type: str, **fields):
+    return AutoConfig.for_model(model_type, **{**SMALL, **fields})
+
+
+def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCausalLM:
+    """Write a random model to `folder` and return it. All weights are random: injection, norms and biases too."""
+    torch.manual_seed(seed)
+    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source, **fields)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "injection.weight":
+                parameter.add_(torch.randn_like(parameter), alpha=0.15)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if getattr(source, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' SDPA leaves the cap out
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, **special)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def prompts(count: int = 8, seed: int = 1) -> list[list[int]]:
+    """Token lists of mixed length: 1 token, a few, and longer than a 32-token block or an 8-token window."""
+    lengths = [1, 3, 9, 17, 33, 40, 70, 97]
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(lengths[i % len(lengths)])] for i in range(count)]
+
+
+@dataclass
+class Answer:
+    """A greedy continuation, its log-probabilities, and the smallest gap between the two largest logits on the way."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    gap: float
+
+
+@torch.no_grad()
+def generate(model, prompt: list[int], num_recurrences: int, count: int) -> Answer:
+    """What transformers continues `prompt` with, `count` tokens long."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        num_recurrences=num_recurrences,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits, 1)[0]
+    top = logits.topk(2).values
+    logprobs = logits.log_softmax(-1).max(-1).values.tolist()
+    return Answer(out.sequences[0, len(prompt) :].tolist(), logprobs, (top[:, 0] - top[:, 1]).min().item())

@@ -1,0 +1,147 @@
+"""vLLM's greedy tokens, and their log-probabilities, are those of transformers `generate`, in fp32.
+
+Covered: Llama, Qwen3, Mistral and Gemma3, each at R = 1, 3 and 4 (1 and 4: prelude, core, coda, a random linear
+injection; 3: a core alone); every state init and injection; every other architecture of the table at R = 3; two
+tensor-parallel ranks; the graph that torch.compile traces. Windows are 8 tokens, mixed types follow the source layers'
+ids. Each engine answers the same 8 prompts twice, the second time from its prefix cache; long prompts are chunked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_tiny import GROUPED, RECURSIVE, RETROFIT, Answer, generate, prompts, save, source_config
+
+from loopwise.serve.vllm.architectures import ARCHITECTURES
+
+pytestmark = [
+    pytest.mark.xdist_group("vllm"),  # one engine at a time
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+TOKENS = 12
+TIE = 1e-4  # kernels round differently: prompts that come closer to a tie are dropped, at most one in ten
+WIDE = {"hidden_size": 128, "num_key_value_heads": 2}  # for architectures without a head_dim of their own
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+REQUIRED = {
+    "llama": GROUPED,
+    "qwen3": {**GROUPED, "tie_word_embeddings": True},
+    "mistral": {**GROUPED, "sliding_window": 8},
+    "gemma3_text": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
+}
+OTHERS = {
+    "arcee": WIDE,
+    "gemma": GROUPED,
+    "gemma2": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
+    "glm": GROUPED,
+    "glm4": GROUPED,
+    "gpt_neox": {"hidden_size": 128, "rotary_pct": 0.5},
+    "granite": {**WIDE, **GRANITE},
+    "ministral": {**GROUPED, **MIXED},
+    "nemotron": WIDE,
+    "olmo": WIDE,
+    "olmo2": WIDE,
+    "phi": WIDE,
+    "phi3": {**WIDE, "sliding_window": 8},
+    "qwen2": WIDE,
+    "seed_oss": GROUPED,
+    "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
+    "starcoder2": {**WIDE, "sliding_window": 8},
+}
+NORMAL = {**RETROFIT, "state_init": "normal", "state_std": 0.7, "state_seed": 5}
+
+
+@dataclass
+class Case:
+    model_type: str
+    num_recurrences: int = 3
+    shape: dict[str, Any] = field(default_factory=lambda: RETROFIT)
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+CASES = {
+    **{f"{t}-retrofit-1": Case(t, 1) for t in REQUIRED},
+    **{f"{t}-recursive-3": Case(t, 3, RECURSIVE) for t in REQUIRED},
+    **{f"{t}-retrofit-4": Case(t, 4) for t in REQUIRED},
+    "normal-linear": Case("llama", shape=NORMAL),
+    "normal-add": Case("llama", shape={**NORMAL, "injection": "add"}),
+    "zeros-linear": Case("llama", shape={**RETROFIT, "state_init": "zeros"}),
+    "input-add": Case("llama", shape={**RECURSIVE, "injection": "add"}),
+    "input-none": Case("llama", shape={**RETROFIT, "injection": "none"}),
+    "traced": Case("gemma3_text", 2, NORMAL, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),  # Dynamo, no inductor
+    **{t: Case(t) for t in OTHERS},
+    "two-ranks": Case("llama", 3, NORMAL, {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
+    """name -> (transformers' answers to the prompts, vLLM's), for the cases that this session tests."""
+    chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    cases = {name: case for name, case in CASES.items() if name in chosen}
+    folder = tmp_path_factory.mktemp("engines")
+    wanted, work = {}, []
+    for name, case in cases.items():
+        source = source_config(case.model_type, **(REQUIRED | OTHERS)[case.model_type])
+        model = save(folder / name, source, **case.shape)
+        wanted[name] = [generate(model, prompt, case.num_recurrences, TOKENS) for prompt in prompts()]
+        engine = {"hf_overrides": {"num_recurrences": case.num_recurrences}, **case.engine}
+        work.append({"folder": str(folder / name), "prompts": prompts(), "tokens": TOKENS, "engine": engine})
+        work[-1]["environment"] = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
+    return {name: (wanted[name], result) for name, result in zip(cases, run_engines(work, folder), strict=True)}
+
+
+def run_engines(work: list[dict], folder: Path) -> list[dict]:
+    (folder / "cases.json").write_text(json.dumps(work))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    settings |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    program = Path(__file__).with_name("run_engines.py")
+    command = [sys.executable, program, folder / "cases.json", folder / "results.json"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_transformers(name, answers):
+    wanted, result = answers[name]
+    assert "error" not in result, result["error"]
+    clear = [i for i, answer in enumerate(wanted) if answer.gap >= TIE]
+    assert len(clear) >= 7, f"near-ties in {8 - len(clear)} of 8 prompts"
+    for got in result["rounds"]:
+        assert [got[i]["tokens"] for i in clear] == [wanted[i].tokens for i in clear]
+        pairs = [zip(got[i]["logprobs"], wanted[i].logprobs, strict=True) for i in clear]
+        error = max(abs(a - b) for pair in pairs for a, b in pair)
+        print(f"{name}: {len(clear)} prompts equal, max |dlogprob| {error:.1e}")
+        assert error < 1e-3
+    assert result["prefix_hits"] > 0
+
+
+def test_near_ties_are_few(answers):
+    gaps = [answer.gap for wanted, _ in answers.values() for answer in wanted]
+    dropped = sum(gap < TIE for gap in gaps)
+    print(f"dropped for near-ties: {dropped} of {len(gaps)} prompts")
+    assert dropped <= len(gaps) / 10
+
+
+@pytest.mark.parametrize("model_type", REQUIRED)
+def test_depth_matters(model_type, answers):
+    """Else the comparisons above could not tell one depth from another."""
+    if f"{model_type}-retrofit-1" not in answers or f"{model_type}-retrofit-4" not in answers:
+        pytest.skip("needs both depths")
+    shallow, deep = answers[f"{model_type}-retrofit-1"][0], answers[f"{model_type}-retrofit-4"][0]
+    assert sum(a.tokens != b.tokens for a, b in zip(shallow, deep, strict=True)) >= 5
+
+
+def test_every_architecture_is_compared():
+    assert set(ARCHITECTURES) == {case.model_type for case in CASES.values()}
