@@ -1,0 +1,97 @@
+"""Whether a directory holds a recurrent-depth checkpoint that can be served, told before an engine starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .vllm.architectures import vllm_architecture
+from .vllm.limits import refuse
+
+WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
+SHARD_INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Facts:
+    """What a checkpoint's config says about serving it."""
+
+    architecture: str
+    num_recurrences: int
+    max_recurrences: int
+
+
+def check_config(model: str) -> Facts:
+    """Read the config.json of checkpoint directory `model`. Imports nothing heavy, so that mistakes show at once.
+
+    Raises UserError for no directory, no config, another kind of model, an architecture without vLLM layers, quantised
+    weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"{model}: no such directory; {WANTED}")
+    config = _json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != "recurrent_depth":
+        raise UserError(
+            f"{model}: model_type is {kind!r}, not 'recurrent_depth'; turn it into one with `loopwise convert`"
+        )
+    source = config.get("source_config") or {}
+    vllm_architecture(source.get("model_type"))
+    refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
+    depth = config.get("num_recurrences", 1)
+    return Facts(source["model_type"], depth, config.get("max_recurrences") or max(8, depth))
+
+
+def check_tensors(model: str) -> None:
+    """Raises UserError unless the safetensors files of checkpoint `model` are whole and hold its tensors, no others."""
+    from safetensors import SafetensorError, safe_open
+
+    from ..model import RecurrentDepthConfig
+    from .vllm.weights import Completeness
+
+    folder = Path(model)
+    names = []
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    try:
+        completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
+        for name in names:
+            completeness.see(name)
+        completeness.check()
+    except ValueError as error:
+        raise UserError(f"{model}: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SHARD_INDEX).is_file():
+        files = sorted({folder / name for name in _json(folder / SHARD_INDEX).get("weight_map", {}).values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds a config but no .safetensors weights")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: named by {SHARD_INDEX}, but missing")
+    return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except OSError:
+        raise UserError(
+            f"{file}: no such file; MODEL is a directory written by `loopwise convert` or `train`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
+    return content

@@ -1,0 +1,167 @@
+"""`loopwise serve MODEL [--recipe NAME|FILE] [key=value ...] [-- vLLM flags]`: vLLM's OpenAI server with our plugin."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..arguments import recipe_parser
+from ..errors import UserError
+from ..recipe import load_recipe
+from .checkpoint import Facts, check_config, check_tensors
+from .recipe import ServeRecipe
+from .vllm import SERVER
+from .vllm.limits import check_depth, refuse
+
+CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
+
+
+def main(argv: list[str]) -> int:
+    """Check the model, then serve until SIGTERM or Ctrl-C. Returns the exit code."""
+    argv, flags = _split(argv)
+    operands = {"model": "directory of a recurrent-depth checkpoint"}
+    about = "Serve a recurrent-depth model behind vLLM's OpenAI-compatible API, at a fixed depth."
+    parser = recipe_parser("serve", operands, ServeRecipe, about)
+    parser.usage = "%(prog)s MODEL [--recipe NAME|FILE] [key=value ...] [-- vLLM flags]"
+    parser.epilog = f"{parser.epilog}\n\nvLLM's flags, which win over keys: loopwise serve MODEL -- --help=all"
+    args = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(ServeRecipe, "serve", args.recipe, args.settings)
+    facts = check_config(args.model)
+    check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)
+    if find_spec("vllm") is None:
+        raise UserError("serving needs vLLM: pip install 'loopwise[serve]', or 'loopwise[serve-cpu]' without a GPU")
+    if not any(flag.startswith(("--host", "--port", "--uds")) for flag in flags):
+        _check_port(recipe.host, recipe.port)
+    check_tensors(args.model)
+    return _serve(_vllm_arguments(args.model, facts, recipe, flags), facts)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises UserError where the address cannot be had, before half a minute is spent on an engine."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise _address_error(host, port, error) from None
+
+
+def _address_error(host: str, port: int, error: OSError) -> UserError:
+    if error.errno == errno.EADDRINUSE:
+        return UserError(f"port {port} of {host} is in use; choose another with port=...")
+    return UserError(f"cannot listen on {host}:{port} ({error.strerror or error})")
+
+
+def _vllm_arguments(model: str, facts: Facts, recipe: ServeRecipe, flags: list[str]) -> argparse.Namespace:
+    """vLLM's own arguments: its `flags` win over the recipe, and the recipe over vLLM's defaults.
+
+    Raises UserError for a flag that vLLM does not know or that does not fit a recurrent-depth model.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message):
+            raise UserError(f"vLLM: {message}; its flags: loopwise serve MODEL -- --help=all")
+
+    cli_env_setup()
+    parser = make_arg_parser(Parser(prog="loopwise serve MODEL --"))
+    parser.set_defaults(
+        model=model,
+        host=recipe.host,
+        port=recipe.port,
+        dtype=recipe.dtype,
+        served_model_name=[recipe.name or Path(model).resolve().name],
+        shutdown_timeout=recipe.drain_seconds,
+    )
+    if current_platform.is_cpu():  # compiling for a CPU takes minutes at every start; --no-enforce-eager asks for it
+        parser.set_defaults(enforce_eager=True)
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
+    args: Any = parser.parse_args(flags)
+    if args.model != model or args.model_tag is not None:
+        raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
+    args.hf_overrides = {"num_recurrences": recipe.num_recurrences or facts.num_recurrences} | (args.hf_overrides or {})
+    check_depth(args.hf_overrides["num_recurrences"], args.hf_overrides.get("max_recurrences", facts.max_recurrences))
+    if current_platform.is_cpu() and args.tensor_parallel_size > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(args.tensor_parallel_size))
+    refuse(vars(args))
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"vLLM: {_first_line(error)}") from None
+    return args
+
+
+def _share_cores(ranks: int) -> str:
+    """This process's cores for the tensor-parallel ranks, as `0,1|2,3`: vLLM's own binding wants a NUMA node each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        raise UserError(f"--tensor-parallel-size {ranks}: needs a core for each rank, this process has {len(cores)}")
+    each = len(cores) // ranks
+    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
+
+
+def _serve(args: argparse.Namespace, facts: Facts) -> int:
+    """Run vLLM's server to its end. Returns the exit code; raises UserError for what vLLM finds wrong with `args`."""
+    import uvloop
+
+    os.environ[SERVER] = str(os.getpid())
+    depth = f"num_recurrences={args.hf_overrides['num_recurrences']}"
+    where = f"http://{args.host}:{args.port}/v1"
+    print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}, {depth}) will be at {where}", file=sys.stderr)
+    try:
+        uvloop.run(_run(args))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+            raise
+        raise _address_error(args.host, args.port, error) from None
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
+        raise UserError(f"vLLM: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "Engine core initialization failed" not in str(error):
+            raise
+        print("loopwise: error: vLLM's engine did not start; the lines above tell why", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(args: argparse.Namespace) -> None:
+    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts.
+
+    The `vllm` command itself cannot be used: it asks for the version of a distribution named "vllm", and the wheel for
+    CPUs has another name.
+    """
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    def stop(number, frame):
+        # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
+        raise SystemExit(128 + number)
+
+    address, listener = setup_server(args, reuse_port=False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
+        signal.signal(number, stop)
+    await run_server_worker(address, listener, args)
+
+
+def _first_line(error: Exception) -> str:
+    """The sentence of an error: of pydantic's the first message, of others the first line."""
+    pydantic: Any = getattr(error, "errors", None)
+    text = pydantic()[0]["msg"].removeprefix("Value error, ") if pydantic else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

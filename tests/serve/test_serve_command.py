@@ -1,0 +1,356 @@
+"""`loopwise serve`: what it refuses before it starts, and one real server from start to SIGTERM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from serve_tiny import GROUPED, RETROFIT, generate, prompts, save, source_config
+
+from loopwise.cli import main
+from loopwise.errors import UserError
+from loopwise.serve.vllm.limits import refuse
+
+pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model's directory, and the model."""
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    return folder, save(folder, source_config("llama", **GROUPED), **RETROFIT)
+
+
+def copy_of(model, to: Path) -> Path:
+    shutil.copytree(model[0], to)
+    return to
+
+
+def change_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def refusal(capsys, *argv: str | Path) -> str:
+    """The one line that `loopwise serve` answers with, exit code 2."""
+    assert main(["serve", *map(str, argv)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_refuses_a_missing_directory(capsys, tmp_path):
+    assert "no such directory" in refusal(capsys, tmp_path / "nowhere")
+
+
+def test_refuses_a_directory_without_config(capsys, tmp_path):
+    assert "config.json: no such file" in refusal(capsys, tmp_path)
+
+
+def test_refuses_a_broken_config(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "not valid JSON" in refusal(capsys, tmp_path)
+
+
+def test_refuses_another_kind_of_model(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    line = refusal(capsys, tmp_path)
+    assert "'llama'" in line
+    assert "loopwise convert" in line
+
+
+def test_refuses_an_architecture_that_vllm_lacks_and_lists_the_others(capsys, model, tmp_path):
+    folder = copy_of(model, tmp_path / "m")
+    change_config(folder, source_config={"model_type": "bloom"})
+    line = refusal(capsys, folder)
+    assert "'bloom' cannot be served" in line
+    assert "gemma3_text, " in line
+    assert "llama, " in line
+
+
+def test_refuses_a_depth_beyond_the_limit(capsys, model):
+    line = refusal(capsys, model[0], "num_recurrences=9")
+    assert "num_recurrences=9" in line
+    assert "1 to 8" in line
+    assert "max_recurrences" in line
+
+
+def test_refuses_a_depth_of_none(capsys, model):
+    assert "num_recurrences=0" in refusal(capsys, model[0], "num_recurrences=0")
+
+
+def test_refuses_quantised_weights(capsys, model, tmp_path):
+    folder = copy_of(model, tmp_path / "m")
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    assert "--quantization fp8" in refusal(capsys, folder)
+
+
+def test_names_the_nearest_key(capsys, model):
+    assert "did you mean 'num_recurrences'" in refusal(capsys, model[0], "num_recurrence=2")
+
+
+def test_refuses_a_truncated_file(capsys, model, tmp_path):
+    folder = copy_of(model, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "not a whole safetensors file" in refusal(capsys, folder)
+
+
+def test_refuses_a_config_without_weights(capsys, model, tmp_path):
+    folder = copy_of(model, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    assert "no .safetensors weights" in refusal(capsys, folder)
+
+
+@pytest.mark.parametrize(("drop", "add"), [("core.1.mlp.up_proj.weight", None), (None, "core.7.mlp.up_proj.weight")])
+def test_refuses_missing_and_unexpected_tensors(capsys, model, tmp_path, drop, add):
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(model, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    if drop:
+        del tensors[drop]
+    if add:
+        tensors[add] = tensors["core.1.mlp.up_proj.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert (drop or add) in refusal(capsys, folder)
+
+
+def test_refuses_a_port_in_use(capsys, model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} of 127.0.0.1 is in use" in refusal(capsys, model[0], f"port={port}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("pipeline_parallel_size", 2),
+        ("enable_lora", True),
+        ("speculative_config", {"method": "ngram"}),
+        ("quantization", "fp8"),
+        ("kv_cache_dtype", "fp8"),
+        ("cpu_offload_gb", 4.0),
+        ("runner", "pooling"),
+        ("headless", True),
+    ],
+)
+def test_vllm_flags_that_do_not_fit_are_refused_with_a_reason(flag, value):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}.* does not fit a recurrent-depth model: "):
+        refuse({flag: value})
+
+
+@needs_vllm
+def test_vllm_flags_are_checked_by_vllm_and_by_us(model):
+    """In a process of their own, which imports vLLM once."""
+    answers = {
+        "--no-such-flag": "vLLM: unrecognized arguments: --no-such-flag",
+        "--max-model-len many": "vLLM: argument --max-model-len: invalid",
+        '--hf-overrides {"num_recurrences":9}': "num_recurrences=9: this model is served at 1 to 8",
+        "another/model": "vLLM flags name a model (another/model)",
+        "-pp 2": "--pipeline-parallel-size 2 does not fit",
+        "--enable-lora": "--enable-lora does not fit",
+        '--speculative-config {"method":"ngram","num_speculative_tokens":2}': "--speculative-config",
+        "--quantization fp8": "--quantization fp8 does not fit",
+        "--kv-cache-dtype fp8": "--kv-cache-dtype fp8 does not fit",
+        "--cpu-offload-gb 4": "--cpu-offload-gb 4.0 does not fit",
+        "--runner pooling": "--runner pooling does not fit",
+        "--api-server-count 2": "--api-server-count 2 does not fit",
+    }
+    program = "import sys; from loopwise.cli import main; [print(main(a.split(' '))) for a in sys.argv[1:]]"
+    calls = [f"serve {model[0]} -- {flags}" for flags in answers]
+    done = subprocess.run([sys.executable, "-c", program, *calls], capture_output=True, text=True, timeout=180)
+    assert done.stdout.split() == ["2"] * len(answers)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("loopwise: error: ")]
+    for line, answer in zip(lines, answers.values(), strict=True):
+        assert answer in line
+    assert "Traceback" not in done.stderr
+
+
+class Server:
+    """A `loopwise serve` process in a session of its own."""
+
+    def __init__(self, folder: Path, *settings: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder.parent / f"{port}.log"
+        command = [sys.executable, "-m", "loopwise", "serve", folder, f"port={port}", "--recipe", "exact", *settings]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def wait_until(self, condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+
+    def healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(self.url + "/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes of the session that have not ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append((entry / "cmdline").read_text().replace("\0", " ").strip())
+            except (OSError, ValueError):  # not a process, or no longer one
+                continue
+        return found
+
+    def wait_for_end(self) -> int:
+        """The exit code, once no process of the session is left."""
+        code = self.process.wait(60)
+        end = time.monotonic() + 5
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not self.processes()
+        return code
+
+    def kill(self) -> None:
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """A server at R=3 in fp32. The last test of this file ends it."""
+    started = Server(model[0], "num_recurrences=3")
+    try:
+        started.wait_until(started.healthy, 240)
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+
+
+@needs_vllm
+def test_completion_equals_transformers(client, model):
+    prompt = prompts()[4]
+    reply = client.completions.create(
+        **GREEDY, prompt=prompt, logprobs=1, extra_body={"ignore_eos": True, "return_token_ids": True}
+    )
+    want = generate(model[1], prompt, 3, 8)
+    assert reply.choices[0].token_ids == want.tokens
+    assert reply.choices[0].logprobs.token_logprobs == pytest.approx(want.logprobs, abs=1e-3)
+    assert reply.usage.completion_tokens == 8
+
+
+@needs_vllm
+def test_streaming_says_the_same(client):
+    request = {**GREEDY, "prompt": "def f(x):", "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**request).choices[0].text
+    parts = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert len(parts) > 1
+    assert "".join(parts) == whole
+
+
+@needs_vllm
+def test_chat_with_logprobs_and_streaming(client):
+    request = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "extra_body": {"ignore_eos": True}}
+    reply = client.chat.completions.create(**request, logprobs=True, top_logprobs=2)
+    assert reply.choices[0].message.role == "assistant"
+    assert len(reply.choices[0].logprobs.content) == 8
+    assert all(len(token.top_logprobs) == 2 for token in reply.choices[0].logprobs.content)
+    parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
+    assert "".join(parts) == reply.choices[0].message.content
+
+
+@needs_vllm
+def test_models_and_metrics(client, server):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    metrics = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode()
+    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in metrics
+
+
+@needs_vllm
+def test_wrong_requests_are_4xx(client):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**{**GREEDY, "model": "other"}, prompt="a")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**{**GREEDY, "max_tokens": 10_000}, prompt="a")
+
+
+@needs_vllm
+@pytest.mark.parametrize("to_group", [False, True], ids=["sigterm", "ctrl-c"])
+def test_drains_and_leaves_no_process(request, to_group, server, model):
+    """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
+    if to_group:
+        server = Server(model[0])
+        request.addfinalizer(server.kill)
+        server.wait_until(server.healthy, 240)
+    body = {
+        "model": "tiny",
+        "prompt": [1, 2, 3],
+        "max_tokens": 400,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    call = urllib.request.Request(
+        server.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    lines, begun = [], threading.Event()
+
+    def read():
+        with urllib.request.urlopen(call, timeout=60) as reply:
+            for line in reply:
+                lines.append(line)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    assert any("EngineCore" in process for process in server.processes())
+    if to_group:
+        os.killpg(server.process.pid, signal.SIGINT)
+    else:
+        server.process.send_signal(signal.SIGTERM)
+    assert server.wait_for_end() == 0
+    reader.join()
+    assert sum(line.startswith(b"data: {") for line in lines) >= 400
+    assert b"data: [DONE]\n" in lines
+
+
+@needs_vllm
+def test_sigterm_while_the_engine_starts(request, model):
+    server = Server(model[0])
+    request.addfinalizer(server.kill)
+    server.wait_until(lambda: any("EngineCore" in process for process in server.processes()), 120)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_for_end() == 128 + signal.SIGTERM
