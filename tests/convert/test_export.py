@@ -14,7 +14,7 @@ from tests.convert.test_convert import EVERY_LAYER, tokens
 from tests.tiny import save_source
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox", "gpt_neo", "smollm3"])
 def test_logits_are_equal_bit_for_bit(model_type, tmp_path):
     convert(save_source(tmp_path / "source", model_type), tmp_path / "model", validate(ConvertRecipe, EVERY_LAYER))
     assert export(tmp_path / "model", tmp_path / "plain", unroll=3) == 0
