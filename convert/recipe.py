@@ -50,7 +50,9 @@ class ConvertRecipe(Section):
     max_recurrences: int | None = Field(
         None, ge=1, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the weights (default: the source's)")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of the weights (default: the source's)"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
     seed: int = Field(0, ge=0, description="of the normal initial state and of the tokens used to verify")
 
