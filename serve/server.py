@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ def main(argv: list[str]) -> int:
     check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)
     if find_spec("vllm") is None:
         raise UserError("serving needs vLLM: pip install 'loopwise[serve]', or 'loopwise[serve-cpu]' without a GPU")
-    if not any(flag.startswith(("--host", "--port", "--uds")) for flag in flags):
-        _check_port(recipe.host, recipe.port)
-    check_tensors(args.model)
-    return _serve(_vllm_arguments(args.model, facts, recipe, flags), facts)
+    elsewhere = any(flag.startswith(("--host", "--port", "--uds")) for flag in flags)
+    claim = None if elsewhere else _claim_port(recipe.host, recipe.port)
+    with claim or nullcontext():
+        check_tensors(args.model)
+        return _serve(_vllm_arguments(args.model, facts, recipe, flags), facts)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -50,10 +52,20 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raises UserError where the address cannot be had, before half a minute is spent on an engine."""
+def _claim_port(host: str, port: int) -> socket.socket | None:
+    """Raises UserError where the address cannot be had, before half a minute is spent on an engine.
+
+    vLLM binds its socket before the engine starts and listens on it afterwards; in between, the kernel lets a second
+    server bind too, which then stays silent for ever. So the address is also claimed by a name, one of Linux's abstract
+    sockets, that another `loopwise serve` cannot have until the returned socket is closed.
+    """
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        if sys.platform != "linux":
+            return None
+        claim = socket.socket(socket.AF_UNIX)
+        claim.bind(f"\0loopwise serve {host}:{port}")
+        return claim
     except OSError as error:
         raise _address_error(host, port, error) from None
 

@@ -348,9 +348,11 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
 
 
 @needs_vllm
-def test_sigterm_while_the_engine_starts(request, model):
+def test_sigterm_while_the_engine_starts(request, model, capsys):
     server = Server(model[0])
     request.addfinalizer(server.kill)
     server.wait_until(lambda: any("EngineCore" in process for process in server.processes()), 120)
+    port = server.url.rpartition(":")[2]
+    assert f"port {port} of 127.0.0.1 is in use" in refusal(capsys, model[0], f"port={port}")
     server.process.send_signal(signal.SIGTERM)
     assert server.wait_for_end() == 128 + signal.SIGTERM

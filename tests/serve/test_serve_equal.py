@@ -135,12 +135,14 @@ def test_near_ties_are_few(answers):
 
 
 @pytest.mark.parametrize("model_type", REQUIRED)
-def test_depth_matters(model_type, answers):
-    """Else the comparisons above could not tell one depth from another."""
+def test_depth_adds_caches_but_no_weights_and_matters(model_type, answers):
+    """Did it not matter, the comparisons above could not tell one depth from another."""
     if f"{model_type}-retrofit-1" not in answers or f"{model_type}-retrofit-4" not in answers:
         pytest.skip("needs both depths")
-    shallow, deep = answers[f"{model_type}-retrofit-1"][0], answers[f"{model_type}-retrofit-4"][0]
-    assert sum(a.tokens != b.tokens for a, b in zip(shallow, deep, strict=True)) >= 5
+    shallow, deep = answers[f"{model_type}-retrofit-1"], answers[f"{model_type}-retrofit-4"]
+    assert sum(a.tokens != b.tokens for a, b in zip(shallow[0], deep[0], strict=True)) >= 5
+    assert shallow[1]["parameters"] == deep[1]["parameters"]
+    assert (shallow[1]["caches"], deep[1]["caches"]) == (3 + 2, 3 + 4 * 2)
 
 
 def test_every_architecture_is_compared():
