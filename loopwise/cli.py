@@ -52,6 +52,9 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in VERBS:
         raise unknown("verb", argv[0], VERBS)
+    if argv[0] != "serve":
+        # OpenMP's threads spin while they wait; beside any other work on the machine that cost a factor of 10 to 30.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
 
 
