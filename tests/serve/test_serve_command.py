@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -43,9 +45,19 @@ def change_config(folder: Path, **fields) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def refusal(capsys, *argv: str | Path) -> str:
+def free_port() -> int:
+    """A port below those that the kernel hands out, so that nobody else gets it while a server starts."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+
+
+def refusal(capsys, folder: Path, setting: str = "") -> str:
     """The one line that `loopwise serve` answers with, exit code 2."""
-    assert main(["serve", *map(str, argv)]) == 2
+    settings = [setting] if setting else []
+    assert main(["serve", str(folder), f"port={free_port()}", *settings]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
@@ -170,7 +182,7 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model):
         "--api-server-count 2": "--api-server-count 2 does not fit",
     }
     program = "import sys; from loopwise.cli import main; [print(main(a.split(' '))) for a in sys.argv[1:]]"
-    calls = [f"serve {model[0]} -- {flags}" for flags in answers]
+    calls = [f"serve {model[0]} port={free_port()} -- {flags}" for flags in answers]
     done = subprocess.run([sys.executable, "-c", program, *calls], capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == ["2"] * len(answers)
     lines = [line for line in done.stderr.splitlines() if line.startswith("loopwise: error: ")]
@@ -183,8 +195,7 @@ class Server:
     """A `loopwise serve` process in a session of its own."""
 
     def __init__(self, folder: Path, *settings: str):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder.parent / f"{port}.log"
         command = [sys.executable, "-m", "loopwise", "serve", folder, f"port={port}", "--recipe", "exact", *settings]
@@ -314,14 +325,8 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
         server = Server(model[0])
         request.addfinalizer(server.kill)
         server.wait_until(server.healthy, 240)
-    body = {
-        "model": "tiny",
-        "prompt": [1, 2, 3],
-        "max_tokens": 400,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
+    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
     call = urllib.request.Request(
         server.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -343,8 +348,9 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
         server.process.send_signal(signal.SIGTERM)
     assert server.wait_for_end() == 0
     reader.join()
-    assert sum(line.startswith(b"data: {") for line in lines) >= 400
-    assert b"data: [DONE]\n" in lines
+    events = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 400
 
 
 @needs_vllm
