@@ -23,7 +23,7 @@ from .arguments import Parser
 from .errors import UserError
 
 VOCABULARY, SEQUENCE = 1024, 128
-BASE_STEPS, RETRAIN_STEPS, DEPTHS = 800, 320, [1, 2, 4, 8]
+BASE_STEPS, RETRAIN_STEPS, DEPTHS = 600, 240, [1, 2, 4, 8]
 HELD_OUT_BYTES = 150_000
 MINIMUM_BYTES = 1_000_000
 
