@@ -46,8 +46,10 @@ def convert(
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
     path, out = find_source(str(source), recipe.revision), Path(out).expanduser()
-    if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
+    if out.resolve().is_relative_to(path.resolve()):
         raise UserError(f"the output {out} lies in the source {path}; choose another directory")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"the output {out} holds the source {path} and would replace it; choose another directory")
     source_config = read_config(path)
     plan = make_plan(recipe, attention_types(source_config))
     with torch.device("meta"):

@@ -187,6 +187,7 @@ def test_adapters_and_files(capsys, tmp_path, source):
 def test_the_output_may_not_lie_in_the_source(capsys, source):
     assert "lies in the source" in refused(capsys, source, source, source / "out", "sizes=1,2,1")
     assert "lies in the source" in refused(capsys, source, source, source, "sizes=1,2,1", "--force")
+    assert "holds the source" in refused(capsys, source, source, source.parent, "sizes=1,2,1", "--force")
 
 
 def test_tying_different_attention_types_is_refused(capsys, tmp_path):
