@@ -6,17 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..recipe import Section
+from ..recipe import Section, numbers
 
-
-def _numbers(value: object) -> object:
-    """Lists on the command line may be written as 1,2,3; YAML reads that as text."""
-    if isinstance(value, str):
-        return [int(v) if v.strip().isdigit() else v for v in value.split(",")]
-    return [value] if isinstance(value, int) else value
-
-
-Numbers = Annotated[list[int], BeforeValidator(_numbers)]
+Numbers = Annotated[list[int], BeforeValidator(numbers)]
 
 
 class Layers(Section):

@@ -22,6 +22,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def numbers(value: object) -> object:
+    """A validator's first step: lists of numbers may be written as 1,2,3, which YAML reads as text."""
+    if isinstance(value, str):
+        return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
 R = TypeVar("R", bound=Section)
 
 

@@ -6,20 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from loopwise.recipe import Section
+from loopwise.recipe import Section, numbers
 
 from .curriculum import RAMPS
 
-
-def _numbers(value: object) -> object:
-    """Lists of numbers may be written as 1,2,3, which YAML reads as text."""
-    if isinstance(value, str):
-        return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
-    return [value] if isinstance(value, int) else value
-
-
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-Depths = Annotated[list[PositiveInt], BeforeValidator(_numbers)]
+Depths = Annotated[list[PositiveInt], BeforeValidator(numbers)]
 COOLDOWN = 0.2
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
