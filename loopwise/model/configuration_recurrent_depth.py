@@ -23,6 +23,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
         injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]).
+        bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
 
@@ -31,7 +32,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     model_type = "recurrent_depth"
     sub_configs: ClassVar[dict[str, Any]] = {"source_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "depth_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "last_state", "states", "depth_logits"]
 
     source_config: Any = None
     prelude: list[int] = field(default_factory=list)
@@ -43,6 +44,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_std: float = 0.0087
     state_seed: int = 0
     injection: str = "none"
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         source, self.source_config = self.source_config, None  # so that the base class takes none of its fields as ours
@@ -55,6 +59,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if source is None:  # transformers builds an empty config to compute differences
             return
         self.source_config = source
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # generation reads them from the saved fields
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(source, name, None))
         if self._attn_implementation is not None:
             source._attn_implementation = self._attn_implementation
         self._check()

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens of this call, D width, R recurrences, V vocabulary.
 from __future__ import annotations
 
 import copy
+import difflib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,6 +24,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .initial_state import initial_state
@@ -33,11 +35,22 @@ from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, wi
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R; `depth_logits` [R, B, T, V] are the
-    logits read out after each recurrence."""
+    logits read out after each recurrence; `hidden_states` are the inputs of every layer that ran, then the normed end.
+    """
 
-    state: torch.Tensor | None = None
+    last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
+
+    @property
+    def state(self) -> torch.Tensor | None:
+        """s_R. No field of its own: `generate` takes one of this name for a cache."""
+        return self.last_state
+
+
+OPTIONS = (
+    "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
+)  # fmt: skip
 
 
 @dataclass
@@ -113,6 +126,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.source.set_output_embeddings(new_embeddings)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -146,14 +160,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """
         config = self.config
         recurrences = config.num_recurrences if num_recurrences is None else num_recurrences
-        if recurrences < 1:
-            raise ValueError(f"num_recurrences={recurrences}: at least 1")
-        if grad_recurrences is not None and grad_recurrences < 1:
-            raise ValueError(f"grad_recurrences={grad_recurrences}: at least 1")
+        for name, value in (("num_recurrences", recurrences), ("grad_recurrences", grad_recurrences)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: an integer, at least 1")
+        for name in kwargs:  # what is no option of ours goes to the source, which ignores what it does not know
+            if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
+                raise TypeError(f"forward() has no argument {name!r}: did you mean {near[0]!r}?")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
         if output_depth_logits and (use_cache or past_key_values is not None):
             raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         if use_cache is None:
             in_config = getattr(config, "use_cache", True) and not self.training and not output_depth_logits
             use_cache = past_key_values is not None or in_config
@@ -175,6 +193,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             read_all_depths=output_depth_logits,
             keep_hidden=bool(output_hidden_states),
         )
+        at_end = self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0])) if output_hidden_states else None
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
         try:
             out = self.source(
@@ -185,10 +204,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                return_dict=True,
                 **kwargs,
             )
         finally:
             self._call = None
+            if at_end:
+                at_end.remove()
         logits, depth_logits = out.logits, None
         if output_depth_logits:
             depth_logits = logits.unflatten(0, (recurrences, -1))
@@ -201,7 +223,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
-            state=call.states[-1],
+            last_state=call.states[-1],
             states=torch.stack(call.states) if output_states else None,
             depth_logits=depth_logits,
         )

@@ -30,6 +30,8 @@ def layer_list_name(model: nn.Module, num_layers: int) -> str:
 # annotations in transformers do not tell: some promise a tuple and return a tensor.)
 TUPLE_LAYERS = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"}
 
+WINDOWED = ("sliding_attention", "chunked_attention")  # attention types whose key-value cache keeps a window only
+
 
 class Tap(nn.Module):
     """Stands at place `index` of the source's layer list."""
@@ -70,21 +72,34 @@ def with_slot(arguments: Iterable, cache: Cache | None, slot: int) -> list:
 def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
     """Make `cache` ready for a call at `num_recurrences`, growing it where it has too few slots.
 
-    Raises ValueError where a fixed-size cache cannot grow, or where a depth holds fewer positions than the others:
-    reading it would silently skip what those positions said.
+    Raises ValueError where a fixed-size cache cannot grow, where its layers are of other attention types than the
+    slots, or where the deepest slots hold fewer positions than the first: reading them would silently skip what those
+    positions said.
     """
     slots = config.slots(num_recurrences)
+    types, options = get_layer_types_and_kwargs(config.source_config)
+    if isinstance(cache, DynamicCache):
+        while len(cache.layers) > len(slots) and not cache.layers[-1].is_initialized:
+            cache.layers.pop()  # `crop`, which assisted decoding calls, fails on slots that were never written
     if cache.layer_class_to_replicate is None and len(cache.layers) < len(slots):
         if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"num_recurrences={num_recurrences}: this {type(cache).__name__} has slots for "
                 f"max_recurrences={config.max_recurrences}; raise that before the cache is made, or use a DynamicCache"
             )
-        types, options = get_layer_types_and_kwargs(config.source_config)
         for layer in slots[len(cache.layers) :]:
             cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[types[layer]](**options[layer]))
-    lengths = [cache.get_seq_length(slot) for slot in range(len(slots))]
-    if all(isinstance(length, int) for length in lengths) and len(set(lengths)) > 1:
+    sliding = [layer.is_sliding for layer in cache.layers[: len(slots)]]
+    if any(sliding) and sliding != [types[layer] in WINDOWED for layer in slots]:
+        raise ValueError(
+            f"the attention types of this {type(cache).__name__}'s layers are not those of the model's key-value "
+            "slots; make it with config=model.config"
+        )
+    ends = [cache.get_seq_length(slot) for slot in (0, len(slots) - 1)]
+    if torch.compiler.is_compiling():  # a static cache counts in tensors, once it has been written
+        ends = [-1 if isinstance(length, torch.Tensor) else length for length in ends]
+    if int(ends[0]) != int(ends[1]):
+        lengths = [int(cache.get_seq_length(slot)) for slot in range(len(slots))]
         filled = sum(length == lengths[0] for length in lengths) - len(config.prelude) - len(config.coda)
         raise ValueError(
             f"num_recurrences={num_recurrences}, but the cache holds all {lengths[0]} positions only up to depth "

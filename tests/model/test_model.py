@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.initial_state import counter_normal
@@ -90,8 +90,27 @@ def test_hidden_states_are_the_input_of_every_layer_that_ran():
     model = build()
     with torch.no_grad():
         out = model(ids(), num_recurrences=2, output_hidden_states=True)
-    assert len(out.hidden_states) == 1 + 2 * 2 + 1
+    assert len(out.hidden_states) == 1 + 2 * 2 + 1 + 1
     assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids()))
+    assert torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
+    model.config.output_hidden_states = True
+    assert len(model(ids()).hidden_states) == 1 + 3 * 2 + 1 + 1
+
+
+def test_a_tuple_on_request():
+    model = build()
+    with torch.no_grad():
+        out = model(ids(), return_dict=False, use_cache=False)
+        assert isinstance(out, tuple)
+        assert torch.equal(out[0], model(ids()).logits)
+
+
+def test_arguments_that_do_not_exist_are_refused():
+    model = build()
+    with pytest.raises(TypeError, match="did you mean 'num_recurrences'"):
+        model(ids(), num_recurrence=3)
+    with pytest.raises(ValueError, match="num_recurrences='3'"):
+        model(ids(), num_recurrences="3")
 
 
 @pytest.mark.parametrize("state_init", ["input", "zeros", "normal"])
@@ -117,6 +136,42 @@ def test_static_cache_equals_dynamic():
     assert torch.equal(model.generate(ids(), cache_implementation="static", **GREEDY), model.generate(ids(), **GREEDY))
     with pytest.raises(ValueError, match="max_recurrences=8"):
         model.generate(ids(), cache_implementation="static", num_recurrences=9, **GREEDY)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"max_new_tokens": 20}])
+def test_ways_of_generating_do_not_depend_on_the_cache(model_type, options):
+    model = build(model_type)
+    options = {**GREEDY, "num_recurrences": 2, **options}
+    prompt = ids(1, 6).repeat(1, 2)  # so that looking up the prompt proposes tokens
+    cached = model.generate(prompt, **options)
+    if "prompt_lookup_num_tokens" in options:
+        options.pop("prompt_lookup_num_tokens")
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
+
+
+def test_a_cache_of_other_attention_types_is_refused():
+    model = build("gemma3_text")
+    with pytest.raises(ValueError, match="config=model.config"):
+        model(ids(), past_key_values=DynamicCache(config=model.config.source_config))
+
+
+def test_a_static_cache_is_not_read_deeper_than_it_was_filled():
+    model = build()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(ids(), past_key_values=cache, num_recurrences=2)
+        with pytest.raises(ValueError, match="only up to depth 2"):
+            model(ids()[:, :1], past_key_values=cache, num_recurrences=3)
+
+
+def test_special_tokens_are_those_of_the_source(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    for loaded in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        found = loaded.generation_config
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (0, 1, 2)
 
 
 def test_decoding_shallower_is_allowed_and_deeper_than_the_cache_is_an_error():
