@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 from ..arguments import Parser
 from ..errors import UserError
@@ -43,7 +42,7 @@ def export(
 ) -> float | None:
     """Write `model` at R = `unroll` as layers prelude, R x core, coda of a plain model of the source architecture.
 
-    Returns the largest difference in logits (float32) between the written model, reloaded, and `model` at that R; None
+    Returns the largest difference in logits between the written model, reloaded, and `model` at that R; None
     without `check`. Raises UserError for what the source architecture cannot express: an injection, a state that does
     not start as the input.
     """
@@ -55,7 +54,7 @@ def export(
     from .source import SourceWeights, copy_carried, empty_model, read_recurrent_config
     from .write import Pending, new_directory, write_weights
 
-    path, out = Path(model).expanduser(), Path(out).expanduser()
+    path = Path(model).expanduser()
     config = read_recurrent_config(path)
     if unroll < 1:
         raise UserError(f"--unroll {unroll}: at least 1 recurrence")
@@ -88,7 +87,7 @@ def export(
                 if name.startswith(first):
                     add(f"{layers}.{n}.{name.removeprefix(first)}", name)
         target.dtype, target.architectures = config.dtype, [type(plain).__name__]
-        with new_directory(out, force) as directory:
+        with new_directory(Path(out), path, force) as directory:
             copy_carried(path, directory)
             write_weights(tensors, directory, show_progress)
             target.save_pretrained(directory)
@@ -96,20 +95,13 @@ def export(
 
 
 def _verify(path: Path, directory: Path, unroll: int) -> float:
-    """Largest difference in logits (float32) between the two checkpoints. Raises UserError if there is one."""
+    """Largest difference in logits between the two checkpoints. Raises UserError if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from ..model import RecurrentDepthForCausalLM
-    from .verify import sample
+    from .verify import difference, reloaded, sample
 
-    want = cast(Any, RecurrentDepthForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
-    got = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids, mask = sample(want.config, seed=0)
-    with torch.no_grad():
-        a = want(ids, attention_mask=mask, num_recurrences=unroll).logits
-        b = got(ids, attention_mask=mask).logits
-    difference = (a - b)[mask.bool()].abs().max().item()
-    if difference != 0:
-        raise UserError(f"verification failed: the logits differ by {difference:.3g}; nothing was written")
-    return difference
+    with reloaded(path) as want, reloaded(directory) as got, torch.no_grad():
+        ids, mask = sample(want.config, seed=0)
+        a = want(ids, attention_mask=mask, num_recurrences=unroll, use_cache=False).logits
+        b = got(ids, attention_mask=mask, use_cache=False).logits
+        return difference(b, a, mask, "the plain model", tolerance=0)

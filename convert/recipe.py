@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from ..recipe import Section, numbers
-
-Numbers = Annotated[list[int], BeforeValidator(numbers)]
+from ..recipe import Count, Integer, Integers, Number, Section
 
 
 class Layers(Section):
     """Explicit source-layer ids, counted from 0."""
 
-    prelude: Numbers = Field([], description="source layers that run once, first")
-    core: Numbers = Field([], description="source layers that recur")
-    coda: Numbers = Field([], description="source layers that run once, last")
+    prelude: Integers = Field([], description="source layers that run once, first")
+    core: Integers = Field([], description="source layers that recur")
+    coda: Integers = Field([], description="source layers that run once, last")
 
 
 class ConvertRecipe(Section):
@@ -25,11 +23,13 @@ class ConvertRecipe(Section):
     method: Literal["recursive", "retrofit"] = Field(
         "retrofit", description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core"
     )
-    loops: int | None = Field(None, description="recursive: number of loops B; it divides the number of source layers")
+    loops: Count | None = Field(
+        None, description="recursive: number of loops B; it divides the number of source layers"
+    )
     init: Literal["stepwise", "average", "lower"] = Field(
         "stepwise", description="recursive: tied layers start as evenly spaced, averaged, or the first source layers"
     )
-    sizes: Numbers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
+    sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
     injection: Literal["none", "add", "linear"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
@@ -37,16 +37,16 @@ class ConvertRecipe(Section):
     state_init: Literal["input", "zeros", "normal"] | None = Field(
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
     )
-    state_std: float = Field(0.0087, gt=0, description="scale of state_init=normal")
-    num_recurrences: int | None = Field(None, ge=1, description="R at inference (default: recursive loops, retrofit 4)")
-    max_recurrences: int | None = Field(
-        None, ge=1, description="greatest R that can be served (default: num_recurrences, at least 8)"
+    state_std: Number = Field(0.0087, gt=0, description="scale of state_init=normal")
+    num_recurrences: Count | None = Field(None, description="R at inference (default: recursive loops, retrofit 4)")
+    max_recurrences: Count | None = Field(
+        None, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of the weights (default: the source's)"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
-    seed: int = Field(0, ge=0, description="of the normal initial state and of the tokens used to verify")
+    seed: Integer = Field(0, ge=0, lt=2**63, description="of the normal initial state and of the tokens used to verify")
 
     @model_validator(mode="after")
     def _consistent(self) -> ConvertRecipe:

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..checkpoint import config_fields, weight_files
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARRIED = (  # what travels from the source to the output beside the weights
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
 def find_source(source: str, revision: str | None) -> Path:
     """The local directory of `source`, a directory or a hub id. Raises UserError where there is neither."""
+    if not source:
+        raise UserError("SOURCE is empty; give the directory of a checkpoint, or a hub id")
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -41,7 +44,7 @@ def find_source(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", *CARRIED]
+        patterns = ["*.json", "*.safetensors", *CARRIED, "additional_chat_templates/*"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -59,11 +62,11 @@ def read_config(path: Path) -> Any:
         raise UserError(
             f"{path} is a PEFT adapter; merge it into its base model first (merge_and_unload), then convert"
         )
-    fields = _config_fields(path)
+    fields = config_fields(path)
     model_type = fields["model_type"]
     if model_type == "recurrent_depth":
         raise UserError(f"{path} is a recurrent-depth model already")
-    if "quantization_config" in fields:
+    if fields.get("quantization_config") is not None:
         raise UserError(f"{path} is quantised; convert the unquantised checkpoint, and quantise the result")
     if "text_config" in fields:
         raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
@@ -72,10 +75,21 @@ def read_config(path: Path) -> Any:
             f"{path} ({model_type}) needs remote code, which is not run; only transformers' own are converted"
         )
     check_supported(model_type)
+    if fields.get("scale_attn_by_inverse_layer_idx"):
+        raise UserError(
+            f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that recurs "
+            "does not have; train the model without it first"
+        )
     try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers' strict configs raise their own kinds
-        raise UserError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(path)
+        if config.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={config.num_hidden_layers}")
+        with torch.device("meta"):
+            empty_model(config)
+    except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path / 'config.json'}: no {model_type} model can be built from it ({reason})") from None
+    return config
 
 
 def read_recurrent_config(path: Path) -> Any:
@@ -84,22 +98,10 @@ def read_recurrent_config(path: Path) -> Any:
 
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a recurrent-depth checkpoint")
-    kind = _config_fields(path).get("model_type")
+    kind = config_fields(path).get("model_type")
     if kind != "recurrent_depth":
         raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
     return RecurrentDepthConfig.from_pretrained(path)
-
-
-def _config_fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} has no config.json; give the directory of a transformers checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.json'}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise UserError(f"{path / 'config.json'} has no model_type")
-    return fields
 
 
 def empty_model(config: Any) -> PreTrainedModel:
@@ -117,68 +119,117 @@ def copy_carried(path: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
+@dataclass
+class _Stored:
+    """How one tensor of the model stands on disk: `pieces` are (safetensors file, name in it, pattern of `converter`).
+
+    `name` is what it is called on disk, with the prefix that old checkpoints leave out.
+    """
+
+    name: str
+    converter: WeightConverter | None
+    pieces: list[tuple[Any, str, str | None]]
+
+
 class SourceWeights:
     """The tensors of a source by their names in the transformers model, read one at a time.
 
-    `model` is the source model on the meta device: names and shapes are checked against it. Use as a context manager.
-    Raises UserError for missing, truncated or pickled weights, missing or unknown tensors, and wrong shapes.
+    `model` is the source model on the meta device: names and shapes are checked against it. What transformers renames
+    or converts on loading (GPT-NeoX's head, the experts of a mixture in one tensor) is renamed and converted here by
+    the same rules. Use as a context manager.
+
+    `untied` tells that the config ties embeddings and head, while the files hold two different ones; as in
+    transformers, the files win. Raises UserError for missing, truncated or pickled weights, missing or unknown
+    tensors, and wrong shapes.
     """
 
     def __init__(self, path: Path, model: PreTrainedModel):
-        self.files = _weight_files(path)
-        self._stack, self._where, self._stored = ExitStack(), {}, {}
-        expected, tied = model.state_dict(), set(model.all_tied_weights_keys)
-        prefix, model_type = model.base_model_prefix, model.config.model_type  # old checkpoints leave the prefix out
-        renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-        for file in self.files:
-            try:
-                handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: truncated or not a safetensors file ({error})") from None
-            for raw in handle.keys():  # noqa: SIM118 (not a dict)
-                name, stored = raw, raw
-                for renaming in renamings:
-                    name, _ = renaming.rename_source_key(name)
-                if name not in expected:
-                    name, stored = f"{prefix}.{name}", f"{prefix}.{raw}"
-                if name in tied or _is_buffer(raw):
+        self.files = weight_files(path)
+        self._stack, self._model, self._stored = ExitStack(), model, {}
+        self._expected = expected = model.state_dict()
+        self._find_tensors(model, expected)
+        self.untied = False
+        for target, tied in model.all_tied_weights_keys.items():
+            if target in self._stored and tied not in self._stored:
+                self._stored[tied] = self._stored.pop(target)
+            elif target in self._stored and torch.equal(self.read(target), self.read(tied)):
+                del self._stored[target]
+            elif target in self._stored:
+                self.untied = True
+        absent = [name for name in expected if name not in self._stored and name not in model.all_tied_weights_keys]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(f"{path}: the weights lack {absent[0]}{more}, which the config asks for")
+
+    def _find_tensors(self, model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
+        prefix, mapping = model.base_model_prefix, get_model_conversion_mapping(model)
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        handles = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        raws = [(raw, handle, file) for handle, file in zip(handles, self.files, strict=True) for raw in handle.keys()]  # noqa: SIM118
+        for raw, handle, file in sorted(raws, key=lambda found: dot_natural_key(found[0])):
+            (name, pattern), stored = rename_source_key(raw, renamings, converters), raw
+            if name not in expected and f"{prefix}.{name}" in expected:
+                name, stored = f"{prefix}.{name}", f"{prefix}.{raw}"
+            elif name not in expected and raw in expected:  # converted already
+                name, pattern = raw, None
+            if name not in expected:
+                if _is_buffer(raw):
                     continue
-                if name not in expected:
-                    raise UserError(f"{file}: tensor {raw} is not one of a {model_type} model of this config")
-                shape = list(handle.get_slice(raw).get_shape())
-                if shape != list(expected[name].shape):
-                    raise UserError(f"{file}: {raw} has shape {shape}; the config says {list(expected[name].shape)}")
-                self._where[name] = (handle, raw)
-                self._stored[name] = stored
-        missing = [name for name in expected if name not in self._where and name not in tied]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{path}: tensor {missing[0]}{more} missing from the weights")
+                raise UserError(
+                    f"{file}: tensor {raw} is not one of a {model.config.model_type} model of this config; if it is "
+                    "not needed, load the model in transformers and save_pretrained it, which drops it"
+                )
+            kind = handle.get_slice(raw).get_dtype()
+            if kind not in _DTYPES:
+                raise UserError(f"{file}: {raw} has type {kind}; convert the model to {', '.join(_DTYPES)} first")
+            shape = list(handle.get_slice(raw).get_shape())
+            if pattern is None and shape != list(expected[name].shape):
+                raise UserError(f"{file}: {raw} has shape {shape}; the config says {list(expected[name].shape)}")
+            converter = by_pattern[pattern] if pattern is not None else None
+            stored = name if converter else stored
+            self._stored.setdefault(name, _Stored(stored, converter, [])).pieces.append((handle, raw, pattern))
 
     def __enter__(self) -> SourceWeights:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
     def names(self) -> list[str]:
-        return list(self._where)
+        """All tensors, in the model's order; of tied ones the first."""
+        return [name for name in self._expected if name in self._stored]
 
     def stored_name(self, name: str) -> str:
         """The name on disk, which transformers renames on loading for some architectures (GPT-NeoX: embed_out)."""
-        return self._stored[name]
+        return self._stored[name].name
 
     def shape(self, name: str) -> list[int]:
-        handle, raw = self._where[name]
-        return list(handle.get_slice(raw).get_shape())
+        return list(self._expected[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        handle, raw = self._where[name]
+        handle, raw, _ = self._stored[name].pieces[0]
         return _DTYPES[handle.get_slice(raw).get_dtype()]
 
     def read(self, name: str) -> torch.Tensor:
-        handle, raw = self._where[name]
-        return handle.get_tensor(raw)
+        """The tensor `name`; of tied ones, any. Raises UserError where its parts do not make it up."""
+        if name not in self._stored:
+            name = self._model.all_tied_weights_keys[name]
+        stored = self._stored[name]
+        if stored.converter is None:
+            handle, raw, _ = stored.pieces[0]
+            return handle.get_tensor(raw)
+        converter = copy.deepcopy(stored.converter)
+        for handle, raw, pattern in stored.pieces:
+            converter.add_tensor(name, raw, cast(str, pattern), cast(Any, handle.get_tensor(raw)))
+        made: Any = converter.convert(name, model=self._model, config=self._model.config)[name]
+        tensor = made[0] if isinstance(made, list) else made
+        if list(tensor.shape) != self.shape(name):
+            raise UserError(
+                f"{stored.pieces[0][1]}, ...: make a tensor of shape {list(tensor.shape)}, not {self.shape(name)}"
+            )
+        return tensor
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every weight file."""
@@ -195,25 +246,3 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def _is_buffer(name: str) -> bool:
     """Tables that older transformers stored and newer ones compute."""
     return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", "masked_bias"))
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError):
-            raise UserError(f"{path / INDEX}: not a safetensors index") from None
-        files = [path / shard for shard in shards]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file}: missing, though {INDEX} names it")
-        return files
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickled:
-        raise UserError(
-            f"{pickled[0]}: pickled weights can run code and are not read; load the model in transformers and "
-            "save_pretrained it as safetensors"
-        )
-    raise UserError(f"{path} has a config but no weights ({WEIGHTS} or {INDEX})")

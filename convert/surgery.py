@@ -45,17 +45,15 @@ def convert(
     largest difference in logits (float32) between the written model, reloaded, and the source's own layers.
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
-    path, out = find_source(str(source), recipe.revision), Path(out).expanduser()
-    if out.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"the output {out} lies in the source {path}; choose another directory")
-    if path.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"the output {out} holds the source {path} and would replace it; choose another directory")
+    path = find_source(str(source), recipe.revision)
     source_config = read_config(path)
     plan = make_plan(recipe, attention_types(source_config))
     with torch.device("meta"):
         source_model = empty_model(source_config)
     with SourceWeights(path, source_model) as weights:
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        if weights.untied:
+            source_config.tie_word_embeddings = False
         config = _config(source_config, plan, recipe, dtype or _common_dtype(weights))
         tensors = _tensors(config, plan, source_model, weights, dtype)
         facts: dict[str, Any] = {
@@ -72,7 +70,7 @@ def convert(
         }
         if dry_run:
             return facts
-        with new_directory(out, force) as directory:
+        with new_directory(Path(out), path, force) as directory:
             copy_carried(path, directory)
             facts["source"]["sha256"] = weights.hashes()
             write_weights(tensors, directory, show_progress)

@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig
 
 from ..errors import UserError
-from ..model import RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from ..unroll import config_with_layers
 from .plan import Plan
 from .source import SourceWeights, empty_model
+from .stream import streamed
 
-TOLERANCE = 1e-4  # float32 logits; equality is bit for bit unless weights were averaged or cast
+TOLERANCE = 1e-4  # of logits; equality is bit for bit unless weights were averaged
+DEPTH = 4  # checked no deeper: every recurrence computes the same
 
 
 def verify(
     directory: Path, plan: Plan, source_config: Any, weights: SourceWeights, dtype: torch.dtype | None, seed: int
 ) -> float:
-    """Largest difference between the logits (float32) of the checkpoint in `directory`, reloaded, and of a plain model
-    of the source architecture in which the source's layers are written out.
+    """Largest difference between the logits of the checkpoint in `directory`, reloaded, and of a plain model of the
+    source architecture in which the source's layers are written out.
 
-    Checked at one recurrence, and without injection also at the plan's R, on two random sequences, one padded on the
-    left. An injection is checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else
-    zeros. Raises UserError above TOLERANCE.
+    Both run in the checkpoint's dtype, holding one module's weights at a time, on two random sequences, one padded on
+    the left. Checked at one recurrence, and without injection also at the plan's R (at most DEPTH). An injection is
+    checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else zeros; from the
+    model's own state the logits must be finite. Raises UserError above TOLERANCE.
     """
-    model = RecurrentDepthForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids, mask = sample(source_config, seed)
+    deep = min(plan.num_recurrences, DEPTH)
     from_input = plan.state_init == "input" and plan.injection != "add"
     state = None if from_input else torch.zeros(*ids.shape, source_config.hidden_size)
     worst = 0.0
-    for depth in sorted({1, plan.num_recurrences} if plan.injection == "none" else {1}):
-        reference = _written_out(plan, source_config, weights, dtype, depth)
-        with torch.no_grad():
-            want = reference(ids, attention_mask=mask).logits
-            got = model(ids, attention_mask=mask, num_recurrences=depth, initial_state=state).logits
-        difference = (got - want).abs()[mask.bool()].max().item()
-        worst = max(worst, difference)
-        if not difference <= TOLERANCE:  # NaN fails too
+    with reloaded(directory) as model, torch.no_grad():
+        for depth in sorted({1, deep} if plan.injection == "none" else {1}):
+            want = _written_out(plan, source_config, weights, dtype, depth, model.dtype)(ids, attention_mask=mask)
+            got = model(ids, attention_mask=mask, num_recurrences=depth, initial_state=state, use_cache=False)
+            worst = max(worst, difference(got.logits, want.logits, mask, f"at {depth} recurrences the written model"))
+        own = model(ids, attention_mask=mask, num_recurrences=deep, use_cache=False).logits
+        if not own[mask.bool()].isfinite().all():
             raise UserError(
-                f"verification failed: at {depth} recurrences the written model's logits differ from the source "
-                f"layers' by {difference:.3g}, over {TOLERANCE:g}; nothing was written"
+                f"verification failed: from its initial state ({plan.state_init}), at {deep} recurrences, the model's "
+                "logits are not finite; nothing was written"
             )
     return worst
+
+
+def difference(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor, what: str, tolerance=TOLERANCE) -> float:
+    """Largest difference of logits [B, T, V] where mask [B, T] is set. Raises UserError above `tolerance`, or NaN."""
+    found = (got - want)[mask.bool()].abs().max().item()
+    if not found <= tolerance:
+        raise UserError(
+            f"verification failed: {what} has logits that differ by {found:.3g} from those expected, over "
+            f"{tolerance:g}; nothing was written"
+        )
+    return found
 
 
 def sample(config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,25 +71,33 @@ def sample(config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+@contextmanager
+def reloaded(directory: Path) -> Iterator[Any]:
+    """The model of the checkpoint in `directory`, in its dtype, its weights read as they are used."""
+    config: Any = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        empty = empty_model(config)
+    with SourceWeights(directory, empty) as weights:
+        yield streamed(lambda: empty_model(config), weights.read, config.dtype)
+
+
 def _written_out(
-    plan: Plan, source_config: Any, weights: SourceWeights, dtype: torch.dtype | None, depth: int
-) -> PreTrainedModel:
+    plan: Plan, source_config: Any, weights: SourceWeights, cast: torch.dtype | None, depth: int, dtype: torch.dtype
+) -> Any:
     """The source architecture with prelude, `depth` times the core, and coda as layers of its own."""
     config = config_with_layers(source_config, plan.prelude + plan.core * depth + plan.coda)
     parents = plan.parents["prelude"] + plan.parents["core"] * depth + plan.parents["coda"]
-    with no_init_weights():
-        model = empty_model(config).float().eval()
-    layers = layer_list_name(model, config.num_hidden_layers) + "."
-    tied = set(model.all_tied_weights_keys)
-    with torch.no_grad():
-        for name, parameter in model.state_dict().items():
-            if name in tied:
-                continue
-            names = [name]
-            if name.startswith(layers):
-                n, _, suffix = name.removeprefix(layers).partition(".")
-                names = [f"{layers}{parent}.{suffix}" for parent in parents[int(n)]]
-            kind = dtype or weights.dtype(names[0])
-            parameter.copy_(torch.stack([weights.read(n).float() for n in names]).mean(0).to(kind))
-    model.tie_weights()
-    return model
+    with torch.device("meta"):
+        layers = layer_list_name(empty_model(config), config.num_hidden_layers) + "."
+
+    def read(name: str) -> torch.Tensor:
+        names = [name]
+        if name.startswith(layers):
+            n, _, suffix = name.removeprefix(layers).partition(".")
+            names = [f"{layers}{parent}.{suffix}" for parent in parents[int(n)]]
+        if len(names) == 1:
+            return weights.read(names[0])
+        mean = torch.stack([weights.read(n).float() for n in names]).mean(0)
+        return mean.to(cast or weights.dtype(names[0]))
+
+    return streamed(lambda: empty_model(config), read, dtype)

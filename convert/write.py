@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -34,40 +35,75 @@ class Pending:
 
 
 @contextlib.contextmanager
-def new_directory(out: Path, force: bool) -> Iterator[Path]:
+def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    Raises UserError where `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
+    `source` is the directory that is read meanwhile. With `force`, what stood at `out` goes once the new directory is
+    complete; killed at any moment, one of the two is there, or is put back by the next call. Raises UserError where
+    `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a directory for the output")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    out = _place(out, source, force)
+    partial, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
+        _settle(out)
         partial.mkdir()
         yield partial
-        if out.is_dir():  # the old output goes only once the new one is complete
-            old = partial.with_name(f".{out.name}.old-{os.getpid()}")
+        if out.is_dir():
             out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
+        partial.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
+        _restore(old, out)
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what a killed process left beside `out`; a living one keeps its own."""
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        pid = stale.name.rpartition("-")[2]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
+def _place(out: Path, source: Path, force: bool) -> Path:
+    """Where `out` really stands, links followed. Raises UserError where it may not be written."""
+    if str(out) in ("", "."):
+        raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
+    place, source = out.expanduser().resolve(), source.resolve()
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{out} is a file; give a directory for the output")
+    if place.is_relative_to(source):
+        raise UserError(f"the output {out} lies in the source {source}; choose another directory")
+    if source.is_relative_to(place):
+        raise UserError(f"the output {out} holds the source {source} and would replace it; choose another directory")
+    if Path.cwd().is_relative_to(place):
+        raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
+    if place.is_dir() and any(place.iterdir()) and not force:
+        raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
+    return place
+
+
+def _settle(out: Path) -> None:
+    """Put back or remove what a killed process left beside `out`; a living one keeps its own."""
+    for kind in ("old", "partial"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            if _alive(int(stale.name.rpartition("-")[2])):
+                continue
+            if kind == "old":
+                _restore(stale, out)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _restore(old: Path, out: Path) -> None:
+    """`old` back to its place `out`, or away where something stands there."""
+    if old.is_dir() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_weights(tensors: list[Pending], directory: Path, show_progress: bool) -> None:

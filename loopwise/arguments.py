@@ -15,6 +15,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, exit 2."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace(", key=value", "")  # argparse lists it as required, though it may be left out
         raise UserError(f"{message}; see {self.prog} --help")
 
 

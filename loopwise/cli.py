@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 
 from . import __version__
 from .errors import UserError, unknown
@@ -25,11 +26,15 @@ USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb. Returns the exit code."""
+    return guarded(_run, sys.argv[1:] if argv is None else argv)
+
+
+def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """What `run(argv)` returns, or the exit code of how it ended: 2 bad input (one line on stderr), 130 interrupted."""
     try:
         try:
-            return _run(argv)
+            return run(argv)
         finally:
             sys.stdout.flush()  # here, where it is still ours to handle that a reader has left
     except UserError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import Parser
+from .cli import guarded
 from .errors import UserError
 
 VOCABULARY, SEQUENCE = 1024, 128
@@ -28,7 +29,7 @@ HELD_OUT_BYTES = 150_000
 MINIMUM_BYTES = 1_000_000
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run the demo; returns an exit code."""
     parser = Parser(prog="loopwise.demo", description="Train, convert, retrain and serve a small model.")
     parser.add_argument(
@@ -37,15 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="DIR", default="demo-run", help="where everything is written (default demo-run)"
     )
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         demo(Path(args.out), Path(args.text) if args.text else None)
-    except UserError as error:
-        print(f"loopwise: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("loopwise: interrupted", file=sys.stderr)
-        return 130
     except subprocess.CalledProcessError as error:
         print(f"loopwise: error: the step above ended with exit code {error.returncode}", file=sys.stderr)
         return 1
@@ -178,7 +173,7 @@ def measure(model: str, held_out: Path, depths: list[int] | None) -> dict[str, A
     """What `loopwise eval --json` says of `model`, at each of `depths`."""
     argv = ["eval", model, f"data={held_out}", f"sequence_length={SEQUENCE}"]
     if depths is not None:
-        argv.append(f"num_recurrences={json.dumps(depths, separators=(',', ':'))}")
+        argv.append(f"num_recurrences={','.join(map(str, depths))}")
     print(f"\n$ loopwise {shlex.join(argv)}", flush=True)
     command = [sys.executable, "-m", "loopwise", *argv, "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -235,4 +230,4 @@ def _wait(client: Any, server: subprocess.Popen, log: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -6,10 +6,11 @@ A setting given on the command line replaces the recipe's. Dots reach into secti
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from .errors import UserError, unknown
 
@@ -22,12 +23,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+# What a number may be: no true, no 1.0 for an integer, no text but 1e-4, which YAML 1.1 does not take for a number.
+Integer = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(gt=0)]
+Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
+
+
 def numbers(value: object) -> object:
     """A validator's first step: lists of numbers may be written as 1,2,3, which YAML reads as text."""
     if isinstance(value, str):
         return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
     return [value] if isinstance(value, int) else value
 
+
+Integers = Annotated[list[Integer], BeforeValidator(numbers)]
+Counts = Annotated[list[Count], BeforeValidator(numbers)]
 
 R = TypeVar("R", bound=Section)
 
@@ -43,7 +59,7 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
         if not eq or not key:
             raise UserError(f"{setting!r} is not a setting: write key=value, for example {_example(model)}")
         try:
-            value = yaml.safe_load(text)
+            value = text if _takes_text(model, key.split(".")) else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{setting!r}: the value is not valid YAML ({_first_line(error)})") from None
         _put(values, key.split("."), value)
@@ -100,6 +116,19 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     options = getattr(annotation, "__args__", (annotation,))
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
+    """Whether the key takes text alone: revision=0123 is no octal number, then, and revision=1e3 no float."""
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    if path[1:]:
+        return any(_takes_text(section, path[1:]) for section in _sections(field.annotation))
+    options = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not NoneType]
+    if get_origin(field.annotation) is Literal:
+        options = [field.annotation]
+    return all(kind is str or get_origin(kind) is Literal for kind in options)
 
 
 def _example(model: type[BaseModel]) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..checkpoint import config_fields, weight_files
 from ..errors import UserError
 from .vllm.architectures import vllm_architecture
 from .vllm.limits import refuse
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
-SHARD_INDEX = "model.safetensors.index.json"
 
 
 @dataclass
@@ -33,7 +31,7 @@ def check_config(model: str) -> Facts:
     folder = Path(model)
     if not folder.is_dir():
         raise UserError(f"{model}: no such directory; {WANTED}")
-    config = _json(folder / "config.json")
+    config = config_fields(folder)
     kind = config.get("model_type")
     if kind != "recurrent_depth":
         raise UserError(
@@ -48,19 +46,16 @@ def check_config(model: str) -> Facts:
 
 def check_tensors(model: str) -> None:
     """Raises UserError unless the safetensors files of checkpoint `model` are whole and hold its tensors, no others."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     from ..model import RecurrentDepthConfig
     from .vllm.weights import Completeness
 
     folder = Path(model)
     names = []
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names += tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names += tensors.keys()
     try:
         completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
         for name in names:
@@ -68,30 +63,3 @@ def check_tensors(model: str) -> None:
         completeness.check()
     except ValueError as error:
         raise UserError(f"{model}: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SHARD_INDEX).is_file():
-        files = sorted({folder / name for name in _json(folder / SHARD_INDEX).get("weight_map", {}).values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: holds a config but no .safetensors weights")
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: named by {SHARD_INDEX}, but missing")
-    return files
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except OSError:
-        raise UserError(
-            f"{file}: no such file; MODEL is a directory written by `loopwise convert` or `train`"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
-    return content

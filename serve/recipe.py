@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..recipe import Section
+from ..recipe import Count, Integer, Section
 
 
 class ServeRecipe(Section):
-    num_recurrences: int | None = Field(None, ge=1, description="depth of every request; default the model's own")
+    num_recurrences: Count | None = Field(None, description="depth of every request; default the model's own")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    port: Integer = Field(8000, ge=1, le=65535, description="port to listen on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and cache; auto: the checkpoint's, but bfloat16 for float32"
     )
     name: str | None = Field(None, description="model name in the API; default the directory's name")
-    drain_seconds: int = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")
+    drain_seconds: Integer = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")

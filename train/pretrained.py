@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig
 
@@ -21,7 +20,8 @@ def load_config(model: str, revision: str | None) -> Any:
     if path.is_dir():
         if revision is not None:
             raise UserError(f"revision={revision!r} is for hub models; {model} is a local directory")
-        _check_weights(path)
+        config_fields(path)
+        weight_files(path)
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model}: no such model directory")
     with _told(model):
@@ -29,25 +29,6 @@ def load_config(model: str, revision: str | None) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model}: its weights are quantised and cannot be trained; start from the unquantised model")
     return config
-
-
-def _check_weights(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json in it, so it is not a model directory")
-    if not any(path.glob("*.safetensors")):
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        instead = (
-            f", only {pickles[0]}: pickled weights can run code, convert them to safetensors first" if pickles else ""
-        )
-        raise UserError(f"{path}: no *.safetensors weights in it{instead}")
-    index = path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    for file in sorted({*path.glob("*.safetensors"), *(path / name for name in names)}):
-        try:
-            with safe_open(file, framework="numpy"):  # reads the header and compares the length
-                pass
-        except Exception as error:
-            raise UserError(f"{file}: damaged or missing weights ({error})") from None
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:

@@ -193,7 +193,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             read_all_depths=output_depth_logits,
             keep_hidden=bool(output_hidden_states),
         )
-        at_end = self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0])) if output_hidden_states else None
+        at_end = (
+            self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0]))
+            if output_hidden_states
+            else None
+        )
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
         try:
             out = self.source(

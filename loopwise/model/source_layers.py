@@ -8,6 +8,7 @@ with the real layers. So no architecture's embedding, masking or head code is wr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,8 +80,9 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
     slots = config.slots(num_recurrences)
     types, options = get_layer_types_and_kwargs(config.source_config)
     if isinstance(cache, DynamicCache):
-        while len(cache.layers) > len(slots) and not cache.layers[-1].is_initialized:
-            cache.layers.pop()  # `crop`, which assisted decoding calls, fails on slots that were never written
+        layers: list[Any] = cache.layers
+        while len(layers) > len(slots) and not layers[-1].is_initialized:
+            layers.pop()  # `crop`, which assisted decoding calls, fails on slots that were never written
     if cache.layer_class_to_replicate is None and len(cache.layers) < len(slots):
         if not isinstance(cache, DynamicCache):
             raise ValueError(
@@ -89,7 +91,7 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
             )
         for layer in slots[len(cache.layers) :]:
             cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[types[layer]](**options[layer]))
-    sliding = [layer.is_sliding for layer in cache.layers[: len(slots)]]
+    sliding = cache.is_sliding[: len(slots)]
     if any(sliding) and sliding != [types[layer] in WINDOWED for layer in slots]:
         raise ValueError(
             f"the attention types of this {type(cache).__name__}'s layers are not those of the model's key-value "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -16,13 +15,11 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
+from ...unroll import config_with_layers
 from .architectures import vllm_architecture
 from .limits import check_depth, check_vllm_config
 from .recurrence import Recurrence, hand_on
 from .weights import Completeness, source_name
-
-# Lists in a source config that hold one entry a layer.
-PER_LAYER = ("layer_types", "no_rope_layers")
 
 
 class RecurrentDepthForCausalLM(nn.Module):
@@ -39,7 +36,8 @@ class RecurrentDepthForCausalLM(nn.Module):
         check_depth(config.num_recurrences, config.max_recurrences)
         check_vllm_config(vllm_config)
         self.config = config
-        unique = unique_config(config)
+        # One layer for each set of weights: prelude, core, coda.
+        unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
         inner = vllm_config.with_hf_config(unique, architectures=[vllm_architecture(unique.model_type)])
         inner.model_config.hf_text_config = inner.model_config.hf_config
         self.source = initialize_model(inner, prefix=maybe_prefix(prefix, "source"))
@@ -82,18 +80,6 @@ class RecurrentDepthForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"vLLM's model has parameters that the checkpoint does not fill: {sorted(missing)}")
         return loaded
-
-
-def unique_config(config: RecurrentDepthConfig):
-    """The source config of a model with one layer for each set of weights: prelude, core, coda."""
-    ids = [*config.prelude, *config.core, *config.coda]
-    unique = copy.deepcopy(config.source_config)
-    for name in PER_LAYER:
-        values = getattr(unique, name, None)
-        if isinstance(values, list):
-            setattr(unique, name, [values[i] for i in ids])
-    unique.num_hidden_layers = len(ids)
-    return unique
 
 
 def layer_list_name(model: nn.Module, count: int) -> str:

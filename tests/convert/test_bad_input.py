@@ -76,6 +76,13 @@ def test_a_missing_shard(capsys, tmp_path):
     assert shard.name in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_a_bad_index(capsys, tmp_path, source, index):
+    path = broken(source, tmp_path)
+    (path / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
 def test_a_pickle_only_checkpoint(capsys, tmp_path, source):
     path = broken(source, tmp_path)
     (path / "model.safetensors").unlink()
@@ -153,6 +160,14 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["sizes=1,2,1", "num_recurrences=9", "max_recurrences=4"], "max_recurrences=4"),
         (["sizes=1,2,1", "revision=main"], "revision"),
         (["sizes=1,2,1", "dtype=int8"], "dtype='int8'"),
+        (["sizes=1,2,1", "num_recurrences=2.0"], "num_recurrences=2.0"),
+        (["sizes=1,2,1", "num_recurrences=true"], "num_recurrences=True"),
+        (["sizes=1,2,true"], "sizes"),
+        (["sizes=1,2,1", "state_init=normal", "state_std=.inf"], "state_std=inf"),
+        (["sizes=1,2,1", "state_init=normal", "state_std=true"], "state_std=True"),
+        (["sizes=1,2,1", "seed=9223372036854775808"], "seed=9223372036854775808"),
+        (["sizes=1,2,1", "revision=0123456"], "revision='0123456'"),
+        (["sizes=1,2,1", "state_init=normal", "state_std=1e39"], "not finite"),
     ],
 )
 def test_settings(capsys, tmp_path, source, settings, said):
@@ -167,8 +182,12 @@ def test_settings(capsys, tmp_path, source, settings, said):
         ({"model_type": "recurrent_depth"}, "already"),
         ({"model_type": "my_own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
         ({"hidden_size": 128, "head_dim": 32}, "shape"),
-        ({"num_hidden_layers": 7}, "missing"),
-        ({"num_hidden_layers": 5}, "not one of"),
+        ({"num_hidden_layers": 7}, "lack model.layers.6"),
+        ({"num_hidden_layers": 5}, "save_pretrained it, which drops it"),
+        ({"num_hidden_layers": -1}, "config.json"),
+        ({"hidden_act": "magic"}, "magic"),
+        ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "magic"),
+        ({"num_attention_heads": "two"}, "num_attention_heads"),
     ],
 )
 def test_sources(capsys, tmp_path, source, fields, said):
@@ -188,6 +207,60 @@ def test_the_output_may_not_lie_in_the_source(capsys, source):
     assert "lies in the source" in refused(capsys, source, source, source / "out", "sizes=1,2,1")
     assert "lies in the source" in refused(capsys, source, source, source, "sizes=1,2,1", "--force")
     assert "holds the source" in refused(capsys, source, source, source.parent, "sizes=1,2,1", "--force")
+
+
+def test_outputs_that_would_replace_too_much(capsys, tmp_path, source, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out in (".", "", here, ".."):
+        assert "error: " in refused(capsys, tmp_path, source, out, "sizes=1,2,1", "--force")
+    assert "SOURCE is empty" in refused(capsys, tmp_path, "", "out", "sizes=1,2,1")
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path, source):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for force in ([], ["--force"]):
+        assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", *force]) == 0
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source, monkeypatch, again):
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "precious").write_text("x")
+    if again:  # killed there: the next call puts it back, though that call fails too
+        out.rename(tmp_path / ".out.old-999999999")
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 130
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_tensors_of_other_types(capsys, tmp_path, source):
+    from safetensors.torch import load_file, save_file
+
+    path = broken(source, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+    save_file(tensors, path / "model.safetensors")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    assert "model.norm.weight has type I32" in line
+    assert "BF16" in line
+
+
+def test_gpt2_scaled_by_the_place_of_a_layer(capsys, tmp_path):
+    path = save_source(tmp_path / "gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True)
+    assert "scale_attn_by_inverse_layer_idx" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
 
 def test_tying_different_attention_types_is_refused(capsys, tmp_path):

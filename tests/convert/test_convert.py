@@ -135,12 +135,15 @@ def test_explicit_layers_are_the_sizes_they_spell_out(tmp_path):
 def test_what_travels_along(tmp_path):
     source = save_source(tmp_path / "source", shard="100KB")
     assert len(list(source.glob("*.safetensors"))) > 1
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     run(source, tmp_path / "out", sizes="1,2,1")
     out = tmp_path / "out"
     old, new = (AutoTokenizer.from_pretrained(d) for d in (source, out))
     assert old("def f(x):")["input_ids"] == new("def f(x):")["input_ids"]
     assert old.chat_template == new.chat_template
     assert GenerationConfig.from_pretrained(out).temperature == 0.7
+    assert AutoTokenizer.from_pretrained(out).chat_template["tools"] == "{{ tools }}"
     facts = json.loads((out / "loopwise.json").read_text())
     assert facts["recipe"]["sizes"] == [1, 2, 1]
     assert facts["max_dlogit"] == 0
@@ -157,6 +160,24 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert "source.lm_head.weight" not in file.keys()  # noqa: SIM118
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_head_that_the_config_ties_and_the_files_do_not(both, tmp_path):
+    """As in transformers: two different tensors stay two; where only the head is stored, it is both."""
+    from safetensors.torch import load_file, save_file
+
+    source = save_source(tmp_path / "source", tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    if not both:
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = run(source, tmp_path / "out", **EVERY_LAYER)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (not both)
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(source).eval()(**tokens(False)).logits
+        assert torch.equal(model(**tokens(False), num_recurrences=1).logits, want)
 
 
 def test_dtype(tmp_path):

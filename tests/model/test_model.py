@@ -152,7 +152,7 @@ def test_ways_of_generating_do_not_depend_on_the_cache(model_type, options):
 
 def test_a_cache_of_other_attention_types_is_refused():
     model = build("gemma3_text")
-    with pytest.raises(ValueError, match="config=model.config"):
+    with pytest.raises(ValueError, match="make it with config=model"):
         model(ids(), past_key_values=DynamicCache(config=model.config.source_config))
 
 

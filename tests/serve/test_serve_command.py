@@ -117,13 +117,13 @@ def test_refuses_a_truncated_file(capsys, model, tmp_path):
     folder = copy_of(model, tmp_path / "m")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "not a whole safetensors file" in refusal(capsys, folder)
+    assert "truncated" in refusal(capsys, folder)
 
 
 def test_refuses_a_config_without_weights(capsys, model, tmp_path):
     folder = copy_of(model, tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    assert "no .safetensors weights" in refusal(capsys, folder)
+    assert "no weights" in refusal(capsys, folder)
 
 
 @pytest.mark.parametrize(("drop", "add"), [("core.1.mlp.up_proj.weight", None), (None, "core.7.mlp.up_proj.weight")])

@@ -1,0 +1,62 @@
+"""Models whose weights are read when a module runs and dropped after it: memory holds one module, never the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+
+Read = Callable[[str], torch.Tensor]
+
+
+def streamed(make: Callable[[], Any], read: Read, dtype: torch.dtype) -> Any:
+    """The model that `make()` builds, in eval mode and `dtype`, with weights `read(name)` module by module.
+
+    Buffers that are computed (rotary tables) stand in memory; those that are stored are read at once.
+    """
+    with _parameters_on_meta(), no_init_weights(), local_torch_dtype(dtype):
+        model = make().eval()
+    stored = set(model.state_dict())
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, buffer in module._buffers.items():
+            if buffer is not None and prefix + name in stored:
+                module._buffers[name] = read(prefix + name).to(buffer.dtype)
+        if module._parameters:
+            _stream(module, prefix, read, dtype)
+    return model
+
+
+def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype) -> None:
+    empty = dict(module._parameters)
+
+    def fetch(*_: object) -> None:
+        for name, parameter in empty.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(read(prefix + name).to(dtype), requires_grad=False)
+
+    def drop(*_: object) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(fetch)
+    module.register_forward_hook(drop)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made in this context have no memory; buffers do, as they are computed."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param if param is None else nn.Parameter(param.to("meta"), False))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
