@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..directory import beside, restore, settle
 from ..errors import UserError
 
 SHARD_BYTES = 5 * 1000**3
@@ -43,10 +42,10 @@ def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
     `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
     """
     out = _place(out, source, force)
-    partial, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    partial, old = beside(out, "partial"), beside(out, "old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _settle(out)
+        settle(out)
         partial.mkdir()
         yield partial
         if out.is_dir():
@@ -55,7 +54,7 @@ def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        _restore(old, out)
+        restore(old, out)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -75,35 +74,6 @@ def _place(out: Path, source: Path, force: bool) -> Path:
     if place.is_dir() and any(place.iterdir()) and not force:
         raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
     return place
-
-
-def _settle(out: Path) -> None:
-    """Put back or remove what a killed process left beside `out`; a living one keeps its own."""
-    for kind in ("old", "partial"):
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
-            if _alive(int(stale.name.rpartition("-")[2])):
-                continue
-            if kind == "old":
-                _restore(stale, out)
-            else:
-                shutil.rmtree(stale, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _restore(old: Path, out: Path) -> None:
-    """`old` back to its place `out`, or away where something stands there."""
-    if old.is_dir() and not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_weights(tensors: list[Pending], directory: Path, show_progress: bool) -> None:

@@ -6,7 +6,7 @@ A setting given on the command line replaces the recipe's. Dots reach into secti
 from __future__ import annotations
 
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -125,10 +125,8 @@ def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
         return False
     if path[1:]:
         return any(_takes_text(section, path[1:]) for section in _sections(field.annotation))
-    options = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not NoneType]
-    if get_origin(field.annotation) is Literal:
-        options = [field.annotation]
-    return all(kind is str or get_origin(kind) is Literal for kind in options)
+    options = get_args(field.annotation) if get_origin(field.annotation) is UnionType else [field.annotation]
+    return all(kind in (str, NoneType) or get_origin(kind) is Literal for kind in options)
 
 
 def _example(model: type[BaseModel]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def main(argv: list[str]) -> int:
         raise UserError("training needs accelerate and datasets: pip install 'loopwise[train]'")
     from . import launch
 
-    out = Path(args.out)
+    if not args.model or not args.out:
+        raise UserError("MODEL and OUT may not be empty: give a model directory or hub id, and a directory to make")
+    args.model = os.path.expanduser(args.model)
+    out = Path(args.out).expanduser()
     if launch.is_worker():
         return launch.worker(args.model, out, recipe, args.resume, args.force)
     if args.launcher:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES
@@ -61,22 +64,42 @@ def launch(
     return 0
 
 
+def _prepare_as_first(model: str, out: Path, recipe: Train, resume: bool, force: bool, first: bool) -> bool:
+    """What `prepare` says, to every process; only the first one prepares. Where that fails the others just end."""
+    import torch
+    from accelerate import PartialState
+
+    from .run import prepare
+
+    PartialState(cpu=not torch.accelerator.is_available())  # joins the process group
+    said: list[Any] = [None]
+    if first:
+        try:
+            said = [prepare(model, out, recipe, resume, force, int(os.environ["WORLD_SIZE"]))]
+        except UserError as error:
+            said = [error]
+    torch.distributed.broadcast_object_list(said)
+    if not isinstance(said[0], UserError):
+        return said[0]
+    if first:
+        raise said[0]
+    sys.exit(2)
+
+
 def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> int:
     """One process of a run. Under the user's own launcher (`accelerate launch -m loopwise`) the first prepares it."""
     from .progress import EndWithParent
-    from .run import prepare, work
+    from .run import discarded_unless_begun, work
 
+    first = os.environ["RANK"] == "0"
     try:
-        if PREPARED not in os.environ:
-            from accelerate import PartialState
-
-            state = PartialState()
-            if state.is_main_process:
-                prepare(model, out, recipe, resume, force, state.num_processes)
-            state.wait_for_everyone()
-        work(model, out, recipe, resume, callbacks=[EndWithParent()] if PREPARED in os.environ else [])
+        if PREPARED in os.environ:
+            work(model, out, recipe, resume, callbacks=[EndWithParent()])
+        elif _prepare_as_first(model, out, recipe, resume, force, first):
+            with discarded_unless_begun(out) if first else nullcontext():
+                work(model, out, recipe, resume)
     except UserError:
-        if os.environ["RANK"] != "0":
+        if not first:
             time.sleep(5)  # the first process mostly says the same, and its end ends this one
         raise
     except KeyboardInterrupt:

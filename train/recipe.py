@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from loopwise.recipe import Section, numbers
+from loopwise.recipe import Count, Counts, Integer, Number, Section
 
 from .curriculum import RAMPS
 
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-Depths = Annotated[list[PositiveInt], BeforeValidator(numbers)]
 COOLDOWN = 0.2
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Pair = Annotated[tuple[Number, Number], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
 
 class Data(Section):
@@ -33,7 +33,7 @@ class Data(Section):
     text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
-    sequence_length: int = Field(
+    sequence_length: Integer = Field(
         default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
     )
 
@@ -51,7 +51,7 @@ class Data(Section):
 class Recurrence(Section):
     """The recurrence curriculum; only for recurrent-depth models."""
 
-    mean: PositiveInt | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
+    mean: Count | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
     schedule: Literal["constant", "linear", "1-sqrt"] = Field(
         default="constant", description="growth of the mean: constant, linear or 1-sqrt"
     )
@@ -63,11 +63,11 @@ class Recurrence(Section):
     sampler: Literal["fixed", "poisson-lognormal"] = Field(
         default="fixed", description="R of a step: fixed (the mean) or poisson-lognormal (around mean + 1)"
     )
-    max: PositiveInt | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
-    backprop: PositiveInt | None = Field(
+    max: Count | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
+    backprop: Count | None = Field(
         default=None, description="only this many last recurrences carry gradient (default: all)"
     )
-    eval_at: Depths | None = Field(
+    eval_at: Counts | None = Field(
         default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
     )
 
@@ -87,7 +87,7 @@ class Recurrence(Section):
 class Optimiser(Section):
     """AdamW and the course of its learning rate."""
 
-    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine",
         description="after warm-up: cosine, linear (both to 0), constant, or wsd (constant, then linear to 0)",
@@ -96,16 +96,16 @@ class Optimiser(Section):
     cooldown: Fraction | None = Field(
         default=None, description=f"share of the steps in wsd's final decay (default: {COOLDOWN})"
     )
-    weight_decay: float = Field(
-        default=0.01, ge=0, allow_inf_nan=False, description="decoupled weight decay; norms and biases have none"
-    )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas")
-    clip: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="gradient norm to clip at (0: never)")
+    weight_decay: Number = Field(default=0.01, ge=0, description="decoupled weight decay; norms and biases have none")
+    betas: Pair = Field(default=(0.9, 0.95), description="AdamW's betas")
+    clip: Number = Field(default=1.0, ge=0, description="gradient norm to clip at (0: never)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimiser:
         if self.cooldown is not None and self.schedule != "wsd":
             raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas[0]},{self.betas[1]}: each at least 0 and below 1")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup={self.warmup} and cooldown={self.decay} together exceed the run")
         return self
@@ -125,15 +125,14 @@ class Train(Section):
     recurrence: Recurrence | None = None
     optimiser: Optimiser = Optimiser()
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
-    steps: PositiveInt | None = Field(default=None, description="optimiser steps (default: from epochs)")
-    epochs: float | None = Field(
+    steps: Count | None = Field(default=None, description="optimiser steps (default: from epochs)")
+    epochs: Number | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="passes over the data, where steps is not given (default: 1)",
     )
-    batch_size: PositiveInt = Field(default=8, description="blocks in a micro-batch, on each process")
-    gradient_accumulation: PositiveInt = Field(default=1, description="micro-batches a step, on each process")
+    batch_size: Count = Field(default=8, description="blocks in a micro-batch, on each process")
+    gradient_accumulation: Count = Field(default=1, description="micro-batches a step, on each process")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the computation: float32, or bfloat16 autocast; weights train in float32"
     )
@@ -141,13 +140,11 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the final weights (default: as MODEL stores them)"
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of data order, recurrences and dropout")
-    log_every: PositiveInt = Field(default=10, description="steps between log lines")
-    save_every: PositiveInt | None = Field(default=None, description="steps between checkpoints (default: none)")
-    keep_checkpoints: PositiveInt = Field(default=2, description="newest checkpoints that are kept")
-    eval_every: PositiveInt | None = Field(
-        default=None, description="steps between held-out evaluations (default: none)"
-    )
+    seed: Integer = Field(default=0, ge=0, lt=2**32, description="of data order, recurrences and dropout")
+    log_every: Count = Field(default=10, description="steps between log lines")
+    save_every: Count | None = Field(default=None, description="steps between checkpoints (default: none)")
+    keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
+    eval_every: Count | None = Field(default=None, description="steps between held-out evaluations (default: none)")
     report_to: Strings = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
 
     @model_validator(mode="after")
@@ -171,10 +168,10 @@ class Evaluate(Section):
     text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
-    sequence_length: int = Field(default=1024, ge=2, description="tokens in a block")
-    num_recurrences: Depths | None = Field(
+    sequence_length: Integer = Field(default=1024, ge=2, description="tokens in a block")
+    num_recurrences: Counts | None = Field(
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
-    batch_size: PositiveInt = Field(default=8, description="blocks in a batch")
+    batch_size: Count = Field(default=8, description="blocks in a batch")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import math
 import os
 import shutil
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loopwise import __version__
+from loopwise.directory import beside, restore, settle
 from loopwise.errors import UserError, unknown
 from loopwise.quiet import quiet
 
 from . import data
-from .checkpoint import DIGEST, check_same_run, checkpoints, last_sound, prune, sync
+from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync
 from .curriculum import Curriculum
 from .recipe import Recurrence, Train
 
@@ -44,13 +47,17 @@ def train(model: str, out: str | Path, recipe: Train, resume: bool = False, forc
 
 @contextmanager
 def discarded_unless_begun(out: Path) -> Iterator[None]:
-    """Where the run fails before it has left a checkpoint, nothing in `out` is worth keeping."""
+    """Where the run fails before it has left a checkpoint, `out` is as it was: absent, or what --force replaces."""
     try:
         yield
-    except BaseException:
-        if not checkpoints(out) and not (out / "config.json").exists():
+    finally:
+        if not _begun(out):
             shutil.rmtree(out, ignore_errors=True)
-        raise
+        restore(beside(out, "old"), out)
+
+
+def _begun(out: Path) -> bool:
+    return bool(checkpoints(out)) or (out / "config.json").exists()
 
 
 def prepare(
@@ -63,13 +70,18 @@ def prepare(
     from .pretrained import load_config, load_tokenizer
 
     quiet()
+    if any(out.parent.glob(f".{glob.escape(out.name)}.old-*")) and not _begun(out):
+        shutil.rmtree(out, ignore_errors=True)  # killed before it had anything to keep, and what it replaced is there
+    settle(out)
     _check_out(model, out, resume, force)
+    _check_sources(recipe, out)
     checkpoint, notes = last_sound(out) if resume else (None, [])
     for note in notes:
         print(note, file=sys.stderr)
-    if checkpoint:
-        check_same_run(checkpoint, describe(model, recipe, processes))
-    if resume and (out / "config.json").is_file():
+    finished = resume and (out / "config.json").is_file()
+    if last := out if finished and (out / RUN).is_file() else checkpoint:
+        check_same_run(last, describe(model, recipe, processes))
+    if finished:
         print(f"{out}: the run is already finished")
         return False
     config = load_config(model, recipe.revision)
@@ -78,14 +90,14 @@ def prepare(
     _check_trackers(recipe.report_to)
     if checkpoint and (out / TOKENS / "digest").is_file():
         return True  # the text as it was when the run began
-    partial = out.parent / f".{out.name}.tokens.partial"
+    partial = beside(out, "partial")
     try:
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
         check_blocks(model, config, blocks.train, blocks.held_out)
         if checkpoint:
             check_same_run(checkpoint, describe(model, recipe, processes, blocks.digest))
-        if force:
-            shutil.rmtree(out, ignore_errors=True)
+        if force and out.is_dir():
+            out.rename(beside(out, "old"))  # kept until the new run has something to keep
         out.mkdir(parents=True, exist_ok=True)
         header = f"# loopwise {__version__}: loopwise train {model} {out}\n"
         (out / RECIPE).write_text(header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -144,6 +156,7 @@ def publish(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> Non
     trainer.save_model(str(partial))
     write_card(partial, model, trainer.recipe, trainer)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
+    (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))
     for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         sync(path)
         path.replace(out / path.name)
@@ -217,6 +230,12 @@ def _check_out(model: str, out: Path, resume: bool, force: bool) -> None:
     if not resume and not force:
         choices = "--resume goes on with the run in it, --force replaces it" if ours else "--force replaces it"
         raise UserError(f"{out}: not empty; {choices}, or choose another directory")
+
+
+def _check_sources(recipe: Train, out: Path) -> None:
+    for source in [*recipe.data.train, *(recipe.data.eval or [])]:
+        if Path(source).expanduser().resolve().is_relative_to(out.resolve()):
+            raise UserError(f"the text {source} lies in OUT ({out}), which the run replaces; choose another directory")
 
 
 def check_length(key: str, length: int, model: str, config: Any) -> None:

@@ -58,11 +58,13 @@ def _walk(directory: Path) -> Iterator[Path]:
 def _file(path: Path, text_field: str, strict: bool) -> Iterator[str]:
     if path.suffix in (".jsonl", ".ndjson"):
         yield from _jsonl(path, text_field)
+    elif path.suffix == ".json":
+        yield from _json(path, text_field)
     elif path.suffix in TABLES:
         yield from _rows(_table(path), str(path), text_field)
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             if strict:
                 raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -76,7 +78,7 @@ def _file(path: Path, text_field: str, strict: bool) -> Iterator[str]:
 def _jsonl(path: Path, text_field: str) -> Iterator[str]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _field(json.loads(line), f"{path}:{number}", text_field)
@@ -88,6 +90,21 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
+def _json(path: Path, text_field: str) -> Iterator[str]:
+    """The records of one array, or of one object a line, which some call .json too."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError:
+        yield from _jsonl(path, text_field)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    else:
+        for number, record in enumerate(records if isinstance(records, list) else [records]):
+            yield _field(record, f"{path} record {number}", text_field)
+
+
 def _field(record: Any, where: str, text_field: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is an object with a field {text_field!r}, not a {type(record).__name__}")
@@ -96,6 +113,10 @@ def _field(record: Any, where: str, text_field: str) -> str:
         raise UserError(f"{where}: no field {text_field!r} among {fields}; text_field names the one to use")
     if not isinstance(record[text_field], str):
         raise UserError(f"{where}: field {text_field!r} holds a {type(record[text_field]).__name__}, not text")
+    try:
+        record[text_field].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field {text_field!r} is not text: half a surrogate at {error.start}") from None
     return record[text_field]
 
 

@@ -29,6 +29,12 @@ def test_sources(tmp_path):
     assert read(f"{tmp_path}/**/*.py", tmp_path / "a.txt") == ["second", "first\n"]
     (tmp_path / "other.jsonl").write_text('{"body": "x"}')
     assert read(tmp_path / "other.jsonl", field="body") == ["x"]
+    (tmp_path / "marked.jsonl").write_text('{"text": "x"}', encoding="utf-8-sig")
+    (tmp_path / "marked.txt").write_text("y", encoding="utf-8-sig")
+    assert read(tmp_path / "marked.jsonl", tmp_path / "marked.txt") == ["x", "y"]
+    (tmp_path / "array.json").write_text('[{"text": "one"},\n {"text": "two"}]')
+    (tmp_path / "lines.json").write_text('{"text": "three"}\n{"text": "four"}')
+    assert read(tmp_path / "array.json", tmp_path / "lines.json") == ["one", "two", "three", "four"]
 
 
 def test_datasets_sources(tmp_path):
@@ -54,6 +60,7 @@ def test_datasets_sources(tmp_path):
         ('{"text": "a"}\n["a"]\n', r"bad\.jsonl:2: a record is an object with a field 'text', not a list"),
         ('{"text": "a"}\n\n{"txt": "a", "id": 1}\n', r"bad\.jsonl:3: no field 'text' among 'txt', 'id'"),
         ('{"text": 5}\n', r"bad\.jsonl:1: field 'text' holds a int, not text"),
+        ('{"text": "a"}\n{"text": "b\\ud800"}\n', r"bad\.jsonl:2: field 'text' is not text: half a surrogate at 1"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, lines, message):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from train_tiny import RECURRENCE, history, run, same
 
 from loopwise.cli import main
+from loopwise.recipe import RECIPES
 
 
 def environment() -> dict[str, str]:
@@ -142,6 +144,46 @@ def test_two_processes_equal_one(noisy, command, tmp_path):
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
     for key in ("eval_loss_r1", "eval_loss_r3"):
         assert history(tmp_path / "two", key) == pytest.approx(history(tmp_path / "one", key), abs=1e-9)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_launcher_of_the_user(noisy, command, tmp_path, launcher):
+    settings = ["steps=4", "batch_size=2", *RECURRENCE]
+    run(command(noisy, tmp_path / "one", "steps=4", "batch_size=2", "gradient_accumulation=2", *RECURRENCE))
+    module = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "ddp.yaml")],
+    }[launcher]
+    # (`accelerate launch --cpu --num_processes 2` starts one process.)
+    port = ["--master-port" if launcher == "torchrun" else "--main_process_port", str(free_port())]
+    port += [] if launcher == "torchrun" else ["--num_processes", "2"]
+
+    def launch(*more: str) -> subprocess.CompletedProcess:
+        argv = [sys.executable, "-m", *module, *port, "-m", "loopwise", *command(noisy, tmp_path / "two", *settings)]
+        return subprocess.run([*argv, *more], capture_output=True, text=True, timeout=200, env=environment())
+
+    bad = launch("data.train=nowhere.txt")
+    assert bad.returncode != 0
+    assert bad.stderr.count("loopwise: error: nowhere.txt: no such file") == 1
+    assert not (tmp_path / "two").exists()
+    assert launch().returncode == 0
+    assert same(tmp_path / "one", tmp_path / "two")
+    again = launch("--resume")
+    assert again.returncode == 0
+    assert again.stdout.count("the run is already finished") == 1
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_finished_run_is_not_resumed_with_other_settings(recurrent, command, tmp_path, capsys):
+    run(command(recurrent, tmp_path / "out", "steps=2"))
+    run(command(recurrent, tmp_path / "out", "steps=2", "--resume"))
+    assert "already finished" in capsys.readouterr().out
+    assert main(command(recurrent, tmp_path / "out", "steps=4", "--resume")) == 2
+    assert "steps was 2, now 4" in capsys.readouterr().err
 
 
 def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):

@@ -128,7 +128,7 @@ def test_the_model_that_a_run_leaves(recurrent, command, tmp_path, capsys):
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, prompt.shape[1] + 3)
 
 
-OWN = {"train_recipe.yaml", "trainer_state.json", "loopwise.json", "README.md"}
+OWN = {"run.json", "train_recipe.yaml", "trainer_state.json", "loopwise.json", "README.md"}
 
 
 def test_the_written_recipe_repeats_the_run(recurrent, command, tmp_path):
@@ -223,6 +223,10 @@ REFUSED = {
     "data.train=nowhere.jsonl": "nowhere.jsonl: no such file or directory",
     "data.eval=[nowhere.txt]": "nowhere.txt: no such file or directory",
     "report_to=[tensorbord]": "unknown tracker in report_to 'tensorbord': did you mean 'tensorboard'?",
+    "optimiser.betas=0.9,1": "betas=0.9,1.0: each at least 0 and below 1",
+    "steps=2.0": "steps=2.0",
+    "batch_size=true": "batch_size=True",
+    "optimiser.clip=true": "a number, not true or false",
     "--processes 2": "--processes 2 needs --launcher ddp",
     "--launcher fsdp9": "argument --launcher: invalid choice",
     "--recipe nowhere": "unknown train recipe 'nowhere'",
@@ -263,6 +267,51 @@ def test_bad_models(recurrent, plain, command, tmp_path, capsys):
     assert "no weights" in refused(tmp_path / "cut")
     (tmp_path / "cut" / "config.json").unlink()
     assert "no config.json" in refused(tmp_path / "cut")
+
+
+def test_force_keeps_the_old_run_until_the_new_one_has_begun(recurrent, plain, command, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "out"
+    run(command(recurrent, out, "steps=2"))
+    bad = Path(shutil.copytree(plain, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    before = weights(out)
+    assert main(command(bad, out, "steps=2", "--force")) == 2
+    assert "no weights for model.norm.weight" in capsys.readouterr().err
+    assert weights(out).keys() == before.keys()
+    out.rename(tmp_path / ".out.old-999999999")  # killed before the new run had begun
+    (out / "tokens").mkdir(parents=True)
+    assert main(command(recurrent, out, "steps=2")) == 2
+    assert weights(out).keys() == before.keys()
+    run(command(plain, out, "steps=2", "--force"))
+    assert weights(out).keys() != before.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "out"]
+
+
+def test_text_inside_out_is_refused(recurrent, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(command(recurrent, out, "steps=2"))
+    (out / "text.txt").write_text("the core runs again " * 100)
+    for source in (out / "text.txt", out, f"{out}/*.txt"):
+        assert main(command(recurrent, out, "steps=2", f"data.train={source}", "--force")) == 2
+        assert "lies in OUT" in capsys.readouterr().err
+    assert (out / "text.txt").is_file()
+
+
+def test_paths_of_the_home_directory_and_of_nothing(recurrent, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(recurrent)
+    run(command(Path("~/model"), Path("~/out"), "steps=2"))
+    assert (tmp_path / "out" / "config.json").is_file()
+    arguments = command(recurrent, tmp_path / "other", "steps=2")
+    for place in (1, 2):
+        assert main([*arguments[:place], "", *arguments[place + 1 :]]) == 2
+        assert "may not be empty" in capsys.readouterr().err
 
 
 def test_missing_tensors_are_not_left_random(plain, command, tmp_path, capsys):
