@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 STATE_INITS = ("input", "zeros", "normal")
-INJECTIONS = ("none", "add", "linear")
+INJECTIONS = ("none", "add", "linear", "gated")
+SHARINGS = ("cycle", "sequence")
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
@@ -22,7 +23,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         state_init (`str`): `input` (s_0 = e, the prelude's output), `zeros`, or `normal` (truncated normal noise that
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
-        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]).
+        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]) or
+            `gated` (g s + (1 - g) e).
+        sharing (`str`): order in which the core's layers run: `cycle` (all layers, R times) or `sequence` (each layer
+            R times, then the next; without injection only).
+        recurrence_norm (`bool`): whether an RMS norm of its own follows every recurrence.
+        relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
+            `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
+            (`bool`). See `relaxation.py`.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
@@ -44,6 +52,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_std: float = 0.0087
     state_seed: int = 0
     injection: str = "none"
+    sharing: str = "cycle"
+    recurrence_norm: bool = False
+    relaxation: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -79,13 +90,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"num_recurrences={self.num_recurrences}, max_recurrences={self.max_recurrences}: "
                 "need 1 <= num_recurrences <= max_recurrences"
             )
-        for name, choices in (("state_init", STATE_INITS), ("injection", INJECTIONS)):
+        for name, choices in (("state_init", STATE_INITS), ("injection", INJECTIONS), ("sharing", SHARINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
         if self.injection == "none" and self.state_init != "input":
             raise ValueError(
                 f"state_init={self.state_init!r} with injection='none' never shows the input to the core; "
                 "use state_init='input', or injection 'add' or 'linear'"
+            )
+
+        if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm):
+            raise ValueError(
+                "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
+                "injection='none', recurrence_norm=False"
             )
 
     def __getattr__(self, name):

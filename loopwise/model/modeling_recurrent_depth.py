@@ -2,7 +2,7 @@
 
     e   = prelude(embed(tokens))
     s_0 = initial_state(e)
-    s_r = core(inject(s_{r-1}, e))          r = 1 .. R
+    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; relaxation makes core_r differ from core
     logits = head(norm(coda(s_R)))
 
 The layers, embeddings, rotary tables, norms and head are the source architecture's own transformers modules.
@@ -15,7 +15,7 @@ import copy
 import difflib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .initial_state import initial_state
 from .injection import Injection
+from .relaxation import Relaxation
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, with_slot
 
 
@@ -51,6 +52,15 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
 OPTIONS = (
     "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
 )  # fmt: skip
+
+
+class _Place(NamedTuple):
+    """One run of a layer: which source layer's arguments and which key-value slot it gets."""
+
+    layer: nn.Module
+    source_layer: int
+    slot: int
+    arguments: dict[str, int] = {}
 
 
 @dataclass
@@ -98,6 +108,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.core = nn.ModuleList(take(i) for i in config.core)
         self.coda = nn.ModuleList(take(i) for i in config.coda)
         self.injection = Injection(config.injection, source_config.hidden_size)
+        if config.recurrence_norm:
+            eps = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None) or 1e-6
+            self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, eps)
+        if config.relaxation:
+            self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         self._no_split_modules = self.source._no_split_modules
         self._call: _Call | None = None
         self.post_init()
@@ -109,10 +124,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return super()._check_and_adjust_attn_implementation(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, Injection):
+        if isinstance(module, Injection):
+            if module.kind == "linear":
+                init.copy_(module.weight, Injection.preserving_weight(module.weight.shape[0], self.config.state_init))
+            elif module.kind == "gated":
+                init.zeros_(module.weight)
+                init.zeros_(module.bias)
+        elif isinstance(module, Relaxation):
+            module.start()
+        elif self.config.recurrence_norm and module is self.recurrence_norm:
+            init.ones_(cast(Any, module).weight)
+        else:
             self.source._init_weights(module)
-        elif module.kind == "linear":
-            init.copy_(module.weight, Injection.preserving_weight(module.weight.shape[0], self.config.state_init))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
@@ -168,6 +191,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise TypeError(f"forward() has no argument {name!r}: did you mean {near[0]!r}?")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        if config.sharing == "sequence" and (grad_recurrences or output_states or output_depth_logits):
+            raise ValueError(
+                "sharing='sequence' runs no recurrence of the whole core: it has no states or logits of each, and no "
+                "grad_recurrences"
+            )
         if output_depth_logits and (use_cache or past_key_values is not None):
             raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
         if output_hidden_states is None:
@@ -243,29 +271,46 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _recur(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """x [B, T, D], the embedded tokens -> coda(s_R) [B, T, D]; if `read_all_depths`, at every depth [R B, T, D]."""
-        config = self.config
-        coda_slot = len(config.prelude)
-        core_slot = coda_slot + len(config.coda)
-        e = self._run(self.prelude, config.prelude, x, call, slot=0)
+        config, recurrences = self.config, range(call.num_recurrences)
+        layers = range(len(config.core))
+        e = self._run(self._places("prelude"), x, call)
         s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
         free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
-        for r in range(call.num_recurrences):
-            with torch.no_grad() if r < free else nullcontext():
-                s = self._run(self.core, config.core, self.injection(s, e), call, core_slot + r * len(config.core))
-            if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
-                call.states.append(s)
+        if config.sharing == "sequence":
+            s = self._run([self._core_place(j, r) for j in layers for r in recurrences], s, call)
+            call.states.append(s)
+        else:
+            for r in recurrences:
+                with torch.no_grad() if r < free else nullcontext():
+                    s = self._run([self._core_place(j, r) for j in layers], self.injection(s, e), call)
+                    s = self.recurrence_norm(s) if config.recurrence_norm else s
+                if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
+                    call.states.append(s)
+        coda = self._places("coda")
         if call.read_all_depths:
-            return torch.cat([self._run(self.coda, config.coda, s, call, coda_slot) for s in call.states])
-        return self._run(self.coda, config.coda, s, call, coda_slot)
+            return torch.cat([self._run(coda, s, call) for s in call.states])
+        return self._run(coda, s, call)
 
-    def _run(self, layers: nn.ModuleList, ids: list[int], x: torch.Tensor, call: _Call, slot: int) -> torch.Tensor:
-        """Layers in order, each with what the source passes to the source layer of that id, on slots from `slot` on."""
-        for offset, (layer, index) in enumerate(zip(layers, ids, strict=True)):
-            args, kwargs = call.layer_arguments[index]
+    def _places(self, part: str) -> list[_Place]:
+        """The prelude or the coda, in the order in which it runs."""
+        ids = getattr(self.config, part)
+        first = 0 if part == "prelude" else len(self.config.prelude)
+        return [_Place(layer, ids[i], first + i) for i, layer in enumerate(getattr(self, part))]
+
+    def _core_place(self, j: int, depth: int) -> _Place:
+        """Core layer j at `depth`, counted from 0."""
+        config = self.config
+        slot = len(config.prelude) + len(config.coda) + depth * len(config.core) + j
+        return _Place(self.core[j], config.core[j], slot, {"depth": depth} if config.relaxation else {})
+
+    def _run(self, places: list[_Place], x: torch.Tensor, call: _Call) -> torch.Tensor:
+        """Layers in order, each with what the source passes to the source layer of that id, on a slot of its own."""
+        for place in places:
+            args, kwargs = call.layer_arguments[place.source_layer]
             if call.keep_hidden:
                 call.hidden.append(x)
-            kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, slot + offset), strict=True))
-            x = layer(x, *with_slot(args, call.cache, slot + offset), **kwargs)
+            kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, place.slot), strict=True))
+            x = place.layer(x, *with_slot(args, call.cache, place.slot), **kwargs, **place.arguments)
             x = x[0] if isinstance(x, tuple) else x
         return x
 

@@ -56,17 +56,33 @@ def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
     s = {"input": e, "zeros": torch.zeros_like(e)}[model.config.state_init]
     for _ in range(recurrences):
         both = torch.cat([s, e], -1)
-        injected = {"none": s, "add": s + e, "linear": both @ getattr(model.injection, "weight", both[0]).T}
+        mixed = both @ getattr(model.injection, "weight", torch.zeros(64, 128)).T
+        gate = torch.sigmoid(mixed + getattr(model.injection, "bias", 0))
+        injected = {"none": s, "add": s + e, "linear": mixed, "gated": gate * s + (1 - gate) * e}
         s = run(model.core, injected[model.config.injection])
+        if model.config.recurrence_norm:
+            s = (
+                s
+                * (s.pow(2).mean(-1, keepdim=True) + llama.norm.variance_epsilon).rsqrt()
+                * model.recurrence_norm.weight
+            )
     return model.source.lm_head(llama.norm(run(model.coda, s)))
 
 
 @pytest.mark.parametrize(
     ("injection", "state_init"),
-    [("none", "input"), ("add", "zeros"), ("add", "input"), ("linear", "zeros"), ("linear", "input")],
+    [
+        ("none", "input"),
+        ("add", "zeros"),
+        ("add", "input"),
+        ("linear", "zeros"),
+        ("linear", "input"),
+        ("gated", "input"),
+    ],
 )
-def test_the_formula(injection, state_init):
-    model = build(injection=injection, state_init=state_init)
+@pytest.mark.parametrize("recurrence_norm", [False, True])
+def test_the_formula(injection, state_init, recurrence_norm):
+    model = build(injection=injection, state_init=state_init, recurrence_norm=recurrence_norm)
     with torch.no_grad():
         for recurrences in (1, 2, 5):
             want = by_hand(model, ids(), recurrences)
@@ -301,9 +317,10 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"coda": [-1]}, "source layer -1"),
         ({"num_recurrences": 0}, "num_recurrences=0"),
         ({"num_recurrences": 4, "max_recurrences": 3}, "max_recurrences=3"),
-        ({"injection": "gate"}, "none, add, linear"),
+        ({"injection": "gate"}, "none, add, linear, gated"),
         ({"state_init": "ones"}, "input, zeros, normal"),
         ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
+        ({"sharing": "sequence", "injection": "linear"}, "nothing can stand between"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(fields, said):
