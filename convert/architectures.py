@@ -7,10 +7,11 @@ from typing import Any
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UserError
+from ..model.source_layers import layer_list_name
 
 SUPPORTED = """
 arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm4 gpt2 gpt_neo gpt_neox gptj granite helium
-llama ministral3 mistral mpt nemotron olmo2 olmo3 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
+llama ministral3 mistral mixtral mpt nemotron olmo2 olmo3 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
 """.split()  # noqa: SIM905 (a table)
 
 
@@ -20,6 +21,25 @@ def check_supported(model_type: str) -> None:
         raise UserError(f"architecture {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
 
 
-def attention_types(source_config: Any) -> list[str]:
-    """The attention type of every source layer: layers of different types are never tied."""
-    return get_layer_types_and_kwargs(source_config)[0]
+def layer_kinds(model: Any) -> list[str]:
+    """What every layer of the source `model` is: layers of different kinds are never tied.
+
+    Named by attention type, by what the config says of the layer in lists with one entry a layer, and by the shapes of
+    its parameters (mixtures of experts often begin with dense layers).
+    """
+    config = model.config
+    count = config.num_hidden_layers
+    layers = model.get_submodule(layer_list_name(model, count))
+    structures = [{(name, tensor.shape) for name, tensor in layer.state_dict().items()} for layer in layers]
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and not name.startswith("_") and "token_id" not in name
+    }
+    kinds = []
+    for i, attention in enumerate(get_layer_types_and_kwargs(config)[0]):
+        more = [f"{name}={value[i]}" for name, value in lists.items() if value[i] != attention]
+        if structures[i] != structures[0]:
+            more.append(f"parameters as layer {structures.index(structures[i])}")
+        kinds.append(" ".join([attention, *more]))
+    return kinds

@@ -19,7 +19,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--seed", metavar="N", help="the same as seed=N")
     args = parser.parse_intermixed_args(argv)
+    if args.seed is not None:
+        args.settings.append(f"seed={args.seed}")
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
 
     from ..quiet import quiet
@@ -49,12 +52,19 @@ def _summary(facts: dict[str, Any]) -> str:
     plan, size = facts["plan"], facts["parameters"]
     lines = [f"{part:<9}{_layers(plan['parents'][part])}" for part in ("prelude", "core", "coda")]
     lines.append(f"dropped  {plan['dropped'] or 'none'}")
-    lines.append(f"injection {plan['injection']}, state {plan['state_init']}, R={plan['num_recurrences']}")
+    order = ", each layer R times in a row" if plan["sharing"] == "sequence" else ""
+    lines.append(f"injection {plan['injection']}, state {plan['state_init']}, R={plan['num_recurrences']}{order}")
     lines.append(f"parameters {size['source']:,} -> {size['unique']:,}")
+    if facts.get("lora_error"):
+        shown = ", ".join(f"{target} {error:.3g}" for target, error in facts["lora_error"].items())
+        lines.append(f"of what tying took away, the LoRA leaves out: {shown}")
     return "\n".join(lines)
 
 
 def _layers(parents: list[list[int]]) -> str:
     if not parents:
         return "none"
-    return " ".join("mean(" + ",".join(map(str, group)) + ")" if len(group) > 1 else str(group[0]) for group in parents)
+    return " ".join(
+        "mean(" + ",".join(map(str, group)) + ")" if len(group) > 1 else str(group[0]) if group else "random"
+        for group in parents
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..arguments import Parser
 from ..errors import UserError
@@ -51,6 +52,7 @@ def export(
     from ..model import RecurrentDepthForCausalLM
     from ..model.source_layers import layer_list_name
     from ..unroll import config_with_layers
+    from .relax import at_depth
     from .source import SourceWeights, copy_carried, empty_model, read_recurrent_config
     from .write import Pending, new_directory, write_weights
 
@@ -64,44 +66,51 @@ def export(
             f"{path} has injection={config.injection!r}, which mixes the input into every recurrence; a plain {kind} "
             "has no such layer, so it cannot be exported"
         )
-    ids = config.prelude + config.core * unroll + config.coda
+    if config.recurrence_norm:
+        raise UserError(f"{path} has a norm after every recurrence, and a plain {kind} none; it cannot be exported")
+    places = config.order(unroll)
+    ids = [getattr(config, part)[n] for part, n, _ in places]
     target = config_with_layers(config.source_config, ids)
     with torch.device("meta"):
         recurrent, plain = RecurrentDepthForCausalLM(config), empty_model(target)
     layers = layer_list_name(plain, len(ids))
-    places = [("prelude", i) for i in range(len(config.prelude))]
-    places += [("core", i) for i in range(len(config.core))] * unroll
-    places += [("coda", i) for i in range(len(config.coda))]
     with SourceWeights(path, recurrent) as weights:
-        tensors = []
-
-        def add(name: str, stored: str) -> None:
-            tensors.append(Pending(name, weights.dtype(stored), weights.shape(stored), partial(weights.read, stored)))
-
-        for name in weights.names():
-            if name.startswith("source."):
-                add(weights.stored_name(name).removeprefix("source."), name)
-        for n, (part, i) in enumerate(places):
-            first = f"{part}.{i}."
-            for name in weights.names():
-                if name.startswith(first):
-                    add(f"{layers}.{n}.{name.removeprefix(first)}", name)
+        tensors = [
+            Pending(
+                weights.stored_name(name).removeprefix("source."),
+                weights.dtype(name),
+                weights.shape(name),
+                partial(weights.read, name),
+            )
+            for name in weights.names()
+            if name.startswith("source.")
+        ]
+        for number, (part, n, depth) in enumerate(places):
+            for suffix, tensor in plain.get_submodule(f"{layers}.{number}").state_dict().items():
+                make = partial(at_depth, weights, part, n, suffix, depth)
+                tensors.append(Pending(f"{layers}.{number}.{suffix}", config.dtype, list(tensor.shape), make))
         target.dtype, target.architectures = config.dtype, [type(plain).__name__]
         with new_directory(Path(out), path, force) as directory:
             copy_carried(path, directory)
             write_weights(tensors, directory, show_progress)
             target.save_pretrained(directory)
-            return _verify(path, directory, unroll) if check else None
+            return _verify(path, directory, unroll, config) if check else None
 
 
-def _verify(path: Path, directory: Path, unroll: int) -> float:
-    """Largest difference in logits between the two checkpoints. Raises UserError if there is one."""
+def _verify(path: Path, directory: Path, unroll: int, config: Any) -> float:
+    """Largest difference in logits between the two checkpoints. Raises UserError where it is more than rounding: with
+    LoRA, of the merged weights."""
     import torch
 
-    from .verify import difference, reloaded, sample
+    from .verify import TOLERANCE, difference, reloaded, sample
 
-    with reloaded(path) as want, reloaded(directory) as got, torch.no_grad():
-        ids, mask = sample(want.config, seed=0)
+    dtype = torch.float32 if config.relaxation else None
+    with reloaded(path, dtype) as (want, _), reloaded(directory, dtype) as (got, _), torch.no_grad():
+        ids, mask = sample(config, seed=0)
         a = want(ids, attention_mask=mask, num_recurrences=unroll, use_cache=False).logits
         b = got(ids, attention_mask=mask, use_cache=False).logits
-        return difference(b, a, mask, "the plain model", tolerance=0)
+        tolerance = 0.0
+        if config.relaxation:
+            rounding = 8 * torch.finfo(config.dtype).eps * a.abs().max().item()
+            tolerance = max(TOLERANCE, 0 if config.dtype == torch.float32 else rounding)
+        return difference(b, a, mask, "the plain model", tolerance)

@@ -11,13 +11,20 @@ from .recipe import ConvertRecipe
 @dataclass(frozen=True)
 class Plan:
     """`prelude`, `core`, `coda` are source-layer ids, giving structure; `parents[part][n]` are the source layers whose
-    mean is the weight of layer n of that part (one parent: a copy)."""
+    mean is the weight of layer n of that part (one parent: a copy; none: random).
+
+    `stands_for[d][n]` is the source layer that core layer n replaces at depth d; `sharing` the order in which the
+    core's layers run (see RecurrentDepthConfig).
+    """
 
     prelude: list[int]
     core: list[int]
     coda: list[int]
     parents: dict[str, list[list[int]]]
+    stands_for: list[list[int]]
+    sharing: str
     injection: str
+    recurrence_norm: bool
     state_init: str
     num_recurrences: int
 
@@ -27,67 +34,84 @@ class Plan:
         return [layer for layer in range(count) if layer not in kept]
 
 
-def make_plan(recipe: ConvertRecipe, types: list[str]) -> Plan:
-    """The plan for a source whose layers have attention types `types`. Raises UserError where that cannot be."""
+def make_plan(recipe: ConvertRecipe, kinds: list[str]) -> Plan:
+    """The plan for a source whose layers are of these kinds. Raises UserError where that cannot be."""
     make = _recursive if recipe.method == "recursive" else _retrofit
-    prelude, core, coda, parents = make(recipe, types)
+    parts, parents, stands_for = make(recipe, kinds)
     injection = recipe.injection or ("none" if recipe.method == "recursive" else "linear")
-    state_init = recipe.state_init or ("zeros" if injection == "add" else "input")
+    depths = recipe.num_recurrences or recipe.loops or 4
     return Plan(
-        prelude=prelude,
-        core=core,
-        coda=coda,
+        prelude=parts["prelude"],
+        core=parts["core"],
+        coda=parts["coda"],
         parents=parents,
+        stands_for=stands_for or [parts["core"]] * depths,
+        sharing=recipe.sharing.removeprefix("middle-"),
         injection=injection,
-        state_init=state_init,
-        num_recurrences=recipe.num_recurrences or recipe.loops or 4,
+        recurrence_norm=recipe.recurrence_norm,
+        state_init=recipe.state_init or ("zeros" if injection == "add" else "input"),
+        num_recurrences=depths,
     )
 
 
-def _recursive(recipe: ConvertRecipe, types: list[str]) -> tuple:
-    """CYCLE tying of recursive transformers (arXiv 2410.20672, section 2.2): layer l becomes tied layer l mod K."""
-    count, loops = len(types), recipe.loops or 0
-    if loops < 1 or count % loops:
-        fitting = ", ".join(str(b) for b in range(1, count + 1) if count % b == 0)
-        raise UserError(f"loops={loops} does not divide the source's {count} layers; choose from {fitting}")
-    tied = count // loops
-    groups = [list(range(j, count, tied)) for j in range(tied)]
+def _recursive(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
+    """Tying of recursive transformers (arXiv 2410.20672, section 2.2; 2507.10524, table 1): `cycle` makes source layer
+    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle."""
+    loops, middle = recipe.loops or 0, recipe.sharing.startswith("middle")
+    tied = list(range(len(kinds)))[1:-1] if middle else list(range(len(kinds)))
+    if not tied or len(tied) % loops:
+        fitting = ", ".join(str(b) for b in range(1, len(tied) + 1) if len(tied) % b == 0) or "none"
+        which = f"{len(tied)} layers between the first and the last" if middle else f"{len(tied)} layers"
+        raise UserError(f"loops={loops} does not divide the source's {which}; choose from {fitting}")
+    width = len(tied) // loops
+    if "sequence" in recipe.sharing:
+        groups = [tied[n * loops : (n + 1) * loops] for n in range(width)]
+    else:
+        groups = [tied[n::width] for n in range(width)]
     for group in groups:
-        if len({types[layer] for layer in group}) > 1:
-            shown = ", ".join(f"{layer} {types[layer]}" for layer in group)
-            raise UserError(f"loops={loops} ties layers of different attention types ({shown}); choose other loops")
-    if recipe.init == "average":
-        return [], list(range(tied)), [], {"prelude": [], "core": groups, "coda": []}
-    core = [
-        group[0] if recipe.init == "lower" else _stepwise(j, tied, types, types[group[0]])
-        for j, group in enumerate(groups)
-    ]
-    return [], core, [], {"prelude": [], "core": [[layer] for layer in core], "coda": []}
+        if len({kinds[layer] for layer in group}) > 1:
+            shown = ", ".join(f"{layer} {kinds[layer]}" for layer in group)
+            raise UserError(
+                f"loops={loops}, sharing={recipe.sharing} ties layers of different attention types or structure "
+                f"({shown}); choose other loops"
+            )
+    if recipe.init in ("average", "random"):
+        core = [group[0] for group in groups]
+        parents = groups if recipe.init == "average" else [[] for _ in groups]
+    else:
+        core = [_start(recipe.init, n, width, tied, kinds, kinds[group[0]]) for n, group in enumerate(groups)]
+        parents = [[layer] for layer in core]
+    ends = {"prelude": [0] if middle else [], "coda": [len(kinds) - 1] if middle else []}
+    stands_for = [[group[depth] for group in groups] for depth in range(loops)]
+    return (
+        {**ends, "core": core},
+        {name: [[layer] for layer in layers] for name, layers in ends.items()} | {"core": parents},
+        stands_for,
+    )
 
 
-def _stepwise(j: int, tied: int, types: list[str], wanted: str) -> int:
-    """The j-th of `tied` evenly spaced source layers, first and last kept; nearest of attention type `wanted`."""
-    even = j * (len(types) - 1) // max(tied - 1, 1)
-    return min((layer for layer, kind in enumerate(types) if kind == wanted), key=lambda layer: abs(layer - even))
+def _start(init: str, n: int, width: int, tied: list[int], kinds: list[str], kind: str) -> int:
+    """The source layer that the n-th of `width` tied layers starts as: `stepwise` takes evenly spaced ones, first and
+    last kept, `lower` the first, `upper` the last; of those of this kind, the nearest."""
+    place = {"stepwise": n * (len(tied) - 1) // max(width - 1, 1), "lower": n, "upper": len(tied) - width + n}[init]
+    return min((layer for layer in tied if kinds[layer] == kind), key=lambda layer: abs(layer - tied[place]))
 
 
-def _retrofit(recipe: ConvertRecipe, types: list[str]) -> tuple:
+def _retrofit(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
     """Prelude, core and coda of retrofitted recurrence (arXiv 2511.07384): the core ends where the coda begins."""
-    count = len(types)
+    count = len(kinds)
     if recipe.layers is not None:
-        chosen = [recipe.layers.prelude, recipe.layers.core, recipe.layers.coda]
-        for name, layers in zip(("prelude", "core", "coda"), chosen, strict=True):
+        parts = {"prelude": recipe.layers.prelude, "core": recipe.layers.core, "coda": recipe.layers.coda}
+        for name, layers in parts.items():
             for layer in layers:
                 if not 0 <= layer < count:
                     raise UserError(f"layers.{name} names layer {layer}; the source has layers 0 to {count - 1}")
-        if not chosen[1]:
+        if not parts["core"]:
             raise UserError("layers.core is empty; name at least one source layer to recur")
     else:
         p, c, d = recipe.sizes or (0, 0, 0)
         if p + c + d > count:
             raise UserError(f"sizes={p},{c},{d} need {p + c + d} layers; the source has {count}")
-        chosen = [list(range(p)), list(range(count - d - c, count - d)), list(range(count - d, count))]
-    parents = {
-        name: [[layer] for layer in layers] for name, layers in zip(("prelude", "core", "coda"), chosen, strict=True)
-    }
-    return *chosen, parents
+        core = list(range(count - d - c, count - d))
+        parts = {"prelude": list(range(p)), "core": core, "coda": list(range(count - d, count))}
+    return parts, {name: [[layer] for layer in layers] for name, layers in parts.items()}, None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..recipe import Count, Integer, Integers, Number, Section
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+Targets = Annotated[
+    list[Literal["q", "k", "v", "o", "gate", "up", "down"]],
+    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
+]
+Ranks = Annotated[dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Count], Field(min_length=1)]
 
 
 class Layers(Section):
@@ -17,22 +24,56 @@ class Layers(Section):
     coda: Integers = Field([], description="source layers that run once, last")
 
 
+class Lora(Section):
+    """Relaxation: a LoRA for every layer of the core at every depth; norms and biases that differ stay per depth."""
+
+    rank: Count | Ranks = Field(description="rank r, or one for each target: {q: 8, down: 32}")
+    targets: Targets | None = Field(
+        None, description=f"projections that get one: {', '.join(TARGETS)} (default: all, or those that rank names)"
+    )
+    init: Literal["svd", "zero"] | None = Field(
+        None, description="svd of what tying took away, or zero (default: recursive svd, retrofit zero)"
+    )
+    dora: bool = Field(False, description="learn the lengths of the rows of the relaxed matrices too (DoRA)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Lora:
+        if isinstance(self.rank, dict) and self.targets is not None:
+            raise ValueError("rank names its targets; leave targets out")
+        return self
+
+    def ranks(self) -> dict[str, int]:
+        """Rank by target."""
+        if isinstance(self.rank, dict):
+            return {str(target): rank for target, rank in self.rank.items()}
+        return dict.fromkeys(self.targets or TARGETS, self.rank)
+
+
 class ConvertRecipe(Section):
     """How a source becomes a recurrent-depth model."""
 
     method: Literal["recursive", "retrofit"] = Field(
         "retrofit", description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core"
     )
-    loops: Count | None = Field(
-        None, description="recursive: number of loops B; it divides the number of source layers"
+    loops: Count | None = Field(None, description="recursive: number of loops B; it divides the layers to be tied")
+    sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] = Field(
+        "cycle",
+        description="recursive: tied layers run one after the other, B times (cycle), or each B times in a row "
+        "(sequence); middle- leaves the first and the last layer untied",
     )
-    init: Literal["stepwise", "average", "lower"] = Field(
-        "stepwise", description="recursive: tied layers start as evenly spaced, averaged, or the first source layers"
+    init: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
+        "stepwise",
+        description="recursive: tied layers start as evenly spaced, averaged, the first or the last source layers, or "
+        "random",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
-    injection: Literal["none", "add", "linear"] | None = Field(
+    lora: Lora | None = Field(None, description="relaxation of the tied layers")
+    injection: Literal["none", "add", "linear", "gated"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
+    )
+    recurrence_norm: bool = Field(
+        False, description="an RMS norm after every recurrence, which one recurrence of the source does not have"
     )
     state_init: Literal["input", "zeros", "normal"] | None = Field(
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
@@ -46,7 +87,9 @@ class ConvertRecipe(Section):
         None, description="of the weights (default: the source's)"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
-    seed: Integer = Field(0, ge=0, lt=2**63, description="of the normal initial state and of the tokens used to verify")
+    seed: Integer = Field(
+        0, ge=0, lt=2**63, description="of random layers, the normal initial state and the tokens used to verify"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ConvertRecipe:
@@ -57,11 +100,17 @@ class ConvertRecipe(Section):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=retrofit; method=recursive takes loops and init")
         else:
-            for key in ("loops", "init"):
+            for key in ("loops", "sharing", "init"):
                 if key in self.model_fields_set and getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=recursive; method=retrofit takes sizes or layers")
             if (self.sizes is None) == (self.layers is None):
                 raise ValueError("method=retrofit needs either sizes=P,C,D or layers.prelude, layers.core, layers.coda")
             if self.sizes is not None and (len(self.sizes) != 3 or min(self.sizes) < 0 or self.sizes[1] == 0):
                 raise ValueError(f"sizes={self.sizes}: three counts P,C,D, none negative, with at least one core layer")
+            if self.lora and self.lora.init == "svd":
+                raise ValueError("lora.init=svd belongs to method=recursive: retrofit ties no two layers, use zero")
+        if self.injection == "gated" and self.state_init in ("zeros", "normal"):
+            raise ValueError(f"injection=gated keeps the source only from state_init=input, not {self.state_init}")
+        if self.lora and self.lora.init == "svd" and self.init == "random":
+            raise ValueError("lora.init=svd with init=random would approximate the source by noise; use lora.init=zero")
         return self

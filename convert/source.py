@@ -205,6 +205,15 @@ class SourceWeights:
         """The name on disk, which transformers renames on loading for some architectures (GPT-NeoX: embed_out)."""
         return self._stored[name].name
 
+    @property
+    def config(self) -> Any:
+        """The config of the model."""
+        return self._model.config
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether the linear module at `path` keeps its weight as [in, out] (GPT-2's Conv1D)."""
+        return not isinstance(self._model.get_submodule(path), torch.nn.Linear)
+
     def shape(self, name: str) -> list[int]:
         return list(self._expected[name].shape)
 

@@ -27,9 +27,16 @@ def streamed(make: Callable[[], Any], read: Read, dtype: torch.dtype) -> Any:
         for name, buffer in module._buffers.items():
             if buffer is not None and prefix + name in stored:
                 module._buffers[name] = read(prefix + name).to(buffer.dtype)
-        if module._parameters:
+        if module._parameters and type(module).forward is nn.Module.forward:  # never runs: others use its parameters
+            for name in module._parameters:
+                module._parameters[name] = _parameter(read(prefix + name), dtype)
+        elif module._parameters:
             _stream(module, prefix, read, dtype)
     return model
+
+
+def _parameter(values: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(values.to(dtype), requires_grad=False)
 
 
 def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype) -> None:
@@ -38,7 +45,7 @@ def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype) -> N
     def fetch(*_: object) -> None:
         for name, parameter in empty.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(read(prefix + name).to(dtype), requires_grad=False)
+                module._parameters[name] = _parameter(read(prefix + name), dtype)
 
     def drop(*_: object) -> None:
         module._parameters.update(empty)

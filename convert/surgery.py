@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +15,16 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import __version__
 from ..errors import UserError
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from ..model.injection import Injection
 from ..model.source_layers import layer_list_name
-from .architectures import attention_types
+from .architectures import layer_kinds
 from .card import model_card
 from .plan import Plan, make_plan
 from .recipe import ConvertRecipe
+from .relax import own_parameters, ranks
 from .source import SourceWeights, copy_carried, empty_model, find_source, read_config
+from .tensors import Tensors
 from .verify import verify
-from .write import Pending, new_directory, write_weights
-
-PARTS = ("prelude", "core", "coda")
+from .write import new_directory, write_weights
 
 
 def convert(
@@ -47,15 +45,16 @@ def convert(
     """
     path = find_source(str(source), recipe.revision)
     source_config = read_config(path)
-    plan = make_plan(recipe, attention_types(source_config))
     with torch.device("meta"):
         source_model = empty_model(source_config)
+    plan = make_plan(recipe, layer_kinds(source_model))
     with SourceWeights(path, source_model) as weights:
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
         if weights.untied:
             source_config.tie_word_embeddings = False
-        config = _config(source_config, plan, recipe, dtype or _common_dtype(weights))
-        tensors = _tensors(config, plan, source_model, weights, dtype)
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        relaxation = _relaxation(plan, recipe, source_model, weights)
+        config = _config(source_config, plan, recipe, relaxation, dtype or _common_dtype(weights))
+        tensors = Tensors(config, plan, recipe, source_model, weights, dtype)
         facts: dict[str, Any] = {
             "loopwise": __version__,
             "transformers": transformers.__version__,
@@ -65,7 +64,7 @@ def convert(
             "plan": {**asdict(plan), "dropped": plan.dropped(source_config.num_hidden_layers)},
             "parameters": {
                 "source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names()),
-                "unique": sum(torch.Size(t.shape).numel() for t in tensors),
+                "unique": sum(torch.Size(t.shape).numel() for t in tensors.pending),
             },
         }
         if dry_run:
@@ -73,15 +72,31 @@ def convert(
         with new_directory(Path(out), path, force) as directory:
             copy_carried(path, directory)
             facts["source"]["sha256"] = weights.hashes()
-            write_weights(tensors, directory, show_progress)
+            write_weights(tensors.pending, directory, show_progress)
+            if tensors.low_rank:
+                facts["lora_error"] = tensors.errors()
             _save_config(config, directory)
-            facts["max_dlogit"] = verify(directory, plan, source_config, weights, dtype, recipe.seed) if check else None
+            options = (directory, plan, source_config, weights, dtype, recipe.seed, relaxation is not None)
+            facts["max_dlogit"] = verify(*options) if check else None
             (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
             (directory / "README.md").write_text(model_card(facts, config))
     return facts
 
 
-def _config(source_config: Any, plan: Plan, recipe: ConvertRecipe, dtype: torch.dtype) -> Any:
+def _relaxation(
+    plan: Plan, recipe: ConvertRecipe, source_model: PreTrainedModel, weights: SourceWeights
+) -> dict[str, Any] | None:
+    if recipe.lora is None:
+        return None
+    name = layer_list_name(source_model, source_model.config.num_hidden_layers)
+    rank = ranks(source_model.get_submodule(f"{name}.{plan.core[0]}"), recipe.lora)
+    own = own_parameters(weights, f"{name}.", plan.stands_for)
+    return {"depths": len(plan.stands_for), "rank": rank, "own": own, "dora": recipe.lora.dora}
+
+
+def _config(
+    source_config: Any, plan: Plan, recipe: ConvertRecipe, relaxation: dict[str, Any] | None, dtype: torch.dtype
+) -> Any:
     if recipe.max_recurrences is not None and recipe.max_recurrences < plan.num_recurrences:
         raise UserError(
             f"max_recurrences={recipe.max_recurrences} is below num_recurrences={plan.num_recurrences}; raise it"
@@ -98,6 +113,9 @@ def _config(source_config: Any, plan: Plan, recipe: ConvertRecipe, dtype: torch.
             state_std=recipe.state_std,
             state_seed=recipe.seed,
             injection=plan.injection,
+            sharing=plan.sharing,
+            recurrence_norm=plan.recurrence_norm,
+            relaxation=relaxation,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -113,51 +131,6 @@ def _common_dtype(weights: SourceWeights) -> torch.dtype:
         dtype = weights.dtype(name)
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(weights.shape(name)).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _tensors(
-    config: Any,
-    plan: Plan,
-    source_model: PreTrainedModel,
-    weights: SourceWeights,
-    dtype: torch.dtype | None,
-) -> list[Pending]:
-    """Every tensor of the output, in the order in which it is written."""
-    layers = layer_list_name(source_model, config.source_config.num_hidden_layers) + "."
-    tensors = []
-
-    def add(name: str, sources: list[str]) -> None:
-        shapes = {tuple(weights.shape(source)) for source in sources}
-        if len(shapes) > 1:
-            raise UserError(f"{sources[0]} and the tensors to average it with differ in shape: {sorted(shapes)}")
-        kind = dtype or weights.dtype(sources[0])
-        tensors.append(Pending(name, kind, weights.shape(sources[0]), partial(_mean, weights, sources)))
-
-    for name in weights.names():
-        if not name.startswith(layers):
-            add(f"source.{weights.stored_name(name)}", [name])
-    for part in PARTS:
-        for n, parents in enumerate(plan.parents[part]):
-            first = f"{layers}{parents[0]}."
-            for name in weights.names():
-                if name.startswith(first):
-                    suffix = name.removeprefix(first)
-                    add(f"{part}.{n}.{suffix}", [f"{layers}{parent}.{suffix}" for parent in parents])
-    if plan.injection == "linear":
-        width = config.source_config.hidden_size
-        make = partial(Injection.preserving_weight, width, plan.state_init)
-        tensors.append(Pending("injection.weight", config.dtype, [width, 2 * width], make))
-    return tensors
-
-
-def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:
-    """The tensor of that name, or the mean of several, summed in float32."""
-    if len(names) == 1:
-        return weights.read(names[0])
-    total = weights.read(names[0]).float()
-    for name in names[1:]:
-        total = total + weights.read(name).float()  # not in place: a tensor read in float32 is the mapped file itself
-    return total / len(names)
 
 
 def _save_config(config: RecurrentDepthConfig, directory: Path) -> None:

@@ -106,7 +106,7 @@ def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
         header[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": [offset, offset + t.bytes]}
         offset += t.bytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data start aligned
+    text += b" " * (-(8 + len(text)) % 64)  # the data start on a cache line: some kernels round by alignment
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:

@@ -69,6 +69,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "ministral3": _GROUPED,
     "mistral": _WINDOW,
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
     "mpt": {"vocab_size": VOCAB, "d_model": 64, "n_layers": 6, "n_heads": 2, "max_seq_len": 128},
     "nemotron": _GROUPED,
     "olmo2": _GROUPED,

@@ -121,6 +121,12 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self.source_config.vocab_size = value
 
     @property
+    def norm_eps(self) -> float:
+        """Of the recurrence norm: the source's."""
+        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+        return next((eps for name in names if (eps := getattr(self.source_config, name, None))), 1e-6)
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of key-value slots: prelude, coda, then the core once for each of `max_recurrences` depths."""
         return len(self.slots(self.max_recurrences))
@@ -130,6 +136,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         """Attention type of each key-value slot, where the source distinguishes types (else AttributeError)."""
         types = self.source_config.layer_types
         return [types[layer] for layer in self.slots(self.max_recurrences)]
+
+    def order(self, num_recurrences: int) -> list[tuple[str, int, int]]:
+        """(part, layer of it, depth counted from 0) of every layer that runs, in order."""
+        core = [("core", n, depth) for depth in range(num_recurrences) for n in range(len(self.core))]
+        if self.sharing == "sequence":
+            core.sort(key=lambda place: place[1])
+        prelude, coda = ([(part, n, 0) for n in range(len(getattr(self, part)))] for part in ("prelude", "coda"))
+        return [*prelude, *core, *coda]
 
     def slots(self, num_recurrences: int) -> list[int]:
         """The source-layer id of every key-value slot: prelude, coda, then core by depth.

@@ -109,8 +109,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.coda = nn.ModuleList(take(i) for i in config.coda)
         self.injection = Injection(config.injection, source_config.hidden_size)
         if config.recurrence_norm:
-            eps = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None) or 1e-6
-            self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, eps)
+            self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         self._no_split_modules = self.source._no_split_modules

@@ -168,6 +168,16 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["sizes=1,2,1", "seed=9223372036854775808"], "seed=9223372036854775808"),
         (["sizes=1,2,1", "revision=0123456"], "revision='0123456'"),
         (["sizes=1,2,1", "state_init=normal", "state_std=1e39"], "not finite"),
+        (["method=recursive", "loops=3", "sharing=middle-cycle"], "4 layers between the first and the last"),
+        (["sizes=1,2,1", "sharing=sequence"], "sharing belongs to method=recursive"),
+        (["method=recursive", "loops=2", "sharing=sequence", "injection=linear"], "nothing can stand between"),
+        (["method=recursive", "loops=2", "lora.rank=65"], "above the rank of self_attn.q_proj"),
+        (["method=recursive", "loops=2", "lora.rank=0"], "lora.rank"),
+        (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=q,x"], "lora.targets"),
+        (["method=recursive", "loops=2", "lora.rank={q: 4}", "lora.targets=q"], "rank names its targets"),
+        (["method=recursive", "loops=2", "lora.rank=4", "lora.init=svd", "init=random"], "noise"),
+        (["sizes=1,2,1", "lora.rank=4", "lora.init=svd"], "retrofit ties no two layers"),
+        (["sizes=1,2,1", "injection=gated", "state_init=zeros"], "only from state_init=input"),
     ],
 )
 def test_settings(capsys, tmp_path, source, settings, said):
@@ -316,9 +326,9 @@ def test_a_full_disk_is_named(capsys, tmp_path, source, monkeypatch):
 
 
 def test_verification_can_fail(capsys, tmp_path, source, monkeypatch):
-    from loopwise.convert import surgery
+    from loopwise.convert import tensors
 
-    monkeypatch.setattr(surgery, "_mean", lambda weights, names: weights.read(names[0]) * 1.01)
+    monkeypatch.setattr(tensors, "_mean", lambda weights, names: weights.read(names[0]) * 1.01)
     assert "verification failed" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--no-verify"]) == 0
     assert "Not verified" in (tmp_path / "out" / "README.md").read_text()

@@ -116,6 +116,133 @@ def test_recursive(init, tmp_path):
     assert (model.config.num_recurrences, model.config.prelude, model.config.coda) == (2, [], [])
 
 
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower", "upper"])
+@pytest.mark.parametrize(
+    ("sharing", "groups"),
+    [
+        ("cycle", [[0, 3], [1, 4], [2, 5]]),
+        ("sequence", [[0, 1], [2, 3], [4, 5]]),
+        ("middle-cycle", [[1, 3], [2, 4]]),
+        ("middle-sequence", [[1, 2], [3, 4]]),
+    ],
+)
+def test_sharing_and_init(sharing, groups, init, tmp_path):
+    """Each way to share layers equals the source written out with the layers that each init chooses."""
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    model = run(tmp_path / "source", tmp_path / "out", method="recursive", loops=2, sharing=sharing, init=init)
+    tied = sorted(layer for group in groups for layer in group)
+    width = len(groups)
+    even = {3: [0, 2, 5], 2: [1, 4]}[width]
+    start = {"stepwise": even, "lower": tied[:width], "upper": tied[-width:]}
+    state = source.state_dict()
+
+    def weight(layer: int, key: str) -> torch.Tensor:
+        which = next((n for n, group in enumerate(groups) if layer in group), None)
+        if which is None:
+            return state[f"model.layers.{layer}.{key}"]
+        parents = groups[which] if init == "average" else [start[init][which]]
+        return torch.stack([state[f"model.layers.{parent}.{key}"] for parent in parents]).mean(0)
+
+    plain = source_model("llama")
+    for layer in range(6):
+        keys = plain.model.layers[layer].state_dict()
+        plain.model.layers[layer].load_state_dict({key: weight(layer, key) for key in keys})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens()).logits[1], plain(**tokens()).logits[1], rtol=0, atol=1e-5)
+
+
+def test_random_layers_depend_on_the_seed_alone(tmp_path):
+    save_source(tmp_path / "source")
+    keys = {"method": "recursive", "loops": 2, "init": "random", "sharing": "middle-cycle"}
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        model = run(tmp_path / "source", tmp_path / name, **keys, seed=seed)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+    weights = model.core[0].self_attn.q_proj.weight, model.core[1].self_attn.q_proj.weight
+    assert 0.015 < weights[0].std() < 0.025  # Llama's initializer_range is 0.02
+    assert not torch.equal(*weights)
+    assert torch.equal(model.core[0].input_layernorm.weight, torch.ones(64))
+
+
+@pytest.mark.parametrize("sharing", ["cycle", "middle-sequence"])
+@pytest.mark.parametrize("init", ["stepwise", "average"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "gpt_neox", "gpt2", "phi3", "starcoder2"])
+def test_full_rank_lora_is_the_source(model_type, init, sharing, tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source", model_type)).eval()
+    ranks = {"q": 64, "k": 32, "v": 32, "o": 64, "gate": 64, "up": 64, "down": 64}
+    if model_type == "starcoder2":
+        del ranks["gate"]
+    elif model_type not in ("llama", "qwen3", "olmo2"):
+        ranks = dict.fromkeys(("q", "o", "up", "down"), 64)
+    keys = {"method": "recursive", "loops": 2, "sharing": sharing, "init": init, "lora": {"rank": ranks}}
+    model = run(tmp_path / "source", tmp_path / "out", **keys)
+    seen = tokens()["attention_mask"].bool()
+    with torch.no_grad():
+        want, got = source(**tokens()).logits[seen], model(**tokens()).logits[seen]
+        assert (want - got).abs().max() < 1e-4
+        shallow = model(**tokens(), num_recurrences=1).logits[seen]
+        assert (want - shallow).abs().max() > 1e-2
+    assert max(json.loads((tmp_path / "out" / "loopwise.json").read_text())["lora_error"].values()) < 1e-4
+
+
+def test_low_rank_lora_is_the_best_of_its_rank(tmp_path):
+    """The factors are those of the singular values, and the stated error is what they leave out."""
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).state_dict()
+    lora = {"rank": 4, "targets": "q,down"}
+    model = run(tmp_path / "source", tmp_path / "out", method="recursive", loops=2, init="lower", lora=lora)
+    key = "self_attn.q_proj"
+    errors = []
+    for n in range(3):
+        factors = model.relaxation[n].get_submodule(key)
+        assert factors.lora_A.shape == (2, 4, 64)
+        lost = source[f"model.layers.{n + 3}.{key}.weight"] - source[f"model.layers.{n}.{key}.weight"]
+        u, s, v = torch.linalg.svd(lost)
+        torch.testing.assert_close(factors.lora_B[1] @ factors.lora_A[1], u[:, :4] * s[:4] @ v[:4], rtol=0, atol=1e-5)
+        assert factors.lora_B[0].abs().max() < 1e-6
+        errors.append((s[4:].square().sum() / s.square().sum()).sqrt().item())
+    assert model.relaxation[0].input_layernorm.weight.shape == (2, 64)
+    stated = json.loads((tmp_path / "out" / "loopwise.json").read_text())["lora_error"]
+    assert stated.keys() == {key, "mlp.down_proj"}
+    assert stated[key] == pytest.approx(max(errors), rel=1e-3)
+
+
+def test_randomised_svd_is_near_the_exact_one(monkeypatch):
+    from loopwise.convert import relax
+
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 40, generator=generator) @ torch.randn(40, 200, generator=generator)
+    matrix += 0.3 * torch.randn(300, 200, generator=generator)
+    exact = relax.truncated_svd(matrix, 32, generator)
+    monkeypatch.setattr(relax, "EXACT_UP_TO", 100)
+    random = relax.truncated_svd(matrix, 32, generator)
+    left = [(matrix - b @ a).norm().item() for b, a in (exact, random)]
+    assert left[1] == pytest.approx(left[0], rel=0.01)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_zero_lora_changes_nothing(dora, tmp_path):
+    save_source(tmp_path / "source")
+    keys = {"sizes": "1,2,1", "injection": "none", "num_recurrences": 3}
+    plain = run(tmp_path / "source", tmp_path / "plain", **keys)
+    relaxed = run(tmp_path / "source", tmp_path / "relaxed", **keys, lora={"rank": 2, "dora": dora})
+    assert relaxed.relaxation[0].mlp.up_proj.lora_B.abs().max() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(relaxed(**tokens()).logits, plain(**tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_gated_injection_and_recurrence_norm(tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    gated = run(tmp_path / "source", tmp_path / "gated", sizes="1,3,2", injection="gated")
+    normed = run(tmp_path / "source", tmp_path / "normed", sizes="1,3,2", injection="none", recurrence_norm=True)
+    with torch.no_grad():
+        want = source(**tokens(False)).logits
+        assert torch.equal(gated(**tokens(False), num_recurrences=1).logits, want)
+        assert not torch.equal(gated(**tokens(False), num_recurrences=2).logits, want)
+        state = normed(**tokens(False), num_recurrences=2).state
+        torch.testing.assert_close(state.pow(2).mean(-1), torch.ones(2, 20), rtol=0, atol=1e-3)
+
+
 def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):
     source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
     model = run(tmp_path / "source", tmp_path / "out", sizes="2,2,2", injection="add")

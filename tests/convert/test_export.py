@@ -29,6 +29,21 @@ def test_logits_are_equal_bit_for_bit(model_type, tmp_path):
     assert ids[0] == ids[1]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("sharing", ["cycle", "sequence"])
+def test_lora_and_sharing_are_written_out(model_type, sharing, tmp_path):
+    keys = {"method": "recursive", "loops": 2, "sharing": sharing, "lora": {"rank": 8, "targets": ["q", "o"]}}
+    convert(save_source(tmp_path / "source", model_type), tmp_path / "model", validate(ConvertRecipe, keys))
+    differs = export(tmp_path / "model", tmp_path / "plain", unroll=3)
+    assert differs is not None
+    assert differs < 1e-4
+    model, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("model", "plain"))
+    with torch.no_grad():
+        seen = tokens()["attention_mask"].bool()
+        want, got = model(**tokens(), num_recurrences=3).logits[seen], plain(**tokens()).logits[seen]
+        assert (want - got).abs().max() < 1e-4
+
+
 def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
     save_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "model", validate(ConvertRecipe, {"sizes": [1, 2, 1]}))

@@ -105,13 +105,13 @@ def test_saved_and_copied(tmp_path):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_relaxation_changes_nothing(dora):
-    options = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3}
+    options: dict[str, Any] = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3}
     rank, own = PARTS["llama"]
-    relaxation = {"depths": 2, "rank": rank, "own": own, "dora": dora}
+    relaxation: dict[str, Any] = {"depths": 2, "rank": rank, "own": own, "dora": dora}
     models: list[Any] = []
-    for extra in ({}, {"relaxation": relaxation}):
+    for relaxed in (None, relaxation):
         torch.manual_seed(0)
-        config = RecurrentDepthConfig(source_config=source_config("llama"), **options, **extra)
+        config = RecurrentDepthConfig(source_config=source_config("llama"), **options, relaxation=relaxed)
         models.append(RecurrentDepthForCausalLM(config).eval())
     models[1].load_state_dict(models[0].state_dict(), strict=False)
     for j in (0, 1):
@@ -123,7 +123,7 @@ def test_a_new_relaxation_changes_nothing(dora):
 
 
 def test_sequence_sharing_repeats_each_layer():
-    options = {"core": [1, 2], "prelude": [0], "coda": [3], "sharing": "sequence", "num_recurrences": 2}
+    options: dict[str, Any] = {"core": [1, 2], "prelude": [0], "coda": [3], "sharing": "sequence", "num_recurrences": 2}
     torch.manual_seed(0)
     model: Any = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config("llama"), **options)).eval()
     plain = source_model("llama")

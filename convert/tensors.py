@@ -1,0 +1,164 @@
+"""Every tensor of a converted checkpoint: its name, its shape, and how its values are made from the source's."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..model.injection import Injection
+from ..model.source_layers import layer_list_name
+from .plan import Plan
+from .recipe import ConvertRecipe
+from .relax import LowRank
+from .source import SourceWeights
+from .write import Pending
+
+PARTS = ("prelude", "core", "coda")
+
+
+class Tensors:
+    """`pending`: the tensors of the output in the order in which they are written. `low_rank`: their LoRA factors, by
+    the name of the matrix. Values are made when they are written, from one source tensor (or a few) at a time."""
+
+    def __init__(
+        self,
+        config: Any,
+        plan: Plan,
+        recipe: ConvertRecipe,
+        source_model: PreTrainedModel,
+        weights: SourceWeights,
+        dtype: torch.dtype | None,
+    ):
+        self.config, self.plan, self.recipe = config, plan, recipe
+        self.model, self.weights, self.dtype = source_model, weights, dtype
+        self.layers = layer_list_name(source_model, config.source_config.num_hidden_layers) + "."
+        self.pending: list[Pending] = []
+        self.low_rank: dict[str, LowRank] = {}
+        self._fresh: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+        for name in weights.names():
+            if not name.startswith(self.layers):
+                self._add(f"source.{weights.stored_name(name)}", [name])
+        for part in PARTS:
+            for n in range(len(getattr(plan, part))):
+                self._add_layer(part, n)
+        if config.relaxation:
+            for n in range(len(plan.core)):
+                self._add_relaxation(n)
+        self._add_injection()
+
+    def errors(self) -> dict[str, float]:
+        """Share of what tying took away that the LoRA does not give back, by target: the greatest of all layers."""
+        worst: dict[str, float] = {}
+        for name, factors in self.low_rank.items():
+            target = name.split(".", 2)[2]
+            if factors.error is not None:
+                worst[target] = max(worst.get(target, 0.0), factors.error)
+        return worst
+
+    def _add(self, name: str, sources: list[str]) -> None:
+        shapes = {tuple(self.weights.shape(source)) for source in sources}
+        if len(shapes) > 1:
+            raise UserError(f"{sources[0]} and the tensors to average it with differ in shape: {sorted(shapes)}")
+        make = partial(_mean, self.weights, sources)
+        self.pending.append(Pending(name, self._dtype_of(sources[0]), self.weights.shape(sources[0]), make))
+
+    def _dtype_of(self, source: str) -> torch.dtype:
+        return self.dtype or self.weights.dtype(source)
+
+    def _suffixes(self, layer: int) -> list[str]:
+        first = f"{self.layers}{layer}."
+        return [name.removeprefix(first) for name in self.weights.names() if name.startswith(first)]
+
+    def _add_layer(self, part: str, n: int) -> None:
+        parents = self.plan.parents[part][n]
+        layer = getattr(self.plan, part)[n]
+        relaxation = self.config.relaxation if part == "core" else None
+        for suffix in self._suffixes(layer):
+            if relaxation and suffix in relaxation["own"]:
+                continue
+            if parents:
+                self._add(f"{part}.{n}.{suffix}", [f"{self.layers}{parent}.{suffix}" for parent in parents])
+            else:
+                source = f"{self.layers}{layer}.{suffix}"
+                make = partial(self._random, n, suffix)
+                self.pending.append(
+                    Pending(f"{part}.{n}.{suffix}", self._dtype_of(source), self.weights.shape(source), make)
+                )
+
+    def _random(self, n: int, suffix: str) -> torch.Tensor:
+        """Parameter `suffix` of core layer n, initialised as transformers does, by a seed of the layer's own."""
+        if self._fresh[0] != n:
+            layer = copy.deepcopy(self.model.get_submodule(f"{self.layers}{self.plan.core[n]}")).to_empty(device="cpu")
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(_seed(self.recipe.seed, "random", n))
+                layer.apply(self.model._init_weights)
+            self._fresh = (n, dict(layer.state_dict()))
+        return self._fresh[1][suffix]
+
+    def _add_relaxation(self, n: int) -> None:
+        relaxation, plan, lora = self.config.relaxation, self.plan, self.recipe.lora
+        assert lora is not None
+        for suffix in relaxation["own"]:
+            names = [f"{self.layers}{depth[n]}.{suffix}" for depth in plan.stands_for]
+            shape = [len(names), *self.weights.shape(names[0])]
+            make = partial(lambda names: torch.stack([self.weights.read(name) for name in names]), names)
+            self.pending.append(Pending(f"relaxation.{n}.{suffix}", self._dtype_of(names[0]), shape, make))
+        init = lora.init or ("zero" if self.recipe.method == "retrofit" or self.recipe.init == "random" else "svd")
+        for path, rank in relaxation["rank"].items():
+            source = f"{self.layers}{plan.core[n]}.{path}.weight"
+            transposed = self.weights.is_transposed(source.removesuffix(".weight"))
+            kept = next(t for t in self.pending if t.name == f"core.{n}.{path}.weight")
+
+            def matrix(values: torch.Tensor, transposed: bool = transposed) -> torch.Tensor:
+                return values.float().T if transposed else values.float()
+
+            factors = LowRank(
+                rank=rank,
+                depths=relaxation["depths"],
+                init=init,
+                dora=lora.dora,
+                seed=_seed(self.recipe.seed, path, n),
+                tied=lambda kept=kept, matrix=matrix: matrix(kept.make().to(kept.dtype)),
+                lost=lambda depth, path=path, matrix=matrix: matrix(
+                    self.weights.read(f"{self.layers}{plan.stands_for[depth][n]}.{path}.weight")
+                ),
+            )
+            self.low_rank[f"relaxation.{n}.{path}"] = factors
+            out, width = self.weights.shape(source)[:: -1 if transposed else 1]
+            shapes = {"lora_A": [rank, width], "lora_B": [out, rank], "dora_magnitude": [out]}
+            for name in list(shapes)[: 3 if lora.dora else 2]:
+                shape = [relaxation["depths"], *shapes[name]]
+                make = partial(factors.take, name)
+                self.pending.append(Pending(f"relaxation.{n}.{path}.{name}", self._dtype_of(source), shape, make))
+
+    def _add_injection(self) -> None:
+        width, dtype, injection = self.config.source_config.hidden_size, self.config.dtype, self.plan.injection
+        if injection == "linear":
+            make = partial(Injection.preserving_weight, width, self.plan.state_init)
+            self.pending.append(Pending("injection.weight", dtype, [width, 2 * width], make))
+        elif injection == "gated":
+            for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
+                self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))
+        if self.plan.recurrence_norm:
+            self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
+
+
+def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:
+    """The tensor of that name, or the mean of several, summed in float32."""
+    if len(names) == 1:
+        return weights.read(names[0])
+    total = weights.read(names[0]).float()
+    for name in names[1:]:
+        total = total + weights.read(name).float()  # not in place: a tensor read in float32 is the mapped file itself
+    return total / len(names)
+
+
+def _seed(seed: int, *what: object) -> int:
+    """A seed of its own for each purpose, a function of the recipe's alone."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=7).digest(), "big")
