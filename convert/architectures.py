@@ -10,8 +10,10 @@ from ..errors import UserError
 from ..model.source_layers import layer_list_name
 
 SUPPORTED = """
-arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm4 gpt2 gpt_neo gpt_neox gptj granite helium
-llama ministral3 mistral mixtral mpt nemotron olmo2 olmo3 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
+arcee biogpt bloom codegen cohere cohere2 cwm doge ernie4_5 exaone4 falcon flex_olmo gemma gemma2 gemma3_text glm glm4
+gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense jais2 llama
+ministral ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
+qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm
 """.split()  # noqa: SIM905 (a table)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -240,13 +242,30 @@ class SourceWeights:
             )
         return tensor
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of every weight file."""
-        result = {}
-        for file in self.files:
-            with open(file, "rb") as stream:
-                result[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return result
+    @contextmanager
+    def hashing(self) -> Iterator[dict[str, str]]:
+        """sha256 of every weight file by its name, computed beside the block: they are there once it has ended."""
+        result: dict[str, str] = {}
+        given_up = threading.Event()
+
+        def work() -> None:
+            buffer = memoryview(bytearray(1 << 20))
+            for file in self.files:
+                digest = hashlib.sha256()
+                with open(file, "rb", buffering=0) as stream:
+                    while (size := stream.readinto(buffer)) and not given_up.is_set():
+                        digest.update(buffer[:size])
+                result[file.name] = digest.hexdigest()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield result
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            thread.join()
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

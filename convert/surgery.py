@@ -71,8 +71,9 @@ def convert(
             return facts
         with new_directory(Path(out), path, force) as directory:
             copy_carried(path, directory)
-            facts["source"]["sha256"] = weights.hashes()
-            write_weights(tensors.pending, directory, show_progress)
+            with weights.hashing() as hashes:
+                write_weights(tensors.pending, directory, show_progress)
+            facts["source"]["sha256"] = hashes
             if tensors.low_rank:
                 facts["lora_error"] = tensors.errors()
             _save_config(config, directory)

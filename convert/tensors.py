@@ -66,7 +66,7 @@ class Tensors:
         if len(shapes) > 1:
             raise UserError(f"{sources[0]} and the tensors to average it with differ in shape: {sorted(shapes)}")
         make = partial(_mean, self.weights, sources)
-        self.pending.append(Pending(name, self._dtype_of(sources[0]), self.weights.shape(sources[0]), make))
+        self.pending.append(Pending(name, self._dtype_of(sources[0]), self.weights.shape(sources[0]), make, sources[0]))
 
     def _dtype_of(self, source: str) -> torch.dtype:
         return self.dtype or self.weights.dtype(source)

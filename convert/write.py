@@ -21,12 +21,16 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor to write: its name, type and shape now, its values when `make` is called."""
+    """A tensor to write: its name, type and shape now, its values when `make` is called.
+
+    `source` names the tensor that they come from, where that is one.
+    """
 
     name: str
     dtype: torch.dtype
     shape: list[int]
     make: Callable[[], torch.Tensor]
+    source: str = ""
 
     @property
     def bytes(self) -> int:
@@ -76,14 +80,14 @@ def _place(out: Path, source: Path, force: bool) -> Path:
     return place
 
 
-def write_weights(tensors: list[Pending], directory: Path, show_progress: bool) -> None:
+def write_weights(tensors: list[Pending], directory: Path, show_progress: bool, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `tensors` as model.safetensors, or as numbered shards and an index. Holds one tensor at a time.
 
     safetensors' own writer wants a whole shard in memory; its format is a JSON header and the bytes in order.
     """
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > SHARD_BYTES:
+        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     total = sum(t.bytes for t in tensors)
@@ -111,6 +115,8 @@ def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             values = t.make().to(t.dtype).contiguous()
+            if values.numel() and not all(end.isfinite() for end in values.aminmax()):
+                raise UserError(f"{t.source or t.name} has values that are not finite (NaN or infinity)")
             assert list(values.shape) == t.shape, f"{t.name}: {list(values.shape)} is not {t.shape}"
             file.write(values.flatten().view(torch.uint8).numpy().data)
             progress.update(t.bytes)

@@ -17,7 +17,7 @@ from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
 from ...unroll import config_with_layers
 from .architectures import vllm_architecture
-from .limits import check_depth, check_vllm_config
+from .limits import check_depth, check_model, check_vllm_config
 from .recurrence import Recurrence, hand_on
 from .weights import Completeness, source_name
 
@@ -35,6 +35,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
         check_depth(config.num_recurrences, config.max_recurrences)
         check_vllm_config(vllm_config)
+        check_model(vars(config))
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])

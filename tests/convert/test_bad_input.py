@@ -268,6 +268,19 @@ def test_tensors_of_other_types(capsys, tmp_path, source):
     assert "BF16" in line
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite(capsys, tmp_path, source, value, dtype):
+    from safetensors.torch import load_file, save_file
+
+    path = broken(source, tmp_path)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+    tensors["model.layers.4.mlp.up_proj.weight"][5, 7] = value
+    save_file(tensors, path / "model.safetensors")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    assert "model.layers.4.mlp.up_proj.weight has values that are not finite" in line
+
+
 def test_gpt2_scaled_by_the_place_of_a_layer(capsys, tmp_path):
     path = save_source(tmp_path / "gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True)
     assert "scale_attn_by_inverse_layer_idx" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")

@@ -109,6 +109,20 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
     assert "--quantization fp8" in refusal(capsys, folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sharing": "sequence"}, "sharing='sequence'"),
+        ({"recurrence_norm": True}, "recurrence_norm=True"),
+        ({"relaxation": {"depths": 2, "rank": {}, "own": [], "dora": False}}, "LoRA of every depth"),
+    ],
+)
+def test_refuses_parts_that_the_engine_lacks(capsys, model, tmp_path, fields, said):
+    folder = copy_of(model, tmp_path / "m")
+    change_config(folder, **fields)
+    assert said in refusal(capsys, folder)
+
+
 def test_names_the_nearest_key(capsys, model):
     assert "did you mean 'num_recurrences'" in refusal(capsys, model[0], "num_recurrence=2")
 
