@@ -50,6 +50,10 @@ def main(argv: list[str]) -> int:
 
 def _summary(facts: dict[str, Any]) -> str:
     plan, size = facts["plan"], facts["parameters"]
+    if "influence" in facts:
+        from .influence import table
+
+        print(table(facts["influence"], plan))
     lines = [f"{part:<9}{_layers(plan['parents'][part])}" for part in ("prelude", "core", "coda")]
     lines.append(f"dropped  {plan['dropped'] or 'none'}")
     order = ", each layer R times in a row" if plan["sharing"] == "sequence" else ""

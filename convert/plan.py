@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -34,10 +35,13 @@ class Plan:
         return [layer for layer in range(count) if layer not in kept]
 
 
-def make_plan(recipe: ConvertRecipe, kinds: list[str]) -> Plan:
-    """The plan for a source whose layers are of these kinds. Raises UserError where that cannot be."""
-    make = _recursive if recipe.method == "recursive" else _retrofit
-    parts, parents, stands_for = make(recipe, kinds)
+def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], list[float]]) -> Plan:
+    """The plan for a source whose layers are of these kinds; `influence()` measures theirs. Raises UserError where that
+    cannot be."""
+    if recipe.method == "recursive":
+        parts, parents, stands_for = _recursive(recipe, kinds)
+    else:
+        parts, parents, stands_for = _retrofit(recipe, len(kinds), influence)
     injection = recipe.injection or ("none" if recipe.method == "recursive" else "linear")
     depths = recipe.num_recurrences or recipe.loops or 4
     return Plan(
@@ -97,9 +101,9 @@ def _start(init: str, n: int, width: int, tied: list[int], kinds: list[str], kin
     return min((layer for layer in tied if kinds[layer] == kind), key=lambda layer: abs(layer - tied[place]))
 
 
-def _retrofit(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
-    """Prelude, core and coda of retrofitted recurrence (arXiv 2511.07384): the core ends where the coda begins."""
-    count = len(kinds)
+def _retrofit(recipe: ConvertRecipe, count: int, influence: Callable[[], list[float]]) -> tuple:
+    """Prelude, core and coda of retrofitted recurrence (arXiv 2511.07384): the core ends where the coda begins, or
+    takes the layers of most influence."""
     if recipe.layers is not None:
         parts = {"prelude": recipe.layers.prelude, "core": recipe.layers.core, "coda": recipe.layers.coda}
         for name, layers in parts.items():
@@ -113,5 +117,8 @@ def _retrofit(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
         if p + c + d > count:
             raise UserError(f"sizes={p},{c},{d} need {p + c + d} layers; the source has {count}")
         core = list(range(count - d - c, count - d))
+        if recipe.influence is not None:
+            measured = influence()
+            core = sorted(sorted(range(p, count - d), key=lambda layer: -measured[layer])[:c])
         parts = {"prelude": list(range(p)), "core": core, "coda": list(range(count - d, count))}
     return parts, {name: [[layer] for layer in layers] for name, layers in parts.items()}, None

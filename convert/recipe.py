@@ -68,6 +68,11 @@ class ConvertRecipe(Section):
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
+    influence: str | None = Field(
+        None,
+        description="retrofit, with sizes: a text file; the core takes the layers between prelude and coda that have "
+        "most block influence (arXiv 2403.03853) on it, not the last of them",
+    )
     lora: Lora | None = Field(None, description="relaxation of the tied layers")
     injection: Literal["none", "add", "linear", "gated"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
@@ -96,7 +101,7 @@ class ConvertRecipe(Section):
         if self.method == "recursive":
             if self.loops is None:
                 raise ValueError("method=recursive needs loops=B, the number of times that the tied layers run")
-            for key in ("sizes", "layers"):
+            for key in ("sizes", "layers", "influence"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=retrofit; method=recursive takes loops and init")
         else:
@@ -107,6 +112,8 @@ class ConvertRecipe(Section):
                 raise ValueError("method=retrofit needs either sizes=P,C,D or layers.prelude, layers.core, layers.coda")
             if self.sizes is not None and (len(self.sizes) != 3 or min(self.sizes) < 0 or self.sizes[1] == 0):
                 raise ValueError(f"sizes={self.sizes}: three counts P,C,D, none negative, with at least one core layer")
+            if self.influence is not None and self.sizes is None:
+                raise ValueError("influence chooses layers for sizes=P,C,D, and layers are given: leave one out")
             if self.lora and self.lora.init == "svd":
                 raise ValueError("lora.init=svd belongs to method=recursive: retrofit ties no two layers, use zero")
         if self.injection == "gated" and self.state_init in ("zeros", "normal"):

@@ -18,6 +18,7 @@ from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from .architectures import layer_kinds
 from .card import model_card
+from .influence import block_influence, plot
 from .plan import Plan, make_plan
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
@@ -47,8 +48,14 @@ def convert(
     source_config = read_config(path)
     with torch.device("meta"):
         source_model = empty_model(source_config)
-    plan = make_plan(recipe, layer_kinds(source_model))
     with SourceWeights(path, source_model) as weights:
+        influence: list[float] = []
+
+        def measure() -> list[float]:
+            influence[:] = block_influence(path, weights, str(recipe.influence), _common_dtype(weights))
+            return influence
+
+        plan = make_plan(recipe, layer_kinds(source_model), measure)
         if weights.untied:
             source_config.tie_word_embeddings = False
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
@@ -67,6 +74,8 @@ def convert(
                 "unique": sum(torch.Size(t.shape).numel() for t in tensors.pending),
             },
         }
+        if influence:
+            facts["influence"] = influence
         if dry_run:
             return facts
         with new_directory(Path(out), path, force) as directory:
@@ -77,6 +86,8 @@ def convert(
             if tensors.low_rank:
                 facts["lora_error"] = tensors.errors()
             _save_config(config, directory)
+            if influence:
+                plot(influence, facts["plan"], directory / "influence.png")
             options = (directory, plan, source_config, weights, dtype, recipe.seed, relaxation is not None)
             facts["max_dlogit"] = verify(*options) if check else None
             (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -169,6 +169,8 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["sizes=1,2,1", "revision=0123456"], "revision='0123456'"),
         (["sizes=1,2,1", "state_init=normal", "state_std=1e39"], "not finite"),
         (["method=recursive", "loops=3", "sharing=middle-cycle"], "4 layers between the first and the last"),
+        (["sizes=1,2,1", "influence=/nowhere.txt"], "No such file"),
+        (["layers.core=1", "influence=/nowhere.txt"], "leave one out"),
         (["sizes=1,2,1", "sharing=sequence"], "sharing belongs to method=recursive"),
         (["method=recursive", "loops=2", "sharing=sequence", "injection=linear"], "nothing can stand between"),
         (["method=recursive", "loops=2", "lora.rank=65"], "above the rank of self_attn.q_proj"),

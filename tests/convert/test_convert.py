@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from loopwise.cli import main
 from loopwise.convert import convert
 from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
@@ -242,6 +243,31 @@ def test_gated_injection_and_recurrence_norm(tmp_path):
         assert not torch.equal(gated(**tokens(False), num_recurrences=2).logits, want)
         state = normed(**tokens(False), num_recurrences=2).state
         torch.testing.assert_close(state.pow(2).mean(-1), torch.ones(2, 20), rtol=0, atol=1e-3)
+
+
+def test_the_core_is_chosen_by_influence(tmp_path, capsys):
+    """Influence is 1 - the mean cosine of the hidden states before and after a layer, as transformers returns them."""
+    source = save_source(tmp_path / "source")
+    text = "def f(x):\n    return x + 1\n" * 300
+    (tmp_path / "text.txt").write_text(text)
+    keys = ["sizes=1,2,1", f"influence={tmp_path / 'text.txt'}", "injection=none"]
+    assert main(["convert", str(source), str(tmp_path / "out"), *keys]) == 0
+    shown = capsys.readouterr().out
+    ids = torch.tensor(AutoTokenizer.from_pretrained(source)(text).input_ids[:8192])
+    states = []
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, out: states.append((args[0], out)))
+    with torch.no_grad():
+        model(ids[: len(ids) // 128 * 128].view(-1, 128))
+    want = [1 - torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in states]
+    facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())
+    assert facts["influence"] == pytest.approx(want, abs=1e-5)
+    core = sorted(sorted(range(1, 5), key=lambda layer: -want[layer])[:2])
+    assert facts["plan"]["core"] == core
+    assert facts["plan"]["dropped"] == [layer for layer in range(1, 5) if layer not in core]
+    assert f"{core[0]:>5}  {want[core[0]]:>9.4f}  core" in shown
+    assert (tmp_path / "out" / "influence.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):

@@ -1,0 +1,88 @@
+"""Block influence of the source's layers (ShortGPT, arXiv 2403.03853, section 3.1), to choose which of them recur."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..errors import UserError
+from ..model.source_layers import layer_list_name
+from .source import SourceWeights, empty_model
+from .stream import streamed
+
+TOKENS, BLOCK = 8192, 512
+
+
+def block_influence(source: Path, weights: SourceWeights, text: str, dtype: torch.dtype) -> list[float]:
+    """1 - the mean cosine of a layer's input and output, for every layer, over the first TOKENS tokens of file `text`.
+
+    Holds one module's weights at a time. Raises UserError for a file that is no text, or too short for one block.
+    """
+    config = weights.config
+    ids = _tokens(source, text, min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK))
+    if int(ids.max()) >= config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer gives id {int(ids.max())}; the embeddings end at {config.vocab_size - 1}"
+        )
+    model: Any = streamed(lambda: empty_model(config), weights.read, dtype)
+    found: list[float] = []
+
+    def compare(layer: torch.nn.Module, args: tuple, out: Any) -> None:
+        after = out[0] if isinstance(out, tuple) else out
+        similarity = torch.cosine_similarity(args[0].float(), after.float(), dim=-1)
+        found.append(1 - similarity.mean().item())
+
+    for layer in model.get_submodule(layer_list_name(model, config.num_hidden_layers)):
+        layer.register_forward_hook(compare)
+    with torch.no_grad():
+        model(ids, use_cache=False, logits_to_keep=1)
+    return found
+
+
+def _tokens(source: Path, text: str, block: int) -> torch.Tensor:
+    try:
+        content = Path(text).expanduser().read_text(encoding="utf-8-sig")[: 16 * TOKENS]
+    except UnicodeDecodeError as error:
+        raise UserError(f"influence={text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"influence={text}: {error.strerror}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers' many kinds
+        raise UserError(
+            f"{source}: no tokenizer to read influence={text} with ({str(error).split(chr(10))[0]})"
+        ) from None
+    ids = tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS]
+    if len(ids) < block:
+        raise UserError(f"influence={text}: {len(ids)} tokens; at least one block of {block} is needed")
+    return torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
+
+
+def table(influence: list[float], plan: dict[str, Any]) -> str:
+    """Each layer's influence, and the part that it became."""
+    roles = {layer: part for part in ("prelude", "core", "coda") for group in plan["parents"][part] for layer in group}
+    longest = max(influence)
+    lines = ["layer  influence"]
+    for layer, value in enumerate(influence):
+        bar = "█" * round(30 * max(value, 0) / longest) if longest > 0 else ""
+        lines.append(f"{layer:>5}  {value:>9.4f}  {roles.get(layer, 'dropped'):<8} {bar}")
+    return "\n".join(lines)
+
+
+def plot(influence: list[float], plan: dict[str, Any], file: Path) -> None:
+    """The same as a picture."""
+    from matplotlib.figure import Figure
+
+    roles = {layer: part for part in ("prelude", "core", "coda") for group in plan["parents"][part] for layer in group}
+    figure = Figure(figsize=(max(5, len(influence) * 0.3), 3), layout="constrained")
+    axes = figure.subplots()
+    for part, colour in {"prelude": "C0", "core": "C3", "coda": "C2", "dropped": "0.75"}.items():
+        layers = [layer for layer in range(len(influence)) if roles.get(layer, "dropped") == part]
+        axes.bar(layers, [influence[layer] for layer in layers], color=colour, label=part)
+    axes.set_xlabel("source layer")
+    axes.set_ylabel("block influence")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
