@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..arguments import recipe_parser
+from ..arguments import RecipeParser
 from ..recipe import load_recipe
 from .recipe import ConvertRecipe
 
@@ -13,14 +13,14 @@ from .recipe import ConvertRecipe
 def main(argv: list[str]) -> int:
     """Parse, convert, print the plan and what was verified. Returns the exit code."""
     operands = {"source": "directory of a transformers checkpoint, or a hub id", "out": "directory to write"}
-    parser = recipe_parser(
+    parser = RecipeParser(
         "convert", operands, ConvertRecipe, "Convert a pretrained decoder into a recurrent-depth model."
     )
     parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--seed", metavar="N", help="the same as seed=N")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse(argv)
     if args.seed is not None:
         args.settings.append(f"seed={args.seed}")
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,25 +30,35 @@ def ranks(layer: nn.Module, lora: Lora) -> dict[str, int]:
 
     Raises UserError for a target that the layer does not have, and for a rank above that of the matrix.
     """
-    wanted, chosen, found = lora.ranks(), {}, set()
-    for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        last = name.rpartition(".")[2]
-        targets = ["o" if "attn" in name else "down"] if last == "c_proj" else PROJECTIONS.get(last, "").split()
-        found.update(targets)
+    wanted, chosen = lora.ranks(), {}
+    linear = projections(layer)
+    for name, (module, targets) in linear.items():
         rank = max((wanted[target] for target in targets if target in wanted), default=0)
         most = min(matrix(module).shape)
         if rank > most:
             raise UserError(f"lora.rank={rank} is above the rank of {name}, whose shape is {list(module.weight.shape)}")
         if rank:
             chosen[name] = rank
+    found = {target for _, targets in linear.values() for target in targets}
     for target in wanted:
-        if target not in found:
+        if target not in found and (lora.targets or isinstance(lora.rank, dict)):
             raise UserError(
                 f"lora target {target!r}: these layers have no such matrix; choose from {', '.join(sorted(found))}"
             )
+    if not chosen:
+        raise UserError(f"lora: these layers have none of {', '.join(wanted)}")
     return chosen
+
+
+def projections(layer: nn.Module) -> dict[str, tuple[Any, list[str]]]:
+    """Linear modules of `layer` by name, each with the targets that it serves."""
+    linear = {}
+    for name, module in layer.named_modules():
+        last = name.rpartition(".")[2]
+        targets = ["o" if "attn" in name else "down"] if last == "c_proj" else PROJECTIONS.get(last, "").split()
+        if isinstance(module, nn.Linear | Conv1D) and targets:
+            linear[name] = (module, targets)
+    return linear
 
 
 def own_parameters(weights: SourceWeights, layers: str, stands_for: list[list[int]]) -> list[str]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..arguments import recipe_parser
+from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     argv, flags = _split(argv)
     operands = {"model": "directory of a recurrent-depth checkpoint"}
     about = "Serve a recurrent-depth model behind vLLM's OpenAI-compatible API, at a fixed depth."
-    parser = recipe_parser("serve", operands, ServeRecipe, about)
+    parser = RecipeParser("serve", operands, ServeRecipe, about)
     parser.usage = "%(prog)s MODEL [--recipe NAME|FILE] [key=value ...] [-- vLLM flags]"
     parser.epilog = f"{parser.epilog}\n\nvLLM's flags, which win over keys: loopwise serve MODEL -- --help=all"
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse(argv)
     recipe = load_recipe(ServeRecipe, "serve", args.recipe, args.settings)
     facts = check_config(args.model)
     check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from loopwise.arguments import recipe_parser
+from loopwise.arguments import RecipeParser
 from loopwise.errors import UserError
 from loopwise.recipe import load_recipe
 
@@ -16,7 +16,7 @@ from .recipe import Train
 def main(argv: list[str]) -> int:
     """Train, in this process or in several that it launches."""
     operands = {"model": "model directory or hub id", "out": "directory for the trained model and its checkpoints"}
-    parser = recipe_parser(
+    parser = RecipeParser(
         "train",
         operands,
         Train,
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
     parser.add_argument("--resume", action="store_true", help="go on from the last sound checkpoint in OUT, if any")
     parser.add_argument("--force", action="store_true", help="replace an earlier run in OUT")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse(argv)
     recipe = load_recipe(Train, "train", args.recipe, args.settings)
     if args.processes is not None and args.launcher is None:
         raise UserError(f"--processes {args.processes} needs --launcher ddp")

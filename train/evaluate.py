@@ -7,7 +7,7 @@ import math
 import sys
 from typing import Any
 
-from loopwise.arguments import recipe_parser
+from loopwise.arguments import RecipeParser
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import load_recipe
@@ -17,11 +17,11 @@ from .recipe import Data, Evaluate
 
 def main(argv: list[str]) -> int:
     """Measure and print."""
-    parser = recipe_parser(
+    parser = RecipeParser(
         "eval", {"model": "model directory or hub id"}, Evaluate, "Held-out loss per token at several recurrences."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse(argv)
     recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
     result = evaluate(args.model, recipe)
     print(json.dumps(result) if args.json else table(result))

@@ -15,7 +15,7 @@ from loopwise.convert import convert
 from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.errors import UserError
-from loopwise.recipe import validate
+from loopwise.recipe import RECIPES, validate
 from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
 
 EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
@@ -268,6 +268,26 @@ def test_the_core_is_chosen_by_influence(tmp_path, capsys):
     assert facts["plan"]["dropped"] == [layer for layer in range(1, 5) if layer not in core]
     assert f"{core[0]:>5}  {want[core[0]]:>9.4f}  core" in shown
     assert (tmp_path / "out" / "influence.png").read_bytes().startswith(b"\x89PNG")
+
+
+RECIPES_AND_PLANS = {
+    "demo": (6, [0, 1], [2, 3], [4, 5]),
+    "tinyllama": (22, [0, 1, 2, 3], list(range(10, 18)), [18, 19, 20, 21]),
+    "olmo2-1b": (16, [0, 1, 2, 3], list(range(6, 12)), [12, 13, 14, 15]),
+    "llama3.2-1b": (16, [0, 1], [10, 11, 12, 13], [14, 15]),
+    "recursive": (6, [], [0, 2, 5], []),
+    "relaxed": (6, [], [0, 1, 2], []),
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (RECIPES / "convert").glob("*.yaml")))
+def test_every_recipe(recipe, tmp_path):
+    count, *parts = RECIPES_AND_PLANS[recipe]
+    source = save_source(tmp_path / "source", num_hidden_layers=count)
+    lora = ["lora.rank=32"] if recipe == "relaxed" else []
+    assert main(["convert", str(source), str(tmp_path / "out"), "--recipe", recipe, *lora]) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert [config.prelude, config.core, config.coda] == parts
 
 
 def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):
