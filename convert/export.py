@@ -66,7 +66,7 @@ def export(
             f"{path} has injection={config.injection!r}, which mixes the input into every recurrence; a plain {kind} "
             "has no such layer, so it cannot be exported"
         )
-    if config.recurrence_norm:
+    if config.recurrence_norm != "none":
         raise UserError(f"{path} has a norm after every recurrence, and a plain {kind} none; it cannot be exported")
     places = config.order(unroll)
     ids = [getattr(config, part)[n] for part, n, _ in places]

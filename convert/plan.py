@@ -25,7 +25,7 @@ class Plan:
     stands_for: list[list[int]]
     sharing: str
     injection: str
-    recurrence_norm: bool
+    recurrence_norm: str
     state_init: str
     num_recurrences: int
 
@@ -52,7 +52,7 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
         stands_for=stands_for or [parts["core"]] * depths,
         sharing=recipe.sharing.removeprefix("middle-"),
         injection=injection,
-        recurrence_norm=recipe.recurrence_norm,
+        recurrence_norm="each" if recipe.recurrence_norm else "none",
         state_init=recipe.state_init or ("zeros" if injection == "add" else "input"),
         num_recurrences=depths,
     )

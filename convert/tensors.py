@@ -145,7 +145,7 @@ class Tensors:
         elif injection == "gated":
             for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
                 self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))
-        if self.plan.recurrence_norm:
+        if self.plan.recurrence_norm == "each":
             self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
 
 

@@ -130,7 +130,7 @@ def _written_out(
         return mean.to(cast or weights.dtype(parents[0]))
 
     model = streamed(lambda: empty_model(config), read, dtype)
-    if plan.recurrence_norm:
+    if plan.recurrence_norm == "each":
         for number, (part, n, _) in enumerate(places):
             if part == "core" and n == len(plan.core) - 1:
                 model.get_submodule(f"{layers}{number}").register_forward_hook(_normed(written.config.norm_eps))

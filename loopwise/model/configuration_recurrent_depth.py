@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .configuration_sandwich import SandwichConfig  # noqa: F401  registers it
+
 STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
 SHARINGS = ("cycle", "sequence")
+NORMS = ("none", "each", "between", "last")
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
@@ -27,7 +30,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             `gated` (g s + (1 - g) e).
         sharing (`str`): order in which the core's layers run: `cycle` (all layers, R times) or `sequence` (each layer
             R times, then the next; without injection only).
-        recurrence_norm (`bool`): whether an RMS norm of its own follows every recurrence.
+        recurrence_norm (`str`): `none`; `each` (an RMS norm of its own after every recurrence); `between` (the
+            source's final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last
+            one, before the coda, as in Huginn).
+        exit_gate (`bool`): whether a linear gate on the normed state says where to exit (Ouro).
         relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
             `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
             (`bool`). See `relaxation.py`.
@@ -53,7 +59,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_seed: int = 0
     injection: str = "none"
     sharing: str = "cycle"
-    recurrence_norm: bool = False
+    recurrence_norm: str = "none"
+    exit_gate: bool = False
     relaxation: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -90,7 +97,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"num_recurrences={self.num_recurrences}, max_recurrences={self.max_recurrences}: "
                 "need 1 <= num_recurrences <= max_recurrences"
             )
-        for name, choices in (("state_init", STATE_INITS), ("injection", INJECTIONS), ("sharing", SHARINGS)):
+        named = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
         if self.injection == "none" and self.state_init != "input":
@@ -99,10 +107,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "use state_init='input', or injection 'add' or 'linear'"
             )
 
-        if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm):
+        if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm != "none"):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
-                "injection='none', recurrence_norm=False"
+                "injection='none', recurrence_norm='none'"
             )
 
     def __getattr__(self, name):

@@ -29,19 +29,21 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .initial_state import initial_state
 from .injection import Injection
+from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
 from .relaxation import Relaxation
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, with_slot
 
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R; `depth_logits` [R, B, T, V] are the
-    logits read out after each recurrence; `hidden_states` are the inputs of every layer that ran, then the normed end.
-    """
+    """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
+    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `hidden_states` are the
+    inputs of every layer that ran, then the normed end."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
+    exit_logits: torch.Tensor | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -108,8 +110,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.core = nn.ModuleList(take(i) for i in config.core)
         self.coda = nn.ModuleList(take(i) for i in config.coda)
         self.injection = Injection(config.injection, source_config.hidden_size)
-        if config.recurrence_norm:
+        if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
+        if config.exit_gate:
+            self.exit_gate = nn.Linear(source_config.hidden_size, 1)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         self._no_split_modules = self.source._no_split_modules
@@ -131,7 +135,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Relaxation):
             module.start()
-        elif self.config.recurrence_norm and module is self.recurrence_norm:
+        elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
             self.source._init_weights(module)
@@ -175,8 +179,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
             padding counted; positions beyond S start as `config.state_init` says.
         sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
-        output_states, output_depth_logits (`bool`): return `states`, `depth_logits`. The latter runs the coda at every
-            depth and so needs `use_cache=False`.
+        output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
+            runs the coda at every depth and so needs `use_cache=False`.
 
         Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected).
         """
@@ -256,6 +260,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
             last_state=call.states[-1],
             states=torch.stack(call.states) if output_states else None,
+            exit_logits=self._exit_logits(call.states) if output_states and config.exit_gate else None,
             depth_logits=depth_logits,
         )
 
@@ -281,14 +286,24 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             for r in recurrences:
                 with torch.no_grad() if r < free else nullcontext():
+                    if r and config.recurrence_norm == "between":
+                        s = self._final_norm(s)
                     s = self._run([self._core_place(j, r) for j in layers], self.injection(s, e), call)
-                    s = self.recurrence_norm(s) if config.recurrence_norm else s
+                    if config.recurrence_norm == "each":
+                        s = self.recurrence_norm(s)
                 if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
                     call.states.append(s)
-        coda = self._places("coda")
-        if call.read_all_depths:
-            return torch.cat([self._run(coda, s, call) for s in call.states])
-        return self._run(coda, s, call)
+        read = call.states if call.read_all_depths else [s]
+        if config.recurrence_norm == "last":
+            read = [self._final_norm(s) for s in read]
+        return torch.cat([self._run(self._places("coda"), s, call) for s in read])
+
+    def _exit_logits(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """The gate on the normed state, at every depth [R, B, T]: lambda_r is its sigmoid (arXiv 2510.25741)."""
+        return torch.stack([self.exit_gate(self._final_norm(s)).squeeze(-1) for s in states])
+
+    def _final_norm(self, s: torch.Tensor) -> torch.Tensor:
+        return self.source.get_submodule("model.norm")(s)
 
     def _places(self, part: str) -> list[_Place]:
         """The prelude or the coda, in the order in which it runs."""

@@ -18,7 +18,7 @@ def check_depth(num_recurrences: int, limit: int) -> None:
 
 def check_model(fields: dict[str, Any]) -> None:
     """Raises UserError for a recurrent-depth config, its fields given, with a part that the engine does not have."""
-    for name, served in {"sharing": "cycle", "relaxation": None, "recurrence_norm": False}.items():
+    for name, served in {"sharing": "cycle", "relaxation": None, "recurrence_norm": "none", "exit_gate": False}.items():
         value = fields.get(name, served)
         if value != served:
             shown = "with LoRA of every depth" if name == "relaxation" else f"with {name}={value!r}"

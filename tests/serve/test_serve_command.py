@@ -113,7 +113,7 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
     ("fields", "said"),
     [
         ({"sharing": "sequence"}, "sharing='sequence'"),
-        ({"recurrence_norm": True}, "recurrence_norm=True"),
+        ({"recurrence_norm": "each"}, "recurrence_norm='each'"),
         ({"relaxation": {"depths": 2, "rank": {}, "own": [], "dora": False}}, "LoRA of every depth"),
     ],
 )
