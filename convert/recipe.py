@@ -52,8 +52,10 @@ class Lora(Section):
 class ConvertRecipe(Section):
     """How a source becomes a recurrent-depth model."""
 
-    method: Literal["recursive", "retrofit"] = Field(
-        "retrofit", description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core"
+    method: Literal["recursive", "retrofit"] | None = Field(
+        None,
+        description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core, and need not "
+        "be named where sizes or layers are given; without any, a public recurrent checkpoint is imported",
     )
     loops: Count | None = Field(None, description="recursive: number of loops B; it divides the layers to be tied")
     sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] = Field(
@@ -98,6 +100,8 @@ class ConvertRecipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ConvertRecipe:
+        if self.method is None and (self.sizes is not None or self.layers is not None):
+            self.method = "retrofit"
         if self.method == "recursive":
             if self.loops is None:
                 raise ValueError("method=recursive needs loops=B, the number of times that the tied layers run")
@@ -108,7 +112,7 @@ class ConvertRecipe(Section):
             for key in ("loops", "sharing", "init"):
                 if key in self.model_fields_set and getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=recursive; method=retrofit takes sizes or layers")
-            if (self.sizes is None) == (self.layers is None):
+            if self.method and (self.sizes is None) == (self.layers is None):
                 raise ValueError("method=retrofit needs either sizes=P,C,D or layers.prelude, layers.core, layers.coda")
             if self.sizes is not None and (len(self.sizes) != 3 or min(self.sizes) < 0 or self.sizes[1] == 0):
                 raise ValueError(f"sizes={self.sizes}: three counts P,C,D, none negative, with at least one core layer")

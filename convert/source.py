@@ -184,8 +184,8 @@ class SourceWeights:
                     "not needed, load the model in transformers and save_pretrained it, which drops it"
                 )
             kind = handle.get_slice(raw).get_dtype()
-            if kind not in _DTYPES:
-                raise UserError(f"{file}: {raw} has type {kind}; convert the model to {', '.join(_DTYPES)} first")
+            if kind not in DTYPES:
+                raise UserError(f"{file}: {raw} has type {kind}; convert the model to {', '.join(DTYPES)} first")
             shape = list(handle.get_slice(raw).get_shape())
             if pattern is None and shape != list(expected[name].shape):
                 raise UserError(f"{file}: {raw} has shape {shape}; the config says {list(expected[name].shape)}")
@@ -221,7 +221,7 @@ class SourceWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         handle, raw, _ = self._stored[name].pieces[0]
-        return _DTYPES[handle.get_slice(raw).get_dtype()]
+        return DTYPES[handle.get_slice(raw).get_dtype()]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`; of tied ones, any. Raises UserError where its parts do not make it up."""
@@ -242,33 +242,34 @@ class SourceWeights:
             )
         return tensor
 
-    @contextmanager
-    def hashing(self) -> Iterator[dict[str, str]]:
-        """sha256 of every weight file by its name, computed beside the block: they are there once it has ended."""
-        result: dict[str, str] = {}
-        given_up = threading.Event()
 
-        def work() -> None:
-            buffer = memoryview(bytearray(1 << 20))
-            for file in self.files:
-                digest = hashlib.sha256()
-                with open(file, "rb", buffering=0) as stream:
-                    while (size := stream.readinto(buffer)) and not given_up.is_set():
-                        digest.update(buffer[:size])
-                result[file.name] = digest.hexdigest()
+@contextmanager
+def hashing(files: list[Path]) -> Iterator[dict[str, str]]:
+    """sha256 of every file by its name, computed beside the block: they are there once it has ended."""
+    result: dict[str, str] = {}
+    given_up = threading.Event()
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield result
-        except BaseException:
-            given_up.set()
-            raise
-        finally:
-            thread.join()
+    def work() -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        for file in files:
+            digest = hashlib.sha256()
+            with open(file, "rb", buffering=0) as stream:
+                while (size := stream.readinto(buffer)) and not given_up.is_set():
+                    digest.update(buffer[:size])
+            result[file.name] = digest.hexdigest()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield result
+    except BaseException:
+        given_up.set()
+        raise
+    finally:
+        thread.join()
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _is_buffer(name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +15,22 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import __version__
+from ..checkpoint import config_fields
 from ..errors import UserError
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from .architectures import layer_kinds
 from .card import model_card
+from .formats import recognise
+from .imports import RawTensors, fix_special_tokens, is_recurrent, plan_import, verify_import
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
-from .source import SourceWeights, copy_carried, empty_model, find_source, read_config
+from .source import SourceWeights, copy_carried, empty_model, find_source, hashing, read_config
 from .tensors import Tensors
 from .verify import verify
-from .write import new_directory, write_weights
+from .write import Pending, new_directory, write_weights
 
 
 def convert(
@@ -45,6 +50,46 @@ def convert(
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
     path = find_source(str(source), recipe.revision)
+    make = _import if is_recurrent(path, recipe) else _convert
+    with make(path, recipe) as made:
+        facts: dict[str, Any] = {
+            "loopwise": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "source": {"id": str(source), "revision": _revision(path, recipe)},
+            "recipe": recipe.model_dump(exclude_none=True),
+            **made.facts,
+        }
+        facts["parameters"]["unique"] = sum(torch.Size(t.shape).numel() for t in made.pending)
+        if dry_run:
+            return facts
+        with new_directory(Path(out), path, force) as directory:
+            copy_carried(path, directory)
+            with hashing(made.files) as hashes:
+                write_weights(made.pending, directory, show_progress)
+            facts["source"]["sha256"] = hashes
+            _save_config(made.config, directory)
+            made.finish(directory, facts)
+            facts["max_dlogit"] = made.verify(directory) if check else None
+            (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
+            (directory / "README.md").write_text(model_card(facts, made.config))
+    return facts
+
+
+@dataclass
+class Made:
+    """What is to be written, and how: by conversion or by import."""
+
+    config: Any
+    pending: list[Pending]
+    files: list[Path]  # weight files of the source
+    facts: dict[str, Any]
+    verify: Callable[[Path], float]
+    finish: Callable[[Path, dict[str, Any]], None]  # adds to the directory and the facts what writing told
+
+
+@contextmanager
+def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
     source_config = read_config(path)
     with torch.device("meta"):
         source_model = empty_model(source_config)
@@ -63,36 +108,53 @@ def convert(
         config = _config(source_config, plan, recipe, relaxation, dtype or _common_dtype(weights))
         tensors = Tensors(config, plan, recipe, source_model, weights, dtype)
         facts: dict[str, Any] = {
-            "loopwise": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "source": {"id": str(source), "revision": _revision(path, recipe)},
-            "recipe": recipe.model_dump(exclude_none=True),
             "plan": {**asdict(plan), "dropped": plan.dropped(source_config.num_hidden_layers)},
-            "parameters": {
-                "source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names()),
-                "unique": sum(torch.Size(t.shape).numel() for t in tensors.pending),
-            },
+            "parameters": {"source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names())},
         }
         if influence:
             facts["influence"] = influence
-        if dry_run:
-            return facts
-        with new_directory(Path(out), path, force) as directory:
-            copy_carried(path, directory)
-            with weights.hashing() as hashes:
-                write_weights(tensors.pending, directory, show_progress)
-            facts["source"]["sha256"] = hashes
+
+        def check(directory: Path) -> float:
+            return verify(directory, plan, source_config, weights, dtype, recipe.seed, relaxation is not None)
+
+        def finish(directory: Path, facts: dict[str, Any]) -> None:
             if tensors.low_rank:
                 facts["lora_error"] = tensors.errors()
-            _save_config(config, directory)
             if influence:
                 plot(influence, facts["plan"], directory / "influence.png")
-            options = (directory, plan, source_config, weights, dtype, recipe.seed, relaxation is not None)
-            facts["max_dlogit"] = verify(*options) if check else None
-            (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
-            (directory / "README.md").write_text(model_card(facts, config))
-    return facts
+
+        yield Made(config, tensors.pending, weights.files, facts, check, finish)
+
+
+@contextmanager
+def _import(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
+    fields = config_fields(path)
+    with RawTensors(path) as raw:
+        kind = recognise(fields, raw.names())
+        config, imported, pending = plan_import(kind, fields, raw, recipe)
+        parts = {part: getattr(config, part) for part in ("prelude", "core", "coda")}
+        facts: dict[str, Any] = {
+            "format": kind.name,
+            "plan": {
+                **parts,
+                "parents": {part: [[layer] for layer in layers] for part, layers in parts.items()},
+                "dropped": [],
+                **{key: getattr(config, key) for key in ("sharing", "injection", "recurrence_norm", "state_init")},
+                "num_recurrences": config.num_recurrences,
+            },
+            "parameters": {
+                "source": sum(torch.Size(raw.shape(name)).numel() for name in raw.names() - imported.ignored)
+            },
+        }
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        yield Made(
+            config,
+            pending,
+            raw.files,
+            facts,
+            lambda directory: verify_import(directory, kind, fields, raw, config, dtype),
+            lambda directory, facts: fix_special_tokens(directory, config),
+        )
 
 
 def _relaxation(

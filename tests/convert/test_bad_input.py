@@ -307,7 +307,8 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path, source):
 def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
     """Killed while it writes: OUT does not exist, and the next convert removes what lies beside it."""
     code = (
-        "import sys, time\nfrom loopwise.convert import write\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job starts without
         "def slow(*args):\n    print('writing', flush=True)\n    time.sleep(60)\n"
         "import loopwise.convert.surgery as surgery\nsurgery.write_weights = slow\n"
         "from loopwise.cli import main\nsys.exit(main(sys.argv[1:]))"

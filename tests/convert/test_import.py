@@ -1,0 +1,123 @@
+"""Public recurrent checkpoints: the imported model computes what the authors' own code did, on tiny random ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from loopwise.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+FORMATS = {"huginn": "Huginn", "llama": "retrofitted Llama", "olmo": "retrofitted OLMo", "ouro": "Ouro"}
+
+
+def source(name: str, folder: Path) -> Path:
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name / file, folder)
+    return folder
+
+
+def expected(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / name / "expected.safetensors")
+
+
+def imported(name: str, folder: Path) -> Any:
+    assert main(["convert", str(source(name, folder / "source")), str(folder / "out")]) == 0
+    return AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_equals_the_authors_code(name, tmp_path):
+    model, want = imported(name, tmp_path), expected(name)
+    facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())
+    assert facts["format"] == FORMATS[name]
+    assert facts["max_dlogit"] < 1e-4
+    assert facts["parameters"]["source"] == facts["parameters"]["unique"] == sum(p.numel() for p in model.parameters())
+    ids, state = want["ids"], want.get("state")
+    with torch.no_grad():
+        for depth in (1, 2, 4, 8):
+            got = model(ids, num_recurrences=depth, initial_state=state).logits
+            torch.testing.assert_close(got, want[f"logits_{depth}"], rtol=0, atol=1e-4)
+        mask = torch.ones(2, 15, dtype=torch.long)  # the authors' code knows no padding
+        mask[:, :3] = 0
+        padded = torch.cat([ids.new_zeros(2, 3), ids], 1)
+        shifted = None if state is None else torch.cat([torch.zeros(2, 3, 32), state], 1)
+        got = model(padded, attention_mask=mask, num_recurrences=4, initial_state=shifted).logits[:, 3:]
+        torch.testing.assert_close(got, want["logits_4"], rtol=0, atol=1e-4)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_ouro_has_its_exit_gates_and_the_right_special_tokens(tmp_path):
+    folder = source("ouro", tmp_path / "source")
+    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    model, want = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), expected("ouro")
+    with torch.no_grad():
+        out = model(want["ids"], num_recurrences=4, output_states=True)
+    torch.testing.assert_close(out.exit_logits, want["gates_4"], rtol=0, atol=1e-5)
+    for found in (model.config, model.generation_config):
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
+
+
+def test_what_the_checkpoint_says_is_kept(tmp_path):
+    config = imported("huginn", tmp_path).config
+    assert (config.num_recurrences, config.state_init, config.recurrence_norm) == (4, "normal", "last")
+    assert config.state_std == pytest.approx((2 / 5) ** 0.5)  # sqrt(2 / (5 d)) times sqrt(d)
+    (tmp_path / "llama").mkdir()
+    config = imported("llama", tmp_path / "llama").config
+    assert config.source_config.rope_parameters["rope_theta"] == 500000.0  # not rope_base
+    assert config.source_config.num_key_value_heads == 2
+
+
+def refused(capsys, folder: Path, out: Path, *keys: str) -> str:
+    assert main(["convert", str(folder), str(out), *keys]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert not out.exists()
+    return line
+
+
+def test_other_tensors_are_refused(capsys, tmp_path):
+    folder, out = source("huginn", tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(folder / "model.safetensors")
+
+    def save(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, folder / "model.safetensors")
+
+    save({**tensors, "transformer.extra.weight": torch.zeros(2)})
+    assert "transformer.extra.weight is not one of a Huginn checkpoint" in refused(capsys, folder, out)
+    save({name: tensor for name, tensor in tensors.items() if name != "transformer.coda.0.mlp.fc.weight"})
+    assert "transformer.coda.0.mlp.fc.weight, and this one lacks it" in refused(capsys, folder, out)
+    save({"transformer.h.0.weight": torch.zeros(2)})
+    line = refused(capsys, folder, out)
+    assert "no known format" in line
+    for name in FORMATS.values():
+        assert f"{name}: " in line
+    assert "Huginn: no transformer.core_block.0.norm_4.weight" in line
+
+
+def test_other_keys_and_configs_are_refused(capsys, tmp_path):
+    folder, out = source("llama", tmp_path / "source"), tmp_path / "out"
+    assert "leave out sizes" in refused(capsys, folder, out, "sizes=1,2,1")
+    assert "leave out lora" in refused(capsys, folder, out, "lora.rank=4")
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "lacks 'intermediate_size'" in refused(capsys, folder, out)
+
+
+def test_an_import_is_verified(capsys, tmp_path, monkeypatch):
+    from loopwise.convert import imports
+
+    folder, out = source("olmo", tmp_path / "source"), tmp_path / "out"
+    monkeypatch.setattr(imports, "_make", lambda raw, name, change: change(raw.read(name)) * 1.01)
+    assert "verification failed" in refused(capsys, folder, out)
