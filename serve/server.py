@@ -19,6 +19,7 @@ from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors
 from .recipe import ServeRecipe
 from .vllm import SERVER
+from .vllm.fields import Limits
 from .vllm.limits import check_depth, refuse
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -120,6 +121,12 @@ def _vllm_arguments(model: str, facts: Facts, recipe: ServeRecipe, flags: list[s
     return args
 
 
+def _limits(engine_client: Any) -> Limits:
+    """What requests may ask of the model that `engine_client` runs."""
+    config = engine_client.vllm_config.model_config.hf_config
+    return Limits(config.num_recurrences, config.max_recurrences, (), False, fixed=True)
+
+
 def _share_cores(ranks: int) -> str:
     """This process's cores for the tensor-parallel ranks, as `0,1|2,3`: vLLM's own binding wants a NUMA node each."""
     cores = sorted(os.sched_getaffinity(0))
@@ -162,10 +169,14 @@ async def _run(args: argparse.Namespace) -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    from .vllm.http import install
+    from .vllm.metrics import DepthMetrics
+
     def stop(number, frame):
         # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
         raise SystemExit(128 + number)
 
+    install(_limits, DepthMetrics(args.served_model_name[0]).update)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
