@@ -8,7 +8,6 @@ Shapes: N rows, r rank. A depth is a number, for all rows, or a tensor [N].
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,12 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 
 from .recurrence import shallow_copy
 
@@ -54,7 +58,7 @@ class Factors(nn.Module):
         super().__init__()
         self._linear, self.part, self.depths, self.rank = (linear,), part, depths, rank  # a tuple: no child
         sizes = linear.output_partition_sizes
-        place = sizes.index if part is None else {"q": 0, "k": 1, "v": 2}.get(part, part)
+        place = _number(part)
         self.start = 0 if part is None else sum(sizes[:place])
         self.stop = sum(sizes) if part is None else self.start + sizes[place]
         self.cut_input = isinstance(linear, RowParallelLinear)
@@ -96,17 +100,18 @@ class Factors(nn.Module):
             squares = tensor_model_parallel_all_reduce(squares)
         self.scale = (self.dora_magnitude.float() / squares.sqrt()).to(self.lora_A.dtype)
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> None:
-        """Add to out [N, all of this rank] what the LoRA gives for x [N, in]."""
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> torch.Tensor:
+        """out [N, all of this rank] with what the LoRA gives for x [N, in]."""
         mine = out[..., self.start : self.stop]
-        added = self._added(x, depth)
-        if self.scale is None:
-            mine += added
-            return
-        bias = self._linear[0].bias
-        bias = 0 if bias is None else bias[self.start : self.stop]
-        depth = depth.clamp(max=self.depths - 1) if isinstance(depth, torch.Tensor) else min(depth, self.depths - 1)
-        mine.copy_((mine - bias + added) * self.scale[depth] + bias)
+        new = mine + self._added(x, depth)
+        if self.scale is not None:
+            bias = self._linear[0].bias
+            bias = 0 if bias is None else bias[self.start : self.stop]
+            at = depth.clamp(max=self.depths - 1) if isinstance(depth, torch.Tensor) else depth
+            new = (new - bias) * self.scale[at] + bias
+        if mine.shape == out.shape:
+            return new
+        return torch.cat([out[..., : self.start], new, out[..., self.stop :]], -1)
 
     def _added(self, x: torch.Tensor, depth: Depth) -> torch.Tensor:
         """B (A x), each row with the factors of its depth.
@@ -115,7 +120,6 @@ class Factors(nn.Module):
         nothing is gathered, and shapes do not depend on the depths.
         """
         if isinstance(depth, int):
-            depth = min(depth, self.depths - 1)
             inner, b = nn.functional.linear(x, self.lora_A[depth]), self.lora_B[depth]
         else:
             own = depth.clamp(max=self.depths - 1)[:, None] == torch.arange(self.depths, device=x.device)
@@ -168,20 +172,23 @@ class Relaxation(nn.Module):
         self._loaded.add((target, part))
 
     def finish(self) -> None:
-        """Once all is loaded: parts of a fused parameter that are shared stand at every depth, too."""
+        """Once all is loaded: what is shared stands at every depth, too, and linear modules lose the biases that are
+        added to their outputs."""
         for factors in self.factors.values():
             factors.measure()
-        for target in {target for target, _ in self._own.values()}:
-            parts = {part for name, part in self._loaded if name == target}
-            parent, _, parameter = target.rpartition(".")
-            module: Any = self._layer[0].get_submodule(parent)
-            if None in parts:
-                continue
-            ends = torch.tensor(module.output_partition_sizes).cumsum(0).tolist()
-            for number, (size, end) in enumerate(zip(module.output_partition_sizes, ends, strict=True)):
-                if number not in {{"q": 0, "k": 1, "v": 2}.get(part, part) for part in parts}:
-                    shared = module._parameters[parameter].data[end - size : end]
-                    self.own[target.replace(".", "-")].data[:, end - size : end] = shared
+        for target in self.replaced():
+            module, parameter = self._place(target)
+            own, shared = self.own[target.replace(".", "-")].data, module._parameters[parameter].data
+            parts = {_number(part) for name, part in self._loaded if name == target}
+            if None not in parts:
+                sizes = module.output_partition_sizes
+                for number, end in enumerate(torch.tensor(sizes).cumsum(0).tolist()):
+                    if number not in parts:
+                        own[:, end - sizes[number] : end] = shared[end - sizes[number] : end]
+            if isinstance(module, LinearBase):
+                if parameter != "bias":
+                    raise ValueError(f"{target}: a matrix for every depth; only biases and norms can be")
+                shared.zero_()
 
     def replaced(self) -> set[str]:
         """Names of vLLM's parameters of the layer that no longer count."""
@@ -190,43 +197,87 @@ class Relaxation(nn.Module):
     def at(self, view: nn.Module, depth: int) -> None:
         """Make `view`, a view of the layer whose modules may be replaced, the layer at `depth`."""
         depth = min(depth, self.depths - 1)
-        for name, factors in self._factors.values():
+        for name, change in self._linear_changes().items():
+            parent = _own_copy(view, name.rpartition(".")[0])
+            last = name.rpartition(".")[2]
+            parent._modules[last] = Changed(parent._modules[last], change, depth)
+        for name, values in self._norms().items():
             module = _own_copy(view, name)
-            module._forward_hooks = OrderedDict(module._forward_hooks)
-            module.register_forward_hook(_hook(factors, lambda: depth))
-        for target in self.replaced():
-            parent, _, parameter = target.rpartition(".")
-            module = _own_copy(view, parent)
-            module._parameters = dict(module._parameters)
-            values = self.own[target.replace(".", "-")].data[depth]
-            module._parameters[parameter] = nn.Parameter(values, requires_grad=False)
+            module._parameters = {name: value for name, value in module._parameters.items() if name not in values}
+            module.__dict__.update({parameter: value[depth] for parameter, value in values.items()})
 
     def by_row(self, depth: Callable[[], torch.Tensor]) -> None:
         """Make the layer itself one whose rows are each at their own depth, which `depth` tells."""
-        for name, factors in self._factors.values():
-            self._layer[0].get_submodule(name).register_forward_hook(_hook(factors, depth))
-        for parent in sorted({target.rpartition(".")[0] for target in self.replaced()}):
-            values = {
-                target.rpartition(".")[2]: self.own[target.replace(".", "-")].data
-                for target in self.replaced()
-                if target.rpartition(".")[0] == parent
-            }
-            _parameters_by_row(self._layer[0].get_submodule(parent), values, depth)
+        for name, change in self._linear_changes().items():
+
+            def hook(_: nn.Module, args: tuple, out: Any, change=change) -> Any:
+                return change(out, args[0], depth())
+
+            self._layer[0].get_submodule(name).register_forward_hook(hook)
+        for name, values in self._norms().items():
+            _norm_by_row(self._layer[0].get_submodule(name), values, depth)
+
+    def _place(self, target: str) -> tuple[Any, str]:
+        parent, _, parameter = target.rpartition(".")
+        return self._layer[0].get_submodule(parent), parameter
+
+    def _linear_changes(self) -> dict[str, Change]:
+        """vLLM's linear modules by name, and what changes of their outputs."""
+        factors: dict[str, list[Factors]] = {}
+        for name, one in self._factors.values():
+            factors.setdefault(name, []).append(one)
+        biases = {
+            target.rpartition(".")[0]: self.own[target.replace(".", "-")].data
+            for target in self.replaced()
+            if isinstance(self._place(target)[0], LinearBase)
+        }
+        return {name: Change(factors.get(name, []), biases.get(name)) for name in sorted({*factors, *biases})}
+
+    def _norms(self) -> dict[str, dict[str, torch.Tensor]]:
+        """vLLM's norms by name, and their own parameters [depths, size]."""
+        norms: dict[str, dict[str, torch.Tensor]] = {}
+        for target in sorted(self.replaced()):
+            module, parameter = self._place(target)
+            if not isinstance(module, LinearBase):
+                values = self.own[target.replace(".", "-")].data
+                norms.setdefault(target.rpartition(".")[0], {})[parameter] = values
+        return norms
 
 
-def _hook(factors: Factors, depth: Callable[[], Depth]) -> Callable:
-    def hook(linear: nn.Module, args: tuple, out: Any) -> Any:
-        factors.add_to(out[0] if isinstance(out, tuple) else out, args[0], depth())
-        return out
+class Change:
+    """What a depth of its own does to the output of a linear module: LoRA of its parts, and a bias [depths, out]."""
 
-    return hook
+    def __init__(self, factors: list[Factors], bias: torch.Tensor | None):
+        self.factors, self.bias = factors, bias
+
+    def __call__(self, out: Any, x: torch.Tensor, depth: Depth) -> Any:
+        """`out` of the module for x [N, in]: a tensor, or a tuple that begins with it."""
+        first = out[0] if isinstance(out, tuple) else out
+        for factors in self.factors:
+            first = factors.add_to(first, x, depth)
+        if self.bias is not None:
+            at = depth.clamp(max=len(self.bias) - 1) if isinstance(depth, torch.Tensor) else depth
+            first = first + self.bias[at]
+        return (first, *out[1:]) if isinstance(out, tuple) else first
 
 
-def _parameters_by_row(module: Any, values: dict[str, torch.Tensor], depth: Callable[[], torch.Tensor]) -> None:
-    """Let `module`, a norm or a linear one with a bias, meet `values` [depths, size] of each row's depth.
+class Changed(nn.Module):
+    """Stands for a linear module at one depth. No copy of it: vLLM packs a module's weight when all is loaded."""
 
-    It computes with neutral parameters, and its output is multiplied and added to.
-    """
+    def __init__(self, linear: nn.Module | None, change: Change, depth: int):
+        super().__init__()
+        self._linear, self._change, self._depth = (linear,), change, depth
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._change(self._linear[0](x), x, self._depth)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_linear"][0], name)
+
+
+def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depth: Callable[[], torch.Tensor]) -> None:
+    """Let a norm meet `values` [depths, size] of each row's depth: it computes with neutral parameters, and its output
+    is multiplied and added to."""
     last = len(next(iter(values.values()))) - 1
     weight, bias = values.get("weight"), values.get("bias")
     if weight is not None:
@@ -241,13 +292,16 @@ def _parameters_by_row(module: Any, values: dict[str, torch.Tensor], depth: Call
     def hook(_: nn.Module, args: tuple, out: Any) -> Any:
         at = depth().clamp(max=last)
         first = out[0] if isinstance(out, tuple) else out
-        if weight is not None:
-            first = first * weight[at].view(len(at), *[1] * (first.dim() - 2), -1)
-        if bias is not None:
-            first = first + bias[at]
+        for values, combine in ((weight, torch.mul), (bias, torch.add)):
+            if values is not None:  # a norm may see each row once for every head
+                first = combine(first, values[at].view(len(at), *[1] * (first.dim() - 2), -1))
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
     module.register_forward_hook(hook)
+
+
+def _number(part: Any) -> Any:
+    return {"q": 0, "k": 1, "v": 2}.get(part, part)
 
 
 def _loaded(module: Any, like: torch.Tensor, whole: torch.Tensor, part: Any = None, **dims: int) -> torch.Tensor:
