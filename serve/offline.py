@@ -24,7 +24,7 @@ BLOCK = 16  # positions in a block of the KV cache
 class Params:
     """How one prompt is to be continued.
 
-    Depth: `num_recurrences` R (default the model's), `exit_rule` with its `exit_threshold` (default the rule's own) from
+    Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
     `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
     Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs.
     """

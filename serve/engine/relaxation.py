@@ -29,7 +29,7 @@ class RowFactors:
 
 
 def relax_linear(linear: Any, factors: Any, depth: Depth, row: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Add the LoRA `factors` (a model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight."""
+    """Add the LoRA `factors` (model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight."""
     added = RowFactors(factors.lora_A.detach(), factors.lora_B.detach(), depth)
     scale = None
     if factors.dora_magnitude is not None:  # the lengths of the rows of W + B A, at every depth
@@ -46,7 +46,7 @@ def relax_linear(linear: Any, factors: Any, depth: Depth, row: Callable[[torch.T
 
 
 def by_depth(module: nn.Module, own: dict[str, torch.Tensor], depth: Depth) -> Callable[..., torch.Tensor]:
-    """A forward for `module` in which each row [..., N, in] meets the parameters `own` [depths, *shape] of its depth."""
+    """A forward for `module` in which each row [..., N, in] meets the parameters `own` [depths, *shape] of its own."""
     plain = type(module).forward
     depths = len(next(iter(own.values())))
 

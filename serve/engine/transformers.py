@@ -48,8 +48,8 @@ class TransformersParts:
         self.arguments = self._arguments(torch.arange(length, device=self.device))
 
     def shapes(self) -> list[tuple[int, int]]:
-        """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where keys
-        and values differ in size."""
+        """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where
+        keys and values differ in size."""
         found: dict[int, tuple[int, int]] = {}
 
         class Measure:

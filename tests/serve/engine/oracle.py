@@ -5,6 +5,7 @@ Keys and values stand in one plain tensor for every layer and slot; exits, rules
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,9 +99,13 @@ class Oracle:
             back = positions[:, None] - keys
             seen = (back >= 0) & (back < (window or 1 << 30))
             mask = torch.where(seen, 0.0, float("-inf"))[None, None]
-            kwargs = {**kwargs, "attention_mask": mask, "past_key_values": store.at(part, n, depth, positions)}
+            layer = getattr(self.model, part)[n]
+            call = inspect.signature(layer.forward).bind(x, *args, **kwargs)
+            call.arguments["attention_mask"] = mask
+            name = next(name for name in ("past_key_values", "layer_past") if name in call.signature.parameters)
+            call.arguments[name] = store.at(part, n, depth, positions)
             more = {"depth": depth} if part == "core" and self.config.relaxation else {}
-            x = getattr(self.model, part)[n](x, *args, **kwargs, **more)
+            x = layer(*call.args, **call.kwargs, **more)
             x = x[0] if isinstance(x, tuple) else x
         return x[0]
 

@@ -114,7 +114,8 @@ def test_architectures(model_type, fields):
 @pytest.mark.parametrize("dora", [False, True])
 def test_relaxation_at_mixed_depths(model_type, dora):
     model = test_relaxation.build(model_type, depths=3, dora=dora, num_recurrences=4)
-    check(model, "last-exited", *requests(5, 12, "last-exited", ["fixed", "latent-diff"]))
+    model.get_output_embeddings().weight.data *= 8  # fewer near-ties
+    check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
 
 
 @pytest.mark.parametrize("options", [{"width": 8}, {"coda_batch": 4}, {"width": 8, "coda_batch": 3}])
