@@ -16,17 +16,21 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
 from ...unroll import config_with_layers
+from ..engine.kv import KVPolicy
 from .architectures import vllm_architecture
+from .lanes import LANES
 from .limits import check_depth, check_vllm_config
+from .parts import VllmParts
 from .recurrence import Recurrence, hand_on
 from .relaxation import Relaxation
 from .weights import Completeness, source_name
 
 
 class RecurrentDepthForCausalLM(nn.Module):
-    """Embeddings, norm, head and logits are vLLM's model of the source; its layers run as a `Recurrence`.
+    """Embeddings, norm, head and logits are vLLM's model of the source.
 
-    The depth is fixed at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
+    In the lane engine its layers are the engine's (`parts`). Else they run as a `Recurrence`, at a depth that is fixed
+    at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
     """
 
     source: Any  # vLLM's model, of whichever class
@@ -53,6 +57,11 @@ class RecurrentDepthForCausalLM(nn.Module):
         core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
         self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
         context = vllm_config.compilation_config.static_forward_context
+        self.parts: VllmParts | None = None
+        if LANES in (vllm_config.additional_config or {}):
+            policy = KVPolicy(config.kv_policy, config.max_recurrences)
+            self.parts = VllmParts(self, layers, policy.slots, context)
+            return
         self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, self._norm(), context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
@@ -61,12 +70,17 @@ class RecurrentDepthForCausalLM(nn.Module):
             layer.forward = hand_on(layer)
         layers[-1].forward = self.recurrence.forward
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The source's."""
+        return self.source.get_submodule("model.norm")
+
     def _norm(self) -> nn.Module | None:
         """What stands between recurrences, or after the last."""
         kind = self.config.recurrence_norm
         if kind == "none":
             return None
-        return self.recurrence_norm if kind == "each" else self.source.get_submodule("model.norm")
+        return self.recurrence_norm if kind == "each" else self.final_norm
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.source.embed_input_ids(input_ids)

@@ -149,7 +149,7 @@ def view(module: nn.Module, index: int, new_index: int, context: dict[str, Any],
     Raises ValueError where a layer keeps another kind of state.
     """
     if isinstance(module, Attention):
-        return module if new_index == index else _attention(module, index, new_index, context)
+        return module if new_index == index else attention_named(module, index, new_index, context)
     if isinstance(module, AttentionLayerBase):
         raise ValueError(f"{type(module).__name__} keeps a state that cannot be had once per recurrence")
     children = {
@@ -160,7 +160,8 @@ def view(module: nn.Module, index: int, new_index: int, context: dict[str, Any],
     return shallow_copy(module, children)
 
 
-def _attention(attention: Attention, index: int, new_index: int, context: dict[str, Any]) -> nn.Module:
+def attention_named(attention: Attention, index: int, new_index: int, context: dict[str, Any]) -> Any:
+    """The `attention` of layer `index` once more, with a cache of its own, named for layer `new_index`."""
     new: Any = shallow_copy(attention, attention._modules)
     parts = attention.layer_name.split(".")
     new.layer_name = ".".join(str(new_index) if part == str(index) else part for part in parts)

@@ -305,8 +305,8 @@ def _number(part: Any) -> Any:
 
 
 def _loaded(module: Any, like: torch.Tensor, whole: torch.Tensor, part: Any = None, **dims: int) -> torch.Tensor:
-    """What vLLM's loader of `module` puts into a parameter of the shape of `like` when it is given `whole`."""
-    parameter = nn.Parameter(torch.zeros_like(like), requires_grad=False)
+    """`like` after vLLM's loader of `module` has put `whole`, or this rank's share of it, into its place there."""
+    parameter = nn.Parameter(like.clone(), requires_grad=False)
     for name, value in dims.items():
         setattr(parameter, name, value)
     module.weight_loader(parameter, whole.to(like.dtype), *(() if part is None else (part,)))
