@@ -16,7 +16,8 @@ class Request:
     `limit` is its R, `minimum` the recurrences before its rule may fire, `rule` one of exits.RULES with its
     `threshold`; `prompt_exit` lets the rule end prompt positions, too. `trace` gives depths of positions 0, 1, ... that
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
-    A `fenced` request has every token sampled by the caller, between steps.
+    A `fenced` request has every token sampled by the caller, between steps. Of a `shown` one, the loop's reader gets
+    what the head reads at every prompt position.
     """
 
     limit: int
@@ -28,6 +29,7 @@ class Request:
     remaining: int = 1 << 40
     stops: tuple[int, ...] = ()
     fenced: bool = False
+    shown: bool = False
 
 
 class Requests:
@@ -44,7 +46,7 @@ class Requests:
         self.trace = zeros(rows, length + 1, dtype=torch.int32)  # forced depths, then those that happened; 0: neither
         self.remaining = zeros(rows)
         self.stops = zeros(rows, MAX_STOPS)
-        self.fenced, self.live = zeros(rows, dtype=torch.bool), zeros(rows, dtype=torch.bool)
+        self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
         self.depths = zeros(rows, room)  # recurrences of the position that gave each of these tokens
@@ -59,7 +61,7 @@ class Requests:
             raise ValueError(f"{len(request.stops)} stop tokens: at most {MAX_STOPS}")
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
-        self.fenced[row], self.live[row] = request.fenced, False
+        self.fenced[row], self.shown[row], self.live[row] = request.fenced, request.shown, False
 
 
 class Lanes:

@@ -17,6 +17,8 @@ from .parts import Parts, read_out, recur, start
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
 Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
+Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class Prompt(NamedTuple):
@@ -69,13 +71,16 @@ class Loop:
         width: int = 0,
         coda_batch: int = 1,
         coda_age: int = 4,
+        reader: Reader | None = None,
     ):
-        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound.
+        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound. `reader` is
+        called with the prompts of requests that are `shown`.
         Raises ValueError where one request's lanes alone exceed it."""
         ring = policy.depths if policy.complete else 1
         if width and width < ring:
             raise ValueError(f"width={width}: kv_policy={policy.name} can have {ring} lanes a request in flight")
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
+        self.reader = reader
         self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
         self.device = like.device
         hidden = parts.config.hidden_size
@@ -232,15 +237,21 @@ class Loop:
     def _read_out(self, which: torch.Tensor) -> None:
         lanes = self.lanes
         lanes.waiting[which] = False
+        shown = self.requests.shown[lanes.row[which]] & (which >= lanes.own)
         if not self.parts.config.coda:  # which has keys and values of every position
-            which = which[lanes.emits[which]]
+            which = which[lanes.emits[which] | shown]
+            shown = self.requests.shown[lanes.row[which]] & (which >= lanes.own)
             if not len(which):
                 return
         x = self._coda(lanes.read[which], lanes.row[which], lanes.position[which])
         self.counts.reads += 1
         self.counts.read += len(which)
+        if self.reader is not None and bool(shown.any()):
+            self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
         emits = lanes.emits[which]
         which, x = which[emits], x[emits]
+        if not len(which):
+            return
         fenced = self.requests.fenced[lanes.row[which]]
         if bool(fenced.any()):
             self.parked.append((which[fenced], x[fenced]))
