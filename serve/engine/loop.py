@@ -73,9 +73,9 @@ class Loop:
         coda_age: int = 4,
         reader: Reader | None = None,
     ):
-        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound. `reader` is
-        called with the prompts of requests that are `shown`.
-        Raises ValueError where one request's lanes alone exceed it."""
+        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound. `reader`
+        gets the prompts of requests that are `shown`. Raises ValueError where one request's lanes alone exceed the
+        width."""
         ring = policy.depths if policy.complete else 1
         if width and width < ring:
             raise ValueError(f"width={width}: kv_policy={policy.name} can have {ring} lanes a request in flight")

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from .fields import FieldError, Limits, check, take
+from .fields import FIELDS, FLAGS, FieldError, Limits, check, take
 
 GENERATION = {
     "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
@@ -61,15 +61,15 @@ class Spent:
 
 
 class DepthFields:
-    """ASGI middleware. `limits(engine_client)` says what the served model offers; `metrics(engine_client)` brings the
-    engine's counters up to date before they are scraped."""
+    """ASGI middleware. `limits(engine_client)` says what the served model offers; `metrics(engine_client)`, where the
+    engine counts, brings its counters up to date before they are scraped."""
 
-    def __init__(self, app: Callable, limits: Callable[[Any], Limits], metrics: Callable):
+    def __init__(self, app: Callable, limits: Callable[[Any], Limits], metrics: Callable | None):
         self.app, self.limits, self.metrics = app, limits, metrics
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         path = scope.get("path", "")
-        if scope["type"] == "http" and path == "/metrics":
+        if scope["type"] == "http" and path == "/metrics" and self.metrics:
             await self.metrics(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
             return await self.app(scope, receive, send)
@@ -152,14 +152,16 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(limits: Callable[[Any], Limits], metrics: Callable) -> None:
-    """Put the middleware inside every application that this process's vLLM builds, and follow its engine's outputs.
+def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> None:
+    """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
+    check what reaches the engine by other routes than the middleware's.
 
     vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
     what the engine said about a request.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
     others, generate = launcher.init_entrypoints_middleware, AsyncLLM.generate
@@ -168,8 +170,13 @@ def install(limits: Callable[[Any], Limits], metrics: Callable) -> None:
         others(args, app, supported_tasks)
         app.user_middleware.append(Middleware(DepthFields, limits=limits, metrics=metrics))  # the innermost
 
-    def follow(self, *args, **kwargs):
-        spent, stream = SPENT.get(), generate(self, *args, **kwargs)
+    def follow(self, prompt, sampling_params, request_id, **kwargs):
+        given = getattr(sampling_params, "extra_args", None) or {}
+        try:
+            check({name: value for name, value in given.items() if name in FIELDS and name not in FLAGS}, limits(self))
+        except FieldError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+        spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
         return stream if spent is None else spent.follow(stream)
 
     launcher.init_entrypoints_middleware = init_middleware

@@ -50,6 +50,7 @@ class LaneSampler:
         self.seed: dict[int, int] = {}
         self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
         self.told: dict[str, int] = {}  # tokens of this step that the request's state already has
+        self.script: torch.Tensor | None = None  # the engine's, of tokens that are known beforehand
 
     def admit(self, row: int, name: str) -> None:
         params = self.requests[name].sampling_params
@@ -88,8 +89,12 @@ class LaneSampler:
             self.sampler.noise[at] = waiting_times(seed, torch.zeros_like(seed), position, logits.shape[1])
         out = self.sampler(whole, dataclasses.replace(metadata, generators={}))
         tokens = out.sampled_token_ids[at, 0].long()
-        for r, token in zip(rows, tokens.tolist(), strict=True):
+        assert self.script is not None, "sampling without an engine"
+        known = (self.script[row, position] > 0).tolist()
+        for r, token, told in zip(rows, tokens.tolist(), known, strict=True):
             name = self.name_of[r]
+            if told:
+                continue
             self.requests[name].output_token_ids.append(token)  # penalties read it before the step is over
             self.told[name] = self.told.get(name, 0) + 1
         if (values := out.logprobs_tensors) is not None:

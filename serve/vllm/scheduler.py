@@ -23,9 +23,7 @@ class LaneScheduler(Scheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.scheduler_config.async_scheduling:
-            raise ValueError(
-                "async_scheduling: how many tokens a step of lanes gives is not known beforehand"
-            )
+            raise ValueError("async_scheduling: how many tokens a step of lanes gives is not known beforehand")
         self.config = config = self.vllm_config.model_config.hf_config
         self.policy_of_cache = KVPolicy(config.kv_policy, config.max_recurrences)
         # A step with a prompt in it lasts max_recurrences ticks, and every tick may finish a position.
@@ -91,8 +89,9 @@ class LaneScheduler(Scheduler):
     def _publish(self, request: Request, depth: Depth) -> None:
         """Blocks of which every depth of every position is written, and is what a prompt would leave."""
         done = request.num_computed_tokens
-        if not depth.full:
-            done -= depth.limit  # positions behind the newest may still be on their way down
+        prompt = min(request.num_prompt_tokens, done)
         if not self._published_whole(depth):
-            done = min(done, request.num_prompt_tokens)
-        self.kv_cache_manager.cache_blocks(request, max(done, min(request.num_prompt_tokens, done + depth.limit)))
+            done = prompt
+        elif not depth.full:  # positions behind the newest are still on their way down
+            done = max(prompt, done - depth.limit)
+        self.kv_cache_manager.cache_blocks(request, done)

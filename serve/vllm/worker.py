@@ -64,7 +64,9 @@ class LaneSteps:
             width=lanes.width,
             coda_batch=lanes.coda_batch,
             coda_age=lanes.coda_age,
+            reader=self._read_prompt,
         )
+        self.sampler_of_lanes.script = self.loop.requests.script
         self.free = list(range(scheduler.max_num_seqs))[::-1]
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through
@@ -138,6 +140,7 @@ class LaneSteps:
                 remaining=min(params.max_tokens - done, self.max_model_len - state.num_tokens),
                 stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
                 fenced=params.structured_outputs is not None,
+                shown=name in self.num_prompt_logprobs,
             ),
         )
         if done and self.loop.policy.overwrites:  # generated positions one by one, as they came
@@ -185,12 +188,38 @@ class LaneSteps:
             req_id_to_index={name: number for number, name in enumerate(names)},
             sampled_token_ids=tokens,
             logprobs=self.sampler_of_lanes.lists(names, counts),
-            prompt_logprobs_dict=self._prompt_logprobs(),
+            prompt_logprobs_dict=self._prompt_logprobs(names),
             depths=depths,
         )
 
-    def _prompt_logprobs(self) -> dict[str, LogprobsTensors | None]:
-        return {}
+    # ---- log-probabilities of prompts ---------------------------------------------------------------------------
+    def _read_prompt(self: Any, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
+        """x [m, D] of prompt positions [m] in engine rows [m]: each says how likely the next prompt token was."""
+        for r in row.unique().tolist():
+            name = self.sampler_of_lanes.name_of[r]
+            state, wanted = self.requests[name], self.num_prompt_logprobs[name]
+            prompt = torch.tensor(state.prompt_token_ids, device=x.device)
+            at = (row == r) & (position < len(prompt) - 1)
+            if state.in_progress_prompt_logprobs_cpu is None:
+                state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
+            for some in at.nonzero().squeeze(1).split(256):  # logits of a long prompt take memory
+                logprobs = self.parts.logits(x[some]).float()
+                if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
+                    logprobs = Sampler.compute_logprobs(logprobs)
+                values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
+                for whole, part in zip(state.in_progress_prompt_logprobs_cpu[:3], values[:3], strict=True):
+                    whole[position[some].cpu()] = part.to(whole.dtype).cpu()
+
+    def _prompt_logprobs(self: Any, names: list[str]) -> dict[str, LogprobsTensors | None]:
+        """Of the requests whose prompts are through, once each."""
+        found = {}
+        for name in names if self.num_prompt_logprobs else ():
+            if name in self.num_prompt_logprobs and name in self.flying:
+                wanted = self.num_prompt_logprobs.pop(name)
+                done = self.requests[name].in_progress_prompt_logprobs_cpu
+                found[name] = LogprobsTensors.empty_cpu(0, wanted + 1) if done is None else done
+                self.requests[name].in_progress_prompt_logprobs_cpu = None
+        return found
 
 
 class CpuLaneRunner(LaneSteps, CPUModelRunner):
