@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError
 from .vllm.architectures import vllm_architecture
-from .vllm.limits import check_model, refuse
+from .vllm.limits import refuse
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
 
@@ -20,6 +21,10 @@ class Facts:
     architecture: str
     num_recurrences: int
     max_recurrences: int
+    kv_policy: str
+    exit: dict[str, Any]
+    exit_gate: bool
+    sharing: str
 
 
 def check_config(model: str) -> Facts:
@@ -39,10 +44,17 @@ def check_config(model: str) -> Facts:
         )
     source = config.get("source_config") or {}
     vllm_architecture(source.get("model_type"))
-    check_model(config)
     refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
     depth = config.get("num_recurrences", 1)
-    return Facts(source["model_type"], depth, config.get("max_recurrences") or max(8, depth))
+    return Facts(
+        architecture=source["model_type"],
+        num_recurrences=depth,
+        max_recurrences=config.get("max_recurrences") or max(8, depth),
+        kv_policy=config.get("kv_policy", "per-depth"),
+        exit=config.get("exit") or {},
+        exit_gate=config.get("exit_gate", False),
+        sharing=config.get("sharing", "cycle"),
+    )
 
 
 def check_tensors(model: str) -> None:

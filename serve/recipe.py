@@ -6,11 +6,28 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..recipe import Count, Integer, Section
+from ..recipe import Count, Integer, Number, Section
 
 
 class ServeRecipe(Section):
-    num_recurrences: Count | None = Field(None, description="depth of every request; default the model's own")
+    engine: Literal["lanes", "fixed"] | None = Field(
+        None,
+        description="lanes: requests at their own depths share every pass of the core; fixed: all run at one depth; "
+        "default lanes, where the model allows it",
+    )
+    num_recurrences: Count | None = Field(None, description="depth of a request that names none; default the model's")
+    max_recurrences: Count | None = Field(
+        None, description="greatest depth of a request, for which the cache has room; default the model's"
+    )
+    exit_rule: str | None = Field(None, description="exit rule of a request that names none; default the model's")
+    exit_threshold: Number | None = Field(None, description="its threshold; default the rule's")
+    min_recurrences: Count | None = Field(None, description="recurrences before it may fire; default the model's")
+    kv_policy: str | None = Field(
+        None, description="keys and values of deeper recurrences after an exit; default the model's"
+    )
+    ticks: Count = Field(16, description="passes of the core in one step of the engine")
+    width: Integer = Field(0, ge=0, description="lanes of a pass beside prompts'; 0 for no bound")
+    coda_batch: Count = Field(1, description="exited lanes that are read out together")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: Integer = Field(8000, ge=1, le=65535, description="port to listen on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

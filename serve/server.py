@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors
+from .defaults import Defaults, choose, cuts_prompts, limits_of
 from .recipe import ServeRecipe
 from .vllm import SERVER
+from .vllm.fields import Limits
+from .vllm.lanes import LANES
 from .vllm.limits import check_depth, refuse
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -28,21 +32,21 @@ def main(argv: list[str]) -> int:
     """Check the model, then serve until SIGTERM or Ctrl-C. Returns the exit code."""
     argv, flags = _split(argv)
     operands = {"model": "directory of a recurrent-depth checkpoint"}
-    about = "Serve a recurrent-depth model behind vLLM's OpenAI-compatible API, at a fixed depth."
+    about = "Serve a recurrent-depth model behind vLLM's OpenAI-compatible API."
     parser = RecipeParser("serve", operands, ServeRecipe, about)
     parser.usage = "%(prog)s MODEL [--recipe NAME|FILE] [key=value ...] [-- vLLM flags]"
     parser.epilog = f"{parser.epilog}\n\nvLLM's flags, which win over keys: loopwise serve MODEL -- --help=all"
     args = parser.parse(argv)
     recipe = load_recipe(ServeRecipe, "serve", args.recipe, args.settings)
     facts = check_config(args.model)
-    check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)
+    defaults = choose(facts, recipe)
     if find_spec("vllm") is None:
         raise UserError("serving needs vLLM: pip install 'loopwise[serve]', or 'loopwise[serve-cpu]' without a GPU")
     elsewhere = any(flag.startswith(("--host", "--port", "--uds")) for flag in flags)
     claim = None if elsewhere else _claim_port(recipe.host, recipe.port)
     with claim or nullcontext():
         check_tensors(args.model)
-        return _serve(_vllm_arguments(args.model, facts, recipe, flags), facts)
+        return _serve(_vllm_arguments(args.model, defaults, recipe, flags), facts, defaults)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -76,7 +80,7 @@ def _address_error(host: str, port: int, error: OSError) -> UserError:
     return UserError(f"cannot listen on {host}:{port} ({error.strerror or error})")
 
 
-def _vllm_arguments(model: str, facts: Facts, recipe: ServeRecipe, flags: list[str]) -> argparse.Namespace:
+def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: list[str]) -> argparse.Namespace:
     """vLLM's own arguments: its `flags` win over the recipe, and the recipe over vLLM's defaults.
 
     Raises UserError for a flag that vLLM does not know or that does not fit a recurrent-depth model.
@@ -105,11 +109,21 @@ def _vllm_arguments(model: str, facts: Facts, recipe: ServeRecipe, flags: list[s
         parser.set_defaults(enforce_eager=True)
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
+    lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
+    parser.set_defaults(**lanes)
+    if lanes and not cuts_prompts(defaults.config["kv_policy"]):
+        parser.set_defaults(enable_chunked_prefill=False, enable_prefix_caching=False)
     args: Any = parser.parse_args(flags)
+    for name, value in lanes.items():
+        if name != "additional_config" and getattr(args, name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} does not fit engine=lanes; use engine=fixed"
+            )
+    args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
     if args.model != model or args.model_tag is not None:
         raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
-    args.hf_overrides = {"num_recurrences": recipe.num_recurrences or facts.num_recurrences} | (args.hf_overrides or {})
-    check_depth(args.hf_overrides["num_recurrences"], args.hf_overrides.get("max_recurrences", facts.max_recurrences))
+    args.hf_overrides = defaults.config | (args.hf_overrides or {})
+    check_depth(args.hf_overrides["num_recurrences"], args.hf_overrides["max_recurrences"])
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(args.tensor_parallel_size))
     refuse(vars(args))
@@ -118,6 +132,14 @@ def _vllm_arguments(model: str, facts: Facts, recipe: ServeRecipe, flags: list[s
     except (TypeError, ValueError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
     return args
+
+
+def _limits(engine_client: Any) -> Limits:
+    """What requests may ask of the model that `engine_client` runs."""
+    config = engine_client.vllm_config.model_config.hf_config
+    if LANES in engine_client.vllm_config.additional_config:
+        return limits_of(vars(config), config.exit_gate)
+    return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 
 
 def _share_cores(ranks: int) -> str:
@@ -129,14 +151,14 @@ def _share_cores(ranks: int) -> str:
     return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
-def _serve(args: argparse.Namespace, facts: Facts) -> int:
+def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     """Run vLLM's server to its end. Returns the exit code; raises UserError for what vLLM finds wrong with `args`."""
     import uvloop
 
     os.environ[SERVER] = str(os.getpid())
-    depth = f"num_recurrences={args.hf_overrides['num_recurrences']}"
     where = f"http://{args.host}:{args.port}/v1"
-    print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}, {depth}) will be at {where}", file=sys.stderr)
+    print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}) will be at {where}", file=sys.stderr)
+    print(f"loopwise: {replace(defaults, config=defaults.config | args.hf_overrides).line()}", file=sys.stderr)
     try:
         uvloop.run(_run(args))
     except OSError as error:
@@ -162,10 +184,15 @@ async def _run(args: argparse.Namespace) -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    from .vllm.http import install
+    from .vllm.metrics import DepthMetrics
+
     def stop(number, frame):
         # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
         raise SystemExit(128 + number)
 
+    metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
+    install(_limits, metrics)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)

@@ -16,7 +16,8 @@ class Request:
     `limit` is its R, `minimum` the recurrences before its rule may fire, `rule` one of exits.RULES with its
     `threshold`; `prompt_exit` lets the rule end prompt positions, too. `trace` gives depths of positions 0, 1, ... that
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
-    A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight.
+    A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight. Of
+    a `shown` one, the loop's reader gets what the head reads at every prompt position.
     """
 
     limit: int
@@ -29,6 +30,7 @@ class Request:
     stops: tuple[int, ...] = ()
     fenced: bool = False
     wave: int = 1
+    shown: bool = False
 
 
 class Requests:
@@ -47,7 +49,7 @@ class Requests:
         self.wave, self.frontier = zeros(rows), zeros(rows)  # frontier: the position whose token comes next
         self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
-        self.fenced, self.live = zeros(rows, dtype=torch.bool), zeros(rows, dtype=torch.bool)
+        self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
         self.depths = zeros(rows, room)  # recurrences of the position that gave each of these tokens
@@ -63,7 +65,7 @@ class Requests:
             raise ValueError(f"{len(request.stops)} stop tokens: at most {MAX_STOPS}")
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
-        self.fenced[row], self.live[row] = request.fenced, False
+        self.fenced[row], self.shown[row], self.live[row] = request.fenced, request.shown, False
 
 
 class Lanes:

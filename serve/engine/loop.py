@@ -18,6 +18,8 @@ from .wave import advance, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
 Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
+Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class Prompt(NamedTuple):
@@ -71,9 +73,11 @@ class Loop:
         coda_batch: int = 1,
         coda_age: int = 4,
         wave: int = 1,
+        reader: Reader | None = None,
     ):
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
         nearest to their token go first. `wave`: most positions that one request may have in flight before its token.
+        `reader` gets the prompts of requests that are `shown`.
         Raises ValueError where the policy allows no wave, or one request's lanes alone exceed the width."""
         if wave > 1 and policy.slots < policy.depths:
             raise ValueError(
@@ -85,6 +89,7 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
+        self.reader = reader
         self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
         self.device = like.device
         hidden = parts.config.hidden_size
@@ -252,7 +257,7 @@ class Loop:
         lanes = self.lanes
         lanes.waiting[waiting] = False
         if not self.parts.config.coda:  # which has keys and values of every position
-            waiting = waiting[lanes.emits[waiting]]
+            waiting = waiting[lanes.emits[waiting] | self._shown(waiting)]
         which = torch.cat([waiting, ahead])
         if not len(which):
             return
@@ -262,14 +267,23 @@ class Loop:
         x = self._coda(s, lanes.row[which], lanes.position[which])
         self.counts.reads += 1
         self.counts.read += len(which)
+        shown = self._shown(which)
+        if self.reader is not None and bool(shown.any()):
+            self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
         emits = lanes.emits[which]
         which, x = which[emits], x[emits]
+        if not len(which):
+            return
         fenced = self.requests.fenced[lanes.row[which]]
         if bool(fenced.any()):
             self.parked.append((which[fenced], x[fenced]))
             which, x = which[~fenced], x[~fenced]
         if len(which):
             self._sample(which, x, self.sampler)
+
+    def _shown(self, which: torch.Tensor) -> torch.Tensor:
+        """Whether each of lanes `which` is a prompt position that the reader gets."""
+        return self.requests.shown[self.lanes.row[which]] & (which >= self.lanes.own)
 
     def _sample(self, which: torch.Tensor, x: torch.Tensor, sampler: Sampler) -> None:
         """Tokens that come of lanes `which` [m], whose read-out is x [m, D], and the positions that they start."""

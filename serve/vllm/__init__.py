@@ -13,6 +13,7 @@ def register() -> None:
 
     # By name: vLLM imports the class in the process that needs it, never here.
     ModelRegistry.register_model("RecurrentDepthForCausalLM", "loopwise.serve.vllm.model:RecurrentDepthForCausalLM")
+    ModelRegistry.register_model("LoopwiseSandwichForCausalLM", "loopwise.serve.vllm.sandwich:SandwichForCausalLM")
     if os.environ.get(SERVER) == str(os.getppid()):
         _stop_with_server()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...errors import UserError
 
-# model_type of the source -> vLLM's class. Every entry is compared with transformers by tests/serve.
+# model_type of the source -> vLLM's class; one is ours (sandwich.py). tests/serve compares each with transformers.
 ARCHITECTURES = {
     "arcee": "ArceeForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "sandwich": "LoopwiseSandwichForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",

@@ -16,18 +16,6 @@ def check_depth(num_recurrences: int, limit: int) -> None:
         )
 
 
-def check_model(fields: dict[str, Any]) -> None:
-    """Raises UserError for a recurrent-depth config, its fields given, with a part that the engine does not have."""
-    for name, served in {"sharing": "cycle", "relaxation": None, "recurrence_norm": "none", "exit_gate": False}.items():
-        value = fields.get(name, served)
-        if value != served:
-            shown = "with LoRA of every depth" if name == "relaxation" else f"with {name}={value!r}"
-            raise UserError(
-                f"a model {shown} cannot be served; `loopwise export MODEL OUT --unroll R` writes it as a plain model, "
-                "where its parts allow that"
-            )
-
-
 def check_vllm_config(config: Any) -> None:
     """The refusals for a VllmConfig: for those who start vLLM themselves, and for what the checkpoint brings along."""
     refuse(

@@ -16,16 +16,21 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
 from ...unroll import config_with_layers
+from ..engine.kv import KVPolicy
 from .architectures import vllm_architecture
-from .limits import check_depth, check_model, check_vllm_config
+from .lanes import LANES
+from .limits import check_depth, check_vllm_config
+from .parts import VllmParts
 from .recurrence import Recurrence, hand_on
+from .relaxation import Relaxation
 from .weights import Completeness, source_name
 
 
 class RecurrentDepthForCausalLM(nn.Module):
-    """Embeddings, norm, head and logits are vLLM's model of the source; its layers run as a `Recurrence`.
+    """Embeddings, norm, head and logits are vLLM's model of the source.
 
-    The depth is fixed at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
+    In the lane engine its layers are the engine's (`parts`). Else they run as a `Recurrence`, at a depth that is fixed
+    at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
     """
 
     source: Any  # vLLM's model, of whichever class
@@ -35,7 +40,6 @@ class RecurrentDepthForCausalLM(nn.Module):
         config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
         check_depth(config.num_recurrences, config.max_recurrences)
         check_vllm_config(vllm_config)
-        check_model(vars(config))
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
@@ -46,11 +50,37 @@ class RecurrentDepthForCausalLM(nn.Module):
         layers: list[nn.Module] = list(self.source.get_submodule(self.layers_name))
         check_windows(layers, unique)
         self.injection = Injection(config.injection, config.hidden_size)
+        if config.recurrence_norm == "each":
+            self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        if config.exit_gate:  # which this model never asks: its depth is fixed
+            self.exit_gate = nn.Linear(config.hidden_size, 1)
+        core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
+        self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
         context = vllm_config.compilation_config.static_forward_context
-        self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, context)
+        self.parts: VllmParts | None = None
+        if LANES in (vllm_config.additional_config or {}):
+            policy = KVPolicy(config.kv_policy, config.max_recurrences)
+            self.parts = VllmParts(self, layers, policy.slots, context)
+            return
+        self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, self._norm(), context)
+        for depth, views in enumerate(cast(Any, self.recurrence.core)):
+            for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
+                relaxation.at(layer, depth)
         for layer in layers[:-1]:
             layer.forward = hand_on(layer)
         layers[-1].forward = self.recurrence.forward
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The source's."""
+        return self.source.get_submodule("model.norm")
+
+    def _norm(self) -> nn.Module | None:
+        """What stands between recurrences, or after the last."""
+        kind = self.config.recurrence_norm
+        if kind == "none":
+            return None
+        return self.recurrence_norm if kind == "each" else self.final_norm
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.source.embed_input_ids(input_ids)
@@ -69,14 +99,23 @@ class RecurrentDepthForCausalLM(nn.Module):
         def of_source():
             for name, tensor in weights:
                 completeness.see(name)
-                if name.startswith("injection."):
+                part, _, rest = name.partition(".")
+                if part in ("injection", "recurrence_norm", "exit_gate"):
                     default_weight_loader(self.get_parameter(name), tensor)
                     loaded.add(name)
+                elif part == "relaxation":
+                    number, _, rest = rest.partition(".")
+                    cast(Relaxation, self.relaxation[int(number)]).load(rest, tensor)
                 else:
                     yield source_name(name, self.config, self.layers_name), tensor
 
         loaded.update(f"source.{name}" for name in self.source.load_weights(of_source()))
         completeness.check()
+        for number, relaxation in enumerate(cast(Iterable[Relaxation], self.relaxation)):
+            relaxation.finish()
+            layer = f"source.{self.layers_name}.{len(self.config.prelude) + number}"
+            loaded.update(f"{layer}.{name}" for name in relaxation.replaced())
+            loaded.update(f"relaxation.{number}.{name}" for name, _ in relaxation.named_parameters())
         missing = {name for name, _ in self.named_parameters()} - loaded
         if missing:
             raise ValueError(f"vLLM's model has parameters that the checkpoint does not fill: {sorted(missing)}")

@@ -28,10 +28,20 @@ class Recurrence(nn.Module):
     `forward` takes what vLLM's source model passes to a layer, and returns what such a layer returns.
     """
 
-    def __init__(self, config, num_recurrences: int, layers: list[nn.Module], injection: Injection, context: dict):
+    def __init__(
+        self,
+        config,
+        num_recurrences: int,
+        layers: list[nn.Module],
+        injection: Injection,
+        norm: Callable[[torch.Tensor], torch.Tensor] | None,
+        context: dict,
+    ):
+        """`norm`: what `config.recurrence_norm` names."""
         super().__init__()
         self.config = config
         self.injection = injection
+        self.norm = (norm,)  # a tuple: it is another module's child
         self.convention = convention(layers[0])
         first, last = len(config.prelude), len(config.prelude) + len(config.core)
 
@@ -59,13 +69,34 @@ class Recurrence(nn.Module):
             x, residual = call(layer, x, residual)
         e = fold(x, residual)
         x, residual = self._initial_state(e, positions), None
-        for depth in range(len(self.core)):
-            x, residual = self.injection(fold(x, residual), e), None
-            for layer in self.core[depth]:  # pyright: ignore[reportGeneralTypeIssues]  a ModuleList
-                x, residual = call(layer, x, residual)
+        core: Any = self.core
+        if self.config.sharing == "sequence":
+            for n in range(len(self.config.core)):
+                for layers in core:
+                    x, residual = call(layers[n], x, residual)
+        else:
+            for depth, layers in enumerate(core):
+                x, residual = self._recurrence(depth, fold(x, residual), e), None
+                for layer in layers:
+                    x, residual = call(layer, x, residual)
+            x, residual = self._end(x, residual)
         for layer in self.coda:
             x, residual = call(layer, x, residual)
         return x, residual
+
+    def _recurrence(self, depth: int, s: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """What the core's first layer gets."""
+        kind, norm = self.config.recurrence_norm, self.norm[0]
+        if norm is not None and (kind == "each" or kind == "between") and depth:
+            s = norm(s)
+        return self.injection(s, e)
+
+    def _end(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the coda gets, as (x, residual)."""
+        norm = self.norm[0]
+        if norm is None or self.config.recurrence_norm == "between":
+            return x, residual
+        return norm(fold(x, residual)), None
 
     def _initial_state(self, e: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # One sequence id for all requests, as transformers has by default: noise then depends on the position alone.
@@ -77,8 +108,9 @@ def fold(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _fused(self: Recurrence, positions, hidden_states, residual=None, **kwargs):
-    """vLLM's layers that take and return (hidden_states, residual)."""
-    return self.run(hidden_states, positions, lambda layer, x, residual: layer(positions, x, residual, **kwargs))
+    """vLLM's layers that take and return (hidden_states, residual). Its models' final norms want both."""
+    x, residual = self.run(hidden_states, positions, lambda layer, x, residual: layer(positions, x, residual, **kwargs))
+    return x, torch.zeros_like(x) if residual is None else residual
 
 
 def _plain(self: Recurrence, positions, hidden_states, **kwargs):
@@ -117,7 +149,7 @@ def view(module: nn.Module, index: int, new_index: int, context: dict[str, Any],
     Raises ValueError where a layer keeps another kind of state.
     """
     if isinstance(module, Attention):
-        return module if new_index == index else _attention(module, index, new_index, context)
+        return module if new_index == index else attention_named(module, index, new_index, context)
     if isinstance(module, AttentionLayerBase):
         raise ValueError(f"{type(module).__name__} keeps a state that cannot be had once per recurrence")
     children = {
@@ -125,11 +157,12 @@ def view(module: nn.Module, index: int, new_index: int, context: dict[str, Any],
     }
     if not top and all(child is module._modules[name] for name, child in children.items()):
         return module
-    return _copy(module, children)
+    return shallow_copy(module, children)
 
 
-def _attention(attention: Attention, index: int, new_index: int, context: dict[str, Any]) -> nn.Module:
-    new: Any = _copy(attention, attention._modules)
+def attention_named(attention: Attention, index: int, new_index: int, context: dict[str, Any]) -> Any:
+    """The `attention` of layer `index` once more, with a cache of its own, named for layer `new_index`."""
+    new: Any = shallow_copy(attention, attention._modules)
     parts = attention.layer_name.split(".")
     new.layer_name = ".".join(str(new_index) if part == str(index) else part for part in parts)
     new.impl = copy.copy(attention.impl)  # backends keep views of the layer's own cache there
@@ -140,7 +173,8 @@ def _attention(attention: Attention, index: int, new_index: int, context: dict[s
     return new
 
 
-def _copy(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+def shallow_copy(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    """`module` once more, with the same parameters and other children."""
     new = copy.copy(module)
     new._modules = dict(children)
     for name, value in vars(module).items():

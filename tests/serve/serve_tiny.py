@@ -31,6 +31,12 @@ RETROFIT = {"prelude": [0, 1], "core": [4, 3], "coda": [5], "injection": "linear
 RECURSIVE = {"prelude": [], "core": [0, 2, 5], "coda": []}
 
 
+SANDWICH = {**GROUPED, "initializer_range": 0.1}  # norms after every sublayer amplify differences of rounding
+HUGINN = {**SANDWICH, "norm_after_residual": True, "qk_bias": True, "embedding_scale": 8.0, "tie_word_embeddings": True}
+LORA = {"self_attn.q_proj": 4, "self_attn.v_proj": 3, "self_attn.o_proj": 5, "mlp.up_proj": 6, "mlp.down_proj": 2}
+NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+
+
 def source_config(model_type: str, **fields):
     return AutoConfig.for_model(model_type, **{**SMALL, **fields})
 
@@ -41,9 +47,11 @@ def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCaus
     model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source, **fields)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "injection.weight":
-                parameter.add_(torch.randn_like(parameter), alpha=0.15)
-            elif parameter.dim() == 1:
+            if name == "injection.weight" or "lora_" in name:  # as yet uninitialised memory
+                parameter.normal_(std=0.15)
+            elif "dora_" in name:
+                parameter.uniform_(1.5, 2.5)
+            elif name.startswith("relaxation.") or parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     if getattr(source, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' SDPA leaves the cap out

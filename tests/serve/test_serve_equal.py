@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_tiny import GROUPED, RECURSIVE, RETROFIT, Answer, generate, prompts, save, source_config
+from serve_tiny import (
+    GROUPED,
+    HUGINN,
+    LORA,
+    NORMS,
+    RECURSIVE,
+    RETROFIT,
+    SANDWICH,
+    Answer,
+    generate,
+    prompts,
+    save,
+    source_config,
+)
 
 from loopwise.serve.vllm.architectures import ARCHITECTURES
 
@@ -57,7 +70,12 @@ OTHERS = {
     "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "starcoder2": {**WIDE, "sliding_window": 8},
 }
+RELAXED = {**RETROFIT, "relaxation": {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}}
+BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
+BIASED = {**RELAXED, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
 NORMAL = {**RETROFIT, "state_init": "normal", "state_std": 0.7, "state_seed": 5}
+
+TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @dataclass
@@ -67,6 +85,7 @@ class Case:
     shape: dict[str, Any] = field(default_factory=lambda: RETROFIT)
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
 
 
 CASES = {
@@ -80,7 +99,20 @@ CASES = {
     "input-none": Case("llama", shape={**RETROFIT, "injection": "none"}),
     "traced": Case("gemma3_text", 2, NORMAL, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),  # Dynamo, no inductor
     **{t: Case(t) for t in OTHERS},
-    "two-ranks": Case("llama", 3, NORMAL, {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+    "input-gated": Case("llama", shape={**RETROFIT, "injection": "gated", "exit_gate": True}),
+    "sequence": Case("llama", shape={**RETROFIT, "injection": "none", "sharing": "sequence"}),
+    **{
+        f"norm-{place}": Case("llama", shape={**NORMAL, "recurrence_norm": place})
+        for place in ("each", "between", "last")
+    },
+    "relaxed": Case("llama", 4, RELAXED),
+    "relaxed-gemma": Case("gemma3_text", 3, RELAXED),
+    "relaxed-biased": Case("qwen2", 3, BIASED),
+    "huginn": Case("sandwich", 4, {**NORMAL, "recurrence_norm": "last"}, source=HUGINN),
+    "ouro": Case("sandwich", 4, {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}, source=SANDWICH),
+    "traced-relaxed": Case("llama", 3, RELAXED, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),
+    "two-ranks-relaxed": Case("qwen2", 3, BIASED, TWO_RANKS, ON_TWO_CORES),
+    "two-ranks": Case("llama", 3, NORMAL, TWO_RANKS, ON_TWO_CORES),
 }
 
 
@@ -92,7 +124,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
     folder = tmp_path_factory.mktemp("engines")
     wanted, work = {}, []
     for name, case in cases.items():
-        source = source_config(case.model_type, **(REQUIRED | OTHERS)[case.model_type])
+        source = source_config(case.model_type, **(case.source or (REQUIRED | OTHERS)[case.model_type]))
         model = save(folder / name, source, **case.shape)
         wanted[name] = [generate(model, prompt, case.num_recurrences, TOKENS) for prompt in prompts()]
         engine = {"hf_overrides": {"num_recurrences": case.num_recurrences}, **case.engine}

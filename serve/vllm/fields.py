@@ -1,0 +1,146 @@
+"""What a request may say about depth, checked before an engine sees it. Imports nothing heavy.
+
+The fields stand at the top level of a request's body or inside its `vllm_xargs`; offline, in
+`SamplingParams.extra_args`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
+
+FIELDS = (
+    "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
+)  # fmt: skip
+FLAGS = ("prompt_exit", "return_recurrences")
+
+
+class FieldError(ValueError):
+    """A field of a request that cannot be had. The message names field, value, rule and choices."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that."""
+
+    num_recurrences: int
+    max_recurrences: int
+    rules: tuple[str, ...]
+    prompt_exit: bool
+    fixed: bool = False
+
+
+def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
+    """The depth fields of a request's `body`, removed from it; `known` are the names that the server itself knows.
+
+    A field that is null counts as not given. Raises FieldError for a field that is given twice and differently, and for
+    a name that is neither known nor one of ours, but nearly.
+    """
+    values: dict[str, Any] = {}
+    xargs = body.get("vllm_xargs")
+    for place, names in ((body, known), (xargs, ())):
+        if not isinstance(place, dict):
+            continue
+        for name in list(place):
+            if name in FIELDS:
+                value = place.pop(name)
+                if name in values and values[name] != value and value is not None:
+                    raise FieldError(name, f"{name} is {values[name]!r} in the body, but {value!r} in vllm_xargs")
+                if value is not None:
+                    values[name] = value
+            elif name not in names and (near := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)):
+                raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {_all()}")
+    return values
+
+
+def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """`values` by field, as vLLM's `extra_args` can hold them. Raises FieldError where the model cannot do it."""
+    for name, value in values.items():
+        if name in FLAGS:
+            if not isinstance(value, bool):
+                raise FieldError(name, f"{name}={value!r}: true or false")
+        elif name in ("num_recurrences", "min_recurrences"):
+            _depth(name, value, limits.max_recurrences)
+    if limits.fixed:
+        return _check_fixed(values, limits)
+    most = values.get("num_recurrences", limits.num_recurrences)
+    if values.get("min_recurrences", 1) > most:
+        least = values["min_recurrences"]
+        raise FieldError("min_recurrences", f"min_recurrences={least}: at most num_recurrences, which is {most}")
+    if "exit_rule" in values and values["exit_rule"] not in limits.rules:
+        raise FieldError("exit_rule", _no_rule(values["exit_rule"], limits))
+    if "exit_threshold" in values:
+        _check_threshold(values["exit_threshold"], values.get("exit_rule"))
+    if values.get("prompt_exit") and not limits.prompt_exit:
+        raise FieldError(
+            "prompt_exit",
+            "prompt_exit=True: this model's kv_policy is 'per-depth', which writes every depth of a prompt; it saves "
+            "work with 'last-exited' only",
+        )
+    if "trace" in values:
+        _check_trace(values["trace"], values, limits)
+    return {name: int(value) if name in FLAGS else value for name, value in values.items()}
+
+
+def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Without lanes, only what asks for the depth that every request has."""
+    for name, value in values.items():
+        if name == "return_recurrences" or (name, value) in (
+            ("num_recurrences", limits.num_recurrences),
+            ("exit_rule", "fixed"),
+            ("prompt_exit", False),
+        ):
+            continue
+        raise FieldError(
+            name,
+            f"{name}={value!r}: this server runs every request at num_recurrences={limits.num_recurrences} "
+            "(engine=fixed); depth per request needs engine=lanes",
+        )
+    return {name: int(value) for name, value in values.items() if name == "return_recurrences"}
+
+
+def _depth(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise FieldError(name, f"{name}={value!r}: an integer from 1 to {most}, this model's max_recurrences")
+
+
+def _check_threshold(value: Any, rule: str | None) -> None:
+    name = "exit_threshold"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FieldError(name, f"{name}={value!r}: a finite number")
+    if rule == "fixed":
+        raise FieldError(name, f"{name}={value!r}: exit_rule='fixed' has no threshold")
+    if value < 0:
+        raise FieldError(name, f"{name}={value!r}: at least 0")
+    if rule == "argmax-stability" and (value != int(value) or value < 1):
+        raise FieldError(name, f"{name}={value!r}: exit_rule='argmax-stability' counts recurrences: an integer from 1")
+    if rule == "gate" and value > 1:
+        raise FieldError(name, f"{name}={value!r}: exit_rule='gate' compares a probability: a number from 0 to 1")
+
+
+def _check_trace(trace: Any, values: dict[str, Any], limits: Limits) -> None:
+    if not isinstance(trace, list) or not trace:
+        raise FieldError("trace", f"trace={trace!r}: a list, the depth of every position from the prompt's first on")
+    for depth in trace:
+        _depth("trace", depth, limits.max_recurrences)
+    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit"):
+        if name in values:
+            raise FieldError("trace", f"trace says the depth of every position, so {name} cannot be given beside it")
+
+
+def _no_rule(rule: Any, limits: Limits) -> str:
+    choices = ", ".join(limits.rules)
+    near = difflib.get_close_matches(rule, limits.rules, n=1, cutoff=0.5) if isinstance(rule, str) else []
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"exit_rule={rule!r}: {hint}choose from {choices}"
+
+
+def _all() -> str:
+    return ", ".join(FIELDS)

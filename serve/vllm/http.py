@@ -1,0 +1,229 @@
+"""Depth over HTTP: a request's fields on their way in, what it spent on the way out, and the engine's counters.
+
+One ASGI middleware around vLLM's application, inside its authentication. It relies on the shape of OpenAI's requests
+and replies, on `vllm_xargs`, and on the two things that `install` replaces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from .fields import FIELDS, FLAGS, FieldError, Limits, check, take
+
+GENERATION = {
+    "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
+    "/v1/chat/completions": ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
+}
+SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
+
+
+class Spent:
+    """Recurrences of one HTTP request's tokens: those of every choice, once it has finished."""
+
+    def __init__(self, fixed: int | None, per_token: bool):
+        self.fixed, self.per_token = fixed, per_token
+        self.choices: list[dict[int, list[int]]] = []
+
+    def follow(self, stream: AsyncGenerator) -> AsyncGenerator:
+        """`stream` of vLLM's RequestOutputs of one prompt, with what the engine says about depth taken off."""
+        depths: dict[int, list[int]] = {}
+        self.choices.append(depths)
+
+        async def noted():
+            async with aclosing(stream):
+                async for output in stream:
+                    for choice in output.outputs:
+                        if choice.finish_reason is None:
+                            continue
+                        if choice.routed_experts is not None:
+                            depths[choice.index] = choice.routed_experts.reshape(-1).tolist()
+                            choice.routed_experts = None
+                    yield output
+
+        return noted()
+
+    def usage(self, tokens: int) -> dict[str, Any] | None:
+        """What stands as `recurrences` in the usage of a reply of `tokens` tokens; None while it is unknown."""
+        if self.fixed is not None:
+            return {"mean": float(self.fixed), "total": self.fixed * tokens}
+        lists = [choice[index] for choice in self.choices for index in sorted(choice)]
+        depths = [depth for one in lists for depth in one]
+        if not depths:
+            return None
+        usage: dict[str, Any] = {"mean": sum(depths) / len(depths), "total": sum(depths)}
+        if self.per_token:
+            usage["per_token"] = lists
+        return usage
+
+
+class DepthFields:
+    """ASGI middleware. `limits(engine_client)` says what the served model offers; `metrics(engine_client)`, where the
+    engine counts, brings its counters up to date before they are scraped."""
+
+    def __init__(self, app: Callable, limits: Callable[[Any], Limits], metrics: Callable | None):
+        self.app, self.limits, self.metrics = app, limits, metrics
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and path == "/metrics" and self.metrics:
+            await self.metrics(scope["app"].state.engine_client)
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
+            return await self.app(scope, receive, send)
+        body = await _read(receive)
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):  # vLLM says so
+            return await self.app(scope, _replay(body, receive), send)
+        if not isinstance(fields, dict):
+            return await self.app(scope, _replay(body, receive), send)
+        limits = self.limits(scope["app"].state.engine_client)
+        try:
+            values = check(take(fields, _known(path)), limits)
+            if values and fields.get("use_beam_search"):
+                name = next(iter(values))
+                raise FieldError(name, f"{name} cannot be given with use_beam_search, whose requests carry no fields")
+        except FieldError as error:
+            return await _refuse(error, send)
+        spent = Spent(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
+        if values:
+            given = fields.get("vllm_xargs")
+            if given is not None and not isinstance(given, dict):
+                return await self.app(scope, _replay(body, receive), send)
+            fields["vllm_xargs"] = {**(given or {}), **values}
+        body = json.dumps(fields).encode()
+        token = SPENT.set(spent)
+        try:
+            await self.app(_with_length(scope, body), _replay(body, receive), Reply(send, spent))
+        finally:
+            SPENT.reset(token)
+
+
+class Reply:
+    """Sends a reply on, with `recurrences` put into the usage of whichever part of it has one."""
+
+    def __init__(self, send: Callable, spent: Spent):
+        self.send, self.spent = send, spent
+        self.start: dict[str, Any] | None = None
+        self.streams = False
+        self.whole = b""
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = dict(message["headers"])
+            self.streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            if self.streams or message["status"] != 200:
+                self.streams = True
+                return await self.send(message)
+            self.start = message
+            return None
+        if message["type"] != "http.response.body":
+            return await self.send(message)
+        part = message.get("body", b"")
+        if self.streams:
+            if b'"usage":{' in part:
+                part = b"\n\n".join(self._event(event) for event in part.split(b"\n\n"))
+            return await self.send({**message, "body": part})
+        self.whole += part
+        if message.get("more_body"):
+            return None
+        assert self.start is not None, "a body before its head"
+        body = self._with_usage(self.whole)
+        headers = [(n, v) for n, v in self.start["headers"] if n.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self.send({**self.start, "headers": headers})
+        return await self.send({**message, "body": body})
+
+    def _event(self, event: bytes) -> bytes:
+        prefix = b"data: "
+        if not event.startswith(prefix + b"{"):
+            return event
+        return prefix + self._with_usage(event.removeprefix(prefix))
+
+    def _with_usage(self, text: bytes) -> bytes:
+        reply = json.loads(text)
+        usage = reply.get("usage")
+        if not isinstance(usage, dict) or (spent := self.spent.usage(usage.get("completion_tokens") or 0)) is None:
+            return text
+        usage["recurrences"] = spent
+        return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> None:
+    """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
+    check what reaches the engine by other routes than the middleware's.
+
+    vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
+    what the engine said about a request.
+    """
+    from starlette.middleware import Middleware
+    from vllm.entrypoints.launchers import app as launcher
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    others, generate = launcher.init_entrypoints_middleware, AsyncLLM.generate
+
+    def init_middleware(args, app, supported_tasks):
+        others(args, app, supported_tasks)
+        app.user_middleware.append(Middleware(DepthFields, limits=limits, metrics=metrics))  # the innermost
+
+    def follow(self, prompt, sampling_params, request_id, **kwargs):
+        given = getattr(sampling_params, "extra_args", None) or {}
+        try:
+            check({name: value for name, value in given.items() if name in FIELDS and name not in FLAGS}, limits(self))
+        except FieldError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+        spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
+        return stream if spent is None else spent.follow(stream)
+
+    launcher.init_entrypoints_middleware = init_middleware
+    AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _known(path: str) -> set[str]:
+    from importlib import import_module
+
+    module, name = GENERATION[path]
+    return set(getattr(import_module(module), name).model_fields)
+
+
+async def _read(receive: Callable) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+def _replay(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that gives `body`, then what `receive` gives: whether the client has gone."""
+    first = True
+
+    async def replay():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay
+
+
+def _with_length(scope: dict, body: bytes) -> dict:
+    headers = [(n, v) for n, v in scope["headers"] if n.lower() not in (b"content-length", b"transfer-encoding")]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+
+async def _refuse(error: FieldError, send: Callable) -> None:
+    """vLLM's error object."""
+    content = {"message": str(error), "type": "BadRequestError", "param": error.field, "code": 400}
+    body = json.dumps({"error": content}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,75 @@
+"""What the lane engine inside vLLM is started with, and what a request's fields mean to it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LANES = "loopwise_lanes"  # key in vLLM's additional_config
+
+
+@dataclass(frozen=True)
+class LaneConfig:
+    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; exits wait until
+    there are `coda_batch` of them, at most `coda_age` ticks."""
+
+    ticks: int = 16
+    width: int = 0
+    coda_batch: int = 1
+    coda_age: int = 4
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> LaneConfig:
+        return cls(**vllm_config.additional_config[LANES])
+
+    def flags(self) -> dict[str, Any]:
+        """vLLM's settings that start the lane engine."""
+        return {
+            "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
+            "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",
+            "additional_config": {LANES: asdict(self)},
+            "async_scheduling": False,  # a step gives a request 0 to `ticks` tokens, which is not known beforehand
+            "enforce_eager": True,  # vLLM's own forward does not run
+        }
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep a request goes. `key` tells apart requests whose prompts leave different keys and values."""
+
+    limit: int
+    minimum: int
+    rule: str
+    threshold: float
+    prompt_exit: bool
+    trace: list[int]
+
+    @property
+    def key(self) -> str:
+        exits = f"{self.rule} {self.threshold} {self.minimum}" if self.prompt_exit else ""
+        return f"{self.limit} {exits} {self.trace}"
+
+    @property
+    def full(self) -> bool:
+        """Whether generated positions have all recurrences, as a prompt's have."""
+        return self.rule == "fixed" and not self.trace
+
+
+def depth_of(arguments: dict[str, Any] | None, config: Any) -> Depth:
+    """Of a request with `arguments`, its `extra_args`; what they leave out, `config` (a RecurrentDepthConfig) says."""
+    from ..engine.exits import RULES
+
+    given, default = arguments or {}, config.exit or {}
+    rule = given.get("exit_rule", default.get("rule", "fixed"))
+    threshold = given.get("exit_threshold")
+    if threshold is None:
+        threshold = default.get("threshold") if rule == default.get("rule") else None
+    limit = given.get("num_recurrences", config.num_recurrences)
+    return Depth(
+        limit=limit,
+        minimum=min(given.get("min_recurrences", default.get("min_recurrences", 1)), limit),
+        rule=rule,
+        threshold=RULES[rule].threshold if threshold is None else float(threshold),
+        prompt_exit=bool(given.get("prompt_exit")),
+        trace=list(given.get("trace", ())),
+    )

@@ -1,0 +1,47 @@
+"""The engine's counters, as Prometheus metrics on vLLM's /metrics: read from the worker when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import REGISTRY, Collector
+
+
+class DepthMetrics(Collector):
+    """Counters of the lane engine. `counts`: see `LaneRunner.counts`; empty until the first scrape."""
+
+    def __init__(self, model: str):
+        self.model = model
+        self.counts: dict[str, Any] = {}
+        REGISTRY.register(self)
+
+    async def update(self, engine_client: Any) -> None:
+        """Ask the first tensor-parallel rank; all count the same."""
+        if not engine_client.errored:
+            self.counts = (await engine_client.collective_rpc("recurrence_counts"))[0]
+
+    def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily]:
+        if not self.counts:
+            return
+        counter = CounterMetricFamily(
+            "loopwise:core_passes", "Passes of the core over all lanes.", labels=["model_name"]
+        )
+        counter.add_metric([self.model], sum(self.counts["lanes"]))
+        yield counter
+        yield self._histogram(
+            "loopwise:exit_depth", "Recurrences after which a generated token was read out.", self.counts["exits"], 1
+        )
+        yield self._histogram("loopwise:lanes_per_tick", "Lanes in a pass of the core.", self.counts["lanes"], 2)
+        yield self._histogram("loopwise:coda_batch_size", "Lanes in a pass of the coda.", self.counts["codas"], 2)
+
+    def _histogram(self, name: str, about: str, counts: Sequence[int], growth: int) -> HistogramMetricFamily:
+        """`counts[n]`: how often n was seen. Buckets at every n, or at powers of two."""
+        last = len(counts) - 1
+        bounds = list(range(1, last + 1)) if growth == 1 else [1 << k for k in range((last - 1).bit_length() + 1)]
+        buckets = [(str(float(bound)), float(sum(counts[: bound + 1]))) for bound in bounds]
+        family = HistogramMetricFamily(name, about, labels=["model_name"])
+        total = float(sum(n * count for n, count in enumerate(counts)))
+        family.add_metric([self.model], [*buckets, ("+Inf", float(sum(counts)))], total)
+        return family

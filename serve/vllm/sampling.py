@@ -1,0 +1,143 @@
+"""vLLM's sampler for lanes: several times a step, for whichever requests have exited, with noise of our own.
+
+Logits processors, penalties, cuts and log-probabilities are vLLM's. The noise is a function of (seed, position, token),
+so a seeded request gives the same tokens whatever else runs. vLLM's processors know requests by their row in its batch,
+so rows that have not exited are padding. Shapes: n rows of vLLM's batch, m tokens to sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
+
+from ..engine.sampling import waiting_times
+
+
+class NoisySampler(Sampler):
+    """vLLM's, but random tokens are argmax p / noise, with `noise` [n, V] set beforehand."""
+
+    def __init__(self, logprobs_mode: Any):
+        super().__init__(logprobs_mode)
+        self.noise: torch.Tensor | None = None
+        self.topk_topp_sampler.forward = self._draw
+
+    def _draw(self, logits, generators, k, p) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.noise is not None, "sampling without noise"
+        logits = apply_top_k_top_p(logits, k, p)
+        kept = None
+        if self.logprobs_mode == "processed_logits":
+            kept = logits
+        elif self.logprobs_mode == "processed_logprobs":
+            kept = logits.log_softmax(-1, dtype=torch.float32)
+        return (logits.double().softmax(-1) / self.noise).argmax(-1), kept
+
+
+class LaneSampler:
+    """Samples for rows of the engine; `batch` is vLLM's input batch and `requests` its request states."""
+
+    def __init__(self, sampler: Sampler, batch: Callable[[], Any], requests: dict[str, Any]):
+        self.sampler = NoisySampler(sampler.logprobs_mode)
+        self.batch, self.requests = batch, requests
+        self.name_of: dict[int, str] = {}  # engine row -> request
+        self.greedy: dict[int, bool] = {}  # engine row -> whether argmax is all that is asked for
+        self.seed: dict[int, int] = {}
+        self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
+        self.told: dict[str, int] = {}  # tokens of this step that the request's state already has
+        self.script: torch.Tensor | None = None  # the engine's, of tokens that are known beforehand
+
+    def admit(self, row: int, name: str) -> None:
+        params = self.requests[name].sampling_params
+        self.name_of[row] = name
+        self.greedy[row] = _argmax_alone(params)
+        digest = hashlib.sha256(name.encode()).digest()  # alike on all ranks, where none is given
+        self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else params.seed
+
+    def begin(self) -> None:
+        self.logprobs, self.told = [], {}
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        mask: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """logits [m, V] of engine rows [m], for the tokens at positions [m] -> tokens [m]. `mask` of a grammar changes
+        logits [n, V] in place."""
+        rows = row.tolist()
+        if all(self.greedy[r] for r in rows) and mask is None:
+            return logits.argmax(-1)
+        batch = self.batch()
+        metadata = batch.sampling_metadata
+        at = torch.tensor([batch.req_id_to_index[self.name_of[r]] for r in rows], device=logits.device)
+        whole = logits.new_zeros(batch.num_reqs, logits.shape[1], dtype=torch.float32)
+        whole[at] = logits.float()
+        if mask is not None:
+            mask(whole)
+        for processor in metadata.logitsprocs.all:
+            processor.update_state(None)  # vLLM does so once a step; here tokens come several times in one
+        if not metadata.all_greedy:
+            seed = torch.tensor([self.seed[r] for r in rows], device=logits.device)
+            self.sampler.noise = whole.new_ones(whole.shape, dtype=torch.double)
+            self.sampler.noise[at] = waiting_times(seed, torch.zeros_like(seed), position, logits.shape[1])
+        out = self.sampler(whole, dataclasses.replace(metadata, generators={}))
+        tokens = out.sampled_token_ids[at, 0].long()
+        assert self.script is not None, "sampling without an engine"
+        known = (self.script[row, position] > 0).tolist()
+        for r, token, told in zip(rows, tokens.tolist(), known, strict=True):
+            name = self.name_of[r]
+            if told:
+                continue
+            self.requests[name].output_token_ids.append(token)  # penalties read it before the step is over
+            self.told[name] = self.told.get(name, 0) + 1
+        if (values := out.logprobs_tensors) is not None:
+            parts = values.logprob_token_ids[at], values.logprobs[at], values.selected_token_ranks[at]
+            self.logprobs.append((at, LogprobsTensors(*parts)))
+        return tokens
+
+    def lists(self, names: list[str], counts: list[int]) -> LogprobsLists | None:
+        """Log-probabilities of this step's tokens, request by request in the order of `names`, of which each has
+        `counts` tokens. Tokens of requests that asked for none have none: zeros hold their places."""
+        if not self.logprobs:
+            return None
+        index = self.batch().req_id_to_index
+        order = {index[name]: place for place, name in enumerate(names)}
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        first = self.logprobs[0][1]
+        out = [torch.zeros(starts[-1], *part.shape[1:], dtype=part.dtype) for part in first[:3]]
+        seen = dict.fromkeys(order, 0)
+        for at, values in self.logprobs:
+            places = []
+            for row in at.tolist():
+                places.append(starts[order[row]] + seen[row])
+                seen[row] += 1
+            for whole, part in zip(out, values[:3], strict=True):
+                whole[torch.tensor(places)] = part.cpu()
+        return LogprobsLists(*(part.numpy() for part in out), starts)
+
+
+def _argmax_alone(p: Any) -> bool:
+    """Whether argmax of the logits is all that vLLM's sampler would do for these params."""
+    return (
+        p.temperature == 0
+        and p.logprobs is None
+        and not p.logprob_token_ids
+        and not p.logit_bias
+        and not p.min_tokens
+        and not p.bad_words
+        and not p.allowed_token_ids
+        and not p.presence_penalty
+        and not p.frequency_penalty
+        and p.repetition_penalty == 1
+        and p.structured_outputs is None
+        and p.thinking_token_budget is None
+    )

@@ -1,0 +1,97 @@
+"""vLLM's scheduler, taught that one engine step gives a request 0 to `ticks` tokens.
+
+What stays vLLM's: a request that decodes is scheduled with one token a step, blocks are allocated some tokens ahead,
+and `update_from_output` accepts ragged lists of tokens and cuts them at a stop. What changes: positions count as
+computed once their token is there, a block is published to the prefix cache only once every depth of its positions is
+written, requests whose prompts leave other keys and values do not share them, and the output says how deep tokens went.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.request import Request
+
+from ..engine.kv import KVPolicy
+from .lanes import Depth, LaneConfig, depth_of
+from .output import LaneOutput
+
+
+class LaneScheduler(Scheduler):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.scheduler_config.async_scheduling:
+            raise ValueError("async_scheduling: how many tokens a step of lanes gives is not known beforehand")
+        self.config = config = self.vllm_config.model_config.hf_config
+        self.policy_of_cache = KVPolicy(config.kv_policy, config.max_recurrences)
+        # A step with a prompt in it lasts max_recurrences ticks, and every tick may finish a position.
+        self.num_lookahead_tokens = max(LaneConfig.of(self.vllm_config).ticks, config.max_recurrences) + 1
+        self.depths: dict[str, Depth] = {}
+        allocate = self.kv_cache_manager.allocate_slots
+
+        def allocate_slots(request: Request, *args, **kwargs):
+            # vLLM publishes blocks when it schedules their last position, as its forward pass finishes it in the step.
+            if request.num_output_tokens:
+                kwargs["delay_cache_blocks"] = True
+            return allocate(request, *args, **kwargs)
+
+        self.kv_cache_manager.allocate_slots = allocate_slots
+
+    def add_request(self, request: Request) -> None:
+        depth = depth_of(request.sampling_params.extra_args, self.config)
+        self.depths[request.request_id] = depth
+        if self.cache_config.enable_prefix_caching:
+            request.cache_salt = f"{request.cache_salt or ''} {depth.key}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args, **kwargs):
+        self.depths.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if request.num_output_tokens and not self._published_whole(self.depths[request.request_id]):
+            request.skip_reading_prefix_cache = True  # another's prompt may hold, at full depth, what it generated
+
+    def _published_whole(self, depth: Depth) -> bool:
+        """Whether generated positions leave what the same tokens in a prompt leave."""
+        return depth.full or self.policy_of_cache.complete
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: LaneOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        index, tokens = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
+        decoding = []
+        for name in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(name)
+            if request is None or request.is_finished():
+                continue  # aborted while the step ran
+            if request.num_computed_tokens == request.num_tokens:  # not an inner chunk of a prompt
+                request.num_computed_tokens += len(tokens[index[name]]) - 1  # the last token's position is in flight
+                decoding.append((request, self.depths[name]))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client in outputs.values():
+            for output in client.outputs:
+                if output.request_id in index and output.new_token_ids:
+                    depths = model_runner_output.depths[index[output.request_id]]
+                    # One number a token, in the field for what a model chose for each: vLLM cuts and joins it rightly.
+                    output.routed_experts = np.asarray(depths[: len(output.new_token_ids)], dtype=np.int16)
+        if self.cache_config.enable_prefix_caching:
+            for request, depth in decoding:
+                if not request.is_finished():
+                    self._publish(request, depth)
+        return outputs
+
+    def _publish(self, request: Request, depth: Depth) -> None:
+        """Blocks of which every depth of every position is written, and is what a prompt would leave."""
+        done = request.num_computed_tokens
+        prompt = min(request.num_prompt_tokens, done)
+        if not self._published_whole(depth):
+            done = prompt
+        elif not depth.full:  # positions behind the newest are still on their way down
+            done = max(prompt, done - depth.limit)
+        self.kv_cache_manager.cache_blocks(request, done)

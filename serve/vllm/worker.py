@@ -1,0 +1,249 @@
+"""The worker's side of the lane engine: a step of vLLM is a step of the engine's loop.
+
+vLLM keeps its books of requests: block tables, sampling parameters, tokens. The forward pass, sampling and the output
+are the engine's. Everything goes in the order in which the scheduler lists requests, or is sorted: sets of names are
+ordered differently in every process, and tensor-parallel ranks would reduce different rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from ..engine.kv import KVPolicy
+from ..engine.lanes import MAX_STOPS, Request
+from ..engine.loop import Loop, Prompt
+from .attention import CpuAttention
+from .lanes import LaneConfig, depth_of
+from .output import LaneOutput
+from .sampling import LaneSampler
+
+
+class LaneSteps:
+    """What a model runner of vLLM's does instead of a forward pass. Mixed into the runners of each platform."""
+
+    loop: Loop
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """One kind for all layers: positions behind the newest need blocks that a window has left."""
+        specs = super().get_kv_cache_spec()  # pyright: ignore[reportAttributeAccessIssue]
+        names = ("block_size", "num_kv_heads", "head_size", "dtype")
+        return {layer: FullAttentionSpec(**{n: getattr(spec, n) for n in names}) for layer, spec in specs.items()}
+
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError(f"{len(kv_cache_config.kv_cache_groups)} groups of KV caches: lanes need one")
+        self.parts = parts = self.model.parts
+        self.depth_config = config = self.model.config
+        lanes = LaneConfig.of(self.vllm_config)
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        parts.attention = self.make_attention(parts, block_size)
+        scheduler = self.vllm_config.scheduler_config
+        self.sampler_of_lanes = LaneSampler(Sampler(self.model_config.logprobs_mode), lambda: self.input_batch, {})
+        self.sampler_of_lanes.requests = self.requests
+        self.loop = Loop(
+            parts,
+            parts.attention,
+            KVPolicy(config.kv_policy, config.max_recurrences),
+            self.sampler_of_lanes,
+            rows=scheduler.max_num_seqs,
+            length=self.max_model_len,
+            blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
+            prompt_lanes=scheduler.max_num_batched_tokens,
+            ticks=lanes.ticks,
+            like=torch.empty(0, dtype=self.dtype, device=self.device),
+            width=lanes.width,
+            coda_batch=lanes.coda_batch,
+            coda_age=lanes.coda_age,
+            reader=self._read_prompt,
+        )
+        self.sampler_of_lanes.script = self.loop.requests.script
+        self.free = list(range(scheduler.max_num_seqs))[::-1]
+        self.row: dict[str, int] = {}
+        self.flying: set[str] = set()  # requests whose prompt is through
+        self.history: dict[str, list[int]] = {}  # depths of preempted requests, for an exact replay
+        self.exits = [0] * (config.max_recurrences + 1)
+        self.parked: Any = None
+
+    def make_attention(self, parts: Any, block_size: int) -> Any:
+        raise NotImplementedError
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        for name in sorted(scheduler_output.finished_req_ids):
+            self._release(name)
+            self.history.pop(name, None)
+        for name in sorted(scheduler_output.preempted_req_ids or ()):
+            if name in self.row:
+                self.history[name] = self._release(name)
+        self._update_states(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        self.sampler_of_lanes.begin()
+        names = list(scheduler_output.num_scheduled_tokens)
+        for name in names:
+            if name not in self.row:
+                self._admit(name)
+        rows = torch.tensor([self.row[name] for name in names], device=self.device)
+        batch = self.input_batch
+        tables = batch.block_table[0].get_cpu_tensor()[[batch.req_id_to_index[name] for name in names]]
+        self.loop.requests.table[rows] = tables.to(self.device)
+        prompts = [self._prompt(n, count) for n, count in scheduler_output.num_scheduled_tokens.items()]
+        if prompts := [prompt for prompt in prompts if prompt is not None]:
+            self.loop.prompt(prompts)
+        self.loop.step(rows)
+        if self.loop.parked:  # vLLM brings the masks of their grammars with `sample_tokens`
+            self.parked = scheduler_output
+            return None
+        return self._output(names)
+
+    @torch.inference_mode()
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        scheduler_output, self.parked = self.parked, None
+        if scheduler_output is None:
+            return None
+
+        def mask(logits: torch.Tensor) -> None:
+            if grammar_output is not None:
+                apply_grammar_bitmask(scheduler_output, grammar_output, self.input_batch, logits)
+
+        self.loop.resume(lambda logits, row, position: self.sampler_of_lanes(logits, row, position, mask))
+        return self._output(list(scheduler_output.num_scheduled_tokens))
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def _admit(self: Any, name: str) -> None:
+        state, row = self.requests[name], self.free.pop()
+        params, done = state.sampling_params, len(state.output_token_ids)
+        depth = depth_of(params.extra_args, self.depth_config)
+        stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}
+        self.loop.admit(
+            row,
+            Request(
+                limit=depth.limit,
+                minimum=depth.minimum,
+                rule=depth.rule,
+                threshold=depth.threshold,
+                prompt_exit=depth.prompt_exit,
+                trace=self.history.pop(name, depth.trace),
+                remaining=min(params.max_tokens - done, self.max_model_len - state.num_tokens),
+                stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
+                fenced=params.structured_outputs is not None,
+                shown=name in self.num_prompt_logprobs,
+            ),
+        )
+        if done and self.loop.policy.overwrites:  # generated positions one by one, as they came
+            known = torch.tensor(state.output_token_ids, dtype=torch.int32, device=self.device)
+            start = len(state.prompt_token_ids)
+            self.loop.requests.script[row, start : start + done] = known + 1
+        self.row[name] = row
+        self.sampler_of_lanes.admit(row, name)
+
+    def _release(self: Any, name: str) -> list[int]:
+        row = self.row.pop(name, None)
+        if row is None:
+            return []
+        self.free.append(row)
+        self.flying.discard(name)
+        return self.loop.release(row).tolist()
+
+    def _prompt(self: Any, name: str, count: int) -> Prompt | None:
+        """The known tokens that the scheduler wants computed; None for a request that decodes."""
+        if name in self.flying:
+            return None
+        state, row = self.requests[name], self.row[name]
+        first, tokens = state.num_computed_tokens, [*state.prompt_token_ids, *state.output_token_ids]
+        last = first + count
+        if last == len(tokens):
+            self.flying.add(name)
+        if self.loop.policy.overwrites:
+            if first or last < len(tokens):
+                raise ValueError(f"kv_policy={self.loop.policy.name}: a prompt cannot be cut into chunks")
+            last = len(state.prompt_token_ids)
+        return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying)
+
+    def _output(self: Any, names: list[str]) -> LaneOutput:
+        requests = self.loop.requests
+        rows = torch.tensor([self.row[name] for name in names], device=self.device)
+        counts = requests.count[rows].tolist()
+        tokens = [row[:n] for row, n in zip(requests.tokens[rows].tolist(), counts, strict=True)]
+        depths = [row[:n] for row, n in zip(requests.depths[rows].tolist(), counts, strict=True)]
+        for name, new, deep in zip(names, tokens, depths, strict=True):
+            self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.told.get(name, 0) :])
+            for depth in deep:
+                self.exits[depth] += 1
+        return LaneOutput(
+            req_ids=names,
+            req_id_to_index={name: number for number, name in enumerate(names)},
+            sampled_token_ids=tokens,
+            logprobs=self.sampler_of_lanes.lists(names, counts),
+            prompt_logprobs_dict=self._prompt_logprobs(names),
+            depths=depths,
+        )
+
+    # ---- log-probabilities of prompts ---------------------------------------------------------------------------
+    def _read_prompt(self: Any, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
+        """x [m, D] of prompt positions [m] in engine rows [m]: each says how likely the next prompt token was."""
+        for r in row.unique().tolist():
+            name = self.sampler_of_lanes.name_of[r]
+            state, wanted = self.requests[name], self.num_prompt_logprobs[name]
+            prompt = torch.tensor(state.prompt_token_ids, device=x.device)
+            at = (row == r) & (position < len(prompt) - 1)
+            if state.in_progress_prompt_logprobs_cpu is None:
+                state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
+            for some in at.nonzero().squeeze(1).split(256):  # logits of a long prompt take memory
+                logprobs = self.parts.logits(x[some]).float()
+                if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
+                    logprobs = Sampler.compute_logprobs(logprobs)
+                values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
+                for whole, part in zip(state.in_progress_prompt_logprobs_cpu[:3], values[:3], strict=True):
+                    whole[position[some].cpu()] = part.to(whole.dtype).cpu()
+
+    def _prompt_logprobs(self: Any, names: list[str]) -> dict[str, LogprobsTensors | None]:
+        """Of the requests whose prompts are through, once each."""
+        found = {}
+        for name in names if self.num_prompt_logprobs else ():
+            if name in self.num_prompt_logprobs and name in self.flying:
+                wanted = self.num_prompt_logprobs.pop(name)
+                done = self.requests[name].in_progress_prompt_logprobs_cpu
+                found[name] = LogprobsTensors.empty_cpu(0, wanted + 1) if done is None else done
+                self.requests[name].in_progress_prompt_logprobs_cpu = None
+        return found
+
+
+class CpuLaneRunner(LaneSteps, CPUModelRunner):
+    def make_attention(self, parts: Any, block_size: int) -> CpuAttention:
+        return CpuAttention(parts.caches, parts.outer, block_size, self.dtype)
+
+
+class CpuLaneWorker(CPUWorker):
+    def init_device(self) -> None:
+        super().init_device()
+        self.model_runner = CpuLaneRunner(self.vllm_config, torch.device("cpu"))
+
+    def recurrence_counts(self) -> dict[str, list[int]]:
+        return counts(self.model_runner)
+
+
+def counts(runner: Any) -> dict[str, list[int]]:
+    """How often tokens left after n recurrences, passes of the core had n lanes, and passes of the coda."""
+
+    def by_number(counter: Any) -> list[int]:
+        return [counter[n] for n in range(max(counter, default=0) + 1)]
+
+    return {"exits": runner.exits, "lanes": by_number(runner.parts.passes), "codas": by_number(runner.parts.reads)}
+
+
+if current_platform.is_cpu():
+    LaneWorker = CpuLaneWorker

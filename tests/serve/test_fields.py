@@ -1,0 +1,148 @@
+"""What requests may say about depth: every mistake is named with its field, the rule and the choices."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, take
+
+RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
+LANES = Limits(4, 8, RULES, prompt_exit=True)
+FIXED = Limits(4, 8, (), prompt_exit=False, fixed=True)
+
+
+def refusal(values: dict, limits: Limits = LANES) -> FieldError:
+    with pytest.raises(FieldError) as caught:
+        check(values, limits)
+    return caught.value
+
+
+@pytest.mark.parametrize("value", [0, 9, -1, 2.0, "4", True, False, [4], {}, math.nan, math.inf, 10**30])
+@pytest.mark.parametrize("field", ["num_recurrences", "min_recurrences"])
+def test_a_depth_is_an_integer_within_the_models(field, value):
+    error = refusal({field: value})
+    assert error.field == field
+    assert f"{field}={value!r}: an integer from 1 to 8" in str(error)
+
+
+def test_the_least_depth_is_not_above_the_greatest():
+    assert refusal({"num_recurrences": 2, "min_recurrences": 3}).field == "min_recurrences"
+    assert "at most num_recurrences, which is 4" in str(refusal({"min_recurrences": 5}))
+    assert check({"num_recurrences": 8, "min_recurrences": 5}, LANES) == {"num_recurrences": 8, "min_recurrences": 5}
+
+
+@pytest.mark.parametrize("value", ["latent_diff", "Fixed", "", 3, True, ["fixed"], "replay"])
+def test_an_unknown_rule_gets_the_choices(value):
+    error = refusal({"exit_rule": value})
+    assert error.field == "exit_rule"
+    assert "choose from fixed, latent-diff, cosine, gate, argmax-stability" in str(error)
+    if value == "latent_diff":
+        assert "did you mean 'latent-diff'?" in str(error)
+
+
+@pytest.mark.parametrize("value", [True, "0.1", math.nan, math.inf, -math.inf, [0.1], {}])
+def test_a_threshold_is_a_finite_number(value):
+    error = refusal({"exit_rule": "cosine", "exit_threshold": value})
+    assert error.field == "exit_threshold"
+    assert "a finite number" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "said"),
+    [
+        ("fixed", 0.1, "has no threshold"),
+        ("cosine", -0.1, "at least 0"),
+        ("argmax-stability", 2.5, "an integer from 1"),
+        ("argmax-stability", 0, "an integer from 1"),
+        ("gate", 1.5, "from 0 to 1"),
+    ],
+)
+def test_a_threshold_fits_its_rule(rule, value, said):
+    error = refusal({"exit_rule": rule, "exit_threshold": value})
+    assert (error.field, said in str(error)) == ("exit_threshold", True)
+
+
+@pytest.mark.parametrize("field", ["prompt_exit", "return_recurrences"])
+@pytest.mark.parametrize("value", [0, 1, "true", 1.0, []])
+def test_flags_are_true_or_false(field, value):
+    error = refusal({field: value})
+    assert (error.field, "true or false" in str(error)) == (field, True)
+
+
+def test_prompts_exit_only_where_that_saves_work():
+    error = refusal({"prompt_exit": True}, Limits(4, 8, RULES, prompt_exit=False))
+    assert (error.field, "last-exited" in str(error)) == ("prompt_exit", True)
+    assert check({"prompt_exit": True, "return_recurrences": False}, LANES) == {
+        "prompt_exit": 1,
+        "return_recurrences": 0,
+    }
+
+
+@pytest.mark.parametrize("trace", [[], [0], [9], [1, True], [1.0], "1", 3, [[1]]])
+def test_a_trace_is_a_list_of_depths(trace):
+    assert refusal({"trace": trace}).field == "trace"
+
+
+def test_a_trace_stands_alone():
+    assert "exit_rule" in str(refusal({"trace": [1, 2], "exit_rule": "fixed"}))
+    assert check({"trace": [1, 8]}, LANES) == {"trace": [1, 8]}
+
+
+def test_an_engine_of_one_depth_takes_that_depth_alone():
+    assert check({"num_recurrences": 4, "exit_rule": "fixed", "return_recurrences": True}, FIXED) == {
+        "return_recurrences": 1
+    }
+    for values in ({"num_recurrences": 3}, {"exit_rule": "cosine"}, {"exit_threshold": 0.1}, {"trace": [4]}):
+        error = refusal(values, FIXED)
+        assert (error.field, "engine=lanes" in str(error)) == (next(iter(values)), True)
+
+
+def test_fields_are_taken_from_the_body_and_from_vllm_xargs():
+    body = {"prompt": "a", "num_recurrences": 3, "exit_rule": None, "vllm_xargs": {"exit_threshold": 0.2, "other": 1}}
+    assert take(body) == {"num_recurrences": 3, "exit_threshold": 0.2}
+    assert body == {"prompt": "a", "vllm_xargs": {"other": 1}}
+
+
+def test_a_field_cannot_say_two_things():
+    with pytest.raises(FieldError, match="num_recurrences is 3 in the body, but 4 in vllm_xargs"):
+        take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 4}})
+    assert take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 3}}) == {"num_recurrences": 3}
+
+
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+@pytest.mark.parametrize("name", ["num_recurrence", "exit_rules", "exit_treshold", "min_recurrence", "promptexit"])
+def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
+    body = {name: 1} if place == "body" else {"vllm_xargs": {name: 1}}
+    with pytest.raises(FieldError, match="did you mean") as caught:
+        take(body, known={"prompt"})
+    assert caught.value.field == name
+    if place == "body":
+        take({name: 1}, known={name})  # the server's own
+
+
+TEXT = st.text("adefix-", max_size=5) | st.sampled_from(RULES)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(TEXT, children, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from([LANES, FIXED]))
+def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
+    error = checked = None
+    try:
+        checked = check(copy.deepcopy(values), limits)
+    except FieldError as refused:
+        error = refused
+    if error is not None:
+        assert error.field in values
+        assert error.field in str(error)
+    else:
+        assert set(checked or {}) <= set(values)
+        assert all(not isinstance(value, bool) for value in (checked or {}).values())
