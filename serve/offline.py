@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError, unknown
 from .engine.attention import TorchAttention
+from .engine.diffusion import Diffusion
 from .engine.exits import RULES
 from .engine.kv import KVPolicy
 from .engine.lanes import Request
@@ -17,7 +18,7 @@ from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
 
-DECODERS = ("plain", "wave")
+DECODERS = ("plain", "wave", "diffusion")
 BLOCK = 16  # positions in a block of the KV cache
 
 
@@ -28,7 +29,7 @@ class Params:
     Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
     `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
     Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. `decoder="wave"` has
-    up to `wave` positions in flight, for the same tokens.
+    up to `wave` positions in flight, for the same tokens; "diffusion" refines them together, as `diffusion` says.
     """
 
     max_tokens: int = 64
@@ -48,6 +49,7 @@ class Params:
     ignore_eos: bool = False
     decoder: str = "plain"
     wave: int = 8
+    diffusion: Diffusion = field(default_factory=Diffusion)
 
 
 @dataclass
@@ -122,7 +124,7 @@ class Engine:
             )
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
             self.loop.requests.table.copy_(table.view(rows, blocks))
-        self.length, self.rows, self.prompt_lanes, self.wave = length, rows, prompt_lanes, wave
+        self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
         self._params: list[Params | None] = [None] * rows
 
     def request(self, params: Params) -> Request:
@@ -149,12 +151,10 @@ class Engine:
             raise UserError("prompt_exit saves nothing with kv_policy='per-depth', which needs every depth")
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
-        if params.decoder == "wave" and not 1 <= params.wave <= self.wave:
-            raise UserError(f"wave={params.wave}: this engine was made for 1 to {self.wave} positions in flight")
         stops = set(params.stop_token_ids)
         if not params.ignore_eos and config.eos_token_id is not None:
             stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
-        return Request(
+        request = Request(
             limit=limit,
             minimum=least,
             rule=rule,
@@ -164,7 +164,11 @@ class Engine:
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
             wave=params.wave if params.decoder == "wave" else 1,
+            diffusion=params.diffusion if params.decoder == "diffusion" else None,
         )
+        if reason := self.loop.refusal(request):
+            raise UserError(reason)
+        return request
 
     @torch.inference_mode()
     def generate(self, prompts: list[Any], params: Params | list[Params] | None = None) -> list[Completion]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .diffusion import Diffusion
+
 MAX_STOPS = 16
 
 
@@ -16,8 +18,9 @@ class Request:
     `limit` is its R, `minimum` the recurrences before its rule may fire, `rule` one of exits.RULES with its
     `threshold`; `prompt_exit` lets the rule end prompt positions, too. `trace` gives depths of positions 0, 1, ... that
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
-    A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight. Of
-    a `shown` one, the loop's reader gets what the head reads at every prompt position.
+    A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight,
+    which are exact, or refined by `diffusion`. Of a `shown` one, the loop's reader gets what the head reads at every
+    prompt position.
     """
 
     limit: int
@@ -30,6 +33,7 @@ class Request:
     stops: tuple[int, ...] = ()
     fenced: bool = False
     wave: int = 1
+    diffusion: Diffusion | None = None
     shown: bool = False
 
 
@@ -47,6 +51,7 @@ class Requests:
         self.trace = zeros(rows, length + 1, dtype=torch.int32)  # forced depths, then those that happened; 0: neither
         self.remaining = zeros(rows)
         self.wave, self.frontier = zeros(rows), zeros(rows)  # frontier: the position whose token comes next
+        self.refines, self.phase = zeros(rows, dtype=torch.bool), zeros(rows)  # diffusion, and where its step is
         self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
         self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
@@ -61,6 +66,7 @@ class Requests:
         self.trace[row, : len(request.trace)] = torch.tensor(request.trace, dtype=torch.int32)
         self.remaining[row], self.wave[row], self.frontier[row] = request.remaining, request.wave, -1
         self.ticks[row], self.items[row] = 0, 0
+        self.refines[row], self.phase[row] = request.diffusion is not None, 0
         if len(request.stops) > MAX_STOPS:
             raise ValueError(f"{len(request.stops)} stop tokens: at most {MAX_STOPS}")
         self.stops[row] = -1
@@ -79,6 +85,8 @@ class Lanes:
         # left: recurrences at the exit; token: what the lane started from; guess: what it says comes next, or -1
         self.s = torch.zeros(count, width, dtype=dtype, device=device)
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
+        self.stable = torch.zeros_like(self.row)  # of diffusion: steps with an unchanged token
+        self.change = torch.zeros_like(self.s)  # of diffusion: what the last step changed of s
         self.running, self.emits, self.exited, self.waiting, self.open = (
             torch.zeros_like(self.row, dtype=torch.bool) for _ in range(5)
         )
@@ -88,3 +96,7 @@ class Lanes:
     def of(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The row's own lane for a position."""
         return row * self.ring + position % self.ring
+
+    def span(self, row: int, first: int, last: int) -> torch.Tensor:
+        """The row's own lanes for positions `first` to `last` (excluded)."""
+        return row * self.ring + torch.arange(first, last, device=self.row.device) % self.ring

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import Attention, Rows
+from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
@@ -78,17 +79,16 @@ class Loop:
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
         nearest to their token go first. `wave`: most positions that one request may have in flight before its token.
         `reader` gets the prompts of requests that are `shown`.
-        Raises ValueError where the policy allows no wave, or one request's lanes alone exceed the width."""
-        if wave > 1 and policy.slots < policy.depths:
-            raise ValueError(
-                f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
-            )
+        Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
         if width and width < (policy.depths if policy.complete else 1):
             raise ValueError(
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
+        self.wave = wave
+        self.diffusions: dict[int, Diffusion] = {}  # by row
+        self.waves: dict[int, Wave] = {}
         self.reader = reader
         self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
         self.device = like.device
@@ -107,13 +107,33 @@ class Loop:
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:
-        """Give `row` to a request; `prompt` brings its tokens."""
+        """Give `row` to a request; `prompt` brings its tokens. Raises ValueError for a wave or a diffusion that the
+        model or its KV policy does not allow."""
         rule = request.rule if request.limit > request.minimum else "fixed"
-        if request.wave > 1 and request.fenced:
-            raise ValueError("a fenced request has one position in flight")
+        if reason := self.refusal(request):
+            raise ValueError(reason)
+        if request.diffusion:
+            self.diffusions[row] = request.diffusion
         self.requests.admit(row, request, NUMBER[rule])
         self.in_use[rule] += 1
         self.rule_of[row], self.prompt_exit[row] = rule, request.prompt_exit
+
+    def refusal(self, request: Request) -> str | None:
+        """Why a request's decoder does not go with the model, its KV policy or the request itself; None if it does."""
+        policy, diffusion = self.policy, request.diffusion
+        if not 1 <= request.wave <= self.wave:
+            return f"wave={request.wave}: the engine was made for 1 to {self.wave} positions in flight"
+        if request.wave > 1 and policy.slots < policy.depths:
+            return f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
+        if (request.wave > 1 or diffusion) and request.fenced:
+            return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
+        if diffusion and not self.keeps_input:
+            return "diffusion refines a state by its input, which injection='none' never shows to the core"
+        if diffusion and policy.name == "first":
+            return "diffusion needs keys and values of later recurrences, which kv_policy=first does not keep"
+        if diffusion and diffusion.inner > policy.depths:
+            return f"inner={diffusion.inner}: the engine was made for at most {policy.depths} recurrences"
+        return None
 
     def release(self, row: int) -> torch.Tensor:
         """Take the row back. Returns the depths that its positions had, for `Request.trace`."""
@@ -123,6 +143,8 @@ class Loop:
             lanes.running[first:last] = lanes.waiting[first:last] = lanes.open[first:last] = False
         self.chunks = [chunk for chunk in self.chunks if chunk.row != row]
         self.requests.live[row] = False
+        self.diffusions.pop(row, None)
+        self.waves.pop(row, None)
         self.in_use[self.rule_of.pop(row)] -= 1
         self.in_use = +self.in_use
         return self.requests.trace[row].clone()
@@ -169,6 +191,8 @@ class Loop:
         ahead = speculative(self)
         if len(waiting) or len(ahead):
             self._read_out(waiting, ahead)
+        if self.waves:
+            self._refine()
         return bool(len(lanes) or len(waiting))
 
     def resume(self, sampler: Sampler) -> None:
@@ -187,15 +211,21 @@ class Loop:
         rows = len(self.requests.limit)
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
-        order = (ahead * rows + (row - self.turn) % rows).argsort()
+        together = self.requests.refines[row]
+        order = (ahead.masked_fill(together, 0) * rows + (row - self.turn) % rows).argsort(stable=True)
         chosen = own[order[: self.width]]
+        cut = lanes.row[own[order[self.width]]]  # a diffusion runs whole, or waits
+        if self.requests.refines[cut] and len(partial := (lanes.row[chosen] == cut).nonzero()):
+            chosen = chosen[: int(partial[0])] if int(partial[0]) else own[row == cut]
         self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
         return torch.cat([chosen.sort().values, which[which >= lanes.own]])
 
     def _recur(self, which: torch.Tensor) -> None:
         lanes, requests, policy = self.lanes, self.requests, self.policy
         row, position, depth = lanes.row[which], lanes.position[which], lanes.depth[which]
-        plan = self.attention.plan(Rows(requests.table, row, position, policy.slot(depth), policy.writes(depth)))
+        refined = requests.refines[row] & (which < lanes.own)
+        pass_of = torch.where(refined, requests.phase[row], depth)  # each step of a diffusion goes over the same slots
+        plan = self.attention.plan(Rows(requests.table, row, position, policy.slot(pass_of), policy.writes(pass_of)))
         before = lanes.s[which]
         after = recur(self.parts, before, lanes.e[which] if self.keeps_input else before, position, depth)
         depth = depth + 1
@@ -205,13 +235,14 @@ class Loop:
         lanes_of = torch.bincount(row[which < lanes.own], minlength=len(requests.items))
         requests.items += lanes_of
         requests.ticks += lanes_of > 0
+        requests.phase += (lanes_of > 0) & requests.refines
 
         limit, target = requests.limit[row], lanes.target[which]
-        over = depth >= limit
-        leaves = over | ((target > 0) & (depth >= target))
+        over = (depth >= limit) & ~refined
+        leaves = over | ((target > 0) & (depth >= target) & ~refined)
         rules = {rule for rule in self.in_use if RULES[rule].reads != "nothing"}
         if rules:
-            free = (target == 0) & ~lanes.exited[which]
+            free = (target == 0) & ~lanes.exited[which] & ~refined
             rule = torch.where(free, requests.rule[row], NUMBER["fixed"])
             readings = Readings(
                 before,
@@ -251,6 +282,19 @@ class Loop:
         if self.parts.config.coda:
             self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
         return read_out(self.parts, s, position)
+
+    def _refine(self) -> None:
+        """Diffusions whose step is over go on to the next."""
+        lanes, requests = self.lanes, self.requests
+        rows = [row for row, wave in self.waves.items() if int(requests.phase[row]) == wave.of.inner]
+        if not rows:
+            return
+        which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
+        row, position = lanes.row[which], lanes.position[which]
+        self.counts.reads += 1
+        self.counts.read += len(which)
+        logits = self.parts.logits(self._coda(lanes.s[which], row, position))
+        refine(self, rows, self.sampler(logits, row, position + 1))
 
     def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
         """Read out lanes that have exited, and lanes of waves that may not have."""
@@ -318,8 +362,20 @@ class Loop:
 
     def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
         """Start tokens [m] of rows in lanes of their own."""
+        refined = self.requests.refines[row]
+        for n in refined.nonzero().squeeze(1).tolist():
+            begin(self, int(row[n]), int(position[n]), tokens[n])
+        row, position, tokens = row[~refined], position[~refined], tokens[~refined]
         if len(row):
             self._begin(self.lanes.of(row, position), row, position, tokens)
+
+    def prelude(self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """e [m, D] of tokens [m] of rows at positions [m]."""
+        x = self.parts.embed(tokens, position)
+        if self.parts.config.prelude:
+            self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
+            x = self.parts.layers("prelude", x, position, None)
+        return x
 
     def _begin(
         self,
@@ -332,10 +388,7 @@ class Loop:
         """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
         whatever its rule."""
         lanes, requests = self.lanes, self.requests
-        x = self.parts.embed(tokens, position)
-        if self.parts.config.prelude:
-            self.attention.plan(Rows(requests.table, row, position, torch.zeros_like(row)))
-            x = self.parts.layers("prelude", x, position, None)
+        x = self.prelude(tokens, row, position)
         if self.keeps_input:
             lanes.e[where] = x
         lanes.s[where] = start(self.parts, x, position)

@@ -181,6 +181,67 @@ class Oracle:
                 return answer
             x = self.positions(ids[-1:], len(ids) - 1, store, answer, params, [trace[len(ids) - 1]])
 
+    @torch.no_grad()
+    def diffuse(self, prompt: list[int], params: Any, width: int) -> Answer:
+        """Diffusion forcing without noise, in the order of the authors' loop; the longest converged prefix freezes."""
+        of, limit = params.diffusion, params.num_recurrences
+        answer, store = Answer(), Store(self.policy, limit, self.length)
+        x = self.positions(prompt, 0, store, answer, params, [limit] * len(prompt))
+        frozen = [*prompt, int(self.logits(x[None])[0].argmax())]
+        tokens, first = list(frozen), len(prompt)
+        states, old_e, previous, old_first, changes = [None], None, [None], first, [None]
+        stable: dict[int, int] = {}
+        depths, step = [0], 0
+        while len(frozen) - len(prompt) < params.max_tokens:
+            positions = torch.arange(first, first + len(states))
+            embedded: list[torch.Tensor] = []
+            self.source(tokens[first:], positions, lambda i, h, a, k, to=embedded: to.append(h) or h)
+            new = self.run("prelude", embedded[0][0], positions, store)
+            if step == 0:
+                old_e = new
+            old = old_e[first - old_first :]
+            e = new * (1 - of.ema)
+            e[: len(old)] += of.ema * old
+            old_e = e
+            starts = initial_state(self.config, new[None], positions[None], None)[0]
+            s = torch.stack([starts[i] if s is None else s for i, s in enumerate(states)])
+            previous = torch.stack([starts[i] if p is None else p for i, p in enumerate(previous)])
+            for depth in range(of.inner):
+                s = self.run("core", self.model.injection(s, e), positions, store, depth)
+            guess = self.logits(self.coda(s, positions, store)).argmax(-1).tolist()
+            edits = [tokens[first], *guess[:-1]]
+            for i in range(len(edits)):
+                stable[first + i] = stable.get(first + i, 0) + (tokens[first + i] == edits[i])
+            change = s - previous
+            size = s.norm(dim=-1)
+            if of.freeze == "acceleration":
+                far = torch.stack([c if d is None else c - d for c, d in zip(change, changes, strict=True)])
+                ok = (far.norm(dim=-1) / size < of.threshold).tolist()
+            elif of.freeze == "latent-diff":
+                ok = (change.norm(dim=-1) / size < of.threshold).tolist()
+            elif of.freeze == "token-stability":
+                ok = [stable[first + i] > limit // of.inner for i in range(len(edits))]
+            else:
+                ok = [i <= of.headway and step > limit // of.inner for i in range(len(edits))]
+            depths = [depth + of.inner for depth in depths]
+            if of.freeze != "fixed":
+                ok = [yes or depth >= limit for yes, depth in zip(ok, depths, strict=True)]
+            out = 0
+            while out < len(ok) and ok[out]:
+                out += 1
+            out = max(out - 1, 0)
+            frozen = [*frozen, *guess[:out]]
+            room = max(min(of.headway, width - len(states)), 0)
+            tokens = [*tokens[:first], *edits, *[guess[-1]] * room]
+            more = list(s[-of.headway :])[:room] if of.continuous and len(s) >= of.headway else [None] * room
+            old_first = first
+            depths = [*depths, *[0] * room][out:]
+            states, previous, changes = [*s, *more][out:], [*s, *more][out:], [*change, *[None] * room][out:]
+            first += out
+            step += 1
+        answer.tokens = frozen[len(prompt) :][: params.max_tokens]
+        return answer
+
 
 class Rule:
     """One position's exit rule; `distance` below zero means that it fires, relative to the threshold."""

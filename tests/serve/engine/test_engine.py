@@ -11,6 +11,7 @@ import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
+from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
 from tests.model import test_relaxation
 from tests.serve.engine.oracle import Answer, Oracle
@@ -139,6 +140,54 @@ def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     if not width:
         assert sum(c.passes for c in got) < sum(c.passes for c in plain)
     assert all(c.items >= sum(c.depths[1:]) for c in got)
+
+
+REFINED = [
+    Diffusion(inner=2, threshold=0.3),
+    Diffusion(inner=3, headway=2, ema=0.0, threshold=0.2),
+    Diffusion(inner=2, freeze="acceleration", threshold=0.4),
+    Diffusion(inner=2, freeze="token-stability"),
+    Diffusion(inner=2, freeze="fixed", headway=2),
+    Diffusion(inner=4, threshold=0.3, continuous=True),
+]
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "single", "modulo-2"])
+@pytest.mark.parametrize("state_init", ["input", "normal"])
+def test_diffusion_is_that_of_a_request_alone(policy, state_init):
+    """With plain requests and waves beside it, in passes that do not hold all of them."""
+    model = build(state_init=state_init, state_std=0.3)
+    with torch.no_grad():  # a contraction, which converges
+        model.injection.weight[:, :64] *= 0.2
+    draw = random.Random(11)
+    prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 9)))] for _ in range(7)]
+    params = [
+        Params(10, 8, 1, "fixed", 0.0, ignore_eos=True, decoder="diffusion", diffusion=REFINED[n % len(REFINED)])
+        for n in range(len(prompts))
+    ]
+    oracle = Oracle(model, policy)
+    want = [oracle.diffuse(prompt, p, 6).tokens for prompt, p in zip(prompts, params, strict=True)]
+    others = [replace(p, decoder="plain") for p in params]
+    plain = [oracle.generate(prompt, p) for prompt, p in zip(prompts, others, strict=True)]
+    assert any(tokens != answer.tokens for tokens, answer in zip(want, plain, strict=True))
+    engine = Engine(model, rows=5, length=100, kv_policy=policy, ticks=3, wave=6, width=13)
+    got = engine.generate(
+        [p for p in prompts for _ in "ab"], [p for pair in zip(params, others, strict=True) for p in pair]
+    )
+    assert [c.tokens for c in got[::2]] == want
+    assert [c.tokens for n, c in enumerate(got[1::2]) if plain[n].margin > NEAR] == [
+        answer.tokens for answer in plain if answer.margin > NEAR
+    ]
+
+
+def test_noise_of_a_diffusion_is_its_seeds_alone():
+    model = build()
+    base = Params(12, 8, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3, noise=0.5))
+    engine = Engine(model, rows=3, length=100, kv_policy="single", ticks=3, wave=6)
+    params = [replace(base, diffusion=replace(base.diffusion, seed=n)) for n in range(4)]
+    together = engine.generate([[5, 6, 7]] * 4, params)
+    assert [engine.generate([[5, 6, 7]], p)[0].tokens for p in params] == [c.tokens for c in together]
+    assert len({tuple(c.tokens) for c in together}) > 1
 
 
 def test_sampling_is_the_seeds_alone():
