@@ -17,6 +17,7 @@ from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
 
+DECODERS = ("plain", "wave")
 BLOCK = 16  # positions in a block of the KV cache
 
 
@@ -26,7 +27,8 @@ class Params:
 
     Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
     `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
-    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs.
+    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. `decoder="wave"` has
+    up to `wave` positions in flight, for the same tokens.
     """
 
     max_tokens: int = 64
@@ -44,6 +46,8 @@ class Params:
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    decoder: str = "plain"
+    wave: int = 8
 
 
 @dataclass
@@ -53,6 +57,8 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     text: str = ""
+    passes: int = 0  # of the core, one after the other, since the prompt
+    items: int = 0  # lanes in these passes; what is above the sum of the depths was in vain
 
 
 class Engine:
@@ -74,6 +80,7 @@ class Engine:
         width: int = 0,
         coda_batch: int = 1,
         prompt_lanes: int = 512,
+        wave: int = 1,
         dtype: str | None = None,
     ):
         self.tokenizer = None
@@ -111,10 +118,11 @@ class Engine:
                 like=like.detach(),
                 width=width,
                 coda_batch=coda_batch,
+                wave=wave,
             )
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
             self.loop.requests.table.copy_(table.view(rows, blocks))
-        self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
+        self.length, self.rows, self.prompt_lanes, self.wave = length, rows, prompt_lanes, wave
         self._params: list[Params | None] = [None] * rows
 
     def request(self, params: Params) -> Request:
@@ -139,6 +147,10 @@ class Engine:
             raise UserError(f"trace: depths are 1 to num_recurrences={limit}, or 0 where the rule decides")
         if params.prompt_exit and policy.complete:
             raise UserError("prompt_exit saves nothing with kv_policy='per-depth', which needs every depth")
+        if params.decoder not in DECODERS:
+            raise unknown("decoder", params.decoder, DECODERS)
+        if params.decoder == "wave" and not 1 <= params.wave <= self.wave:
+            raise UserError(f"wave={params.wave}: this engine was made for 1 to {self.wave} positions in flight")
         stops = set(params.stop_token_ids)
         if not params.ignore_eos and config.eos_token_id is not None:
             stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
@@ -151,6 +163,7 @@ class Engine:
             trace=list(params.trace),
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
+            wave=params.wave if params.decoder == "wave" else 1,
         )
 
     @torch.inference_mode()
@@ -179,6 +192,9 @@ class Engine:
             self._step(running, ids, done)
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 if int(self.loop.requests.remaining[row]) == 0:
+                    completion = done[running[row][0]]
+                    completion.passes = int(self.loop.requests.ticks[row])
+                    completion.items = int(self.loop.requests.items[row])
                     self.loop.release(row)
                     free.append(row)
                     del running[row]

@@ -16,8 +16,8 @@ class Request:
     `limit` is its R, `minimum` the recurrences before its rule may fire, `rule` one of exits.RULES with its
     `threshold`; `prompt_exit` lets the rule end prompt positions, too. `trace` gives depths of positions 0, 1, ... that
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
-    A `fenced` request has every token sampled by the caller, between steps. Of a `shown` one, the loop's reader gets
-    what the head reads at every prompt position.
+    A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight. Of
+    a `shown` one, the loop's reader gets what the head reads at every prompt position.
     """
 
     limit: int
@@ -29,6 +29,7 @@ class Request:
     remaining: int = 1 << 40
     stops: tuple[int, ...] = ()
     fenced: bool = False
+    wave: int = 1
     shown: bool = False
 
 
@@ -45,6 +46,8 @@ class Requests:
         self.threshold = zeros(rows, dtype=torch.float32)
         self.trace = zeros(rows, length + 1, dtype=torch.int32)  # forced depths, then those that happened; 0: neither
         self.remaining = zeros(rows)
+        self.wave, self.frontier = zeros(rows), zeros(rows)  # frontier: the position whose token comes next
+        self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
         self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
@@ -56,7 +59,8 @@ class Requests:
         self.threshold[row] = request.threshold
         self.trace[row], self.script[row] = 0, 0
         self.trace[row, : len(request.trace)] = torch.tensor(request.trace, dtype=torch.int32)
-        self.remaining[row] = request.remaining
+        self.remaining[row], self.wave[row], self.frontier[row] = request.remaining, request.wave, -1
+        self.ticks[row], self.items[row] = 0, 0
         if len(request.stops) > MAX_STOPS:
             raise ValueError(f"{len(request.stops)} stop tokens: at most {MAX_STOPS}")
         self.stops[row] = -1
@@ -70,14 +74,16 @@ class Lanes:
     def __init__(self, rows: int, ring: int, prompts: int, width: int, dtype: torch.dtype, device: torch.device):
         self.ring, self.own, count = ring, rows * ring, rows * ring + prompts
         self.row = torch.zeros(count, dtype=torch.long, device=device)
-        self.position, self.depth, self.target = (torch.zeros_like(self.row) for _ in range(3))
+        self.position, self.depth, self.target, self.left = (torch.zeros_like(self.row) for _ in range(4))
+        self.token, self.guess = torch.zeros_like(self.row), torch.zeros_like(self.row)
+        # left: recurrences at the exit; token: what the lane started from; guess: what it says comes next, or -1
         self.s = torch.zeros(count, width, dtype=dtype, device=device)
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
-        self.running, self.emits, self.exited, self.waiting = (
-            torch.zeros_like(self.row, dtype=torch.bool) for _ in range(4)
+        self.running, self.emits, self.exited, self.waiting, self.open = (
+            torch.zeros_like(self.row, dtype=torch.bool) for _ in range(5)
         )
         # running: takes part in ticks; emits: a token comes of it; exited: has left, though it may run on for the
-        # sake of its keys and values; waiting: is not read out yet
+        # sake of its keys and values; waiting: is not read out yet; open: its token is not out yet
 
     def of(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The row's own lane for a position."""

@@ -14,6 +14,7 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, read_out, recur, start
+from .wave import advance, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
 Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,14 +72,22 @@ class Loop:
         width: int = 0,
         coda_batch: int = 1,
         coda_age: int = 4,
+        wave: int = 1,
         reader: Reader | None = None,
     ):
-        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound. `reader`
-        gets the prompts of requests that are `shown`. Raises ValueError where one request's lanes alone exceed the
-        width."""
-        ring = policy.depths if policy.complete else 1
-        if width and width < ring:
-            raise ValueError(f"width={width}: kv_policy={policy.name} can have {ring} lanes a request in flight")
+        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
+        nearest to their token go first. `wave`: most positions that one request may have in flight before its token.
+        `reader` gets the prompts of requests that are `shown`.
+        Raises ValueError where the policy allows no wave, or one request's lanes alone exceed the width."""
+        if wave > 1 and policy.slots < policy.depths:
+            raise ValueError(
+                f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
+            )
+        ring = (policy.depths if policy.complete else 1) + wave - 1
+        if width and width < (policy.depths if policy.complete else 1):
+            raise ValueError(
+                f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
+            )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
         self.reader = reader
         self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
@@ -100,6 +109,8 @@ class Loop:
     def admit(self, row: int, request: Request) -> None:
         """Give `row` to a request; `prompt` brings its tokens."""
         rule = request.rule if request.limit > request.minimum else "fixed"
+        if request.wave > 1 and request.fenced:
+            raise ValueError("a fenced request has one position in flight")
         self.requests.admit(row, request, NUMBER[rule])
         self.in_use[rule] += 1
         self.rule_of[row], self.prompt_exit[row] = rule, request.prompt_exit
@@ -109,7 +120,7 @@ class Loop:
         lanes = self.lanes
         own = [(row * lanes.ring, (row + 1) * lanes.ring)]
         for first, last in own + [(chunk.first, chunk.last) for chunk in self.chunks if chunk.row == row]:
-            lanes.running[first:last] = lanes.waiting[first:last] = False
+            lanes.running[first:last] = lanes.waiting[first:last] = lanes.open[first:last] = False
         self.chunks = [chunk for chunk in self.chunks if chunk.row != row]
         self.requests.live[row] = False
         self.in_use[self.rule_of.pop(row)] -= 1
@@ -155,8 +166,9 @@ class Loop:
         if len(lanes):
             self._recur(lanes)
         waiting = self._ready(idle=not len(lanes))
-        if len(waiting):
-            self._read_out(waiting)
+        ahead = speculative(self)
+        if len(waiting) or len(ahead):
+            self._read_out(waiting, ahead)
         return bool(len(lanes) or len(waiting))
 
     def resume(self, sampler: Sampler) -> None:
@@ -169,15 +181,16 @@ class Loop:
     def _runnable(self) -> torch.Tensor:
         lanes = self.lanes
         which = (lanes.running & self.requests.live[lanes.row]).nonzero().squeeze(1)
-        if not self.width or len(which) <= self.width:
-            return which
         own = which[which < lanes.own]
+        if not self.width or len(own) <= self.width:
+            return which
         rows = len(self.requests.limit)
-        turn = (lanes.row[own] - self.turn) % rows  # whole rows, so that no position overtakes the one before it
-        served = torch.bincount(turn, minlength=rows).cumsum(0) <= self.width
-        if not bool(served.all()):
-            self.turn = (self.turn + int(served.long().argmin())) % rows
-        return torch.cat([own[served[turn]], which[which >= lanes.own]])
+        row = lanes.row[own]
+        ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
+        order = (ahead * rows + (row - self.turn) % rows).argsort()
+        chosen = own[order[: self.width]]
+        self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
+        return torch.cat([chosen.sort().values, which[which >= lanes.own]])
 
     def _recur(self, which: torch.Tensor) -> None:
         lanes, requests, policy = self.lanes, self.requests, self.policy
@@ -189,6 +202,9 @@ class Loop:
         lanes.s[which], lanes.depth[which] = after, depth
         self.counts.passes += 1
         self.counts.items += len(which)
+        lanes_of = torch.bincount(row[which < lanes.own], minlength=len(requests.items))
+        requests.items += lanes_of
+        requests.ticks += lanes_of > 0
 
         limit, target = requests.limit[row], lanes.target[which]
         over = depth >= limit
@@ -210,8 +226,10 @@ class Loop:
         if not len(out):
             return
         gone = which[out]
-        lanes.read[gone], lanes.waiting[gone], lanes.exited[gone] = after[out], True, True
-        requests.trace[row[out], position[out]] = depth[out].int()
+        lanes.read[gone], lanes.left[gone], lanes.exited[gone] = after[out], depth[out], True
+        lanes.waiting[gone] = (requests.wave[row[out]] == 1) | (gone >= lanes.own)
+        silent = ~lanes.emits[gone]
+        requests.trace[row[out][silent], position[out][silent]] = depth[out][silent].int()
         empty = policy.empty(depth[out], limit[out])
         if bool(empty.any()):
             self.attention.fill(plan, out, empty)
@@ -234,18 +252,22 @@ class Loop:
             self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
         return read_out(self.parts, s, position)
 
-    def _read_out(self, which: torch.Tensor) -> None:
+    def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
+        """Read out lanes that have exited, and lanes of waves that may not have."""
         lanes = self.lanes
-        lanes.waiting[which] = False
-        shown = self.requests.shown[lanes.row[which]] & (which >= lanes.own)
+        lanes.waiting[waiting] = False
         if not self.parts.config.coda:  # which has keys and values of every position
-            which = which[lanes.emits[which] | shown]
-            shown = self.requests.shown[lanes.row[which]] & (which >= lanes.own)
-            if not len(which):
-                return
-        x = self._coda(lanes.read[which], lanes.row[which], lanes.position[which])
+            waiting = waiting[lanes.emits[waiting] | self._shown(waiting)]
+        which = torch.cat([waiting, ahead])
+        if not len(which):
+            return
+        if len(ahead):  # the coda wants a row's positions in order
+            which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
+        s = torch.where(lanes.exited[which][:, None], lanes.read[which], lanes.s[which])
+        x = self._coda(s, lanes.row[which], lanes.position[which])
         self.counts.reads += 1
         self.counts.read += len(which)
+        shown = self._shown(which)
         if self.reader is not None and bool(shown.any()):
             self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
         emits = lanes.emits[which]
@@ -259,23 +281,45 @@ class Loop:
         if len(which):
             self._sample(which, x, self.sampler)
 
+    def _shown(self, which: torch.Tensor) -> torch.Tensor:
+        """Whether each of lanes `which` is a prompt position that the reader gets."""
+        return self.requests.shown[self.lanes.row[which]] & (which >= self.lanes.own)
+
     def _sample(self, which: torch.Tensor, x: torch.Tensor, sampler: Sampler) -> None:
         """Tokens that come of lanes `which` [m], whose read-out is x [m, D], and the positions that they start."""
         lanes, requests = self.lanes, self.requests
         row, position = lanes.row[which], lanes.position[which] + 1
         known = requests.script[row, position].long()
         tokens = torch.where(known > 0, known - 1, sampler(self.parts.logits(x), row, position))
+        lanes.guess[which] = tokens
+        plain = (requests.wave[row] == 1) | (which >= lanes.own)
+        self.begin_next(*self.emit(which[plain]))
+        if not bool(plain.all()):
+            advance(self, row[~plain].unique())
+
+    def emit(self, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put out the guesses of lanes `which` [m], one a row at most. Returns row, position and token of those that go
+        on."""
+        lanes, requests = self.lanes, self.requests
+        row, position, tokens = lanes.row[which], lanes.position[which] + 1, lanes.guess[which]
+        known = requests.script[row, position].long()
+        lanes.open[which] = False
+        requests.trace[row, position - 1] = lanes.left[which].int()
         count = requests.count[row]
-        requests.tokens[row, count], requests.depths[row, count] = tokens, requests.trace[row, position - 1].long()
+        requests.tokens[row, count], requests.depths[row, count] = tokens, lanes.left[which]
         requests.count[row] = count + (known == 0)
         requests.remaining[row] -= (known == 0).long()
         stopped = (requests.stops[row] == tokens[:, None]).any(1) & (known == 0)
         stopped |= (requests.remaining[row] <= 0) | (position >= requests.length)
         requests.remaining[row] = torch.where(stopped, 0, requests.remaining[row])
         requests.live[row] = ~stopped
-        row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
+        requests.frontier[row] = position
+        return row[~stopped], position[~stopped], tokens[~stopped]
+
+    def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Start tokens [m] of rows in lanes of their own."""
         if len(row):
-            self._begin(lanes.of(row, position), row, position, tokens)
+            self._begin(self.lanes.of(row, position), row, position, tokens)
 
     def _begin(
         self,
@@ -302,6 +346,7 @@ class Loop:
             fixed |= ~may_exit
         free = torch.where(fixed, requests.limit[row], 0)
         lanes.target[where] = torch.where(forced > 0, forced, free)
-        lanes.running[where], lanes.emits[where] = True, True
+        lanes.token[where], lanes.guess[where] = tokens, -1
+        lanes.running[where], lanes.emits[where], lanes.open[where] = True, True, True
         lanes.waiting[where], lanes.exited[where] = False, False
         self.rules.begin(where)

@@ -124,6 +124,23 @@ def test_limits_of_a_pass_change_nothing(policy, options):
     check(build(), policy, *requests(6, 16, policy, ["fixed", "latent-diff"]), **options)
 
 
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+@pytest.mark.parametrize("width", [0, 10])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
+    rules = ["fixed", "latent-diff", "cosine", "kl"]
+    prompts, params = requests(9, 24, policy, rules)
+    params = [replace(p, temperature=temperature, seed=n, max_tokens=20) for n, p in enumerate(params)]
+    waves = [replace(p, decoder="wave", wave=n % 7 + 1) if n % 4 else p for n, p in enumerate(params)]
+    plain = Engine(build(), rows=5, length=100, kv_policy=policy).generate(prompts, params)
+    engine = Engine(build(), rows=5, length=100, kv_policy=policy, ticks=3, wave=7, width=width)
+    got = engine.generate(prompts, waves)
+    assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
+    if not width:
+        assert sum(c.passes for c in got) < sum(c.passes for c in plain)
+    assert all(c.items >= sum(c.depths[1:]) for c in got)
+
+
 def test_sampling_is_the_seeds_alone():
     prompts, params = requests(7, 8, "last-exited", ["latent-diff"])
     params = [replace(p, temperature=1.0, top_p=0.9, top_k=50, seed=n, max_tokens=12) for n, p in enumerate(params)]

@@ -1,0 +1,68 @@
+"""The exact wave: positions of one request in flight at staggered depths, whose tokens are those of plain decoding.
+
+Every lane is read out after every recurrence. The position after it starts from the token that this says, one tick
+behind, so that it finds keys and values of every depth that it needs. Where a later read-out says another token, all
+that stands to the right of it is dropped and starts anew. A token is out once its lane has exited and all before it are
+out: then it started from the right token, and attended to the right keys and values.
+Shapes: m rows with a wave, W the greatest width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+
+def speculative(loop: Loop) -> torch.Tensor:
+    """Lanes [n] of live waves that have recurred and whose tokens are not out."""
+    lanes, requests = loop.lanes, loop.requests
+    if lanes.ring == 1:
+        return lanes.row[:0]
+    row = lanes.row[: lanes.own]
+    waves = requests.live[row] & (requests.wave[row] > 1)
+    return (waves & lanes.open[: lanes.own] & (lanes.depth[: lanes.own] > 0)).nonzero().squeeze(1)
+
+
+def advance(loop: Loop, rows: torch.Tensor) -> None:
+    """After a read-out of waves `rows` [m]: drop what stands on a changed token, put out what is certain, and start one
+    more position."""
+    lanes, requests = loop.lanes, loop.requests
+    offsets = torch.arange(int(requests.wave[rows].max()), device=rows.device)
+    first = requests.frontier[rows][:, None]
+    lane = lanes.of(rows[:, None], first + offsets)  # [m, W]
+    there = lanes.open[lane] & (lanes.position[lane] == first + offsets) & (offsets < requests.wave[rows][:, None])
+    guess, token = lanes.guess[lane], lanes.token[lane]
+    right = there.clone()
+    right[:, 1:] &= token[:, 1:] == guess[:, :-1]
+    right = right.long().cumprod(1).bool()
+    dropped = lane[there & ~right]
+    lanes.running[dropped] = lanes.open[dropped] = lanes.exited[dropped] = False
+
+    certain = (right & lanes.exited[lane]).long().cumprod(1).bool()
+    going = torch.ones_like(rows, dtype=torch.bool)
+    for offset in offsets.tolist():
+        out = certain[:, offset] & going
+        if not bool(out.any()):
+            break
+        loop.emit(lane[out, offset])
+        going &= requests.live[rows]
+
+    last = right.sum(1) - 1  # the rightmost that stands
+    ends = lane.gather(1, last[:, None]).squeeze(1)
+    position = lanes.position[ends] + 1
+    wide = position - requests.frontier[rows] < allowed(loop)[rows]
+    starts = going & wide & (lanes.guess[ends] >= 0) & (position < requests.length)
+    loop.begin_next(rows[starts], position[starts], lanes.guess[ends][starts])
+
+
+def allowed(loop: Loop) -> torch.Tensor:
+    """How wide each row's wave [rows] may be now: lanes are for what is certain first, and what is left is shared."""
+    requests = loop.requests
+    if not loop.width:
+        return requests.wave
+    live = int(requests.live.sum())
+    return requests.wave.clamp(max=max(1, loop.width // max(live, 1)))
