@@ -24,7 +24,7 @@ Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 class Prompt(NamedTuple):
     """`tokens` [n] of positions `first`, `first` + 1, ... of a row; `ends`: one is to be sampled after the last. From
-    position `generated` on they were sampled by an earlier run, so the request's rule ends them, where no trace does."""
+    position `generated` on an earlier run sampled them, so the request's rule ends them, where no trace does."""
 
     row: int
     tokens: torch.Tensor

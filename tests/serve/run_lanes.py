@@ -1,7 +1,7 @@
 """Runs lane engines of vLLM one after another in this process, which therefore is not pytest's.
 
-usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, environment}; a request is
-{prompt, sampling, arrive, abort}, the latter two in steps of the engine. RESULTS: what came of each request, and what
+usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, environment, preempt}; a
+request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count engine steps. RESULTS: what came of each request, and what
 the engine held at the end.
 """
 
@@ -28,21 +28,25 @@ def run(case: dict) -> dict:
     engine = llm.llm_engine
     engine.step()  # nothing to do
     rounds = []
-    for _ in range(case.get("rounds", 1)):
+    for number in range(case.get("rounds", 1)):
         answers: dict = {}
-        waiting = sorted(enumerate(case["requests"]), key=lambda item: item[1]["arrive"])
+        back = -1 if number % 2 else 1  # every other round the other way round
+        waiting = sorted(enumerate(case["requests"]), key=lambda item: back * item[1]["arrive"])
+        start = min(back * request["arrive"] for request in case["requests"])
         names: dict[str, int] = {}
         step = 0
         while waiting or engine.has_unfinished_requests():
-            while waiting and waiting[0][1]["arrive"] <= step:
+            while waiting and back * waiting[0][1]["arrive"] - start <= step:
                 number, request = waiting.pop(0)
-                params = SamplingParams(**request["sampling"], output_kind=RequestOutputKind.FINAL_ONLY)
+                params = SamplingParams(**_sampling(request["sampling"]), output_kind=RequestOutputKind.FINAL_ONLY)
                 name = engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
                 names[str(number)] = name
             for number, request in enumerate(case["requests"]):
                 if request["abort"] == step and str(number) in names and number not in answers:
                     engine.abort_request([str(number)])
                     answers[number] = None
+            if step in case.get("preempt", ()):
+                engine.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 if output.finished and output.outputs[0].finish_reason != "abort":
                     answers[int(output.request_id)] = _answer(output)
@@ -63,6 +67,13 @@ def run(case: dict) -> dict:
         "prefix_hits": metrics["vllm:prefix_cache_hits"],
         "counts": counts,
     }
+
+
+def _sampling(fields: dict) -> dict:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = fields.get("structured_outputs")
+    return fields | ({"structured_outputs": StructuredOutputsParams(**grammar)} if grammar else {})
 
 
 def _answer(output) -> dict:

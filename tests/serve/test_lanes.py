@@ -34,7 +34,8 @@ RELAXED = {**RETROFIT, "relaxation": {"depths": 3, "rank": LORA, "own": NORMS, "
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
 THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
-FEW_BLOCKS = {"num_gpu_blocks_override": 14}
+FEW_BLOCKS = {"num_gpu_blocks_override": 9}
+PREEMPT = [3, 5, 8, 13, 21]  # steps at which all that run are preempted, beside those that lack blocks
 
 
 @dataclass
@@ -138,7 +139,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
         work.append({"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}})
-        work[-1] |= {"requests": asked, "environment": environment, "rounds": case.rounds}
+        work[-1] |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
     return {name: (*wanted[name], result) for name, result in zip(wanted, run(work, folder), strict=True)}
 
 
