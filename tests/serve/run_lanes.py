@@ -1,7 +1,8 @@
 """Runs lane engines of vLLM one after another in this process, which therefore is not pytest's.
 
 usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, environment, preempt}; a
-request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count engine steps. RESULTS: what came of each request, and what
+request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count engine steps.
+RESULTS: what came of each request, and what
 the engine held at the end.
 """
 
@@ -72,8 +73,12 @@ def run(case: dict) -> dict:
 def _sampling(fields: dict) -> dict:
     from vllm.sampling_params import StructuredOutputsParams
 
-    grammar = fields.get("structured_outputs")
-    return fields | ({"structured_outputs": StructuredOutputsParams(**grammar)} if grammar else {})
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    if "logit_bias" in fields:  # JSON has no integer keys
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return fields
 
 
 def _answer(output) -> dict:

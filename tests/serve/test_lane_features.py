@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import GROUPED, RETROFIT, prompts, save, source_config
+from serve_tiny import GROUPED, RETROFIT, prompts, save, source_config, tokenizer
 from test_lanes import run
 
+from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
 
 pytestmark = [
@@ -34,7 +35,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "seeded-again": RANDOM,
     "other-seed": {**RANDOM, "seed": 12},
     "unseeded": {"temperature": 1.0},
-    "presence": {"presence_penalty": 100.0},
+    "repetition": {"repetition_penalty": 1e6},
     "bias": {"logit_bias": {str(token): 100.0 for token in (65, 66)}},
     "allowed": {"allowed_token_ids": DIGITS},
     "bad-words": {"bad_words": ["a", "b"]},
@@ -97,8 +98,6 @@ def results(model, greedy) -> dict[str, list[dict]]:
 
 
 def bytes_of(tokens: list[int]) -> str:
-    from serve_tiny import tokenizer
-
     return tokenizer().decode(tokens)
 
 
@@ -120,7 +119,7 @@ def test_depths_are_the_trace(results):
 def test_log_probabilities_are_those_of_the_tokens(results, model):
     """At full depth in the prompt, transformers says the same; of generated tokens, the best has the most."""
     with torch.no_grad():
-        logits = model[1](torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+        logits = RecurrentDepthForCausalLM.from_pretrained(model[0])(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
     want = logits[torch.arange(len(PROMPT) - 1), torch.tensor(PROMPT[1:])]
     assert results["prompt-logprobs"][0]["prompt_logprobs"] == pytest.approx(want.tolist(), abs=1e-3)
     assert results["logprobs"][0]["logprobs"][0] == pytest.approx(float(logits[-1].max()), abs=1e-3)
@@ -135,8 +134,8 @@ def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):
 
 
 def test_processors(results):
-    presence = results["presence"][0]["tokens"]
-    assert len(set(presence)) == len(presence) == 40
+    new = results["repetition"][0]["tokens"]
+    assert len({*new} - {*PROMPT}) == len(new) == 40
     assert set(results["bias"][0]["tokens"]) <= {65, 66}
     assert set(results["allowed"][0]["tokens"]) <= set(DIGITS)
     assert not set(results["bad-words"][0]["text"]) & {"a", "b"}
