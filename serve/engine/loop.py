@@ -24,12 +24,14 @@ Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class Prompt(NamedTuple):
-    """`tokens` [n] of positions `first`, `first` + 1, ... of a row; `ends`: one is to be sampled after the last."""
+    """`tokens` [n] of positions `first`, `first` + 1, ... of a row; `ends`: one is to be sampled after the last. From
+    position `generated` on an earlier run sampled them, so the request's rule ends them, where no trace does."""
 
     row: int
     tokens: torch.Tensor
     first: int
     ends: bool
+    generated: int = 1 << 40
 
 
 class Chunk(NamedTuple):
@@ -161,6 +163,7 @@ class Loop:
         position = torch.cat([torch.arange(p.first, p.first + n) for p, n in zip(prompts, sizes, strict=True)])
         tokens = torch.cat([prompt.tokens for prompt in prompts]).to(self.device)
         may_exit = torch.tensor([self.prompt_exit[p.row] for p in prompts]).repeat_interleave(torch.tensor(sizes))
+        may_exit |= position >= torch.tensor([p.generated for p in prompts]).repeat_interleave(torch.tensor(sizes))
         where = torch.arange(lanes.own, end, device=self.device)
         self._begin(where, row, position.to(self.device), tokens, may_exit.to(self.device))
         lanes.emits[where] = False

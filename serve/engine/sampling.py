@@ -28,6 +28,7 @@ def sample(
     noise: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens [n] for logits [n, V]; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 cut nothing (each [n]).
+    top_p is a share of what the other two leave.
 
     `noise` [n, V]: see `waiting_times`.
     """
@@ -36,9 +37,9 @@ def sample(
     p = scaled.softmax(-1)
     ordered, order = p.sort(-1, descending=True)
     rank = torch.arange(p.shape[-1], device=p.device)
-    keep = (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None]) & (
-        ordered.cumsum(-1) - ordered < top_p[:, None]
-    )
+    keep = rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None]
     keep &= ordered >= min_p[:, None] * ordered[:, :1]
+    ordered = torch.where(keep, ordered, 0.0)
+    keep &= ordered.cumsum(-1) - ordered < top_p[:, None] * ordered.sum(-1, keepdim=True)
     kept = torch.zeros_like(p).scatter(-1, order, torch.where(keep, ordered, 0.0))
     return torch.where(temperature > 0, (kept / noise).argmax(-1), greedy)

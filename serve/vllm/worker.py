@@ -171,7 +171,8 @@ class LaneSteps:
             if first or last < len(tokens):
                 raise ValueError(f"kv_policy={self.loop.policy.name}: a prompt cannot be cut into chunks")
             last = len(state.prompt_token_ids)
-        return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying)
+        prompt = len(state.prompt_token_ids)
+        return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying, generated=prompt)
 
     def _output(self: Any, names: list[str]) -> LaneOutput:
         requests = self.loop.requests

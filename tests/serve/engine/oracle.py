@@ -101,9 +101,10 @@ class Oracle:
             mask = torch.where(seen, 0.0, float("-inf"))[None, None]
             layer = getattr(self.model, part)[n]
             call = inspect.signature(layer.forward).bind(x, *args, **kwargs)
-            call.arguments["attention_mask"] = mask
-            name = next(name for name in ("past_key_values", "layer_past") if name in call.signature.parameters)
-            call.arguments[name] = store.at(part, n, depth, positions)
+            known = call.signature.parameters
+            cache = next((name for name in ("past_key_values", "layer_past") if name in known), "past_key_values")
+            for name, value in {"attention_mask": mask, cache: store.at(part, n, depth, positions)}.items():
+                (call.arguments if name in known else call.arguments["kwargs"])[name] = value
             more = {"depth": depth} if part == "core" and self.config.relaxation else {}
             x = layer(*call.args, **call.kwargs, **more)
             x = x[0] if isinstance(x, tuple) else x

@@ -1,0 +1,114 @@
+"""Runs lane engines of vLLM one after another in this process, which therefore is not pytest's.
+
+usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, environment, preempt}; a
+request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count engine steps.
+RESULTS: what came of each request, and what
+the engine held at the end.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from unittest.mock import patch
+
+from loopwise.serve.vllm.lanes import LaneConfig
+
+
+def run(case: dict) -> dict:
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    os.environ.update(case["environment"])
+    options = {"dtype": "float32", "max_model_len": 128, "block_size": 32, "seed": 0, "max_num_seqs": 6}
+    # 48 tokens a step: prompts wait, are chunked, and share steps with decoding ones.
+    options |= {"max_num_batched_tokens": 48, "disable_log_stats": False, "kv_cache_memory_bytes": 1 << 26}
+    lanes = LaneConfig(**case.get("lanes", {}))
+    llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
+    engine = llm.llm_engine
+    engine.step()  # nothing to do
+    rounds = []
+    for number in range(case.get("rounds", 1)):
+        answers: dict = {}
+        back = -1 if number % 2 else 1  # every other round the other way round
+        waiting = sorted(enumerate(case["requests"]), key=lambda item: back * item[1]["arrive"])
+        start = min(back * request["arrive"] for request in case["requests"])
+        names: dict[str, int] = {}
+        step = 0
+        while waiting or engine.has_unfinished_requests():
+            while waiting and back * waiting[0][1]["arrive"] - start <= step:
+                number, request = waiting.pop(0)
+                params = SamplingParams(**_sampling(request["sampling"]), output_kind=RequestOutputKind.FINAL_ONLY)
+                name = engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
+                names[str(number)] = name
+            for number, request in enumerate(case["requests"]):
+                if request["abort"] == step and str(number) in names and number not in answers:
+                    engine.abort_request([str(number)])
+                    answers[number] = None
+            if step in case.get("preempt", ()):
+                engine.reset_prefix_cache(reset_running_requests=True)
+            for output in engine.step():
+                if output.finished and output.outputs[0].finish_reason != "abort":
+                    answers[int(output.request_id)] = _answer(output)
+            step += 1
+            assert step < 5000, f"stuck: {sorted(set(range(len(case['requests']))) - set(answers))}"
+        rounds.append([answers.get(number) for number in range(len(case["requests"]))])
+    metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    core = engine.engine_core.engine_core
+    engine.step()  # tells the worker about the last requests that ended
+    pool = core.scheduler.kv_cache_manager.block_pool
+    held = {"blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), "requests": len(core.scheduler.requests)}
+    counts = llm.collective_rpc("recurrence_counts")[0]
+    engine.engine_core.shutdown()
+    return {
+        "rounds": rounds,
+        "held": held,
+        "preemptions": metrics["vllm:num_preemptions"],
+        "prefix_hits": metrics["vllm:prefix_cache_hits"],
+        "counts": counts,
+    }
+
+
+def _sampling(fields: dict) -> dict:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    if "logit_bias" in fields:  # JSON has no integer keys
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return fields
+
+
+def _answer(output) -> dict:
+    done = output.outputs[0]
+    tokens = list(done.token_ids)
+    answer = {"tokens": tokens, "depths": done.routed_experts.tolist(), "reason": done.finish_reason, "text": done.text}
+    if done.logprobs:
+        answer["logprobs"] = [at[t].logprob for t, at in zip(tokens, done.logprobs, strict=True)]
+    if output.prompt_logprobs:
+        prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        answer["prompt_logprobs"] = [at[t].logprob for t, at in prompt]
+    return answer
+
+
+def main() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    gc.collect = lambda *_: 0  # vLLM collects seven times an engine, through all that is imported: half the time
+    with open(sys.argv[1]) as file:
+        cases = json.load(file)
+    results = []
+    for case in cases:
+        try:
+            results.append(run(case))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+        patch.object(CpuPlatform, "register_triton_kernel_overrides").start()  # once is enough
+        with open(sys.argv[2], "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()

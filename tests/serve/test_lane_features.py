@@ -1,0 +1,161 @@
+"""What vLLM's sampling parameters do in the lane engine, where a step gives a request several tokens.
+
+One engine runs all requests at once, twice, the second time in the opposite order: neighbours must not matter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serve_tiny import GROUPED, RETROFIT, prompts, save, source_config, tokenizer
+from test_lanes import run
+
+from loopwise.model import RecurrentDepthForCausalLM
+from loopwise.serve import Engine, Params
+
+pytestmark = [
+    pytest.mark.xdist_group("vllm"),  # one engine at a time
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+PROMPT = prompts()[4]
+TRACE = [4] * len(PROMPT) + [1, 3, 2, 4, 1, 1, 2] * 8
+RANDOM = {"temperature": 0.9, "seed": 11, "top_p": 0.9, "top_k": 40, "min_p": 0.01}
+DIGITS = list(range(48, 58))
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "logprobs": {"logprobs": 3},
+    "prompt-logprobs": {"prompt_logprobs": 2},
+    "seeded": RANDOM,
+    "seeded-again": RANDOM,
+    "other-seed": {**RANDOM, "seed": 12},
+    "unseeded": {"temperature": 1.0},
+    "repetition": {"repetition_penalty": 1e6},
+    "bias": {"logit_bias": {str(token): 100.0 for token in (65, 66)}},
+    "allowed": {"allowed_token_ids": DIGITS},
+    "bad-words": {"bad_words": ["a", "b"]},
+    "regex": {"structured_outputs": {"regex": "[0-9]{3}-[a-f]{4}"}, "ignore_eos": False},
+    "choice": {"structured_outputs": {"choice": ["yes", "no"]}, "ignore_eos": False},
+    "max-tokens": {"max_tokens": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("features") / "tiny"
+    shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": "last-exited"}
+    return folder, save(folder, source_config("llama", **GROUPED, initializer_range=0.12), **shape)
+
+
+@pytest.fixture(scope="module")
+def alone(model) -> Any:
+    """What the offline engine gives for sampling by `fields`, one request at a time."""
+    engine = Engine(model[1], rows=1, length=200)
+
+    def generate(**fields: Any) -> list[int]:
+        return engine.generate(
+            [PROMPT], Params(**{"max_tokens": 40, "trace": tuple(TRACE), "ignore_eos": True} | fields)
+        )[0].tokens
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def greedy(alone) -> list[int]:
+    return alone()
+
+
+@pytest.fixture(scope="module")
+def results(model, greedy) -> dict[str, list[dict]]:
+    """name -> what both rounds gave."""
+    stop = greedy[11]
+    more = {
+        "stop-id": {"stop_token_ids": [stop]},
+        "many-stop-ids": {"stop_token_ids": [stop, *range(230, 256)]},
+        "stop-string": {"stop": [bytes_of(greedy[9:11])]},
+        "min-tokens": {"stop_token_ids": [stop], "min_tokens": 20},
+    }
+    asked = []
+    for number, fields in enumerate((REQUESTS | more).values()):
+        sampling = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "extra_args": {"trace": TRACE}} | fields
+        asked.append({"prompt": PROMPT, "sampling": sampling, "arrive": number, "abort": -1})
+    case = {
+        "folder": str(model[0]),
+        "engine": {"max_model_len": 200},
+        "lanes": {"ticks": 8},
+        "requests": asked,
+        "rounds": 2,
+    }
+    case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+    result = run([case], model[0].parent)[0]
+    assert "error" not in result, result["error"]
+    return {name: [done[n] for done in result["rounds"]] for n, name in enumerate(REQUESTS | more)}
+
+
+def bytes_of(tokens: list[int]) -> str:
+    return tokenizer().decode(tokens)
+
+
+def test_neighbours_and_order_do_not_matter(results):
+    for name, (first, second) in results.items():
+        if name != "unseeded":
+            assert first["tokens"] == second["tokens"], name
+
+
+@pytest.mark.parametrize("name", ["greedy", "logprobs", "prompt-logprobs"])
+def test_greedy_tokens_are_the_same_whatever_is_reported(name, results, greedy):
+    assert results[name][0]["tokens"] == greedy
+
+
+def test_depths_are_the_trace(results):
+    assert results["greedy"][0]["depths"] == TRACE[len(PROMPT) - 1 : len(PROMPT) + 39]
+
+
+def test_log_probabilities_are_those_of_the_tokens(results, model):
+    """At full depth in the prompt, transformers says the same; of generated tokens, the best has the most."""
+    with torch.no_grad():
+        logits = RecurrentDepthForCausalLM.from_pretrained(model[0])(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    want = logits[torch.arange(len(PROMPT) - 1), torch.tensor(PROMPT[1:])]
+    assert results["prompt-logprobs"][0]["prompt_logprobs"] == pytest.approx(want.tolist(), abs=1e-3)
+    assert results["logprobs"][0]["logprobs"][0] == pytest.approx(float(logits[-1].max()), abs=1e-3)
+    assert len(results["logprobs"][0]["logprobs"]) == 40
+
+
+def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):
+    want = alone(**RANDOM)
+    assert results["seeded"][0]["tokens"] == results["seeded-again"][0]["tokens"] == want != greedy
+    assert results["other-seed"][0]["tokens"] == alone(**{**RANDOM, "seed": 12}) != want
+    assert results["unseeded"][0]["tokens"] != results["unseeded"][1]["tokens"]
+
+
+def test_processors(results):
+    new = results["repetition"][0]["tokens"]
+    assert len({*new} - {*PROMPT}) == len(new) == 40
+    assert set(results["bias"][0]["tokens"]) <= {65, 66}
+    assert set(results["allowed"][0]["tokens"]) <= set(DIGITS)
+    assert not set(results["bad-words"][0]["text"]) & {"a", "b"}
+
+
+def test_grammars(results):
+    assert re.fullmatch("[0-9]{3}-[a-f]{4}", results["regex"][0]["text"])
+    assert results["choice"][0]["text"] in ("yes", "no")
+
+
+def test_stops(results, greedy):
+    stop, text = greedy[11], bytes_of(greedy)
+    first = greedy.index(stop) + 1
+    assert results["stop-id"][0]["tokens"] == greedy[:first]
+    assert results["stop-id"][0]["reason"] == "stop"
+    many = next(n for n, token in enumerate(greedy) if token == stop or token >= 230) + 1
+    assert results["many-stop-ids"][0]["tokens"] == greedy[:many]
+    assert results["stop-string"][0]["text"] == text.split(bytes_of(greedy[9:11]))[0]
+    least = results["min-tokens"][0]["tokens"]
+    assert stop not in least[:20]
+    assert len(least) >= 20
+    assert results["max-tokens"][0]["tokens"] == greedy[:7]
+    assert results["max-tokens"][0]["reason"] == "length"

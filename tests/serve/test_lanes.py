@@ -1,0 +1,162 @@
+"""vLLM's lane engine: every request's greedy tokens and depths are those that it has alone, on transformers' layers.
+
+Requests of random prompts, depths, rules and arrival share an engine of six rows and too few KV blocks; some are
+aborted, many preempted. The oracle is tests/serve/engine's: one request, one position at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_tiny import GROUPED, HUGINN, LORA, NORMS, RECURSIVE, RETROFIT, SANDWICH, save, source_config
+
+from loopwise.serve import Params
+from tests.serve.engine.oracle import Answer, Oracle
+
+pytestmark = [
+    pytest.mark.xdist_group("vllm"),  # one engine at a time
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+NEAR = 1e-4  # kernels round differently: answers that come closer to a tie are dropped, at most one in ten
+CALM = {**GROUPED, "initializer_range": 0.12}
+WINDOWS = {**CALM, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+RELAXED = {**RETROFIT, "relaxation": {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}}
+OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
+CHEAP = ("fixed", "trace", "latent-diff", "cosine")
+THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
+FEW_BLOCKS = {"num_gpu_blocks_override": 9}
+PREEMPT = [3, 5, 8, 13, 21]  # steps at which all that run are preempted, beside those that lack blocks
+
+
+@dataclass
+class Case:
+    model_type: str = "llama"
+    policy: str = "per-depth"
+    shape: dict[str, Any] = field(default_factory=lambda: RETROFIT)
+    source: dict[str, Any] = field(default_factory=lambda: CALM)
+    count: int = 16
+    rules: tuple[str, ...] = CHEAP
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=lambda: FEW_BLOCKS)
+    lanes: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    rounds: int = 1
+
+
+WHOLE_PROMPTS = {**FEW_BLOCKS, "enable_chunked_prefill": False, "enable_prefix_caching": False}
+WHOLE_PROMPTS |= {"max_num_batched_tokens": 128}
+TWO_RANKS = {"engine": {**FEW_BLOCKS, "tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+CASES = {
+    "per-depth": Case(count=64, seed=1),
+    "last-exited": Case(policy="last-exited", count=64, seed=2),
+    "rules-that-read-logits": Case(
+        policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"ticks": 5}
+    ),
+    "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
+    "transformers-backend": Case(
+        "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
+    ),
+    "relaxed": Case(shape=RELAXED),
+    "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
+    "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
+    "single": Case(policy="single", engine=WHOLE_PROMPTS),
+    "first": Case(policy="first"),
+    "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS),
+    "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6}),
+    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}),
+    "two-ranks": Case(policy="last-exited", **TWO_RANKS),
+}
+
+
+def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list[dict[str, int]]]:
+    """Prompts, what is asked of each, and when each comes and is aborted."""
+    draw = random.Random(seed)
+    common = [draw.randrange(256) for _ in range(70)]  # so that prompts share blocks
+    prompts, params, times = [], [], []
+    for _ in range(case.count):
+        length = draw.choice((1, 3, 9, 17, 33, 40, 70, 90))
+        shared = draw.choice((0, min(length, 70)))
+        prompts.append(common[:shared] + [draw.randrange(256) for _ in range(length - shared)])
+        rule, limit, tokens = draw.choice(case.rules), draw.choice((1, 2, 3, 4, 4, 4, 6)), draw.randint(1, 24)
+        params.append(
+            Params(
+                max_tokens=tokens,
+                num_recurrences=limit,
+                min_recurrences=draw.randint(1, limit),
+                exit_rule="fixed" if rule == "trace" else rule,
+                exit_threshold=1.0 if rule == "argmax-stability" else THRESHOLDS.get(rule, 0) * draw.uniform(0.5, 1.5),
+                prompt_exit=case.policy != "per-depth" and draw.random() < 0.3,
+                trace=tuple(draw.randint(1, limit) for _ in range(length + tokens)) if rule == "trace" else (),
+                ignore_eos=True,
+            )
+        )
+        arrive = draw.randrange(case.count // 2)
+        times.append({"arrive": arrive, "abort": arrive + draw.randint(1, 6) if draw.random() < 0.15 else -1})
+    return prompts, params, times
+
+
+def sampling(params: Params) -> dict[str, Any]:
+    names = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit")
+    arguments = {name: getattr(params, name) for name in names} | {"trace": list(params.trace)}
+    return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
+
+
+def run(work: list[dict], folder: Path) -> list[dict]:
+    (folder / "cases.json").write_text(json.dumps(work))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    settings |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = Path(__file__).with_name("run_lanes.py")
+    command = [sys.executable, program, folder / "cases.json", folder / "results.json"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dict], dict]]:
+    """name -> (the oracle's answers, when requests come and go, what vLLM gave), for the cases that are tested."""
+    chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    folder = tmp_path_factory.mktemp("lanes")
+    wanted, work = {}, []
+    for name, case in CASES.items():
+        if name not in chosen:
+            continue
+        shape = {**case.shape, "num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy}
+        model = save(folder / name, source_config(case.model_type, **case.source), **shape)
+        prompts, params, times = requests(case, case.seed)
+        oracle = Oracle(model)
+        wanted[name] = [oracle.generate(p, q) for p, q in zip(prompts, params, strict=True)], times
+        asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
+        work.append({"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}})
+        work[-1] |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
+    return {name: (*wanted[name], result) for name, result in zip(wanted, run(work, folder), strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_every_request_alone(name, answers):
+    wanted, times, result = answers[name]
+    assert "error" not in result, result["error"]
+    clear = [n for n, answer in enumerate(wanted) if answer.margin > NEAR]
+    assert len(clear) >= 0.9 * len(wanted), f"near-ties in {len(wanted) - len(clear)} of {len(wanted)} requests"
+    for got in result["rounds"]:
+        done = [n for n in clear if got[n] is not None]
+        print(
+            f"{name}: {len(done)} equal, {len(wanted) - len(clear)} near-ties, {result['preemptions']} preemptions, "
+            f"{result['prefix_hits']} prefix hits"
+        )
+        assert all(times[n]["abort"] >= 0 for n in range(len(wanted)) if got[n] is None)
+        assert [got[n]["tokens"] for n in done] == [wanted[n].tokens for n in done]
+        assert [got[n]["depths"] for n in done] == [wanted[n].depths for n in done]
+    assert result["held"] == {"blocks": 0, "requests": 0}
+    assert result["preemptions"] > 0
