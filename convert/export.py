@@ -68,6 +68,11 @@ def export(
         )
     if config.recurrence_norm != "none":
         raise UserError(f"{path} has a norm after every recurrence, and a plain {kind} none; it cannot be exported")
+    if config.router:
+        raise UserError(
+            f"{path} has a router, which leaves tokens out of recurrences; a plain {kind} runs every layer on every "
+            "token, so it cannot be exported"
+        )
     places = config.order(unroll)
     ids = [getattr(config, part)[n] for part, n, _ in places]
     target = config_with_layers(config.source_config, ids)

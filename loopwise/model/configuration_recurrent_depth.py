@@ -146,6 +146,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return next((eps for name in names if (eps := getattr(self.source_config, name, None))), 1e-6)
 
     @property
+    def initializer_std(self) -> float:
+        """Of a router: the source's."""
+        return getattr(self.source_config, "initializer_range", None) or 0.02
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of key-value slots: prelude, coda, then the core once for each of `max_recurrences` depths."""
         return len(self.slots(self.max_recurrences)) + self.has_choice_slot

@@ -34,6 +34,7 @@ from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
 from .relaxation import Relaxation
 from .router import (
+    HIDING,
     ChoiceSlot,
     FirstKeysAndValues,
     Router,
@@ -157,7 +158,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, Relaxation):
             module.start()
         elif isinstance(module, Router):
-            module.start(getattr(self.config.source_config, "initializer_range", None) or 0.02)
+            module.start(self.config.initializer_std)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
@@ -365,13 +366,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         routing = cast(Any, call.routing)
         selected = routing.select(r, s)
         movable = not counts_positions(self.config.source_config)
+        hides = self.config.source_config.model_type in HIDING
         if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
             rows, keys = Rows(selected, gather=movable and r > 0), None
         elif call.cache is None:
-            rows, keys = Rows(selected, gather=movable), selected
+            rows, keys = Rows(selected, gather=movable, hides=hides), selected
         else:
             slot = self._choice_slot(call)
-            rows, keys = Rows(selected, gather=False), slot.keys(r, selected)
+            rows, keys = Rows(selected, gather=False, hides=hides), slot.keys(r, selected)
             if call.past and not selected.any():
                 slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
                 return s
