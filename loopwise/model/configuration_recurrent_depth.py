@@ -15,6 +15,7 @@ STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
+KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as modulo-4")
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
@@ -41,6 +42,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             (`bool`). See `relaxation.py`.
         router (`dict`, *optional*): Mixture-of-Recursions: which tokens take part in a recurrence. See `router_fields`;
             `depths` defaults to num_recurrences.
+        kv_policy (`str`): which keys and values a recurrence reads and writes: `per-depth` (its own), `last-exited`
+            (its own; those of a position that left earlier are the last that it had), `single` (one slot, overwritten),
+            `first` (those of the first recurrence) or `modulo-k` (depth mod k).
+        exit (`dict`, *optional*): the exit rule that serving uses by default: `rule`, `threshold`, `min_recurrences`.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
@@ -67,6 +72,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     exit_gate: bool = False
     relaxation: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
+    kv_policy: str = "per-depth"
+    exit: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -118,6 +125,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"sharing={self.sharing!r}, max_recurrences={self.max_recurrences} with a router of "
                 f"{self.router['depths']} recurrences: it needs sharing='cycle', and serves no other number of them"
             )
+
+        self.kv_slots(1)
         if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm != "none"):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
@@ -129,6 +138,17 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if source is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
+
+    def kv_slots(self, num_recurrences: int) -> int:
+        """Number of key-value slots of a core layer at this depth. Raises ValueError for an unknown `kv_policy`."""
+        if self.kv_policy in ("per-depth", "last-exited"):
+            return num_recurrences
+        if self.kv_policy in ("single", "first"):
+            return 1
+        name, _, count = str(self.kv_policy).partition("-")
+        if name != "modulo" or not count.isdecimal() or not int(count):
+            raise ValueError(f"kv_policy={self.kv_policy!r}: choose from {', '.join(KV_POLICIES)}")
+        return min(int(count), num_recurrences)
 
     @property
     def vocab_size(self) -> int:
