@@ -26,6 +26,9 @@ class Plan:
     sharing: str
     injection: str
     recurrence_norm: str
+    recurrence_residual: bool
+    recurrence_encoding: str
+    halting: str
     state_init: str
     num_recurrences: int
 
@@ -44,7 +47,8 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
     else:
         parts, parents, stands_for = _recursive(recipe, sharing, kinds)
     injection = recipe.injection or ("linear" if recipe.method == "retrofit" else "none")
-    depths = recipe.num_recurrences or recipe.loops or 4
+    depths = recipe.num_recurrences or (len(stands_for) if stands_for else 4)
+    encoding = "sinusoidal" if recipe.method == "universal" else "none"
     return Plan(
         prelude=parts["prelude"],
         core=parts["core"],
@@ -54,6 +58,9 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
         sharing=sharing.removeprefix("middle-"),
         injection=injection,
         recurrence_norm="each" if recipe.recurrence_norm else "none",
+        recurrence_residual=recipe.recurrence_residual,
+        recurrence_encoding=recipe.recurrence_encoding or encoding,
+        halting=recipe.halting,
         state_init=recipe.state_init or ("zeros" if injection == "add" else "input"),
         num_recurrences=depths,
     )
@@ -61,9 +68,11 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
 
 def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
     """Tying of recursive transformers (arXiv 2410.20672, section 2.2; 2507.10524, table 1): `cycle` makes source layer
-    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle."""
-    loops, middle = recipe.loops or 0, sharing.startswith("middle")
+    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle. A universal
+    transformer (1807.03819) has K = 1."""
+    middle = sharing.startswith("middle")
     tied = list(range(len(kinds)))[1:-1] if middle else list(range(len(kinds)))
+    loops = recipe.loops or max(len(tied), 1)  # universal: as many as there are layers, so that they become one
     if not tied or len(tied) % loops:
         fitting = ", ".join(str(b) for b in range(1, len(tied) + 1) if len(tied) % b == 0) or "none"
         which = f"{len(tied)} layers between the first and the last" if middle else f"{len(tied)} layers"

@@ -95,11 +95,11 @@ class Router(Section):
 class ConvertRecipe(Section):
     """How a source becomes a recurrent-depth model."""
 
-    method: Literal["recursive", "retrofit", "mor"] | None = Field(
+    method: Literal["recursive", "retrofit", "mor", "universal"] | None = Field(
         None,
         description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core, and need not "
-        "be named where sizes or layers are given; mor (2507.10524) is recursive with a router; without any, a public "
-        "recurrent checkpoint is imported",
+        "be named where sizes or layers are given; mor (2507.10524) is recursive with a router; universal (1807.03819) "
+        "ties all layers into one; without any, a public recurrent checkpoint is imported",
     )
     loops: Count | None = Field(None, description="recursive, mor: number of loops B; it divides the layers to be tied")
     sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] | None = Field(
@@ -109,8 +109,7 @@ class ConvertRecipe(Section):
     )
     init: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
         "stepwise",
-        description="recursive, mor: tied layers start as evenly spaced, averaged, the first or the last source "
-        "layers, or random",
+        description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
@@ -126,6 +125,17 @@ class ConvertRecipe(Section):
     )
     recurrence_norm: bool = Field(
         False, description="an RMS norm after every recurrence, which one recurrence of the source does not have"
+    )
+    recurrence_residual: bool = Field(
+        False, description="every recurrence but the first adds its input to its output (AbbIE-D, arXiv 2507.08567)"
+    )
+    recurrence_encoding: Literal["none", "sinusoidal"] | None = Field(
+        None,
+        description="position and recurrence, added to the state before every recurrence with a scale that starts at "
+        "zero (default: universal sinusoidal, else none)",
+    )
+    halting: Literal["none", "act"] = Field(
+        "none", description="act: tokens halt under a gate, and the mean of their states is read out (arXiv 1603.08983)"
     )
     state_init: Literal["input", "zeros", "normal"] | None = Field(
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
@@ -149,8 +159,10 @@ class ConvertRecipe(Section):
             self.method = "retrofit"
         if self.method == "mor":
             self.router = self.router or Router.model_validate({})
-        if self.method in ("recursive", "mor"):
-            if self.loops is None:
+        if self.method in ("recursive", "mor", "universal"):
+            if self.method == "universal" and self.loops is not None:
+                raise ValueError("method=universal ties all layers into one: leave loops out, num_recurrences is free")
+            if self.loops is None and self.method != "universal":
                 raise ValueError(f"method={self.method} needs loops=B, the number of times that the tied layers run")
             for key in ("sizes", "layers", "influence"):
                 if getattr(self, key) is not None:

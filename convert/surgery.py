@@ -191,6 +191,9 @@ def _config(
             injection=plan.injection,
             sharing=plan.sharing,
             recurrence_norm=plan.recurrence_norm,
+            recurrence_residual=plan.recurrence_residual,
+            recurrence_encoding=plan.recurrence_encoding,
+            halting=plan.halting,
             relaxation=relaxation,
             router=recipe.router.fields(plan.num_recurrences) if recipe.router else None,
         )

@@ -148,6 +148,11 @@ class Tensors:
         elif injection == "gated":
             for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
                 self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))
+        if self.plan.recurrence_encoding == "sinusoidal":
+            self.pending.append(Pending("recurrence_encoding.weight", dtype, [width], partial(torch.zeros, width)))
+        if self.plan.halting == "act":
+            for name, shape in (("weight", [1, width]), ("bias", [1])):
+                self.pending.append(Pending(f"halting_gate.{name}", dtype, shape, partial(torch.zeros, shape)))
         if self.plan.recurrence_norm == "each":
             self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
 

@@ -15,6 +15,8 @@ STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
+ENCODINGS = ("none", "sinusoidal")
+HALTINGS = ("none", "act")
 KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as modulo-4")
 
 
@@ -36,6 +38,13 @@ class RecurrentDepthConfig(PreTrainedConfig):
         recurrence_norm (`str`): `none`; `each` (an RMS norm of its own after every recurrence); `between` (the
             source's final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last
             one, before the coda, as in Huginn).
+        recurrence_residual (`bool`): whether every recurrence but the first adds its input to its output (AbbIE-D,
+            arXiv 2507.08567).
+        recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
+            Universal Transformers).
+        halting (`str`): `none`, or `act`: what is read out is the mean of the states, weighted by a gate under which
+            tokens halt one by one (adaptive computation time). See `halting.py`.
+        halting_epsilon (`float`): a token halts once its halting probabilities sum to one less this.
         exit_gate (`bool`): whether a linear gate on the normed state says where to exit (Ouro).
         relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
             `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
@@ -69,6 +78,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
     injection: str = "none"
     sharing: str = "cycle"
     recurrence_norm: str = "none"
+    recurrence_residual: bool = False
+    recurrence_encoding: str = "none"
+    halting: str = "none"
+    halting_epsilon: float = 0.01
     exit_gate: bool = False
     relaxation: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
@@ -112,6 +125,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "need 1 <= num_recurrences <= max_recurrences"
             )
         named = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
+        named |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
@@ -127,11 +141,22 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
 
         self.kv_slots(1)
-        if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm != "none"):
+        between = {
+            "injection": self.injection != "none",
+            "recurrence_norm": self.recurrence_norm != "none",
+            "recurrence_residual": self.recurrence_residual,
+            "recurrence_encoding": self.recurrence_encoding != "none",
+            "halting": self.halting != "none",
+        }
+        if self.sharing == "sequence" and any(between.values()):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
-                "injection='none', recurrence_norm='none'"
+                f"{', '.join(name for name, there in between.items() if there)} cannot"
             )
+        if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
+            raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        if not 0 < self.halting_epsilon < 1:
+            raise ValueError(f"halting_epsilon={self.halting_epsilon}: a number between 0 and 1")
 
     def __getattr__(self, name):
         source = None if name.startswith("_") else self.__dict__.get("source_config")

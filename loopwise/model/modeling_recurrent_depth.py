@@ -29,9 +29,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
+from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Relaxation
 from .router import (
     HIDING,
@@ -52,13 +54,15 @@ from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepa
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
     gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `hidden_states` are the
-    inputs of every layer that ran, then the normed end. `router_outputs` tell what a router scored and chose."""
+    inputs of every layer that ran, then the normed end. `router_outputs` tell what a router scored and chose. With
+    halting, `ponder` [B, T] is each token's ponder cost, and `state` the mean that is read out."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
     exit_logits: torch.Tensor | None = None
     router_outputs: RouterOutputs | None = None
+    ponder: torch.Tensor | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -99,6 +103,8 @@ class _Call:
     capacity: Sequence[float] | None = None
     first_kv: dict[int, Any] = field(default_factory=dict)  # what the first recurrence wrote, where others read it
     routing: Routing | None = None
+    state: torch.Tensor | None = None  # the one that is read out
+    ponder: torch.Tensor | None = None
     layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     states: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -132,6 +138,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.injection = Injection(config.injection, source_config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
+        if config.recurrence_encoding == "sinusoidal":
+            self.recurrence_encoding = RecurrenceEncoding(source_config.hidden_size)
+        if config.halting == "act":
+            self.halting_gate = nn.Linear(source_config.hidden_size, 1)
         if config.exit_gate:
             self.exit_gate = nn.Linear(source_config.hidden_size, 1)
         if config.relaxation:
@@ -157,6 +167,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Relaxation):
             module.start()
+        elif isinstance(module, RecurrenceEncoding):
+            init.zeros_(module.weight)
+        elif self.config.halting == "act" and module is self.halting_gate:
+            init.zeros_(cast(Any, module).weight)
+            init.zeros_(cast(Any, module).bias)
         elif isinstance(module, Router):
             module.start(self.config.initializer_std)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
@@ -299,10 +314,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
-            last_state=call.states[-1],
+            last_state=call.state,
             states=torch.stack(call.states) if output_states else None,
             exit_logits=self._exit_logits(call.states) if output_states and config.exit_gate else None,
             depth_logits=depth_logits,
+            ponder=call.ponder,
             router_outputs=call.routing.outputs() if call.routing else None,
         )
 
@@ -335,6 +351,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         e = self._run(self._places("prelude"), x, call)
         s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
         free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
+        keep = call.keep_states or call.read_all_depths or config.halting == "act"
         if config.router:
             call.routing = self.router.begin(s, cast(Any, call.real), call.capacity)
         if config.sharing == "sequence":
@@ -346,20 +363,34 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                     if r and config.recurrence_norm == "between":
                         s = self._final_norm(s)
                     s = self._routed(r, s, e, call) if config.router else self._recurrence(r, s, e, call)
-                if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
+                if keep or r + 1 == call.num_recurrences:
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
             self._choice_slot(call).add(call.routing, s.dtype)
         read = call.states if call.read_all_depths else [s]
+        if config.halting == "act":
+            ends = recurrences if call.read_all_depths else recurrences[-1:]
+            read = [self._halted(call.states[: r + 1], call) for r in ends]
+        call.state = read[-1]
         if config.recurrence_norm == "last":
             read = [self._final_norm(s) for s in read]
         return torch.cat([self._run(self._places("coda"), s, call) for s in read])
 
     def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
         """Recurrence r, counted from 0, of s and e [B, T, D], or of some rows of them."""
-        places = [self._core_place(j, r) for j in range(len(self.config.core))]
+        places, before = [self._core_place(j, r) for j in range(len(self.config.core))], s
+        if self.config.recurrence_encoding == "sinusoidal":
+            s = self.recurrence_encoding(s, call.positions, r + 1)
         s = self._run(places, self.injection(s, e), call, **rows)
+        if self.config.recurrence_residual and r:
+            s = s + before
         return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
+
+    def _halted(self, states: list[torch.Tensor], call: _Call) -> torch.Tensor:
+        """The mean of s_1, s_2, .. [B, T, D] under the halting gate; notes what it cost."""
+        logits = torch.stack([self.halting_gate(s).squeeze(-1) for s in states])
+        weights, call.ponder = halting_weights(logits, self.config.halting_epsilon)
+        return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
 
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""
