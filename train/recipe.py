@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from loopwise.recipe import Count, Counts, Integer, Number, Section
 
@@ -14,6 +14,19 @@ Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstan
 COOLDOWN = 0.2
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = Annotated[tuple[Number, Number], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
+
+def _levels(value: object) -> object:
+    """{share: number} in order, the first share 0."""
+    if not isinstance(value, dict) or not value:
+        raise ValueError("a mapping from shares of the run to numbers, as {0: 2, 0.5: 4}")
+    levels = sorted((float(share), number) for share, number in value.items())
+    if levels[0][0] != 0:
+        raise ValueError("the first share is 0, where the run begins")
+    return levels
+
+
+Levels = Annotated[list[tuple[Fraction, Count]], BeforeValidator(_levels), PlainSerializer(lambda levels: dict(levels))]
 
 
 class Data(Section):
@@ -52,20 +65,35 @@ class Recurrence(Section):
     """The recurrence curriculum; only for recurrent-depth models."""
 
     mean: Count | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
-    schedule: Literal["constant", "linear", "1-sqrt"] = Field(
-        default="constant", description="growth of the mean: constant, linear or 1-sqrt"
+    schedule: Literal["constant", "linear", "1-sqrt", "steps"] = Field(
+        default="constant", description="growth of the mean: constant, linear, 1-sqrt, or steps (the list in levels)"
     )
     ramp: Fraction | None = Field(
         default=None,
         description="share of the steps until the mean is reached "
         f"(default: linear {RAMPS['linear']}, 1-sqrt {RAMPS['1-sqrt']})",
     )
-    sampler: Literal["fixed", "poisson-lognormal"] = Field(
-        default="fixed", description="R of a step: fixed (the mean) or poisson-lognormal (around mean + 1)"
+    levels: Levels | None = Field(
+        default=None, description="for schedule=steps: {share of the run: mean from there on}, as {0: 2, 0.5: 4}"
     )
+    sampler: Literal["fixed", "poisson-lognormal", "truncated-poisson", "uniform"] = Field(
+        default="fixed",
+        description="R of a step: fixed (the mean), poisson-lognormal (around mean + 1), truncated-poisson (of rate "
+        "mean, within min and max), uniform (min to 2 mean - min, or to max)",
+    )
+    min: Count | None = Field(default=None, description="least sampled R (default: 1)")
     max: Count | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
     backprop: Count | None = Field(
         default=None, description="only this many last recurrences carry gradient (default: all)"
+    )
+    backprop_schedule: Literal["constant", "linear", "1-sqrt", "steps"] = Field(
+        default="constant", description="growth of backprop, as schedule is of the mean"
+    )
+    backprop_ramp: Fraction | None = Field(default=None, description="as ramp, of backprop")
+    backprop_levels: Levels | None = Field(default=None, description="as levels, of backprop")
+    capacity_warmup: Fraction | None = Field(
+        default=None,
+        description="share of the steps in which the capacities of an expert-choice router fall from 1 along a cosine",
     )
     eval_at: Counts | None = Field(
         default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
@@ -73,14 +101,27 @@ class Recurrence(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recurrence:
-        if self.max is not None and self.sampler == "fixed":
-            raise ValueError(
-                "max caps a sampled R, and sampler=fixed samples none: drop max, or choose poisson-lognormal"
-            )
+        for name in ("max", "min"):
+            if getattr(self, name) is not None and self.sampler == "fixed":
+                raise ValueError(
+                    f"{name} bounds a sampled R, and sampler=fixed samples none: drop {name}, or choose a sampler"
+                )
         if self.max is not None and self.mean is not None and self.max < self.mean:
             raise ValueError(f"max={self.max} is below mean={self.mean}")
-        if self.ramp is not None and self.schedule == "constant":
-            raise ValueError("ramp belongs to schedule=linear or 1-sqrt; schedule=constant has none")
+        if self.min is not None and self.max is not None and self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}")
+        for prefix, value in (("", self.mean), ("backprop_", self.backprop)):
+            schedule, ramp, levels = (getattr(self, prefix + name) for name in ("schedule", "ramp", "levels"))
+            if ramp is not None and schedule in ("constant", "steps"):
+                raise ValueError(
+                    f"{prefix}ramp belongs to {prefix}schedule=linear or 1-sqrt; {prefix}schedule={schedule} has none"
+                )
+            if (levels is not None) != (schedule == "steps"):
+                raise ValueError(f"{prefix}levels and {prefix}schedule=steps belong together")
+            if levels is not None and value is not None:
+                raise ValueError(f"{prefix}levels already says the last {prefix.rstrip('_') or 'mean'}: give one")
+        if self.backprop is None and self.backprop_schedule in ("linear", "1-sqrt"):
+            raise ValueError(f"backprop_schedule={self.backprop_schedule} needs backprop, its end")
         return self
 
 

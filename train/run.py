@@ -22,7 +22,7 @@ from loopwise.quiet import quiet
 
 from . import data
 from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync
-from .curriculum import Curriculum
+from .curriculum import Curriculum, curriculum_of
 from .recipe import Recurrence, Train
 
 if TYPE_CHECKING:
@@ -178,27 +178,14 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
             )
         return None
     keys = recipe.recurrence or Recurrence()
-    mean = keys.mean or config.num_recurrences
-    if keys.max is not None and keys.max < mean:
-        raise UserError(
-            f"recurrence.max={keys.max} is below the mean of {mean} recurrences; raise it or set recurrence.mean"
-        )
-    chosen = Curriculum(
-        mean=mean,
-        steps=steps,
-        schedule=keys.schedule,
-        ramp=keys.ramp,
-        sampler=keys.sampler,
-        max=keys.max,
-        backprop=keys.backprop,
-        seed=recipe.seed,
-    )
+    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed)
     if config.injection == "none" and chosen.truncates:
         # With injection e enters every recurrence; without, only s_0, before the recurrences without gradient.
+        assert chosen.backprop is not None
         raise UserError(
-            f"recurrence.backprop={keys.backprop}: with injection='none', steps of up to {chosen.cap} recurrences "
-            "would leave the embeddings and the prelude of this model without gradient; drop recurrence.backprop, or "
-            "convert with injection=linear"
+            f"recurrence.backprop={chosen.backprop.end}: with injection='none', steps of up to {chosen.cap} "
+            "recurrences would leave the embeddings and the prelude of this model without gradient; drop "
+            "recurrence.backprop, or convert with injection=linear"
         )
     return chosen
 

@@ -202,7 +202,7 @@ class RecurrentTrainer(Trainer):
         if self.curriculum is None:
             return [None]
         chosen = self.recipe.recurrence.eval_at if self.recipe.recurrence else None
-        return list(chosen or sorted({1, self.curriculum.mean}))
+        return list(chosen or sorted({1, self.curriculum.mean.end}))
 
     def log(self, logs, start_time=None):
         step = self.state.global_step
