@@ -1,4 +1,4 @@
-"""Loss per token: the sum that training minimises, and its held-out mean at one depth."""
+"""Held-out loss per token at one depth."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .losses import shifted
+
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the next-token losses of labels [B, T] under logits [B, T, V], in float32."""
-    # The labels are shifted, not the logits: that would copy the largest tensor of the step.
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    targets = shifted(labels).flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
 
 
 @torch.no_grad()

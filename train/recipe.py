@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from loopwise.recipe import Count, Counts, Integer, Number, Section
 
 from .curriculum import RAMPS
+from .recipe_objectives import Objectives
 
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 COOLDOWN = 0.2
@@ -164,6 +165,7 @@ class Train(Section):
 
     data: Data
     recurrence: Recurrence | None = None
+    objectives: Objectives = Objectives()
     optimiser: Optimiser = Optimiser()
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
     steps: Count | None = Field(default=None, description="optimiser steps (default: from epochs)")

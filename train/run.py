@@ -86,6 +86,7 @@ def prepare(
         return False
     config = load_config(model, recipe.revision)
     curriculum(config, recipe, steps=recipe.steps or 1)
+    _check_objectives(config, recipe)
     check_length("data.sequence_length", recipe.data.sequence_length, model, config)
     _check_trackers(recipe.report_to)
     if checkpoint and (out / TOKENS / "digest").is_file():
@@ -237,6 +238,18 @@ def check_blocks(model: str, config: Any, *parts: np.ndarray | None) -> None:
     greatest = max(int(blocks.max()) for blocks in parts if blocks is not None)
     if greatest >= config.vocab_size:
         raise UserError(f"{model}: its tokenizer gives id {greatest}, its embeddings end at {config.vocab_size - 1}")
+
+
+def _check_objectives(config: Any, recipe: Train) -> None:
+    from . import objectives, teacher
+    from .pretrained import is_recurrent
+
+    objectives.check(recipe.objectives, config, is_recurrent(config))
+    if recipe.objectives.distillation:
+        teacher.check(recipe.objectives.distillation, config)
+    router = getattr(config, "router", None)
+    if recipe.recurrence and recipe.recurrence.capacity_warmup and not (router and router["kind"] == "expert"):
+        raise UserError("recurrence.capacity_warmup: this model has no expert-choice router")
 
 
 def _check_trackers(names: list[str]) -> None:

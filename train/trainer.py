@@ -21,13 +21,16 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from loopwise.errors import UserError
 
+from . import teacher
 from .checkpoint import commit, partial_directory, prune
 from .curriculum import Curriculum
 from .data import Blocks, Order
-from .measure import held_out_loss, token_losses
+from .measure import held_out_loss
+from .objectives import Objective
 from .pretrained import is_recurrent, write_model
 from .progress import Progress
 from .recipe import Train
+from .recipe_objectives import Distillation
 
 # DDP takes it from the Trainer by this name only.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -38,22 +41,24 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class Samples(Dataset):
     """All samples of a run in their order; sample g is a block and g itself, which tells `normal` states apart."""
 
-    def __init__(self, blocks: np.ndarray, count: int, seed: int):
-        self.blocks, self.count = blocks, count
+    def __init__(self, blocks: np.ndarray, count: int, seed: int, beside: dict[str, np.ndarray]):
+        self.blocks, self.count, self.beside = blocks, count, beside
         self.order = Order(len(blocks), seed)
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, sample: int) -> tuple[int, np.ndarray]:
-        return sample, self.blocks[self.order[sample]]
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        row = self.order[sample]
+        kept = {name: array[row] for name, array in self.beside.items()}
+        return {"sequence_ids": sample, "input_ids": self.blocks[row], **kept}
 
 
-def collate(samples: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """input_ids and labels [B, T], sequence_ids [B]."""
-    input_ids = torch.from_numpy(np.stack([block for _, block in samples])).long()
-    sequence_ids = torch.tensor([sample for sample, _ in samples])
-    return {"input_ids": input_ids, "labels": input_ids, "sequence_ids": sequence_ids}
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """input_ids and labels [B, T], sequence_ids [B], and what stands beside the blocks."""
+    inputs = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    inputs["input_ids"] = inputs["input_ids"].long()
+    return {"labels": inputs["input_ids"], **inputs}
 
 
 def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
@@ -119,6 +124,15 @@ class RecurrentTrainer(Trainer):
         curriculum: Curriculum | None,
         run: dict[str, Any],
     ):
+        distillation, device = recipe.objectives.distillation, args.device
+        given, beside = None, {}
+        if distillation and distillation.top_k:
+            given = teacher.kept
+            beside = self._precomputed(distillation, blocks, recipe, args)
+        elif distillation:
+            given = teacher.Teacher(distillation, device, recipe.precision)
+        warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * args.max_steps)
+        self.objective = Objective(recipe.objectives, model.config, given, args.max_steps, recipe.seed, warmup)
         self.recipe, self.blocks, self.curriculum, self.run = recipe, blocks, curriculum, run
         self.trained, self.tokenizer = model, tokenizer
         self.out = self._output_directory = Path(str(args.output_dir))
@@ -128,7 +142,7 @@ class RecurrentTrainer(Trainer):
             model,
             args,
             data_collator=collate,
-            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed),
+            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed, beside),
             eval_dataset=cast(Any, blocks.held_out),  # the Trainer only looks whether there is any: see `evaluate`
             callbacks=[Progress(args.max_steps)],
         )
@@ -141,6 +155,22 @@ class RecurrentTrainer(Trainer):
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
+
+    @staticmethod
+    def _precomputed(keys: Distillation, blocks: Blocks, recipe: Train, args: TrainingArguments):
+        """The teacher's top k beside the blocks: computed here, by all ranks, where that was not done yet."""
+        with args.main_process_first(local=False):
+            missing = not (blocks.directory / teacher.DONE).is_file()
+            if missing and args.should_save:
+                teacher.begin(keys, blocks)
+        if missing:
+            shard = (args.process_index, args.world_size)
+            teacher.precompute(keys, blocks, args.device, recipe.precision, recipe.batch_size, shard)
+            if args.world_size > 1:
+                torch.distributed.barrier()
+            if args.should_save:
+                teacher.finish(blocks)
+        return teacher.load(blocks)
 
     # The samples are already in order, and rank r of W takes micro-batches r, r + W, ... of them.
     def _get_train_sampler(self, train_dataset=None):
@@ -157,14 +187,12 @@ class RecurrentTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        depth = self.curriculum.at(self.state.global_step)._asdict() if self.curriculum else {}
-        if depth:
-            depth["sequence_ids"] = inputs["sequence_ids"]
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **depth)
         assert num_items_in_batch is not None, "the Trainer counts the labels of a step"
+        assert not return_outputs, "held-out losses are measured by `evaluate`"
+        step = self.state.global_step
+        depth = self.curriculum.at(step) if self.curriculum else None
         # DDP averages over ranks what has to be summed. The factor is exact for 2, 4, 8, ... ranks.
-        loss = token_losses(outputs.logits, inputs["labels"]) / num_items_in_batch * self.args.world_size
-        return (loss, outputs) if return_outputs else loss
+        return self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm: Any = super()._get_grad_norm(model, grad_norm)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -37,13 +39,14 @@ from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, wi
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
-    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `hidden_states` are the
-    inputs of every layer that ran, then the normed end."""
+    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
+    `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
     exit_logits: torch.Tensor | None = None
+    depth_losses: tuple[torch.Tensor, ...] | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -53,6 +56,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
 
 OPTIONS = (
     "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
+    "depth_loss", "depth_loss_at",
 )  # fmt: skip
 
 
@@ -79,6 +83,7 @@ class _Call:
     keep_states: bool
     read_all_depths: bool
     keep_hidden: bool
+    read: torch.Tensor | None = None  # the state to read out, where nothing else shall run
     layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     states: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -170,6 +175,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         output_states: bool = False,
         output_depth_logits: bool = False,
         output_hidden_states: bool | None = None,
+        depth_loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        depth_loss_at: Sequence[int] = (),
         **kwargs,
     ) -> RecurrentDepthOutput:
         r"""
@@ -181,6 +188,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
         output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
             runs the coda at every depth and so needs `use_cache=False`.
+        depth_loss (`Callable`, *optional*), depth_loss_at (`Sequence[int]`): `depth_losses` becomes `depth_loss(r,
+            logits [B, T, V])` for every r of these depths, at most R. R is read out first; the logits of the others are
+            made one depth after the other, and again in the backward pass, so that they are never held together. With
+            an exit gate, `exit_logits` is returned too. Needs `use_cache=False`.
 
         Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected).
         """
@@ -194,17 +205,23 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise TypeError(f"forward() has no argument {name!r}: did you mean {near[0]!r}?")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        read_depths = output_depth_logits or depth_loss is not None
         if config.sharing == "sequence" and (grad_recurrences or output_states or output_depth_logits):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core: it has no states or logits of each, and no "
                 "grad_recurrences"
             )
-        if output_depth_logits and (use_cache or past_key_values is not None):
-            raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
+        if read_depths and (use_cache or past_key_values is not None):
+            name = "output_depth_logits" if output_depth_logits else "depth_loss"
+            raise ValueError(f"{name} reads the coda at every depth, which no cache holds: use_cache=False")
+        if any(not 1 <= depth <= recurrences for depth in depth_loss_at):
+            raise ValueError(f"depth_loss_at={list(depth_loss_at)}: depths are 1 to num_recurrences={recurrences}")
+        if config.sharing == "sequence" and any(depth != recurrences for depth in depth_loss_at):
+            raise ValueError("sharing='sequence' has no depth but the last to read out")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if use_cache is None:
-            in_config = getattr(config, "use_cache", True) and not self.training and not output_depth_logits
+            in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
             use_cache = past_key_values is not None or in_config
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -220,7 +237,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             positions=_logical_positions(tokens, attention_mask, position_ids, past),
             sequence_ids=sequence_ids,
             cache=past_key_values,
-            keep_states=output_states,
+            keep_states=output_states or depth_loss is not None,
             read_all_depths=output_depth_logits,
             keep_hidden=bool(output_hidden_states),
         )
@@ -230,18 +247,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             else None
         )
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
+        source_arguments = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
         try:
-            out = self.source(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                return_dict=True,
-                **kwargs,
-            )
+            out = self.source(**source_arguments)
         finally:
             self._call = None
             if at_end:
@@ -250,6 +268,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if output_depth_logits:
             depth_logits = logits.unflatten(0, (recurrences, -1))
             logits = depth_logits[-1]
+        depth_losses = None
+        if depth_loss is not None:
+            depth_losses = self._depth_losses(logits, call, source_arguments, depth_loss, depth_loss_at)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
@@ -260,9 +281,29 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
             last_state=call.states[-1],
             states=torch.stack(call.states) if output_states else None,
-            exit_logits=self._exit_logits(call.states) if output_states and config.exit_gate else None,
+            exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
             depth_logits=depth_logits,
+            depth_losses=depth_losses,
         )
+
+    def _depth_losses(
+        self, logits: torch.Tensor, call: _Call, source_arguments: dict[str, Any], loss: Callable, at: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """`loss` of the logits at every depth of `at`; `logits` are those at the last."""
+        last = call.num_recurrences
+        losses = {last: loss(last, logits)} if last in at else {}
+
+        def read_out(state: torch.Tensor, depth: int) -> torch.Tensor:
+            self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False)
+            try:
+                return loss(depth, self.source(**source_arguments).logits)
+            finally:
+                self._call = None
+
+        for depth in at:
+            if depth != last:
+                losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
+        return tuple(losses[depth] for depth in at)
 
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
@@ -271,7 +312,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         call.layer_arguments[index] = (args, kwargs)
         if index + 1 < self.config.source_config.num_hidden_layers:
             return hidden_states
+        if call.read is not None:
+            return self._read(call.read, call)
         return self._recur(hidden_states, call)
+
+    def _read(self, s: torch.Tensor, call: _Call) -> torch.Tensor:
+        """The coda's end [B, T, D] for the state s."""
+        if self.config.recurrence_norm == "last":
+            s = self._final_norm(s)
+        return self._run(self._places("coda"), s, call)
 
     def _recur(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """x [B, T, D], the embedded tokens -> coda(s_R) [B, T, D]; if `read_all_depths`, at every depth [R B, T, D]."""
@@ -293,10 +342,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                         s = self.recurrence_norm(s)
                 if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
                     call.states.append(s)
-        read = call.states if call.read_all_depths else [s]
-        if config.recurrence_norm == "last":
-            read = [self._final_norm(s) for s in read]
-        return torch.cat([self._run(self._places("coda"), s, call) for s in read])
+        return torch.cat([self._read(s, call) for s in (call.states if call.read_all_depths else [s])])
 
     def _exit_logits(self, states: list[torch.Tensor]) -> torch.Tensor:
         """The gate on the normed state, at every depth [R, B, T]: lambda_r is its sigmoid (arXiv 2510.25741)."""
