@@ -126,9 +126,30 @@ class Recurrence(Section):
         return self
 
 
-class Optimiser(Section):
-    """AdamW and the course of its learning rate."""
+ROLES = (
+    "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters",
+)  # fmt: skip
+Role = Literal[
+    "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters"
+]
+Roles = Annotated[list[Role], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
+
+class Optimiser(Section):
+    """The optimiser, what it trains, and the course of its learning rate."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="adamw, or muon for matrices of layers and injection, AdamW for the rest",
+    )
+    train: Roles | None = Field(
+        default=None,
+        min_length=1,
+        description="roles of the parameters that learn, all others are frozen (default: all): " + ", ".join(ROLES),
+    )
+    multipliers: dict[Role, Annotated[Number, Field(ge=0)]] | None = Field(
+        default=None, description="factors on the learning rate by role, as {embeddings: 0.1}"
+    )
     learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine",
@@ -141,11 +162,21 @@ class Optimiser(Section):
     weight_decay: Number = Field(default=0.01, ge=0, description="decoupled weight decay; norms and biases have none")
     betas: Pair = Field(default=(0.9, 0.95), description="AdamW's betas")
     clip: Number = Field(default=1.0, ge=0, description="gradient norm to clip at (0: never)")
+    muon_learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of Muon")
+    muon_momentum: Number = Field(default=0.95, ge=0, lt=1, description="of Muon")
+    muon_adjust: Literal["original", "match_rms_adamw"] = Field(
+        default="original",
+        description="Muon's learning rate by a matrix's shape: original, match_rms_adamw",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimiser:
         if self.cooldown is not None and self.schedule != "wsd":
             raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
+        if self.kind != "muon":
+            for name in ("muon_learning_rate", "muon_momentum", "muon_adjust"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to kind=muon, not to {self.kind}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas[0]},{self.betas[1]}: each at least 0 and below 1")
         if self.warmup + self.decay > 1:
@@ -160,12 +191,24 @@ class Optimiser(Section):
         return COOLDOWN if self.cooldown is None else self.cooldown
 
 
+class Adapters(Section):
+    """PEFT's LoRA adapters: trained instead of the model's own weights, and merged into them at the end."""
+
+    rank: Count = Field(default=8, description="rank of the adapters")
+    alpha: Number | None = Field(default=None, gt=0, description="their scale is alpha / rank (default: alpha = rank)")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="on their input")
+    targets: Strings | None = Field(
+        default=None, min_length=1, description="names of linear modules (default: all of the layers)"
+    )
+
+
 class Train(Section):
     """A training run."""
 
     data: Data
     recurrence: Recurrence | None = None
     objectives: Objectives = Objectives()
+    adapters: Adapters | None = None
     optimiser: Optimiser = Optimiser()
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
     steps: Count | None = Field(default=None, description="optimiser steps (default: from epochs)")

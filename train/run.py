@@ -111,6 +111,7 @@ def prepare(
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
+    from . import adapters, optimisers
     from .pretrained import load_config, load_model, load_tokenizer
     from .trainer import RecurrentTrainer, arguments
 
@@ -118,6 +119,9 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     blocks = data.load(out / TOKENS)
     checkpoint = last_sound(out)[0] if resume else None
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
+    if recipe.adapters:
+        adapters.inject(loaded, recipe.adapters, checkpoint)
+    optimisers.freeze(loaded, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
     source_config = load_config(model, recipe.revision)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
@@ -139,22 +143,24 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.data.held_out:
         trainer.evaluate()
+    state = trainer.full_state()
     if trainer.args.should_save:
-        publish(trainer, model, out, recipe.dtype or _stored_dtype(source_config))
+        publish(trainer, state, model, out, recipe.dtype or _stored_dtype(source_config))
         shutil.rmtree(out / TOKENS)
         print(f"model written to {out}", flush=True)
 
 
-def publish(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:
-    """Write the trained model into `out`, config.json last: no half of it is ever loadable."""
-    import torch
-
+def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: Path, dtype: str) -> None:
+    """Write the trained model, with the weights `state`, into `out`, config.json last: no half of it is loadable."""
+    from . import adapters
     from .card import write_card
+    from .pretrained import cast, write_model
 
     partial = out / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    trainer.trained.to(getattr(torch, dtype))
-    trainer.save_model(str(partial))
+    if trainer.recipe.adapters:
+        state = adapters.merged(state, trainer.recipe.adapters)
+    write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
     write_card(partial, model, trainer.recipe, trainer)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
     (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))

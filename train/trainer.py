@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from loopwise.errors import UserError
 
-from . import teacher
+from . import adapters, optimisers, teacher
 from .checkpoint import commit, partial_directory, prune
 from .curriculum import Curriculum
 from .data import Blocks, Order
@@ -72,13 +72,10 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=optimiser.learning_rate,
+        learning_rate=optimiser.learning_rate,  # shown; the optimiser is made by `create_optimizer`
         lr_scheduler_type=SCHEDULES[optimiser.schedule],
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=round(optimiser.warmup * steps),
-        weight_decay=optimiser.weight_decay,
-        adam_beta1=optimiser.betas[0],
-        adam_beta2=optimiser.betas[1],
         max_grad_norm=optimiser.clip,
         bf16=recipe.precision == "bfloat16",
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -137,6 +134,7 @@ class RecurrentTrainer(Trainer):
         self.trained, self.tokenizer = model, tokenizer
         self.out = self._output_directory = Path(str(args.output_dir))
         self.samples_per_step = recipe.batch_size * recipe.gradient_accumulation * args.world_size
+        self._tied = {name: id(x) for name, x in model.named_parameters(remove_duplicate=False)}
         config = dict(vars(model.config))
         super().__init__(
             model,
@@ -175,6 +173,16 @@ class RecurrentTrainer(Trainer):
     # The samples are already in order, and rank r of W takes micro-batches r, r + W, ... of them.
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(cast(Samples, self.train_dataset))
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = optimisers.build(model or self.trained, self.recipe.optimiser)
+        return self.optimizer
+
+    def _get_learning_rate(self):
+        """That of AdamW without a multiplier, whatever stands in the first group."""
+        scheduler = cast(Any, self.lr_scheduler)
+        return scheduler.get_last_lr()[0] / scheduler.base_lrs[0] * self.recipe.optimiser.learning_rate
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step
@@ -276,8 +284,25 @@ class RecurrentTrainer(Trainer):
             prune(self.out, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir=None, state_dict=None):
-        write_model(self.trained, self.tokenizer, Path(output_dir or self.out))
+    def save_model(self, output_dir=None, _internal_call=False):
+        state = self.full_state()
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.out)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.recipe.adapters:
+            state, extra = adapters.split(state)
+            adapters.save(extra, directory)
+        write_model(self.trained, self.tokenizer, directory, state)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All weights in float32, in the first process (elsewhere nothing); every process calls this."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state: Any = self.accelerator.get_state_dict(self.model_wrapped) if sharded else self.trained.state_dict()
+        if not self.args.should_save:
+            return {}
+        first: dict[int, torch.Tensor] = {}  # what is tied is written once
+        return {name: first.setdefault(self._tied.get(name, id(x)), x) for name, x in state.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Nothing: a resumed run builds its model from the checkpoint, which checks for missing weights."""

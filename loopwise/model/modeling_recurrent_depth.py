@@ -32,7 +32,7 @@ from .configuration_recurrent_depth import RecurrentDepthConfig
 from .initial_state import initial_state
 from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
-from .relaxation import Relaxation
+from .relaxation import Factors, Relaxation
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, with_slot
 
 
@@ -138,7 +138,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             elif module.kind == "gated":
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)
-        elif isinstance(module, Relaxation):
+        elif isinstance(module, Factors):
             module.start()
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
