@@ -35,14 +35,18 @@ def held_out_loss(
     model.eval()
     rank, ranks = shard
     total = torch.zeros((), dtype=torch.float64)
-    for start in range(rank * batch_size, len(blocks), ranks * batch_size):
+    stride = ranks * batch_size
+    for first in range(0, len(blocks), stride):
+        # A rank without a batch left runs the first one and drops it: sharded weights are gathered by all ranks.
+        mine = first + rank * batch_size < len(blocks)
+        start = first + rank * batch_size if mine else 0
         batch = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64)).to(model.device)
         options = {}
         if num_recurrences is not None:
             sequence_ids = torch.arange(start, start + len(batch), device=model.device)
             options = {"num_recurrences": num_recurrences, "sequence_ids": sequence_ids}
         logits = model(input_ids=batch, use_cache=False, **options).logits
-        total += token_losses(logits, batch).cpu().double()
+        total += token_losses(logits, batch).cpu().double() * mine
         if report:
             report(len(batch))
     return total.to(model.device), len(blocks) * (blocks.shape[1] - 1)

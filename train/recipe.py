@@ -202,6 +202,12 @@ class Adapters(Section):
     )
 
 
+Checkpointing = Annotated[
+    Literal["none", "layer", "recurrence"],
+    BeforeValidator(lambda value: {True: "layer", False: "none"}[value] if isinstance(value, bool) else value),
+]
+
+
 class Train(Section):
     """A training run."""
 
@@ -222,7 +228,14 @@ class Train(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the computation: float32, or bfloat16 autocast; weights train in float32"
     )
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    gradient_checkpointing: Checkpointing = Field(
+        default="none",
+        description="recompute activations in the backward pass: none, layer (keeps the input of every layer) or "
+        "recurrence (keeps the state before every recurrence; the layers of prelude and coda as in layer)",
+    )
+    compile: Literal["none", "layer"] = Field(
+        default="none", description="compile the layers with torch.compile: none or layer"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the final weights (default: as MODEL stores them)"
     )

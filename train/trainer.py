@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
@@ -61,8 +62,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"labels": inputs["input_ids"], **inputs}
 
 
-def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+def arguments(recipe: Train, steps: int, out: Path, routed: bool) -> TrainingArguments:
+    """The recipe in the Trainer's words. routed: whether the model has a router."""
     optimiser = recipe.optimiser
     schedule_options = {}
     if optimiser.schedule == "wsd":
@@ -78,7 +79,7 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
         warmup_steps=round(optimiser.warmup * steps),
         max_grad_norm=optimiser.clip,
         bf16=recipe.precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing=recipe.gradient_checkpointing != "none",
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed,
         logging_steps=recipe.log_every,
@@ -93,7 +94,8 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
         log_level="error",
         remove_unused_columns=False,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,  # every parameter takes part in every step
+        # Every parameter takes part in every step, but for the routers of recurrences that a step does not run.
+        ddp_find_unused_parameters=routed,
         ddp_broadcast_buffers=False,  # rotary tables, equal everywhere
         dataloader_pin_memory=torch.accelerator.is_available(),
         use_cpu=not torch.accelerator.is_available(),
@@ -150,6 +152,10 @@ class RecurrentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the Trainer shall count the step's targets
         self._micro_batch = (-1, 0)  # (step, micro-batches of it begun on this rank)
+        if self.is_deepspeed_enabled and recipe.precision == "bfloat16":
+            config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            # Weights stay in float32 as everywhere; DeepSpeed's own `bf16` would train bfloat16 ones.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
@@ -199,20 +205,38 @@ class RecurrentTrainer(Trainer):
         assert not return_outputs, "held-out losses are measured by `evaluate`"
         step = self.state.global_step
         depth = self.curriculum.at(step) if self.curriculum else None
-        # DDP averages over ranks what has to be summed. The factor is exact for 2, 4, 8, ... ranks.
-        return self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
+        # Gradients are averaged over ranks where they have to be summed. The factor is exact for 2, 4, 8, ... ranks.
+        loss = self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
+        if self.is_deepspeed_enabled:  # it changes the weights within the backward pass: `_get_grad_norm` is too late
+            self._check_finite(float(self.accelerator.reduce(loss.detach()).item()))
+        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm: Any = super()._get_grad_norm(model, grad_norm)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
         # The norm is that of all ranks, so all stop together, before the weights change.
-        if not math.isfinite(norm):
-            step = self.state.global_step
-            depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
-            raise UserError(
-                f"step {step + 1}{depth}: the loss or its gradient is not finite; the weights of step {step} were not "
-                "changed by it. Lower optimiser.learning_rate or optimiser.clip, or look at the data"
-            )
+        self._check_finite(float(norm))
         return norm
+
+    def _check_finite(self, value: float) -> None:
+        if math.isfinite(value):
+            return
+        step = self.state.global_step
+        depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
+        first = step * self.samples_per_step
+        raise UserError(
+            f"step {step + 1}{depth}: the loss or its gradient is not finite, in samples {first} to "
+            f"{first + self.samples_per_step - 1}; the weights of step {step} were not changed by it. Lower "
+            "optimiser.learning_rate or optimiser.clip, or look at the data"
+        )
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled and self.curriculum:
+            for layer in cast(Any, self.trained).core:
+                layer.set_reshard_after_forward(False)  # else every recurrence gathers it again
+        return prepared
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss at each depth of `recurrence.eval_at`, as `eval_loss_r<R>` (`eval_loss` without recurrence)."""
@@ -266,6 +290,16 @@ class RecurrentTrainer(Trainer):
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self._output_directory)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Without the Trainer's second copy of the weights, which `save_model` has gathered already.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_checkpoint(self, model, trial=None):
         step = self.state.global_step

@@ -123,6 +123,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         self._no_split_modules = self.source._no_split_modules
         self._call: _Call | None = None
+        self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
         self.post_init()
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs):
@@ -316,6 +317,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             return self._read(call.read, call)
         return self._recur(hidden_states, call)
 
+    def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
+        """Recurrence r, counted from 0, of s and e [B, T, D]."""
+        s = self._run([self._core_place(j, r) for j in range(len(self.config.core))], self.injection(s, e), call)
+        return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
+
     def _read(self, s: torch.Tensor, call: _Call) -> torch.Tensor:
         """The coda's end [B, T, D] for the state s."""
         if self.config.recurrence_norm == "last":
@@ -337,9 +343,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 with torch.no_grad() if r < free else nullcontext():
                     if r and config.recurrence_norm == "between":
                         s = self._final_norm(s)
-                    s = self._run([self._core_place(j, r) for j in layers], self.injection(s, e), call)
-                    if config.recurrence_norm == "each":
-                        s = self.recurrence_norm(s)
+                    if self.checkpoint_recurrences and self.training and torch.is_grad_enabled():
+                        s = checkpoint(self._recurrence, r, s, e, call, use_reentrant=False)
+                    else:
+                        s = self._recurrence(r, s, e, call)
                 if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
                     call.states.append(s)
         return torch.cat([self._read(s, call) for s in (call.states if call.read_all_depths else [s])])

@@ -175,7 +175,7 @@ REFUSED = {
     "optimiser.train=router": "optimiser.train=router: nothing of this model would learn; it has coda, core",
     "optimiser.muon_learning_rate=0.1": "muon_learning_rate belongs to kind=muon",
     "optimiser.multipliers={corr:0.5}": "optimiser.multipliers",
-    "adapters.targets=nowhere_proj": "targets=nowhere_proj: no such modules; choose from down_proj, gate_proj",
+    "adapters.targets=nowhere_proj": "no such linear modules; choose from down_proj, gate_proj",
     "adapters.rank=0": "adapters.rank=0",
 }
 
