@@ -6,7 +6,9 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
+from .configuration_router import router_fields
 from .configuration_sandwich import SandwichConfig  # noqa: F401  registers it
 
 STATE_INITS = ("input", "zeros", "normal")
@@ -37,6 +39,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
         relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
             `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
             (`bool`). See `relaxation.py`.
+        router (`dict`, *optional*): Mixture-of-Recursions: which tokens take part in a recurrence. See `router_fields`;
+            `depths` defaults to num_recurrences.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
@@ -46,7 +50,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     model_type = "recurrent_depth"
     sub_configs: ClassVar[dict[str, Any]] = {"source_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "last_state", "states", "depth_logits", "depth_losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "last_state", "states", "depth_logits", "depth_losses", "router_outputs",
+    ]  # fmt: skip
 
     source_config: Any = None
     prelude: list[int] = field(default_factory=list)
@@ -62,6 +68,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     recurrence_norm: str = "none"
     exit_gate: bool = False
     relaxation: dict[str, Any] | None = None
+    router: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -71,8 +78,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if isinstance(source, dict):
             fields = dict(source)
             source = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if self.router:
+            self.router = router_fields({"depths": self.num_recurrences, **self.router})
         if not self.max_recurrences:
-            self.max_recurrences = max(8, self.num_recurrences)
+            self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
         super().__post_init__(**kwargs)
         if source is None:  # transformers builds an empty config to compute differences
             return
@@ -106,7 +115,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"state_init={self.state_init!r} with injection='none' never shows the input to the core; "
                 "use state_init='input', or injection 'add' or 'linear'"
             )
-
+        if self.router and (self.sharing == "sequence" or self.max_recurrences != self.router["depths"]):
+            raise ValueError(
+                f"sharing={self.sharing!r}, max_recurrences={self.max_recurrences} with a router of "
+                f"{self.router['depths']} recurrences: it needs sharing='cycle', and serves no other number of them"
+            )
         if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm != "none"):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
@@ -137,13 +150,20 @@ class RecurrentDepthConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Number of key-value slots: prelude, coda, then the core once for each of `max_recurrences` depths."""
-        return len(self.slots(self.max_recurrences))
+        return len(self.slots(self.max_recurrences)) + self.has_choice_slot
+
+    @property
+    def has_choice_slot(self) -> bool:
+        """Whether a cache holds, in one slot after all others, at which depths every token has keys and values."""
+        return bool(self.router) and self.router["kv"] == "recursion-wise"
 
     @property
     def layer_types(self) -> list[str]:
-        """Attention type of each key-value slot, where the source distinguishes types (else AttributeError)."""
-        types = self.source_config.layer_types
-        return [types[layer] for layer in self.slots(self.max_recurrences)]
+        """Attention type of each key-value slot, where there are several types (else AttributeError)."""
+        types = self.source_config.layer_types if not self.has_choice_slot else None
+        if types is None:
+            types = get_layer_types_and_kwargs(self.source_config)[0]
+        return [types[layer] for layer in self.slots(self.max_recurrences)] + ["full_attention"] * self.has_choice_slot
 
     def order(self, num_recurrences: int) -> list[tuple[str, int, int]]:
         """(part, layer of it, depth counted from 0) of every layer that runs, in order."""
@@ -158,4 +178,6 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
+        if self.router and self.router["kv"] == "first-recursion":
+            num_recurrences = 1
         return self.prelude + self.coda + self.core * num_recurrences

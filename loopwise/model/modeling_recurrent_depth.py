@@ -2,7 +2,8 @@
 
     e   = prelude(embed(tokens))
     s_0 = initial_state(e)
-    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; relaxation makes core_r differ from core
+    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; relaxation makes core_r differ from core, and a router leaves
+                                            tokens out
     logits = head(norm(coda(s_R)))
 
 The layers, embeddings, rotary tables, norms and head are the source architecture's own transformers modules.
@@ -33,20 +34,33 @@ from .initial_state import initial_state
 from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
 from .relaxation import Factors, Relaxation
-from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache, with_slot
+from .router import (
+    ChoiceSlot,
+    FirstKeysAndValues,
+    Router,
+    RouterOutputs,
+    Routing,
+    Rows,
+    by_name,
+    capacities,
+    counts_positions,
+)
+from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepare_cache, with_slot
 
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
     gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
-    `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end."""
+    `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end.
+    `router_outputs` tell what a router scored and chose."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
     exit_logits: torch.Tensor | None = None
     depth_losses: tuple[torch.Tensor, ...] | None = None
+    router_outputs: RouterOutputs | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -56,7 +70,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
 
 OPTIONS = (
     "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
-    "depth_loss", "depth_loss_at",
+    "depth_loss", "depth_loss_at", "router_capacity",
 )  # fmt: skip
 
 
@@ -66,7 +80,7 @@ class _Place(NamedTuple):
     layer: nn.Module
     source_layer: int
     slot: int
-    arguments: dict[str, int] = {}
+    depth: int | None = None  # of a core layer, counted from 0
 
 
 @dataclass
@@ -84,6 +98,10 @@ class _Call:
     read_all_depths: bool
     keep_hidden: bool
     read: torch.Tensor | None = None  # the state to read out, where nothing else shall run
+    real: torch.Tensor | None = None  # [B, T], where a router: the tokens that are no padding
+    capacity: Sequence[float] | None = None
+    first_kv: dict[int, Any] = field(default_factory=dict)  # what the first recurrence wrote, where others read it
+    routing: Routing | None = None
     layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     states: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -121,6 +139,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             self.exit_gate = nn.Linear(source_config.hidden_size, 1)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
+        if config.router:
+            self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
         self._call: _Call | None = None
         self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
@@ -141,6 +161,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Factors):
             module.start()
+        elif isinstance(module, Router):
+            module.start(getattr(self.config.source_config, "initializer_range", None) or 0.02)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
@@ -157,6 +179,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.source.set_output_embeddings(new_embeddings)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Nothing ahead of `forward`: it needs to know which tokens are padding, and the source makes the masks."""
+        return attention_mask
 
     @can_return_tuple
     def forward(
@@ -178,6 +205,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         depth_loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         depth_loss_at: Sequence[int] = (),
+        router_capacity: Sequence[float] | None = None,
         **kwargs,
     ) -> RecurrentDepthOutput:
         r"""
@@ -193,6 +221,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             logits [B, T, V])` for every r of these depths, at most R. R is read out first; the logits of the others are
             made one depth after the other, and again in the backward pass, so that they are never held together. With
             an exit gate, `exit_logits` is returned too. Needs `use_cache=False`.
+        router_capacity (`Sequence[float]`, *optional*): expert-choice takes these shares of the sequence, one for each
+            recurrence: to warm them up from 1 in training. Default: those of the config, in training and with
+            `inference="topk"`; else thresholds decide.
 
         Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected).
         """
@@ -221,11 +252,17 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("sharing='sequence' has no depth but the last to read out")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        capacity = self._check_routing(recurrences, router_capacity) if config.router else None
         if use_cache is None:
             in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
-            use_cache = past_key_values is not None or in_config
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            use_cache = past_key_values is not None or (in_config and capacity is None)
+        if capacity is not None and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
+                "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
+            )
+        if (use_cache or (config.router and not config.has_choice_slot)) and past_key_values is None:
+            past_key_values = DynamicCache(config=config)  # first-recursion keys and values pass through one, too
         if past_key_values is not None:
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -241,6 +278,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             keep_states=output_states or depth_loss is not None,
             read_all_depths=output_depth_logits,
             keep_hidden=bool(output_hidden_states),
+            capacity=capacity,
+            real=_real(tokens, attention_mask) if config.router else None,
         )
         at_end = (
             self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0]))
@@ -254,7 +293,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache or past_key_values is not None,
             logits_to_keep=logits_to_keep,
             return_dict=True,
             **kwargs,
@@ -285,6 +324,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
             depth_logits=depth_logits,
             depth_losses=depth_losses,
+            router_outputs=call.routing.outputs() if call.routing else None,
         )
 
     def _depth_losses(
@@ -295,9 +335,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         losses = {last: loss(last, logits)} if last in at else {}
 
         def read_out(state: torch.Tensor, depth: int) -> torch.Tensor:
-            self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False)
+            self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False, cache=None)
             try:
-                return loss(depth, self.source(**source_arguments).logits)
+                return loss(depth, self.source(**{**source_arguments, "past_key_values": None}).logits)
             finally:
                 self._call = None
 
@@ -305,6 +345,21 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             if depth != last:
                 losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
         return tuple(losses[depth] for depth in at)
+
+    def _check_routing(self, recurrences: int, capacity: Sequence[float] | None) -> Sequence[float] | None:
+        """The capacities of a call of a routed model, None where thresholds or tokens decide."""
+        fields = cast(Any, self.config.router)
+        if recurrences > fields["depths"] or (fields["kind"] == "token" and recurrences < fields["depths"]):
+            raise ValueError(
+                f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
+            )
+        checkpointing = self.is_gradient_checkpointing or self.checkpoint_recurrences
+        if self.training and checkpointing and not self.config.has_choice_slot:
+            raise ValueError(
+                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
+                "router.kv='first-recursion' does not go with it"
+            )
+        return capacities(fields, capacity, self.training)
 
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
@@ -317,11 +372,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             return self._read(call.read, call)
         return self._recur(hidden_states, call)
 
-    def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
-        """Recurrence r, counted from 0, of s and e [B, T, D]."""
-        s = self._run([self._core_place(j, r) for j in range(len(self.config.core))], self.injection(s, e), call)
-        return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
-
     def _read(self, s: torch.Tensor, call: _Call) -> torch.Tensor:
         """The coda's end [B, T, D] for the state s."""
         if self.config.recurrence_norm == "last":
@@ -331,25 +381,59 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _recur(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """x [B, T, D], the embedded tokens -> coda(s_R) [B, T, D]; if `read_all_depths`, at every depth [R B, T, D]."""
         config, recurrences = self.config, range(call.num_recurrences)
-        layers = range(len(config.core))
         e = self._run(self._places("prelude"), x, call)
         s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
         free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
+        if config.router:
+            call.routing = self.router.begin(s, cast(Any, call.real), call.capacity)
         if config.sharing == "sequence":
-            s = self._run([self._core_place(j, r) for j in layers for r in recurrences], s, call)
+            s = self._run([self._core_place(j, r) for j in range(len(config.core)) for r in recurrences], s, call)
             call.states.append(s)
         else:
             for r in recurrences:
                 with torch.no_grad() if r < free else nullcontext():
                     if r and config.recurrence_norm == "between":
                         s = self._final_norm(s)
-                    if self.checkpoint_recurrences and self.training and torch.is_grad_enabled():
-                        s = checkpoint(self._recurrence, r, s, e, call, use_reentrant=False)
-                    else:
-                        s = self._recurrence(r, s, e, call)
+                    s = self._routed(r, s, e, call) if config.router else self._kept(r, s, e, call)
                 if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
                     call.states.append(s)
+        if call.routing and call.cache is not None and config.has_choice_slot:
+            self._choice_slot(call).add(call.routing, s.dtype)
         return torch.cat([self._read(s, call) for s in (call.states if call.read_all_depths else [s])])
+
+    def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
+        """Recurrence r, counted from 0, of s and e [B, T, D], or of some rows of them."""
+        places = [self._core_place(j, r) for j in range(len(self.config.core))]
+        s = self._run(places, self.injection(s, e), call, **rows)
+        return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
+
+    def _kept(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
+        """`_recurrence`, of which training may keep s alone and run it again in the backward pass."""
+        if self.checkpoint_recurrences and self.training and torch.is_grad_enabled():
+            return cast(Any, checkpoint(self._recurrence, r, s, e, call, use_reentrant=False, **rows))
+        return self._recurrence(r, s, e, call, **rows)
+
+    def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
+        """Recurrence r of the tokens that the router chooses; the others keep their state."""
+        routing = cast(Any, call.routing)
+        selected = routing.select(r, s)
+        movable = not counts_positions(self.config.source_config)
+        if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
+            rows, keys = Rows(selected, gather=movable and r > 0), None
+        elif call.cache is None:
+            rows, keys = Rows(selected, gather=movable), selected
+        else:
+            slot = self._choice_slot(call)
+            rows, keys = Rows(selected, gather=False), slot.keys(r, selected)
+            if call.past and not selected.any():
+                slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
+                return s
+        x = rows.take(s)
+        y = self._kept(r, x, rows.take(e), call, rows=rows, keys=keys)
+        return rows.put(s, routing.combine(r, x, y, rows))
+
+    def _choice_slot(self, call: _Call) -> ChoiceSlot:
+        return ChoiceSlot(cast(Any, call.cache), self.config.num_hidden_layers - 1, call.past)
 
     def _exit_logits(self, states: list[torch.Tensor]) -> torch.Tensor:
         """The gate on the normed state, at every depth [R, B, T]: lambda_r is its sigmoid (arXiv 2510.25741)."""
@@ -367,17 +451,36 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _core_place(self, j: int, depth: int) -> _Place:
         """Core layer j at `depth`, counted from 0."""
         config = self.config
-        slot = len(config.prelude) + len(config.coda) + depth * len(config.core) + j
-        return _Place(self.core[j], config.core[j], slot, {"depth": depth} if config.relaxation else {})
+        kept = depth if config.router is None or config.has_choice_slot else 0
+        slot = len(config.prelude) + len(config.coda) + kept * len(config.core) + j
+        return _Place(self.core[j], config.core[j], slot, depth)
 
-    def _run(self, places: list[_Place], x: torch.Tensor, call: _Call) -> torch.Tensor:
-        """Layers in order, each with what the source passes to the source layer of that id, on a slot of its own."""
+    def _run(
+        self,
+        places: list[_Place],
+        x: torch.Tensor,
+        call: _Call,
+        rows: Rows | None = None,
+        keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Layers in order, each with what the source passes to the source layer of that id, on a slot of its own; with
+        `rows`, for those alone, which see the tokens in `keys`."""
         for place in places:
             args, kwargs = call.layer_arguments[place.source_layer]
             if call.keep_hidden:
                 call.hidden.append(x)
-            kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, place.slot), strict=True))
-            x = place.layer(x, *with_slot(args, call.cache, place.slot), **kwargs, **place.arguments)
+            if rows is not None:
+                offset = call.cache.get_mask_sizes(rows.selected.shape[1], place.slot)[1] if call.cache else 0
+                args, kwargs = (), rows.arguments(by_name(place.layer, args, kwargs), keys, call.past, offset)
+            view = None
+            if call.cache is not None:
+                view = DepthCache(call.cache, place.slot)
+                if rows is not None and keys is None:
+                    view = FirstKeysAndValues(call.cache, place.slot, call.first_kv, first=place.depth == 0)
+            kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, view), strict=True))
+            if self.config.relaxation and place.depth is not None:
+                kwargs["depth"] = place.depth
+            x = place.layer(x, *with_slot(args, call.cache, view), **kwargs)
             x = x[0] if isinstance(x, tuple) else x
         return x
 
@@ -390,6 +493,13 @@ def _logical_positions(tokens, attention_mask, position_ids, past: int) -> torch
     if position_ids is not None:
         return position_ids
     return torch.arange(past, past + length, device=tokens.device)[None]
+
+
+def _real(tokens, attention_mask) -> torch.Tensor:
+    """Which of this call's tokens [B, T] are no padding."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return attention_mask[:, -tokens.shape[1] :].bool()
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def _with_given(s: torch.Tensor, call: _Call) -> torch.Tensor:

@@ -65,9 +65,9 @@ class DepthCache:
         return getattr(self._cache, name)
 
 
-def with_slot(arguments: Iterable, cache: Cache | None, slot: int) -> list:
-    """`arguments` with the cache, wherever it stands among them, replaced by its view for `slot`."""
-    return [DepthCache(cache, slot) if cache is not None and a is cache else a for a in arguments]
+def with_slot(arguments: Iterable, cache: Cache | None, view: DepthCache | None) -> list:
+    """`arguments` with the cache, wherever it stands among them, replaced by `view`."""
+    return [view if cache is not None and a is cache else a for a in arguments]
 
 
 def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
@@ -79,18 +79,22 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
     """
     slots = config.slots(num_recurrences)
     types, options = get_layer_types_and_kwargs(config.source_config)
+    wanted = [(types[layer], options[layer]) for layer in slots]
+    if config.has_choice_slot:  # it stands after all depths, however many this call has
+        wanted = [(types[layer], options[layer]) for layer in config.slots(config.max_recurrences)]
+        wanted.append(("full_attention", {}))
     if isinstance(cache, DynamicCache):
         layers: list[Any] = cache.layers
-        while len(layers) > len(slots) and not layers[-1].is_initialized:
+        while len(layers) > len(wanted) and not layers[-1].is_initialized:
             layers.pop()  # `crop`, which assisted decoding calls, fails on slots that were never written
-    if cache.layer_class_to_replicate is None and len(cache.layers) < len(slots):
+    if cache.layer_class_to_replicate is None and len(cache.layers) < len(wanted):
         if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"num_recurrences={num_recurrences}: this {type(cache).__name__} has slots for "
                 f"max_recurrences={config.max_recurrences}; raise that before the cache is made, or use a DynamicCache"
             )
-        for layer in slots[len(cache.layers) :]:
-            cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[types[layer]](**options[layer]))
+        for kind, arguments in wanted[len(cache.layers) :]:
+            cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
     sliding = cache.is_sliding[: len(slots)]
     if any(sliding) and sliding != [types[layer] in WINDOWED for layer in slots]:
         raise ValueError(
