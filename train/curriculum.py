@@ -94,6 +94,11 @@ class Curriculum:
             return False
         return min([self.backprop.at(0), *(value for _, value in self.backprop.values)]) < self.cap
 
+    def deepest(self) -> Depth:
+        """The step that needs most memory."""
+        most = None if self.backprop is None else min(self.backprop.top, self.cap)
+        return Depth(self.cap, most)
+
     def at(self, step: int) -> Depth:
         """R and the number of recurrences with gradient of optimiser step `step`, counted from 0."""
         depth = self._sample(self.mean.at(step), *uniforms(self.seed, step))

@@ -61,7 +61,13 @@ def _begun(out: Path) -> bool:
 
 
 def prepare(
-    model: str, out: Path, recipe: Train, resume: bool = False, force: bool = False, processes: int = 1
+    model: str,
+    out: Path,
+    recipe: Train,
+    resume: bool = False,
+    force: bool = False,
+    processes: int = 1,
+    layout: str = "whole",
 ) -> bool:
     """Check what can be checked before training, make `out`, and leave the packed tokens in it.
 
@@ -80,14 +86,12 @@ def prepare(
         print(note, file=sys.stderr)
     finished = resume and (out / "config.json").is_file()
     if last := out if finished and (out / RUN).is_file() else checkpoint:
-        check_same_run(last, describe(model, recipe, processes))
+        check_same_run(last, describe(model, recipe, processes, layout))
     if finished:
         print(f"{out}: the run is already finished")
         return False
     config = load_config(model, recipe.revision)
-    curriculum(config, recipe, steps=recipe.steps or 1)
-    _check_objectives(config, recipe)
-    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    check_model(model, config, recipe)
     _check_trackers(recipe.report_to)
     if checkpoint and (out / TOKENS / "digest").is_file():
         return True  # the text as it was when the run began
@@ -96,7 +100,7 @@ def prepare(
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
         check_blocks(model, config, blocks.train, blocks.held_out)
         if checkpoint:
-            check_same_run(checkpoint, describe(model, recipe, processes, blocks.digest))
+            check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest))
         if force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has something to keep
         out.mkdir(parents=True, exist_ok=True)
@@ -111,9 +115,9 @@ def prepare(
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
-    from . import adapters, optimisers
+    from . import adapters, launch, optimisers
     from .pretrained import load_config, load_model, load_tokenizer
-    from .trainer import RecurrentTrainer, arguments
+    from .trainer import RecurrentTrainer, arguments, prepare_model
 
     quiet()
     blocks = data.load(out / TOKENS)
@@ -121,6 +125,7 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
     if recipe.adapters:
         adapters.inject(loaded, recipe.adapters, checkpoint)
+    prepare_model(loaded, recipe)
     optimisers.freeze(loaded, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
     source_config = load_config(model, recipe.revision)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -129,11 +134,11 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     trainer = RecurrentTrainer(
         loaded,
         load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
-        arguments(recipe, steps, out),
+        arguments(recipe, steps, out, routed=bool(getattr(source_config, "router", None))),
         recipe,
         blocks,
         curriculum(source_config, recipe, steps),
-        describe(model, recipe, processes, blocks.digest),
+        describe(model, recipe, processes, launch.layout(), blocks.digest),
     )
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -170,6 +175,14 @@ def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: P
     partial.rmdir()
 
 
+def check_model(model: str, config: Any, recipe: Train) -> Curriculum | None:
+    """The curriculum. Raises UserError where `recipe` asks for what `model`, with its `config`, does not have."""
+    chosen = curriculum(config, recipe, steps=recipe.steps or 1)
+    _check_objectives(config, recipe)
+    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    return chosen
+
+
 def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
     """The curriculum of `recipe` for a model with `config`; None for a model without recurrence.
 
@@ -186,6 +199,8 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
         return None
     keys = recipe.recurrence or Recurrence()
     chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed)
+    if router := getattr(config, "router", None):
+        _check_routed(router, chosen)
     if config.injection == "none" and chosen.truncates:
         # With injection e enters every recurrence; without, only s_0, before the recurrences without gradient.
         assert chosen.backprop is not None
@@ -197,10 +212,27 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
     return chosen
 
 
-def describe(model: str, recipe: Train, processes: int, digest: str | None = None) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as it began. Ranks and accumulation count by their product."""
+def _check_routed(router: dict[str, Any], chosen: Curriculum) -> None:
+    kind, depths = router["kind"], router["depths"]
+    constant = chosen.sampler == "fixed" and chosen.mean.kind == "constant"
+    if chosen.cap > depths or (kind == "token" and not (constant and chosen.mean.end == depths)):
+        rule = "runs exactly" if kind == "token" else "has at most"
+        raise UserError(
+            f"recurrence: a step of this curriculum has up to {chosen.cap} recurrences; this model's {kind}-choice "
+            f"router {rule} {depths}"
+        )
+
+
+def describe(
+    model: str, recipe: Train, processes: int, layout: str = "whole", digest: str | None = None
+) -> dict[str, Any]:
+    """What must be equal for a resumed run to go on as it began. Ranks and accumulation count by their product.
+
+    layout: who reads and writes the optimiser's state. DeepSpeed's is split for one number of ranks.
+    """
     keys = recipe.model_dump(mode="json")
     keys["gradient_accumulation x processes"] = keys.pop("gradient_accumulation") * processes
+    keys["checkpoint layout"] = f"{layout} on {processes} processes" if layout.startswith("zero") else layout
     run = {"MODEL": str(Path(model).resolve()) if Path(model).is_dir() else model, "recipe": keys}
     return run if digest is None else {**run, DIGEST: digest}
 

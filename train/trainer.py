@@ -21,11 +21,13 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from loopwise.errors import UserError
+from loopwise.model.source_layers import layer_list_name
 
 from . import adapters, optimisers, teacher
 from .checkpoint import commit, partial_directory, prune
 from .curriculum import Curriculum
 from .data import Blocks, Order
+from .losses import balanced_bias
 from .measure import held_out_loss
 from .objectives import Objective
 from .pretrained import is_recurrent, write_model
@@ -79,8 +81,6 @@ def arguments(recipe: Train, steps: int, out: Path, routed: bool) -> TrainingArg
         warmup_steps=round(optimiser.warmup * steps),
         max_grad_norm=optimiser.clip,
         bf16=recipe.precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing != "none",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_first_step=True,
@@ -103,6 +103,23 @@ def arguments(recipe: Train, steps: int, out: Path, routed: bool) -> TrainingArg
     if args.n_gpu > 1:
         args._n_gpu = 1  # else one process would wrap the model in nn.DataParallel
     return args
+
+
+def prepare_model(model: Any, recipe: Train) -> None:
+    """What the recipe changes in how `model` computes: checkpointing, compiled layers."""
+    if recipe.gradient_checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.gradient_checkpointing == "recurrence" and is_recurrent(model.config):
+        for layer in model.core:
+            layer.gradient_checkpointing = False
+        model.checkpoint_recurrences = True
+    if recipe.compile == "layer":
+        if is_recurrent(model.config):
+            layers = [*model.prelude, *model.core, *model.coda]
+        else:
+            layers = model.get_submodule(layer_list_name(model, model.config.num_hidden_layers))
+        for layer in layers:
+            layer.compile(dynamic=False)
 
 
 class RecurrentTrainer(Trainer):
@@ -153,7 +170,7 @@ class RecurrentTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the Trainer shall count the step's targets
         self._micro_batch = (-1, 0)  # (step, micro-batches of it begun on this rank)
         if self.is_deepspeed_enabled and recipe.precision == "bfloat16":
-            config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            config: Any = cast(Any, self.accelerator.state.deepspeed_plugin).hf_ds_config.config
             # Weights stay in float32 as everywhere; DeepSpeed's own `bf16` would train bfloat16 ones.
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._since: tuple[int, float] | None = None  # step and time of the last log line
@@ -208,7 +225,7 @@ class RecurrentTrainer(Trainer):
         # Gradients are averaged over ranks where they have to be summed. The factor is exact for 2, 4, 8, ... ranks.
         loss = self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
         if self.is_deepspeed_enabled:  # it changes the weights within the backward pass: `_get_grad_norm` is too late
-            self._check_finite(float(self.accelerator.reduce(loss.detach()).item()))
+            self._check_finite(float(cast(Any, self.accelerator.reduce(loss.detach()))))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -238,6 +255,19 @@ class RecurrentTrainer(Trainer):
                 layer.set_reshard_after_forward(False)  # else every recurrence gathers it again
         return prepared
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._balance()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _balance(self) -> None:
+        """Move a token-choice router's bias by one step, where the recipe asks for it: equal on all ranks."""
+        counts, self.objective.chosen = self.objective.chosen, None
+        if counts is not None:
+            assert self.recipe.objectives.router is not None
+            router = cast(Any, self.trained).router
+            counts = cast(torch.Tensor, self.accelerator.reduce(counts))
+            router.bias.copy_(balanced_bias(router.bias, counts, self.recipe.objectives.router.bias_step))
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss at each depth of `recurrence.eval_at`, as `eval_loss_r<R>` (`eval_loss` without recurrence)."""
         held_out = self.blocks.held_out
@@ -262,7 +292,9 @@ class RecurrentTrainer(Trainer):
         if self.curriculum is None:
             return [None]
         chosen = self.recipe.recurrence.eval_at if self.recipe.recurrence else None
-        return list(chosen or sorted({1, self.curriculum.mean.end}))
+        router = getattr(self.trained.config, "router", None)
+        least = self.curriculum.mean.end if router and router["kind"] == "token" else 1
+        return list(chosen or sorted({least, self.curriculum.mean.end}))
 
     def log(self, logs, start_time=None):
         step = self.state.global_step
