@@ -204,9 +204,10 @@ def relaxed_estimates(recurrent):
         "zero1": of("zero1", Depth(4, 2)),
         "zero3": of("zero3", Depth(4, 2)),
     }
+    # While it traces, transformers repeats the keys of grouped heads, which running attention does not keep.
     model = load_model(str(recurrent)).train()
-    assert found["one"]["activations"] == pytest.approx(measured(model, 4, 2), rel=0.02)
-    assert found["whole"]["activations"] == pytest.approx(measured(model, 16, None), rel=0.02)
+    for name, real in {"one": measured(model, 4, 2), "whole": measured(model, 16, None)}.items():
+        assert real <= found[name]["activations"] <= 1.1 * real
     return found
 
 
