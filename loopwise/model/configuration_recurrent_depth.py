@@ -64,7 +64,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     model_type = "recurrent_depth"
     sub_configs: ClassVar[dict[str, Any]] = {"source_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "last_state", "states", "depth_logits", "router_outputs"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "last_state", "states", "depth_logits", "depth_losses", "router_outputs",
+    ]  # fmt: skip
 
     source_config: Any = None
     prelude: list[int] = field(default_factory=list)
