@@ -39,7 +39,7 @@ def numbers(value: object) -> object:
     """A validator's first step: lists of numbers may be written as 1,2,3, which YAML reads as text."""
     if isinstance(value, str):
         return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 Integers = Annotated[list[Integer], BeforeValidator(numbers)]
@@ -53,7 +53,12 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
 
     Raises UserError naming the key, the rule and the nearest valid key.
     """
-    values = _read(kind, recipe) if recipe else {}
+    values = read_recipe(kind, recipe) if recipe else {}
+    return validate(model, settled(model, values, settings))
+
+
+def settled(model: type[BaseModel], values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """`values` with `key=value` settings put into them. Raises UserError for what is no setting."""
     for setting in settings:
         key, eq, text = setting.partition("=")
         if not eq or not key:
@@ -63,7 +68,7 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
         except yaml.YAMLError as error:
             raise UserError(f"{setting!r}: the value is not valid YAML ({_first_line(error)})") from None
         _put(values, key.split("."), value)
-    return validate(model, values)
+    return values
 
 
 def validate(model: type[R], values: dict[str, Any]) -> R:
@@ -80,7 +85,8 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
         raise UserError(f"{key}{shown}: {message}" if key else message) from None
 
 
-def _read(kind: str, recipe: str) -> dict[str, Any]:
+def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
+    """The keys of the file `recipe`, or of the recipe of that name under recipes/<kind>/, not validated yet."""
     path = Path(recipe)
     if not path.is_file():
         named = RECIPES / kind / f"{recipe}.yaml"

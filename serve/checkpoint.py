@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError
 from .vllm.architectures import vllm_architecture
-from .vllm.limits import refuse
+from .vllm.limits import check_model, refuse
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
 
@@ -44,6 +44,7 @@ def check_config(model: str) -> Facts:
         )
     source = config.get("source_config") or {}
     vllm_architecture(source.get("model_type"))
+    check_model(config)
     refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
     depth = config.get("num_recurrences", 1)
     return Facts(

@@ -17,6 +17,7 @@ from .engine.lanes import Request
 from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
+from .vllm.limits import check_model
 
 DECODERS = ("plain", "wave", "diffusion")
 BLOCK = 16  # positions in a block of the KV cache
@@ -95,6 +96,7 @@ class Engine:
         self.config = config = model.config
         if config.model_type != "recurrent_depth":
             raise UserError(f"model_type {config.model_type!r}: convert the model first (loopwise convert)")
+        check_model(vars(config))
         limit = getattr(config, "max_position_embeddings", None)
         length = min(length, limit) if limit else length
         depths = max_recurrences or config.max_recurrences

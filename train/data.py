@@ -128,6 +128,17 @@ class Blocks:
     train: np.ndarray
     held_out: np.ndarray | None
     digest: str
+    directory: Path
+
+    def inputs(self, rows: slice) -> dict[str, Any]:
+        """What a model is called with for these training blocks."""
+        import torch
+
+        count = len(range(*rows.indices(len(self.train))))
+        return {
+            "input_ids": torch.from_numpy(self.train[rows].astype(np.int64)),
+            "sequence_ids": torch.zeros(count, dtype=torch.int64),
+        }
 
 
 def read(sources: list[str], data: Data, tokenizer: Any, report: Report | None = None) -> Corpus:
@@ -159,7 +170,7 @@ def load(directory: Path) -> Blocks:
     train = np.load(directory / "train.npy", mmap_mode="r")
     held = directory / "held_out.npy"
     held_out = np.load(held, mmap_mode="r") if held.is_file() else None
-    return Blocks(train, held_out, (directory / "digest").read_text())
+    return Blocks(train, held_out, (directory / "digest").read_text(), directory)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from loopwise.recipe import RECIPES
 
 from .recipe import Train
 
+LAUNCHERS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PREPARED = "LOOPWISE_PREPARED"  # set for workers whose launcher has done `prepare`
 
 
@@ -24,8 +26,78 @@ def is_worker() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def layout() -> str:
+    """How this process's run lays out its checkpoints, from what accelerate tells its workers: `whole`, or the
+    launcher that splits them."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp2"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "whole"
+
+
+def profile(launcher: str) -> list[str]:
+    """The options of `accelerate launch` for one of `LAUNCHERS`."""
+    return ["--config_file", str(RECIPES / "accelerate" / f"{launcher}.yaml")]
+
+
+def count_processes(processes: int | None) -> int:
+    """How many processes to start on this machine. Raises UserError for more than there are devices."""
+    import torch
+
+    devices = torch.accelerator.device_count()
+    count = processes or devices
+    if count < 1 or (devices and count > devices):
+        most = f", at most {devices} (the devices here)" if devices else " (there is no GPU to count)"
+        raise UserError(f"--processes {processes}: name at least 1{most}")
+    return count
+
+
+def command(launcher: str, count: int, argv: list[str]) -> list[str]:
+    """The arguments of `accelerate launch` that train in `count` processes on this machine."""
+    options = [*profile(launcher), "--num_processes", str(count), "--main_process_port", "0"]
+    return [*options, "--module", "loopwise", "train", *argv]
+
+
+def remove_stale_locks(cache: Path, age: float = 300.0) -> list[Path]:
+    """Delete the locks of builds in torch's cache of extensions that nothing has touched for `age` seconds.
+
+    A build that is killed leaves its lock, and every later DeepSpeed run would wait for it without end.
+    """
+    removed = []
+    for lock in cache.glob("**/lock"):
+        touched = max((path.stat().st_mtime for path in lock.parent.iterdir()), default=0.0)
+        if time.time() - touched > age:
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
+    return removed
+
+
+def extensions() -> Path:
+    """torch's cache of extensions."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given) if given else Path("~/.cache/torch_extensions").expanduser()
+
+
+def check(launcher: str, recipe: Train) -> None:
+    """Raises UserError where `recipe` and `launcher`, or `layout()`, do not go together."""
+    if launcher.startswith("zero") and recipe.optimiser.kind == "muon":
+        raise UserError(
+            f"optimiser.kind=muon needs whole matrices, which {launcher} flattens and splits: use ddp or fsdp2"
+        )
+    if launcher.startswith("zero") and find_spec("deepspeed") is None:
+        raise UserError(f"--launcher {launcher} needs deepspeed: pip install 'loopwise[train]'")
+
+
 def launch(
-    model: str, out: Path, recipe: Train, resume: bool, force: bool, processes: int | None, argv: list[str]
+    model: str,
+    out: Path,
+    recipe: Train,
+    resume: bool,
+    force: bool,
+    launcher: str,
+    processes: int | None,
+    argv: list[str],
 ) -> int:
     """Prepare the run here, then train it in `processes` copies of this command. Returns the exit code."""
     import torch
@@ -35,23 +107,22 @@ def launch(
 
     from .run import discarded_unless_begun, prepare
 
-    devices = torch.accelerator.device_count()
-    count = processes or devices
-    if count < 1 or (devices and count > devices):
-        most = f", at most {devices} (the devices here)" if devices else " (there is no GPU to count)"
-        raise UserError(f"--processes {processes}: name at least 1{most}")
+    check(launcher, recipe)
+    count = count_processes(processes)
     # What failed is said by the process that failed, not by torch's launcher as well.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    if not prepare(model, out, recipe, resume, force, count):
+    if not prepare(model, out, recipe, resume, force, count, "whole" if launcher == "ddp" else launcher):
         return 0
     os.environ[PREPARED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    if not devices:
+    if not torch.accelerator.device_count():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    profile = RECIPES / "accelerate" / "ddp.yaml"
-    options = ["--config_file", str(profile), "--num_processes", str(count), "--main_process_port", "0"]
-    args = launch_command_parser().parse_args([*options, "--module", "loopwise", "train", *argv])
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if launcher.startswith("zero"):
+        for lock in remove_stale_locks(extensions()):
+            print(f"{lock}: left by a build that was killed, removed", file=sys.stderr)
+    args = launch_command_parser().parse_args(command(launcher, count, argv))
     try:
         with discarded_unless_begun(out):
             launch_command(args)
@@ -75,7 +146,8 @@ def _prepare_as_first(model: str, out: Path, recipe: Train, resume: bool, force:
     said: list[Any] = [None]
     if first:
         try:
-            said = [prepare(model, out, recipe, resume, force, int(os.environ["WORLD_SIZE"]))]
+            check(layout(), recipe)
+            said = [prepare(model, out, recipe, resume, force, int(os.environ["WORLD_SIZE"]), layout())]
         except UserError as error:
             said = [error]
     torch.distributed.broadcast_object_list(said)

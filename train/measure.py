@@ -1,4 +1,4 @@
-"""Loss per token: the sum that training minimises, and its held-out mean at one depth."""
+"""Held-out loss per token at one depth."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .losses import shifted
+
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the next-token losses of labels [B, T] under logits [B, T, V], in float32."""
-    # The labels are shifted, not the logits: that would copy the largest tensor of the step.
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    targets = shifted(labels).flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
 
 
 @torch.no_grad()
@@ -34,14 +35,18 @@ def held_out_loss(
     model.eval()
     rank, ranks = shard
     total = torch.zeros((), dtype=torch.float64)
-    for start in range(rank * batch_size, len(blocks), ranks * batch_size):
+    stride = ranks * batch_size
+    for first in range(0, len(blocks), stride):
+        # A rank without a batch left runs the first one and drops it: sharded weights are gathered by all ranks.
+        mine = first + rank * batch_size < len(blocks)
+        start = first + rank * batch_size if mine else 0
         batch = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64)).to(model.device)
         options = {}
         if num_recurrences is not None:
             sequence_ids = torch.arange(start, start + len(batch), device=model.device)
             options = {"num_recurrences": num_recurrences, "sequence_ids": sequence_ids}
         logits = model(input_ids=batch, use_cache=False, **options).logits
-        total += token_losses(logits, batch).cpu().double()
+        total += token_losses(logits, batch).cpu().double() * mine
         if report:
             report(len(batch))
     return total.to(model.device), len(blocks) * (blocks.shape[1] - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,24 @@ def _told(model: str):
         raise UserError(f"{model}: cannot be loaded ({told[0].rstrip('.')})") from error
 
 
-def write_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
-    """What loads and serves: weights, config, generation config, tokenizer, chat template, remote code."""
-    model.save_pretrained(directory)
+def write_model(
+    model: PreTrainedModel, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor], dtype: str = "float32"
+) -> None:
+    """What loads and serves: weights (`state`, of `dtype`), config, generation config, tokenizer, chat template, remote
+    code."""
+    model.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
+    config = directory / "config.json"  # which names the type of the model's own weights
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+
+
+def cast(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """`state` in another type; what is shared stays shared, and what are no numbers of that kind stay as they are."""
+    made: dict[int, torch.Tensor] = {}
+    for x in state.values():
+        if id(x) not in made:
+            made[id(x)] = x.to(getattr(torch, dtype)) if x.is_floating_point() else x
+    return {name: made[id(x)] for name, x in state.items()}
 
 
 def parameters(model: PreTrainedModel) -> int:

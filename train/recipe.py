@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from loopwise.recipe import Count, Counts, Integer, Number, Section
 
 from .curriculum import RAMPS
+from .recipe_objectives import Objectives
 
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 COOLDOWN = 0.2
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = Annotated[tuple[Number, Number], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
+
+def _levels(value: object) -> object:
+    """{share: number} in order, the first share 0."""
+    if not isinstance(value, dict) or not value:
+        raise ValueError("a mapping from shares of the run to numbers, as {0: 2, 0.5: 4}")
+    levels = sorted((float(share), number) for share, number in value.items())
+    if levels[0][0] != 0:
+        raise ValueError("the first share is 0, where the run begins")
+    return levels
+
+
+Levels = Annotated[list[tuple[Fraction, Count]], BeforeValidator(_levels), PlainSerializer(lambda levels: dict(levels))]
 
 
 class Data(Section):
@@ -52,20 +66,35 @@ class Recurrence(Section):
     """The recurrence curriculum; only for recurrent-depth models."""
 
     mean: Count | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
-    schedule: Literal["constant", "linear", "1-sqrt"] = Field(
-        default="constant", description="growth of the mean: constant, linear or 1-sqrt"
+    schedule: Literal["constant", "linear", "1-sqrt", "steps"] = Field(
+        default="constant", description="growth of the mean: constant, linear, 1-sqrt, or steps (the list in levels)"
     )
     ramp: Fraction | None = Field(
         default=None,
         description="share of the steps until the mean is reached "
         f"(default: linear {RAMPS['linear']}, 1-sqrt {RAMPS['1-sqrt']})",
     )
-    sampler: Literal["fixed", "poisson-lognormal"] = Field(
-        default="fixed", description="R of a step: fixed (the mean) or poisson-lognormal (around mean + 1)"
+    levels: Levels | None = Field(
+        default=None, description="for schedule=steps: {share of the run: mean from there on}, as {0: 2, 0.5: 4}"
     )
+    sampler: Literal["fixed", "poisson-lognormal", "truncated-poisson", "uniform"] = Field(
+        default="fixed",
+        description="R of a step: fixed (the mean), poisson-lognormal (around mean + 1), truncated-poisson (of rate "
+        "mean, within min and max), uniform (min to 2 mean - min, or to max)",
+    )
+    min: Count | None = Field(default=None, description="least sampled R (default: 1)")
     max: Count | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
     backprop: Count | None = Field(
         default=None, description="only this many last recurrences carry gradient (default: all)"
+    )
+    backprop_schedule: Literal["constant", "linear", "1-sqrt", "steps"] = Field(
+        default="constant", description="growth of backprop, as schedule is of the mean"
+    )
+    backprop_ramp: Fraction | None = Field(default=None, description="as ramp, of backprop")
+    backprop_levels: Levels | None = Field(default=None, description="as levels, of backprop")
+    capacity_warmup: Fraction | None = Field(
+        default=None,
+        description="share of the steps in which the capacities of an expert-choice router fall from 1 along a cosine",
     )
     eval_at: Counts | None = Field(
         default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
@@ -73,20 +102,54 @@ class Recurrence(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recurrence:
-        if self.max is not None and self.sampler == "fixed":
-            raise ValueError(
-                "max caps a sampled R, and sampler=fixed samples none: drop max, or choose poisson-lognormal"
-            )
+        for name in ("max", "min"):
+            if getattr(self, name) is not None and self.sampler == "fixed":
+                raise ValueError(
+                    f"{name} bounds a sampled R, and sampler=fixed samples none: drop {name}, or choose a sampler"
+                )
         if self.max is not None and self.mean is not None and self.max < self.mean:
             raise ValueError(f"max={self.max} is below mean={self.mean}")
-        if self.ramp is not None and self.schedule == "constant":
-            raise ValueError("ramp belongs to schedule=linear or 1-sqrt; schedule=constant has none")
+        if self.min is not None and self.max is not None and self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}")
+        for prefix, value in (("", self.mean), ("backprop_", self.backprop)):
+            schedule, ramp, levels = (getattr(self, prefix + name) for name in ("schedule", "ramp", "levels"))
+            if ramp is not None and schedule in ("constant", "steps"):
+                raise ValueError(
+                    f"{prefix}ramp belongs to {prefix}schedule=linear or 1-sqrt; {prefix}schedule={schedule} has none"
+                )
+            if (levels is not None) != (schedule == "steps"):
+                raise ValueError(f"{prefix}levels and {prefix}schedule=steps belong together")
+            if levels is not None and value is not None:
+                raise ValueError(f"{prefix}levels already says the last {prefix.rstrip('_') or 'mean'}: give one")
+        if self.backprop is None and self.backprop_schedule in ("linear", "1-sqrt"):
+            raise ValueError(f"backprop_schedule={self.backprop_schedule} needs backprop, its end")
         return self
 
 
-class Optimiser(Section):
-    """AdamW and the course of its learning rate."""
+ROLES = (
+    "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters",
+)  # fmt: skip
+Role = Literal[
+    "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters"
+]
+Roles = Annotated[list[Role], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
+
+class Optimiser(Section):
+    """The optimiser, what it trains, and the course of its learning rate."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="adamw, or muon for matrices of layers and injection, AdamW for the rest",
+    )
+    train: Roles | None = Field(
+        default=None,
+        min_length=1,
+        description="roles of the parameters that learn, all others are frozen (default: all): " + ", ".join(ROLES),
+    )
+    multipliers: dict[Role, Annotated[Number, Field(ge=0)]] | None = Field(
+        default=None, description="factors on the learning rate by role, as {embeddings: 0.1}"
+    )
     learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine",
@@ -99,11 +162,21 @@ class Optimiser(Section):
     weight_decay: Number = Field(default=0.01, ge=0, description="decoupled weight decay; norms and biases have none")
     betas: Pair = Field(default=(0.9, 0.95), description="AdamW's betas")
     clip: Number = Field(default=1.0, ge=0, description="gradient norm to clip at (0: never)")
+    muon_learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of Muon")
+    muon_momentum: Number = Field(default=0.95, ge=0, lt=1, description="of Muon")
+    muon_adjust: Literal["original", "match_rms_adamw"] = Field(
+        default="original",
+        description="Muon's learning rate by a matrix's shape: original, match_rms_adamw",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimiser:
         if self.cooldown is not None and self.schedule != "wsd":
             raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
+        if self.kind != "muon":
+            for name in ("muon_learning_rate", "muon_momentum", "muon_adjust"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to kind=muon, not to {self.kind}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas[0]},{self.betas[1]}: each at least 0 and below 1")
         if self.warmup + self.decay > 1:
@@ -118,11 +191,30 @@ class Optimiser(Section):
         return COOLDOWN if self.cooldown is None else self.cooldown
 
 
+class Adapters(Section):
+    """PEFT's LoRA adapters: trained instead of the model's own weights, and merged into them at the end."""
+
+    rank: Count = Field(default=8, description="rank of the adapters")
+    alpha: Number | None = Field(default=None, gt=0, description="their scale is alpha / rank (default: alpha = rank)")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="on their input")
+    targets: Strings | None = Field(
+        default=None, min_length=1, description="names of linear modules (default: all of the layers)"
+    )
+
+
+Checkpointing = Annotated[
+    Literal["none", "layer", "recurrence"],
+    BeforeValidator(lambda value: {True: "layer", False: "none"}[value] if isinstance(value, bool) else value),
+]
+
+
 class Train(Section):
     """A training run."""
 
     data: Data
     recurrence: Recurrence | None = None
+    objectives: Objectives = Objectives()
+    adapters: Adapters | None = None
     optimiser: Optimiser = Optimiser()
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
     steps: Count | None = Field(default=None, description="optimiser steps (default: from epochs)")
@@ -136,7 +228,14 @@ class Train(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the computation: float32, or bfloat16 autocast; weights train in float32"
     )
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    gradient_checkpointing: Checkpointing = Field(
+        default="none",
+        description="recompute activations in the backward pass: none, layer (keeps the input of every layer) or "
+        "recurrence (keeps the state before every recurrence; the layers of prelude and coda as in layer)",
+    )
+    compile: Literal["none", "layer"] = Field(
+        default="none", description="compile the layers with torch.compile: none or layer"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the final weights (default: as MODEL stores them)"
     )

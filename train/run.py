@@ -22,7 +22,7 @@ from loopwise.quiet import quiet
 
 from . import data
 from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync
-from .curriculum import Curriculum
+from .curriculum import Curriculum, curriculum_of
 from .recipe import Recurrence, Train
 
 if TYPE_CHECKING:
@@ -61,7 +61,13 @@ def _begun(out: Path) -> bool:
 
 
 def prepare(
-    model: str, out: Path, recipe: Train, resume: bool = False, force: bool = False, processes: int = 1
+    model: str,
+    out: Path,
+    recipe: Train,
+    resume: bool = False,
+    force: bool = False,
+    processes: int = 1,
+    layout: str = "whole",
 ) -> bool:
     """Check what can be checked before training, make `out`, and leave the packed tokens in it.
 
@@ -80,13 +86,12 @@ def prepare(
         print(note, file=sys.stderr)
     finished = resume and (out / "config.json").is_file()
     if last := out if finished and (out / RUN).is_file() else checkpoint:
-        check_same_run(last, describe(model, recipe, processes))
+        check_same_run(last, describe(model, recipe, processes, layout))
     if finished:
         print(f"{out}: the run is already finished")
         return False
     config = load_config(model, recipe.revision)
-    curriculum(config, recipe, steps=recipe.steps or 1)
-    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    check_model(model, config, recipe)
     _check_trackers(recipe.report_to)
     if checkpoint and (out / TOKENS / "digest").is_file():
         return True  # the text as it was when the run began
@@ -95,7 +100,7 @@ def prepare(
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
         check_blocks(model, config, blocks.train, blocks.held_out)
         if checkpoint:
-            check_same_run(checkpoint, describe(model, recipe, processes, blocks.digest))
+            check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest))
         if force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has something to keep
         out.mkdir(parents=True, exist_ok=True)
@@ -110,13 +115,18 @@ def prepare(
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
+    from . import adapters, launch, optimisers
     from .pretrained import load_config, load_model, load_tokenizer
-    from .trainer import RecurrentTrainer, arguments
+    from .trainer import RecurrentTrainer, arguments, prepare_model
 
     quiet()
     blocks = data.load(out / TOKENS)
     checkpoint = last_sound(out)[0] if resume else None
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
+    if recipe.adapters:
+        adapters.inject(loaded, recipe.adapters, checkpoint)
+    prepare_model(loaded, recipe)
+    optimisers.freeze(loaded, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
     source_config = load_config(model, recipe.revision)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
@@ -124,11 +134,11 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     trainer = RecurrentTrainer(
         loaded,
         load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
-        arguments(recipe, steps, out),
+        arguments(recipe, steps, out, routed=bool(getattr(source_config, "router", None))),
         recipe,
         blocks,
         curriculum(source_config, recipe, steps),
-        describe(model, recipe, processes, blocks.digest),
+        describe(model, recipe, processes, launch.layout(), blocks.digest),
     )
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -138,22 +148,24 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.data.held_out:
         trainer.evaluate()
+    state = trainer.full_state()
     if trainer.args.should_save:
-        publish(trainer, model, out, recipe.dtype or _stored_dtype(source_config))
+        publish(trainer, state, model, out, recipe.dtype or _stored_dtype(source_config))
         shutil.rmtree(out / TOKENS)
         print(f"model written to {out}", flush=True)
 
 
-def publish(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:
-    """Write the trained model into `out`, config.json last: no half of it is ever loadable."""
-    import torch
-
+def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: Path, dtype: str) -> None:
+    """Write the trained model, with the weights `state`, into `out`, config.json last: no half of it is loadable."""
+    from . import adapters
     from .card import write_card
+    from .pretrained import cast, write_model
 
     partial = out / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    trainer.trained.to(getattr(torch, dtype))
-    trainer.save_model(str(partial))
+    if trainer.recipe.adapters:
+        state = adapters.merged(state, trainer.recipe.adapters)
+    write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
     write_card(partial, model, trainer.recipe, trainer)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
     (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))
@@ -161,6 +173,14 @@ def publish(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> Non
         sync(path)
         path.replace(out / path.name)
     partial.rmdir()
+
+
+def check_model(model: str, config: Any, recipe: Train) -> Curriculum | None:
+    """The curriculum. Raises UserError where `recipe` asks for what `model`, with its `config`, does not have."""
+    chosen = curriculum(config, recipe, steps=recipe.steps or 1)
+    _check_objectives(config, recipe)
+    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    return chosen
 
 
 def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
@@ -178,35 +198,41 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
             )
         return None
     keys = recipe.recurrence or Recurrence()
-    mean = keys.mean or config.num_recurrences
-    if keys.max is not None and keys.max < mean:
-        raise UserError(
-            f"recurrence.max={keys.max} is below the mean of {mean} recurrences; raise it or set recurrence.mean"
-        )
-    chosen = Curriculum(
-        mean=mean,
-        steps=steps,
-        schedule=keys.schedule,
-        ramp=keys.ramp,
-        sampler=keys.sampler,
-        max=keys.max,
-        backprop=keys.backprop,
-        seed=recipe.seed,
-    )
+    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed)
+    if router := getattr(config, "router", None):
+        _check_routed(router, chosen)
     if config.injection == "none" and chosen.truncates:
         # With injection e enters every recurrence; without, only s_0, before the recurrences without gradient.
+        assert chosen.backprop is not None
         raise UserError(
-            f"recurrence.backprop={keys.backprop}: with injection='none', steps of up to {chosen.cap} recurrences "
-            "would leave the embeddings and the prelude of this model without gradient; drop recurrence.backprop, or "
-            "convert with injection=linear"
+            f"recurrence.backprop={chosen.backprop.end}: with injection='none', steps of up to {chosen.cap} "
+            "recurrences would leave the embeddings and the prelude of this model without gradient; drop "
+            "recurrence.backprop, or convert with injection=linear"
         )
     return chosen
 
 
-def describe(model: str, recipe: Train, processes: int, digest: str | None = None) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as it began. Ranks and accumulation count by their product."""
+def _check_routed(router: dict[str, Any], chosen: Curriculum) -> None:
+    kind, depths = router["kind"], router["depths"]
+    constant = chosen.sampler == "fixed" and chosen.mean.kind == "constant"
+    if chosen.cap > depths or (kind == "token" and not (constant and chosen.mean.end == depths)):
+        rule = "runs exactly" if kind == "token" else "has at most"
+        raise UserError(
+            f"recurrence: a step of this curriculum has up to {chosen.cap} recurrences; this model's {kind}-choice "
+            f"router {rule} {depths}"
+        )
+
+
+def describe(
+    model: str, recipe: Train, processes: int, layout: str = "whole", digest: str | None = None
+) -> dict[str, Any]:
+    """What must be equal for a resumed run to go on as it began. Ranks and accumulation count by their product.
+
+    layout: who reads and writes the optimiser's state. DeepSpeed's is split for one number of ranks.
+    """
     keys = recipe.model_dump(mode="json")
     keys["gradient_accumulation x processes"] = keys.pop("gradient_accumulation") * processes
+    keys["checkpoint layout"] = f"{layout} on {processes} processes" if layout.startswith("zero") else layout
     run = {"MODEL": str(Path(model).resolve()) if Path(model).is_dir() else model, "recipe": keys}
     return run if digest is None else {**run, DIGEST: digest}
 
@@ -250,6 +276,18 @@ def check_blocks(model: str, config: Any, *parts: np.ndarray | None) -> None:
     greatest = max(int(blocks.max()) for blocks in parts if blocks is not None)
     if greatest >= config.vocab_size:
         raise UserError(f"{model}: its tokenizer gives id {greatest}, its embeddings end at {config.vocab_size - 1}")
+
+
+def _check_objectives(config: Any, recipe: Train) -> None:
+    from . import objectives, teacher
+    from .pretrained import is_recurrent
+
+    objectives.check(recipe.objectives, config, is_recurrent(config))
+    if recipe.objectives.distillation:
+        teacher.check(recipe.objectives.distillation, config)
+    router = getattr(config, "router", None)
+    if recipe.recurrence and recipe.recurrence.capacity_warmup and not (router and router["kind"] == "expert"):
+        raise UserError("recurrence.capacity_warmup: this model has no expert-choice router")
 
 
 def _check_trackers(names: list[str]) -> None:

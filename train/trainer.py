@@ -16,18 +16,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from loopwise.errors import UserError
+from loopwise.model.source_layers import layer_list_name
 
+from . import adapters, optimisers, teacher
 from .checkpoint import commit, partial_directory, prune
 from .curriculum import Curriculum
 from .data import Blocks, Order
-from .measure import held_out_loss, token_losses
+from .losses import balanced_bias
+from .measure import held_out_loss
+from .objectives import Objective
 from .pretrained import is_recurrent, write_model
 from .progress import Progress
 from .recipe import Train
+from .recipe_objectives import Distillation
 
 # DDP takes it from the Trainer by this name only.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -38,26 +44,28 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class Samples(Dataset):
     """All samples of a run in their order; sample g is a block and g itself, which tells `normal` states apart."""
 
-    def __init__(self, blocks: np.ndarray, count: int, seed: int):
-        self.blocks, self.count = blocks, count
+    def __init__(self, blocks: np.ndarray, count: int, seed: int, beside: dict[str, np.ndarray]):
+        self.blocks, self.count, self.beside = blocks, count, beside
         self.order = Order(len(blocks), seed)
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, sample: int) -> tuple[int, np.ndarray]:
-        return sample, self.blocks[self.order[sample]]
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        row = self.order[sample]
+        kept = {name: array[row] for name, array in self.beside.items()}
+        return {"sequence_ids": sample, "input_ids": self.blocks[row], **kept}
 
 
-def collate(samples: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """input_ids and labels [B, T], sequence_ids [B]."""
-    input_ids = torch.from_numpy(np.stack([block for _, block in samples])).long()
-    sequence_ids = torch.tensor([sample for sample, _ in samples])
-    return {"input_ids": input_ids, "labels": input_ids, "sequence_ids": sequence_ids}
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """input_ids and labels [B, T], sequence_ids [B], and what stands beside the blocks."""
+    inputs = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    inputs["input_ids"] = inputs["input_ids"].long()
+    return {"labels": inputs["input_ids"], **inputs}
 
 
-def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+def arguments(recipe: Train, steps: int, out: Path, routed: bool) -> TrainingArguments:
+    """The recipe in the Trainer's words. routed: whether the model has a router."""
     optimiser = recipe.optimiser
     schedule_options = {}
     if optimiser.schedule == "wsd":
@@ -67,17 +75,12 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=optimiser.learning_rate,
+        learning_rate=optimiser.learning_rate,  # shown; the optimiser is made by `create_optimizer`
         lr_scheduler_type=SCHEDULES[optimiser.schedule],
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=round(optimiser.warmup * steps),
-        weight_decay=optimiser.weight_decay,
-        adam_beta1=optimiser.betas[0],
-        adam_beta2=optimiser.betas[1],
         max_grad_norm=optimiser.clip,
         bf16=recipe.precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_first_step=True,
@@ -91,7 +94,8 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
         log_level="error",
         remove_unused_columns=False,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,  # every parameter takes part in every step
+        # Every parameter takes part in every step, but for the routers of recurrences that a step does not run.
+        ddp_find_unused_parameters=routed,
         ddp_broadcast_buffers=False,  # rotary tables, equal everywhere
         dataloader_pin_memory=torch.accelerator.is_available(),
         use_cpu=not torch.accelerator.is_available(),
@@ -99,6 +103,23 @@ def arguments(recipe: Train, steps: int, out: Path) -> TrainingArguments:
     if args.n_gpu > 1:
         args._n_gpu = 1  # else one process would wrap the model in nn.DataParallel
     return args
+
+
+def prepare_model(model: Any, recipe: Train) -> None:
+    """What the recipe changes in how `model` computes: checkpointing, compiled layers."""
+    if recipe.gradient_checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.gradient_checkpointing == "recurrence" and is_recurrent(model.config):
+        for layer in model.core:
+            layer.gradient_checkpointing = False
+        model.checkpoint_recurrences = True
+    if recipe.compile == "layer":
+        if is_recurrent(model.config):
+            layers = [*model.prelude, *model.core, *model.coda]
+        else:
+            layers = model.get_submodule(layer_list_name(model, model.config.num_hidden_layers))
+        for layer in layers:
+            layer.compile(dynamic=False)
 
 
 class RecurrentTrainer(Trainer):
@@ -119,16 +140,26 @@ class RecurrentTrainer(Trainer):
         curriculum: Curriculum | None,
         run: dict[str, Any],
     ):
+        distillation, device = recipe.objectives.distillation, args.device
+        given, beside = None, {}
+        if distillation and distillation.top_k:
+            given = teacher.kept
+            beside = self._precomputed(distillation, blocks, recipe, args)
+        elif distillation:
+            given = teacher.Teacher(distillation, device, recipe.precision)
+        warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * args.max_steps)
+        self.objective = Objective(recipe.objectives, model.config, given, args.max_steps, recipe.seed, warmup)
         self.recipe, self.blocks, self.curriculum, self.run = recipe, blocks, curriculum, run
         self.trained, self.tokenizer = model, tokenizer
         self.out = self._output_directory = Path(str(args.output_dir))
         self.samples_per_step = recipe.batch_size * recipe.gradient_accumulation * args.world_size
+        self._tied = {name: id(x) for name, x in model.named_parameters(remove_duplicate=False)}
         config = dict(vars(model.config))
         super().__init__(
             model,
             args,
             data_collator=collate,
-            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed),
+            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed, beside),
             eval_dataset=cast(Any, blocks.held_out),  # the Trainer only looks whether there is any: see `evaluate`
             callbacks=[Progress(args.max_steps)],
         )
@@ -138,13 +169,43 @@ class RecurrentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # the Trainer shall count the step's targets
         self._micro_batch = (-1, 0)  # (step, micro-batches of it begun on this rank)
+        if self.is_deepspeed_enabled and recipe.precision == "bfloat16":
+            config: Any = cast(Any, self.accelerator.state.deepspeed_plugin).hf_ds_config.config
+            # Weights stay in float32 as everywhere; DeepSpeed's own `bf16` would train bfloat16 ones.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
 
+    @staticmethod
+    def _precomputed(keys: Distillation, blocks: Blocks, recipe: Train, args: TrainingArguments):
+        """The teacher's top k beside the blocks: computed here, by all ranks, where that was not done yet."""
+        with args.main_process_first(local=False):
+            missing = not (blocks.directory / teacher.DONE).is_file()
+            if missing and args.should_save:
+                teacher.begin(keys, blocks)
+        if missing:
+            shard = (args.process_index, args.world_size)
+            teacher.precompute(keys, blocks, args.device, recipe.precision, recipe.batch_size, shard)
+            if args.world_size > 1:
+                torch.distributed.barrier()
+            if args.should_save:
+                teacher.finish(blocks)
+        return teacher.load(blocks)
+
     # The samples are already in order, and rank r of W takes micro-batches r, r + W, ... of them.
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(cast(Samples, self.train_dataset))
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = optimisers.build(model or self.trained, self.recipe.optimiser)
+        return self.optimizer
+
+    def _get_learning_rate(self):
+        """That of AdamW without a multiplier, whatever stands in the first group."""
+        scheduler = cast(Any, self.lr_scheduler)
+        return scheduler.get_last_lr()[0] / scheduler.base_lrs[0] * self.recipe.optimiser.learning_rate
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step
@@ -157,26 +218,55 @@ class RecurrentTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        depth = self.curriculum.at(self.state.global_step)._asdict() if self.curriculum else {}
-        if depth:
-            depth["sequence_ids"] = inputs["sequence_ids"]
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **depth)
         assert num_items_in_batch is not None, "the Trainer counts the labels of a step"
-        # DDP averages over ranks what has to be summed. The factor is exact for 2, 4, 8, ... ranks.
-        loss = token_losses(outputs.logits, inputs["labels"]) / num_items_in_batch * self.args.world_size
-        return (loss, outputs) if return_outputs else loss
+        assert not return_outputs, "held-out losses are measured by `evaluate`"
+        step = self.state.global_step
+        depth = self.curriculum.at(step) if self.curriculum else None
+        # Gradients are averaged over ranks where they have to be summed. The factor is exact for 2, 4, 8, ... ranks.
+        loss = self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
+        if self.is_deepspeed_enabled:  # it changes the weights within the backward pass: `_get_grad_norm` is too late
+            self._check_finite(float(cast(Any, self.accelerator.reduce(loss.detach()))))
+        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm: Any = super()._get_grad_norm(model, grad_norm)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
         # The norm is that of all ranks, so all stop together, before the weights change.
-        if not math.isfinite(norm):
-            step = self.state.global_step
-            depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
-            raise UserError(
-                f"step {step + 1}{depth}: the loss or its gradient is not finite; the weights of step {step} were not "
-                "changed by it. Lower optimiser.learning_rate or optimiser.clip, or look at the data"
-            )
+        self._check_finite(float(norm))
         return norm
+
+    def _check_finite(self, value: float) -> None:
+        if math.isfinite(value):
+            return
+        step = self.state.global_step
+        depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
+        first = step * self.samples_per_step
+        raise UserError(
+            f"step {step + 1}{depth}: the loss or its gradient is not finite, in samples {first} to "
+            f"{first + self.samples_per_step - 1}; the weights of step {step} were not changed by it. Lower "
+            "optimiser.learning_rate or optimiser.clip, or look at the data"
+        )
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled and self.curriculum:
+            for layer in cast(Any, self.trained).core:
+                layer.set_reshard_after_forward(False)  # else every recurrence gathers it again
+        return prepared
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._balance()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _balance(self) -> None:
+        """Move a token-choice router's bias by one step, where the recipe asks for it: equal on all ranks."""
+        counts, self.objective.chosen = self.objective.chosen, None
+        if counts is not None:
+            assert self.recipe.objectives.router is not None
+            router = cast(Any, self.trained).router
+            counts = cast(torch.Tensor, self.accelerator.reduce(counts))
+            router.bias.copy_(balanced_bias(router.bias, counts, self.recipe.objectives.router.bias_step))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss at each depth of `recurrence.eval_at`, as `eval_loss_r<R>` (`eval_loss` without recurrence)."""
@@ -202,7 +292,9 @@ class RecurrentTrainer(Trainer):
         if self.curriculum is None:
             return [None]
         chosen = self.recipe.recurrence.eval_at if self.recipe.recurrence else None
-        return list(chosen or sorted({1, self.curriculum.mean}))
+        router = getattr(self.trained.config, "router", None)
+        least = self.curriculum.mean.end if router and router["kind"] == "token" else 1
+        return list(chosen or sorted({least, self.curriculum.mean.end}))
 
     def log(self, logs, start_time=None):
         step = self.state.global_step
@@ -231,6 +323,16 @@ class RecurrentTrainer(Trainer):
     def _get_output_dir(self, trial=None) -> str:
         return str(self._output_directory)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Without the Trainer's second copy of the weights, which `save_model` has gathered already.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
     def _save_checkpoint(self, model, trial=None):
         step = self.state.global_step
         partial = partial_directory(self.out, step)
@@ -248,8 +350,25 @@ class RecurrentTrainer(Trainer):
             prune(self.out, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir=None, state_dict=None):
-        write_model(self.trained, self.tokenizer, Path(output_dir or self.out))
+    def save_model(self, output_dir=None, _internal_call=False):
+        state = self.full_state()
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.out)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.recipe.adapters:
+            state, extra = adapters.split(state)
+            adapters.save(extra, directory)
+        write_model(self.trained, self.tokenizer, directory, state)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All weights in float32, in the first process (elsewhere nothing); every process calls this."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state: Any = self.accelerator.get_state_dict(self.model_wrapped) if sharded else self.trained.state_dict()
+        if not self.args.should_save:
+            return {}
+        first: dict[int, torch.Tensor] = {}  # what is tied is written once
+        return {name: first.setdefault(self._tied.get(name, id(x)), x) for name, x in state.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Nothing: a resumed run builds its model from the checkpoint, which checks for missing weights."""

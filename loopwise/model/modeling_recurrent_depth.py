@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -29,11 +30,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
-from .relaxation import Relaxation
+from .recurrence_encoding import RecurrenceEncoding
+from .relaxation import Factors, Relaxation
 from .router import (
+    HIDING,
     ChoiceSlot,
     FirstKeysAndValues,
     Router,
@@ -50,14 +54,18 @@ from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepa
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
-    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `hidden_states` are the
-    inputs of every layer that ran, then the normed end. `router_outputs` tell what a router scored and chose."""
+    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
+    `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end.
+    `router_outputs` tell what a router scored and chose. With halting, `ponder` [B, T] is each token's ponder cost, and
+    `state` the mean that is read out."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
     depth_logits: torch.Tensor | None = None
     exit_logits: torch.Tensor | None = None
+    depth_losses: tuple[torch.Tensor, ...] | None = None
     router_outputs: RouterOutputs | None = None
+    ponder: torch.Tensor | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -67,7 +75,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
 
 OPTIONS = (
     "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
-    "router_capacity",
+    "depth_loss", "depth_loss_at", "router_capacity",
 )  # fmt: skip
 
 
@@ -94,10 +102,13 @@ class _Call:
     keep_states: bool
     read_all_depths: bool
     keep_hidden: bool
+    read: torch.Tensor | None = None  # the state to read out, where nothing else shall run
     real: torch.Tensor | None = None  # [B, T], where a router: the tokens that are no padding
     capacity: Sequence[float] | None = None
     first_kv: dict[int, Any] = field(default_factory=dict)  # what the first recurrence wrote, where others read it
     routing: Routing | None = None
+    state: torch.Tensor | None = None  # the one that is read out
+    ponder: torch.Tensor | None = None
     layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     states: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -131,6 +142,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.injection = Injection(config.injection, source_config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
+        if config.recurrence_encoding == "sinusoidal":
+            self.recurrence_encoding = RecurrenceEncoding(source_config.hidden_size)
+        if config.halting == "act":
+            self.halting_gate = nn.Linear(source_config.hidden_size, 1)
         if config.exit_gate:
             self.exit_gate = nn.Linear(source_config.hidden_size, 1)
         if config.relaxation:
@@ -139,6 +154,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
         self._call: _Call | None = None
+        self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
         self.post_init()
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs):
@@ -154,10 +170,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             elif module.kind == "gated":
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)
-        elif isinstance(module, Relaxation):
+        elif isinstance(module, Factors):
             module.start()
+        elif isinstance(module, RecurrenceEncoding):
+            init.zeros_(module.weight)
+        elif self.config.halting == "act" and module is self.halting_gate:
+            init.zeros_(cast(Any, module).weight)
+            init.zeros_(cast(Any, module).bias)
         elif isinstance(module, Router):
-            module.start(getattr(self.config.source_config, "initializer_range", None) or 0.02)
+            module.start(self.config.initializer_std)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
@@ -198,6 +219,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         output_states: bool = False,
         output_depth_logits: bool = False,
         output_hidden_states: bool | None = None,
+        depth_loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        depth_loss_at: Sequence[int] = (),
         router_capacity: Sequence[float] | None = None,
         **kwargs,
     ) -> RecurrentDepthOutput:
@@ -210,6 +233,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
         output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
             runs the coda at every depth and so needs `use_cache=False`.
+        depth_loss (`Callable`, *optional*), depth_loss_at (`Sequence[int]`): `depth_losses` becomes `depth_loss(r,
+            logits [B, T, V])` for every r of these depths, at most R. R is read out first; the logits of the others are
+            made one depth after the other, and again in the backward pass, so that they are never held together. With
+            an exit gate, `exit_logits` is returned too. Needs `use_cache=False`.
         router_capacity (`Sequence[float]`, *optional*): expert-choice takes these shares of the sequence, one for each
             recurrence: to warm them up from 1 in training. Default: those of the config, in training and with
             `inference="topk"`; else thresholds decide.
@@ -226,18 +253,29 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise TypeError(f"forward() has no argument {name!r}: did you mean {near[0]!r}?")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        read_depths = output_depth_logits or depth_loss is not None
         if config.sharing == "sequence" and (grad_recurrences or output_states or output_depth_logits):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core: it has no states or logits of each, and no "
                 "grad_recurrences"
             )
-        if output_depth_logits and (use_cache or past_key_values is not None):
-            raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
+        if read_depths and (use_cache or past_key_values is not None):
+            name = "output_depth_logits" if output_depth_logits else "depth_loss"
+            raise ValueError(f"{name} reads the coda at every depth, which no cache holds: use_cache=False")
+        if any(not 1 <= depth <= recurrences for depth in depth_loss_at):
+            raise ValueError(f"depth_loss_at={list(depth_loss_at)}: depths are 1 to num_recurrences={recurrences}")
+        if any(depth != recurrences for depth in depth_loss_at) and (
+            config.sharing == "sequence" or config.halting != "none"
+        ):
+            raise ValueError(
+                f"depth_loss_at={list(depth_loss_at)}: a model of sharing='sequence', or with halting, is read out after "
+                "the last recurrence alone"
+            )
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         capacity = self._check_routing(recurrences, router_capacity) if config.router else None
         if use_cache is None:
-            in_config = getattr(config, "use_cache", True) and not self.training and not output_depth_logits
+            in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
             use_cache = past_key_values is not None or (in_config and capacity is None)
         if capacity is not None and (use_cache or past_key_values is not None):
             raise ValueError(
@@ -258,7 +296,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             positions=_logical_positions(tokens, attention_mask, position_ids, past),
             sequence_ids=sequence_ids,
             cache=past_key_values,
-            keep_states=output_states,
+            keep_states=output_states or depth_loss is not None,
             read_all_depths=output_depth_logits,
             keep_hidden=bool(output_hidden_states),
             capacity=capacity,
@@ -270,18 +308,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             else None
         )
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
+        source_arguments = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache or past_key_values is not None,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
         try:
-            out = self.source(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache or past_key_values is not None,
-                logits_to_keep=logits_to_keep,
-                return_dict=True,
-                **kwargs,
-            )
+            out = self.source(**source_arguments)
         finally:
             self._call = None
             if at_end:
@@ -290,6 +329,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if output_depth_logits:
             depth_logits = logits.unflatten(0, (recurrences, -1))
             logits = depth_logits[-1]
+        depth_losses = None
+        if depth_loss is not None:
+            depth_losses = self._depth_losses(logits, call, source_arguments, depth_loss, depth_loss_at)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
@@ -298,12 +340,33 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
-            last_state=call.states[-1],
+            last_state=call.state,
             states=torch.stack(call.states) if output_states else None,
-            exit_logits=self._exit_logits(call.states) if output_states and config.exit_gate else None,
+            exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
             depth_logits=depth_logits,
+            ponder=call.ponder,
+            depth_losses=depth_losses,
             router_outputs=call.routing.outputs() if call.routing else None,
         )
+
+    def _depth_losses(
+        self, logits: torch.Tensor, call: _Call, source_arguments: dict[str, Any], loss: Callable, at: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """`loss` of the logits at every depth of `at`; `logits` are those at the last."""
+        last = call.num_recurrences
+        losses = {last: loss(last, logits)} if last in at else {}
+
+        def read_out(state: torch.Tensor, depth: int) -> torch.Tensor:
+            self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False, cache=None)
+            try:
+                return loss(depth, self.source(**{**source_arguments, "past_key_values": None}).logits)
+            finally:
+                self._call = None
+
+        for depth in at:
+            if depth != last:
+                losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
+        return tuple(losses[depth] for depth in at)
 
     def _check_routing(self, recurrences: int, capacity: Sequence[float] | None) -> Sequence[float] | None:
         """The capacities of a call of a routed model, None where thresholds or tokens decide."""
@@ -312,7 +375,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
             )
-        if self.training and self.is_gradient_checkpointing and not self.config.has_choice_slot:
+        checkpointing = self.is_gradient_checkpointing or self.checkpoint_recurrences
+        if self.training and checkpointing and not self.config.has_choice_slot:
             raise ValueError(
                 "gradient checkpointing runs a recurrence a second time without what it read of the first: "
                 "router.kv='first-recursion' does not go with it"
@@ -326,7 +390,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         call.layer_arguments[index] = (args, kwargs)
         if index + 1 < self.config.source_config.num_hidden_layers:
             return hidden_states
+        if call.read is not None:
+            return self._read(call.read, call)
         return self._recur(hidden_states, call)
+
+    def _read(self, s: torch.Tensor, call: _Call) -> torch.Tensor:
+        """The coda's end [B, T, D] for the state s."""
+        if self.config.recurrence_norm == "last":
+            s = self._final_norm(s)
+        return self._run(self._places("coda"), s, call)
 
     def _recur(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """x [B, T, D], the embedded tokens -> coda(s_R) [B, T, D]; if `read_all_depths`, at every depth [R B, T, D]."""
@@ -334,6 +406,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         e = self._run(self._places("prelude"), x, call)
         s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
         free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
+        keep = call.keep_states or call.read_all_depths or config.halting == "act"
         if config.router:
             call.routing = self.router.begin(s, cast(Any, call.real), call.capacity)
         if config.sharing == "sequence":
@@ -344,39 +417,58 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 with torch.no_grad() if r < free else nullcontext():
                     if r and config.recurrence_norm == "between":
                         s = self._final_norm(s)
-                    s = self._routed(r, s, e, call) if config.router else self._recurrence(r, s, e, call)
-                if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
+                    s = self._routed(r, s, e, call) if config.router else self._kept(r, s, e, call)
+                if keep or r + 1 == call.num_recurrences:
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
             self._choice_slot(call).add(call.routing, s.dtype)
         read = call.states if call.read_all_depths else [s]
-        if config.recurrence_norm == "last":
-            read = [self._final_norm(s) for s in read]
-        return torch.cat([self._run(self._places("coda"), s, call) for s in read])
+        if config.halting == "act":
+            ends = recurrences if call.read_all_depths else recurrences[-1:]
+            read = [self._halted(call.states[: r + 1], call) for r in ends]
+        call.state = read[-1]
+        return torch.cat([self._read(s, call) for s in read])
 
     def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
         """Recurrence r, counted from 0, of s and e [B, T, D], or of some rows of them."""
-        places = [self._core_place(j, r) for j in range(len(self.config.core))]
+        places, before = [self._core_place(j, r) for j in range(len(self.config.core))], s
+        if self.config.recurrence_encoding == "sinusoidal":
+            s = self.recurrence_encoding(s, call.positions, r + 1)
         s = self._run(places, self.injection(s, e), call, **rows)
+        if self.config.recurrence_residual and r:
+            s = s + before
         return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
+
+    def _halted(self, states: list[torch.Tensor], call: _Call) -> torch.Tensor:
+        """The mean of s_1, s_2, .. [B, T, D] under the halting gate; notes what it cost."""
+        logits = torch.stack([self.halting_gate(s).squeeze(-1) for s in states])
+        weights, call.ponder = halting_weights(logits, self.config.halting_epsilon)
+        return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
+
+    def _kept(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
+        """`_recurrence`, of which training may keep s alone and run it again in the backward pass."""
+        if self.checkpoint_recurrences and self.training and torch.is_grad_enabled():
+            return cast(Any, checkpoint(self._recurrence, r, s, e, call, use_reentrant=False, **rows))
+        return self._recurrence(r, s, e, call, **rows)
 
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""
         routing = cast(Any, call.routing)
         selected = routing.select(r, s)
         movable = not counts_positions(self.config.source_config)
+        hides = self.config.source_config.model_type in HIDING
         if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
             rows, keys = Rows(selected, gather=movable and r > 0), None
         elif call.cache is None:
-            rows, keys = Rows(selected, gather=movable), selected
+            rows, keys = Rows(selected, gather=movable, hides=hides), selected
         else:
             slot = self._choice_slot(call)
-            rows, keys = Rows(selected, gather=False), slot.keys(r, selected)
+            rows, keys = Rows(selected, gather=False, hides=hides), slot.keys(r, selected)
             if call.past and not selected.any():
                 slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
                 return s
         x = rows.take(s)
-        y = self._recurrence(r, x, rows.take(e), call, rows=rows, keys=keys)
+        y = self._kept(r, x, rows.take(e), call, rows=rows, keys=keys)
         return rows.put(s, routing.combine(r, x, y, rows))
 
     def _choice_slot(self, call: _Call) -> ChoiceSlot:

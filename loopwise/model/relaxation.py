@@ -24,10 +24,12 @@ class Factors(nn.Module):
         self.lora_B = nn.Parameter(linear.weight.new_empty(depths, out, rank))
         self.dora_magnitude = nn.Parameter(linear.weight.new_empty(depths, out)) if dora else None
         self.depth = 0
+        self._linear = (linear,)  # not a module of this one
         linear.register_forward_hook(self._add)
 
-    def start(self, weight: torch.Tensor | None) -> None:
-        """Random A and zero B, so that nothing changes yet; `weight` [out, in] is the linear module's."""
+    def start(self) -> None:
+        """The factors of a model that was not trained with any: random A and zero B, so that nothing changes yet."""
+        weight = None if self._linear[0].weight.is_meta else matrix(self._linear[0])
         init.normal_(self.lora_A, std=self.lora_A.shape[-1] ** -0.5)
         init.zeros_(self.lora_B)
         if self.dora_magnitude is not None and weight is not None:
@@ -74,11 +76,6 @@ class Relaxation(nn.Module):
         self._leave()
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
         layer.register_forward_hook(self._leave)
-
-    def start(self) -> None:
-        """The relaxation of a model that was not trained with one: nothing differs between depths."""
-        for factors, linear in self._factors:
-            factors.start(None if linear.weight.is_meta else matrix(linear))
 
     def _branch(self, path: str) -> nn.Module:
         """The module at `path` of this one, made where it does not exist yet."""

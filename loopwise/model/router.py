@@ -193,11 +193,11 @@ class Rows:
 
     gather: the core gets only them, [B, N, D], which saves their share of the work; else it gets all tokens, of which
     the others are computed in vain: where a key-value cache needs a row for every token, and in architectures whose
-    layers count positions themselves.
+    layers count positions themselves. hides: the layers' masks are true where a token is hidden, not where it is seen.
     """
 
-    def __init__(self, selected: torch.Tensor, gather: bool):
-        self.selected, self.gather = selected, gather
+    def __init__(self, selected: torch.Tensor, gather: bool, hides: bool = False):
+        self.selected, self.gather, self.hides = selected, gather, hides
         if gather:
             length = selected.shape[1]
             places = torch.arange(length, device=selected.device).expand_as(selected)
@@ -252,10 +252,12 @@ class Rows:
 
     def _among(self, mask: torch.Tensor | None, keys: torch.Tensor, past: int, offset: int) -> torch.Tensor:
         """All rows, and of the columns those in `keys`; so that it stays finite, every row attends to itself."""
-        mask = self._spelled_out(mask, past)
+        mask = self._spelled_out(~mask if self.hides and mask is not None else mask, past)
         seen = F.pad(keys[:, offset:], (0, mask.shape[-1] - keys.shape[1] + offset))
         own = torch.arange(keys.shape[1] - past, device=keys.device)[:, None] + past - offset
-        return _allow(_forbid(mask, ~seen[:, None, None]), own == torch.arange(mask.shape[-1], device=keys.device))
+        own = own == torch.arange(mask.shape[-1], device=keys.device)
+        among = _allow(_forbid(mask, ~seen[:, None, None]), own)
+        return ~among if self.hides else among
 
     def _of_rows(self, mask: torch.Tensor) -> torch.Tensor:
         index = self.index.clamp(max=mask.shape[2] - 1)[:, None, :, None]
@@ -279,8 +281,9 @@ def _allow(mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return mask | where if mask.dtype == torch.bool else mask.masked_fill(where, 0)
 
 
-# Architectures whose layers take positions from the place of a token, not from an argument.
+# Architectures whose layers take positions from the place of a token, not from an argument; and whose masks hide.
 COUNTING = {"bloom", "gpt_neo", "mpt"}
+HIDING = {"mpt"}
 
 
 def counts_positions(source_config: Any) -> bool:

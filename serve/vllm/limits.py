@@ -16,6 +16,17 @@ def check_depth(num_recurrences: int, limit: int) -> None:
         )
 
 
+def check_model(fields: dict[str, Any]) -> None:
+    """Raises UserError for a recurrent-depth config, its fields given, with a part that serving does not have yet."""
+    served = {"router": None, "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+    for name, value in served.items():
+        if fields.get(name, value) != value:
+            raise UserError(
+                f"a model with {name}={fields[name]!r} cannot be served yet; transformers' generate runs it, and "
+                "`loopwise export MODEL OUT --unroll R` writes it as a plain model, where its parts allow that"
+            )
+
+
 def check_vllm_config(config: Any) -> None:
     """The refusals for a VllmConfig: for those who start vLLM themselves, and for what the checkpoint brings along."""
     refuse(

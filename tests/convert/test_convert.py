@@ -277,6 +277,9 @@ RECIPES_AND_PLANS = {
     "llama3.2-1b": (16, [0, 1], [10, 11, 12, 13], [14, 15]),
     "recursive": (6, [], [0, 2, 5], []),
     "relaxed": (6, [], [0, 1, 2], []),
+    "mor": (8, [0], [1, 6], [7]),
+    "universal": (6, [], [0], []),
+    "abbie": (24, [0, 1, 2, 3], list(range(4, 20)), [20, 21, 22, 23]),
 }
 
 
@@ -288,6 +291,28 @@ def test_every_recipe(recipe, tmp_path):
     assert main(["convert", str(source), str(tmp_path / "out"), "--recipe", recipe, *lora]) == 0
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert [config.prelude, config.core, config.coda] == parts
+
+
+def test_a_universal_transformer_is_one_layer(tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval().state_dict()
+    model = run(tmp_path / "source", tmp_path / "out", method="universal", init="average", halting="act")
+    config, state = model.config, model.state_dict()
+    assert (len(config.core), config.num_recurrences, config.recurrence_encoding) == (1, 6, "sinusoidal")
+    name = "mlp.up_proj.weight"
+    mean = torch.stack([source[f"model.layers.{i}.{name}"] for i in range(6)]).mean(0)
+    torch.testing.assert_close(state[f"core.0.{name}"], mean, rtol=0, atol=1e-6)
+    assert not any(state[name].any() for name in state if "recurrence_encoding" in name or "halting" in name)
+    with torch.no_grad():
+        assert model(**tokens()).ponder.unique().tolist() == [2.5]  # gates of one half: two recurrences, half of each
+
+
+def test_abbie_is_the_source_at_one_recurrence(tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    keys: dict[str, Any] = {"sizes": "1,3,2", "injection": "none", "recurrence_residual": True, "num_recurrences": 2}
+    model = run(tmp_path / "source", tmp_path / "out", **keys)
+    with torch.no_grad():
+        assert torch.equal(model(**tokens(False), num_recurrences=1).logits, source(**tokens(False)).logits)
+        assert not torch.equal(model(**tokens(False)).logits, source(**tokens(False)).logits)
 
 
 def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):

@@ -11,46 +11,84 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopwise.train.curriculum import SAMPLERS, Curriculum, poisson_lognormal, uniforms
-
-SCHEDULES = ["constant", "linear", "1-sqrt"]
-curricula = st.builds(
+from loopwise.cli import main
+from loopwise.train.curriculum import (
+    SAMPLERS,
     Curriculum,
-    mean=st.integers(1, 64),
-    steps=st.integers(1, 5000),
-    schedule=st.sampled_from(SCHEDULES),
-    sampler=st.sampled_from(SAMPLERS),
-    backprop=st.none() | st.integers(1, 16),
-    seed=st.integers(0, 2**40),
+    Schedule,
+    capacities,
+    curriculum_of,
+    nested_depths,
+    poisson_lognormal,
+    truncated_poisson,
+    uniforms,
+)
+from loopwise.train.recipe import Recurrence
+
+levels = st.dictionaries(st.floats(0, 1), st.integers(1, 64), max_size=4).map(
+    lambda later: tuple(sorted({**later, 0.0: 1}.items()))
 )
 
 
-@given(curricula, st.data())
+@st.composite
+def schedules(draw, steps: int, end: int = 64) -> Schedule:
+    kind = draw(st.sampled_from(["constant", "linear", "1-sqrt", "steps"]))
+    values = draw(levels) if kind == "steps" else ()
+    ramp = draw(st.none() | st.floats(0, 1)) if kind in ("linear", "1-sqrt") else None
+    return Schedule(values[-1][1] if values else draw(st.integers(1, end)), steps, kind, ramp, values)
+
+
+@st.composite
+def curricula(draw) -> Curriculum:
+    steps = draw(st.integers(1, 5000))
+    low = draw(st.integers(1, 6))
+    return Curriculum(
+        mean=draw(schedules(steps)),
+        sampler=draw(st.sampled_from(SAMPLERS)),
+        min=low,
+        max=draw(st.none() | st.integers(low, 80)),
+        backprop=draw(st.none() | schedules(steps, 16)),
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+@given(curricula(), st.data())
 def test_depth_is_pure_and_within_bounds(curriculum, data):
-    step = data.draw(st.integers(0, curriculum.steps - 1))
+    step = data.draw(st.integers(0, curriculum.mean.steps - 1))
     depth = curriculum.at(step)
     # Whatever was asked before: another object, asked only this, says the same.
-    curriculum.at(data.draw(st.integers(0, curriculum.steps - 1)))
+    curriculum.at(data.draw(st.integers(0, curriculum.mean.steps - 1)))
     assert Curriculum(**vars(curriculum)).at(step) == depth == curriculum.at(step)
-    assert 1 <= depth.num_recurrences <= curriculum.cap
+    low = 1 if curriculum.sampler == "fixed" else curriculum.min
+    assert low <= depth.num_recurrences <= curriculum.cap
     if curriculum.backprop is None:
         assert depth.grad_recurrences is None
     else:
-        assert depth.grad_recurrences == min(curriculum.backprop, depth.num_recurrences)
+        assert depth.grad_recurrences == min(curriculum.backprop.at(step), depth.num_recurrences)
+        if not curriculum.truncates:
+            assert depth.grad_recurrences == depth.num_recurrences
 
 
-@given(curricula)
-def test_mean_grows_to_its_end(curriculum):
-    means = [curriculum.mean_at(step) for step in range(0, curriculum.steps, max(1, curriculum.steps // 97))]
-    assert means == sorted(means)
-    assert means[0] >= 1
-    assert means[-1] <= curriculum.mean
-    if curriculum.steps >= 8:
-        assert curriculum.mean_at(curriculum.steps - 1) == curriculum.mean
+@given(st.integers(1, 5000).flatmap(schedules))
+def test_schedules_grow_to_their_end(schedule):
+    means = [schedule.at(step) for step in range(0, schedule.steps, max(1, schedule.steps // 97))]
+    assert min(means) >= 1
+    assert max(means) <= schedule.top
+    if schedule.kind != "steps":
+        assert means == sorted(means)
+        if (schedule.ramp or 0) <= 0.75 and schedule.steps >= 8:
+            assert schedule.at(schedule.steps - 1) == schedule.end
+
+
+@given(levels, st.integers(1, 3000))
+def test_a_list_of_levels_is_a_staircase(values, steps):
+    schedule = Schedule(values[-1][1], steps, "steps", None, values)
+    for step in range(0, steps, max(1, steps // 50)):
+        assert schedule.at(step) == dict(values)[max(share for share, _ in values if share * steps <= step + 1e-9)]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "ramp", "expected"),
+    ("kind", "ramp", "expected"),
     [
         # linear over the first quarter of 100 steps: ceil(8 t / 25)
         ("linear", None, {0: 1, 1: 1, 3: 1, 4: 2, 12: 4, 13: 5, 24: 8, 25: 8, 99: 8}),
@@ -61,36 +99,117 @@ def test_mean_grows_to_its_end(curriculum):
         ("constant", None, {0: 8, 99: 8}),
     ],
 )
-def test_schedule_values(schedule, ramp, expected):
-    curriculum = Curriculum(mean=8, steps=100, schedule=schedule, ramp=ramp)
-    assert {step: curriculum.mean_at(step) for step in expected} == expected
+def test_schedule_values(kind, ramp, expected):
+    schedule = Schedule(8, 100, kind, ramp)
+    assert {step: schedule.at(step) for step in expected} == expected
 
 
 def test_schedules_are_the_papers_formulas():
     for step in range(1000):
-        one = Curriculum(mean=32, steps=1000, schedule="1-sqrt").mean_at(step)
+        one = Schedule(32, 1000, "1-sqrt").at(step)
         expected = 32 * (1 - math.sqrt(max(0.0, 1 - step / 750)))
         assert one == max(1, math.ceil(expected - 1e-9))
-        two = Curriculum(mean=32, steps=1000, schedule="linear").mean_at(step)
-        assert two == max(1, math.ceil(min(1.0, step / 250) * 32 - 1e-9))
+        assert Schedule(32, 1000, "linear").at(step) == max(1, math.ceil(min(1.0, step / 250) * 32 - 1e-9))
+
+
+def test_the_recipe_is_read_whole():
+    keys = Recurrence.model_validate(
+        {
+            "schedule": "steps",
+            "levels": {"0.5": 4, 0: 2},
+            "sampler": "uniform",
+            "min": 2,
+            "backprop": 3,
+            "backprop_schedule": "linear",
+            "backprop_ramp": 0.5,
+        }
+    )
+    assert Recurrence.model_validate(keys.model_dump(mode="json")) == keys
+    curriculum = curriculum_of(keys, 1, 100, 3)
+    assert curriculum == Curriculum(
+        Schedule(4, 100, "steps", None, ((0.0, 2), (0.5, 4))), "uniform", 2, None, Schedule(3, 100, "linear", 0.5), 3
+    )
+    assert {curriculum.at(step).num_recurrences for step in range(50)} == {2}
+    assert {curriculum.at(step).num_recurrences for step in range(50, 100)} == {2, 3, 4, 5, 6}
+    assert [curriculum.at(step).grad_recurrences for step in (0, 20, 60)] == [1, 2, min(3, curriculum.at(60)[0])]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"schedule": "steps", "levels": {0.5: 2}}, "the first share is 0"),
+        ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "levels already says the last mean"),
+        ({"schedule": "steps", "levels": 3}, "a mapping from shares"),
+        ({"backprop_levels": {0: 2}}, "backprop_levels and backprop_schedule=steps belong together"),
+    ],
+)
+def test_bad_levels(keys, message):
+    with pytest.raises(ValueError, match=message):
+        Recurrence.model_validate(keys)
+
+
+def samples(mean: int, draws: int, sampler: str, **bounds) -> list[int]:
+    curriculum = Curriculum(Schedule(mean, draws), sampler, seed=7, **bounds)
+    return [curriculum.at(step).num_recurrences for step in range(draws)]
+
+
+@given(st.integers(1, 64), st.integers(1, 20), st.integers(0, 60), st.floats(1e-9, 1 - 1e-9))
+def test_truncated_poisson_inverts_its_distribution(rate, low, width, uniform):
+    high = low + width
+    inside = [math.exp(-rate) * rate**k / math.factorial(k) for k in range(low, high + 1)]
+    drawn = truncated_poisson(rate, low, high, uniform)
+    assert low <= drawn <= high
+    total = sum(inside)
+    if total > 1e-300:
+        assert sum(inside[: drawn - low]) / total <= uniform + 1e-9
+        assert uniform <= sum(inside[: drawn - low + 1]) / total + 1e-9
+
+
+def test_uniform_sampler_is_uniform():
+    drawn = samples(4, 20000, "uniform", min=2, max=9)
+    assert set(drawn) == set(range(2, 10))
+    assert all(abs(drawn.count(value) / 20000 - 1 / 8) < 0.01 for value in range(2, 10))
+    assert set(samples(4, 2000, "uniform")) == set(range(1, 8))  # around the mean
+
+
+@given(st.integers(0, 2**32), st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 8))
+def test_nested_depths_are_a_random_subset(seed, step, recurrences, count):
+    depths = nested_depths(seed, step, recurrences, count)
+    assert depths == sorted(set(depths)) == nested_depths(seed, step, recurrences, count)
+    assert len(depths) == min(count, recurrences)
+    assert set(depths) <= set(range(1, recurrences + 1))
+
+
+def test_nested_depths_cover_all_equally():
+    chosen = [depth for step in range(4000) for depth in nested_depths(0, step, 8, 2)]
+    assert all(abs(chosen.count(depth) / 8000 - 1 / 8) < 0.015 for depth in range(1, 9))
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), st.integers(0, 500), st.integers(1, 500))
+def test_capacity_falls_from_one(final, step, warmup):
+    now, later = capacities(final, step, warmup), capacities(final, step + 1, warmup)
+    assert capacities(final, 0, warmup) == [1.0] * len(final)
+    assert capacities(final, warmup, warmup) == final
+    for last, a, b in zip(final, now, later, strict=True):
+        assert last - 1e-12 <= b <= a + 1e-12 <= 1 + 1e-12
+    half = capacities([0.5], warmup, 2 * warmup)[0]
+    assert half == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("mean", [1, 4, 32])
 def test_poisson_lognormal_has_the_papers_mean_and_variance(mean):
     draws = 40000
-    curriculum = Curriculum(mean=mean, steps=draws, sampler="poisson-lognormal", max=100 * mean, seed=7)
-    samples = [curriculum.at(step).num_recurrences for step in range(draws)]
+    drawn = samples(mean, draws, "poisson-lognormal", max=100 * mean)
     # p - 1 is Poisson with a log-normal rate of mean r: variance r + r^2 (e^(sigma^2) - 1).
     variance = mean + mean**2 * (math.exp(0.25) - 1)
-    assert statistics.mean(samples) == pytest.approx(mean + 1, abs=5 * math.sqrt(variance / draws))
-    assert statistics.variance(samples) == pytest.approx(variance, rel=0.1)
+    assert statistics.mean(drawn) == pytest.approx(mean + 1, abs=5 * math.sqrt(variance / draws))
+    assert statistics.variance(drawn) == pytest.approx(variance, rel=0.1)
 
 
 def test_cap_bounds_the_tail_only():
-    free, capped = (Curriculum(mean=4, steps=5000, sampler="poisson-lognormal", max=cap, seed=1) for cap in (10**6, 10))
-    assert max(free.at(step).num_recurrences for step in range(5000)) > 10
-    for step in range(5000):
-        assert capped.at(step).num_recurrences == min(10, free.at(step).num_recurrences)
+    free, capped = (samples(4, 5000, "poisson-lognormal", max=cap) for cap in (10**6, 10))
+    assert max(free) > 10
+    assert capped == [min(10, depth) for depth in free]
 
 
 def test_extreme_rates_do_not_overflow():
@@ -100,8 +219,14 @@ def test_extreme_rates_do_not_overflow():
 
 def test_the_samples_are_these():
     """A run resumed under another Python or library version must not draw other recurrences."""
-    curriculum = Curriculum(mean=4, steps=100, sampler="poisson-lognormal", seed=5)
-    assert [curriculum.at(step).num_recurrences for step in range(12)] == [7, 3, 3, 8, 2, 1, 1, 6, 8, 13, 4, 4]
+    expected = {
+        "poisson-lognormal": [7, 3, 3, 8, 2, 1, 1, 6, 8, 13, 4, 4],
+        "truncated-poisson": [7, 4, 3, 5, 3, 1, 2, 3, 5, 5, 3, 4],
+        "uniform": [7, 4, 2, 6, 3, 1, 2, 3, 6, 5, 3, 4],
+    }
+    for sampler, depths in expected.items():
+        curriculum = Curriculum(Schedule(4, 100), sampler, seed=5)
+        assert [curriculum.at(step).num_recurrences for step in range(12)] == depths, sampler
 
 
 def test_uniforms_are_uniform():
@@ -116,3 +241,22 @@ def test_uniforms_are_uniform():
 def test_the_curriculum_needs_no_torch():
     code = "import sys, loopwise.train; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_curriculum_is_drawn(tmp_path, capsys):
+    from PIL import Image
+
+    file = tmp_path / "picture.png"
+    settings = ["recurrence.mean=6", "recurrence.capacity_warmup=0.5", "steps=50"]
+    assert main(["plot", "curriculum", "retrofit", *settings, "--out", str(file)]) == 0
+    assert Image.open(file).size[0] > 800
+    refused = {
+        "recursive": "it takes the mean from the model; set recurrence.mean=N",
+        "nowhere": "unknown train recipe 'nowhere'",
+    }
+    for recipe, message in refused.items():
+        assert main(["plot", "curriculum", recipe, "--out", str(tmp_path / "other.png")]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["plot", "curriculum", "retrofit", "--out", str(tmp_path / "nowhere" / "a.png")]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]

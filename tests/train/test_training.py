@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from train_tiny import RECURRENCE, history, run, same, save_recurrent, weights
 
 from loopwise.cli import main
-from loopwise.train.curriculum import Curriculum
+from loopwise.train.curriculum import Curriculum, Schedule
 from loopwise.train.data import Order, build
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Data
@@ -25,7 +25,7 @@ def test_equals_a_plain_torch_loop(recurrent, corpus, tokenizer, command, tmp_pa
 
     blocks = build(Data(train=[str(corpus)], sequence_length=32), tokenizer, tmp_path / "tokens").train
     order = Order(len(blocks), 0)
-    curriculum = Curriculum(3, steps, "1-sqrt", sampler="poisson-lognormal", backprop=2, seed=0)
+    curriculum = Curriculum(Schedule(3, steps, "1-sqrt"), "poisson-lognormal", backprop=Schedule(2, steps))
     model = load_model(str(recurrent)).train()
     matrices = [p for n, p in model.named_parameters() if "norm" not in n]
     others = [p for n, p in model.named_parameters() if "norm" in n]
@@ -213,8 +213,11 @@ REFUSED = {
     "recurrence.mean=0": "recurrence.mean=0",
     "recurrence.schedule=quadratic": "recurrence.schedule='quadratic'",
     "recurrence.sampler=poisson-lognormal recurrence.max=2": "recurrence.max=2 is below the mean of 3",
-    "recurrence.max=2": "max caps a sampled R",
+    "recurrence.max=2": "max bounds a sampled R",
     "recurrence.ramp=0.5": "ramp belongs to schedule=linear or 1-sqrt",
+    "recurrence.schedule=steps": "levels and schedule=steps belong together",
+    "recurrence.backprop_schedule=linear": "backprop_schedule=linear needs backprop",
+    "recurrence.sampler=uniform recurrence.min=5 recurrence.max=4": "max=4 is below min=5",
     "optimiser.cooldown=0.5": "cooldown belongs to schedule=wsd",
     "optimiser.schedule=wsd optimiser.warmup=0.9": "warmup=0.9 and cooldown=0.2 together exceed the run",
     "eval_every=5": "eval_every needs held-out text",

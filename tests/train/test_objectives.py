@@ -1,0 +1,400 @@
+"""Every objective against the paper's formula, written out anew in plain torch; and what a run makes of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from train_tiny import history, run, same, save_recurrent
+
+from loopwise.cli import main
+from loopwise.train import losses
+from loopwise.train.curriculum import Depth, nested_depths
+from loopwise.train.objectives import Objective
+from loopwise.train.pretrained import load_model
+from loopwise.train.recipe_objectives import Objectives
+
+B, T, V, R = 2, 5, 7, 4
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def close(a: Any, b: Any) -> bool:
+    return torch.allclose(torch.as_tensor(a, dtype=torch.float32), torch.as_tensor(b, dtype=torch.float32), atol=2e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_is_the_sum_over_the_vocabulary(reverse, temperature):
+    s, t = random(B, T, V), random(B, T, V, seed=1)
+    found = losses.divergence(s, t, temperature, reverse)
+    for b in range(B):
+        for i in range(T):
+            p, q = ((x[b, i] / temperature).exp() / (x[b, i] / temperature).exp().sum() for x in (t, s))
+            if reverse:
+                p, q = q, p
+            assert close(found[b, i], temperature**2 * sum(p[v] * math.log(p[v] / q[v]) for v in range(V)))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_top_k_divergence(reverse):
+    s, t = random(B, T, V), random(B, T, V, seed=1)
+    log_probs = (t / 2).log_softmax(-1)
+
+    def of(k: int) -> torch.Tensor:
+        values, ids = log_probs.topk(k)
+        return losses.top_k_divergence(s, ids, values, 2.0, reverse)
+
+    full = losses.divergence(s, t, 2.0, reverse)
+    assert torch.allclose(of(V - 1), full, atol=2e-5)
+    assert (of(3) <= of(5) + 1e-6).all()  # joining tokens never raises a divergence
+    assert (of(5) <= full + 1e-6).all()
+    p, q = log_probs[0, 0].exp(), (s / 2).softmax(-1)[0, 0]
+    order = p.argsort(descending=True)[:2]
+    pairs = [(p[v], q[v]) for v in order] + [(1 - p[order].sum(), 1 - q[order].sum())]
+    assert close(of(2)[0, 0], 4 * sum((b * (b / a).log()) if reverse else (a * (a / b).log()) for a, b in pairs))
+
+
+def test_chunks_change_neither_values_nor_gradients(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 3 * V)
+    results = []
+    for function in (losses.by_chunks, lambda f, *x: f(*x)):
+        s = random(B, T, V).requires_grad_()
+        out = function(lambda a, b: losses.divergence(a, b, 1.0, False), s, random(B, T, V, seed=1))
+        out.sum().backward()
+        results += [out, s.grad]
+    assert results[0].shape == (B, T)
+    assert close(results[0], results[2])
+    assert close(results[1], results[3])
+
+
+def test_layerskip_weights():
+    # L = 4, scale 0.2: e = 0, 0.2, 0.6, and 3 + 0.2 (0 + 1 + 2) = 3.6; their sum is 4.4
+    assert losses.layerskip_weights(4, 0.2) == pytest.approx([0, 0.2 / 4.4, 0.6 / 4.4, 3.6 / 4.4])
+    assert losses.layerskip_weights(1, 0.2) == [1.0]
+
+
+def test_expected_loss_and_entropy():
+    gate, each = random(R, B, T), random(R, B, T, seed=1).abs()
+    found = losses.expected_loss(each, gate, 0.1)
+    lam = torch.sigmoid(gate)
+    for b in range(B):
+        for i in range(T):
+            left, p = 1.0, []
+            for r in range(R):
+                p.append(left * lam[r, b, i] if r + 1 < R else torch.tensor(left))
+                left = left * (1 - lam[r, b, i].item())
+            assert float(sum(p)) == pytest.approx(1, abs=1e-6)
+            entropy = -sum(x * x.log() for x in p)
+            assert close(found[b, i], sum(x * each[r, b, i] for r, x in enumerate(p)) - 0.1 * entropy)
+
+
+def test_gate_loss():
+    gate, each = random(R, B, T).requires_grad_(), random(R, B, T, seed=1).requires_grad_()
+    found = losses.gate_loss(each, gate, 50.0, 0.005)
+    lam = torch.sigmoid(gate)
+    expected = torch.zeros(B, T)
+    for r in range(1, R):
+        w = torch.sigmoid(50 * ((each[r - 1] - each[r]).clamp(min=0) - 0.005)).detach()
+        expected = expected - (w * (1 - lam[r]).log() + (1 - w) * lam[r].log()) / R
+    assert torch.allclose(found, expected, atol=1e-5)
+    found.sum().backward()
+    assert each.grad is None
+    assert gate.grad is not None
+    assert (gate.grad[0] == 0).all()
+    assert (gate.grad[1:] != 0).any()
+
+
+def test_ponder_cost():
+    logits = random(R, B, T).requires_grad_()
+    found = losses.ponder_cost(logits, 0.01)
+    for b in range(B):
+        for i in range(T):
+            total, n = 0.0, 0
+            halting = torch.sigmoid(logits[:, b, i])
+            for r in range(R):
+                n = r + 1
+                if total + halting[r] >= 0.99 or n == R:
+                    break
+                total = total + halting[r]
+            assert close(found[b, i], n + 1 - total)
+    sure = torch.full((R, 1, 1), 10.0)
+    assert losses.ponder_cost(sure, 0.01).item() == 2  # one step, and all of it is remainder
+
+
+def test_router_losses():
+    logits = random(B, T, 3)
+    candidates = torch.ones(B, T, 3, dtype=torch.bool)
+    candidates[0, 2:, 1:] = False
+    selected = candidates & (random(B, T, 3, seed=2) > 0)
+    expected = 0.0
+    for r in range(3):
+        terms = [
+            -(F.logsigmoid(logits[b, i, r]) if selected[b, i, r] else F.logsigmoid(-logits[b, i, r]))
+            for b in range(B)
+            for i in range(T)
+            if candidates[b, i, r]
+        ]
+        expected = expected + sum(terms) / len(terms)
+    assert close(losses.router_prediction(logits, selected, candidates), expected)
+    probabilities, depths = logits.flatten(0, 1).softmax(-1), random(B * T, 3, seed=3).argmax(-1)
+    share = [3 * sum(int(d) == i for d in depths) / (B * T) for i in range(3)]
+    mean = [sum(p[i] for p in probabilities) / (B * T) for i in range(3)]
+    assert close(losses.balancing_loss(probabilities, depths), sum(f * p for f, p in zip(share, mean, strict=True)))
+    even = torch.full((6, 3), 1 / 3)
+    assert losses.balancing_loss(even, torch.tensor([0, 1, 2] * 2)).item() == pytest.approx(1)
+    assert close(losses.z_loss(logits), sum(x.exp().sum().log() ** 2 for x in logits.flatten(0, 1)) / (B * T))
+    bias = losses.balanced_bias(torch.zeros(3), torch.tensor([9, 4, 5]), 0.001)
+    assert bias.tolist() == pytest.approx([-0.001, 0.001, 0.001])
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "gated"
+    return save_recurrent(path, tokenizer, exit_gate=True, recurrence_norm="between", injection="none")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    ids = torch.randint(0, 272, (2, 12), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[0, 3:6] = -100
+    return {"input_ids": ids, "labels": labels, "sequence_ids": torch.arange(2)}
+
+
+def loss_and_gradients(model, objectives: dict, inputs, depth: Depth, step: int = 3, teacher=None):
+    model.zero_grad(set_to_none=True)
+    objective = Objective(Objectives.model_validate(objectives), model.config, teacher, 11, 0, 0)
+    loss = objective(model, inputs, step, depth, 10)
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def depth_losses(model, inputs, depth: Depth, function=None) -> list[torch.Tensor]:
+    """Cross-entropy (or `function` of the logits) per predicted token, at every depth, all logits held at once."""
+    model.zero_grad(set_to_none=True)
+    out = model(
+        input_ids=inputs["input_ids"], use_cache=False, output_depth_logits=True, output_states=True, **depth._asdict()
+    )
+    keep = inputs["labels"][:, 1:].flatten() != -100
+    targets = inputs["labels"][:, 1:].flatten()[keep]
+    flat = [logits[:, :-1].flatten(0, 1)[keep] for logits in out.depth_logits]
+    gates = [x[:, :-1].flatten()[keep] for x in out.exit_logits] if out.exit_logits is not None else []
+    if function:
+        return function(flat, targets, gates)
+    return [F.cross_entropy(x, targets, reduction="none") for x in flat]
+
+
+def check_same(model, expected: Any, found) -> None:
+    loss, gradients = found
+    assert close(loss, expected / 10)
+    model.zero_grad(set_to_none=True)
+    (expected / 10).backward()
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name, g in gradients.items() if (g != 0).any()} == {n for n, g in own.items() if (g != 0).any()}
+    for name, gradient in own.items():
+        assert torch.allclose(gradients[name], gradient, atol=2e-5 * gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("grad", [None, 2])
+def test_exit_losses_of_a_model(recurrent, inputs, grad):
+    model = load_model(str(recurrent)).train()
+    depth = Depth(4, grad)
+    found = loss_and_gradients(model, {"exits": {}}, inputs, depth)
+    each = [x.sum() for x in depth_losses(model, inputs, depth)]
+    check_same(model, 0.1 * sum(each[:-1]) + each[-1], found)
+    found = loss_and_gradients(model, {"exits": {"weights": "layerskip"}}, inputs, depth)
+    each = [x.sum() for x in depth_losses(model, inputs, depth)]
+    check_same(model, sum(w * x for w, x in zip(losses.layerskip_weights(4, 0.2), each, strict=True)), found)
+
+    def from_final(flat, targets, _):
+        p = flat[-1].detach().softmax(-1)
+        apart = [(p * (p.log() - x.log_softmax(-1))).sum(-1) for x in flat[:-1]]
+        return [*apart, F.cross_entropy(flat[-1], targets, reduction="none")]
+
+    found = loss_and_gradients(model, {"exits": {"target": "final"}}, inputs, depth)
+    each = [x.sum() for x in depth_losses(model, inputs, depth, from_final)]
+    check_same(model, 0.1 * sum(each[:-1]) + each[-1], found)
+
+
+def test_nested_depths_of_a_model(recurrent, inputs):
+    model = load_model(str(recurrent)).train()
+    at = nested_depths(0, 3, 5, 2)
+    found = loss_and_gradients(model, {"nested": 2}, inputs, Depth(5, None))
+    each = [x.sum() for x in depth_losses(model, inputs, Depth(at[-1], None))]
+    check_same(model, sum(each[d - 1] for d in at) / 2, found)
+
+
+def test_gate_stages_of_a_model(gated, inputs):
+    model: Any = load_model(str(gated)).train()
+    torch.nn.init.normal_(model.exit_gate.weight)
+
+    def joint(flat, targets, gates):
+        lam = torch.sigmoid(torch.stack(gates))
+        left, total, entropy = torch.ones_like(lam[0]), 0.0, 0.0
+        for r, x in enumerate(flat):
+            p = left * lam[r] if r + 1 < len(flat) else left
+            left = left * (1 - lam[r])
+            total = total + p * F.cross_entropy(x, targets, reduction="none")
+            entropy = entropy - p * p.log()
+        # 0.1 falls to 0.05 over the 11 steps of the run: 0.085 at step 3
+        return [total - 0.085 * entropy]
+
+    keys = {"exit_gate": {"entropy": 0.1, "entropy_end": 0.05}}
+    found = loss_and_gradients(model, keys, inputs, Depth(3, None))
+    check_same(model, depth_losses(model, inputs, Depth(3, None), joint)[0].sum(), found)
+
+    def gate_only(flat, targets, gates):
+        each = torch.stack([F.cross_entropy(x, targets, reduction="none") for x in flat]).detach()
+        w = torch.sigmoid(50 * ((each[:-1] - each[1:]).clamp(min=0) - 0.005))
+        lam = torch.sigmoid(torch.stack(gates))[1:]
+        return [-(w * (1 - lam).log() + (1 - w) * lam.log()).sum(0) / len(flat)]
+
+    found = loss_and_gradients(model, {"exit_gate": {"stage": "gate"}}, inputs, Depth(3, None))
+    check_same(model, depth_losses(model, inputs, Depth(3, None), gate_only)[0].sum(), found)
+
+
+def test_ponder_of_a_model(gated, inputs):
+    model = load_model(str(gated)).train()
+
+    def pondering(flat, targets, gates):
+        cost = losses.ponder_cost(torch.stack(gates)[:, None], 0.01)[0]
+        return [F.cross_entropy(flat[-1], targets, reduction="none") + 0.5 * cost]
+
+    found = loss_and_gradients(model, {"ponder": {"weight": 0.5}}, inputs, Depth(3, None))
+    check_same(model, depth_losses(model, inputs, Depth(3, None), pondering)[0].sum(), found)
+
+
+def test_distillation_at_every_depth(recurrent, inputs):
+    model = load_model(str(recurrent)).train()
+    wanted = random(2, 12, 272, seed=4)
+
+    def distilled(flat, targets, _):
+        keep = inputs["labels"][:, 1:].flatten() != -100
+        p = (wanted[:, :-1].flatten(0, 1)[keep] / 2).softmax(-1)
+        return [4 * (p * (p.log() - (x / 2).log_softmax(-1))).sum(-1) for x in flat]
+
+    keys = {"cross_entropy": 0, "distillation": {"teacher": "-", "temperature": 2}, "exits": {"intermediate": 0.3}}
+    found = loss_and_gradients(model, keys, inputs, Depth(3, None), teacher=lambda _: wanted)
+    each = [x.sum() for x in depth_losses(model, inputs, Depth(3, None), distilled)]
+    check_same(model, 0.3 * sum(each[:-1]) + each[-1], found)
+
+
+def test_no_two_depths_of_logits_are_held_at_once(recurrent, inputs):
+    """What the forward pass keeps for the backward pass grows by less than the logits of a depth."""
+    model = load_model(str(recurrent)).train()
+
+    def kept(recurrences: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        objective = Objective(Objectives.model_validate({"exits": {}}), model.config, None, 1, 0, 0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = objective(model, inputs, 0, Depth(recurrences, 1), 10)
+        loss.backward()
+        return sum(sizes.values())
+
+    logits = 2 * 12 * 272 * 4
+    assert kept(6) - kept(2) < 4 * logits / 2
+
+
+DISTILLED = ["objectives.cross_entropy=0", "objectives.distillation.temperature=2", "steps=8", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory, tokenizer):
+    """A plain model whose distributions are far from even."""
+    from train_tiny import llama_config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("models") / "sharp"
+    AutoModelForCausalLM.from_config(llama_config(initializer_range=0.2)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_distillation_from_the_disk_equals_that_in_the_process(recurrent, sharp, command, tmp_path):
+    """With all tokens but one on the disk, the rest is that one: the same loss."""
+    teacher = f"objectives.distillation.teacher={sharp}"
+    for name, more in {"one": [], "two": ["objectives.distillation.top_k=271"]}.items():
+        run(command(recurrent, tmp_path / name, teacher, *DISTILLED, *more, "recurrence.mean=2"))
+    one, two = (history(tmp_path / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=2e-4)
+    assert one[-1] < 0.95 * one[0]
+    assert one[0] > 0.1
+
+
+def test_distillation_from_itself_is_nothing(recurrent, command, tmp_path):
+    run(command(recurrent, tmp_path / "out", f"objectives.distillation.teacher={recurrent}", *DISTILLED))
+    assert history(tmp_path / "out")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer, tmp_path):
+    from loopwise.train import teacher
+    from loopwise.train.data import build
+    from loopwise.train.recipe import Data
+    from loopwise.train.recipe_objectives import Distillation
+
+    keys = Distillation(teacher=str(plain), top_k=4)
+    blocks = build(Data(train=[str(corpus)], sequence_length=32), tokenizer, tmp_path / "tokens")
+    teacher.begin(keys, blocks)
+    for rank in range(2):
+        teacher.precompute(keys, blocks, torch.device("cpu"), "float32", 8, (rank, 2))
+    found = teacher.load(blocks)
+    with torch.no_grad():
+        logits = load_model(str(plain))(torch.from_numpy(blocks.train[:20].astype(np.int64))).logits
+    values, ids = logits.log_softmax(-1).topk(4)
+    assert np.allclose(found["teacher_log_probs"][:20], values, atol=1e-5)
+    assert (found["teacher_ids"][:20] == ids.numpy()).mean() > 0.999
+    assert (found["teacher_log_probs"].max(-1) < 0).all()
+
+
+REFUSED = {
+    "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested are two ways to weigh the depths",
+    "objectives.cross_entropy=0": "cross_entropy=0 leaves nothing to learn",
+    "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
+    "objectives.ponder.weight=0.1": "objectives.ponder: this model has no exit gate",
+    "objectives.router.z_loss=0.1": "objectives.router: this model has no router",
+    "recurrence.capacity_warmup=0.1": "recurrence.capacity_warmup: this model has no expert-choice router",
+    "objectives.distillation.weight=1": "objectives.distillation.teacher: Field required",
+    "objectives.distillation.teacher=nowhere/at/all": "nowhere/at/all: no such model directory",
+    "objectives.distillation.teacher=PLAIN objectives.distillation.top_k=999": "top_k=999: below the vocabulary",
+    "objectives.distillation.teacher=PLAIN objectives.distillation.num_recurrences=2": "is a plain llama",
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED)
+def test_bad_objectives(settings, recurrent, plain, command, tmp_path, capsys):
+    arguments = command(recurrent, tmp_path / "out", *settings.replace("PLAIN", str(plain)).split())
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert REFUSED[settings] in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_objectives_on_a_plain_model(plain, recurrent, command, tmp_path, capsys):
+    assert main(command(plain, tmp_path / "out", "steps=2", "objectives.exits.intermediate=0.1")) == 2
+    assert "objectives.exits belongs to recurrent-depth models; this is a llama" in capsys.readouterr().err
+    run(command(plain, tmp_path / "out", "steps=2", f"objectives.distillation.teacher={recurrent}"))
+
+
+def test_accumulation_changes_no_objective(gated, command, tmp_path):
+    settings = ["steps=4", "log_every=1", "recurrence.mean=3", "objectives.exit_gate.entropy=0.1"]
+    run(command(gated, tmp_path / "one", *settings))
+    run(command(gated, tmp_path / "two", *settings, "batch_size=2", "gradient_accumulation=2"))
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
+    run(command(gated, tmp_path / "three", *settings, "gradient_checkpointing=true"))
+    assert history(tmp_path / "three") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
+    assert not same(tmp_path / "one", gated)

@@ -1,0 +1,75 @@
+"""How much memory a rank will need: counted on a model without weights, nothing is run or allocated."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from . import adapters, optimisers
+from .curriculum import Depth
+from .objectives import Objective
+from .recipe import Train
+from .trainer import prepare_model
+
+# What each launcher splits among the ranks.
+SPLIT = {
+    "fsdp2": {"weights", "gradients", "optimiser"},
+    "zero1": {"optimiser"},
+    "zero2": {"gradients", "optimiser"},
+    "zero3": {"weights", "gradients", "optimiser"},
+}
+
+
+def estimate(config: Any, recipe: Train, launcher: str | None, ranks: int, depth: Depth | None) -> dict[str, int]:
+    """Bytes a rank holds at `depth` (the deepest step), by kind: weights, gradients, optimiser, activations.
+
+    Activations are what autograd keeps of one micro-batch, counted on fake tensors; a distillation's teacher, the
+    largest layer gathered by sharded launchers and what kernels allocate for a moment come on top.
+    """
+    with FakeTensorMode() as mode:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if recipe.adapters:
+            adapters.inject(model, recipe.adapters, None)
+        optimisers.freeze(model, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
+        prepare_model(model, recipe)
+        weights = sum(p.numel() for p in model.parameters()) * 4
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
+        muon = sum(p.numel() for g in optimisers.groups(model, recipe.optimiser) if g["muon"] for p in g["params"]) * 4
+        kept = _saved(model.train(), recipe, depth, mode)
+    found = {"weights": weights, "gradients": learning, "optimiser": 2 * learning - muon}
+    split = SPLIT.get(launcher or "", set())
+    return {**{kind: -(-size // ranks) if kind in split else size for kind, size in found.items()}, "activations": kept}
+
+
+def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode) -> int:
+    """Bytes that the backward pass of one micro-batch needs, weights left out."""
+    shape = (recipe.batch_size, recipe.data.sequence_length)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[torch.UntypedStorage] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in sizes:
+            alive.append(storage)  # so that no other storage takes its identity
+            sizes[storage._cdata] = storage.nbytes()
+        return x
+
+    ids = torch.zeros(shape, dtype=torch.int64)
+    inputs = {"input_ids": ids, "labels": ids, "sequence_ids": torch.zeros(shape[0], dtype=torch.int64)}
+    teacher = (lambda _: torch.zeros(*shape, model.config.vocab_size)) if recipe.objectives.distillation else None
+    objective = Objective(recipe.objectives, model.config, teacher, 1, 0, 0)
+    low = torch.autocast("cpu", torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), low:
+        objective(model, inputs, 0, depth, 1)
+    return sum(sizes.values())
+
+
+def table(found: dict[str, int]) -> str:
+    """The estimate for people."""
+    rows = [*found.items(), ("in all", sum(found.values()))]
+    return "\n".join(f"  {kind:<12}{size / 2**30:>9.3f} GiB" for kind, size in rows)

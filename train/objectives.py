@@ -1,0 +1,184 @@
+"""The loss of a micro-batch, as the recipe's objectives say.
+
+Every term is a sum over tokens divided by the targets of the whole step, so that it depends neither on accumulation
+nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from loopwise.errors import UserError
+
+from . import losses
+from .curriculum import Depth, capacities, nested_depths
+from .recipe_objectives import Objectives
+
+
+class Objective:
+    """The objectives of one run, for a model with `config`.
+
+    teacher: called with the inputs of a micro-batch, gives the teacher's logits [B, T, V] or (ids, log_probs) of its
+    top k [B, T, k].   steps: of the run.   capacity_warmup: in steps.
+    """
+
+    def __init__(self, objectives: Objectives, config: Any, teacher: Any, steps: int, seed: int, capacity_warmup: int):
+        self.objectives, self.teacher, self.steps, self.seed = objectives, teacher, steps, seed
+        self.capacity_warmup = capacity_warmup
+        self.router: dict[str, Any] | None = getattr(config, "router", None)
+        self.chosen: torch.Tensor | None = None  # tokens of this step for each depth of a token-choice router
+
+    def depths(self, step: int, recurrences: int) -> list[int]:
+        """The depths of a step whose logits the loss looks at, in order."""
+        wanted = self.objectives
+        if wanted.exits or wanted.exit_gate:
+            return list(range(1, recurrences + 1))
+        if wanted.nested:
+            return nested_depths(self.seed, step, recurrences, wanted.nested)
+        return [recurrences]
+
+    def __call__(
+        self, model: Any, inputs: dict[str, Any], step: int, depth: Depth | None, targets_of_step: Any
+    ) -> torch.Tensor:
+        """The loss of a micro-batch: a sum over its targets, divided by `targets_of_step`. depth: None for a plain
+        model."""
+        targets = losses.shifted(inputs["labels"])
+        valid = targets != -100
+        given = self._teacher_of(inputs)
+        keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
+        if depth is None:
+            logits = model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
+            return self._plain(logits, targets, given).sum() / targets_of_step
+        at = self.depths(step, depth.num_recurrences)
+        recurrences = at[-1]
+        if depth.grad_recurrences is not None:
+            keys["grad_recurrences"] = min(depth.grad_recurrences, recurrences)
+        if self.router and self.capacity_warmup and self.router["kind"] == "expert":
+            keys["router_capacity"] = capacities(self.router["capacity"], step, self.capacity_warmup)
+        if len(at) > 1 or self._reads_gate():
+            keys |= {"depth_loss": self._depth_loss(targets, given, recurrences), "depth_loss_at": at}
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            use_cache=False,
+            num_recurrences=recurrences,
+            sequence_ids=inputs["sequence_ids"],
+            **keys,
+        )
+        if outputs.depth_losses is None:
+            total = self._plain(outputs.logits, targets, given).sum()
+        else:
+            total = self._of_depths(outputs, step, at)[valid].sum()
+        total = total + self._auxiliary(outputs, valid)
+        return total / targets_of_step
+
+    def _reads_gate(self) -> bool:
+        return self.objectives.exit_gate is not None or self.objectives.ponder is not None
+
+    def _teacher_of(self, inputs: dict[str, Any]) -> Any:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return self.teacher(inputs)
+
+    def _plain(self, logits: torch.Tensor, targets: torch.Tensor, given: Any) -> torch.Tensor:
+        """The loss of one depth per token [B, T]: cross-entropy and distillation. 0 where there is no target."""
+        wanted = self.objectives
+        total: Any = 0.0
+        if wanted.cross_entropy:
+            total = wanted.cross_entropy * losses.cross_entropy(logits, targets)
+        if wanted.distillation:
+            keys = (wanted.distillation.temperature, wanted.distillation.divergence == "reverse-kl")
+            if isinstance(given, tuple):
+                apart = losses.by_chunks(lambda s, i, p: losses.top_k_divergence(s, i, p, *keys), logits, *given)
+            else:
+                apart = losses.by_chunks(lambda s, t: losses.divergence(s, t, *keys), logits, given)
+            total = total + wanted.distillation.weight * apart * (targets != -100)
+        return total
+
+    def _depth_loss(self, targets: torch.Tensor, given: Any, last: int) -> Any:
+        """What the model calls for the logits of every depth, the last one first."""
+        own = self.objectives.exits is not None and self.objectives.exits.target == "final"
+        final: list[torch.Tensor] = []
+
+        def loss(depth: int, logits: torch.Tensor) -> torch.Tensor:
+            if own and depth != last:
+                return losses.by_chunks(lambda s, t: losses.divergence(s, t, 1.0, False), logits, final[0])
+            if own:
+                final.append(logits.detach())
+            return self._plain(logits, targets, given)
+
+        return loss
+
+    def _of_depths(self, outputs: Any, step: int, at: list[int]) -> torch.Tensor:
+        """The losses of all depths as one per token [B, T]."""
+        wanted, found = self.objectives, outputs.depth_losses
+        if wanted.exits:
+            if wanted.exits.weights == "constant":
+                weights = [wanted.exits.intermediate] * (len(at) - 1) + [1.0]
+            else:
+                weights = losses.layerskip_weights(len(at), wanted.exits.scale)
+            return losses.weighted(found, weights)
+        if not wanted.exit_gate:
+            return losses.weighted(found, [1 / len(at)] * len(at))
+        gate = wanted.exit_gate
+        if gate.stage == "gate":
+            return losses.gate_loss(torch.stack(found), outputs.exit_logits, gate.slope, gate.threshold)
+        end = gate.entropy if gate.entropy_end is None else gate.entropy_end
+        entropy = gate.entropy + (end - gate.entropy) * step / max(1, self.steps - 1)
+        return losses.expected_loss(torch.stack(found), outputs.exit_logits, entropy)
+
+    def _auxiliary(self, outputs: Any, valid: torch.Tensor) -> Any:
+        """What is added for gates and routers; means over tokens count as one for every target."""
+        wanted = self.objectives
+        total: Any = 0.0
+        if wanted.ponder:
+            total = wanted.ponder.weight * losses.ponder_cost(outputs.exit_logits, wanted.ponder.epsilon)[valid].sum()
+        if wanted.router and self.router:
+            total = total + valid.sum() * self._routing(outputs.router_outputs)
+        return total
+
+    def _routing(self, routed: Any) -> Any:
+        weights = self.objectives.router
+        assert weights is not None
+        assert self.router is not None
+        total: Any = 0.0
+        if self.router["kind"] == "expert":
+            logits = routed.logits if routed.auxiliary_logits is None else routed.auxiliary_logits
+            if weights.auxiliary:
+                total = weights.auxiliary * losses.router_prediction(logits, routed.selected, routed.candidates)
+            if weights.z_loss:
+                total = total + weights.z_loss * losses.z_loss(routed.logits[routed.candidates][:, None])
+            return total
+        depths = (routed.selected.sum(-1) - 1).clamp(min=0)
+        if weights.balancing:
+            probabilities = routed.logits.softmax(-1)
+            total = weights.balancing * losses.balancing_loss(probabilities.flatten(0, 1), depths.flatten())
+        if weights.z_loss:
+            total = total + weights.z_loss * losses.z_loss(routed.logits)
+        if weights.bias_step:
+            counts = F.one_hot(depths.flatten(), routed.logits.shape[-1]).sum(0)
+            self.chosen = counts if self.chosen is None else self.chosen + counts
+        return total
+
+
+def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
+    """Raises UserError where an objective asks for what the model does not have."""
+    if not recurrent:
+        for name in ("exits", "exit_gate", "nested", "router", "ponder"):
+            if getattr(objectives, name) is not None:
+                raise UserError(f"objectives.{name} belongs to recurrent-depth models; this is a {config.model_type}")
+        return
+    for name in ("exit_gate", "ponder"):
+        if getattr(objectives, name) is not None and not config.exit_gate:
+            raise UserError(f"objectives.{name}: this model has no exit gate; convert it with one, or import Ouro")
+    if objectives.router is not None and not getattr(config, "router", None):
+        raise UserError("objectives.router: this model has no router; convert it with method=mor")
+    if config.sharing == "sequence":
+        for name in ("exits", "exit_gate", "nested", "ponder"):
+            if getattr(objectives, name) is not None:
+                raise UserError(
+                    f"objectives.{name}: with sharing='sequence' the model has no logits but those of the last depth"
+                )

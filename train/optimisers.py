@@ -1,0 +1,146 @@
+"""Parameters by role, and the optimiser over them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopwise.errors import UserError
+
+from .recipe import ROLES, Optimiser
+from .recipe_objectives import Objectives
+
+BODY = ("prelude", "core", "coda", "injection")  # whose matrices Muon takes (arXiv 2511.07384)
+
+
+def roles(model: Any) -> dict[str, str]:
+    """Role of every parameter by its name; of a plain model, all layers are `core`.
+
+    Norms are `norms` wherever they stand; what a tied head shares with the embeddings is `embeddings`.
+    """
+    recurrent = hasattr(model, "core")
+    head = model.get_output_embeddings()
+    of_head = {id(p) for p in head.parameters()} if head is not None else set()
+    of_input = {id(p) for p in model.get_input_embeddings().parameters()}
+    places = {"prelude", "core", "coda", "injection", "router"}
+    found = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            path = f"{module_name}.{name}" if module_name else name
+            top = path.partition(".")[0]
+            if ".lora_" in path and top != "relaxation":
+                role = "adapters"
+            elif id(parameter) in of_input:
+                role = "embeddings"
+            elif id(parameter) in of_head:
+                role = "head"
+            elif top in ("relaxation", "exit_gate"):
+                role = {"relaxation": "lora", "exit_gate": "gate"}[top]
+            elif "norm" in type(module).__name__.lower():
+                role = "norms"
+            elif top in places:
+                role = top
+            else:  # position embeddings of a recurrent model's source; the layers of a plain model
+                role = "embeddings" if recurrent or isinstance(module, nn.Embedding) else "core"
+            found.setdefault(path, role)
+    return found
+
+
+def freeze(model: Any, keys: Optimiser, objectives: Objectives, adapted: bool) -> None:
+    """Leave gradients to the parameters that are to learn, and can.
+
+    Raises UserError where that is none.
+    """
+    by_name = roles(model)
+    wanted = set(keys.train or (["adapters"] if adapted else ROLES))
+    if keys.train and adapted:
+        wanted.add("adapters")
+    if objectives.exit_gate and objectives.exit_gate.stage == "gate":
+        wanted = {"gate"}
+    elif not objectives.exit_gate and not objectives.ponder:
+        wanted.discard("gate")  # nothing would reach it
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(by_name[name] in wanted)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        there = sorted(set(by_name.values()))
+        raise UserError(
+            f"optimiser.train={','.join(sorted(wanted))}: nothing of this model would learn; it has {', '.join(there)}"
+        )
+
+
+def groups(model: Any, keys: Optimiser) -> list[dict[str, Any]]:
+    """Parameter groups of those that learn: one for each of (Muon or not, multiplier, weight decay or not)."""
+    by_name = roles(model)
+    decaying = _decaying(model)
+    multipliers: dict[Any, float] = dict(keys.multipliers or {})
+    found: dict[tuple[bool, float, float], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            muon = keys.kind == "muon" and by_name[name] in BODY and parameter.dim() == 2
+            decay = keys.weight_decay if name in decaying else 0.0
+            found.setdefault((muon, multipliers.get(by_name[name], 1.0), decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "muon": muon,
+            "lr": (keys.muon_learning_rate if muon else keys.learning_rate) * multiplier,
+            "weight_decay": decay,
+        }
+        for (muon, multiplier, decay), parameters in found.items()
+    ]
+
+
+def _decaying(model: Any) -> set[str]:
+    """Names of matrices: not of norms, biases, magnitudes and what else relaxation keeps for every depth."""
+    by_name = roles(model)
+
+    def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+        if by_name[name] == "lora":
+            return name.endswith(("lora_A", "lora_B"))
+        return by_name[name] != "norms" and parameter.dim() > 1
+
+    return {name for name, parameter in model.named_parameters() if is_matrix(name, parameter)}
+
+
+def build(model: Any, keys: Optimiser) -> torch.optim.Optimizer:
+    """The optimiser over what learns in `model`."""
+    parts = groups(model, keys)
+    muon = [part for part in parts if part["muon"]]
+    rest = [part for part in parts if not part["muon"]]
+    options: Any = {"betas": tuple(keys.betas), "eps": 1e-8, "fused": True}
+    if not muon:
+        return torch.optim.AdamW(rest, lr=keys.learning_rate, **options)
+    return MuonAndAdamW(muon, rest, {"momentum": keys.muon_momentum, "adjust_lr_fn": keys.muon_adjust}, options)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups `muon`, AdamW for the groups `rest`, as one optimiser with one state."""
+
+    def __init__(self, muon: list[dict], rest: list[dict], muon_options: dict, adamw_options: dict):
+        self.muon = torch.optim.Muon(muon, **muon_options)
+        self.adamw = torch.optim.AdamW(rest, **adamw_options) if rest else None
+        super().__init__(list(itertools.chain(*(part.param_groups for part in self._parts()))), {})
+        self._join()
+
+    def _parts(self) -> list[torch.optim.Optimizer]:
+        return [self.muon, self.adamw] if self.adamw else [self.muon]
+
+    def _join(self) -> None:
+        """The parts work on the groups and the state of the whole, which others replace: accelerate, a resume."""
+        for part, muon in zip(self._parts(), (True, False), strict=False):
+            part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._join()
+        for part in self._parts():
+            part.step()
+        return loss

@@ -1,0 +1,106 @@
+"""What a training step minimises: the section `objectives` of a recipe. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from loopwise.recipe import Count, Number, Section
+
+
+class Distillation(Section):
+    """Divergence from a teacher's next-token distribution."""
+
+    weight: Number = Field(default=1.0, gt=0, description="of the divergence beside cross_entropy")
+    teacher: str = Field(description="directory or hub id of the teacher, for example the model that was converted")
+    revision: str | None = Field(default=None, description="revision of the teacher when it is a hub id")
+    num_recurrences: Count | None = Field(
+        default=None, description="R of a recurrent-depth teacher (default: the teacher's own)"
+    )
+    divergence: Literal["forward-kl", "reverse-kl"] = Field(
+        default="forward-kl", description="KL(teacher || student) or KL(student || teacher)"
+    )
+    temperature: Number = Field(
+        default=1.0, gt=0, description="of both distributions; the divergence is multiplied by its square"
+    )
+    top_k: Count | None = Field(
+        default=None,
+        description="computes the teacher once, before training, and keeps its k most likely tokens on disk; the rest "
+        "counts as one token (default: the teacher runs beside the model)",
+    )
+
+
+class Exits(Section):
+    """A loss at every depth, not at the last alone."""
+
+    weights: Literal["constant", "layerskip"] = Field(
+        default="constant",
+        description="constant: `intermediate` at every depth before the last, which has 1 (relaxed recursive "
+        "transformers); layerskip: growing with the depth, with sum 1",
+    )
+    intermediate: Number = Field(default=0.1, ge=0, description="weight of every depth before the last, for constant")
+    scale: Number = Field(default=0.2, ge=0, le=1, description="LayerSkip's e_scale, for layerskip")
+    target: Literal["labels", "final"] = Field(
+        default="labels",
+        description="what the depths before the last learn: the labels, as the last one, or its own distribution "
+        "(forward KL, without gradient through it)",
+    )
+
+
+class ExitGate(Section):
+    """The expected loss over the exit gate of a model that has one (Ouro)."""
+
+    stage: Literal["joint", "gate"] = Field(
+        default="joint",
+        description="joint: sum over depths of p_r loss_r - entropy H(p); gate: only the gate learns, from how much a "
+        "further recurrence improved the loss",
+    )
+    entropy: Number = Field(default=0.1, ge=0, description="weight of the entropy at the beginning, for joint")
+    entropy_end: Number | None = Field(default=None, ge=0, description="and at the end (default: the same)")
+    slope: Number = Field(default=50.0, gt=0, description="k of sigmoid(k (improvement - threshold)), for gate")
+    threshold: Number = Field(default=0.005, description="improvement worth another recurrence, for gate")
+
+
+class RouterLosses(Section):
+    """Weights of the auxiliary losses of a mixture-of-recursions router."""
+
+    auxiliary: Number = Field(default=0.001, ge=0, description="cross-entropy of predicting an expert-choice router")
+    balancing: Number = Field(default=0.1, ge=0, description="sum of f_i P_i over the depths of a token-choice router")
+    z_loss: Number = Field(default=0.0, ge=0, description="squared logsumexp of the router's logits")
+    bias_step: Number = Field(
+        default=0.0, ge=0, description="step of a token-choice router's bias towards balance, without a loss"
+    )
+
+
+class Ponder(Section):
+    """ACT's ponder cost on the exit gate: recurrences until the halting probabilities reach 1 - epsilon."""
+
+    weight: Number = Field(default=0.01, gt=0, description="of the ponder cost")
+    epsilon: Number = Field(default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts")
+
+
+class Objectives(Section):
+    """The terms of the loss. Cross-entropy and distillation are the loss of a depth; the others say of which depths."""
+
+    cross_entropy: Number = Field(default=1.0, ge=0, description="weight of the next-token cross-entropy")
+    distillation: Distillation | None = None
+    exits: Exits | None = None
+    exit_gate: ExitGate | None = None
+    nested: Count | None = Field(
+        default=None,
+        description="mean loss at so many depths, drawn each step from 1 to R (SortedNet), instead of at the last",
+    )
+    router: RouterLosses | None = None
+    ponder: Ponder | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Objectives:
+        ways = [name for name in ("exits", "exit_gate", "nested") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"{ways[0]} and {ways[1]} are two ways to weigh the depths: give one")
+        if not self.cross_entropy and not self.distillation:
+            raise ValueError("cross_entropy=0 leaves nothing to learn; set distillation.teacher")
+        if self.exit_gate and self.exit_gate.stage == "gate" and self.ponder:
+            raise ValueError("ponder trains more than the gate: it does not go with exit_gate.stage=gate")
+        return self

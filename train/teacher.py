@@ -1,0 +1,107 @@
+"""The teacher of a distillation: beside the model in the same process, or computed before training onto the disk.
+
+Shapes: n blocks, B of a micro-batch, T tokens, V vocabulary, k most likely tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from loopwise.errors import UserError
+
+from .pretrained import is_recurrent, load_config, load_model
+from .recipe_objectives import Distillation
+
+if TYPE_CHECKING:
+    from .data import Blocks
+
+FILES = ("teacher_ids.npy", "teacher_log_probs.npy")
+DONE = "teacher_done"  # written last: a killed precomputation begins anew
+
+
+def check(keys: Distillation, config: Any) -> None:
+    """Raises UserError where the teacher cannot be had or speaks another vocabulary than the model with `config`."""
+    teacher = load_config(keys.teacher, keys.revision)
+    if keys.num_recurrences and not is_recurrent(teacher):
+        raise UserError(
+            f"objectives.distillation.num_recurrences={keys.num_recurrences}: {keys.teacher} is a plain "
+            f"{teacher.model_type}, without recurrence"
+        )
+    if teacher.vocab_size != config.vocab_size:
+        raise UserError(
+            f"objectives.distillation.teacher={keys.teacher}: its vocabulary has {teacher.vocab_size} tokens, the "
+            f"model's {config.vocab_size}; both must be the same"
+        )
+    if keys.top_k and keys.top_k >= teacher.vocab_size:
+        raise UserError(f"objectives.distillation.top_k={keys.top_k}: below the vocabulary of {teacher.vocab_size}")
+
+
+class Teacher:
+    """Gives the logits [B, T, V] for the inputs of a micro-batch, without gradient."""
+
+    def __init__(self, keys: Distillation, device: torch.device, precision: str):
+        model: Any = load_model(keys.teacher, keys.revision).eval().requires_grad_(False)
+        self.model = model.to(device, getattr(torch, precision))
+        self.recurrences = keys.num_recurrences
+        self.recurrent = is_recurrent(self.model.config)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
+        keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
+        if self.recurrent:
+            keys |= {"num_recurrences": self.recurrences, "sequence_ids": inputs["sequence_ids"]}
+        return self.model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
+
+
+def kept(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `precompute` left of a micro-batch: ids and log-probabilities [B, T, k]."""
+    return inputs["teacher_ids"], inputs["teacher_log_probs"]
+
+
+def precompute(
+    keys: Distillation,
+    blocks: Blocks,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    shard: tuple[int, int],
+) -> None:
+    """Leave the teacher's top k of every training block beside the blocks: this rank's share, of (rank, ranks).
+
+    Log-probabilities are at `keys.temperature`. The files exist with their full size when a rank calls this.
+    """
+    teacher = Teacher(keys, device, precision)
+    ids, log_probs = (np.load(blocks.directory / name, mmap_mode="r+") for name in FILES)
+    rank, ranks = shard
+    starts = range(rank * batch_size, len(blocks.train), ranks * batch_size)
+    for start in tqdm(starts, desc="teacher", unit="batch", disable=rank > 0 or not sys.stderr.isatty()):
+        rows = slice(start, start + batch_size)
+        inputs = {name: x.to(device) for name, x in blocks.inputs(rows).items()}
+        logits = teacher(inputs).float() / keys.temperature
+        values, places = logits.log_softmax(-1).topk(keys.top_k or 1)
+        ids[rows], log_probs[rows] = places.cpu().numpy(), values.cpu().numpy()
+    ids.flush()
+    log_probs.flush()
+
+
+def begin(keys: Distillation, blocks: Blocks) -> None:
+    """Make the files that `precompute` fills. Called by one process."""
+    for name, kind in zip(FILES, (np.int32, np.float32), strict=True):
+        shape = (*blocks.train.shape, keys.top_k or 1)
+        np.lib.format.open_memmap(blocks.directory / name, mode="w+", dtype=kind, shape=shape)
+
+
+def finish(blocks: Blocks) -> None:
+    """Mark the files as whole. Called by one process, after all have filled their share."""
+    (blocks.directory / DONE).write_text("")
+
+
+def load(blocks: Blocks) -> dict[str, np.ndarray]:
+    """ids [n, T, k] int32 and log-probabilities [n, T, k] float32, memory-mapped, under the names of inputs."""
+    return {Path(name).stem: np.load(blocks.directory / name, mmap_mode="r") for name in FILES}
