@@ -268,8 +268,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             config.sharing == "sequence" or config.halting != "none"
         ):
             raise ValueError(
-                f"depth_loss_at={list(depth_loss_at)}: a model of sharing='sequence', or with halting, is read out after "
-                "the last recurrence alone"
+                f"depth_loss_at={list(depth_loss_at)}: a model of sharing='sequence', or with halting, is read out "
+                "after the last recurrence alone"
             )
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
