@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, unknown
+from ..model.configuration_recurrent_depth import KV_POLICIES
 from .engine.attention import TorchAttention
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
@@ -100,7 +101,7 @@ class Engine:
         limit = getattr(config, "max_position_embeddings", None)
         length = min(length, limit) if limit else length
         depths = max_recurrences or config.max_recurrences
-        policy = KVPolicy(kv_policy or config.kv_policy, depths)
+        policy = self._policy(kv_policy or config.kv_policy, depths)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
             parts = TransformersParts(model, length + 1)
@@ -128,6 +129,17 @@ class Engine:
             self.loop.requests.table.copy_(table.view(rows, blocks))
         self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
         self._params: list[Params | None] = [None] * rows
+
+    @staticmethod
+    def _policy(name: str, depths: int) -> KVPolicy:
+        policy = KVPolicy(name, depths)
+        try:
+            ok = policy.slots > 0
+        except ValueError:
+            ok = False
+        if not ok:
+            raise UserError(f"kv_policy={name!r}: choose from {', '.join(KV_POLICIES)}")
+        return policy
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""

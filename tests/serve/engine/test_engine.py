@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
@@ -140,6 +141,24 @@ def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     if not width:
         assert sum(c.passes for c in got) < sum(c.passes for c in plain)
     assert all(c.items >= sum(c.depths[1:]) for c in got)
+
+
+@pytest.mark.parametrize("policy", ["last-exited", "single", "first", "modulo-2"])
+def test_transformers_generate_follows_the_policy(policy):
+    """At full depth, with prompts of one chunk; left padding, too."""
+    model = build(kv_policy=policy)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    prompts, _ = requests(12, 6, policy, ["fixed"])
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    want = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+    got = Engine(model, rows=3, length=100).generate(prompts, Params(10, ignore_eos=True))
+    assert [c.tokens for c in got] == want
+
+
+def test_the_config_names_the_engines_rules():
+    assert tuple(RULES) == EXIT_RULES
 
 
 REFINED = [
