@@ -96,20 +96,6 @@ def gate_loss(losses: torch.Tensor, exit_logits: torch.Tensor, slope: float, thr
     return F.binary_cross_entropy_with_logits(-logits, going_on, reduction="none").sum(0) / len(losses)
 
 
-def ponder_cost(halting_logits: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """N + remainder of Adaptive Computation Time (arXiv 1603.08983), for halting logits [R, B, T].
-
-    N is the first depth at which the halting probabilities sum to 1 - epsilon, at most R; the remainder is 1 less those
-    before N, and carries the gradient.
-    """
-    halting = torch.sigmoid(halting_logits.float())
-    reached = halting.cumsum(0) >= 1 - epsilon
-    running = torch.cat([torch.ones_like(reached[:1]), ~reached[:-1]])  # depths that are computed
-    steps = running.sum(0)
-    before = running & (torch.arange(1, len(halting) + 1, device=halting.device)[:, None, None] < steps)
-    return steps + 1 - (halting * before).sum(0)
-
-
 def router_prediction(logits: torch.Tensor, selected: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of logits [B, T, R] and the choice, a mean over the candidates of each recurrence, summed
     over recurrences; a scalar (arXiv 2507.10524)."""

@@ -58,7 +58,7 @@ class Objective:
             keys["grad_recurrences"] = min(depth.grad_recurrences, recurrences)
         if self.router and self.capacity_warmup and self.router["kind"] == "expert":
             keys["router_capacity"] = capacities(self.router["capacity"], step, self.capacity_warmup)
-        if len(at) > 1 or self._reads_gate():
+        if len(at) > 1 or self.objectives.exit_gate:
             keys |= {"depth_loss": self._depth_loss(targets, given, recurrences), "depth_loss_at": at}
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -73,9 +73,6 @@ class Objective:
             total = self._of_depths(outputs, step, at)[valid].sum()
         total = total + self._auxiliary(outputs, valid)
         return total / targets_of_step
-
-    def _reads_gate(self) -> bool:
-        return self.objectives.exit_gate is not None or self.objectives.ponder is not None
 
     def _teacher_of(self, inputs: dict[str, Any]) -> Any:
         if self.teacher is None:
@@ -135,7 +132,7 @@ class Objective:
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
-            total = wanted.ponder.weight * losses.ponder_cost(outputs.exit_logits, wanted.ponder.epsilon)[valid].sum()
+            total = wanted.ponder.weight * outputs.ponder[valid].sum()
         if wanted.router and self.router:
             total = total + valid.sum() * self._routing(outputs.router_outputs)
         return total
@@ -171,14 +168,20 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
             if getattr(objectives, name) is not None:
                 raise UserError(f"objectives.{name} belongs to recurrent-depth models; this is a {config.model_type}")
         return
-    for name in ("exit_gate", "ponder"):
-        if getattr(objectives, name) is not None and not config.exit_gate:
-            raise UserError(f"objectives.{name}: this model has no exit gate; convert it with one, or import Ouro")
+    if objectives.exit_gate is not None and not config.exit_gate:
+        raise UserError("objectives.exit_gate: this model has no exit gate; import one that has (Ouro)")
+    if objectives.ponder is not None and config.halting != "act":
+        raise UserError("objectives.ponder: this model's tokens do not halt; convert it with halting=act")
     if objectives.router is not None and not getattr(config, "router", None):
         raise UserError("objectives.router: this model has no router; convert it with method=mor")
     if config.sharing == "sequence":
-        for name in ("exits", "exit_gate", "nested", "ponder"):
+        for name in ("exits", "exit_gate", "nested"):
             if getattr(objectives, name) is not None:
                 raise UserError(
                     f"objectives.{name}: with sharing='sequence' the model has no logits but those of the last depth"
                 )
+    if config.halting != "none" and (objectives.exits or objectives.exit_gate or objectives.nested):
+        name = next(n for n in ("exits", "exit_gate", "nested") if getattr(objectives, n))
+        raise UserError(
+            f"objectives.{name}: a model whose tokens halt reads out a mean of its states, at the last depth"
+        )

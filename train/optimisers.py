@@ -13,6 +13,7 @@ from loopwise.errors import UserError
 from .recipe import ROLES, Optimiser
 from .recipe_objectives import Objectives
 
+OWN = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
 BODY = ("prelude", "core", "coda", "injection")  # whose matrices Muon takes (arXiv 2511.07384)
 
 
@@ -37,8 +38,8 @@ def roles(model: Any) -> dict[str, str]:
                 role = "embeddings"
             elif id(parameter) in of_head:
                 role = "head"
-            elif top in ("relaxation", "exit_gate"):
-                role = {"relaxation": "lora", "exit_gate": "gate"}[top]
+            elif top in OWN:
+                role = OWN[top]
             elif "norm" in type(module).__name__.lower():
                 role = "norms"
             elif top in places:
@@ -60,10 +61,9 @@ def freeze(model: Any, keys: Optimiser, objectives: Objectives, adapted: bool) -
         wanted.add("adapters")
     if objectives.exit_gate and objectives.exit_gate.stage == "gate":
         wanted = {"gate"}
-    elif not objectives.exit_gate and not objectives.ponder:
-        wanted.discard("gate")  # nothing would reach it
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(by_name[name] in wanted)
+        reached = objectives.exit_gate or not name.startswith("exit_gate.")  # nothing else would train that
+        parameter.requires_grad_(bool(by_name[name] in wanted and reached))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         there = sorted(set(by_name.values()))
         raise UserError(

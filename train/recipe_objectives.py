@@ -74,10 +74,9 @@ class RouterLosses(Section):
 
 
 class Ponder(Section):
-    """ACT's ponder cost on the exit gate: recurrences until the halting probabilities reach 1 - epsilon."""
+    """ACT's ponder cost of a model whose tokens halt (halting=act): recurrences until then, and the remainder."""
 
     weight: Number = Field(default=0.01, gt=0, description="of the ponder cost")
-    epsilon: Number = Field(default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts")
 
 
 class Objectives(Section):
@@ -101,6 +100,4 @@ class Objectives(Section):
             raise ValueError(f"{ways[0]} and {ways[1]} are two ways to weigh the depths: give one")
         if not self.cross_entropy and not self.distillation:
             raise ValueError("cross_entropy=0 leaves nothing to learn; set distillation.teacher")
-        if self.exit_gate and self.exit_gate.stage == "gate" and self.ponder:
-            raise ValueError("ponder trains more than the gate: it does not go with exit_gate.stage=gate")
         return self

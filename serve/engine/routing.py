@@ -67,7 +67,7 @@ class Routing:
     def combine(
         self, which: torch.Tensor, depth: torch.Tensor, before: torch.Tensor, y: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new states [n, D] of lanes that recurred at `depth` [n] from `before` to the core's y, and which leave."""
+        """The new states [n, D] of lanes that recurred at `depth` [n] from `before` to the core's y; which leave."""
         lanes = self.loop.lanes
         if self.fields["kind"] == "token":
             ends = depth + 1 == lanes.target[which]

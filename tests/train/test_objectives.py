@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from train_tiny import history, run, same, save_recurrent
 
 from loopwise.cli import main
+from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.train import losses
 from loopwise.train.curriculum import Depth, nested_depths
 from loopwise.train.objectives import Objective
@@ -109,23 +110,6 @@ def test_gate_loss():
     assert gate.grad is not None
     assert (gate.grad[0] == 0).all()
     assert (gate.grad[1:] != 0).any()
-
-
-def test_ponder_cost():
-    logits = random(R, B, T).requires_grad_()
-    found = losses.ponder_cost(logits, 0.01)
-    for b in range(B):
-        for i in range(T):
-            total, n = 0.0, 0
-            halting = torch.sigmoid(logits[:, b, i])
-            for r in range(R):
-                n = r + 1
-                if total + halting[r] >= 0.99 or n == R:
-                    break
-                total = total + halting[r]
-            assert close(found[b, i], n + 1 - total)
-    sure = torch.full((R, 1, 1), 10.0)
-    assert losses.ponder_cost(sure, 0.01).item() == 2  # one step, and all of it is remainder
 
 
 def test_router_losses():
@@ -260,15 +244,19 @@ def test_gate_stages_of_a_model(gated, inputs):
     check_same(model, depth_losses(model, inputs, Depth(3, None), gate_only)[0].sum(), found)
 
 
-def test_ponder_of_a_model(gated, inputs):
-    model = load_model(str(gated)).train()
-
-    def pondering(flat, targets, gates):
-        cost = losses.ponder_cost(torch.stack(gates)[:, None], 0.01)[0]
-        return [F.cross_entropy(flat[-1], targets, reduction="none") + 0.5 * cost]
-
+def test_ponder_of_a_model(recurrent, inputs):
+    config = load_model(str(recurrent)).config
+    config.halting = "act"
+    torch.manual_seed(0)
+    model: Any = RecurrentDepthForCausalLM(config).train()
+    torch.nn.init.normal_(model.halting_gate.weight)
     found = loss_and_gradients(model, {"ponder": {"weight": 0.5}}, inputs, Depth(3, None))
-    check_same(model, depth_losses(model, inputs, Depth(3, None), pondering)[0].sum(), found)
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=inputs["input_ids"], use_cache=False, num_recurrences=3)
+    keep = inputs["labels"][:, 1:] != -100
+    each = F.cross_entropy(out.logits[:, :-1][keep], inputs["labels"][:, 1:][keep], reduction="none")
+    check_same(model, (each + 0.5 * out.ponder[:, :-1][keep]).sum(), found)
+    assert model.halting_gate.weight.grad.abs().sum() > 0
 
 
 def test_distillation_at_every_depth(recurrent, inputs):
@@ -364,7 +352,7 @@ REFUSED = {
     "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested are two ways to weigh the depths",
     "objectives.cross_entropy=0": "cross_entropy=0 leaves nothing to learn",
     "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
-    "objectives.ponder.weight=0.1": "objectives.ponder: this model has no exit gate",
+    "objectives.ponder.weight=0.1": "objectives.ponder: this model's tokens do not halt",
     "objectives.router.z_loss=0.1": "objectives.router: this model has no router",
     "recurrence.capacity_warmup=0.1": "recurrence.capacity_warmup: this model has no expert-choice router",
     "objectives.distillation.weight=1": "objectives.distillation.teacher: Field required",
@@ -395,6 +383,6 @@ def test_accumulation_changes_no_objective(gated, command, tmp_path):
     run(command(gated, tmp_path / "one", *settings))
     run(command(gated, tmp_path / "two", *settings, "batch_size=2", "gradient_accumulation=2"))
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
-    run(command(gated, tmp_path / "three", *settings, "gradient_checkpointing=true"))
+    run(command(gated, tmp_path / "three", *settings, "gradient_checkpointing=recurrence"))
     assert history(tmp_path / "three") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
     assert not same(tmp_path / "one", gated)

@@ -70,7 +70,7 @@ def test_accumulation_and_checkpointing_change_nothing(recurrent, command, tmp_p
     settings = ["steps=10", "log_every=1", *RECURRENCE]
     run(command(recurrent, tmp_path / "one", *settings))
     run(command(recurrent, tmp_path / "two", *settings, "batch_size=2", "gradient_accumulation=2"))
-    run(command(recurrent, tmp_path / "three", *settings, "gradient_checkpointing=true"))
+    run(command(recurrent, tmp_path / "three", *settings, "gradient_checkpointing=layer"))
     for other in ("two", "three"):
         assert history(tmp_path / other) == pytest.approx(history(tmp_path / "one"), abs=1e-5)
         assert history(tmp_path / other, "num_recurrences") == history(tmp_path / "one", "num_recurrences")
