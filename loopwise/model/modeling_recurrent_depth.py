@@ -120,6 +120,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
         source_config = config.source_config
+        source_config._attn_implementation = config._attn_implementation
         self.source = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name))
@@ -152,11 +153,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self._call: _Call | None = None
         self.post_init()
 
-    def _check_and_adjust_attn_implementation(self, *args, **kwargs):
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs):
         source = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config.source_config)]  # it decides
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(source, name))
-        return super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        if self.config.router:  # it writes out masks, as these two do not take them
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if attn_implementation is None and getattr(self.config, "attn_logit_softcapping", None):
+            attn_implementation = "eager"  # transformers' sdpa leaves the cap out
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Injection):
