@@ -35,18 +35,8 @@ from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
 from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Relaxation
-from .router import (
-    HIDING,
-    ChoiceSlot,
-    FirstKeysAndValues,
-    Router,
-    RouterOutputs,
-    Routing,
-    Rows,
-    by_name,
-    capacities,
-    counts_positions,
-)
+from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
+from .router import Router, RouterOutputs, Routing, capacities
 from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepare_cache, with_slot
 
 
@@ -256,7 +246,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("output_depth_logits reads the coda at every depth, which no cache holds: use_cache=False")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        capacity = self._check_routing(recurrences, router_capacity) if config.router else None
+        first_kv = bool(config.router) and not config.has_choice_slot
+        if first_kv and self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
+                "router.kv='first-recursion' does not go with it"
+            )
+        capacity = capacities(config.router, recurrences, router_capacity, self.training) if config.router else None
         if use_cache is None:
             in_config = getattr(config, "use_cache", True) and not self.training and not output_depth_logits
             use_cache = past_key_values is not None or (in_config and capacity is None)
@@ -265,8 +261,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
                 "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
             )
-        if (use_cache or (config.router and not config.has_choice_slot)) and past_key_values is None:
-            past_key_values = DynamicCache(config=config)  # first-recursion keys and values pass through one, too
+        if (use_cache or first_kv) and past_key_values is None:
+            past_key_values = DynamicCache(config=config)  # the first recursion's keys and values pass through one, too
         if past_key_values is not None:
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -327,20 +323,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             router_outputs=call.routing.outputs() if call.routing else None,
         )
 
-    def _check_routing(self, recurrences: int, capacity: Sequence[float] | None) -> Sequence[float] | None:
-        """The capacities of a call of a routed model, None where thresholds or tokens decide."""
-        fields = cast(Any, self.config.router)
-        if recurrences > fields["depths"] or (fields["kind"] == "token" and recurrences < fields["depths"]):
-            raise ValueError(
-                f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
-            )
-        if self.training and self.is_gradient_checkpointing and not self.config.has_choice_slot:
-            raise ValueError(
-                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
-                "router.kv='first-recursion' does not go with it"
-            )
-        return capacities(fields, capacity, self.training)
-
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
         call = self._call
@@ -371,7 +353,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 if keep or r + 1 == call.num_recurrences:
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
-            self._choice_slot(call).add(call.routing, s.dtype)
+            self._choice_slot(call).add(call.routing.selected, cast(Any, config.router)["depths"], s.dtype)
         read = call.states if call.read_all_depths else [s]
         if config.halting == "act":
             ends = recurrences if call.read_all_depths else recurrences[-1:]
@@ -399,17 +381,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""
-        routing = cast(Any, call.routing)
+        routing, source = cast(Any, call.routing), self.config.source_config
         selected = routing.select(r, s)
-        movable = not counts_positions(self.config.source_config)
-        hides = self.config.source_config.model_type in HIDING
         if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
-            rows, keys = Rows(selected, gather=movable and r > 0), None
+            rows, keys = Rows(selected, r > 0, source), None
         elif call.cache is None:
-            rows, keys = Rows(selected, gather=movable, hides=hides), selected
+            rows, keys = Rows(selected, True, source), selected
         else:
             slot = self._choice_slot(call)
-            rows, keys = Rows(selected, gather=False, hides=hides), slot.keys(r, selected)
+            rows, keys = Rows(selected, False, source), slot.keys(r, selected)
             if call.past and not selected.any():
                 slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
                 return s
