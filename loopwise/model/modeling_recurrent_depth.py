@@ -36,18 +36,8 @@ from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
 from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Factors, Relaxation
-from .router import (
-    HIDING,
-    ChoiceSlot,
-    FirstKeysAndValues,
-    Router,
-    RouterOutputs,
-    Routing,
-    Rows,
-    by_name,
-    capacities,
-    counts_positions,
-)
+from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
+from .router import Router, RouterOutputs, Routing, capacities
 from .source_layers import TUPLE_LAYERS, DepthCache, Overwriting, Tap, layer_list_name, prepare_cache, with_slot
 
 
@@ -124,6 +114,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
         source_config = config.source_config
+        source_config._attn_implementation = config._attn_implementation
         self.source = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name))
@@ -157,11 +148,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
         self.post_init()
 
-    def _check_and_adjust_attn_implementation(self, *args, **kwargs):
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs):
         source = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config.source_config)]  # it decides
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(source, name))
-        return super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        if self.config.router:  # it writes out masks, as these two do not take them
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if attn_implementation is None and getattr(self.config, "attn_logit_softcapping", None):
+            attn_implementation = "eager"  # transformers' sdpa leaves the cap out
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Injection):
@@ -273,7 +268,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        capacity = self._check_routing(recurrences, router_capacity) if config.router else None
+        reuses = (config.router and not config.has_choice_slot) or config.kv_policy == "first"
+        if reuses and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
+            raise ValueError(
+                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
+                "router.kv='first-recursion' and kv_policy='first' do not go with it"
+            )
+        capacity = capacities(config.router, recurrences, router_capacity, self.training) if config.router else None
         if use_cache is None:
             in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
             use_cache = past_key_values is not None or (in_config and capacity is None)
@@ -282,16 +283,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
                 "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
             )
-        reuses = (config.router and not config.has_choice_slot) or config.kv_policy == "first"
-        if reuses and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
-            raise ValueError(
-                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
-                "router.kv='first-recursion' and kv_policy='first' do not go with it"
-            )
         if (use_cache or reuses) and past_key_values is None:
-            past_key_values = DynamicCache(
-                config=config
-            )  # the first recurrence's keys and values pass through one, too
+            past_key_values = DynamicCache(config=config)  # what later recurrences read of the first passes through one
         if past_key_values is not None:
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -376,15 +369,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
         return tuple(losses[depth] for depth in at)
 
-    def _check_routing(self, recurrences: int, capacity: Sequence[float] | None) -> Sequence[float] | None:
-        """The capacities of a call of a routed model, None where thresholds or tokens decide."""
-        fields = cast(Any, self.config.router)
-        if recurrences > fields["depths"] or (fields["kind"] == "token" and recurrences < fields["depths"]):
-            raise ValueError(
-                f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
-            )
-        return capacities(fields, capacity, self.training)
-
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
         call = self._call
@@ -423,7 +407,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 if keep or r + 1 == call.num_recurrences:
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
-            self._choice_slot(call).add(call.routing, s.dtype)
+            self._choice_slot(call).add(call.routing.selected, cast(Any, config.router)["depths"], s.dtype)
         read = call.states if call.read_all_depths else [s]
         if config.halting == "act":
             ends = recurrences if call.read_all_depths else recurrences[-1:]
@@ -455,17 +439,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""
-        routing = cast(Any, call.routing)
+        routing, source = cast(Any, call.routing), self.config.source_config
         selected = routing.select(r, s)
-        movable = not counts_positions(self.config.source_config)
-        hides = self.config.source_config.model_type in HIDING
         if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
-            rows, keys = Rows(selected, gather=movable and r > 0), None
+            rows, keys = Rows(selected, r > 0, source), None
         elif call.cache is None:
-            rows, keys = Rows(selected, gather=movable, hides=hides), selected
+            rows, keys = Rows(selected, True, source), selected
         else:
             slot = self._choice_slot(call)
-            rows, keys = Rows(selected, gather=False, hides=hides), slot.keys(r, selected)
+            rows, keys = Rows(selected, False, source), slot.keys(r, selected)
             if call.past and not selected.any():
                 slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
                 return s
