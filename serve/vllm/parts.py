@@ -25,7 +25,7 @@ class VllmParts:
     `attention` is set once the cache is there. `passes` and `reads` count how many rows core and coda had, by number.
     """
 
-    def __init__(self, model: Any, layers: list[nn.Module], slots: int, context: dict[str, Any]):
+    def __init__(self, model: Any, layers: list[Any], slots: int, context: dict[str, Any]):
         """`layers`: prelude, core, coda, one for each set of weights. `slots`: of a core layer. `context`: vLLM's
         static forward context, from which it allocates a cache for each Attention."""
         self.model, self.config, self.injection = model, model.config, model.injection
@@ -82,7 +82,7 @@ class VllmParts:
             out = self.attention(number, q, k, v, **facts)
             return out.reshape(output_shape if output_shape is not None else query.shape)
 
-        attention.forward = attend
+        attention.forward = attend  # pyright: ignore[reportAttributeAccessIssue]
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _tap(self, index: int, last: bool) -> Any:
@@ -96,7 +96,7 @@ class VllmParts:
             if plain == "_transformers":
                 x, args = args[0], args[1:]
                 return self._handed[None] if last and self._handed is not None else x
-            x = kwargs.get("hidden_states", args[1] if len(args) > 1 else None)
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
             if last and self._handed is not None:
                 x = self._handed
             return x if plain == "_plain" else (x, torch.zeros_like(x))

@@ -174,7 +174,7 @@ class Relaxation(nn.Module):
     def finish(self) -> None:
         """Once all is loaded: what is shared stands at every depth, too, and linear modules lose the biases that are
         added to their outputs."""
-        for factors in self.factors.values():
+        for _, factors in self._factors.values():
             factors.measure()
         for target in self.replaced():
             module, parameter = self._place(target)
@@ -264,7 +264,7 @@ class Change:
 class Changed(nn.Module):
     """Stands for a linear module at one depth. No copy of it: vLLM packs a module's weight when all is loaded."""
 
-    def __init__(self, linear: nn.Module | None, change: Change, depth: int):
+    def __init__(self, linear: Any, change: Change, depth: int):
         super().__init__()
         self._linear, self._change, self._depth = (linear,), change, depth
 
