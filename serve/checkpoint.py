@@ -45,7 +45,6 @@ def check_config(model: str) -> Facts:
     source = config.get("source_config") or {}
     vllm_architecture(source.get("model_type"))
     check_model(config)
-    check_model(config)
     refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
     depth = config.get("num_recurrences", 1)
     return Facts(
