@@ -44,6 +44,7 @@ class VllmParts:
         self.passes: Counter[int] = Counter()
         self.reads: Counter[int] = Counter()
         self._taken: list[tuple[tuple, dict]] | None = None
+        self._first_suffices = False
         self._handed: torch.Tensor | None = None
         listed = {id(layer): index for index, layer in enumerate(layers)}
         for layer in layers:
@@ -91,21 +92,20 @@ class VllmParts:
         def tap(*args, **kwargs):
             if self._taken is not None:
                 self._taken.append((args, kwargs))
-                if last:
+                if last or self._first_suffices:
                     raise _Taken
+            handed = self._handed if last else None
             if plain == "_transformers":
-                x, args = args[0], args[1:]
-                return self._handed[None] if last and self._handed is not None else x
+                return args[0] if handed is None else handed[None]
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-            if last and self._handed is not None:
-                x = self._handed
-            return x if plain == "_plain" else (x, torch.zeros_like(x))
+            x = x if handed is None else handed
+            return x if plain == "_plain" else (x, torch.zeros_like(x) if last else None)
 
         return tap
 
-    def _given(self, tokens: torch.Tensor, positions: torch.Tensor) -> list[tuple[tuple, dict]]:
-        """What the source model passes to each of its layers."""
-        self._taken = taken = []
+    def _given(self, tokens: torch.Tensor, positions: torch.Tensor, first: bool = False) -> list[tuple[tuple, dict]]:
+        """What the source model passes to each of its layers, or to the first alone."""
+        self._taken, self._first_suffices = (taken := []), first
         try:
             self.model.source(tokens, positions)
         except _Taken:
@@ -115,7 +115,7 @@ class VllmParts:
         return taken
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self._given(tokens, positions)[0]
+        args, kwargs = self._given(tokens, positions, first=True)[0]
         if self.kind.__name__ == "_transformers":
             return args[0][0]
         return kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
