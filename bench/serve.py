@@ -324,7 +324,8 @@ async def open_loop(server: Server, session: Any, load: float, capacity: float, 
 
     print(
         f"load {load:.2f} ({load * capacity:.2f} requests/s, {len(tasks)} requests): "
-        f"first token p50 {at(times.first, 50)} p99 {at(times.first, 99)}; between chunks p50 {at(times.between, 50)} p99 {at(times.between, 99)}",
+        f"first token p50 {at(times.first, 50)} p99 {at(times.first, 99)}; "
+        f"between chunks p50 {at(times.between, 50)} p99 {at(times.between, 99)}",
         flush=True,
     )
 

@@ -22,7 +22,7 @@ from .defaults import Defaults, choose, cuts_prompts, limits_of
 from .recipe import ServeRecipe
 from .vllm import SERVER
 from .vllm.fields import Limits
-from .vllm.lanes import LANES
+from .vllm.lanes import LANES, is_lanes
 from .vllm.limits import check_depth, refuse
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -137,7 +137,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
 def _limits(engine_client: Any) -> Limits:
     """What requests may ask of the model that `engine_client` runs."""
     config = engine_client.vllm_config.model_config.hf_config
-    if LANES in engine_client.vllm_config.additional_config:
+    if is_lanes(engine_client.vllm_config):
         return limits_of(vars(config), config.exit_gate)
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 

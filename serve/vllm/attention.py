@@ -110,12 +110,13 @@ class CpuAttention:
         nth = torch.arange(len(source)) - (empty.cumsum(0) - empty).repeat_interleave(empty)
         place = plan.place[source] + (nth + 1) * self.stride * self.block_size
         for layer, (k, v) in plan.kept.items():
-            ops.cpu_attn_reshape_and_cache(k[source], v[source], *self.caches[layer], place, self.isa)
+            keys, values = self.caches[layer]
+            ops.cpu_attn_reshape_and_cache(k[source], v[source], keys, values, place, self.isa)
 
 
 def _whole(slots: list[Layer], block_size: int) -> tuple[torch.Tensor, int]:
     """The cache of one layer from its first slot to its last, as one tensor of blocks, and the blocks between slots."""
-    caches = [layer.kv_cache for layer in slots]
+    caches: list[torch.Tensor] = [layer.kv_cache for layer in slots]
     first = caches[0]
     if not first.is_contiguous() or first.shape[2] != block_size:
         raise ValueError(f"vLLM's cache of a layer has shape {list(first.shape)}, strides {list(first.stride())}")
@@ -124,6 +125,6 @@ def _whole(slots: list[Layer], block_size: int) -> tuple[torch.Tensor, int]:
     same = {cache.untyped_storage().data_ptr() for cache in caches}
     if len(steps) > 1 or len(same) > 1 or any(step % page or step < 0 for step in steps):
         raise ValueError(f"the depths of a layer stand {steps} elements apart in vLLM's cache, blocks have {page}")
-    stride = steps.pop() // page if steps else 0
+    stride = int(steps.pop()) // page if steps else 0
     blocks = stride * (len(slots) - 1) + first.shape[0]
     return torch.as_strided(first, (blocks, *first.shape[1:]), first.stride(), first.storage_offset()), stride

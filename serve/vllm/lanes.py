@@ -33,6 +33,11 @@ class LaneConfig:
         }
 
 
+def is_lanes(vllm_config: Any) -> bool:
+    """Whether vLLM was started with the lane engine."""
+    return LANES in (vllm_config.additional_config or {})
+
+
 @dataclass(frozen=True)
 class Depth:
     """How deep a request goes. `key` tells apart requests whose prompts leave different keys and values."""

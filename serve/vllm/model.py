@@ -18,8 +18,8 @@ from ...model.injection import Injection
 from ...unroll import config_with_layers
 from ..engine.kv import KVPolicy
 from .architectures import vllm_architecture
-from .lanes import LANES
-from .limits import check_depth, check_vllm_config
+from .lanes import is_lanes
+from .limits import check_depth, check_model, check_vllm_config
 from .parts import VllmParts
 from .recurrence import Recurrence, hand_on
 from .relaxation import Relaxation
@@ -40,6 +40,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
         check_depth(config.num_recurrences, config.max_recurrences)
         check_vllm_config(vllm_config)
+        check_model(vars(config))
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
@@ -58,7 +59,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
         context = vllm_config.compilation_config.static_forward_context
         self.parts: VllmParts | None = None
-        if LANES in (vllm_config.additional_config or {}):
+        if is_lanes(vllm_config):
             policy = KVPolicy(config.kv_policy, config.max_recurrences)
             self.parts = VllmParts(self, layers, policy.slots, context)
             return

@@ -25,7 +25,7 @@ class VllmParts:
     `attention` is set once the cache is there. `passes` and `reads` count how many rows core and coda had, by number.
     """
 
-    def __init__(self, model: Any, layers: list[nn.Module], slots: int, context: dict[str, Any]):
+    def __init__(self, model: Any, layers: list[Any], slots: int, context: dict[str, Any]):
         """`layers`: prelude, core, coda, one for each set of weights. `slots`: of a core layer. `context`: vLLM's
         static forward context, from which it allocates a cache for each Attention."""
         self.model, self.config, self.injection = model, model.config, model.injection
@@ -44,6 +44,7 @@ class VllmParts:
         self.passes: Counter[int] = Counter()
         self.reads: Counter[int] = Counter()
         self._taken: list[tuple[tuple, dict]] | None = None
+        self._first_suffices = False
         self._handed: torch.Tensor | None = None
         listed = {id(layer): index for index, layer in enumerate(layers)}
         for layer in layers:
@@ -82,7 +83,7 @@ class VllmParts:
             out = self.attention(number, q, k, v, **facts)
             return out.reshape(output_shape if output_shape is not None else query.shape)
 
-        attention.forward = attend
+        attention.forward = attend  # pyright: ignore[reportAttributeAccessIssue]
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _tap(self, index: int, last: bool) -> Any:
@@ -91,21 +92,20 @@ class VllmParts:
         def tap(*args, **kwargs):
             if self._taken is not None:
                 self._taken.append((args, kwargs))
-                if last:
+                if last or self._first_suffices:
                     raise _Taken
+            handed = self._handed if last else None
             if plain == "_transformers":
-                x, args = args[0], args[1:]
-                return self._handed[None] if last and self._handed is not None else x
-            x = kwargs.get("hidden_states", args[1] if len(args) > 1 else None)
-            if last and self._handed is not None:
-                x = self._handed
-            return x if plain == "_plain" else (x, torch.zeros_like(x))
+                return args[0] if handed is None else handed[None]
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+            x = x if handed is None else handed
+            return x if plain == "_plain" else (x, torch.zeros_like(x) if last else None)
 
         return tap
 
-    def _given(self, tokens: torch.Tensor, positions: torch.Tensor) -> list[tuple[tuple, dict]]:
-        """What the source model passes to each of its layers."""
-        self._taken = taken = []
+    def _given(self, tokens: torch.Tensor, positions: torch.Tensor, first: bool = False) -> list[tuple[tuple, dict]]:
+        """What the source model passes to each of its layers, or to the first alone."""
+        self._taken, self._first_suffices = (taken := []), first
         try:
             self.model.source(tokens, positions)
         except _Taken:
@@ -115,7 +115,7 @@ class VllmParts:
         return taken
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self._given(tokens, positions)[0]
+        args, kwargs = self._given(tokens, positions, first=True)[0]
         if self.kind.__name__ == "_transformers":
             return args[0][0]
         return kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]

@@ -100,18 +100,15 @@ class Factors(nn.Module):
             squares = tensor_model_parallel_all_reduce(squares)
         self.scale = (self.dora_magnitude.float() / squares.sqrt()).to(self.lora_A.dtype)
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> torch.Tensor:
-        """out [N, all of this rank] with what the LoRA gives for x [N, in]."""
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> None:
+        """Add to out [N, all of this rank] what the LoRA gives for x [N, in]."""
         mine = out[..., self.start : self.stop]
-        new = mine + self._added(x, depth)
+        mine += self._added(x, depth)
         if self.scale is not None:
             bias = self._linear[0].bias
             bias = 0 if bias is None else bias[self.start : self.stop]
             at = depth.clamp(max=self.depths - 1) if isinstance(depth, torch.Tensor) else depth
-            new = (new - bias) * self.scale[at] + bias
-        if mine.shape == out.shape:
-            return new
-        return torch.cat([out[..., : self.start], new, out[..., self.stop :]], -1)
+            mine.copy_((mine - bias) * self.scale[at] + bias)
 
     def _added(self, x: torch.Tensor, depth: Depth) -> torch.Tensor:
         """B (A x), each row with the factors of its depth.
@@ -174,7 +171,7 @@ class Relaxation(nn.Module):
     def finish(self) -> None:
         """Once all is loaded: what is shared stands at every depth, too, and linear modules lose the biases that are
         added to their outputs."""
-        for factors in self.factors.values():
+        for _, factors in self._factors.values():
             factors.measure()
         for target in self.replaced():
             module, parameter = self._place(target)
@@ -251,20 +248,19 @@ class Change:
         self.factors, self.bias = factors, bias
 
     def __call__(self, out: Any, x: torch.Tensor, depth: Depth) -> Any:
-        """`out` of the module for x [N, in]: a tensor, or a tuple that begins with it."""
+        """`out` of the module for x [N, in], a tensor or a tuple that begins with it, changed in place."""
         first = out[0] if isinstance(out, tuple) else out
         for factors in self.factors:
-            first = factors.add_to(first, x, depth)
+            factors.add_to(first, x, depth)
         if self.bias is not None:
-            at = depth.clamp(max=len(self.bias) - 1) if isinstance(depth, torch.Tensor) else depth
-            first = first + self.bias[at]
-        return (first, *out[1:]) if isinstance(out, tuple) else first
+            first += self.bias[depth.clamp(max=len(self.bias) - 1) if isinstance(depth, torch.Tensor) else depth]
+        return out
 
 
 class Changed(nn.Module):
     """Stands for a linear module at one depth. No copy of it: vLLM packs a module's weight when all is loaded."""
 
-    def __init__(self, linear: nn.Module | None, change: Change, depth: int):
+    def __init__(self, linear: Any, change: Change, depth: int):
         super().__init__()
         self._linear, self._change, self._depth = (linear,), change, depth
 

@@ -98,8 +98,8 @@ class LaneSampler:
             self.requests[name].output_token_ids.append(token)  # penalties read it before the step is over
             self.told[name] = self.told.get(name, 0) + 1
         if (values := out.logprobs_tensors) is not None:
-            parts = values.logprob_token_ids[at], values.logprobs[at], values.selected_token_ranks[at]
-            self.logprobs.append((at, LogprobsTensors(*parts)))
+            chosen = values.logprob_token_ids[at], values.logprobs[at], values.selected_token_ranks[at]
+            self.logprobs.append((at, LogprobsTensors(*chosen)))
         return tokens
 
     def lists(self, names: list[str], counts: list[int]) -> LogprobsLists | None:
@@ -122,7 +122,8 @@ class LaneSampler:
                 seen[row] += 1
             for whole, part in zip(out, values[:3], strict=True):
                 whole[torch.tensor(places)] = part.cpu()
-        return LogprobsLists(*(part.numpy() for part in out), starts)
+        tokens, logprobs, ranks = (part.numpy() for part in out)
+        return LogprobsLists(tokens, logprobs, ranks, starts)
 
 
 def _argmax_alone(p: Any) -> bool:

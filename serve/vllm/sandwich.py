@@ -23,7 +23,7 @@ class SandwichLayer(LlamaDecoderLayer):
         self.pre_feedforward_layernorm = RMSNorm(sandwich.hidden_size, eps=sandwich.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(sandwich.hidden_size, eps=sandwich.rms_norm_eps)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [N, D], complete: the residual, which Llama's layers hand on, is always None."""

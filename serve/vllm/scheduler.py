@@ -40,7 +40,9 @@ class LaneScheduler(Scheduler):
         self.kv_cache_manager.allocate_slots = allocate_slots
 
     def add_request(self, request: Request) -> None:
-        depth = depth_of(request.sampling_params.extra_args, self.config)
+        params = request.sampling_params
+        assert params is not None, "the lane engine generates text only"
+        depth = depth_of(params.extra_args, self.config)
         self.depths[request.request_id] = depth
         if self.cache_config.enable_prefix_caching:
             request.cache_salt = f"{request.cache_salt or ''} {depth.key}"
@@ -61,7 +63,7 @@ class LaneScheduler(Scheduler):
         """Whether generated positions leave what the same tokens in a prompt leave."""
         return depth.full or self.policy_of_cache.complete
 
-    def update_from_output(
+    def update_from_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, scheduler_output: SchedulerOutput, model_runner_output: LaneOutput
     ) -> dict[int, EngineCoreOutputs]:
         index, tokens = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids

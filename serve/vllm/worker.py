@@ -223,7 +223,7 @@ class LaneSteps:
         return found
 
 
-class CpuLaneRunner(LaneSteps, CPUModelRunner):
+class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
     def make_attention(self, parts: Any, block_size: int) -> CpuAttention:
         return CpuAttention(parts.caches, parts.outer, block_size, self.dtype)
 

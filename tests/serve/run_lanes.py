@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from typing import Any
 from unittest.mock import patch
 
 from loopwise.serve.vllm.lanes import LaneConfig
@@ -26,7 +27,7 @@ def run(case: dict) -> dict:
     options |= {"max_num_batched_tokens": 48, "disable_log_stats": False, "kv_cache_memory_bytes": 1 << 26}
     lanes = LaneConfig(**case.get("lanes", {}))
     llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
-    engine = llm.llm_engine
+    engine: Any = llm.llm_engine
     engine.step()  # nothing to do
     rounds = []
     for number in range(case.get("rounds", 1)):
@@ -34,23 +35,24 @@ def run(case: dict) -> dict:
         back = -1 if number % 2 else 1  # every other round the other way round
         waiting = sorted(enumerate(case["requests"]), key=lambda item: back * item[1]["arrive"])
         start = min(back * request["arrive"] for request in case["requests"])
-        names: dict[str, int] = {}
+        sent: set[int] = set()
         step = 0
         while waiting or engine.has_unfinished_requests():
             while waiting and back * waiting[0][1]["arrive"] - start <= step:
                 number, request = waiting.pop(0)
                 params = SamplingParams(**_sampling(request["sampling"]), output_kind=RequestOutputKind.FINAL_ONLY)
-                name = engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
-                names[str(number)] = name
+                engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, params)
+                sent.add(number)
             for number, request in enumerate(case["requests"]):
-                if request["abort"] == step and str(number) in names and number not in answers:
+                if request["abort"] == step and number in sent and number not in answers:
                     engine.abort_request([str(number)])
                     answers[number] = None
             if step in case.get("preempt", ()):
                 engine.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
-                if output.finished and output.outputs[0].finish_reason != "abort":
-                    answers[int(output.request_id)] = _answer(output)
+                done: Any = output
+                if done.finished and done.outputs[0].finish_reason != "abort":
+                    answers[int(done.request_id)] = _answer(done)
             step += 1
             assert step < 5000, f"stuck: {sorted(set(range(len(case['requests']))) - set(answers))}"
         rounds.append([answers.get(number) for number in range(len(case["requests"]))])

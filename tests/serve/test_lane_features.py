@@ -98,7 +98,7 @@ def results(model, greedy) -> dict[str, list[dict]]:
 
 
 def bytes_of(tokens: list[int]) -> str:
-    return tokenizer().decode(tokens)
+    return str(tokenizer().decode(tokens))
 
 
 def test_neighbours_and_order_do_not_matter(results):

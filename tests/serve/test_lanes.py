@@ -56,6 +56,7 @@ class Case:
 WHOLE_PROMPTS = {**FEW_BLOCKS, "enable_chunked_prefill": False, "enable_prefix_caching": False}
 WHOLE_PROMPTS |= {"max_num_batched_tokens": 128}
 TWO_RANKS = {"engine": {**FEW_BLOCKS, "tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+SEEDS = {f"seed-{n}": Case(policy=("per-depth", "last-exited")[n % 2], count=64, seed=100 + n) for n in range(20)}
 CASES = {
     "per-depth": Case(count=64, seed=1),
     "last-exited": Case(policy="last-exited", count=64, seed=2),
@@ -128,7 +129,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     folder = tmp_path_factory.mktemp("lanes")
     wanted, work = {}, []
-    for name, case in CASES.items():
+    for name, case in (CASES | SEEDS).items():
         if name not in chosen:
             continue
         shape = {**case.shape, "num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy}
@@ -143,7 +144,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     return {name: (*wanted[name], result) for name, result in zip(wanted, run(work, folder), strict=True)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SEEDS)])
 def test_equals_every_request_alone(name, answers):
     wanted, times, result = answers[name]
     assert "error" not in result, result["error"]

@@ -14,14 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from serve_tiny import GROUPED, RETROFIT, generate, prompts, save, source_config
 
 from loopwise.cli import main
 from loopwise.errors import UserError
+from loopwise.serve.checkpoint import Facts
+from loopwise.serve.defaults import choose
+from loopwise.serve.recipe import ServeRecipe
 from loopwise.serve.vllm.limits import refuse
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time
@@ -54,9 +59,8 @@ def free_port() -> int:
             return port
 
 
-def refusal(capsys, folder: Path, setting: str = "") -> str:
+def refusal(capsys, folder: Path, *settings: str) -> str:
     """The one line that `loopwise serve` answers with, exit code 2."""
-    settings = [setting] if setting else []
     assert main(["serve", str(folder), f"port={free_port()}", *settings]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -110,17 +114,38 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "settings", "said"),
     [
-        ({"sharing": "sequence"}, "sharing='sequence'"),
-        ({"recurrence_norm": "each"}, "recurrence_norm='each'"),
-        ({"relaxation": {"depths": 2, "rank": {}, "own": [], "dora": False}}, "LoRA of every depth"),
+        ({"router": {"kind": "token"}}, [], "router="),
+        ({"sharing": "sequence"}, ["engine=lanes"], "use engine=fixed"),
+        ({}, ["engine=fixed", "exit_rule=cosine"], "exit_rule=cosine: the fixed engine has no exits"),
+        ({}, ["exit_rule=latent_diff"], "did you mean 'latent-diff'?"),
+        ({}, ["exit_rule=gate"], "exit_rule='gate': choose from fixed, latent-diff"),
+        ({}, ["exit_rule=cosine", "exit_threshold=-1"], "exit_threshold=-1.0: at least 0"),
+        ({}, ["kv_policy=double"], "kv_policy='double': choose from per-depth, last-exited"),
+        ({}, ["num_recurrences=3", "max_recurrences=2"], "num_recurrences=3"),
     ],
 )
-def test_refuses_parts_that_the_engine_lacks(capsys, model, tmp_path, fields, said):
+def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path, fields, settings, said):
     folder = copy_of(model, tmp_path / "m")
     change_config(folder, **fields)
-    assert said in refusal(capsys, folder)
+    assert said in refusal(capsys, folder, *settings)
+
+
+def test_says_what_it_picked():
+    facts = Facts("llama", 3, 8, "last-exited", {"rule": "cosine", "threshold": 0.1}, False, "cycle")
+    line = choose(facts, ServeRecipe()).line()
+    for said in (
+        "engine=lanes: num_recurrences=3 (a request may ask for 1 to 8)",
+        "exit_rule=cosine, exit_threshold=0.1",
+        "min_recurrences=1",
+        "kv_policy=last-exited, 16 ticks a step",
+    ):
+        assert said in line
+    assert "exit_threshold" not in choose(facts, ServeRecipe(exit_rule="latent-diff")).line()
+    assert "whole prompts, no prefix cache" in choose(facts, ServeRecipe(kv_policy="single")).line()
+    sequence = Facts("llama", 3, 8, "per-depth", {}, False, "sequence")
+    assert choose(sequence, ServeRecipe()).line().startswith("engine=fixed (sharing='sequence'")
 
 
 def test_names_the_nearest_key(capsys, model):
@@ -318,8 +343,106 @@ def test_chat_with_logprobs_and_streaming(client):
 @needs_vllm
 def test_models_and_metrics(client, server):
     assert [m.id for m in client.models.list()] == ["tiny"]
-    metrics = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode()
-    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in metrics
+    client.completions.create(**GREEDY, prompt=[1, 2], extra_body={"ignore_eos": True, "num_recurrences": 5})
+    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(metrics['vllm:generation_tokens_total{engine="0",model_name="tiny"}']) >= 8
+    assert float(metrics['loopwise:core_passes_total{model_name="tiny"}']) >= 5 * 8
+    exits = [float(metrics[f'loopwise:exit_depth_bucket{{le="{n}.0",model_name="tiny"}}']) for n in (4, 5)]
+    assert exits[1] - exits[0] >= 8
+    assert float(metrics['loopwise:exit_depth_count{model_name="tiny"}']) >= 8
+    for name in ("lanes_per_tick", "coda_batch_size"):
+        assert float(metrics[f'loopwise:{name}_sum{{model_name="tiny"}}']) > 0
+
+
+@needs_vllm
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+@pytest.mark.parametrize("depth", [1, 5])
+def test_a_request_chooses_its_depth(client, model, depth, place):
+    fields = {"num_recurrences": depth}
+    more = {"ignore_eos": True, "return_token_ids": True, "return_recurrences": True}
+    more |= fields if place == "body" else {"vllm_xargs": fields}
+    reply = client.completions.create(**GREEDY, prompt=prompts()[3], n=1, extra_body=more)
+    assert reply.choices[0].token_ids == generate(model[1], prompts()[3], depth, 8).tokens
+    assert reply.usage.recurrences == {"mean": depth, "total": 8 * depth, "per_token": [[depth] * 8]}
+
+
+@needs_vllm
+def test_usage_counts_the_recurrences_of_every_choice(client):
+    prompt = prompts()[2]
+    trace = [3] * len(prompt) + [1, 2, 3, 1, 1, 2, 3]
+    depths = [3, *trace[len(prompt) :]]
+    more = {"ignore_eos": True, "trace": trace, "return_recurrences": True}
+    request = {**GREEDY, "temperature": 1, "n": 2}
+    usage = client.completions.create(**request, prompt=[prompt, prompt], extra_body=more).usage
+    assert usage.recurrences == {"mean": 2.0, "total": 4 * 16, "per_token": [depths] * 4}
+    assert usage.completion_tokens == 32
+    request = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "extra_body": {"num_recurrences": 2}}
+    assert client.chat.completions.create(**request).usage.recurrences["mean"] == 2
+
+
+@needs_vllm
+def test_streamed_usage_counts_recurrences(client):
+    request = {**GREEDY, "stream": True, "stream_options": {"include_usage": True}}
+    request["extra_body"] = {"ignore_eos": True, "exit_rule": "latent-diff", "exit_threshold": 10.0}
+    chunks = list(client.completions.create(**request, prompt="abc"))
+    assert chunks[-1].usage.recurrences["total"] == 3 + 7  # the prompt's last position runs at full depth
+    assert chunks[-1].usage.completion_tokens == 8
+    request["messages"] = [{"role": "user", "content": "hello"}]
+    assert list(client.chat.completions.create(**request))[-1].usage.recurrences["total"] == 3 + 7
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_recurrences", 9, "an integer from 1 to 8"),
+        ("num_recurrences", True, "an integer from 1 to 8"),
+        ("num_recurrences", "3", "an integer from 1 to 8"),
+        ("min_recurrences", 4, "at most num_recurrences, which is 3"),
+        ("exit_rule", "latentdiff", "did you mean 'latent-diff'?"),
+        ("exit_rule", "gate", "choose from fixed, latent-diff"),
+        ("exit_threshold", float("nan"), "a finite number"),
+        ("prompt_exit", True, "kv_policy is 'per-depth'"),
+        ("trace", [0], "an integer from 1 to 8"),
+        ("num_recurences", 3, "did you mean 'num_recurrences'?"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_bad_depth_fields_are_400_and_named(server, path, place, field, value, said):
+    fields = {field: value}
+    body = {**GREEDY, "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    body |= fields if place == "body" else {"vllm_xargs": fields}
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["code"], error["param"], error["type"]) == (400, 400, field, "BadRequestError")
+    assert said in error["message"]
+
+
+@needs_vllm
+def test_other_routes_are_checked_too(server):
+    body = {"model": "tiny", "input": "a", "max_output_tokens": 2, "vllm_xargs": {"exit_rule": "nonsense"}}
+    request = urllib.request.Request(
+        server.url + "/v1/responses", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert caught.value.code == 400
+    assert "choose from fixed, latent-diff" in json.load(caught.value)["error"]["message"]
+
+
+@needs_vllm
+def test_prompts_are_scored(client, model):
+    """As evaluation by log-likelihood asks: echo the prompt with its log-probabilities."""
+    prompt = prompts()[3]
+    reply = client.completions.create(model="tiny", prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=1)
+    with torch.no_grad():
+        logits = model[1](torch.tensor([prompt]), num_recurrences=3).logits[0].log_softmax(-1)
+    want = logits[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    assert reply.choices[0].logprobs.token_logprobs[1 : len(prompt)] == pytest.approx(want.tolist(), abs=1e-3)
 
 
 @needs_vllm
@@ -336,7 +459,7 @@ def test_wrong_requests_are_4xx(client):
 def test_drains_and_leaves_no_process(request, to_group, server, model):
     """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
     if to_group:
-        server = Server(model[0])
+        server = Server(model[0], "engine=fixed")
         request.addfinalizer(server.kill)
         server.wait_until(server.healthy, 240)
     body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -364,7 +487,9 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
     reader.join()
     events = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
     assert events[-1] == b"[DONE]"
-    assert json.loads(events[-2])["usage"]["completion_tokens"] == 400
+    usage = json.loads(events[-2])["usage"]
+    assert usage["completion_tokens"] == 400
+    assert usage["recurrences"]["mean"] == (1 if to_group else 3)  # the model's, and that of the first server
 
 
 @needs_vllm
