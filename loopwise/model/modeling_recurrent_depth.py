@@ -272,7 +272,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if reuses and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
             raise ValueError(
                 "gradient checkpointing runs a recurrence a second time without what it read of the first: "
-                "router.kv='first-recursion' and kv_policy='first' do not go with it"
+                "router.kv='first-recursion', or kv_policy='first', does not go with it"
             )
         capacity = capacities(config.router, recurrences, router_capacity, self.training) if config.router else None
         if use_cache is None:
