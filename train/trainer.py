@@ -24,7 +24,7 @@ from loopwise.errors import UserError
 from loopwise.model.source_layers import layer_list_name
 
 from . import adapters, optimisers, teacher
-from .checkpoint import commit, partial_directory, prune
+from .checkpoint import commit, partial_directory, prune, written
 from .curriculum import Curriculum
 from .data import Blocks, Mixture, Packed
 from .losses import balanced_bias
@@ -175,6 +175,7 @@ class RecurrentTrainer(Trainer):
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
+        self._stopping = False
 
     @staticmethod
     def _precomputed(keys: Distillation, blocks: Blocks, recipe: Train, args: TrainingArguments):
@@ -254,8 +255,18 @@ class RecurrentTrainer(Trainer):
                 layer.set_reshard_after_forward(False)  # else every recurrence gathers it again
         return prepared
 
+    def stop(self) -> None:
+        """Save and end training after this step, on all ranks."""
+        self._stopping = True
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._balance()
+        stopping = torch.tensor(int(self._stopping), device=self.args.device)
+        # Ranks may hear of it at different steps.
+        if self.args.world_size > 1:
+            stopping = cast(torch.Tensor, self.accelerator.reduce(stopping))
+        if stopping and self.state.global_step < self.args.max_steps:
+            self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _balance(self) -> None:
@@ -340,12 +351,14 @@ class RecurrentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._output_directory = partial
         try:
-            super()._save_checkpoint(model, trial)
+            with written(partial, f"checkpoint-{step}"):
+                super()._save_checkpoint(model, trial)
         finally:
             self._output_directory = self.out
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
+            with written(partial, f"checkpoint-{step}"):
+                commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
             prune(self.out, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
