@@ -133,7 +133,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
     `run` may lack the digest of the data, where that is not known yet.
     """
     old, new = _flat(json.loads((checkpoint / RUN).read_text())["run"]), _flat(run)
-    compared = {*old, *new} - {*FREE} - ({DIGEST} - {*new})
+    compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
     ]

@@ -139,14 +139,18 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(blocks.train) / samples_per_step)
+    course = curriculum(source_config, recipe, steps)
     trainer = RecurrentTrainer(
         loaded,
         load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
         arguments(recipe, steps, out, routed=bool(getattr(source_config, "router", None))),
         recipe,
         blocks,
-        curriculum(source_config, recipe, steps),
-        describe(model, recipe, processes, launch.layout(), blocks.digest),
+        course,
+        {
+            **describe(model, recipe, processes, launch.layout(), blocks.digest),
+            "mean recurrences": course.mean.end if course else None,
+        },
     )
     for callback in callbacks:
         trainer.add_callback(callback)
