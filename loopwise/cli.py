@@ -14,7 +14,7 @@ from .errors import UserError, unknown
 VERBS = {
     "convert": ("loopwise.convert.command", "turn a pretrained decoder into a recurrent-depth model"),
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
-    "plot": ("loopwise.train.plot", "draw a recipe's curriculum"),
+    "plot": ("loopwise.train.plot", "draw a recipe's curriculum, or what a training run measured"),
     "eval": ("loopwise.train.evaluate", "held-out loss at several recurrences"),
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),

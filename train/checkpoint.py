@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and the rule when a run may go on from one.
 
-A checkpoint is written beside its place and renamed into it. Its `run.json` names every file with its size, and the
-run that wrote it.
+A checkpoint is written beside its place and renamed into it. Its `run.json` names every file with its size and its
+checksum, and the run that wrote it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ import json
 import os
 import re
 import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from loopwise.errors import UserError
 
@@ -28,7 +34,9 @@ def partial_directory(out: Path, step: int) -> Path:
 
 def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
     """Turn the directory `written` into the checkpoint `target`, in one rename."""
-    files = {str(p.relative_to(written)): p.stat().st_size for p in sorted(written.rglob("*")) if p.is_file()}
+    files = {
+        str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
+    }
     (written / RUN).write_text(json.dumps({"files": files, "run": run}, indent=1))
     for path in written.rglob("*"):
         sync(path)
@@ -37,6 +45,33 @@ def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
         shutil.rmtree(target)
     written.replace(target)
     sync(target.parent)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+@contextmanager
+def written(partial: Path, what: str) -> Iterator[None]:
+    """Within it `what` is written to `partial`, which goes where that fails. Raises UserError for a full disk and the
+    like: what was complete before stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save wraps what the system says
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("writ", "inline_container")):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        told = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        free = shutil.disk_usage(partial.parent).free / 2**30
+        raise UserError(
+            f"{what} cannot be written to {partial.parent} ({told}; {free:.1f} GiB are free there): earlier "
+            "checkpoints are as they were; make room and go on with --resume"
+        ) from error
 
 
 def sync(path: Path) -> None:
@@ -54,53 +89,60 @@ def checkpoints(out: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def damage(checkpoint: Path, thorough: bool) -> str | None:
+    """What is wrong with a checkpoint, or None. thorough: read all of it, not the sizes alone."""
     try:
         files = json.loads((checkpoint / RUN).read_text())["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {RUN}"
-    for name, size in files.items():
+    for name, (size, crc) in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if thorough and checksum(path) != crc:
+            return f"{name} holds other bytes than were written"
     return None
 
 
-def last_sound(out: Path) -> tuple[Path | None, list[str]]:
+def last_sound(out: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
     """The newest sound checkpoint of `out`, and a line on each newer one that is not."""
     notes = []
     for checkpoint in checkpoints(out):
-        wrong = damage(checkpoint)
+        wrong = damage(checkpoint, thorough)
         if wrong is None:
             return checkpoint, notes
         notes.append(f"{checkpoint.name} is left out: {wrong}")
+        if thorough:  # so that the processes of the run, which look at sizes alone, leave it out too
+            (checkpoint / RUN).unlink(missing_ok=True)
     return None, notes
 
 
 def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` sound checkpoints, and what killed writers left behind."""
-    sound = [path for path in checkpoints(out) if damage(path) is None]
+    sound = [path for path in checkpoints(out) if damage(path, thorough=False) is None]
     for old in {*checkpoints(out), *out.glob(".*.partial")} - {*sound[:keep]}:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Raises UserError, naming the keys, where `run` would not go on as the run that wrote `checkpoint`.
+def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) -> None:
+    """Raises UserError, naming the keys, where `run` would not go on as the run that wrote `checkpoint`; with `accept`
+    it only says so.
 
     `run` may lack the digest of the data, where that is not known yet.
     """
     old, new = _flat(json.loads((checkpoint / RUN).read_text())["run"]), _flat(run)
-    compared = {*old, *new} - {*FREE} - ({DIGEST} - {*new})
+    compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
     ]
-    if changed:
+    if changed and accept:
+        print(f"{checkpoint}: going on with other settings ({'; '.join(changed)})", file=sys.stderr)
+    elif changed:
         raise UserError(
-            f"{checkpoint} was written by another run ({'; '.join(changed)}): resume with the same settings, or "
-            "start anew in another directory"
+            f"{checkpoint} was written by another run ({'; '.join(changed)}): resume with the same settings, start "
+            "anew in another directory, or go on as it now is with --accept-changes"
         )
 
 

@@ -31,6 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
     parser.add_argument("--resume", action="store_true", help="go on from the last sound checkpoint in OUT, if any")
     parser.add_argument(
+        "--accept-changes", action="store_true", help="with --resume: go on although settings have changed"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the launch command and the memory a process needs, and stop"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier run in OUT")
@@ -38,6 +41,8 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(Train, "train", args.recipe, args.settings)
     if args.processes is not None and args.launcher is None:
         raise UserError(f"--processes {args.processes} needs --launcher")
+    if args.accept_changes and not args.resume:
+        raise UserError("--accept-changes belongs to --resume")
     if find_spec("accelerate") is None:
         raise UserError("training needs accelerate and datasets: pip install 'loopwise[train]'")
     from . import launch
@@ -49,12 +54,13 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         return dry_run(args.model, recipe, args.launcher, args.processes, argv)
     if launch.is_worker():
-        return launch.worker(args.model, out, recipe, args.resume, args.force)
+        return launch.worker(args.model, out, recipe, args.resume, args.force, args.accept_changes)
     if args.launcher:
-        return launch.launch(args.model, out, recipe, args.resume, args.force, args.launcher, args.processes, argv)
+        start = (args.model, out, recipe, args.resume, args.force, args.accept_changes)
+        return launch.launch(*start, args.launcher, args.processes, argv)
     from .run import train
 
-    train(args.model, out, recipe, args.resume, args.force)
+    train(args.model, out, recipe, args.resume, args.force, args.accept_changes)
     return 0
 
 

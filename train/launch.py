@@ -15,6 +15,7 @@ from typing import Any
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES
 
+from .checkpoint import checkpoints
 from .recipe import Train
 
 LAUNCHERS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -95,6 +96,7 @@ def launch(
     recipe: Train,
     resume: bool,
     force: bool,
+    accept_changes: bool,
     launcher: str,
     processes: int | None,
     argv: list[str],
@@ -112,7 +114,8 @@ def launch(
     # What failed is said by the process that failed, not by torch's launcher as well.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    if not prepare(model, out, recipe, resume, force, count, "whole" if launcher == "ddp" else launcher):
+    layout = "whole" if launcher == "ddp" else launcher
+    if not prepare(model, out, recipe, resume, force, count, layout, accept_changes):
         return 0
     os.environ[PREPARED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -122,6 +125,7 @@ def launch(
     if launcher.startswith("zero"):
         for lock in remove_stale_locks(extensions()):
             print(f"{lock}: left by a build that was killed, removed", file=sys.stderr)
+    started = time.time()
     args = launch_command_parser().parse_args(command(launcher, count, argv))
     try:
         with discarded_unless_begun(out):
@@ -131,11 +135,15 @@ def launch(
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        return 128 + error.sigval
+        # A worker that hears SIGTERM saves and ends with 0; so does the run, where that was done.
+        saved = error.sigval == signal.SIGTERM and any(c.stat().st_mtime >= started for c in checkpoints(out))
+        return 0 if saved else 128 + error.sigval
     return 0
 
 
-def _prepare_as_first(model: str, out: Path, recipe: Train, resume: bool, force: bool, first: bool) -> bool:
+def _prepare_as_first(
+    model: str, out: Path, recipe: Train, resume: bool, force: bool, accept_changes: bool, first: bool
+) -> bool:
     """What `prepare` says, to every process; only the first one prepares. Where that fails the others just end."""
     import torch
     from accelerate import PartialState
@@ -147,7 +155,7 @@ def _prepare_as_first(model: str, out: Path, recipe: Train, resume: bool, force:
     if first:
         try:
             check(layout(), recipe)
-            said = [prepare(model, out, recipe, resume, force, int(os.environ["WORLD_SIZE"]), layout())]
+            said = [prepare(model, out, recipe, resume, force, int(os.environ["WORLD_SIZE"]), layout(), accept_changes)]
         except UserError as error:
             said = [error]
     torch.distributed.broadcast_object_list(said)
@@ -158,7 +166,7 @@ def _prepare_as_first(model: str, out: Path, recipe: Train, resume: bool, force:
     sys.exit(2)
 
 
-def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> int:
+def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool, accept_changes: bool) -> int:
     """One process of a run. Under the user's own launcher (`accelerate launch -m loopwise`) the first prepares it."""
     from .progress import EndWithParent
     from .run import discarded_unless_begun, work
@@ -167,7 +175,7 @@ def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> i
     try:
         if PREPARED in os.environ:
             work(model, out, recipe, resume, callbacks=[EndWithParent()])
-        elif _prepare_as_first(model, out, recipe, resume, force, first):
+        elif _prepare_as_first(model, out, recipe, resume, force, accept_changes, first):
             with discarded_unless_begun(out) if first else nullcontext():
                 work(model, out, recipe, resume)
     except UserError:

@@ -1,4 +1,4 @@
-"""`loopwise plot curriculum RECIPE`: a picture of what a run will do."""
+"""`loopwise plot curriculum RECIPE` and `loopwise plot run OUT`: pictures of what a run will do, and of what it did."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SHOWN_STEPS = 1000  # of a run whose recipe names no number of steps
 
 def main(argv: list[str]) -> int:
     """Draw, into a file."""
-    parser = Parser("loopwise plot", description="Pictures of a curriculum.")
-    parser.add_argument("what", choices=["curriculum"], help="a recipe's curriculum")
-    parser.add_argument("source", metavar="RECIPE", help="a recipe (name or file)")
+    parser = Parser("loopwise plot", description="Pictures of a curriculum, or of a training run.")
+    parser.add_argument("what", choices=["curriculum", "run"], help="a recipe's curriculum, or a run's log")
+    parser.add_argument("source", metavar="RECIPE|OUT", help="a recipe (name or file), or the directory of a run")
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    parser.add_argument("--out", metavar="FILE", help="picture to write (default: curriculum.png)")
+    parser.add_argument("--out", metavar="FILE", help="picture to write (default: curriculum.png, or OUT/run.png)")
     args = parser.parse_intermixed_args(argv)
     file = draw(args)
     print(f"picture written to {file}")
@@ -33,8 +33,16 @@ def main(argv: list[str]) -> int:
 
 
 def draw(args: argparse.Namespace) -> Path:
-    file = Path(args.out or "curriculum.png")
-    figure = curriculum_figure(*curriculum_of_recipe(args.source, args.settings))
+    if args.what == "curriculum":
+        file = Path(args.out or "curriculum.png")
+        figure = curriculum_figure(*curriculum_of_recipe(args.source, args.settings))
+    else:
+        from .plot_run import run_figure
+
+        if args.settings:
+            raise UserError(f"{args.settings[0]!r}: a run has its recipe; settings belong to loopwise plot curriculum")
+        file = Path(args.out or Path(args.source) / "run.png")
+        figure = run_figure(Path(args.source))
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:  # a folder that is not there; a suffix that is no picture's

@@ -66,4 +66,5 @@ def describe(logs: dict[str, float]) -> str:
         parts.append(f"R {logs['num_recurrences']:.1f}")
     parts.append(f"lr {logs['learning_rate']:.2e}")
     parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"{logs['flops_per_second'] / 1e9:,.1f} GFLOP/s")
     return "  ".join(parts)

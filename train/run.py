@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from loopwise.errors import UserError, unknown
 from loopwise.quiet import quiet
 
 from . import data
-from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync
+from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync, written
 from .curriculum import Curriculum, curriculum_of
 from .recipe import Recurrence, Train
 
@@ -32,13 +34,20 @@ TOKENS = "tokens"
 RECIPE = "train_recipe.yaml"
 
 
-def train(model: str, out: str | Path, recipe: Train, resume: bool = False, force: bool = False) -> None:
+def train(
+    model: str,
+    out: str | Path,
+    recipe: Train,
+    resume: bool = False,
+    force: bool = False,
+    accept_changes: bool = False,
+) -> None:
     """Train `model` (a directory or hub id) into the directory `out`, in this process.
 
     Raises UserError for bad input, with nothing written, and for a loss that is not finite.
     """
     out = Path(out)
-    if prepare(model, out, recipe, resume, force):
+    if prepare(model, out, recipe, resume, force, accept_changes=accept_changes):
         with discarded_unless_begun(out):
             work(model, out, recipe, resume)
 
@@ -66,6 +75,7 @@ def prepare(
     force: bool = False,
     processes: int = 1,
     layout: str = "whole",
+    accept_changes: bool = False,
 ) -> bool:
     """Check what can be checked before training, make `out`, and leave the packed tokens in it.
 
@@ -79,12 +89,12 @@ def prepare(
     settle(out)
     _check_out(model, out, resume, force)
     _check_sources(recipe, out)
-    checkpoint, notes = last_sound(out) if resume else (None, [])
+    checkpoint, notes = last_sound(out, thorough=True) if resume else (None, [])
     for note in notes:
         print(note, file=sys.stderr)
     finished = resume and (out / "config.json").is_file()
     if last := out if finished and (out / RUN).is_file() else checkpoint:
-        check_same_run(last, describe(model, recipe, processes, layout))
+        check_same_run(last, describe(model, recipe, processes, layout), accept_changes)
     if finished:
         print(f"{out}: the run is already finished")
         return False
@@ -98,7 +108,7 @@ def prepare(
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
         check_blocks(model, config, blocks.train, blocks.held_out)
         if checkpoint:
-            check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest))
+            check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest), accept_changes)
         if force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has something to keep
         out.mkdir(parents=True, exist_ok=True)
@@ -129,21 +139,31 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(blocks.train) / samples_per_step)
+    course = curriculum(source_config, recipe, steps)
     trainer = RecurrentTrainer(
         loaded,
         load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
         arguments(recipe, steps, out, routed=bool(getattr(source_config, "router", None))),
         recipe,
         blocks,
-        curriculum(source_config, recipe, steps),
-        describe(model, recipe, processes, launch.layout(), blocks.digest),
+        course,
+        {
+            **describe(model, recipe, processes, launch.layout(), blocks.digest),
+            "mean recurrences": course.mean.end if course else None,
+        },
     )
     for callback in callbacks:
         trainer.add_callback(callback)
     if trainer.args.should_save:
         prune(out, recipe.keep_checkpoints)
         print(_opening(trainer, checkpoint), flush=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stopped_by_sigterm(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.args.max_steps:
+        if trainer.args.should_save:
+            last = f"checkpoint-{trainer.state.global_step}"
+            print(f"stopped by SIGTERM: {last} is written, --resume goes on from it", flush=True)
+        return
     if recipe.data.held_out:
         trainer.evaluate()
     state = trainer.full_state()
@@ -151,6 +171,19 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
         publish(trainer, state, model, out, recipe.dtype or _stored_dtype(source_config))
         shutil.rmtree(out / TOKENS)
         print(f"model written to {out}", flush=True)
+
+
+@contextmanager
+def stopped_by_sigterm(trainer: RecurrentTrainer) -> Iterator[None]:
+    """Within it SIGTERM, with which clusters take machines back, ends training after a checkpoint of the next step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: Path, dtype: str) -> None:
@@ -163,10 +196,11 @@ def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: P
     shutil.rmtree(partial, ignore_errors=True)
     if trainer.recipe.adapters:
         state = adapters.merged(state, trainer.recipe.adapters)
-    write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
-    write_card(partial, model, trainer.recipe, trainer)
-    trainer.state.save_to_json(str(partial / "trainer_state.json"))
-    (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))
+    with written(partial, "the trained model"):
+        write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
+        write_card(partial, model, trainer.recipe, trainer)
+        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))
     for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         sync(path)
         path.replace(out / path.name)

@@ -24,7 +24,7 @@ from loopwise.errors import UserError
 from loopwise.model.source_layers import layer_list_name
 
 from . import adapters, optimisers, teacher
-from .checkpoint import commit, partial_directory, prune
+from .checkpoint import commit, partial_directory, prune, written
 from .curriculum import Curriculum
 from .data import Blocks, Mixture, Packed
 from .losses import balanced_bias
@@ -175,6 +175,7 @@ class RecurrentTrainer(Trainer):
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = _costs(model)
+        self._stopping = False
 
     @staticmethod
     def _precomputed(keys: Distillation, blocks: Blocks, recipe: Train, args: TrainingArguments):
@@ -254,8 +255,18 @@ class RecurrentTrainer(Trainer):
                 layer.set_reshard_after_forward(False)  # else every recurrence gathers it again
         return prepared
 
+    def stop(self) -> None:
+        """Save and end training after this step, on all ranks."""
+        self._stopping = True
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._balance()
+        stopping = torch.tensor(int(self._stopping), device=self.args.device)
+        # Ranks may hear of it at different steps.
+        if self.args.world_size > 1:
+            stopping = cast(torch.Tensor, self.accelerator.reduce(stopping))
+        if stopping and self.state.global_step < self.args.max_steps:
+            self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _balance(self) -> None:
@@ -280,12 +291,27 @@ class RecurrentTrainer(Trainer):
             name = f"{metric_key_prefix}_loss" + (f"_r{recurrences}" if recurrences else "")
             total, count = held_out_loss(self.trained, held_out, recurrences, self.recipe.batch_size, shard)
             metrics[name] = _sum(self, total) / _sum(self, count)
-        self.log(dict(metrics))  # which adds to what it is given
+        self.log({**metrics, **self._state_changes()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._since:
             self._since = (self._since[0], self._since[1] + time.perf_counter() - started)
         self.evaluated = {**metrics, "step": self.state.global_step}
         return metrics
+
+    @torch.no_grad()
+    def _state_changes(self) -> dict[str, float]:
+        """|s_r - s_{r-1}| / |s_r| of the first held-out blocks, a mean over tokens, as `state_change_r<r>`."""
+        depth = max(r or 0 for r in self.eval_at())
+        if depth < 2 or self.trained.config.sharing == "sequence":
+            return {}
+        held_out = cast(Packed, self.blocks.held_out)
+        rows = held_out.rows(range(min(self.recipe.batch_size, len(held_out))))
+        inputs = {name: torch.from_numpy(x).to(self.args.device) for name, x in rows.items() if name != "labels"}
+        sequence_ids = torch.arange(len(rows["labels"]), device=self.args.device)
+        keys = {"num_recurrences": depth, "sequence_ids": sequence_ids, "use_cache": False, "output_states": True}
+        states = self.trained(**inputs, **keys).states.float()
+        change = (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1).clamp(min=1e-9)
+        return {f"state_change_r{r}": x for r, x in enumerate(change.mean((1, 2)).tolist(), 2)}
 
     def eval_at(self) -> list[int | None]:
         if self.curriculum is None:
@@ -305,19 +331,24 @@ class RecurrentTrainer(Trainer):
             if self.curriculum:
                 logs["num_recurrences"] = sum(self.curriculum.at(s).num_recurrences for s in steps) / len(steps)
             logs["tokens_per_second"] = tokens / (now - at)
+            logs["flops_per_second"] = sum(map(self._flops, steps)) * tokens / len(steps) / (now - at)
             self._since = (step, now)
         self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Of this micro-batch: 2 operations a token and parameter outside the embeddings forward, 4 backward."""
+        """Of this micro-batch."""
+        return inputs["input_ids"].numel() * self._flops(self.state.global_step)
+
+    def _flops(self, step: int) -> int:
+        """Of a token: 2 operations a parameter outside the embeddings forward, 4 backward."""
         once, recurring = self._costs
         free, graded = 0, 1
         if self.curriculum:
-            depth = self.curriculum.at(self.state.global_step)
+            depth = self.curriculum.at(step)
             graded = depth.grad_recurrences or depth.num_recurrences
             free = depth.num_recurrences - graded
-        return inputs["input_ids"].numel() * (6 * once + recurring * (2 * free + 6 * graded))
+        return 6 * once + recurring * (2 * free + 6 * graded)
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self._output_directory)
@@ -340,12 +371,14 @@ class RecurrentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._output_directory = partial
         try:
-            super()._save_checkpoint(model, trial)
+            with written(partial, f"checkpoint-{step}"):
+                super()._save_checkpoint(model, trial)
         finally:
             self._output_directory = self.out
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
+            with written(partial, f"checkpoint-{step}"):
+                commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
             prune(self.out, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import subprocess
@@ -260,3 +261,31 @@ def test_a_curriculum_is_drawn(tmp_path, capsys):
     assert main(["plot", "curriculum", "retrofit", "--out", str(tmp_path / "nowhere" / "a.png")]) == 2
     assert "--out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_run_is_drawn(recurrent, plain, command, tmp_path, capsys):
+    from PIL import Image
+    from train_tiny import RECURRENCE, history, run
+
+    from loopwise.train.plot_run import by_depth, sampled_recurrences, series
+
+    out = tmp_path / "out"
+    settings = ["steps=8", "eval_every=4", "data.eval_fraction=0.1", "log_every=1", "recurrence.eval_at=1,4"]
+    run(command(recurrent, out, *settings, *RECURRENCE))
+    assert "GFLOP/s" in capsys.readouterr().out
+    state, kept = (json.loads((out / name).read_text()) for name in ("trainer_state.json", "run.json"))
+    assert sampled_recurrences(kept["run"], state) == history(out, "num_recurrences")
+    log = state["log_history"]
+    assert by_depth(log, "eval_loss") == [("eval_loss_r1", "R = 1"), ("eval_loss_r4", "R = 4")]
+    assert series(log, "eval_loss_r4")[0] == [4, 8]
+    assert {name for record in log for name in record if "state_change" in name} == {
+        f"state_change_r{r}" for r in (2, 3, 4)
+    }
+    assert main(["plot", "run", str(out)]) == 0
+    assert Image.open(out / "run.png").size[0] > 1000
+    run(command(plain, tmp_path / "plain", "steps=2"))
+    assert main(["plot", "run", str(tmp_path / "plain")]) == 0
+    capsys.readouterr()
+    assert main(["plot", "run", str(tmp_path)]) == 2
+    assert "no training run in it" in capsys.readouterr().err
+    assert main(["plot", "run", str(out), "steps=3"]) == 2

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ def test_damaged_checkpoints_are_left_out(stopped, noisy, command, tmp_path, cap
         "whole": lambda newest: None,
         "cut": lambda newest: os.truncate(newest / "optimizer.pt", 100),
         "missing": lambda newest: (newest / "model.safetensors").unlink(),
+        "spoilt": lambda newest: spoil_byte(newest / "model.safetensors"),
         "unnamed": lambda newest: (newest / "run.json").unlink(),
     }.items():
         out = shutil.copytree(stopped, tmp_path / name)
@@ -118,6 +120,122 @@ def test_damaged_checkpoints_are_left_out(stopped, noisy, command, tmp_path, cap
             assert "from checkpoint-10" in shown.out
         ends.append(out)
     assert all(same(ends[0], end) for end in ends[1:])
+
+
+def spoil_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_settings_may_change_when_told_so(stopped, noisy, command, tmp_path, capsys):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-20")
+    arguments = command(noisy, out, "steps=20", "save_every=10", *RECURRENCE, "optimiser.weight_decay=0.5")
+    run([*arguments, "--resume", "--accept-changes"])
+    assert "going on with other settings (optimiser.weight_decay was 0.01, now 0.5)" in capsys.readouterr().err
+    assert main([*arguments, "--accept-changes"]) == 2
+
+
+def kill_at_random(arguments: list[str], out: Path, kills: int, seed: int) -> int:
+    """Start, kill after a random time, go on; returns how many kills hit a run. The last start runs to its end."""
+    random = Random(seed)
+    hit = 0
+    for _ in range(kills):
+        process = start([*arguments, *(["--resume"] if (out / "train_recipe.yaml").exists() else [])])
+        try:
+            began = len(list(out.glob("checkpoint-*")))
+            deadline = time.monotonic() + 120
+            # Anywhere between two checkpoints or within one: they are written all the time.
+            while len(list(out.glob("checkpoint-*"))) <= min(began, 1) and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 1.5))
+        finally:
+            hit += process.poll() is None
+            process.kill()
+            process.wait()
+        if (out / "config.json").exists():
+            break
+    run([*arguments, "--resume"])
+    return hit
+
+
+def test_kills_at_random_change_no_bit(noisy, command, tmp_path):
+    settings = ["steps=60", "save_every=1", "keep_checkpoints=2", *RECURRENCE]
+    assert kill_at_random(command(noisy, tmp_path / "killed", *settings), tmp_path / "killed", 3, seed=1) >= 2
+    run(command(noisy, tmp_path / "whole", *settings))
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+@pytest.mark.parametrize("launcher", [[], ["--launcher", "ddp", "--processes", "2"]], ids=["alone", "ddp"])
+def test_sigterm_saves_and_exits_0(launcher, noisy, command, tmp_path):
+    settings = [*RECURRENCE, "steps=400", "save_every=5", "keep_checkpoints=100"]
+    settings += ["batch_size=2"] if launcher else []
+    process = start([*command(noisy, tmp_path / "out", *settings), *launcher])
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "checkpoint-5").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists()
+    newest = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    assert 5 <= newest < 400
+    # What a stopped run leaves is what one leaves that saves there.
+    if not launcher:
+        more = [*RECURRENCE, "steps=400", f"save_every={newest}"]
+        other = start(command(noisy, tmp_path / "other", *more))
+        kill_after(tmp_path / "other" / f"checkpoint-{newest}", other)
+        assert same(out / f"checkpoint-{newest}", tmp_path / "other" / f"checkpoint-{newest}")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(noisy, command, tmp_path, capsys, monkeypatch):
+    from loopwise.train import trainer
+
+    whole = trainer.write_model
+    calls = []
+
+    def full(model, tokenizer, directory, state, dtype="float32"):
+        calls.append(directory)
+        if len(calls) > 1:
+            (directory / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        whole(model, tokenizer, directory, state, dtype)
+
+    monkeypatch.setattr(trainer, "write_model", full)
+    out = tmp_path / "out"
+    settings = ["steps=12", "save_every=5", *RECURRENCE]
+    assert main(command(noisy, out, *settings)) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint-10 cannot be written to {out} (No space left on device; " in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-5"]
+    assert not list(out.glob(".*"))
+    monkeypatch.undo()
+    run(command(noisy, out, *settings, "--resume"))
+    assert "from checkpoint-5" in capsys.readouterr().out
+
+
+def test_a_file_that_may_not_grow(noisy, command, tmp_path):
+    """The system refuses the optimiser's state (larger than the weights), as it does on a full disk."""
+    limit = (noisy / "model.safetensors").stat().st_size + 20000
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from loopwise.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = command(noisy, tmp_path / "out", "steps=4", "save_every=2", "data.sequence_length=8", *RECURRENCE)
+    small = [a for a in arguments if not a.startswith("data.sequence_length=32")]
+    done = subprocess.run([sys.executable, "-c", code, *small], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2, done.stderr
+    assert "checkpoint-2 cannot be written to" in done.stderr
+    assert not (tmp_path / "out").exists()  # nothing worth keeping had been written
 
 
 def test_resume_without_a_checkpoint_begins(noisy, command, tmp_path, capsys):

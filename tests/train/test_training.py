@@ -346,14 +346,3 @@ def test_a_full_directory_is_left_alone(recurrent, command, tmp_path, capsys):
     assert main(command(out, out, "steps=2", "--force")) == 2
     run(command(recurrent, out, "steps=3", "--force"))
     assert "steps: 3" in (out / "train_recipe.yaml").read_text()
-
-
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains(recipe, recurrent, plain, command, tmp_path):
-    model = plain if recipe.stem in ("base", "static") else recurrent
-    settings = ["steps=3", "batch_size=2", "gradient_accumulation=2", "precision=float32", "data.eval_fraction=0.1"]
-    run(command(model, tmp_path / "out", "--recipe", recipe.stem, *settings))
-    assert history(tmp_path / "out")[-1] < 6
