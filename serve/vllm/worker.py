@@ -235,20 +235,35 @@ def counts(runner: Any) -> dict[str, list[int]]:
 
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
-RUNNER = CPUModelRunner if current_platform.is_cpu() else GPUModelRunner
-WORKER = CPUWorker if current_platform.is_cpu() else Worker
-
-
-class LaneRunner(LaneSteps, RUNNER):  # pyright: ignore[reportIncompatibleVariableOverride]
+class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
     pass
 
 
-class LaneWorker(WORKER):
-    def init_device(self) -> None:
-        super().init_device()
+class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
+    pass
+
+
+class LaneWork:
+    """What a worker of vLLM's does for lanes. Mixed into the workers of each platform."""
+
+    runner: type[Any]
+
+    def init_device(self: Any) -> None:
+        super().init_device()  # pyright: ignore[reportAttributeAccessIssue]
         if self.use_v2_model_runner:
             raise ValueError("the lane engine builds on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
-        self.model_runner = LaneRunner(self.vllm_config, self.device)
+        self.model_runner = self.runner(self.vllm_config, self.device)
 
-    def recurrence_counts(self) -> dict[str, list[int]]:
+    def recurrence_counts(self: Any) -> dict[str, list[int]]:
         return counts(self.model_runner)
+
+
+class CpuLaneWorker(LaneWork, CPUWorker):
+    runner = CpuLaneRunner
+
+
+class GpuLaneWorker(LaneWork, Worker):
+    runner = GpuLaneRunner
+
+
+LaneWorker = CpuLaneWorker if current_platform.is_cpu() else GpuLaneWorker
