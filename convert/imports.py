@@ -38,7 +38,7 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
                 "with loops=B"
             )
         return False
-    fitting = {"num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "seed"}
+    fitting = {"num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "seed", "kv_policy", "exit"}
     if kind in SUPPORTED:
         fitting = {"router", "dtype", "revision"}
     given = sorted(recipe.model_fields_set - fitting, key=lambda key: (key == "method", key))
@@ -66,7 +66,8 @@ def plan_import(
     try:
         imported = kind.read(fields, raw)
         options = {"num_recurrences": recipe.num_recurrences, "max_recurrences": recipe.max_recurrences}
-        options |= {"state_init": recipe.state_init, "state_seed": recipe.seed}
+        options |= {"state_init": recipe.state_init, "state_seed": recipe.seed, "kv_policy": recipe.kv_policy}
+        options["exit"] = recipe.exit.model_dump(exclude_none=True) if recipe.exit else None
         chosen = {**imported.fields, **{key: value for key, value in options.items() if value is not None}}
         if recipe.router:
             chosen["router"] = _routing(imported.fields["router"], recipe.router.model_dump(exclude_none=True))

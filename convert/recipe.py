@@ -92,6 +92,16 @@ class Router(Section):
         return {"kind": "expert", "depths": depths, **self.model_dump(exclude_none=True)}
 
 
+class Exit(Section):
+    """When a token has recurred enough."""
+
+    rule: Literal["fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability"] = (
+        Field(description="what is compared between recurrences; gate needs a model with an exit gate")
+    )
+    threshold: Number | None = Field(None, description="of the rule (default: the rule's own)")
+    min_recurrences: Count = Field(1, description="before which the rule does not fire")
+
+
 class ConvertRecipe(Section):
     """How a source becomes a recurrent-depth model."""
 
@@ -145,6 +155,12 @@ class ConvertRecipe(Section):
     max_recurrences: Count | None = Field(
         None, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
+    kv_policy: str = Field(
+        "per-depth",
+        description="keys and values of recurrences: per-depth, last-exited (deeper ones of tokens that exit early are "
+        "those of their exit), single, first, or modulo-k as modulo-4; all but per-depth change what is computed",
+    )
+    exit: Exit | None = Field(None, description="the exit rule that serving uses by default")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of the weights (default: the source's)"
     )

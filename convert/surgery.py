@@ -196,6 +196,8 @@ def _config(
             halting=plan.halting,
             relaxation=relaxation,
             router=recipe.router.fields(plan.num_recurrences) if recipe.router else None,
+            kv_policy=recipe.kv_policy,
+            exit=recipe.exit.model_dump(exclude_none=True) if recipe.exit else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -19,6 +19,7 @@ VERBS = {
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),
     "calibrate": ("loopwise.convert.calibrate", "thresholds at which a router takes its capacities"),
+    "generate": ("loopwise.serve.generate", "continue prompts on this machine, without a server"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, unknown
+from ..model.configuration_recurrent_depth import KV_POLICIES
 from .engine.attention import TorchAttention
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
@@ -96,11 +97,14 @@ class Engine:
         self.config = config = model.config
         if config.model_type != "recurrent_depth":
             raise UserError(f"model_type {config.model_type!r}: convert the model first (loopwise convert)")
-        check_model(vars(config))
+        check_model(vars(config), routed=True)
+        self._check_router(config, kv_policy)
         limit = getattr(config, "max_position_embeddings", None)
         length = min(length, limit) if limit else length
         depths = max_recurrences or config.max_recurrences
-        policy = KVPolicy(kv_policy or config.kv_policy, depths)
+        if config.router:
+            kv_policy = "first" if config.router["kv"] == "first-recursion" else "routed"
+        policy = self._policy(kv_policy or config.kv_policy, depths)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
             parts = TransformersParts(model, length + 1)
@@ -128,6 +132,33 @@ class Engine:
             self.loop.requests.table.copy_(table.view(rows, blocks))
         self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
         self._params: list[Params | None] = [None] * rows
+
+    @staticmethod
+    def _check_router(config: Any, kv_policy: str | None) -> None:
+        router = config.router or {}
+        if router.get("inference") == "topk":
+            raise UserError(
+                "router.inference='topk' takes the best of a whole sequence, which no one who generates it knows: "
+                "calibrate the model first (loopwise calibrate)"
+            )
+        if router and kv_policy:
+            raise UserError(f"kv_policy={kv_policy!r}: a routed model's is its router.kv, {router['kv']!r}")
+        source = config.source_config
+        types = getattr(source, "layer_types", None) or ["full_attention"]
+        windowed = getattr(source, "sliding_window", None) and (len(types) == 1 or set(types) != {"full_attention"})
+        if router and windowed:
+            raise UserError("a routed model whose layers have a sliding window cannot be served: use transformers")
+
+    @staticmethod
+    def _policy(name: str, depths: int) -> KVPolicy:
+        policy = KVPolicy(name, depths)
+        try:
+            ok = policy.slots > 0
+        except ValueError:
+            ok = False
+        if not ok:
+            raise UserError(f"kv_policy={name!r}: choose from {', '.join(KV_POLICIES)}")
+        return policy
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""

@@ -31,7 +31,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "source": {"id": model, "revision": recipe.revision},
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.blocks.train.shape[1],
+        "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.recipe.data.sequence_length,
         "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
     }
     if (source / FACTS).is_file():  # how the model that was trained came about

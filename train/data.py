@@ -1,14 +1,17 @@
 """Text to packed blocks of tokens: tokenise, split off the held-out part, pack.
 
 Tokens are int32. One flat array holds all documents, each ended by EOS; blocks are cut out of it without regard to
-document ends, and what does not fill a last block is dropped.
+document ends, and what does not fill a last block is dropped. Beside the tokens stand marks, uint8: `LEARN` for those
+that a conversation's assistant says (of texts, all), `START` for the first of a document.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +19,34 @@ import numpy as np
 
 from loopwise.errors import UserError
 
+from . import cache, chat
 from .recipe import Data
-from .sources import documents
+from .sources import Reader, documents
+
+FACTS = "facts.json"
 
 PIECE = 1 << 20  # characters; a longer document is tokenised in pieces, as memory and time grow with the text
 BATCH = 1 << 23  # characters handed to the tokenizer at once
+
+LEARN, START = 1, 2
 
 Report = Callable[[int, int], None]  # (documents, tokens) so far
 
 
 @dataclass
 class Corpus:
-    """Tokenised documents. tokens [N] int32; ends [documents] int64; keys [documents] uint64, a hash of each text."""
+    """Tokenised documents. tokens [N] int32; marks [N] uint8; ends [documents] int64; keys [documents] uint64, a hash
+    of each text."""
 
     tokens: np.ndarray
+    marks: np.ndarray
     ends: np.ndarray
     keys: np.ndarray
 
 
-def tokenise(texts: Iterable[str], tokenizer: Any, report: Report | None = None) -> Corpus:
-    """Token ids of every document: what the tokenizer puts before a text (BOS or nothing), the text, EOS.
+def tokenise(texts: Iterable[Any], tokenizer: Any, report: Report | None = None) -> Corpus:
+    """Token ids of every document, a text or a conversation: of a text what the tokenizer puts before it (BOS or
+    nothing), the text, EOS; of a conversation its chat template, EOS.
 
     Raises UserError where the tokenizer has no EOS token.
     """
@@ -43,22 +54,40 @@ def tokenise(texts: Iterable[str], tokenizer: Any, report: Report | None = None)
         raise UserError("the tokenizer has no EOS token, which separates packed documents; set its eos_token")
     prefix = _prefix(tokenizer)
     parts: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
     ends: list[int] = []
     keys: list[int] = []
     total = 0
     for batch in _batches(texts):
-        pieces = [text[i : i + PIECE] for text in batch for i in range(0, len(text), PIECE)]
-        encoded = iter(_encode(tokenizer, pieces))
-        for text in batch:
-            ids = [part for _ in range(0, len(text), PIECE) for part in next(encoded)]
-            parts.append(np.array([*prefix, *ids, tokenizer.eos_token_id], dtype=np.int32))
+        for document, ids, said in _encoded(batch, tokenizer, prefix):
+            parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+            learned = np.ones(len(ids) + 1, np.uint8) if said is None else np.array([*said, False], np.uint8)
+            learned[0] |= START
+            marks.append(learned)
             total += len(parts[-1])
             ends.append(total)
+            text = document if isinstance(document, str) else json.dumps(document)
             keys.append(int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()))
         if report:
             report(len(ends), total)
-    tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    return Corpus(tokens, np.array(ends, np.int64), np.array(keys, np.uint64))
+    return Corpus(
+        np.concatenate(parts) if parts else np.zeros(0, np.int32),
+        np.concatenate(marks) if marks else np.zeros(0, np.uint8),
+        np.array(ends, np.int64),
+        np.array(keys, np.uint64),
+    )
+
+
+def _encoded(batch: list[Any], tokenizer: Any, prefix: list[int]) -> Iterator[tuple[Any, list[int], list[bool] | None]]:
+    """(document, token ids, which of them are learned; None: all)."""
+    texts = [document for document in batch if isinstance(document, str)]
+    encoded = iter(_encode(tokenizer, [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]))
+    for document in batch:
+        if isinstance(document, str):
+            pieces = range(0, len(document), PIECE)
+            yield document, [*prefix, *(part for _ in pieces for part in next(encoded))], None
+        else:
+            yield document, *chat.encode(document, tokenizer)
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -67,12 +96,12 @@ def _prefix(tokenizer: Any) -> list[int]:
     return next((full[:i] for i in range(len(full)) if full[i : i + len(bare)] == bare), [])
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -88,7 +117,8 @@ def _encode(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) tokens. Documents are held out in the order of their keys until they make up `fraction`.
+    """Which tokens [N] are for training, and which are held out. Documents are held out in the order of their keys
+    until they make up `fraction`.
 
     So the choice depends on the texts alone. Where that would be over twice the `fraction` (few, long documents), the
     last `fraction` of all tokens is held out instead.
@@ -96,18 +126,18 @@ def split(corpus: Corpus, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     total = len(corpus.tokens)
     wanted = fraction * total
     if wanted < 1:
-        return corpus.tokens, corpus.tokens[:0]
+        return np.ones(total, bool), np.zeros(total, bool)
     lengths = np.diff(corpus.ends, prepend=0)
     order = np.argsort(corpus.keys, kind="stable")
     reached = np.cumsum(lengths[order])
     count = int(np.searchsorted(reached, wanted)) + 1
     if reached[min(count, len(reached)) - 1] > 2 * wanted:
-        cut = total - int(wanted)
-        return corpus.tokens[:cut], corpus.tokens[cut:]
-    held = np.zeros(len(lengths), bool)
-    held[order[:count]] = True
-    mask = np.repeat(held, lengths)
-    return corpus.tokens[~mask], corpus.tokens[mask]
+        mask = np.arange(total) >= total - int(wanted)
+    else:
+        held = np.zeros(len(lengths), bool)
+        held[order[:count]] = True
+        mask = np.repeat(held, lengths)
+    return ~mask, mask
 
 
 def pack(tokens: np.ndarray, sequence_length: int, what: str) -> np.ndarray:
@@ -122,55 +152,112 @@ def pack(tokens: np.ndarray, sequence_length: int, what: str) -> np.ndarray:
 
 
 @dataclass
-class Blocks:
-    """Packed blocks [n, T] int32, and a digest of both that tells whether a resumed run sees the same data."""
+class Packed:
+    """Blocks of tokens [n, T] int32 and their marks [n, T] uint8, as models and losses take them.
 
-    train: np.ndarray
-    held_out: np.ndarray | None
+    separate: whether documents in a block see each other not.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    separate: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """input_ids and labels [T] int64 of a block, -100 where nothing is learned; position_ids where separated."""
+        ids, marks = self.tokens[index].astype(np.int64), self.marks[index]
+        labels = np.where(marks & LEARN, ids, -100)
+        if not self.separate:
+            return {"input_ids": ids, "labels": labels}
+        first = (marks & START) > 0
+        labels[first] = -100  # no document says how the next one begins
+        places = np.arange(len(ids))
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": places - np.maximum.accumulate(np.where(first, places, 0)),
+        }
+
+    def rows(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
+        """The same of several blocks [B, T]."""
+        found = [self.row(index) for index in indices]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}
+
+
+@dataclass
+class Blocks:
+    """What a run trains on and measures.
+
+    parts: blocks of each source of `train`, in order.   digest: tells whether a resumed run sees the same data.
+    """
+
+    train: Packed
+    held_out: Packed | None
+    parts: list[int]
     digest: str
     directory: Path
-
-    def inputs(self, rows: slice) -> dict[str, Any]:
-        """What a model is called with for these training blocks."""
-        import torch
-
-        count = len(range(*rows.indices(len(self.train))))
-        return {
-            "input_ids": torch.from_numpy(self.train[rows].astype(np.int64)),
-            "sequence_ids": torch.zeros(count, dtype=torch.int64),
-        }
 
 
 def read(sources: list[str], data: Data, tokenizer: Any, report: Report | None = None) -> Corpus:
     """The documents of `sources`, read as `data` says and tokenised. Raises UserError where there is no text."""
-    corpus = tokenise(documents(sources, data.text_field, data.split, data.subset), tokenizer, report)
+    reader = Reader(data.field, data.split, data.subset, data.chat_field is not None, data.bad_records == "skip")
+    kept = cache.entry(sources, data, tokenizer)
+    if kept and (kept / cache.DONE).is_file():
+        return Corpus(*(np.load(kept / f"{field.name}.npy", mmap_mode="r") for field in fields(Corpus)))
+    corpus = tokenise(documents(sources, reader), tokenizer, report)
+    if reader.skipped:
+        print(f"{', '.join(sources)}: {reader.skipped} bad records were skipped", file=sys.stderr)
     if not len(corpus.ends):
         raise UserError(f"{', '.join(sources)}: no text in it")
+    if kept:
+        cache.keep(kept, vars(corpus))
     return corpus
 
 
 def build(data: Data, tokenizer: Any, directory: Path, report: Report | None = None) -> Blocks:
     """Tokenise, split and pack what `data` names, and keep the result under `directory` for `load`."""
-    train, held = split(read(data.train, data, tokenizer, report), data.eval_fraction)
+    tokens: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    held_marks: list[np.ndarray] = []
+    for sources in data.parts():
+        corpus = read(sources, data, tokenizer, report)
+        for mask, to, beside in zip(
+            split(corpus, data.eval_fraction), (tokens, held), (marks, held_marks), strict=True
+        ):
+            to.append(corpus.tokens[mask])
+            beside.append(corpus.marks[mask])
     if data.eval:
-        held = read(data.eval, data, tokenizer, report).tokens
+        corpus = read(data.eval, data, tokenizer, report)
+        held, held_marks = [corpus.tokens], [corpus.marks]
     directory.mkdir(parents=True, exist_ok=True)
-    _save(directory / "train.npy", pack(train, data.sequence_length, "data.train"))
+    length = data.sequence_length
+    packed = [pack(part, length, f"data.train ({', '.join(s)})") for part, s in zip(tokens, data.parts(), strict=True)]
+    _save(directory / "train.npy", np.concatenate(packed))
+    _save(directory / "train_marks.npy", np.concatenate([pack(part, length, "marks") for part in marks]))
     if data.held_out:
-        _save(directory / "held_out.npy", pack(held, data.sequence_length, "the held-out text"))
+        _save(directory / "held_out.npy", pack(np.concatenate(held), length, "the held-out text"))
+        _save(directory / "held_out_marks.npy", pack(np.concatenate(held_marks), length, "marks"))
     digest = hashlib.blake2b(digest_size=16)
-    for tokens in (train, held):
-        digest.update(np.ascontiguousarray(tokens).data)
-    (directory / "digest").write_text(digest.hexdigest())
+    for part in (*tokens, *marks, *held, *held_marks):
+        digest.update(np.ascontiguousarray(part).data)
+    facts = {"digest": digest.hexdigest(), "parts": [len(part) for part in packed], "separate": data.separate_documents}
+    (directory / FACTS).write_text(json.dumps(facts))
     return load(directory)
 
 
 def load(directory: Path) -> Blocks:
     """What `build` left under `directory`, memory-mapped: the processes of one machine share it."""
-    train = np.load(directory / "train.npy", mmap_mode="r")
-    held = directory / "held_out.npy"
-    held_out = np.load(held, mmap_mode="r") if held.is_file() else None
-    return Blocks(train, held_out, (directory / "digest").read_text(), directory)
+    facts = json.loads((directory / FACTS).read_text())
+
+    def packed(name: str) -> Packed:
+        arrays = (np.load(directory / f"{name}{kind}.npy", mmap_mode="r") for kind in ("", "_marks"))
+        return Packed(*arrays, separate=facts["separate"])
+
+    held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
+    return Blocks(packed("train"), held_out, facts["parts"], facts["digest"], directory)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -193,3 +280,34 @@ class Order:
             keys = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(self.count)
             self._epoch, self._order = epoch, np.argsort(keys, kind="stable")
         return int(self._order[place])
+
+
+class Mixture:
+    """Which block is the g-th sample of a run of `count` samples over several sources.
+
+    parts: blocks of each source, which stand one after the other.   phases: (share of the run, weight of each source),
+    in order. Each sample's source is drawn by weight, a function of (seed, g); a source's blocks come in its own order,
+    each once before any comes twice, over all phases.
+    """
+
+    def __init__(self, parts: list[int], phases: list[tuple[float, list[float]]], count: int, seed: int):
+        self.first = np.cumsum([0, *parts])
+        self.orders = [Order(blocks, seed + i) for i, blocks in enumerate(parts)]
+        self.chosen = np.zeros(count, np.int16)
+        ends = np.round(np.cumsum([share for share, _ in phases]) * count).astype(int)
+        uniform = (
+            np.random.Philox(key=np.array([seed, 2**63], np.uint64)).random_raw(count) >> np.uint64(11)
+        ) / 2.0**53
+        begin = 0
+        for end, (_, weights) in zip(ends, phases, strict=True):
+            bounds = np.cumsum(weights) / np.sum(weights)
+            self.chosen[begin:end] = np.searchsorted(bounds[:-1], uniform[begin:end], side="right")
+            begin = end
+        self.places = np.zeros(count, np.int64)  # how many samples of the same source came before
+        for i in range(len(parts)):
+            of_source = self.chosen == i
+            self.places[of_source] = np.arange(of_source.sum())
+
+    def __getitem__(self, sample: int) -> int:
+        source = int(self.chosen[sample])
+        return int(self.first[source]) + self.orders[source][int(self.places[sample])]

@@ -60,26 +60,29 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     ):
         for depth in depths:
             total, count = held_out_loss(loaded, blocks, depth, recipe.batch_size, report=bar.update)
-            loss = total.item() / count
+            loss = total.item() / count.item()
             results.append({"num_recurrences": depth, "loss": loss, "perplexity": math.exp(min(loss, 700))})
     return {
         "model": model,
         "parameters": parameters(loaded),
         "data": recipe.data,
-        "tokens": blocks.size,
+        "tokens": blocks.tokens.size,
         "results": results,
     }
 
 
 def _blocks(model: str, recipe: Evaluate) -> Any:
+    import numpy as np
+
     from . import data
     from .pretrained import load_tokenizer
 
     keys = {key: getattr(recipe, key) for key in ("text_field", "split", "subset", "sequence_length")}
     tokenizer = load_tokenizer(model, recipe.revision)
     corpus = data.read(recipe.data, Data(train=recipe.data, **keys), tokenizer)
-    tokens = data.split(corpus, recipe.eval_fraction)[1] if recipe.eval_fraction else corpus.tokens
-    return data.pack(tokens, recipe.sequence_length, "data")
+    tokens = corpus.tokens[data.split(corpus, recipe.eval_fraction)[1]] if recipe.eval_fraction else corpus.tokens
+    blocks = data.pack(tokens, recipe.sequence_length, "data")
+    return data.Packed(blocks, np.full(blocks.shape, data.LEARN, np.uint8), separate=False)
 
 
 def table(result: dict[str, Any]) -> str:

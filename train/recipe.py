@@ -30,13 +30,26 @@ def _levels(value: object) -> object:
 Levels = Annotated[list[tuple[Fraction, Count]], BeforeValidator(_levels), PlainSerializer(lambda levels: dict(levels))]
 
 
+class Phase(Section):
+    """A part of the run with a mixture of its own."""
+
+    share: Number = Field(gt=0, le=1, description="of the run's steps")
+    sources: dict[str, Annotated[Number, Field(gt=0)]] = Field(min_length=1, description="{source: weight}")
+
+
 class Data(Section):
     """Where the text comes from and how it is cut into blocks."""
 
     train: Strings = Field(
-        min_length=1,
+        default=[],
         description="source or list of sources: a .jsonl, .parquet or text file, a directory or glob of such files, "
         "or a `datasets` hub id or saved directory",
+    )
+    phases: list[Phase] | None = Field(
+        default=None,
+        min_length=1,
+        description="instead of train: a list of {share: of the run, sources: {source: weight}}, in order; the shares "
+        "sum to 1",
     )
     eval: Strings | None = Field(default=None, description="held-out source or sources")
     eval_fraction: Fraction = Field(
@@ -45,17 +58,54 @@ class Data(Section):
         description="held-out share of data.train, split off by document, where data.eval is not given",
     )
     text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    chat_field: str | None = Field(
+        default=None,
+        description="field that holds a conversation, a list of {role, content}, instead of text_field: it goes "
+        "through the tokenizer's chat template, and only what the assistant says is learned",
+    )
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
     sequence_length: Integer = Field(
         default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
     )
+    separate_documents: bool = Field(
+        default=False, description="whether documents packed into one block attend to themselves alone"
+    )
+    bad_records: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a record without what is asked for: stop the run, or skip it; it is named either way",
+    )
+    cache: str | None = Field(
+        default=None, description="directory in which the tokens of local files are kept for later runs"
+    )
 
     @model_validator(mode="after")
-    def _one_held_out(self) -> Data:
+    def _consistent(self) -> Data:
+        if bool(self.train) == bool(self.phases):
+            raise ValueError("train and phases are two ways to name the text: give one")
+        if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
+            raise ValueError(f"the shares of phases sum to {sum(phase.share for phase in self.phases):g}, not to 1")
         if self.eval and self.eval_fraction:
             raise ValueError("eval and eval_fraction are two ways to name held-out text: give one")
         return self
+
+    @property
+    def field(self) -> str:
+        return self.chat_field or self.text_field
+
+    def names(self) -> list[str]:
+        """The sources of `phases`, each once."""
+        return list(dict.fromkeys(name for phase in self.phases or [] for name in phase.sources))
+
+    def parts(self) -> list[list[str]]:
+        """The sources whose blocks are mixed by weight: all of `train` together, or each of `phases` for itself."""
+        return [[name] for name in self.names()] or [self.train]
+
+    def mixture(self) -> list[tuple[float, list[float]]]:
+        """(share of the run, weight of each of `parts`) of every phase."""
+        if not self.phases:
+            return [(1.0, [1.0])]
+        return [(phase.share, [phase.sources.get(name, 0.0) for name in self.names()]) for phase in self.phases]
 
     @property
     def held_out(self) -> bool:

@@ -26,8 +26,6 @@ from .curriculum import Curriculum, curriculum_of
 from .recipe import Recurrence, Train
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .trainer import RecurrentTrainer
 
 TOKENS = "tokens"
@@ -93,7 +91,7 @@ def prepare(
     config = load_config(model, recipe.revision)
     check_model(model, config, recipe)
     _check_trackers(recipe.report_to)
-    if checkpoint and (out / TOKENS / "digest").is_file():
+    if checkpoint and (out / TOKENS / data.FACTS).is_file():
         return True  # the text as it was when the run began
     partial = beside(out, "partial")
     try:
@@ -259,7 +257,7 @@ def _check_out(model: str, out: Path, resume: bool, force: bool) -> None:
 
 
 def _check_sources(recipe: Train, out: Path) -> None:
-    for source in [*recipe.data.train, *(recipe.data.eval or [])]:
+    for source in [*(s for part in recipe.data.parts() for s in part), *(recipe.data.eval or [])]:
         if Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise UserError(f"the text {source} lies in OUT ({out}), which the run replaces; choose another directory")
 
@@ -271,9 +269,9 @@ def check_length(key: str, length: int, model: str, config: Any) -> None:
         raise UserError(f"{key}={length} is above the {limit} positions of {model} (max_position_embeddings)")
 
 
-def check_blocks(model: str, config: Any, *parts: np.ndarray | None) -> None:
+def check_blocks(model: str, config: Any, *parts: data.Packed | None) -> None:
     """Raises UserError where tokenizer and model do not belong together."""
-    greatest = max(int(blocks.max()) for blocks in parts if blocks is not None)
+    greatest = max(int(blocks.tokens.max()) for blocks in parts if blocks is not None)
     if greatest >= config.vocab_size:
         raise UserError(f"{model}: its tokenizer gives id {greatest}, its embeddings end at {config.vocab_size - 1}")
 
@@ -315,9 +313,9 @@ def _tokenise(recipe: Train, tokenizer: Any, directory: Path) -> data.Blocks:
 
 def _opening(trainer: RecurrentTrainer, checkpoint: Path | None) -> str:
     blocks = trainer.blocks
-    held_out = f", {blocks.held_out.size:,} held out" if blocks.held_out is not None else ""
+    held_out = f", {blocks.held_out.tokens.size:,} held out" if blocks.held_out is not None else ""
     start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
-    return f"train {trainer.args.max_steps} steps {start}: {blocks.train.size:,} tokens{held_out}"
+    return f"train {trainer.args.max_steps} steps {start}: {blocks.train.tokens.size:,} tokens{held_out}"
 
 
 def _stored_dtype(config: Any) -> str:

@@ -5,48 +5,97 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loopwise.errors import UserError
 
+from .chat import messages_of
+
+NAMED = 10  # skipped records that are named one by one
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 
-def documents(sources: list[str], text_field: str, split: str, subset: str | None) -> Iterator[str]:
-    """The texts of all `sources`, in their order; empty ones are left out.
+@dataclass
+class Reader:
+    """How records become documents: the text in `field`, or with `chat` the conversation there.
+
+    skip: a bad record is named on stderr and left out, where it would stop the run otherwise.
+    """
+
+    field: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    chat: bool = False
+    skip: bool = False
+    skipped: int = 0
+
+    def take(self, record: Any, where: str) -> Any:
+        """The document of a record: a text, a list of messages, or None where it was skipped."""
+        try:
+            value = _value(record, where, self.field)
+            return (
+                messages_of(value, f"{where}: field {self.field!r}") if self.chat else _text(value, where, self.field)
+            )
+        except UserError as error:
+            self.bad(error)
+            return None
+
+    def bad(self, error: UserError) -> None:
+        if not self.skip:
+            raise error
+        self.skipped += 1
+        if self.skipped <= NAMED:
+            more = "; the next ones are not named" if self.skipped == NAMED else ""
+            print(f"skipped {error}{more}", file=sys.stderr)
+
+
+def documents(sources: list[str], reader: Reader) -> Iterator[Any]:
+    """The documents of all `sources`, in their order; empty ones are left out.
 
     Raises UserError for a source that does not exist, a file that is not UTF-8 text, a bad line (with file and line).
     Directories and globs leave out files that are not UTF-8 text: they often hold images or caches.
     """
     for source in sources:
-        for text in _documents(source, text_field, split, subset):
-            if text:
-                yield text
+        for document in _documents(source, reader):
+            if document:
+                yield document
 
 
-def _documents(source: str, text_field: str, split: str, subset: str | None) -> Iterator[str]:
+def _documents(source: str, reader: Reader) -> Iterator[Any]:
     path = Path(source).expanduser()
     if path.is_file():
-        return _file(path, text_field, strict=True)
-    if path.is_dir() and not _is_dataset(path):
-        return _files(source, sorted(_walk(path)), text_field)
-    if any(character in source for character in "*?["):
-        found = sorted(p for p in glob.iglob(str(path), recursive=True) if os.path.isfile(p))
-        return _files(source, [Path(p) for p in found], text_field)
+        return _file(path, reader, strict=True)
+    files = files_of(source)
+    if files is not None:
+        return _files(source, files, reader)
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix):
         raise UserError(f"{source}: no such file or directory")
-    return _rows(_dataset(source, path, split, subset), source, text_field)
+    return _rows(_dataset(source, path, reader.split, reader.subset), source, reader)
 
 
-def _files(source: str, paths: list[Path], text_field: str) -> Iterator[str]:
+def files_of(source: str) -> list[Path] | None:
+    """The local files of a source, or None where it is a dataset."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not _is_dataset(path):
+        return sorted(_walk(path))
+    if any(character in source for character in "*?["):
+        return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)]
+    return None
+
+
+def _files(source: str, paths: list[Path], reader: Reader) -> Iterator[Any]:
     if not paths:
         raise UserError(f"{source}: no files there")
     for path in paths:
-        yield from _file(path, text_field, strict=False)
+        yield from _file(path, reader, strict=False)
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -55,13 +104,16 @@ def _walk(directory: Path) -> Iterator[Path]:
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
-def _file(path: Path, text_field: str, strict: bool) -> Iterator[str]:
+def _file(path: Path, reader: Reader, strict: bool) -> Iterator[Any]:
     if path.suffix in (".jsonl", ".ndjson"):
-        yield from _jsonl(path, text_field)
+        yield from _jsonl(path, reader)
     elif path.suffix == ".json":
-        yield from _json(path, text_field)
+        yield from _json(path, reader)
     elif path.suffix in TABLES:
-        yield from _rows(_table(path), str(path), text_field)
+        yield from _rows(_table(path), str(path), reader)
+    elif reader.chat:
+        if strict:
+            raise UserError(f"{path}: conversations are read from .jsonl, .json, .parquet, .arrow and datasets")
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -75,49 +127,55 @@ def _file(path: Path, text_field: str, strict: bool) -> Iterator[str]:
                 yield text
 
 
-def _jsonl(path: Path, text_field: str) -> Iterator[str]:
-    number = 0
+def _jsonl(path: Path, reader: Reader) -> Iterator[Any]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _field(json.loads(line), f"{path}:{number}", text_field)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not UTF-8 ({error.reason})") from None
+                where = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if text.strip():
+                        yield reader.take(json.loads(text), where)
+                except json.JSONDecodeError as error:
+                    reader.bad(UserError(f"{where}: not JSON ({error.msg} at column {error.colno})"))
+                except UnicodeDecodeError as error:
+                    reader.bad(UserError(f"{where}: not UTF-8 ({error.reason})"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def _json(path: Path, text_field: str) -> Iterator[str]:
+def _json(path: Path, reader: Reader) -> Iterator[Any]:
     """The records of one array, or of one object a line, which some call .json too."""
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError:
-        yield from _jsonl(path, text_field)
+        yield from _jsonl(path, reader)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     else:
         for number, record in enumerate(records if isinstance(records, list) else [records]):
-            yield _field(record, f"{path} record {number}", text_field)
+            yield reader.take(record, f"{path} record {number}")
 
 
-def _field(record: Any, where: str, text_field: str) -> str:
+def _value(record: Any, where: str, field: str) -> Any:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a record is an object with a field {text_field!r}, not a {type(record).__name__}")
-    if text_field not in record:
+        raise UserError(f"{where}: a record is an object with a field {field!r}, not a {type(record).__name__}")
+    if field not in record:
         fields = ", ".join(map(repr, record)) or "no fields"
-        raise UserError(f"{where}: no field {text_field!r} among {fields}; text_field names the one to use")
-    if not isinstance(record[text_field], str):
-        raise UserError(f"{where}: field {text_field!r} holds a {type(record[text_field]).__name__}, not text")
+        raise UserError(f"{where}: no field {field!r} among {fields}; text_field names the one to use")
+    return record[field]
+
+
+def _text(value: Any, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {field!r} holds a {type(value).__name__}, not text")
     try:
-        record[text_field].encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {text_field!r} is not text: half a surrogate at {error.start}") from None
-    return record[text_field]
+        raise UserError(f"{where}: field {field!r} is not text: half a surrogate at {error.start}") from None
+    return value
 
 
 def _is_dataset(directory: Path) -> bool:
@@ -149,13 +207,13 @@ def _dataset(source: str, path: Path, split: str, subset: str | None) -> Any:
         return dataset[split]
 
 
-def _rows(dataset: Any, source: str, text_field: str) -> Iterator[str]:
-    if text_field not in dataset.column_names:
-        _field(dict.fromkeys(dataset.column_names), source, text_field)
+def _rows(dataset: Any, source: str, reader: Reader) -> Iterator[Any]:
+    if reader.field not in dataset.column_names:
+        _value(dict.fromkeys(dataset.column_names), source, reader.field)
     number = 0
-    for batch in dataset.select_columns(text_field).iter(1000):
-        for text in batch[text_field]:
-            yield _field({text_field: text}, f"{source} row {number}", text_field)
+    for batch in dataset.select_columns(reader.field).iter(1000):
+        for value in batch[reader.field]:
+            yield reader.take({reader.field: value}, f"{source} row {number}")
             number += 1
 
 

@@ -81,8 +81,10 @@ def precompute(
     rank, ranks = shard
     starts = range(rank * batch_size, len(blocks.train), ranks * batch_size)
     for start in tqdm(starts, desc="teacher", unit="batch", disable=rank > 0 or not sys.stderr.isatty()):
-        rows = slice(start, start + batch_size)
-        inputs = {name: x.to(device) for name, x in blocks.inputs(rows).items()}
+        rows = slice(start, min(start + batch_size, len(blocks.train)))
+        found = blocks.train.rows(range(rows.start, rows.stop))
+        inputs = {name: torch.from_numpy(x).to(device) for name, x in found.items()}
+        inputs["sequence_ids"] = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=device)
         logits = teacher(inputs).float() / keys.temperature
         values, places = logits.log_softmax(-1).topk(keys.top_k or 1)
         ids[rows], log_probs[rows] = places.cpu().numpy(), values.cpu().numpy()
@@ -93,7 +95,7 @@ def precompute(
 def begin(keys: Distillation, blocks: Blocks) -> None:
     """Make the files that `precompute` fills. Called by one process."""
     for name, kind in zip(FILES, (np.int32, np.float32), strict=True):
-        shape = (*blocks.train.shape, keys.top_k or 1)
+        shape = (*blocks.train.tokens.shape, keys.top_k or 1)
         np.lib.format.open_memmap(blocks.directory / name, mode="w+", dtype=kind, shape=shape)
 
 

@@ -26,7 +26,7 @@ from loopwise.model.source_layers import layer_list_name
 from . import adapters, optimisers, teacher
 from .checkpoint import commit, partial_directory, prune
 from .curriculum import Curriculum
-from .data import Blocks, Order
+from .data import Blocks, Mixture, Packed
 from .losses import balanced_bias
 from .measure import held_out_loss
 from .objectives import Objective
@@ -44,9 +44,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class Samples(Dataset):
     """All samples of a run in their order; sample g is a block and g itself, which tells `normal` states apart."""
 
-    def __init__(self, blocks: np.ndarray, count: int, seed: int, beside: dict[str, np.ndarray]):
-        self.blocks, self.count, self.beside = blocks, count, beside
-        self.order = Order(len(blocks), seed)
+    def __init__(self, blocks: Packed, order: Mixture, count: int, beside: dict[str, np.ndarray]):
+        self.blocks, self.order, self.count, self.beside = blocks, order, count, beside
 
     def __len__(self) -> int:
         return self.count
@@ -54,14 +53,12 @@ class Samples(Dataset):
     def __getitem__(self, sample: int) -> dict[str, Any]:
         row = self.order[sample]
         kept = {name: array[row] for name, array in self.beside.items()}
-        return {"sequence_ids": sample, "input_ids": self.blocks[row], **kept}
+        return {"sequence_ids": sample, **self.blocks.row(row), **kept}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """input_ids and labels [B, T], sequence_ids [B], and what stands beside the blocks."""
-    inputs = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-    inputs["input_ids"] = inputs["input_ids"].long()
-    return {"labels": inputs["input_ids"], **inputs}
+    """sequence_ids [B], input_ids and labels [B, T], and what else the samples have."""
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 def arguments(recipe: Train, steps: int, out: Path, routed: bool) -> TrainingArguments:
@@ -155,11 +152,13 @@ class RecurrentTrainer(Trainer):
         self.samples_per_step = recipe.batch_size * recipe.gradient_accumulation * args.world_size
         self._tied = {name: id(x) for name, x in model.named_parameters(remove_duplicate=False)}
         config = dict(vars(model.config))
+        samples = args.max_steps * self.samples_per_step
+        order = Mixture(blocks.parts, recipe.data.mixture(), samples, recipe.seed)
         super().__init__(
             model,
             args,
             data_collator=collate,
-            train_dataset=Samples(blocks.train, args.max_steps * self.samples_per_step, recipe.seed, beside),
+            train_dataset=Samples(blocks.train, order, samples, beside),
             eval_dataset=cast(Any, blocks.held_out),  # the Trainer only looks whether there is any: see `evaluate`
             callbacks=[Progress(args.max_steps)],
         )
@@ -280,7 +279,7 @@ class RecurrentTrainer(Trainer):
         for recurrences in self.eval_at():
             name = f"{metric_key_prefix}_loss" + (f"_r{recurrences}" if recurrences else "")
             total, count = held_out_loss(self.trained, held_out, recurrences, self.recipe.batch_size, shard)
-            metrics[name] = cast(torch.Tensor, self.accelerator.reduce(total)).item() / count
+            metrics[name] = _sum(self, total) / _sum(self, count)
         self.log(dict(metrics))  # which adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._since:
@@ -302,7 +301,7 @@ class RecurrentTrainer(Trainer):
             before, at = self._since
             now = time.perf_counter()
             steps = range(before, step)
-            tokens = len(steps) * self.blocks.train.shape[1] * self.samples_per_step
+            tokens = len(steps) * self.recipe.data.sequence_length * self.samples_per_step
             if self.curriculum:
                 logs["num_recurrences"] = sum(self.curriculum.at(s).num_recurrences for s in steps) / len(steps)
             logs["tokens_per_second"] = tokens / (now - at)
@@ -372,6 +371,11 @@ class RecurrentTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Nothing: a resumed run builds its model from the checkpoint, which checks for missing weights."""
+
+
+def _sum(trainer: Trainer, value: torch.Tensor) -> float:
+    """Over all ranks."""
+    return cast(torch.Tensor, trainer.accelerator.reduce(value)).item()
 
 
 def _costs(model: Any) -> tuple[int, int]:

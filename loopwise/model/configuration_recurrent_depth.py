@@ -17,6 +17,9 @@ SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
 ENCODINGS = ("none", "sinusoidal")
 HALTINGS = ("none", "act")
+EXIT_RULES = (
+    "fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability",
+)  # fmt: skip
 KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as modulo-4")
 
 
@@ -143,6 +146,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
 
         self.kv_slots(1)
+        if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r}: with a router (see router.kv) or sharing='sequence' it is 'per-depth'"
+            )
+        if self.exit is not None:
+            unknown = sorted(set(self.exit) - {"rule", "threshold", "min_recurrences"})
+            if unknown or self.exit.get("rule") not in EXIT_RULES:
+                raise ValueError(f"exit={self.exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
         between = {
             "injection": self.injection != "none",
             "recurrence_norm": self.recurrence_norm != "none",
@@ -168,6 +179,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     def kv_slots(self, num_recurrences: int) -> int:
         """Number of key-value slots of a core layer at this depth. Raises ValueError for an unknown `kv_policy`."""
+        if self.router and self.router["kv"] == "first-recursion":
+            return 1
         if self.kv_policy in ("per-depth", "last-exited"):
             return num_recurrences
         if self.kv_policy in ("single", "first"):
@@ -228,6 +241,4 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
-        if self.router and self.router["kv"] == "first-recursion":
-            num_recurrences = 1
-        return self.prelude + self.coda + self.core * num_recurrences
+        return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)

@@ -48,7 +48,7 @@ from .router import (
     capacities,
     counts_positions,
 )
-from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepare_cache, with_slot
+from .source_layers import TUPLE_LAYERS, DepthCache, Overwriting, Tap, layer_list_name, prepare_cache, with_slot
 
 
 @dataclass
@@ -282,8 +282,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
                 "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
             )
-        if (use_cache or (config.router and not config.has_choice_slot)) and past_key_values is None:
-            past_key_values = DynamicCache(config=config)  # first-recursion keys and values pass through one, too
+        reuses = (config.router and not config.has_choice_slot) or config.kv_policy == "first"
+        if reuses and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
+            raise ValueError(
+                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
+                "router.kv='first-recursion' and kv_policy='first' do not go with it"
+            )
+        if (use_cache or reuses) and past_key_values is None:
+            past_key_values = DynamicCache(
+                config=config
+            )  # the first recurrence's keys and values pass through one, too
         if past_key_values is not None:
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -374,12 +382,6 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if recurrences > fields["depths"] or (fields["kind"] == "token" and recurrences < fields["depths"]):
             raise ValueError(
                 f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
-            )
-        checkpointing = self.is_gradient_checkpointing or self.checkpoint_recurrences
-        if self.training and checkpointing and not self.config.has_choice_slot:
-            raise ValueError(
-                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
-                "router.kv='first-recursion' does not go with it"
             )
         return capacities(fields, capacity, self.training)
 
@@ -490,7 +492,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _core_place(self, j: int, depth: int) -> _Place:
         """Core layer j at `depth`, counted from 0."""
         config = self.config
-        kept = depth if config.router is None or config.has_choice_slot else 0
+        kept = depth % config.kv_slots(depth + 1)
         slot = len(config.prelude) + len(config.coda) + kept * len(config.core) + j
         return _Place(self.core[j], config.core[j], slot, depth)
 
@@ -514,8 +516,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             view = None
             if call.cache is not None:
                 view = DepthCache(call.cache, place.slot)
-                if rows is not None and keys is None:
-                    view = FirstKeysAndValues(call.cache, place.slot, call.first_kv, first=place.depth == 0)
+                depth = place.depth or 0
+                reuses = self.config.kv_policy == "first" and place.depth is not None
+                if reuses or (rows is not None and keys is None):
+                    view = FirstKeysAndValues(call.cache, place.slot, call.first_kv, first=depth == 0)
+                elif depth >= self.config.kv_slots(depth + 1):
+                    view = Overwriting(call.cache, place.slot)
             kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, view), strict=True))
             if self.config.relaxation and place.depth is not None:
                 kwargs["depth"] = place.depth

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    get_layer_types_and_kwargs,
+)
 
 
 def layer_list_name(model: nn.Module, num_layers: int) -> str:
@@ -63,6 +69,24 @@ class DepthCache:
 
     def __getattr__(self, name):
         return getattr(self._cache, name)
+
+
+class Overwriting(DepthCache):
+    """The view of a slot into which this call has written before: what it wrote gives way to the new."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        layer: Any = self._cache.layers[self._slot]
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"this kv_policy overwrites keys and values, which a {type(layer).__name__} of a cache cannot: "
+                "use_cache=False, or serve the model"
+            )
+        kept = layer.keys.shape[-2] - key_states.shape[-2]
+        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0):
+        return self._cache.get_mask_sizes(query_length, 0)
 
 
 def with_slot(arguments: Iterable, cache: Cache | None, view: DepthCache | None) -> list:

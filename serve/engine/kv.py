@@ -17,6 +17,7 @@ class KVPolicy:
     single: one slot, overwritten by every recurrence. A prompt runs in lockstep, all of it at every depth, so it
         attends at each depth to keys and values of that depth, and later tokens to those of its exit.
     first: one slot, of the first recurrence, read at every depth.
+    routed: a slot for every depth, with keys and values of the tokens that a router sent there (see routing.py).
     modulo-k: depth mod k, overwritten; prompts as with `single`, exits before depth k as with `last-exited`.
     """
 
@@ -26,7 +27,7 @@ class KVPolicy:
     @property
     def slots(self) -> int:
         """Slots of a core layer."""
-        if self.name in ("per-depth", "last-exited"):
+        if self.name in ("per-depth", "last-exited", "routed"):
             return self.depths
         return 1 if self.name in ("single", "first") else min(int(self.name.removeprefix("modulo-")), self.depths)
 
@@ -39,7 +40,7 @@ class KVPolicy:
     def overwrites(self) -> bool:
         """Whether a slot is written by several recurrences: then prompts cannot be cut into chunks, and generated
         positions are replayed one by one."""
-        return self.name not in ("per-depth", "last-exited", "first") and self.slots < self.depths
+        return self.name not in ("per-depth", "last-exited", "routed", "first") and self.slots < self.depths
 
     def slot(self, depth: torch.Tensor) -> torch.Tensor:
         """Slot [N] that a recurrence at `depth` [N] reads and writes."""
@@ -51,6 +52,6 @@ class KVPolicy:
 
     def empty(self, depth: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         """Slots [N] that an exit after `depth` recurrences leaves empty, of a request that may go to `limit`."""
-        if self.complete or self.slots == 1:
+        if self.complete or self.slots == 1 or self.name == "routed":
             return torch.zeros_like(depth)
         return (limit.clamp(max=self.slots) - depth).clamp(min=0)

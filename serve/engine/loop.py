@@ -15,6 +15,7 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, read_out, recur, start
+from .routing import Routing
 from .wave import advance, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
@@ -104,6 +105,7 @@ class Loop:
         self.chunks: list[Chunk] = []
         self.parked: list[tuple[torch.Tensor, torch.Tensor]] = []  # lanes of fenced rows, and what the head reads
         self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
+        self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
         self.counts = Counts()
 
@@ -117,12 +119,16 @@ class Loop:
         if request.diffusion:
             self.diffusions[row] = request.diffusion
         self.requests.admit(row, request, NUMBER[rule])
+        if self.routing:
+            self.routing.admit(row)
         self.in_use[rule] += 1
         self.rule_of[row], self.prompt_exit[row] = rule, request.prompt_exit
 
     def refusal(self, request: Request) -> str | None:
         """Why a request's decoder does not go with the model, its KV policy or the request itself; None if it does."""
         policy, diffusion = self.policy, request.diffusion
+        if self.routing and (request.wave > 1 or diffusion or request.rule != "fixed" or request.trace):
+            return "a routed model's tokens have the depths of its router: exit_rule 'fixed', decoder 'plain', no trace"
         if not 1 <= request.wave <= self.wave:
             return f"wave={request.wave}: the engine was made for 1 to {self.wave} positions in flight"
         if request.wave > 1 and policy.slots < policy.depths:
@@ -228,7 +234,8 @@ class Loop:
         row, position, depth = lanes.row[which], lanes.position[which], lanes.depth[which]
         refined = requests.refines[row] & (which < lanes.own)
         pass_of = torch.where(refined, requests.phase[row], depth)  # each step of a diffusion goes over the same slots
-        plan = self.attention.plan(Rows(requests.table, row, position, policy.slot(pass_of), policy.writes(pass_of)))
+        place = self.routing.places(row, position, depth) if self.routing else position
+        plan = self.attention.plan(Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of)))
         before = lanes.s[which]
         after = recur(self.parts, before, lanes.e[which] if self.keeps_input else before, position, depth)
         depth = depth + 1
@@ -243,6 +250,9 @@ class Loop:
         limit, target = requests.limit[row], lanes.target[which]
         over = (depth >= limit) & ~refined
         leaves = over | ((target > 0) & (depth >= target) & ~refined)
+        if self.routing:
+            after, leaves = self.routing.combine(which, depth - 1, before, after)
+            lanes.s[which] = after
         rules = {rule for rule in self.in_use if RULES[rule].reads != "nothing"}
         if rules:
             free = (target == 0) & ~lanes.exited[which] & ~refined
@@ -261,6 +271,8 @@ class Loop:
             return
         gone = which[out]
         lanes.read[gone], lanes.left[gone], lanes.exited[gone] = after[out], depth[out], True
+        if self.routing:
+            lanes.left[gone] = self.routing.recurrences(gone, depth[out])
         lanes.waiting[gone] = (requests.wave[row[out]] == 1) | (gone >= lanes.own)
         silent = ~lanes.emits[gone]
         requests.trace[row[out][silent], position[out][silent]] = depth[out][silent].int()
@@ -406,3 +418,5 @@ class Loop:
         lanes.running[where], lanes.emits[where], lanes.open[where] = True, True, True
         lanes.waiting[where], lanes.exited[where] = False, False
         self.rules.begin(where)
+        if self.routing:
+            self.routing.begin(where)

@@ -18,6 +18,7 @@ class Parts(Protocol):
 
     config: Any
     injection: Injection
+    router: Any  # a model.router.Router, or None
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """tokens, positions [N] -> [N, D]."""

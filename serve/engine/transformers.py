@@ -25,6 +25,7 @@ class TransformersParts:
     def __init__(self, model: Any, length: int):
         """`length`: greatest position that will be asked for, plus one."""
         self.model, self.config, self.injection = model, model.config, model.injection
+        self.router = getattr(model, "router", None)
         source = model.source
         if not getattr(source, "_supports_attention_backend", False):
             raise UserError(

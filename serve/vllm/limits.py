@@ -16,9 +16,11 @@ def check_depth(num_recurrences: int, limit: int) -> None:
         )
 
 
-def check_model(fields: dict[str, Any]) -> None:
-    """Raises UserError for a recurrent-depth config, its fields given, with a part that serving does not have yet."""
-    served = {"router": None, "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+def check_model(fields: dict[str, Any], routed: bool = False) -> None:
+    """Raises UserError for a recurrent-depth config, its fields given, with a part that serving does not have yet.
+    `routed`: routers are had."""
+    served = {} if routed else {"router": None}
+    served |= {"recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
     for name, value in served.items():
         if fields.get(name, value) != value:
             raise UserError(

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.errors import UserError
-from loopwise.train.data import Corpus, Order, build, load, pack, split, tokenise
+from loopwise.train.data import LEARN, START, Corpus, Mixture, Order, Packed, build, load, pack, split, tokenise
 from loopwise.train.recipe import Data
-from loopwise.train.sources import documents
+from loopwise.train.sources import Reader, documents
 
 
 def read(*sources, field="text", split="train"):
-    return list(documents([str(source) for source in sources], field, split, None))
+    return list(documents([str(source) for source in sources], Reader(field, split)))
 
 
 def test_sources(tmp_path):
@@ -141,13 +141,13 @@ def corpus_of(lengths, keys=None):
     ends = np.cumsum(lengths)
     tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # a token is its document's number
     keys = np.arange(len(lengths)) if keys is None else keys
-    return Corpus(tokens, ends, np.array(keys, np.uint64))
+    return Corpus(tokens, np.full(len(tokens), LEARN, np.uint8), ends, np.array(keys, np.uint64))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.floats(0.001, 0.499), st.integers(0, 99))
 def test_split_is_a_partition_of_about_the_fraction(lengths, fraction, seed):
     corpus = corpus_of(lengths, np.random.default_rng(seed).integers(0, 2**63, len(lengths)))
-    train, held = split(corpus, fraction)
+    train, held = (corpus.tokens[mask] for mask in split(corpus, fraction))
     assert sorted([*train, *held]) == corpus.tokens.tolist()
     wanted = fraction * len(corpus.tokens)
     assert int(wanted) <= len(held) <= 2 * wanted
@@ -158,9 +158,9 @@ def test_split_is_a_partition_of_about_the_fraction(lengths, fraction, seed):
 def test_split_depends_on_the_documents_alone():
     keys = np.random.default_rng(0).integers(0, 2**63, 100)
     lengths = np.random.default_rng(1).integers(5, 20, 100)
-    _, held = split(corpus_of(lengths, keys), 0.1)
+    held = corpus_of(lengths).tokens[split(corpus_of(lengths, keys), 0.1)[1]]
     order = np.random.default_rng(2).permutation(100)
-    _, shuffled = split(corpus_of(lengths[order], keys[order]), 0.1)
+    shuffled = corpus_of(lengths[order]).tokens[split(corpus_of(lengths[order], keys[order]), 0.1)[1]]
     assert set(held.tolist()) == {int(order[i]) for i in shuffled}
 
 
@@ -168,9 +168,9 @@ def test_build_and_load(tmp_path, corpus, tokenizer):
     data = Data(train=[str(corpus)], eval_fraction=0.1, sequence_length=16)
     built = build(data, tokenizer, tmp_path / "tokens")
     again = load(tmp_path / "tokens")
-    assert np.array_equal(built.train, again.train)
+    assert np.array_equal(built.train.tokens, again.train.tokens)
     assert again.held_out is not None
-    assert built.train.shape[1] == again.held_out.shape[1] == 16
+    assert built.train.tokens.shape[1] == again.held_out.tokens.shape[1] == 16
     assert build(data, tokenizer, tmp_path / "other").digest == again.digest
     changed = build(data.model_copy(update={"eval_fraction": 0.2}), tokenizer, tmp_path / "third")
     assert changed.digest != again.digest
@@ -197,3 +197,163 @@ def test_order_shuffles_every_pass_anew():
     assert first != second
     assert first != list(range(50))
     assert [Order(5, 0)[i] for i in range(10)] == [0, 2, 1, 4, 3, 3, 2, 4, 1, 0]  # a resumed run must find the same
+
+
+CHAT = [
+    {"role": "user", "content": "why"},
+    {"role": "assistant", "content": "because"},
+    {"role": "user", "content": "and"},
+    {"role": "assistant", "content": "so"},
+]
+TEMPLATES = {
+    "plain": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "marked": "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chats_are_learned_where_the_assistant_speaks(template, tokenizer, tmp_path):
+    import copy
+    import json
+
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = TEMPLATES[template]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n")
+    data = Data(train=[str(file)], chat_field="messages", sequence_length=8)
+    text = "[user]why|[assistant]because|[user]and|[assistant]so|"
+    blocks = build(data, chatting, tmp_path / "tokens").train
+    row = blocks.rows(range(len(blocks)))
+    ids, labels = row["input_ids"].ravel(), row["labels"].ravel()
+    whole = [*chatting(text, add_special_tokens=False)["input_ids"], 0][: len(ids)]
+    assert ids.tolist() == whole
+    said = [chatting.decode([i]) for i in labels if i != -100]
+    assert "".join(said) == "because|so|"[: len(said)]
+    assert len(said) >= 8
+
+
+def test_bad_chats(tokenizer, tmp_path):
+    for value, message in {
+        '"x"': "a conversation is a list of messages, not str",
+        '[{"role": "user"}]': "message 0 lacks text in 'role' or 'content'",
+        '[{"role": "user", "content": "x"}]': "no message of the assistant",
+    }.items():
+        (tmp_path / "chat.jsonl").write_text('{"m": ' + value + "}\n")
+        with pytest.raises(UserError, match=f"chat.jsonl:1: field 'm': {message}"):
+            list(documents([str(tmp_path / "chat.jsonl")], Reader("m", chat=True)))
+
+
+def test_bad_records_are_skipped_and_named(tmp_path, capsys):
+    lines = ['{"text": "a"}', '{"text": ', "\xff", '{"txt": 1}', '{"text": "b"}', *['{"text": 1}'] * 12]
+    (tmp_path / "bad.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    reader = Reader(skip=True)
+    assert list(documents([str(tmp_path / "bad.jsonl")], reader)) == ["a", "b"]
+    error = capsys.readouterr().err.splitlines()
+    assert reader.skipped == 15
+    assert len(error) == 10
+    assert "bad.jsonl:2: not JSON" in error[0]
+    assert "bad.jsonl:3: not UTF-8" in error[1]
+    assert "bad.jsonl:4: no field 'text' among 'txt'" in error[2]
+    assert error[-1].endswith("the next ones are not named")
+
+
+def test_separate_documents_restart_positions_and_predict_no_beginning():
+    marks = np.full((1, 8), LEARN, np.uint8)
+    marks[0, [2, 5]] |= START
+    row = Packed(np.arange(10, 18, dtype=np.int32)[None], marks, separate=True).row(0)
+    assert row["position_ids"].tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert row["labels"].tolist() == [10, 11, -100, 13, 14, -100, 16, 17]
+    assert "position_ids" not in Packed(np.arange(8, dtype=np.int32)[None], marks, separate=False).row(0)
+
+
+def test_separate_documents_do_not_see_each_other(recurrent):
+    import torch
+
+    from loopwise.train.pretrained import load_model
+
+    marks = np.full((1, 12), LEARN, np.uint8)
+    marks[0, 5] |= START
+    tokens = np.random.default_rng(0).integers(1, 270, (1, 12)).astype(np.int32)
+    row = Packed(tokens, marks, separate=True).rows([0])
+    model = load_model(str(recurrent)).eval()
+    inputs = {name: torch.from_numpy(row[name]) for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        together = model(**inputs, num_recurrences=3, use_cache=False).logits
+        alone = [
+            model(inputs["input_ids"][:, a:b], num_recurrences=3, use_cache=False).logits for a, b in ((0, 5), (5, 12))
+        ]
+        joined = model(inputs["input_ids"], num_recurrences=3, use_cache=False).logits
+    assert torch.allclose(together, torch.cat(alone, 1), atol=1e-5)
+    assert not torch.allclose(joined[:, 5:], together[:, 5:], atol=1e-3)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 50), st.integers(1, 400), st.data())
+def test_a_mixture_takes_every_block_of_a_source_in_turn(parts, seed, count, data):
+    weights = [data.draw(st.floats(0.1, 5)) for _ in parts]
+    mixture = Mixture(parts, [(0.5, weights), (0.5, weights[::-1])], count, seed)
+    rows = [mixture[g] for g in range(count)]
+    assert rows == [Mixture(parts, [(0.5, weights), (0.5, weights[::-1])], count, seed)[g] for g in range(count)]
+    begin = 0
+    for size in parts:
+        own = [row for row in rows if begin <= row < begin + size]
+        for epoch in range(0, len(own), size):
+            assert len(set(own[epoch : epoch + size])) == len(own[epoch : epoch + size])
+        begin += size
+    assert begin > max(rows)
+
+
+def test_phases_follow_their_weights():
+    mixture = Mixture([100, 100, 100], [(0.25, [1, 0, 0]), (0.75, [0, 3, 1])], 8000, 0)
+    source = [mixture[g] // 100 for g in range(8000)]
+    assert set(source[:2000]) == {0}
+    assert set(source[2000:]) == {1, 2}
+    assert source[2000:].count(1) / 6000 == pytest.approx(0.75, abs=0.02)
+
+
+def test_one_source_is_as_before():
+    assert [Mixture([7], [(1.0, [1.0])], 20, 3)[g] for g in range(20)] == [Order(7, 3)[g] for g in range(20)]
+
+
+def test_phases_of_a_recipe(tmp_path, corpus, tokenizer):
+    other = tmp_path / "other.txt"
+    other.write_text("zzzz " * 200)
+    phases = [{"share": 0.5, "sources": {str(corpus): 1}}, {"share": 0.5, "sources": {str(other): 2, str(corpus): 1}}]
+    data = Data.model_validate({"phases": phases, "sequence_length": 16})
+    blocks = build(data, tokenizer, tmp_path / "tokens")
+    assert len(blocks.parts) == 2
+    assert sum(blocks.parts) == len(blocks.train)
+    assert data.mixture() == [(0.5, [1.0, 0.0]), (0.5, [1.0, 2.0])]
+    z = tokenizer.convert_tokens_to_ids("z")
+    assert (blocks.train.tokens[blocks.parts[0] :] == z).mean() > 0.7
+    for wrong, message in (
+        ({"phases": phases[:1]}, "sum to 0.5"),
+        ({"phases": phases, "train": ["x"]}, "give one"),
+        ({}, "train and phases are two ways to name the text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Data.model_validate(wrong)
+
+
+def test_tokens_are_kept_for_later_runs(tmp_path, corpus, tokenizer, monkeypatch):
+    import shutil
+
+    from loopwise.train import data as module
+
+    copied = shutil.copy(corpus, tmp_path / "copied.jsonl")
+    data = Data(train=[str(copied)], sequence_length=16, cache=str(tmp_path / "cache"))
+    first = build(data, tokenizer, tmp_path / "one").digest
+    calls = []
+    whole = module.tokenise
+    monkeypatch.setattr(module, "tokenise", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    assert build(data, tokenizer, tmp_path / "two").digest == first
+    assert not calls
+    with copied.open("a") as file:
+        file.write('{"text": "more and more of it"}\n')
+    assert build(data, tokenizer, tmp_path / "three").digest != first
+    assert calls == [1]
+    for entry in (tmp_path / "cache").iterdir():  # as a killed run leaves it: not taken
+        (entry / "done").unlink()
+    build(data, tokenizer, tmp_path / "four")
+    assert calls == [1, 1]

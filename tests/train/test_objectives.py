@@ -353,7 +353,7 @@ def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer
         teacher.precompute(keys, blocks, torch.device("cpu"), "float32", 8, (rank, 2))
     found = teacher.load(blocks)
     with torch.no_grad():
-        logits = load_model(str(plain))(torch.from_numpy(blocks.train[:20].astype(np.int64))).logits
+        logits = load_model(str(plain))(torch.from_numpy(blocks.train.tokens[:20].astype(np.int64))).logits
     values, ids = logits.log_softmax(-1).topk(4)
     assert np.allclose(found["teacher_log_probs"][:20], values, atol=1e-5)
     assert (found["teacher_ids"][:20] == ids.numpy()).mean() > 0.999

@@ -23,7 +23,7 @@ def test_equals_a_plain_torch_loop(recurrent, corpus, tokenizer, command, tmp_pa
     steps, rate = 12, 3e-3
     run(command(recurrent, tmp_path / "out", f"steps={steps}", "log_every=1", "optimiser.warmup=0.25", *RECURRENCE))
 
-    blocks = build(Data(train=[str(corpus)], sequence_length=32), tokenizer, tmp_path / "tokens").train
+    blocks = build(Data(train=[str(corpus)], sequence_length=32), tokenizer, tmp_path / "tokens").train.tokens
     order = Order(len(blocks), 0)
     curriculum = Curriculum(Schedule(3, steps, "1-sqrt"), "poisson-lognormal", backprop=Schedule(2, steps))
     model = load_model(str(recurrent)).train()
@@ -161,7 +161,7 @@ def test_training_lowers_the_held_out_loss_that_eval_measures(recurrent, corpus,
 def test_eval_is_the_mean_loss_per_token(recurrent, corpus, tokenizer, capsys):
     run(["eval", str(recurrent), f"data={corpus}", "sequence_length=16", "num_recurrences=[3]", "batch_size=7"])
     table = capsys.readouterr().out
-    blocks = build(Data(train=[str(corpus)], sequence_length=16), tokenizer, corpus.parent / "tokens").train
+    blocks = build(Data(train=[str(corpus)], sequence_length=16), tokenizer, corpus.parent / "tokens").train.tokens
     batch = torch.tensor(blocks).long()
     model = load_model(str(recurrent)).eval()
     with torch.no_grad():

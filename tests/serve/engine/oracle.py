@@ -190,7 +190,11 @@ class Oracle:
         x = self.positions(prompt, 0, store, answer, params, [limit] * len(prompt))
         frozen = [*prompt, int(self.logits(x[None])[0].argmax())]
         tokens, first = list(frozen), len(prompt)
-        states, old_e, previous, old_first, changes = [None], None, [None], first, [None]
+        states: list[Any] = [None]
+        previous: Any = [None]
+        changes: list[Any] = [None]
+        old_e: Any = None
+        old_first = first
         stable: dict[int, int] = {}
         depths, step = [0], 0
         while len(frozen) - len(prompt) < params.max_tokens:

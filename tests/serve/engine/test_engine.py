@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
@@ -140,6 +141,51 @@ def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     if not width:
         assert sum(c.passes for c in got) < sum(c.passes for c in plain)
     assert all(c.items >= sum(c.depths[1:]) for c in got)
+
+
+@pytest.mark.parametrize("policy", ["last-exited", "single", "first", "modulo-2"])
+def test_transformers_generate_follows_the_policy(policy):
+    """At full depth, with prompts of one chunk; left padding, too."""
+    model = build(kv_policy=policy)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    prompts, _ = requests(12, 6, policy, ["fixed"])
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    want = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+    got = Engine(model, rows=3, length=100).generate(prompts, Params(10, ignore_eos=True))
+    assert [c.tokens for c in got] == want
+
+
+def test_the_config_names_the_engines_rules():
+    assert tuple(RULES) == EXIT_RULES
+
+
+ROUTERS = {
+    "expert": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "alpha": 0.7},
+    "expert, auxiliary": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "auxiliary": True, "network": "mlp"},
+    "expert, first": {"kind": "expert", "thresholds": [0.5, 0.5, 0.5], "alpha": 0.7, "kv": "first-recursion"},
+    "token": {"kind": "token"},
+    "token, first": {"kind": "token", "kv": "first-recursion", "gate": "sigmoid", "network": "mlp"},
+}
+
+
+@pytest.mark.parametrize("kind", list(ROUTERS))
+def test_a_routed_model_equals_transformers_and_saves_work(kind):
+    model = build(num_recurrences=3, max_recurrences=3, injection="none", router=ROUTERS[kind])
+    with torch.no_grad():
+        for name, parameter in model.router.named_parameters():
+            parameter *= 3 if "networks" in name or "auxiliary" in name else 1
+    prompts, _ = requests(13, 8, "per-depth", ["fixed"])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    want = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
+    engine = Engine(model, rows=3, length=100, ticks=3, prompt_lanes=20)
+    got = engine.generate(prompts, Params(12, ignore_eos=True))
+    assert [c.tokens for c in got] == want
+    depths = {depth for c in got for depth in c.depths}
+    assert len(depths) > 1
+    full = sum(len(prompt) + 11 for prompt in prompts) * 3
+    assert engine.loop.counts.items < full
 
 
 REFINED = [

@@ -1,0 +1,76 @@
+"""`loopwise generate MODEL [key=value ...]`: continue prompts with the engine, without a server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..arguments import RecipeParser
+from ..checkpoint import config_fields, weight_files
+from ..errors import UserError
+from ..quiet import quiet
+from ..recipe import Count, Integer, Number, Section, load_recipe
+
+
+class GenerateRecipe(Section):
+    """What to continue, and how."""
+
+    prompt: str | None = Field(None, description="one prompt; without, every line of the standard input is one")
+    max_tokens: Count = Field(64, description="tokens to generate")
+    num_recurrences: Count | None = Field(None, description="R (default: the model's)")
+    min_recurrences: Count | None = Field(None, description="recurrences before the exit rule may fire")
+    exit_rule: str | None = Field(None, description="when a token has recurred enough (default: the model's, or fixed)")
+    exit_threshold: Number | None = Field(None, description="of the exit rule (default: the rule's own)")
+    prompt_exit: bool = Field(False, description="whether the rule ends prompt tokens, too")
+    kv_policy: str | None = Field(None, description="keys and values of recurrences (default: the model's)")
+    decoder: Literal["plain", "wave", "diffusion"] = Field(
+        "plain", description="wave: several tokens in flight, the same text; diffusion: refined together"
+    )
+    wave: Count = Field(8, description="most tokens in flight of wave and diffusion")
+    temperature: Number = Field(0.0, ge=0, description="0 is greedy")
+    top_p: Number = Field(1.0, gt=0, le=1, description="share of the probability that is sampled from")
+    top_k: Integer = Field(0, ge=0, description="tokens that are sampled from; 0: all")
+    seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
+    rows: Count = Field(16, description="prompts at once")
+    length: Count = Field(2048, description="greatest number of tokens of prompt and continuation")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and cache")
+    details: bool = Field(False, description="print JSON lines: tokens, the depth of each, and core passes, too")
+
+
+def main(argv: list[str]) -> int:
+    """Read prompts, print continuations. Returns the exit code."""
+    operands = {"model": "directory of a recurrent-depth checkpoint"}
+    parser = RecipeParser("generate", operands, GenerateRecipe, "Continue prompts on this machine, without a server.")
+    args = parser.parse(argv)
+    recipe = load_recipe(GenerateRecipe, "generate", args.recipe, args.settings)
+    folder = Path(args.model).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{args.model}: no such directory; MODEL is one written by `loopwise convert` or `loopwise train`"
+        )
+    config_fields(folder)
+    weight_files(folder)
+    prompts = [recipe.prompt] if recipe.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
+    if not prompts or not all(prompts):
+        raise UserError("a prompt is empty: give prompt=..., or one prompt a line on the standard input")
+    quiet()
+    from .offline import Engine, Params
+
+    names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
+    params = Params(**{name: getattr(recipe, name) for name in names})
+    engine = Engine(
+        folder,
+        rows=min(recipe.rows, len(prompts)),
+        length=recipe.length,
+        kv_policy=recipe.kv_policy,
+        wave=recipe.wave if recipe.decoder != "plain" else 1,
+        dtype=recipe.dtype,
+    )
+    for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):
+        facts: dict[str, Any] = {"prompt": prompt, **vars(done)}
+        print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)
+    return 0

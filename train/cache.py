@@ -1,0 +1,44 @@
+"""Tokenised sources that are kept between runs: a folder for each, named by all that its tokens depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .recipe import Data
+from .sources import files_of
+
+DONE = "done"  # written last: a killed run leaves no half of an entry that would be taken for whole
+
+
+def entry(sources: list[str], data: Data, tokenizer: Any) -> Path | None:
+    """Where the tokens of `sources` are kept: None without `data.cache`, or for a source that is no local file."""
+    if data.cache is None:
+        return None
+    files = [path for source in sources for path in files_of(source) or [None]]
+    if None in files:
+        return None
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = backend.to_str() if backend is not None else repr(tokenizer)
+    keys = [stats, data.field, data.chat_field is not None, data.bad_records, said, tokenizer.eos_token_id]
+    keys.append(getattr(tokenizer, "chat_template", None))
+    return Path(data.cache).expanduser() / hashlib.blake2b(json.dumps(keys).encode(), digest_size=16).hexdigest()
+
+
+def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Leave `arrays` in `folder`, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(partial / f"{name}.npy", array)
+    (partial / DONE).write_text("")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
