@@ -110,6 +110,8 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
     lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
+    if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**lanes)
     if lanes and not cuts_prompts(defaults.config["kv_policy"]):
         parser.set_defaults(enable_chunked_prefill=False, enable_prefix_caching=False)
@@ -118,6 +120,12 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         if name != "additional_config" and getattr(args, name) != value:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(args, name)} does not fit engine=lanes; use engine=fixed"
+            )
+    for name in ("enable_chunked_prefill", "enable_prefix_caching"):
+        if lanes and getattr(args, name) and not cuts_prompts(defaults.config["kv_policy"]):
+            raise UserError(
+                f"--{name.replace('_', '-')} does not fit kv_policy={defaults.config['kv_policy']}, whose slots are "
+                "overwritten: a prompt's chunks would read each other's last recurrence"
             )
     args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
     if args.model != model or args.model_tag is not None:

@@ -66,13 +66,6 @@ class VllmParts:
         core = len(self.config.core)
         names = [number + slot * core for slot in range(slots)]
         self.caches.append([attention_named(attention, index, name, context) for name in names])
-        impl: Any = attention.impl
-        facts = {
-            "scaling": impl.scale,
-            "sliding_window": attention.sliding_window,
-            "softcap": getattr(impl, "logits_soft_cap", None),
-            "sinks": getattr(impl, "sinks", None),
-        }
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
 
         def attend(query, key, value, output_shape=None):
@@ -80,7 +73,7 @@ class VllmParts:
             assert self.attention is not None, "no cache yet"
             n = query.numel() // (heads * attention.head_size)
             q, k, v = query.view(n, heads, -1), key.view(n, kv_heads, -1), value.view(n, kv_heads, -1)
-            out = self.attention(number, q, k, v, **facts)
+            out = self.attention(number, q, k, v)
             return out.reshape(output_shape if output_shape is not None else query.shape)
 
         attention.forward = attend  # pyright: ignore[reportAttributeAccessIssue]

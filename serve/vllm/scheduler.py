@@ -25,7 +25,13 @@ class LaneScheduler(Scheduler):
         if self.scheduler_config.async_scheduling:
             raise ValueError("async_scheduling: how many tokens a step of lanes gives is not known beforehand")
         self.config = config = self.vllm_config.model_config.hf_config
-        self.policy_of_cache = KVPolicy(config.kv_policy, config.max_recurrences)
+        self.policy_of_cache = policy = KVPolicy(config.kv_policy, config.max_recurrences)
+        chunked = self.scheduler_config.enable_chunked_prefill or self.cache_config.enable_prefix_caching
+        if policy.overwrites and chunked:
+            raise ValueError(
+                f"kv_policy={policy.name} overwrites keys and values, so prompts are computed whole: "
+                "enable_chunked_prefill=False, enable_prefix_caching=False"
+            )
         # A step with a prompt in it lasts max_recurrences ticks, and every tick may finish a position.
         self.num_lookahead_tokens = max(LaneConfig.of(self.vllm_config).ticks, config.max_recurrences) + 1
         self.depths: dict[str, Depth] = {}

@@ -17,11 +17,13 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from ..engine.kv import KVPolicy
 from ..engine.lanes import MAX_STOPS, Request
 from ..engine.loop import Loop, Prompt
-from .attention import CpuAttention
+from .attention import PagedAttention
 from .lanes import LaneConfig, depth_of
 from .output import LaneOutput
 from .sampling import LaneSampler
@@ -46,7 +48,10 @@ class LaneSteps:
         self.depth_config = config = self.model.config
         lanes = LaneConfig.of(self.vllm_config)
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        parts.attention = self.make_attention(parts, block_size)
+        if [len(groups) for groups in self.attn_groups] != [1]:
+            raise ValueError("lanes need one attention backend for all layers")
+        builder = self.attn_groups[0][0].get_metadata_builder()
+        parts.attention = PagedAttention(parts.caches, parts.outer, block_size, builder)
         scheduler = self.vllm_config.scheduler_config
         self.sampler_of_lanes = LaneSampler(Sampler(self.model_config.logprobs_mode), lambda: self.input_batch, {})
         self.sampler_of_lanes.requests = self.requests
@@ -73,9 +78,6 @@ class LaneSteps:
         self.history: dict[str, list[int]] = {}  # depths of preempted requests, for an exact replay
         self.exits = [0] * (config.max_recurrences + 1)
         self.parked: Any = None
-
-    def make_attention(self, parts: Any, block_size: int) -> Any:
-        raise NotImplementedError
 
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -223,20 +225,6 @@ class LaneSteps:
         return found
 
 
-class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
-    def make_attention(self, parts: Any, block_size: int) -> CpuAttention:
-        return CpuAttention(parts.caches, parts.outer, block_size, self.dtype)
-
-
-class CpuLaneWorker(CPUWorker):
-    def init_device(self) -> None:
-        super().init_device()
-        self.model_runner = CpuLaneRunner(self.vllm_config, torch.device("cpu"))
-
-    def recurrence_counts(self) -> dict[str, list[int]]:
-        return counts(self.model_runner)
-
-
 def counts(runner: Any) -> dict[str, list[int]]:
     """How often tokens left after n recurrences, passes of the core had n lanes, and passes of the coda."""
 
@@ -246,5 +234,36 @@ def counts(runner: Any) -> dict[str, list[int]]:
     return {"exits": runner.exits, "lanes": by_number(runner.parts.passes), "codas": by_number(runner.parts.reads)}
 
 
-if current_platform.is_cpu():
-    LaneWorker = CpuLaneWorker
+# ---- platforms ------------------------------------------------------------------------------------------------------
+class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
+    pass
+
+
+class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
+    pass
+
+
+class LaneWork:
+    """What a worker of vLLM's does for lanes. Mixed into the workers of each platform."""
+
+    runner: type[Any]
+
+    def init_device(self: Any) -> None:
+        super().init_device()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.use_v2_model_runner:
+            raise ValueError("the lane engine builds on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+        self.model_runner = self.runner(self.vllm_config, self.device)
+
+    def recurrence_counts(self: Any) -> dict[str, list[int]]:
+        return counts(self.model_runner)
+
+
+class CpuLaneWorker(LaneWork, CPUWorker):
+    runner = CpuLaneRunner
+
+
+class GpuLaneWorker(LaneWork, Worker):
+    runner = GpuLaneRunner
+
+
+LaneWorker = CpuLaneWorker if current_platform.is_cpu() else GpuLaneWorker

@@ -133,19 +133,16 @@ def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path,
 
 
 def test_says_what_it_picked():
+    def line(facts: Facts, **settings: str) -> str:
+        return choose(facts, ServeRecipe.model_validate(settings)).line()
+
     facts = Facts("llama", 3, 8, "last-exited", {"rule": "cosine", "threshold": 0.1}, False, "cycle")
-    line = choose(facts, ServeRecipe()).line()
-    for said in (
-        "engine=lanes: num_recurrences=3 (a request may ask for 1 to 8)",
-        "exit_rule=cosine, exit_threshold=0.1",
-        "min_recurrences=1",
-        "kv_policy=last-exited, 16 ticks a step",
-    ):
-        assert said in line
-    assert "exit_threshold" not in choose(facts, ServeRecipe(exit_rule="latent-diff")).line()
-    assert "whole prompts, no prefix cache" in choose(facts, ServeRecipe(kv_policy="single")).line()
+    assert "engine=lanes: num_recurrences=3 (a request may ask for 1 to 8), exit_rule=cosine" in line(facts)
+    assert "exit_threshold=0.1, min_recurrences=1, kv_policy=last-exited, 16 ticks a step" in line(facts)
+    assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
+    assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")
     sequence = Facts("llama", 3, 8, "per-depth", {}, False, "sequence")
-    assert choose(sequence, ServeRecipe()).line().startswith("engine=fixed (sharing='sequence'")
+    assert line(sequence).startswith("engine=fixed (sharing='sequence'")
 
 
 def test_names_the_nearest_key(capsys, model):
