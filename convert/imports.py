@@ -65,7 +65,7 @@ def plan_import(
     """
     try:
         imported = kind.read(fields, raw)
-        options = {"num_recurrences": recipe.num_recurrences, "max_recurrences": recipe.max_recurrences}
+        options: dict[str, Any] = {"num_recurrences": recipe.num_recurrences, "max_recurrences": recipe.max_recurrences}
         options |= {"state_init": recipe.state_init, "state_seed": recipe.seed, "kv_policy": recipe.kv_policy}
         options["exit"] = recipe.exit.model_dump(exclude_none=True) if recipe.exit else None
         chosen = {**imported.fields, **{key: value for key, value in options.items() if value is not None}}

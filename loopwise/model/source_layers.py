@@ -75,12 +75,13 @@ class Overwriting(DepthCache):
     """The view of a slot into which this call has written before: what it wrote gives way to the new."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        layer: Any = self._cache.layers[self._slot]
-        if type(layer) is not DynamicLayer:
+        kind = type(self._cache.layers[self._slot])
+        if kind is not DynamicLayer:
             raise ValueError(
-                f"this kv_policy overwrites keys and values, which a {type(layer).__name__} of a cache cannot: "
-                "use_cache=False, or serve the model"
+                f"this kv_policy overwrites keys and values, which a {kind.__name__} of a cache cannot: use_cache=False, "
+                "or serve the model"
             )
+        layer: Any = self._cache.layers[self._slot]
         kept = layer.keys.shape[-2] - key_states.shape[-2]
         layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

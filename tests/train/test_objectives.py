@@ -245,7 +245,7 @@ def test_gate_stages_of_a_model(gated, inputs):
 
 
 def test_ponder_of_a_model(recurrent, inputs):
-    config = load_model(str(recurrent)).config
+    config: Any = load_model(str(recurrent)).config
     config.halting = "act"
     torch.manual_seed(0)
     model: Any = RecurrentDepthForCausalLM(config).train()
