@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
 def inspect(model: str | Path) -> dict[str, Any]:
     """Facts of the recurrent-depth checkpoint directory `model`. Raises UserError where it is none.
 
-    `parameters`: unique, and effective at each R (the core counted R times). `kv_bytes_per_token` at each R: a depth
-    has its own keys and values, in the checkpoint's dtype. `flops_per_token`: forward, 2 for each parameter that
-    multiplies (embedding look-ups and attention scores left out), so that F(R) = F0 + R Fr. With a router both are
-    means over tokens, if each recurrence takes its capacity (expert-choice), or at most this (token-choice).
+    `parameters`: unique, and effective at each R (the core counted R times). `kv_bytes_per_token`: by KV policy and R,
+    in the checkpoint's dtype. `flops_per_token`: forward, 2 for each parameter that multiplies (embedding look-ups and
+    attention scores left out), so that F(R) = F0 + R Fr. With a router, which brings its own policy, both are means
+    over tokens if each recurrence takes its capacity (expert-choice), or at most this (token-choice).
     """
     import torch
 
@@ -49,6 +49,9 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }
     total = sum(p.numel() for p in meta.parameters())
     recurring = counts["core"] + counts["injection"]
+    relaxation = sum(
+        p[0].numel() for name, p in meta.named_parameters() if name.startswith("relaxation.")
+    )  # one depth's
     head = meta.get_output_embeddings()
     head_size = 0 if head is None else head.weight.numel()
     fixed = 2 * (counts["prelude"] + counts["coda"] + head_size)
@@ -56,7 +59,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
     fields = config.router or {}
     share = [0.0, *itertools.accumulate(fields.get("capacity", [1.0] * config.max_recurrences))]  # of tokens, up to R
-    kept = [min(r, 1) for r in range(len(share))] if fields.get("kv") == "first-recursion" else share
+    policies = _kept(fields, share)
     depths = [r for r in DEPTHS if r <= config.max_recurrences]
     if config.num_recurrences not in depths:
         depths = sorted([*depths, config.num_recurrences])
@@ -76,9 +79,20 @@ def inspect(model: str | Path) -> dict[str, Any]:
             **counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},
         },
-        "kv_bytes_per_token": {r: round(slot * (outside + core * kept[r])) for r in depths},
-        "flops_per_token": {r: round(fixed + 2 * recurring * share[r]) for r in depths},
+        "kv_bytes_per_token": {
+            policy: {r: round(slot * (outside + core * kept[r])) for r in depths} for policy, kept in policies.items()
+        },
+        "flops_per_token": {r: round(fixed + 2 * (recurring + relaxation) * share[r]) for r in depths},
     }
+
+
+def _kept(router: dict[str, Any], share: list[float]) -> dict[str, list[float]]:
+    """How many depths of the core a token has in the cache after each number of recurrences, by KV policy."""
+    one = [min(r, 1.0) for r in range(len(share))]
+    if router:
+        return {router["kv"]: one if router["kv"] == "first-recursion" else share}
+    modulo = {f"modulo-{k}": [min(r, float(k)) for r in range(len(share))] for k in (2, 4, 8)}
+    return {"per-depth": share, "last-exited": share, "single": one, "first": one, **modulo}
 
 
 def describe(router: dict[str, Any]) -> str:
@@ -102,6 +116,11 @@ def _kv_bytes(config: Any) -> int:
 def table(facts: dict[str, Any]) -> str:
     """The facts of `inspect` for people."""
     sizes = facts["parameters"]
+    shown: dict[str, list[str]] = {}  # policies that keep the same in one column
+    for policy, kept in facts["kv_bytes_per_token"].items():
+        same = [name for name, other in shown.items() if facts["kv_bytes_per_token"][other[0]] == kept]
+        policies = [*shown.pop(same[0]), policy] if same else [policy]
+        shown[", ".join(policies)] = policies
     lines = [
         f"{facts['model']}: recurrent-depth {facts['source']}, R={facts['num_recurrences']} by default, "
         f"served up to {facts['max_recurrences']}",
@@ -113,9 +132,12 @@ def table(facts: dict[str, Any]) -> str:
         *([f"router {describe(facts['router'])}"] if facts["router"] else []),
         f"unique parameters {sizes['unique']:,}",
         "",
-        f"{'R':>4} {'effective parameters':>21} {'GFLOP/token':>12} {'KV bytes/token':>15}",
+        f"{'':<39}KV bytes/token",
+        f"{'R':>4} {'effective parameters':>21} {'GFLOP/token':>12} {' '.join(f'{name:>15}' for name in shown)}",
     ]
     for r, effective in sizes["effective"].items():
-        flops, kv = facts["flops_per_token"][r] / 1e9, facts["kv_bytes_per_token"][r]
-        lines.append(f"{r:>4} {effective:>21,} {flops:>12.4g} {kv:>15,}")
+        kv = " ".join(
+            f"{facts['kv_bytes_per_token'][policies[0]][r]:>{max(15, len(name))},}" for name, policies in shown.items()
+        )
+        lines.append(f"{r:>4} {effective:>21,} {facts['flops_per_token'][r] / 1e9:>12.4g} {kv}")
     return "\n".join(lines)

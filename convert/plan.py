@@ -83,12 +83,13 @@ def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
     else:
         groups = [tied[n::width] for n in range(width)]
     for group in groups:
-        if len({kinds[layer] for layer in group}) > 1:
-            shown = ", ".join(f"{layer} {kinds[layer]}" for layer in group)
-            raise UserError(
-                f"loops={loops}, sharing={sharing} ties layers of different attention types or structure "
-                f"({shown}); choose other loops"
-            )
+        first = {kinds[layer]: layer for layer in reversed(group)}  # of each kind
+        if len(first) > 1:
+            shown = ", ".join(f"{layer} {kind}" for kind, layer in sorted(first.items(), key=lambda item: item[1]))
+            what, out = f"loops={loops}, sharing={sharing}", "choose other loops"
+            if recipe.method == "universal":
+                what, out = "method=universal", "use method=recursive with loops that keep them apart"
+            raise UserError(f"{what} ties layers of different attention types or structure ({shown}); {out}")
     if recipe.init in ("average", "random"):
         core = [group[0] for group in groups]
         parents = groups if recipe.init == "average" else [[] for _ in groups]

@@ -21,7 +21,7 @@ from loopwise.convert.source import empty_model  # noqa: E402
 from loopwise.errors import UserError  # noqa: E402
 from loopwise.model.source_layers import layer_list_name  # noqa: E402
 from loopwise.recipe import validate  # noqa: E402
-from tests.tiny import VOCAB, save_source  # noqa: E402
+from tests.tiny import VOCAB, load_source, save_source  # noqa: E402
 
 SIZES = {"sizes": [1, 3, 2]}
 TIED = {"method": "recursive", "loops": 2}
@@ -34,8 +34,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "middle-cycle": {**TIED, "sharing": "middle-cycle"},
     "average": {**TIED, "init": "average"},
     "relaxed": {**TIED, "lora": True},
-    "mor expert": {"method": "mor", "loops": 2},
-    "token": {"method": "mor", "loops": 2, "router": {"kind": "token"}},
+    "mor expert": {"method": "mor", "loops": 2, "sharing": "cycle"},
+    "token": {"method": "mor", "loops": 2, "sharing": "cycle", "router": {"kind": "token"}},
     "universal": {"method": "universal"},
 }
 
@@ -101,7 +101,7 @@ def against_source(source: Path, out: Path, keys: dict[str, Any]) -> float:
     """Largest difference of the logits at the depth at which the model is the source."""
     ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(5))
     depth = keys.get("loops", 1)
-    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, out)]
+    models = [load_source(source), AutoModelForCausalLM.from_pretrained(out).eval()]
     with torch.no_grad():
         want, got = models[0](ids).logits, models[1](ids, num_recurrences=depth).logits
     return (want - got).abs().max().item()

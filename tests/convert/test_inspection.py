@@ -27,9 +27,33 @@ def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):
     assert facts["parameters"]["effective"]["4"] == facts["parameters"]["unique"] + 3 * core
     cache = model(torch.ones(1, 5, dtype=torch.long), num_recurrences=3, use_cache=True).past_key_values
     held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None]
-    assert facts["kv_bytes_per_token"]["3"] == sum(held) / 5
+    kv = facts["kv_bytes_per_token"]
+    assert kv["per-depth"]["3"] == kv["last-exited"]["3"] == sum(held) / 5
+    assert kv["single"]["3"] == kv["first"]["3"] == kv["per-depth"]["1"]
+    assert (kv["modulo-2"]["8"], kv["modulo-8"]["8"]) == (kv["per-depth"]["2"], kv["per-depth"]["8"])
     once = sum(p.numel() for p in [*model.prelude.parameters(), *model.coda.parameters()]) + VOCAB * 64
     assert facts["flops_per_token"]["2"] == 2 * (once + 2 * core)
     assert main(["inspect", str(tmp_path / "model")]) == 0
     assert "served up to 8" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "source")]) == 2
+
+
+def test_a_router_and_a_lora_count(capsys, tmp_path):
+    save_source(tmp_path / "source")
+    sizes: dict[str, Any] = {}
+    for name, more in {"plain": {"method": "recursive", "sharing": "middle-cycle"}, "mor": {"method": "mor"}}.items():
+        for relaxed in ({}, {"lora": {"rank": 4, "targets": ["q"]}}):
+            out = tmp_path / f"{name}{len(relaxed)}"
+            convert(tmp_path / "source", out, validate(ConvertRecipe, {"loops": 2, **more, **relaxed}))
+            assert main(["inspect", str(out), "--json"]) == 0
+            sizes[out.name] = json.loads(capsys.readouterr().out)
+    flops = {name: facts["flops_per_token"] for name, facts in sizes.items()}
+    once = flops["plain0"]["2"] - flops["plain0"]["1"]
+    assert flops["mor0"]["2"] - flops["mor0"]["1"] == once / 2  # the second recursion takes half of the tokens
+    assert flops["plain1"]["2"] - flops["plain0"]["2"] == 2 * 2 * 2 * 4 * (64 + 64)  # two layers, twice; A and B
+    kv = [sizes[name]["kv_bytes_per_token"] for name in ("plain0", "mor0")]
+    assert list(kv[1]) == ["recursion-wise"]
+    core = kv[0]["per-depth"]["2"] - kv[0]["per-depth"]["1"]
+    assert kv[1]["recursion-wise"]["2"] == kv[0]["per-depth"]["1"] + core / 2
+    assert main(["inspect", str(tmp_path / "mor0")]) == 0
+    assert "expert-choice" in capsys.readouterr().out
