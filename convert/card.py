@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .inspection import describe
+
 
 def model_card(facts: dict[str, Any], config: Any) -> str:
     """README.md of a converted checkpoint, from the facts of loopwise.json."""
@@ -33,8 +35,8 @@ Converted from `{source}` by loopwise {facts["loopwise"]}. {checked}
 | coda | {plan["parents"]["coda"]} |
 | dropped | {plan["dropped"]} |
 
-Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`. {size["unique"]:,} parameters; the source has
-{size["source"]:,}. The recipe, versions and hashes are in `loopwise.json`.
+Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`.{_router(config)}
+{size["unique"]:,} parameters; the source has {size["source"]:,}. Recipe, versions and hashes are in `loopwise.json`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,3 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences={plan["num_recurrences"]})
 ```
 """
+
+
+def _router(config: Any) -> str:
+    return f" Router: {describe(config.router)}." if config.router else ""

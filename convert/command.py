@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arguments import RecipeParser
 from ..recipe import load_recipe
+from .inspection import describe
 from .recipe import ConvertRecipe
 
 
@@ -58,6 +59,8 @@ def _summary(facts: dict[str, Any]) -> str:
     lines.append(f"dropped  {plan['dropped'] or 'none'}")
     order = ", each layer R times in a row" if plan["sharing"] == "sequence" else ""
     lines.append(f"injection {plan['injection']}, state {plan['state_init']}, R={plan['num_recurrences']}{order}")
+    if facts.get("router"):
+        lines.append(f"router {describe(facts['router'])}")
     lines.append(f"parameters {size['source']:,} -> {size['unique']:,}")
     if facts.get("lora_error"):
         shown = ", ".join(f"{target} {error:.3g}" for target, error in facts["lora_error"].items())

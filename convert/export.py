@@ -66,8 +66,15 @@ def export(
             f"{path} has injection={config.injection!r}, which mixes the input into every recurrence; a plain {kind} "
             "has no such layer, so it cannot be exported"
         )
-    if config.recurrence_norm != "none":
-        raise UserError(f"{path} has a norm after every recurrence, and a plain {kind} none; it cannot be exported")
+    plain = {"recurrence_norm": "none", "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+    for name, without in plain.items():
+        if (value := getattr(config, name)) != without:
+            raise UserError(f"{path} has {name}={value!r}, and a plain {kind} no such thing; it cannot be exported")
+    if config.router:
+        raise UserError(
+            f"{path} has a router, which leaves tokens out of recurrences; a plain {kind} runs every layer on every "
+            "token, so it cannot be exported"
+        )
     places = config.order(unroll)
     ids = [getattr(config, part)[n] for part, n, _ in places]
     target = config_with_layers(config.source_config, ids)

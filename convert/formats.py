@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -12,30 +12,8 @@ from transformers import LlamaConfig, Olmo2Config
 
 from ..errors import UserError
 from ..model.configuration_sandwich import SandwichConfig
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Imported:
-    """What a checkpoint becomes. `fields` are those of RecurrentDepthConfig, `tensors` maps the name of a tensor of the
-    output to the tensor on disk that it comes from, and to what is done with that."""
-
-    fields: dict[str, Any]
-    tensors: dict[str, tuple[str, Transform]] = field(default_factory=dict)
-    ignored: set[str] = field(default_factory=set)  # tensors on disk that the model computes
-
-    def copy(self, name: str, raw: str) -> None:
-        self.tensors[name] = (raw, lambda tensor: tensor)
-
-    def rows(self, name: str, raw: str, start: int, count: int, order: torch.Tensor | None = None) -> None:
-        """Rows `start` to `start + count` of a fused matrix, in the given order."""
-
-        def take(tensor: torch.Tensor) -> torch.Tensor:
-            part = tensor[start : start + count]
-            return part if order is None else part[order]
-
-        self.tensors[name] = (raw, take)
+from . import mor
+from .raw import Imported, RawTensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +24,7 @@ class Format:
     model_type: str
     has: tuple[str, ...]
     lacks: tuple[str, ...]
-    read: Callable[[dict[str, Any], set[str]], Imported]
+    read: Callable[[dict[str, Any], RawTensors], Imported]
 
     def mismatch(self, fields: dict[str, Any], names: set[str]) -> str | None:
         """Why a checkpoint is not of this kind, or None."""
@@ -120,7 +98,7 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
                         flat = tensor[which].reshape(-1)
                         return flat if rotary is None else flat[rotary(heads)]
 
-                    imported.tensors[f"{ours}self_attn.{name}.bias"] = (f"{raw}attn.qk_bias", bias)
+                    imported.tensors[f"{ours}self_attn.{name}.bias"] = ([f"{raw}attn.qk_bias"], bias)
     imported.copy("source.model.embed_tokens.weight", "transformer.wte.weight")
     imported.copy("source.model.norm.weight", "transformer.ln_f.weight")
     imported.copy("injection.weight", "transformer.adapter.weight")
@@ -159,14 +137,14 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     return {**scaling, "rope_theta": fields.get("rope_theta", 10000.0)}
 
 
-def _huginn(fields: dict[str, Any], names: set[str]) -> Imported:
+def _huginn(fields: dict[str, Any], raw: RawTensors) -> Imported:
     sizes = _sizes(fields)
     source: Any = SandwichConfig(
         **sizes,
         head_dim=sizes["hidden_size"] // sizes["num_attention_heads"],
         rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_base", 50_000)},
         norm_after_residual=True,
-        qk_bias="transformer.prelude.0.attn.qk_bias" in names,
+        qk_bias="transformer.prelude.0.attn.qk_bias" in raw.names(),
         embedding_scale=(fields.get("init_values") or {}).get("embed_scale", sqrt(sizes["hidden_size"])),
     )
     norms = {
@@ -182,13 +160,13 @@ def _huginn(fields: dict[str, Any], names: set[str]) -> Imported:
     return imported
 
 
-def _retrofitted_llama(fields: dict[str, Any], names: set[str]) -> Imported:
+def _retrofitted_llama(fields: dict[str, Any], raw: RawTensors) -> Imported:
     head = fields.get("head_dim") or fields["n_embd"] // fields["n_heads"]
     source = LlamaConfig(**_sizes(fields), head_dim=head, rope_parameters=_rope(fields))
     return _raven(fields, {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}, source, None)
 
 
-def _retrofitted_olmo(fields: dict[str, Any], names: set[str]) -> Imported:
+def _retrofitted_olmo(fields: dict[str, Any], raw: RawTensors) -> Imported:
     source: Any = Olmo2Config(**_sizes(fields), rope_parameters=_rope(fields))
     source.head_dim = fields.get("head_dim") or fields["n_embd"] // fields["n_heads"]
     norms = {"norm_1": "post_attention_layernorm", "norm_2": "post_feedforward_layernorm"}
@@ -196,7 +174,7 @@ def _retrofitted_olmo(fields: dict[str, Any], names: set[str]) -> Imported:
     return _raven(fields, norms, source, None)
 
 
-def _ouro(fields: dict[str, Any], names: set[str]) -> Imported:
+def _ouro(fields: dict[str, Any], raw: RawTensors) -> Imported:
     if fields.get("use_sliding_window"):
         raise UserError("an Ouro checkpoint with use_sliding_window is not supported; the released ones have none")
     keys = (
@@ -254,4 +232,6 @@ FORMATS = (
     Format(
         "Ouro", "ouro", ("model.layers.0.input_layernorm_2.weight", "model.early_exit_gate.weight"), (), _ouro,
     ),
+    Format("expert-choice MoR", "llama", (mor.EXPERT,), (), mor.expert),
+    Format("token-choice MoR", "llama", (mor.TOKEN,), (), mor.token),
 )  # fmt: skip

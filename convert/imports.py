@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from ..checkpoint import config_fields, read_json, weight_files
+from ..checkpoint import config_fields, read_json
 from ..errors import UserError
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from . import reference
-from .formats import FORMATS, Format, Imported, Transform
+from . import mor, reference
+from .architectures import SUPPORTED
+from .formats import FORMATS, Format
+from .raw import Imported, RawTensors, Transform
 from .recipe import ConvertRecipe
-from .source import DTYPES
 from .verify import DEPTH, difference, reloaded, sample
 from .write import Pending
 
@@ -25,8 +24,13 @@ from .write import Pending
 def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
     """Whether `path` holds a public recurrent checkpoint, which is imported. Raises UserError for keys of the recipe
     that say how to make one."""
-    kind = config_fields(path)["model_type"]
-    if kind not in {known.model_type for known in FORMATS}:
+    fields = config_fields(path)
+    kind = fields["model_type"]
+    formats = [known for known in FORMATS if known.model_type == kind]
+    if formats and kind in SUPPORTED:  # a plain checkpoint, unless its tensors say otherwise
+        with RawTensors(path) as raw:
+            formats = [known for known in formats if known.mismatch(fields, raw.names()) is None]
+    if not formats:
         if recipe.method is None:
             raise UserError(
                 f"{path} ({kind}) is no recurrent checkpoint that could be imported, so say how to make one of it: "
@@ -35,6 +39,8 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
             )
         return False
     fitting = {"num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "seed"}
+    if kind in SUPPORTED:
+        fitting = {"router", "dtype", "revision"}
     given = sorted(recipe.model_fields_set - fitting, key=lambda key: (key == "method", key))
     if given:
         raise UserError(f"{path} ({kind}) is a recurrent model already and is imported as it is: leave out {given[0]}")
@@ -50,37 +56,6 @@ def fix_special_tokens(directory: Path, config: Any) -> None:
         file.write_text(json.dumps({**fields, **{name: getattr(config, name) for name in names}}, indent=2) + "\n")
 
 
-class RawTensors:
-    """The tensors of a checkpoint by their names on disk. Use as a context manager."""
-
-    def __init__(self, path: Path):
-        self.files = weight_files(path)
-        self._stack = ExitStack()
-        handles = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
-        self._where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-
-    def __enter__(self) -> RawTensors:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
-
-    def shape(self, name: str) -> list[int]:
-        return list(self._where[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        kind = self._where[name].get_slice(name).get_dtype()
-        if kind not in DTYPES:
-            raise UserError(f"{name} has type {kind}; convert the model to {', '.join(DTYPES)} first")
-        return DTYPES[kind]
-
-
 def plan_import(
     kind: Format, fields: dict[str, Any], raw: RawTensors, recipe: ConvertRecipe
 ) -> tuple[Any, Imported, list[Pending]]:
@@ -89,10 +64,12 @@ def plan_import(
     Raises UserError for a config without what the format needs, and for missing or unknown tensors.
     """
     try:
-        imported = kind.read(fields, raw.names())
+        imported = kind.read(fields, raw)
         options = {"num_recurrences": recipe.num_recurrences, "max_recurrences": recipe.max_recurrences}
         options |= {"state_init": recipe.state_init, "state_seed": recipe.seed}
         chosen = {**imported.fields, **{key: value for key, value in options.items() if value is not None}}
+        if recipe.router:
+            chosen["router"] = _routing(imported.fields["router"], recipe.router.model_dump(exclude_none=True))
         config: Any = RecurrentDepthConfig(**chosen)
     except KeyError as error:
         raise UserError(f"config.json of a {kind.name} checkpoint lacks {error.args[0]!r}") from None
@@ -100,32 +77,45 @@ def plan_import(
         raise UserError(str(error)) from None
     with torch.device("meta"):
         expected = RecurrentDepthForCausalLM(config).state_dict()
-    sources = {name for name, _ in imported.tensors.values()}
+    sources = {name for names, _ in imported.tensors.values() for name in names}
     if missing := sorted(sources - raw.names()):
         raise UserError(f"a {kind.name} checkpoint has a tensor {missing[0]}, and this one lacks it")
     if unknown := sorted(raw.names() - sources - imported.ignored):
         raise UserError(f"tensor {unknown[0]} is not one of a {kind.name} checkpoint; nothing of it could be kept")
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    config.dtype = dtype or raw.dtype(next(iter(imported.tensors.values()))[0][0])
     pending = [
         Pending(
-            name, dtype or raw.dtype(source), list(expected[name].shape), partial(_make, raw, source, change), source
+            name,
+            dtype or (raw.dtype(sources[0]) if sources else config.dtype),
+            list(expected[name].shape),
+            partial(_make, raw, sources, change),
+            ", ".join(sources),
         )
-        for name, (source, change) in imported.tensors.items()
+        for name, (sources, change) in imported.tensors.items()
     ]
-    config.dtype = dtype or raw.dtype(next(name for name, _ in imported.tensors.values() if "norm" not in name))
     config.architectures = [RecurrentDepthForCausalLM.__name__]
     return config, imported, pending
 
 
-def _make(raw: RawTensors, source: str, change: Transform) -> torch.Tensor:
-    return change(raw.read(source))
+def _routing(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The routing that the recipe tells and the tensors do not. Raises UserError where they say otherwise."""
+    for name in ("kind", "network", "auxiliary"):
+        if name in given and given[name] != found.get(name, False):
+            raise UserError(f"router.{name}={given[name]}: the checkpoint's tensors say {found.get(name, False)}")
+    return {**found, **given}
+
+
+def _make(raw: RawTensors, sources: list[str], change: Transform) -> torch.Tensor:
+    return change(*(raw.read(name) for name in sources))
 
 
 def verify_import(
     directory: Path, kind: Format, fields: dict[str, Any], raw: RawTensors, config: Any, dtype: torch.dtype | None
 ) -> float:
     """Largest difference between the logits of the written model, reloaded, and of the format's own formulas on the
-    checkpoint's own tensors, in float32, at one recurrence and at the model's R (at most DEPTH), from a random state.
+    checkpoint's own tensors, in float32, at one recurrence and at the model's R (at most DEPTH), from a random state;
+    with a router, at its R.
 
     Raises UserError above the tolerance.
     """
@@ -140,8 +130,12 @@ def verify_import(
 
     worst = 0.0
     with reloaded(directory, torch.float32) as (model, _), torch.no_grad():
-        for depth in sorted({1, min(config.num_recurrences, DEPTH)}):
-            want = reference.logits(kind.name, config.source_config, fields, read, ids, depth, state)
+        depths = {config.num_recurrences} if config.router else {1, min(config.num_recurrences, DEPTH)}
+        for depth in sorted(depths):
+            if config.router:
+                want = mor.logits(config.source_config, config.router, raw.names(), read, ids)
+            else:
+                want = reference.logits(kind.name, config.source_config, fields, read, ids, depth, state)
             got = model(ids, num_recurrences=depth, initial_state=state, use_cache=False).logits
             what = f"at {depth} recurrences the imported model"
             worst = max(worst, difference(got, want, torch.ones_like(ids), what))

@@ -22,11 +22,7 @@ def block_influence(source: Path, weights: SourceWeights, text: str, dtype: torc
     Holds one module's weights at a time. Raises UserError for a file that is no text, or too short for one block.
     """
     config = weights.config
-    ids = _tokens(source, text, min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK))
-    if int(ids.max()) >= config.vocab_size:
-        raise UserError(
-            f"{source}: its tokenizer gives id {int(ids.max())}; the embeddings end at {config.vocab_size - 1}"
-        )
+    ids = text_tokens(source, config, text, "influence=")
     model: Any = streamed(lambda: empty_model(config), weights.read, dtype)
     found: list[float] = []
 
@@ -42,23 +38,30 @@ def block_influence(source: Path, weights: SourceWeights, text: str, dtype: torc
     return found
 
 
-def _tokens(source: Path, text: str, block: int) -> torch.Tensor:
+def text_tokens(source: Path, config: Any, text: str, what: str) -> torch.Tensor:
+    """The first TOKENS token ids of file `text`, in blocks [N, BLOCK], by the tokenizer of `source`.
+
+    Raises UserError, calling the file `what` and its name, where it is no text, or too short for one block.
+    """
+    block = min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
     try:
         content = Path(text).expanduser().read_text(encoding="utf-8-sig")[: 16 * TOKENS]
     except UnicodeDecodeError as error:
-        raise UserError(f"influence={text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{what}{text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        raise UserError(f"influence={text}: {error.strerror}") from None
+        raise UserError(f"{what}{text}: {error.strerror}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers' many kinds
-        raise UserError(
-            f"{source}: no tokenizer to read influence={text} with ({str(error).split(chr(10))[0]})"
-        ) from None
-    ids = tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS]
+        raise UserError(f"{source}: no tokenizer to read {what}{text} with ({str(error).split(chr(10))[0]})") from None
+    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS])
     if len(ids) < block:
-        raise UserError(f"influence={text}: {len(ids)} tokens; at least one block of {block} is needed")
-    return torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
+        raise UserError(f"{what}{text}: {len(ids)} tokens; at least one block of {block} is needed")
+    if int(ids.max()) >= config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer gives id {int(ids.max())}; the embeddings end at {config.vocab_size - 1}"
+        )
+    return ids[: len(ids) // block * block].view(-1, block)
 
 
 def table(influence: list[float], plan: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
     `parameters`: unique, and effective at each R (the core counted R times). `kv_bytes_per_token` at each R: a depth
     has its own keys and values, in the checkpoint's dtype. `flops_per_token`: forward, 2 for each parameter that
-    multiplies (embedding look-ups and attention scores left out), so that F(R) = F0 + R Fr.
+    multiplies (embedding look-ups and attention scores left out), so that F(R) = F0 + R Fr. With a router both are
+    means over tokens, if each recurrence takes its capacity (expert-choice), or at most this (token-choice).
     """
     import torch
 
@@ -52,6 +54,9 @@ def inspect(model: str | Path) -> dict[str, Any]:
     fixed = 2 * (counts["prelude"] + counts["coda"] + head_size)
     slot = _kv_bytes(config)
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
+    fields = config.router or {}
+    share = [0.0, *itertools.accumulate(fields.get("capacity", [1.0] * config.max_recurrences))]  # of tokens, up to R
+    kept = [min(r, 1) for r in range(len(share))] if fields.get("kv") == "first-recursion" else share
     depths = [r for r in DEPTHS if r <= config.max_recurrences]
     if config.num_recurrences not in depths:
         depths = sorted([*depths, config.num_recurrences])
@@ -63,6 +68,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "coda": config.coda,
         "injection": config.injection,
         "state_init": config.state_init,
+        "router": config.router,
         "num_recurrences": config.num_recurrences,
         "max_recurrences": config.max_recurrences,
         "parameters": {
@@ -70,9 +76,18 @@ def inspect(model: str | Path) -> dict[str, Any]:
             **counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},
         },
-        "kv_bytes_per_token": {r: slot * (outside + core * r) for r in depths},
-        "flops_per_token": {r: fixed + 2 * recurring * r for r in depths},
+        "kv_bytes_per_token": {r: round(slot * (outside + core * kept[r])) for r in depths},
+        "flops_per_token": {r: round(fixed + 2 * recurring * share[r]) for r in depths},
     }
+
+
+def describe(router: dict[str, Any]) -> str:
+    """A router in a few words."""
+    words = f"{router['kind']}-choice, {router['network']}, {router['alpha']:g} {router['gate']}, {router['kv']} KV"
+    if router["kind"] == "token":
+        return words
+    numbers = router["capacity"] if router["inference"] == "topk" else router["thresholds"]
+    return f"{words}, {router['inference']} {', '.join(f'{number:.3g}' for number in numbers)}"
 
 
 def _kv_bytes(config: Any) -> int:
@@ -95,6 +110,7 @@ def table(facts: dict[str, Any]) -> str:
             for part in ("prelude", "core", "coda")
         ),
         f"injection {facts['injection']}, state {facts['state_init']} {'':<9} {sizes['injection']:>15,}",
+        *([f"router {describe(facts['router'])}"] if facts["router"] else []),
         f"unique parameters {sizes['unique']:,}",
         "",
         f"{'R':>4} {'effective parameters':>21} {'GFLOP/token':>12} {'KV bytes/token':>15}",

@@ -26,6 +26,9 @@ class Plan:
     sharing: str
     injection: str
     recurrence_norm: str
+    recurrence_residual: bool
+    recurrence_encoding: str
+    halting: str
     state_init: str
     num_recurrences: int
 
@@ -38,37 +41,44 @@ class Plan:
 def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], list[float]]) -> Plan:
     """The plan for a source whose layers are of these kinds; `influence()` measures theirs. Raises UserError where that
     cannot be."""
-    if recipe.method == "recursive":
-        parts, parents, stands_for = _recursive(recipe, kinds)
-    else:
+    sharing = recipe.sharing or ("middle-cycle" if recipe.method == "mor" else "cycle")
+    if recipe.method == "retrofit":
         parts, parents, stands_for = _retrofit(recipe, len(kinds), influence)
-    injection = recipe.injection or ("none" if recipe.method == "recursive" else "linear")
-    depths = recipe.num_recurrences or recipe.loops or 4
+    else:
+        parts, parents, stands_for = _recursive(recipe, sharing, kinds)
+    injection = recipe.injection or ("linear" if recipe.method == "retrofit" else "none")
+    depths = recipe.num_recurrences or (len(stands_for) if stands_for else 4)
+    encoding = "sinusoidal" if recipe.method == "universal" else "none"
     return Plan(
         prelude=parts["prelude"],
         core=parts["core"],
         coda=parts["coda"],
         parents=parents,
         stands_for=stands_for or [parts["core"]] * depths,
-        sharing=recipe.sharing.removeprefix("middle-"),
+        sharing=sharing.removeprefix("middle-"),
         injection=injection,
         recurrence_norm="each" if recipe.recurrence_norm else "none",
+        recurrence_residual=recipe.recurrence_residual,
+        recurrence_encoding=recipe.recurrence_encoding or encoding,
+        halting=recipe.halting,
         state_init=recipe.state_init or ("zeros" if injection == "add" else "input"),
         num_recurrences=depths,
     )
 
 
-def _recursive(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
+def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
     """Tying of recursive transformers (arXiv 2410.20672, section 2.2; 2507.10524, table 1): `cycle` makes source layer
-    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle."""
-    loops, middle = recipe.loops or 0, recipe.sharing.startswith("middle")
+    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle. A universal
+    transformer (1807.03819) has K = 1."""
+    middle = sharing.startswith("middle")
     tied = list(range(len(kinds)))[1:-1] if middle else list(range(len(kinds)))
+    loops = recipe.loops or max(len(tied), 1)  # universal: as many as there are layers, so that they become one
     if not tied or len(tied) % loops:
         fitting = ", ".join(str(b) for b in range(1, len(tied) + 1) if len(tied) % b == 0) or "none"
         which = f"{len(tied)} layers between the first and the last" if middle else f"{len(tied)} layers"
         raise UserError(f"loops={loops} does not divide the source's {which}; choose from {fitting}")
     width = len(tied) // loops
-    if "sequence" in recipe.sharing:
+    if "sequence" in sharing:
         groups = [tied[n * loops : (n + 1) * loops] for n in range(width)]
     else:
         groups = [tied[n::width] for n in range(width)]
@@ -76,7 +86,7 @@ def _recursive(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
         if len({kinds[layer] for layer in group}) > 1:
             shown = ", ".join(f"{layer} {kinds[layer]}" for layer in group)
             raise UserError(
-                f"loops={loops}, sharing={recipe.sharing} ties layers of different attention types or structure "
+                f"loops={loops}, sharing={sharing} ties layers of different attention types or structure "
                 f"({shown}); choose other loops"
             )
     if recipe.init in ("average", "random"):
@@ -97,7 +107,9 @@ def _recursive(recipe: ConvertRecipe, kinds: list[str]) -> tuple:
 def _start(init: str, n: int, width: int, tied: list[int], kinds: list[str], kind: str) -> int:
     """The source layer that the n-th of `width` tied layers starts as: `stepwise` takes evenly spaced ones, first and
     last kept, `lower` the first, `upper` the last; of those of this kind, the nearest."""
-    place = {"stepwise": n * (len(tied) - 1) // max(width - 1, 1), "lower": n, "upper": len(tied) - width + n}[init]
+    place = {"stepwise": round(n * (len(tied) - 1) / max(width - 1, 1)), "lower": n, "upper": len(tied) - width + n}[
+        init
+    ]
     return min((layer for layer in tied if kinds[layer] == kind), key=lambda layer: abs(layer - tied[place]))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..recipe import Count, Integer, Integers, Number, Section
+from ..recipe import Count, Integer, Integers, Number, Section, numbers
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 Targets = Annotated[
     list[Literal["q", "k", "v", "o", "gate", "up", "down"]],
     BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
 ]
+Capacities = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], BeforeValidator(numbers)]
 Ranks = Annotated[dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Count], Field(min_length=1)]
 
 
@@ -49,24 +50,66 @@ class Lora(Section):
         return dict.fromkeys(self.targets or TARGETS, self.rank)
 
 
+class Router(Section):
+    """Which tokens take part in a recurrence. What config.json of an imported checkpoint does not say is taken from
+    here."""
+
+    kind: Literal["expert", "token"] | None = Field(
+        None,
+        description="expert: every recurrence chooses among the tokens of the one before; token: every token chooses "
+        "its depth (default: expert)",
+    )
+    capacity: Capacities | None = Field(
+        None, description="expert: share of the sequence that each recurrence takes (default: 1, (B-1)/B, .., 1/B)"
+    )
+    alpha: Number | None = Field(
+        None, gt=0, description="weight of a recurrence's output is alpha times the gate (default: expert 0.1, token 1)"
+    )
+    temperature: Number | None = Field(None, gt=0, description="the router sees the state divided by it (default: 1)")
+    gate: Literal["sigmoid", "tanh", "softmax"] | None = Field(
+        None, description="expert: sigmoid or tanh; token: softmax or sigmoid (default: the first)"
+    )
+    network: Literal["linear", "mlp"] | None = Field(None, description="of the router (default: linear)")
+    auxiliary: bool | None = Field(
+        None, description="expert: routers of their own learn the choice, which thresholds then go by (default: no)"
+    )
+    kv: Literal["recursion-wise", "first-recursion"] | None = Field(
+        None,
+        description="keys and values at a recurrence: of the tokens that it runs, or the first recurrence's of all "
+        "tokens (default: recursion-wise)",
+    )
+    inference: Literal["threshold", "topk"] | None = Field(
+        None,
+        description="expert, outside of training: threshold is causal; topk takes the capacity of the whole sequence, "
+        "which no cache or server can do (default: threshold, but topk for imported checkpoints)",
+    )
+    thresholds: Capacities | None = Field(
+        None, description="expert: what the sigmoid of a router's logit must reach, for each recurrence (default: 0.5)"
+    )
+
+    def fields(self, depths: int) -> dict[str, Any]:
+        """As the model's config has them."""
+        return {"kind": "expert", "depths": depths, **self.model_dump(exclude_none=True)}
+
+
 class ConvertRecipe(Section):
     """How a source becomes a recurrent-depth model."""
 
-    method: Literal["recursive", "retrofit"] | None = Field(
+    method: Literal["recursive", "retrofit", "mor", "universal"] | None = Field(
         None,
         description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core, and need not "
-        "be named where sizes or layers are given; without any, a public recurrent checkpoint is imported",
+        "be named where sizes or layers are given; mor (2507.10524) is recursive with a router; universal (1807.03819) "
+        "ties all layers into one; without any, a public recurrent checkpoint is imported",
     )
-    loops: Count | None = Field(None, description="recursive: number of loops B; it divides the layers to be tied")
-    sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] = Field(
-        "cycle",
-        description="recursive: tied layers run one after the other, B times (cycle), or each B times in a row "
-        "(sequence); middle- leaves the first and the last layer untied",
+    loops: Count | None = Field(None, description="recursive, mor: number of loops B; it divides the layers to be tied")
+    sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] | None = Field(
+        None,
+        description="recursive, mor: tied layers run one after the other, B times (cycle), or each B times in a row "
+        "(sequence); middle- leaves the first and the last layer untied (default: cycle, but mor middle-cycle)",
     )
     init: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
         "stepwise",
-        description="recursive: tied layers start as evenly spaced, averaged, the first or the last source layers, or "
-        "random",
+        description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
@@ -76,11 +119,23 @@ class ConvertRecipe(Section):
         "most block influence (arXiv 2403.03853) on it, not the last of them",
     )
     lora: Lora | None = Field(None, description="relaxation of the tied layers")
+    router: Router | None = Field(None, description="chooses the tokens of every recurrence (Mixture-of-Recursions)")
     injection: Literal["none", "add", "linear", "gated"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
     )
     recurrence_norm: bool = Field(
         False, description="an RMS norm after every recurrence, which one recurrence of the source does not have"
+    )
+    recurrence_residual: bool = Field(
+        False, description="every recurrence but the first adds its input to its output (AbbIE-D, arXiv 2507.08567)"
+    )
+    recurrence_encoding: Literal["none", "sinusoidal"] | None = Field(
+        None,
+        description="position and recurrence, added to the state before every recurrence with a scale that starts at "
+        "zero (default: universal sinusoidal, else none)",
+    )
+    halting: Literal["none", "act"] = Field(
+        "none", description="act: tokens halt under a gate, and the mean of their states is read out (arXiv 1603.08983)"
     )
     state_init: Literal["input", "zeros", "normal"] | None = Field(
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
@@ -102,12 +157,16 @@ class ConvertRecipe(Section):
     def _consistent(self) -> ConvertRecipe:
         if self.method is None and (self.sizes is not None or self.layers is not None):
             self.method = "retrofit"
-        if self.method == "recursive":
-            if self.loops is None:
-                raise ValueError("method=recursive needs loops=B, the number of times that the tied layers run")
+        if self.method == "mor":
+            self.router = self.router or Router.model_validate({})
+        if self.method in ("recursive", "mor", "universal"):
+            if self.method == "universal" and self.loops is not None:
+                raise ValueError("method=universal ties all layers into one: leave loops out, num_recurrences is free")
+            if self.loops is None and self.method != "universal":
+                raise ValueError(f"method={self.method} needs loops=B, the number of times that the tied layers run")
             for key in ("sizes", "layers", "influence"):
                 if getattr(self, key) is not None:
-                    raise ValueError(f"{key} belongs to method=retrofit; method=recursive takes loops and init")
+                    raise ValueError(f"{key} belongs to method=retrofit; method={self.method} takes loops and init")
         else:
             for key in ("loops", "sharing", "init"):
                 if key in self.model_fields_set and getattr(self, key) is not None:

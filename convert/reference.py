@@ -26,7 +26,7 @@ def logits(name: str, source: Any, fields: dict[str, Any], read: Read, ids, dept
     if name == "Ouro":
         embedded = "model.embed_tokens.weight"
         x = read(embedded)[ids]
-        angles = _angles(source, ids.shape[1], fields)
+        angles = rotary_angles(source, ids.shape[1])
         for _ in range(depth):
             for n in range(source.num_hidden_layers):
                 p = f"model.layers.{n}."
@@ -34,7 +34,7 @@ def logits(name: str, source: Any, fields: dict[str, Any], read: Read, ids, dept
                     F.linear(norm(x, f"{p}input_layernorm.weight"), read(f"{p}self_attn.{c}_proj.weight"))
                     for c in "qkv"
                 ]
-                a = F.linear(_attend(*qkv, source, angles, False), read(f"{p}self_attn.o_proj.weight"))
+                a = F.linear(attend(*qkv, source, angles), read(f"{p}self_attn.o_proj.weight"))
                 x = x + norm(a, f"{p}input_layernorm_2.weight")
                 h = norm(x, f"{p}post_attention_layernorm.weight")
                 gate, up = (F.linear(h, read(f"{p}mlp.{part}_proj.weight")) for part in ("gate", "up"))
@@ -48,7 +48,7 @@ def logits(name: str, source: Any, fields: dict[str, Any], read: Read, ids, dept
     huginn, olmo = name == "Huginn", name == "retrofitted OLMo"
     heads, kv = source.num_attention_heads, source.num_key_value_heads
     widths = [heads * source.head_dim, kv * source.head_dim, kv * source.head_dim]
-    angles = _angles(source, ids.shape[1], fields)
+    angles = rotary_angles(source, ids.shape[1])
 
     def attention(x: torch.Tensor, p: str) -> torch.Tensor:
         q, k, v = F.linear(x, read(f"{p}Wqkv.weight")).split(widths, dim=-1)
@@ -57,7 +57,7 @@ def logits(name: str, source: Any, fields: dict[str, Any], read: Read, ids, dept
             q, k = q + bias[0], k + bias[1]
         if olmo:
             q, k = norm(q, f"{p}q_norm.weight"), norm(k, f"{p}k_norm.weight")
-        return F.linear(_attend(q, k, v, source, angles, huginn), read(f"{p}proj.weight"))
+        return F.linear(attend(q, k, v, source, angles, huginn), read(f"{p}proj.weight"))
 
     def mlp(x: torch.Tensor, p: str) -> torch.Tensor:
         gate, up = F.linear(x, read(f"{p}fc.weight")).chunk(2, dim=-1)
@@ -89,7 +89,7 @@ def logits(name: str, source: Any, fields: dict[str, Any], read: Read, ids, dept
     return F.linear(x, read("transformer.wte.weight" if source.tie_word_embeddings else head))
 
 
-def _angles(source: Any, length: int, fields: dict[str, Any]) -> torch.Tensor:
+def rotary_angles(source: Any, length: int) -> torch.Tensor:
     """[T, head size / 2]"""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -97,8 +97,8 @@ def _angles(source: Any, length: int, fields: dict[str, Any]) -> torch.Tensor:
     return torch.outer(torch.arange(length).float(), frequencies)
 
 
-def _attend(q, k, v, source: Any, angles: torch.Tensor, neighbours: bool) -> torch.Tensor:
-    """Causal attention with rotary positions: of neighbouring channels, or of those half a head apart."""
+def attend(q, k, v, source: Any, angles: torch.Tensor, neighbours: bool = False, mask=None) -> torch.Tensor:
+    """Attention, causal or by mask [T, T], with rotary positions: of neighbouring channels, or half a head apart."""
     heads = [t.unflatten(-1, (-1, source.head_dim)).transpose(1, 2) for t in (q, k, v)]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -107,5 +107,7 @@ def _attend(q, k, v, source: Any, angles: torch.Tensor, neighbours: bool) -> tor
         b = pairs[1] * angles.cos() + pairs[0] * angles.sin()
         return torch.stack([a, b], -1).flatten(-2) if neighbours else torch.cat([a, b], -1)
 
-    out = F.scaled_dot_product_attention(rotate(heads[0]), rotate(heads[1]), heads[2], is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        rotate(heads[0]), rotate(heads[1]), heads[2], mask, is_causal=mask is None, enable_gqa=True
+    )
     return out.transpose(1, 2).flatten(2)

@@ -108,6 +108,8 @@ def read_recurrent_config(path: Path) -> Any:
 
 def empty_model(config: Any) -> PreTrainedModel:
     """The transformers model of `config`; call it under `torch.device("meta")`."""
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # transformers' sdpa leaves the cap out
     return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
 
 

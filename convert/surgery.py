@@ -22,9 +22,10 @@ from ..model.source_layers import layer_list_name
 from .architectures import layer_kinds
 from .card import model_card
 from .formats import recognise
-from .imports import RawTensors, fix_special_tokens, is_recurrent, plan_import, verify_import
+from .imports import fix_special_tokens, is_recurrent, plan_import, verify_import
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
+from .raw import RawTensors
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
 from .source import SourceWeights, copy_carried, empty_model, find_source, hashing, read_config
@@ -59,6 +60,7 @@ def convert(
             "source": {"id": str(source), "revision": _revision(path, recipe)},
             "recipe": recipe.model_dump(exclude_none=True),
             **made.facts,
+            **({"router": made.config.router} if made.config.router else {}),
         }
         facts["parameters"]["unique"] = sum(torch.Size(t.shape).numel() for t in made.pending)
         if dry_run:
@@ -189,7 +191,11 @@ def _config(
             injection=plan.injection,
             sharing=plan.sharing,
             recurrence_norm=plan.recurrence_norm,
+            recurrence_residual=plan.recurrence_residual,
+            recurrence_encoding=plan.recurrence_encoding,
+            halting=plan.halting,
             relaxation=relaxation,
+            router=recipe.router.fields(plan.num_recurrences) if recipe.router else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..model.injection import Injection
+from ..model.router import Router
 from ..model.source_layers import layer_list_name
 from .plan import Plan
 from .recipe import ConvertRecipe
@@ -51,6 +52,8 @@ class Tensors:
             for n in range(len(plan.core)):
                 self._add_relaxation(n)
         self._add_injection()
+        if config.router:
+            self._add_router()
 
     def errors(self) -> dict[str, float]:
         """Share of what tying took away that the LoRA does not give back, by target: the greatest of all layers."""
@@ -145,8 +148,23 @@ class Tensors:
         elif injection == "gated":
             for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
                 self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))
+        if self.plan.recurrence_encoding == "sinusoidal":
+            self.pending.append(Pending("recurrence_encoding.weight", dtype, [width], partial(torch.zeros, width)))
+        if self.plan.halting == "act":
+            for name, shape in (("weight", [1, width]), ("bias", [1])):
+                self.pending.append(Pending(f"halting_gate.{name}", dtype, shape, partial(torch.zeros, shape)))
         if self.plan.recurrence_norm == "each":
             self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
+
+    def _add_router(self) -> None:
+        """Random, as the paper's authors start it, by a seed of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(self.recipe.seed, "router"))
+            router = Router(self.config.source_config.hidden_size, self.config.router)
+            router.start(self.config.initializer_std)
+        for name, tensor in router.state_dict().items():
+            make = partial(torch.clone, tensor)
+            self.pending.append(Pending(f"router.{name}", self.config.dtype, list(tensor.shape), make))
 
 
 def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:

@@ -36,10 +36,11 @@ def verify(
     source architecture in which the source's layers are written out.
 
     Both hold one module's weights at a time, and run in the checkpoint's dtype (with LoRA, which no two ways compute to
-    the last bit, in float32) on two random sequences, one padded on the left. Checked at one recurrence, and without
-    injection also at the plan's R (at most DEPTH). An injection is checked from the state that it starts to preserve:
-    s_0 = e where `state_init` is `input`, else zeros; from the model's own state the logits must be finite. Layers that
-    started at random, and LoRA factors, are taken from the checkpoint. Raises UserError above TOLERANCE.
+    the last bit, in float32) on two random sequences, one padded on the left. Checked at one recurrence, and where more
+    are layers written out and nothing else, also at the plan's R (at most DEPTH). An injection is checked from the
+    state that it starts to preserve: s_0 = e where `state_init` is `input`, else zeros; from the model's own state the
+    logits must be finite. So they must with a router, and the comparison, as the source has none, is without it. Layers
+    that started at random, and LoRA factors, are taken from the checkpoint. Raises UserError above TOLERANCE.
     """
     ids, mask = sample(source_config, seed)
     deep = min(plan.num_recurrences, DEPTH)
@@ -47,17 +48,20 @@ def verify(
     state = None if from_input else torch.zeros(*ids.shape, source_config.hidden_size)
     worst = 0.0
     with reloaded(directory, torch.float32 if relaxed else None) as (model, written), torch.no_grad():
-        for depth in sorted({1, deep} if plan.injection == "none" else {1}):
+        at = plan.num_recurrences if model.config.router else deep
+        own = model(ids, attention_mask=mask, num_recurrences=at, use_cache=False).logits
+        if not own[mask.bool()].isfinite().all():
+            raise UserError(
+                f"verification failed: from its initial state ({plan.state_init}), at {at} recurrences, the model's "
+                "logits are not finite; nothing was written"
+            )
+        model.config.router = None
+        plain = plan.injection == "none" and not plan.recurrence_residual and plan.halting == "none"
+        for depth in sorted({1, deep} if plain else {1}):
             reference = _written_out(plan, source_config, weights, written, dtype, depth, model.dtype)
             want = reference(ids, attention_mask=mask, use_cache=False)
             got = model(ids, attention_mask=mask, num_recurrences=depth, initial_state=state, use_cache=False)
             worst = max(worst, difference(got.logits, want.logits, mask, f"at {depth} recurrences the written model"))
-        own = model(ids, attention_mask=mask, num_recurrences=deep, use_cache=False).logits
-        if not own[mask.bool()].isfinite().all():
-            raise UserError(
-                f"verification failed: from its initial state ({plan.state_init}), at {deep} recurrences, the model's "
-                "logits are not finite; nothing was written"
-            )
     return worst
 
 

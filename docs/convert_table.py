@@ -34,6 +34,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "middle-cycle": {**TIED, "sharing": "middle-cycle"},
     "average": {**TIED, "init": "average"},
     "relaxed": {**TIED, "lora": True},
+    "mor expert": {"method": "mor", "loops": 2},
+    "token": {"method": "mor", "loops": 2, "router": {"kind": "token"}},
+    "universal": {"method": "universal"},
 }
 
 
@@ -65,7 +68,7 @@ def cell(source: Path, out: Path, keys: dict[str, Any], reasons: list[str]) -> s
     except UserError as error:
         return noted(str(error), reasons)
     worst = facts["max_dlogit"]
-    if "lora" in keys or keys.get("method") != "recursive":  # what the conversion itself compared was less than this
+    if "lora" in keys or "method" not in keys:  # what the conversion itself compared was less than this
         worst = against_source(source, out, keys)
     if worst > 1e-4:
         return noted(

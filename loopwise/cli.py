@@ -18,11 +18,12 @@ VERBS = {
     "eval": ("loopwise.train.evaluate", "held-out loss at several recurrences"),
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),
+    "calibrate": ("loopwise.convert.calibrate", "thresholds at which a router takes its capacities"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
 }
 
 USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".join(
-    f"  {verb:<9}{text}" for verb, (_, text) in VERBS.items()
+    f"  {verb:<11}{text}" for verb, (_, text) in VERBS.items()
 )
 
 

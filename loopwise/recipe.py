@@ -39,7 +39,7 @@ def numbers(value: object) -> object:
     """A validator's first step: lists of numbers may be written as 1,2,3, which YAML reads as text."""
     if isinstance(value, str):
         return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 Integers = Annotated[list[Integer], BeforeValidator(numbers)]

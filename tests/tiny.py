@@ -129,10 +129,22 @@ def source_config(model_type: str, **fields: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type], **fields})
 
 
+def attention(config: Any) -> str | None:
+    """The implementation that computes the architecture: transformers' sdpa leaves out the cap on attention scores."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def load_source(directory: Path) -> Any:
+    """The plain model of a checkpoint."""
+    config = AutoConfig.from_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention(config)).eval()
+
+
 def source_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
     """A tiny model in float32 with weights large enough that every layer matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(source_config(model_type, **fields)).float().eval()
+    config = source_config(model_type, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(config)).float().eval()
     for parameter in model.parameters():
         std = 0.08 if parameter.dim() > 1 else 0.2
         mean = 0.0 if parameter.dim() > 1 else parameter.data.mean().item()

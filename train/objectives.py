@@ -28,6 +28,7 @@ class Objective:
     def __init__(self, objectives: Objectives, config: Any, teacher: Any, steps: int, seed: int, capacity_warmup: int):
         self.objectives, self.teacher, self.steps, self.seed = objectives, teacher, steps, seed
         self.capacity_warmup = capacity_warmup
+        self.halts = getattr(config, "halting", "none") == "act"  # such a model tells its ponder cost itself
         self.router: dict[str, Any] | None = getattr(config, "router", None)
         self.chosen: torch.Tensor | None = None  # tokens of this step for each depth of a token-choice router
 
@@ -75,7 +76,7 @@ class Objective:
         return total / targets_of_step
 
     def _reads_gate(self) -> bool:
-        return self.objectives.exit_gate is not None or self.objectives.ponder is not None
+        return self.objectives.exit_gate is not None or (self.objectives.ponder is not None and not self.halts)
 
     def _teacher_of(self, inputs: dict[str, Any]) -> Any:
         if self.teacher is None:
@@ -135,7 +136,8 @@ class Objective:
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
-            total = wanted.ponder.weight * losses.ponder_cost(outputs.exit_logits, wanted.ponder.epsilon)[valid].sum()
+            cost = outputs.ponder if self.halts else losses.ponder_cost(outputs.exit_logits, wanted.ponder.epsilon)
+            total = wanted.ponder.weight * cost[valid].sum()
         if wanted.router and self.router:
             total = total + valid.sum() * self._routing(outputs.router_outputs)
         return total
@@ -172,7 +174,8 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
                 raise UserError(f"objectives.{name} belongs to recurrent-depth models; this is a {config.model_type}")
         return
     for name in ("exit_gate", "ponder"):
-        if getattr(objectives, name) is not None and not config.exit_gate:
+        halts = name == "ponder" and config.halting == "act"
+        if getattr(objectives, name) is not None and not config.exit_gate and not halts:
             raise UserError(f"objectives.{name}: this model has no exit gate; convert it with one, or import Ouro")
     if objectives.router is not None and not getattr(config, "router", None):
         raise UserError("objectives.router: this model has no router; convert it with method=mor")

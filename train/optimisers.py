@@ -13,6 +13,8 @@ from loopwise.errors import UserError
 from .recipe import ROLES, Optimiser
 from .recipe_objectives import Objectives
 
+# Where the role is not the name of the module.
+OTHERS = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
 BODY = ("prelude", "core", "coda", "injection")  # whose matrices Muon takes (arXiv 2511.07384)
 
 
@@ -37,8 +39,8 @@ def roles(model: Any) -> dict[str, str]:
                 role = "embeddings"
             elif id(parameter) in of_head:
                 role = "head"
-            elif top in ("relaxation", "exit_gate"):
-                role = {"relaxation": "lora", "exit_gate": "gate"}[top]
+            elif top in OTHERS:
+                role = OTHERS[top]
             elif "norm" in type(module).__name__.lower():
                 role = "norms"
             elif top in places:
@@ -60,10 +62,10 @@ def freeze(model: Any, keys: Optimiser, objectives: Objectives, adapted: bool) -
         wanted.add("adapters")
     if objectives.exit_gate and objectives.exit_gate.stage == "gate":
         wanted = {"gate"}
-    elif not objectives.exit_gate and not objectives.ponder:
-        wanted.discard("gate")  # nothing would reach it
+    read = objectives.exit_gate or objectives.ponder
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(by_name[name] in wanted)
+        unread = name.startswith("exit_gate.") and not read  # nothing would reach it
+        parameter.requires_grad_(by_name[name] in wanted and not unread)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         there = sorted(set(by_name.values()))
         raise UserError(

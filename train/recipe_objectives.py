@@ -74,10 +74,13 @@ class RouterLosses(Section):
 
 
 class Ponder(Section):
-    """ACT's ponder cost on the exit gate: recurrences until the halting probabilities reach 1 - epsilon."""
+    """ACT's ponder cost: of a model that halts (method=universal) its own, else on the exit gate: recurrences until the
+    halting probabilities reach 1 - epsilon."""
 
     weight: Number = Field(default=0.01, gt=0, description="of the ponder cost")
-    epsilon: Number = Field(default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts")
+    epsilon: Number = Field(
+        default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts (exit gates only)"
+    )
 
 
 class Objectives(Section):

@@ -15,6 +15,9 @@ STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
+ENCODINGS = ("none", "sinusoidal")
+HALTINGS = ("none", "act")
+KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as modulo-4")
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
@@ -35,12 +38,23 @@ class RecurrentDepthConfig(PreTrainedConfig):
         recurrence_norm (`str`): `none`; `each` (an RMS norm of its own after every recurrence); `between` (the
             source's final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last
             one, before the coda, as in Huginn).
+        recurrence_residual (`bool`): whether every recurrence but the first adds its input to its output (AbbIE-D,
+            arXiv 2507.08567).
+        recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
+            Universal Transformers).
+        halting (`str`): `none`, or `act`: what is read out is the mean of the states, weighted by a gate under which
+            tokens halt one by one (adaptive computation time). See `halting.py`.
+        halting_epsilon (`float`): a token halts once its halting probabilities sum to one less this.
         exit_gate (`bool`): whether a linear gate on the normed state says where to exit (Ouro).
         relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
             `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
             (`bool`). See `relaxation.py`.
         router (`dict`, *optional*): Mixture-of-Recursions: which tokens take part in a recurrence. See `router_fields`;
             `depths` defaults to num_recurrences.
+        kv_policy (`str`): which keys and values a recurrence reads and writes: `per-depth` (its own), `last-exited`
+            (its own; those of a position that left earlier are the last that it had), `single` (one slot, overwritten),
+            `first` (those of the first recurrence) or `modulo-k` (depth mod k).
+        exit (`dict`, *optional*): the exit rule that serving uses by default: `rule`, `threshold`, `min_recurrences`.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
@@ -66,9 +80,15 @@ class RecurrentDepthConfig(PreTrainedConfig):
     injection: str = "none"
     sharing: str = "cycle"
     recurrence_norm: str = "none"
+    recurrence_residual: bool = False
+    recurrence_encoding: str = "none"
+    halting: str = "none"
+    halting_epsilon: float = 0.01
     exit_gate: bool = False
     relaxation: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
+    kv_policy: str = "per-depth"
+    exit: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -107,6 +127,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "need 1 <= num_recurrences <= max_recurrences"
             )
         named = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
+        named |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
@@ -120,17 +141,41 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"sharing={self.sharing!r}, max_recurrences={self.max_recurrences} with a router of "
                 f"{self.router['depths']} recurrences: it needs sharing='cycle', and serves no other number of them"
             )
-        if self.sharing == "sequence" and (self.injection != "none" or self.recurrence_norm != "none"):
+
+        self.kv_slots(1)
+        between = {
+            "injection": self.injection != "none",
+            "recurrence_norm": self.recurrence_norm != "none",
+            "recurrence_residual": self.recurrence_residual,
+            "recurrence_encoding": self.recurrence_encoding != "none",
+            "halting": self.halting != "none",
+        }
+        if self.sharing == "sequence" and any(between.values()):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
-                "injection='none', recurrence_norm='none'"
+                f"{', '.join(name for name, there in between.items() if there)} cannot"
             )
+        if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
+            raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        if not 0 < self.halting_epsilon < 1:
+            raise ValueError(f"halting_epsilon={self.halting_epsilon}: a number between 0 and 1")
 
     def __getattr__(self, name):
         source = None if name.startswith("_") else self.__dict__.get("source_config")
         if source is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
+
+    def kv_slots(self, num_recurrences: int) -> int:
+        """Number of key-value slots of a core layer at this depth. Raises ValueError for an unknown `kv_policy`."""
+        if self.kv_policy in ("per-depth", "last-exited"):
+            return num_recurrences
+        if self.kv_policy in ("single", "first"):
+            return 1
+        name, _, count = str(self.kv_policy).partition("-")
+        if name != "modulo" or not count.isdecimal() or not int(count):
+            raise ValueError(f"kv_policy={self.kv_policy!r}: choose from {', '.join(KV_POLICIES)}")
+        return min(int(count), num_recurrences)
 
     @property
     def vocab_size(self) -> int:
@@ -146,6 +191,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         """Of the recurrence norm: the source's."""
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
         return next((eps for name in names if (eps := getattr(self.source_config, name, None))), 1e-6)
+
+    @property
+    def initializer_std(self) -> float:
+        """Of a router: the source's."""
+        return getattr(self.source_config, "initializer_range", None) or 0.02
 
     @property
     def num_hidden_layers(self) -> int:

@@ -23,6 +23,16 @@ def _mix(x: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
     return z ^ _shift(z, 31)
 
 
+def counter_bits(seed: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, width: int) -> torch.Tensor:
+    """64 random bits for each of `width` channels, as int64 [..., width]: a function of the integers (seed, sequence,
+    position, channel) alone; the three tensors broadcast to [...]."""
+    channels = torch.arange(width, device=position.device)
+    bits = _mix(seed.long(), 0)
+    bits = _mix(sequence.long(), bits)
+    bits = _mix(position.long(), bits)[..., None]
+    return _mix(channels, bits)
+
+
 def counter_normal(
     seed: int, sequence_ids: torch.Tensor, positions: torch.Tensor, width: int, cut: float = 3.0
 ) -> torch.Tensor:
@@ -31,11 +41,9 @@ def counter_normal(
     So batching, padding, caching and the number of ranks never change it. sequence_ids [B] and positions [B, T] are
     integers; returns float32 [B, T, width] on their device.
     """
-    channels = torch.arange(width, device=positions.device)
-    bits = _mix(torch.full_like(sequence_ids, seed, dtype=torch.int64), 0)  # [B]
-    bits = _mix(sequence_ids.long(), bits)[:, None]  # [B, 1]
-    bits = _mix(positions.long(), bits)[..., None]  # [B, T, 1]
-    bits = _mix(channels, bits)  # [B, T, width]
+    bits = counter_bits(
+        torch.full_like(sequence_ids, seed, dtype=torch.int64)[:, None], sequence_ids[:, None], positions, width
+    )
     uniform = (_shift(bits, 40).float() + 0.5) / (1 << 24)  # 24 bits: exact in float32, never 0 or 1
     low = 0.5 * math.erfc(cut / math.sqrt(2))
     return math.sqrt(2) * torch.erfinv(2 * (low + uniform * (1 - 2 * low)) - 1)

@@ -30,21 +30,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
 from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
+from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Factors, Relaxation
-from .router import (
-    ChoiceSlot,
-    FirstKeysAndValues,
-    Router,
-    RouterOutputs,
-    Routing,
-    Rows,
-    by_name,
-    capacities,
-    counts_positions,
-)
+from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
+from .router import Router, RouterOutputs, Routing, capacities
 from .source_layers import TUPLE_LAYERS, DepthCache, Tap, layer_list_name, prepare_cache, with_slot
 
 
@@ -53,7 +46,8 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
     gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
     `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end.
-    `router_outputs` tell what a router scored and chose."""
+    `router_outputs` tell what a router scored and chose. With halting, `ponder` [B, T] is each token's ponder cost, and
+    `state` the mean that is read out."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
@@ -61,6 +55,7 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     exit_logits: torch.Tensor | None = None
     depth_losses: tuple[torch.Tensor, ...] | None = None
     router_outputs: RouterOutputs | None = None
+    ponder: torch.Tensor | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -102,6 +97,8 @@ class _Call:
     capacity: Sequence[float] | None = None
     first_kv: dict[int, Any] = field(default_factory=dict)  # what the first recurrence wrote, where others read it
     routing: Routing | None = None
+    state: torch.Tensor | None = None  # the one that is read out
+    ponder: torch.Tensor | None = None
     layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     states: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -117,6 +114,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
         source_config = config.source_config
+        source_config._attn_implementation = config._attn_implementation
         self.source = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name))
@@ -135,6 +133,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.injection = Injection(config.injection, source_config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
+        if config.recurrence_encoding == "sinusoidal":
+            self.recurrence_encoding = RecurrenceEncoding(source_config.hidden_size)
+        if config.halting == "act":
+            self.halting_gate = nn.Linear(source_config.hidden_size, 1)
         if config.exit_gate:
             self.exit_gate = nn.Linear(source_config.hidden_size, 1)
         if config.relaxation:
@@ -146,11 +148,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
         self.post_init()
 
-    def _check_and_adjust_attn_implementation(self, *args, **kwargs):
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs):
         source = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config.source_config)]  # it decides
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(source, name))
-        return super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        if self.config.router:  # it writes out masks, as these two do not take them
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if attn_implementation is None and getattr(self.config, "attn_logit_softcapping", None):
+            attn_implementation = "eager"  # transformers' sdpa leaves the cap out
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Injection):
@@ -161,8 +167,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Factors):
             module.start()
+        elif isinstance(module, RecurrenceEncoding):
+            init.zeros_(module.weight)
+        elif self.config.halting == "act" and module is self.halting_gate:
+            init.zeros_(cast(Any, module).weight)
+            init.zeros_(cast(Any, module).bias)
         elif isinstance(module, Router):
-            module.start(getattr(self.config.source_config, "initializer_range", None) or 0.02)
+            module.start(self.config.initializer_std)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
@@ -252,7 +263,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("sharing='sequence' has no depth but the last to read out")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        capacity = self._check_routing(recurrences, router_capacity) if config.router else None
+        first_kv = bool(config.router) and not config.has_choice_slot
+        checkpointing = self.is_gradient_checkpointing or self.checkpoint_recurrences
+        if first_kv and self.training and checkpointing:
+            raise ValueError(
+                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
+                "router.kv='first-recursion' does not go with it"
+            )
+        capacity = capacities(config.router, recurrences, router_capacity, self.training) if config.router else None
         if use_cache is None:
             in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
             use_cache = past_key_values is not None or (in_config and capacity is None)
@@ -261,8 +279,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
                 "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
             )
-        if (use_cache or (config.router and not config.has_choice_slot)) and past_key_values is None:
-            past_key_values = DynamicCache(config=config)  # first-recursion keys and values pass through one, too
+        if (use_cache or first_kv) and past_key_values is None:
+            past_key_values = DynamicCache(config=config)  # the first recursion's keys and values pass through one, too
         if past_key_values is not None:
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -308,7 +326,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if output_depth_logits:
             depth_logits = logits.unflatten(0, (recurrences, -1))
             logits = depth_logits[-1]
-        depth_losses = None
+        depth_losses, ponder = None, call.ponder
         if depth_loss is not None:
             depth_losses = self._depth_losses(logits, call, source_arguments, depth_loss, depth_loss_at)
         loss = None
@@ -319,11 +337,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
-            last_state=call.states[-1],
+            last_state=call.state,
             states=torch.stack(call.states) if output_states else None,
             exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
             depth_logits=depth_logits,
             depth_losses=depth_losses,
+            ponder=ponder,
             router_outputs=call.routing.outputs() if call.routing else None,
         )
 
@@ -343,23 +362,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         for depth in at:
             if depth != last:
-                losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
+                losses[depth] = checkpoint(read_out, self._state_at(depth, call), depth, use_reentrant=False)
         return tuple(losses[depth] for depth in at)
-
-    def _check_routing(self, recurrences: int, capacity: Sequence[float] | None) -> Sequence[float] | None:
-        """The capacities of a call of a routed model, None where thresholds or tokens decide."""
-        fields = cast(Any, self.config.router)
-        if recurrences > fields["depths"] or (fields["kind"] == "token" and recurrences < fields["depths"]):
-            raise ValueError(
-                f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
-            )
-        checkpointing = self.is_gradient_checkpointing or self.checkpoint_recurrences
-        if self.training and checkpointing and not self.config.has_choice_slot:
-            raise ValueError(
-                "gradient checkpointing runs a recurrence a second time without what it read of the first: "
-                "router.kv='first-recursion' does not go with it"
-            )
-        return capacities(fields, capacity, self.training)
 
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """A tap was called: note the layer's arguments; at the last one, run the recurrence."""
@@ -384,6 +388,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         e = self._run(self._places("prelude"), x, call)
         s = _with_given(initial_state(config, e, call.positions, call.sequence_ids), call)
         free = call.num_recurrences - (call.grad_recurrences or call.num_recurrences)
+        keep = call.keep_states or call.read_all_depths or config.halting == "act"
         if config.router:
             call.routing = self.router.begin(s, cast(Any, call.real), call.capacity)
         if config.sharing == "sequence":
@@ -395,16 +400,29 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                     if r and config.recurrence_norm == "between":
                         s = self._final_norm(s)
                     s = self._routed(r, s, e, call) if config.router else self._kept(r, s, e, call)
-                if call.keep_states or call.read_all_depths or r + 1 == call.num_recurrences:
+                if keep or r + 1 == call.num_recurrences:
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
-            self._choice_slot(call).add(call.routing, s.dtype)
-        return torch.cat([self._read(s, call) for s in (call.states if call.read_all_depths else [s])])
+            self._choice_slot(call).add(call.routing.selected, cast(Any, config.router)["depths"], s.dtype)
+        ends = range(1, call.num_recurrences + 1) if call.read_all_depths else [call.num_recurrences]
+        read = [self._state_at(depth, call) for depth in ends]
+        call.state = read[-1]
+        return torch.cat([self._read(s, call) for s in read])
+
+    def _state_at(self, depth: int, call: _Call) -> torch.Tensor:
+        """What is read out at `depth`: the state, or with halting the mean of those up to it."""
+        if self.config.halting == "act":
+            return self._halted(call.states[:depth], call)
+        return call.states[depth - 1] if len(call.states) >= depth else call.states[-1]
 
     def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
         """Recurrence r, counted from 0, of s and e [B, T, D], or of some rows of them."""
-        places = [self._core_place(j, r) for j in range(len(self.config.core))]
+        places, before = [self._core_place(j, r) for j in range(len(self.config.core))], s
+        if self.config.recurrence_encoding == "sinusoidal":
+            s = self.recurrence_encoding(s, call.positions, r + 1)
         s = self._run(places, self.injection(s, e), call, **rows)
+        if self.config.recurrence_residual and r:
+            s = s + before
         return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
 
     def _kept(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
@@ -413,18 +431,23 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             return cast(Any, checkpoint(self._recurrence, r, s, e, call, use_reentrant=False, **rows))
         return self._recurrence(r, s, e, call, **rows)
 
+    def _halted(self, states: list[torch.Tensor], call: _Call) -> torch.Tensor:
+        """The mean of s_1, s_2, .. [B, T, D] under the halting gate; notes what it cost."""
+        logits = torch.stack([self.halting_gate(s).squeeze(-1) for s in states])
+        weights, call.ponder = halting_weights(logits, self.config.halting_epsilon)
+        return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
+
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""
-        routing = cast(Any, call.routing)
+        routing, source = cast(Any, call.routing), self.config.source_config
         selected = routing.select(r, s)
-        movable = not counts_positions(self.config.source_config)
         if not self.config.has_choice_slot:  # all tokens have the first recurrence's keys and values, and it runs them
-            rows, keys = Rows(selected, gather=movable and r > 0), None
+            rows, keys = Rows(selected, r > 0, source), None
         elif call.cache is None:
-            rows, keys = Rows(selected, gather=movable), selected
+            rows, keys = Rows(selected, True, source), selected
         else:
             slot = self._choice_slot(call)
-            rows, keys = Rows(selected, gather=False), slot.keys(r, selected)
+            rows, keys = Rows(selected, False, source), slot.keys(r, selected)
             if call.past and not selected.any():
                 slot.leave_out([self._core_place(j, r).slot for j in range(len(self.core))], s.shape[1])
                 return s

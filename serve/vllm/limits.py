@@ -18,7 +18,9 @@ def check_depth(num_recurrences: int, limit: int) -> None:
 
 def check_model(fields: dict[str, Any]) -> None:
     """Raises UserError for a recurrent-depth config, its fields given, with a part that the engine does not have."""
-    for name, served in {"sharing": "cycle", "relaxation": None, "recurrence_norm": "none", "exit_gate": False}.items():
+    plain = {"sharing": "cycle", "relaxation": None, "recurrence_norm": "none", "exit_gate": False, "router": None}
+    plain |= {"recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+    for name, served in plain.items():
         value = fields.get(name, served)
         if value != served:
             shown = "with LoRA of every depth" if name == "relaxation" else f"with {name}={value!r}"

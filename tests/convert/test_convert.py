@@ -16,7 +16,7 @@ from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES, validate
-from tests.tiny import ARCHITECTURES, VOCAB, save_source, source_model
+from tests.tiny import ARCHITECTURES, VOCAB, load_source, save_source, source_model
 
 EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
 
@@ -68,7 +68,7 @@ def test_the_supported_list_is_the_tested_list():
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_identity_and_three_recurrences(model_type, tmp_path):
-    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source", model_type)).eval()
+    source = load_source(save_source(tmp_path / "source", model_type))
     model = run(tmp_path / "source", tmp_path / "out", **EVERY_LAYER)
     with torch.no_grad():
         for batch in (tokens(padded=False), tokens()):
@@ -93,7 +93,7 @@ def test_linear_injection_preserves_the_model_and_uses_the_state(model_type, tmp
     save_source(tmp_path / "source", model_type)
     for state_init in ("input", "zeros"):
         model = run(tmp_path / "source", tmp_path / state_init, sizes="1,3,2", state_init=state_init)
-        source = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+        source = load_source(tmp_path / "source")
         with torch.no_grad():
             once, twice = (model(**tokens(), num_recurrences=r).logits for r in (1, 2))
             seen = tokens()["attention_mask"].bool()
@@ -130,7 +130,7 @@ def test_recursive(init, tmp_path):
 )
 def test_sharing_and_init(sharing, groups, init, tmp_path):
     """Each way to share layers equals the source written out with the layers that each init chooses."""
-    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    source = load_source(save_source(tmp_path / "source"))
     model = run(tmp_path / "source", tmp_path / "out", method="recursive", loops=2, sharing=sharing, init=init)
     tied = sorted(layer for group in groups for layer in group)
     width = len(groups)
@@ -171,7 +171,7 @@ def test_random_layers_depend_on_the_seed_alone(tmp_path):
 @pytest.mark.parametrize("init", ["stepwise", "average"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "gpt_neox", "gpt2", "phi3", "starcoder2"])
 def test_full_rank_lora_is_the_source(model_type, init, sharing, tmp_path):
-    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source", model_type)).eval()
+    source = load_source(save_source(tmp_path / "source", model_type))
     ranks = {"q": 64, "k": 32, "v": 32, "o": 64, "gate": 64, "up": 64, "down": 64}
     if model_type == "starcoder2":
         del ranks["gate"]
@@ -234,7 +234,7 @@ def test_zero_lora_changes_nothing(dora, tmp_path):
 
 
 def test_gated_injection_and_recurrence_norm(tmp_path):
-    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    source = load_source(save_source(tmp_path / "source"))
     gated = run(tmp_path / "source", tmp_path / "gated", sizes="1,3,2", injection="gated")
     normed = run(tmp_path / "source", tmp_path / "normed", sizes="1,3,2", injection="none", recurrence_norm=True)
     with torch.no_grad():
@@ -277,6 +277,9 @@ RECIPES_AND_PLANS = {
     "llama3.2-1b": (16, [0, 1], [10, 11, 12, 13], [14, 15]),
     "recursive": (6, [], [0, 2, 5], []),
     "relaxed": (6, [], [0, 1, 2], []),
+    "mor": (8, [0], [1, 6], [7]),
+    "universal": (6, [], [0], []),
+    "abbie": (24, [0, 1, 2, 3], list(range(4, 20)), [20, 21, 22, 23]),
 }
 
 
@@ -290,8 +293,30 @@ def test_every_recipe(recipe, tmp_path):
     assert [config.prelude, config.core, config.coda] == parts
 
 
+def test_a_universal_transformer_is_one_layer(tmp_path):
+    source = load_source(save_source(tmp_path / "source")).state_dict()
+    model = run(tmp_path / "source", tmp_path / "out", method="universal", init="average", halting="act")
+    config, state = model.config, model.state_dict()
+    assert (len(config.core), config.num_recurrences, config.recurrence_encoding) == (1, 6, "sinusoidal")
+    name = "mlp.up_proj.weight"
+    mean = torch.stack([source[f"model.layers.{i}.{name}"] for i in range(6)]).mean(0)
+    torch.testing.assert_close(state[f"core.0.{name}"], mean, rtol=0, atol=1e-6)
+    assert not any(state[name].any() for name in state if "recurrence_encoding" in name or "halting" in name)
+    with torch.no_grad():
+        assert model(**tokens()).ponder.unique().tolist() == [2.5]  # gates of one half: two recurrences, half of each
+
+
+def test_abbie_is_the_source_at_one_recurrence(tmp_path):
+    source = load_source(save_source(tmp_path / "source"))
+    keys: dict[str, Any] = {"sizes": "1,3,2", "injection": "none", "recurrence_residual": True, "num_recurrences": 2}
+    model = run(tmp_path / "source", tmp_path / "out", **keys)
+    with torch.no_grad():
+        assert torch.equal(model(**tokens(False), num_recurrences=1).logits, source(**tokens(False)).logits)
+        assert not torch.equal(model(**tokens(False)).logits, source(**tokens(False)).logits)
+
+
 def test_add_injection_starts_from_zeros_and_preserves_the_model(tmp_path):
-    source = AutoModelForCausalLM.from_pretrained(save_source(tmp_path / "source")).eval()
+    source = load_source(save_source(tmp_path / "source"))
     model = run(tmp_path / "source", tmp_path / "out", sizes="2,2,2", injection="add")
     with torch.no_grad():
         assert torch.equal(model(**tokens(False), num_recurrences=1).logits, source(**tokens(False)).logits)
@@ -393,3 +418,16 @@ def test_a_hub_source_at_a_revision(tmp_path, monkeypatch):
             assert torch.equal(model(**tokens(), num_recurrences=1).logits, want)
     with pytest.raises(UserError, match="v3"):
         convert("me/tiny", tmp_path / "other", validate(ConvertRecipe, {**EVERY_LAYER, "revision": "v3"}))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
+def test_a_cap_on_attention_scores_is_kept(model_type, tmp_path):
+    """transformers' sdpa, its default, leaves it out."""
+    fields: dict[str, Any] = {"attn_logit_softcapping": 0.5}
+    source = load_source(save_source(tmp_path / "source", model_type, **fields))
+    model = run(tmp_path / "source", tmp_path / "out", **EVERY_LAYER)
+    with torch.no_grad():
+        want = source(**tokens(False)).logits
+        assert torch.equal(model(**tokens(False), num_recurrences=1).logits, want)
+        model.set_attn_implementation("sdpa")
+        assert (model(**tokens(False), num_recurrences=1).logits - want).abs().max() > 1e-3

@@ -119,5 +119,5 @@ def test_an_import_is_verified(capsys, tmp_path, monkeypatch):
     from loopwise.convert import imports
 
     folder, out = source("olmo", tmp_path / "source"), tmp_path / "out"
-    monkeypatch.setattr(imports, "_make", lambda raw, name, change: change(raw.read(name)) * 1.01)
+    monkeypatch.setattr(imports, "_make", lambda raw, names, change: change(*map(raw.read, names)) * 1.01)
     assert "verification failed" in refused(capsys, folder, out)

@@ -271,6 +271,18 @@ def test_ponder_of_a_model(gated, inputs):
     check_same(model, depth_losses(model, inputs, Depth(3, None), pondering)[0].sum(), found)
 
 
+def test_ponder_of_a_model_that_halts(tokenizer, inputs, tmp_path):
+    path = save_recurrent(tmp_path / "act", tokenizer, halting="act", prelude=[], core=[0, 1], coda=[])
+    model: Any = load_model(str(path)).train()
+    torch.nn.init.normal_(model.halting_gate.weight)
+    found = loss_and_gradients(model, {"ponder": {"weight": 0.5}}, inputs, Depth(3, None))
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=inputs["input_ids"], use_cache=False, num_recurrences=3)
+    keep = inputs["labels"][:, 1:] != -100
+    own = F.cross_entropy(out.logits[:, :-1][keep], inputs["labels"][:, 1:][keep], reduction="sum")
+    check_same(model, own + 0.5 * out.ponder[:, :-1][keep].sum(), found)
+
+
 def test_distillation_at_every_depth(recurrent, inputs):
     model = load_model(str(recurrent)).train()
     wanted = random(2, 12, 272, seed=4)

@@ -1,0 +1,56 @@
+"""KV policies: which slots a recurrence reads and writes, and what happens to those that an exit leaves empty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """One of RecurrentDepthConfig's policies, for at most `depths` recurrences. Depths count from 0 here.
+
+    per-depth: a slot for every depth. A position that is read out early runs its other recurrences behind its
+        successor, so every slot holds what it would at full depth: exits save latency, not work.
+    last-exited: the same slots; those that an early exit leaves empty get the keys and values of the exit's depth.
+    single: one slot, overwritten by every recurrence. A prompt runs in lockstep, all of it at every depth, so it
+        attends at each depth to keys and values of that depth, and later tokens to those of its exit.
+    first: one slot, of the first recurrence, read at every depth.
+    modulo-k: depth mod k, overwritten; prompts as with `single`, exits before depth k as with `last-exited`.
+    """
+
+    name: str
+    depths: int
+
+    @property
+    def slots(self) -> int:
+        """Slots of a core layer."""
+        if self.name in ("per-depth", "last-exited"):
+            return self.depths
+        return 1 if self.name in ("single", "first") else min(int(self.name.removeprefix("modulo-")), self.depths)
+
+    @property
+    def complete(self) -> bool:
+        """Whether an exited position runs its other recurrences, too."""
+        return self.name == "per-depth"
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a slot is written by several recurrences: then prompts cannot be cut into chunks, and generated
+        positions are replayed one by one."""
+        return self.name not in ("per-depth", "last-exited", "first") and self.slots < self.depths
+
+    def slot(self, depth: torch.Tensor) -> torch.Tensor:
+        """Slot [N] that a recurrence at `depth` [N] reads and writes."""
+        return depth if self.slots == self.depths else depth % self.slots
+
+    def writes(self, depth: torch.Tensor) -> torch.Tensor | None:
+        """Whether [N] the recurrence writes; None: always."""
+        return depth == 0 if self.name == "first" else None
+
+    def empty(self, depth: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        """Slots [N] that an exit after `depth` recurrences leaves empty, of a request that may go to `limit`."""
+        if self.complete or self.slots == 1:
+            return torch.zeros_like(depth)
+        return (limit.clamp(max=self.slots) - depth).clamp(min=0)

@@ -1,0 +1,66 @@
+"""What the engine asks of a model, over N rows (lanes) of any requests, positions and depths."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from ...model.initial_state import initial_state
+from ...model.injection import Injection
+
+
+class Parts(Protocol):
+    """A recurrent-depth model in pieces. `attend` stands behind: an Attention, planned for the same rows beforehand.
+
+    `config` is its RecurrentDepthConfig.
+    """
+
+    config: Any
+    injection: Injection
+
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """tokens, positions [N] -> [N, D]."""
+        ...
+
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+        """x [N, D] through the layers of prelude, core or coda; `depth` [N] is that of the core's relaxation."""
+        ...
+
+    def norm_between(self, s: torch.Tensor) -> torch.Tensor:
+        """The source's final norm."""
+        ...
+
+    def norm_each(self, s: torch.Tensor) -> torch.Tensor:
+        """The recurrence norm of its own."""
+        ...
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm, head and what the source does to logits: [N, D] -> [N, V]."""
+        ...
+
+    def gate(self, s: torch.Tensor) -> torch.Tensor:
+        """Exit gate's logits [N] of states [N, D]."""
+        ...
+
+
+def start(parts: Parts, e: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """s_0 [N, D]. One sequence id for all requests, as transformers has by default: noise then depends on the position
+    alone."""
+    return initial_state(parts.config, e[None], positions[None], None)[0]
+
+
+def recur(parts: Parts, s: torch.Tensor, e: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """One recurrence of rows that have had `depth` [N] of them: s, e [N, D] -> s [N, D]."""
+    norm = parts.config.recurrence_norm
+    if norm == "between":
+        s = torch.where((depth > 0)[:, None], parts.norm_between(s), s)
+    s = parts.layers("core", parts.injection(s, e), positions, depth)
+    return parts.norm_each(s) if norm == "each" else s
+
+
+def read_out(parts: Parts, s: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What the head reads [N, D] of states [N, D]."""
+    if parts.config.recurrence_norm == "last":
+        s = parts.norm_between(s)
+    return parts.layers("coda", s, positions, None)

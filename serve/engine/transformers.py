@@ -1,0 +1,190 @@
+"""A transformers RecurrentDepthForCausalLM in the engine's pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from ...errors import UserError
+from ...model.relaxation import matrix
+from .attention import Attention
+from .relaxation import by_depth, relax_linear
+
+NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
+
+
+class TransformersParts:
+    """Runs the model's own layers on rows, with the engine's attention. The model is the engine's from then on.
+
+    Raises UserError for a model whose layers cannot be given another attention.
+    """
+
+    def __init__(self, model: Any, length: int):
+        """`length`: greatest position that will be asked for, plus one."""
+        self.model, self.config, self.injection = model, model.config, model.injection
+        source = model.source
+        if not getattr(source, "_supports_attention_backend", False):
+            raise UserError(
+                f"{type(source).__name__}: its attention is fixed in its layers, and the engine cannot take its place; "
+                "use transformers' generate"
+            )
+        if self.config.sharing != "cycle":
+            raise UserError(f"sharing={self.config.sharing!r}: the engine runs models of sharing='cycle'")
+        name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
+        AttentionInterface.register(name, self._attend)
+        source.set_attn_implementation(name)
+        self.attention: Attention | None = None
+        self.layer, self.depth = 0, torch.empty(0)
+        self._visit: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor] | None = None
+        self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
+        for tap in self.taps:
+            tap.visit = self._visited
+        self._relax()
+        self.device = model.get_input_embeddings().weight.device
+        self.length = length
+        self.arguments = self._arguments(torch.arange(length, device=self.device))
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where
+        keys and values differ in size."""
+        found: dict[int, tuple[int, int]] = {}
+
+        class Measure:
+            def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any):
+                if k.shape != v.shape:
+                    raise UserError(f"keys of shape {list(k.shape)} and values of {list(v.shape)}: must be the same")
+                found[layer] = (k.shape[1], k.shape[2])
+                return torch.zeros_like(q)
+
+        self.attention = Measure()  # pyright: ignore[reportAttributeAccessIssue]
+        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        x = self.embed(position, position)
+        for part in ("prelude", "coda", "core"):
+            self.layers(part, x, position, position)
+        return [found[layer] for layer in sorted(found)]
+
+    # ---- the source model around the layers -----------------------------------------------------------------------
+    def _visited(self, index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        assert self._visit is not None
+        return self._visit(index, x, args, kwargs)
+
+    def _through(self, tokens: torch.Tensor, positions: torch.Tensor, visit: Callable) -> Any:
+        """The source model's forward with `visit` in place of its layers."""
+        self._visit = visit
+        return self.model.source(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, return_dict=True, logits_to_keep=1
+        )
+
+    def _arguments(self, positions: torch.Tensor) -> dict[int, tuple[tuple, dict]]:
+        """What the source passes to each of its layers for these positions."""
+        found: dict[int, tuple[tuple, dict]] = {}
+
+        def note(index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            found[index] = (args, kwargs)
+            return x
+
+        self._through(torch.zeros_like(positions), positions, note)
+        return found
+
+    def _of(self, value: Any, positions: torch.Tensor) -> Any:
+        """`value`, passed for all positions, for some of them."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._of(part, positions) for part in value)
+        if isinstance(value, torch.Tensor):
+            if value.dim() > 1 and value.shape[1] == self.length:
+                return value[:, positions]
+            if value.dim() == 1 and len(value) == self.length:
+                return value[positions]
+        return value
+
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        first: list[torch.Tensor] = []
+
+        def note(index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            if not first:
+                first.append(x)
+            return x
+
+        self._through(tokens, positions, note)
+        return first[0][0]
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        last = len(self.taps) - 1
+        self._visit = lambda index, hidden, args, kwargs: x[None] if index == last else hidden
+        tokens = torch.zeros(1, len(x), dtype=torch.long, device=x.device)
+        return self.model.source(input_ids=tokens, use_cache=False, return_dict=True).logits[0]
+
+    def norm_between(self, s: torch.Tensor) -> torch.Tensor:
+        return self.model._final_norm(s)
+
+    def norm_each(self, s: torch.Tensor) -> torch.Tensor:
+        return self.model.recurrence_norm(s)
+
+    def gate(self, s: torch.Tensor) -> torch.Tensor:
+        return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
+
+    # ---- the layers -----------------------------------------------------------------------------------------------
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
+        if depth is not None:
+            self.depth = depth
+        x = x[None]
+        passed: dict[int, tuple[tuple, dict]] = {}
+        for n, (layer, source) in enumerate(zip(getattr(self.model, part), getattr(config, part), strict=True)):
+            if source not in passed:
+                args, kwargs = self.arguments[source]
+                passed[source] = (
+                    self._of(args, positions),
+                    {name: self._of(value, positions) for name, value in kwargs.items()},
+                )
+            args, kwargs = passed[source]
+            self.layer = start + n
+            x = layer(x, *args, **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+        return x[0]
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention interface: q, k, v [1, H or K, N, C] -> [1, N, H, C]."""
+        assert self.attention is not None
+        out = self.attention(
+            self.layer,
+            *(t[0].transpose(0, 1) for t in (query, key, value)),
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        return out[None], None
+
+    def _relax(self) -> None:
+        """Let the core's layers take what they have at every row's own depth."""
+        if not self.config.relaxation:
+            return
+        for layer, relaxation in zip(self.model.core, self.model.relaxation, strict=True):
+            layer._forward_pre_hooks.clear()  # those of the relaxation, which know one depth for all rows
+            layer._forward_pre_hooks_with_kwargs.clear()
+            layer._forward_hooks.clear()
+            own: dict[Any, dict[str, torch.Tensor]] = {}
+            for module, here, name in relaxation._own:
+                own.setdefault(module, {})[name] = getattr(here, name).detach()
+            for module, values in own.items():
+                module.forward = by_depth(module, values, lambda: self.depth)
+            for factors, linear in relaxation._factors:
+                linear._forward_hooks.clear()
+                relax_linear(linear, factors, lambda: self.depth, lambda _, linear=linear: matrix(linear))

@@ -1,0 +1,237 @@
+"""`loopwise.serve.Engine`: depth-wise batching without vLLM, on a transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError, unknown
+from .engine.attention import TorchAttention
+from .engine.exits import RULES
+from .engine.kv import KVPolicy
+from .engine.lanes import Request
+from .engine.loop import Loop, Prompt
+from .engine.sampling import sample, waiting_times
+from .engine.transformers import TransformersParts
+
+BLOCK = 16  # positions in a block of the KV cache
+
+
+@dataclass(frozen=True)
+class Params:
+    """How one prompt is to be continued.
+
+    Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
+    `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
+    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs.
+    """
+
+    max_tokens: int = 64
+    num_recurrences: int | None = None
+    min_recurrences: int | None = None
+    exit_rule: str | None = None
+    exit_threshold: float | None = None
+    prompt_exit: bool = False
+    trace: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    choice: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass
+class Completion:
+    """`tokens` generated, their `text`, and the recurrences (`depths`) of the position that gave each."""
+
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+class Engine:
+    """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
+
+    `rows` requests run at once, each of at most `length` positions; `kv_policy` and `max_recurrences` default to the
+    model's. Raises UserError for a model that cannot be served so.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        rows: int = 16,
+        length: int = 1024,
+        kv_policy: str | None = None,
+        max_recurrences: int | None = None,
+        ticks: int = 16,
+        width: int = 0,
+        coda_batch: int = 1,
+        prompt_lanes: int = 512,
+        dtype: str | None = None,
+    ):
+        self.tokenizer = None
+        if isinstance(model, str | Path):
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
+        self.model = model.eval()
+        self.config = config = model.config
+        if config.model_type != "recurrent_depth":
+            raise UserError(f"model_type {config.model_type!r}: convert the model first (loopwise convert)")
+        limit = getattr(config, "max_position_embeddings", None)
+        length = min(length, limit) if limit else length
+        depths = max_recurrences or config.max_recurrences
+        policy = KVPolicy(kv_policy or config.kv_policy, depths)
+        like = model.get_input_embeddings().weight
+        with torch.inference_mode():
+            parts = TransformersParts(model, length + 1)
+            blocks = -(-(length + 1) // BLOCK)
+            outer = len(config.prelude) + len(config.coda)
+            parts.attention = attention = TorchAttention(
+                parts.shapes(), outer, policy.slots, rows * blocks, BLOCK, like.detach()
+            )
+            self.loop = Loop(
+                parts,
+                attention,
+                policy,
+                self._sample,
+                rows=rows,
+                length=length,
+                blocks=blocks,
+                prompt_lanes=max(prompt_lanes, length if policy.overwrites else 0),
+                ticks=ticks,
+                like=like.detach(),
+                width=width,
+                coda_batch=coda_batch,
+            )
+            table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
+            self.loop.requests.table.copy_(table.view(rows, blocks))
+        self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
+        self._params: list[Params | None] = [None] * rows
+
+    def request(self, params: Params) -> Request:
+        """`params` in the engine's words. Raises UserError for values out of range."""
+        config, policy = self.config, self.loop.policy
+        limit = params.num_recurrences or config.num_recurrences
+        if not 1 <= limit <= policy.depths:
+            raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}")
+        default = config.exit or {}
+        rule = params.exit_rule or default.get("rule", "fixed")
+        if rule not in RULES:
+            raise unknown("exit_rule", rule, RULES)
+        if rule == "gate" and not config.exit_gate:
+            raise UserError("exit_rule='gate': this model has no exit gate")
+        threshold = params.exit_threshold
+        if threshold is None:
+            threshold = default.get("threshold") if rule == default.get("rule") else None
+        least = params.min_recurrences or default.get("min_recurrences", 1)
+        if not 1 <= least <= limit:
+            raise UserError(f"min_recurrences={least}: from 1 to num_recurrences={limit}")
+        if any(not 0 <= depth <= limit for depth in params.trace):
+            raise UserError(f"trace: depths are 1 to num_recurrences={limit}, or 0 where the rule decides")
+        if params.prompt_exit and policy.complete:
+            raise UserError("prompt_exit saves nothing with kv_policy='per-depth', which needs every depth")
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos and config.eos_token_id is not None:
+            stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+        return Request(
+            limit=limit,
+            minimum=least,
+            rule=rule,
+            threshold=RULES[rule].threshold if threshold is None else float(threshold),
+            prompt_exit=params.prompt_exit,
+            trace=list(params.trace),
+            remaining=params.max_tokens,
+            stops=tuple(sorted(stops)),
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[Any], params: Params | list[Params] | None = None) -> list[Completion]:
+        """Continue `prompts` (texts or lists of token ids), each by its own or the same `params`.
+
+        Raises UserError for prompts that are empty or too long, and for params out of range, before any work.
+        """
+        each = params if isinstance(params, list) else [params or Params()] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(each)} params for {len(prompts)} prompts")
+        ids = [self._ids(prompt) for prompt in prompts]
+        requests = [self.request(p) for p in each]
+        for tokens in ids:
+            if not 1 <= len(tokens) <= self.length:
+                raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
+        done = [Completion() for _ in prompts]
+        queue, running = list(range(len(prompts)))[::-1], {}  # running: row -> [request, prompt tokens brought in]
+        free = list(range(self.rows))[::-1]
+        while queue or running:
+            while queue and free:
+                row, number = free.pop(), queue.pop()
+                self._params[row] = each[number]
+                self.loop.admit(row, requests[number])
+                running[row] = [number, 0]
+            self._step(running, ids, done)
+            for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
+                if int(self.loop.requests.remaining[row]) == 0:
+                    self.loop.release(row)
+                    free.append(row)
+                    del running[row]
+        if self.tokenizer is not None:
+            for completion in done:
+                completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        return done
+
+    def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
+        """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""
+        loop, room = self.loop, self.prompt_lanes
+        prompts = []
+        live = []
+        for row in sorted(running):
+            number, at = running[row]
+            left = len(ids[number]) - at
+            if left:
+                take = min(left, room)
+                if loop.policy.overwrites and take < left:  # prompts cannot be cut
+                    take = left if not prompts else 0
+                if not take:
+                    continue
+                tokens = torch.tensor(ids[number][at : at + take])
+                prompts.append(Prompt(row, tokens, at, take == left))
+                running[row][1] = at + take
+                room -= take
+            live.append(row)
+        if prompts:
+            loop.prompt(prompts)
+        loop.step(torch.tensor(live, device=loop.device))
+        counts = loop.requests.count.tolist()
+        for row in live:
+            number, count = running[row][0], counts[row]
+            done[number].tokens += loop.requests.tokens[row, :count].tolist()
+            done[number].depths += loop.requests.depths[row, :count].tolist()
+
+    def _sample(self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        chosen = [self._params[r] for r in row.tolist()]
+        if all(p is None or not p.temperature for p in chosen):
+            return logits.argmax(-1)
+
+        def column(name: str, dtype: torch.dtype = torch.double) -> torch.Tensor:
+            return torch.tensor([getattr(p, name) for p in chosen], dtype=dtype, device=logits.device)
+
+        noise = waiting_times(column("seed", torch.long), column("choice", torch.long), position, logits.shape[-1])
+        cuts = column("top_k", torch.long), column("top_p"), column("min_p")
+        return sample(logits, column("temperature"), *cuts, noise)
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UserError(
+                "a prompt in words needs the model's tokenizer: give a directory as the model, or token ids"
+            )
+        return self.tokenizer(prompt)["input_ids"]

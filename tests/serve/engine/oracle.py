@@ -1,0 +1,227 @@
+"""What the engine must compute, written the slow way: one request, one position at a time, on transformers' layers.
+
+Keys and values stand in one plain tensor for every layer and slot; exits, rules and policies are written out anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loopwise.model.initial_state import initial_state
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    margin: float = float("inf")  # smallest lead of the best token, or relative distance of an exit from its threshold
+
+
+class Store:
+    """Stands in for transformers' cache: what a layer writes goes to `layer`, `slot` and `positions`."""
+
+    def __init__(self, policy: str, limit: int, length: int):
+        self.policy, self.limit, self.length = policy, limit, length
+        self.kept: dict[tuple[str, int, int], list[torch.Tensor]] = {}
+
+    def slot(self, depth: int) -> int:
+        if self.policy in ("single", "first"):
+            return 0
+        return depth % int(self.policy[7:]) if self.policy.startswith("modulo-") else depth
+
+    def at(self, part: str, layer: int, depth: int, positions: torch.Tensor) -> Store:
+        self.key = (part, layer, self.slot(depth) if part == "core" else 0)
+        self.writes = not (part == "core" and self.policy == "first" and depth)
+        self.positions = positions
+        return self
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any):
+        if self.key not in self.kept:
+            empty = [new.new_zeros(*new.shape[:2], self.length, new.shape[3]) for new in (keys, values)]
+            self.kept[self.key] = empty
+        kept = self.kept[self.key]
+        if self.writes:
+            for whole, new in zip(kept, (keys, values), strict=True):
+                whole[:, :, self.positions] = new
+        reach = int(self.positions.max()) + 1
+        return kept[0][:, :, :reach], kept[1][:, :, :reach]
+
+    def leave(self, layers: int, depth: int, position: int) -> None:
+        """An exit after `depth` recurrences: slots that it leaves empty get its last keys and values."""
+        last = self.limit if self.policy == "last-exited" else 0
+        if self.policy.startswith("modulo-"):
+            last = min(self.limit, int(self.policy[7:]))
+        for slot in range(depth, last):
+            for layer in range(layers):
+                source = self.kept["core", layer, depth - 1]
+                target = self.kept.setdefault(("core", layer, slot), [torch.zeros_like(t) for t in source])
+                for whole, old in zip(target, source, strict=True):
+                    whole[:, :, position] = old[:, :, position]
+
+
+class Oracle:
+    def __init__(self, model: Any, policy: str | None = None, length: int = 128):
+        self.model, self.config, self.length = model.eval(), model.config, length
+        self.policy = policy or model.config.kv_policy
+        self.taps = [m for m in model.source.modules() if type(m).__name__ == "Tap"]
+
+    # ---- the model, one call at a time ----------------------------------------------------------------------------
+    def source(self, ids: list[int], positions: torch.Tensor, visit: Any) -> Any:
+        before = [tap.visit for tap in self.taps]
+        for tap in self.taps:
+            tap.visit = visit
+        try:
+            return self.model.source(input_ids=torch.tensor([ids]), position_ids=positions[None], use_cache=False)
+        finally:
+            for tap, old in zip(self.taps, before, strict=True):
+                tap.visit = old
+
+    def run(self, part: str, x: torch.Tensor, positions: torch.Tensor, store: Store, depth: int = 0) -> torch.Tensor:
+        """x [N, D] at `positions` through a part's layers, at `depth` counted from 0."""
+        passed: dict[int, tuple[tuple, dict]] = {}
+
+        def note(index, hidden, args, kwargs):
+            passed[index] = (args, kwargs)
+            return hidden
+
+        self.source([0] * len(positions), positions, note)
+        x = x[None]
+        for n, source in enumerate(getattr(self.config, part)):
+            args, kwargs = passed[source]
+            kind = getattr(self.config.source_config, "layer_types", None)
+            window = getattr(self.config.source_config, "sliding_window", None)
+            window = window if kind is None or kind[source] == "sliding_attention" else None
+            keys = torch.arange(int(positions.max()) + 1)
+            back = positions[:, None] - keys
+            seen = (back >= 0) & (back < (window or 1 << 30))
+            mask = torch.where(seen, 0.0, float("-inf"))[None, None]
+            layer = getattr(self.model, part)[n]
+            call = inspect.signature(layer.forward).bind(x, *args, **kwargs)
+            call.arguments["attention_mask"] = mask
+            name = next(name for name in ("past_key_values", "layer_past") if name in call.signature.parameters)
+            call.arguments[name] = store.at(part, n, depth, positions)
+            more = {"depth": depth} if part == "core" and self.config.relaxation else {}
+            x = layer(*call.args, **call.kwargs, **more)
+            x = x[0] if isinstance(x, tuple) else x
+        return x[0]
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        last = len(self.taps) - 1
+        out = self.source([0] * len(x), torch.arange(len(x)), lambda i, h, a, k: x[None] if i == last else h)
+        return out.logits[0]
+
+    def coda(self, s: torch.Tensor, positions: torch.Tensor, store: Store) -> torch.Tensor:
+        if self.config.recurrence_norm == "last":
+            s = self.model._final_norm(s)
+        return self.run("coda", s, positions, store)
+
+    # ---- positions in lockstep --------------------------------------------------------------------------------
+    def positions(self, ids, first: int, store: Store, answer: Answer, params: Any, forced: list[int]) -> torch.Tensor:
+        """Tokens `ids` from position `first` on: what the head reads of the last. `forced`: their depths, 0 for the
+        rule's."""
+        positions = torch.arange(first, first + len(ids))
+        embedded: list[torch.Tensor] = []
+        self.source(ids, positions, lambda i, h, a, k: embedded.append(h) or h)
+        e = self.run("prelude", embedded[0][0], positions, store)
+        s = initial_state(self.config, e[None], positions[None], None)[0].clone()
+        limit = params.num_recurrences
+        rules = [Rule(params.exit_rule, params.exit_threshold, self, s[i]) for i in range(len(ids))]
+        depths, out = [0] * len(ids), s.clone()
+        for depth in range(limit):
+            on = [i for i in range(len(ids)) if not depths[i] or self.policy == "per-depth"]
+            if not on:
+                break
+            before = s.clone()
+            x = s[on]
+            if self.config.recurrence_norm == "between" and depth:
+                x = self.model._final_norm(x)
+            x = self.run("core", self.model.injection(x, e[on]), positions[on], store, depth)
+            if self.config.recurrence_norm == "each":
+                x = self.model.recurrence_norm(x)
+            s[on] = x
+            new = [i for i in on if not depths[i]]
+            logits = None
+            if any(rules[i].needs_logits and not forced[i] for i in new):
+                logits = dict(zip(new, self.logits(self.coda(s[new], positions[new], store)), strict=True))
+            for i in new:
+                done = depth + 1 >= limit
+                if forced[i]:
+                    done |= depth + 1 >= forced[i]
+                else:
+                    far = rules[i].distance(before[i], s[i], logits[i] if logits else None)
+                    fires = far is not None and far < 0 and depth + 1 >= params.min_recurrences
+                    if far is not None and not done and depth + 1 >= params.min_recurrences:
+                        answer.margin = min(answer.margin, abs(far))
+                    done |= fires
+                if done:
+                    depths[i], out[i] = depth + 1, s[i]
+                    store.leave(len(self.config.core), depth + 1, first + i)
+        answer.depths.append(depths[-1])
+        return self.coda(out, positions, store)[-1]
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], params: Any) -> Answer:
+        """Greedy tokens by `params` (a serve.Params with every depth field set)."""
+        answer, store, ids = Answer(), Store(self.policy, params.num_recurrences, self.length), list(prompt)
+        trace = [*params.trace, *[0] * (self.length - len(params.trace))]
+        forced = trace[: len(ids)]
+        if not params.prompt_exit:
+            forced = [depth or params.num_recurrences for depth in forced]
+        x = self.positions(ids, 0, store, answer, params, forced)
+        while True:
+            best = self.logits(x[None])[0].topk(2)
+            answer.margin = min(answer.margin, float(best.values[0] - best.values[1]))
+            answer.tokens.append(int(best.indices[0]))
+            ids.append(answer.tokens[-1])
+            if len(answer.tokens) == params.max_tokens or ids[-1] in params.stop_token_ids:
+                return answer
+            x = self.positions(ids[-1:], len(ids) - 1, store, answer, params, [trace[len(ids) - 1]])
+
+
+class Rule:
+    """One position's exit rule; `distance` below zero means that it fires, relative to the threshold."""
+
+    def __init__(self, name: str, threshold: float, oracle: Oracle, s: torch.Tensor):
+        self.name, self.threshold, self.oracle = name, threshold, oracle
+        vocabulary = oracle.config.vocab_size
+        self.entropy, self.best, self.stable, self.left = 100.0, None, 0, 0.0
+        self.p = torch.full((vocabulary,), 1 / vocabulary)
+        self.needs_logits = name in ("entropy-diff", "kl", "minp-kl", "argmax-stability")
+
+    def distance(self, before: torch.Tensor, after: torch.Tensor, logits: torch.Tensor | None) -> float | None:
+        if self.name == "fixed":
+            return None
+        value = self.value(before, after, logits)
+        if self.name in ("argmax-stability", "gate"):
+            return (self.threshold - value) / max(self.threshold, 1e-9) - (1e-9 if value >= self.threshold else 0)
+        return (value - self.threshold) / self.threshold
+
+    def value(self, before, after, logits) -> float:
+        if self.name == "latent-diff":
+            return float(torch.dist(after, before) / after.norm())
+        if self.name == "cosine":
+            return 1 - float(torch.cosine_similarity(after, before, dim=0))
+        if self.name == "gate":
+            model = self.oracle.model
+            gate = float(torch.sigmoid(model.exit_gate(model._final_norm(after[None])))[0, 0])
+            self.left = self.left + (1 - self.left) * gate
+            return self.left
+        p = logits.softmax(-1)
+        if self.name == "entropy-diff":
+            old, self.entropy = self.entropy, float(torch.distributions.Categorical(p).entropy())
+            return abs(self.entropy - old)
+        if self.name == "argmax-stability":
+            best = int(p.argmax())
+            self.stable = self.stable + 1 if best == self.best else 0
+            self.best = best
+            return self.stable
+        if self.name == "minp-kl":
+            p = p.clone()
+            p[p < 0.1 * p.max()] = 1 / len(p)
+            p = p / p.sum()
+        old, self.p = self.p, p
+        return float((old * (old / p).log()).sum())
