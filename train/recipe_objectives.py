@@ -79,7 +79,7 @@ class Ponder(Section):
 
     weight: Number = Field(default=0.01, gt=0, description="of the ponder cost")
     epsilon: Number = Field(
-        default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts (exit gates only)"
+        default=0.01, gt=0, lt=1, description="rest of halting probability at which a token halts, for an exit gate"
     )
 
 
