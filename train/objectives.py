@@ -180,8 +180,3 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
                 raise UserError(
                     f"objectives.{name}: with sharing='sequence' the model has no logits but those of the last depth"
                 )
-    if config.halting != "none" and (objectives.exits or objectives.exit_gate or objectives.nested):
-        name = next(n for n in ("exits", "exit_gate", "nested") if getattr(objectives, n))
-        raise UserError(
-            f"objectives.{name}: a model whose tokens halt reads out a mean of its states, at the last depth"
-        )

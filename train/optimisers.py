@@ -13,7 +13,8 @@ from loopwise.errors import UserError
 from .recipe import ROLES, Optimiser
 from .recipe_objectives import Objectives
 
-OWN = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
+# Where the role is not the name of the module.
+OTHERS = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
 BODY = ("prelude", "core", "coda", "injection")  # whose matrices Muon takes (arXiv 2511.07384)
 
 
@@ -38,8 +39,8 @@ def roles(model: Any) -> dict[str, str]:
                 role = "embeddings"
             elif id(parameter) in of_head:
                 role = "head"
-            elif top in OWN:
-                role = OWN[top]
+            elif top in OTHERS:
+                role = OTHERS[top]
             elif "norm" in type(module).__name__.lower():
                 role = "norms"
             elif top in places:

@@ -254,7 +254,7 @@ class Adapters(Section):
 
 Checkpointing = Annotated[
     Literal["none", "layer", "recurrence"],
-    BeforeValidator(lambda value: {True: "layer", False: "none"}[value] if isinstance(value, bool) else value),
+    BeforeValidator(lambda value: {"true": "layer", "false": "none"}.get(str(value).lower(), value)),
 ]
 
 

@@ -259,13 +259,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{name} reads the coda at every depth, which no cache holds: use_cache=False")
         if any(not 1 <= depth <= recurrences for depth in depth_loss_at):
             raise ValueError(f"depth_loss_at={list(depth_loss_at)}: depths are 1 to num_recurrences={recurrences}")
-        if any(depth != recurrences for depth in depth_loss_at) and (
-            config.sharing == "sequence" or config.halting != "none"
-        ):
-            raise ValueError(
-                f"depth_loss_at={list(depth_loss_at)}: a model of sharing='sequence', or with halting, is read out "
-                "after the last recurrence alone"
-            )
+        if config.sharing == "sequence" and any(depth != recurrences for depth in depth_loss_at):
+            raise ValueError("sharing='sequence' has no depth but the last to read out")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         reuses = (config.router and not config.has_choice_slot) or config.kv_policy == "first"
@@ -330,7 +325,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if output_depth_logits:
             depth_logits = logits.unflatten(0, (recurrences, -1))
             logits = depth_logits[-1]
-        depth_losses = None
+        depth_losses, ponder = None, call.ponder
         if depth_loss is not None:
             depth_losses = self._depth_losses(logits, call, source_arguments, depth_loss, depth_loss_at)
         loss = None
@@ -345,8 +340,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             states=torch.stack(call.states) if output_states else None,
             exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
             depth_logits=depth_logits,
-            ponder=call.ponder,
             depth_losses=depth_losses,
+            ponder=ponder,
             router_outputs=call.routing.outputs() if call.routing else None,
         )
 
@@ -366,7 +361,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         for depth in at:
             if depth != last:
-                losses[depth] = checkpoint(read_out, call.states[depth - 1], depth, use_reentrant=False)
+                losses[depth] = checkpoint(read_out, self._state_at(depth, call), depth, use_reentrant=False)
         return tuple(losses[depth] for depth in at)
 
     def _visit(self, index: int, hidden_states: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -408,12 +403,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                     call.states.append(s)
         if call.routing and call.cache is not None and config.has_choice_slot:
             self._choice_slot(call).add(call.routing.selected, cast(Any, config.router)["depths"], s.dtype)
-        read = call.states if call.read_all_depths else [s]
-        if config.halting == "act":
-            ends = recurrences if call.read_all_depths else recurrences[-1:]
-            read = [self._halted(call.states[: r + 1], call) for r in ends]
+        ends = range(1, call.num_recurrences + 1) if call.read_all_depths else [call.num_recurrences]
+        read = [self._state_at(depth, call) for depth in ends]
         call.state = read[-1]
         return torch.cat([self._read(s, call) for s in read])
+
+    def _state_at(self, depth: int, call: _Call) -> torch.Tensor:
+        """What is read out at `depth`: the state, or with halting the mean of those up to it."""
+        if self.config.halting == "act":
+            return self._halted(call.states[:depth], call)
+        return call.states[depth - 1] if len(call.states) >= depth else call.states[-1]
 
     def _recurrence(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
         """Recurrence r, counted from 0, of s and e [B, T, D], or of some rows of them."""
@@ -425,17 +424,17 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             s = s + before
         return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
 
-    def _halted(self, states: list[torch.Tensor], call: _Call) -> torch.Tensor:
-        """The mean of s_1, s_2, .. [B, T, D] under the halting gate; notes what it cost."""
-        logits = torch.stack([self.halting_gate(s).squeeze(-1) for s in states])
-        weights, call.ponder = halting_weights(logits, self.config.halting_epsilon)
-        return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
-
     def _kept(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call, **rows: Any) -> torch.Tensor:
         """`_recurrence`, of which training may keep s alone and run it again in the backward pass."""
         if self.checkpoint_recurrences and self.training and torch.is_grad_enabled():
             return cast(Any, checkpoint(self._recurrence, r, s, e, call, use_reentrant=False, **rows))
         return self._recurrence(r, s, e, call, **rows)
+
+    def _halted(self, states: list[torch.Tensor], call: _Call) -> torch.Tensor:
+        """The mean of s_1, s_2, .. [B, T, D] under the halting gate; notes what it cost."""
+        logits = torch.stack([self.halting_gate(s).squeeze(-1) for s in states])
+        weights, call.ponder = halting_weights(logits, self.config.halting_epsilon)
+        return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
 
     def _routed(self, r: int, s: torch.Tensor, e: torch.Tensor, call: _Call) -> torch.Tensor:
         """Recurrence r of the tokens that the router chooses; the others keep their state."""

@@ -78,8 +78,8 @@ class Overwriting(DepthCache):
         kind = type(self._cache.layers[self._slot])
         if kind is not DynamicLayer:
             raise ValueError(
-                f"this kv_policy overwrites keys and values, which a {kind.__name__} of a cache cannot: use_cache=False, "
-                "or serve the model"
+                f"this kv_policy overwrites keys and values, which a {kind.__name__} of a cache cannot: "
+                "use_cache=False, or serve the model"
             )
         layer: Any = self._cache.layers[self._slot]
         kept = layer.keys.shape[-2] - key_states.shape[-2]
