@@ -31,6 +31,9 @@ NEAR = 1e-4  # kernels round differently: answers that come closer to a tie are 
 CALM = {**GROUPED, "initializer_range": 0.12}
 WINDOWS = {**CALM, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
 RELAXED = {**RETROFIT, "relaxation": {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}}
+WIDE = {"hidden_size": 128, "num_key_value_heads": 2, "initializer_range": 0.12}
+BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
+BIASED = {**RETROFIT, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
 THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
@@ -75,7 +78,7 @@ CASES = {
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS),
     "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6}),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}),
-    "two-ranks": Case(policy="last-exited", **TWO_RANKS),
+    "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS),
 }
 
 
