@@ -40,12 +40,12 @@ def problems(seed: int, count: int) -> list[str]:
     return ["+".join(f"{n:02d}" for n in numbers) + f"={sum(numbers) % 100:02d}" for numbers in drawn]
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, scale: float) -> None:
     """Text, tokenizer and an untrained plain model."""
     if (out / "empty" / "tokenizer.json").is_file():
         return
     out.mkdir(parents=True, exist_ok=True)
-    for name, seed, count in (("train", 1, 200_000), ("held_out", 2, 4_000)):
+    for name, seed, count in (("train", 1, max(2000, round(200_000 * scale))), ("held_out", 2, 1_000)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in problems(seed, count)))
     vocabulary = {token: i for i, token in enumerate(["<eos>", *"0123456789+="])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
@@ -88,7 +88,11 @@ class Bench:
     def train(self, name: str, model: Path, steps: int, seed: int, *settings: str) -> Path:
         target = self.out / f"{name}-{seed}"
         if not (target / "config.json").is_file():
-            data = [f"data.train={self.out}/train.jsonl", f"data.eval={self.out}/held_out.jsonl"]
+            data = [
+                f"data.train={self.out}/train.jsonl",
+                f"data.eval={self.out}/held_out.jsonl",
+                f"data.cache={self.out}/cache",
+            ]
             sizes = [f"data.sequence_length={LENGTH}", f"batch_size={BATCH}", f"steps={steps}", f"seed={seed}"]
             keep = [f"save_every={max(1, steps // 4)}", f"log_every={max(1, steps // 20)}", "keep_checkpoints=1"]
             rate = ["optimiser.learning_rate=1e-3", "optimiser.warmup=0.05"]
@@ -118,7 +122,7 @@ def accuracy(run: Path, recurrences: int | None) -> float:
     """Share of held-out sums whose two digits a greedy decoder would both get right."""
     model: Any = load_model(str(run)).eval()
     digits = {token: i for i, token in enumerate("0123456789+=", 1)}
-    ids = torch.tensor([[digits[c] for c in problem] for problem in problems(2, 1000)])
+    ids = torch.tensor([[digits[c] for c in problem] for problem in problems(2, 1_000)])
     keys = {"num_recurrences": recurrences} if recurrences else {}
     guess = model(input_ids=ids[:, :-1], use_cache=False, **keys).logits[:, -2:].argmax(-1)
     return (guess == ids[:, -2:]).all(1).float().mean().item()
@@ -195,7 +199,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", type=Path, default=Path("docs/results.md"))
     args = parser.parse_args()
-    prepare(args.out)
+    prepare(args.out, args.scale)
     bench = Bench(args.out, args.scale, args.seeds)
     base = bench.train("base", args.out / "empty", bench.steps(3000), 0)
     retrofitted = bench.convert("retrofitted", base, "sizes=2,4,2", "injection=linear", f"num_recurrences={MEAN}")
