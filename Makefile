@@ -1,4 +1,4 @@
-# Targets: setup, demo, test, test-slow, lint, wheel, clean. All work in .venv, which the first of them creates.
+# Targets: setup, demo, test, test-slow, results-train, lint, wheel, clean. All work in .venv, which the first of them creates.
 #
 # make demo TEXT=my/files OUT=folder    the main job, on your own text
 # make test ARGS="-k identity -x"       options for pytest
@@ -19,7 +19,7 @@ WORKERS ?= 2
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: deps setup demo test test-slow lint wheel clean
+.PHONY: deps setup demo test test-slow results-train lint wheel clean
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -61,6 +61,10 @@ test: lint
 # What takes minutes a test: every launcher, many kills.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+
+# The papers' orderings on a small model, hours of two quiet cores; resumable. make results-train ARGS="--scale 0.1"
+results-train: setup
+	$(BIN)/python bench/results_train.py $(ARGS)
 
 # The source distribution first, then the wheel from it: each shows that the other is whole.
 wheel: setup

@@ -174,7 +174,7 @@ class RecurrentTrainer(Trainer):
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._since: tuple[int, float] | None = None  # step and time of the last log line
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
-        self._costs = _costs(model)
+        self._costs = parameter_costs(model)
         self._stopping = False
 
     @staticmethod
@@ -411,7 +411,7 @@ def _sum(trainer: Trainer, value: torch.Tensor) -> float:
     return cast(torch.Tensor, trainer.accelerator.reduce(value)).item()
 
 
-def _costs(model: Any) -> tuple[int, int]:
+def parameter_costs(model: Any) -> tuple[int, int]:
     """Parameters, outside the embeddings, that a token meets once, and those that it meets in every recurrence."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     total = sum(p.numel() for p in model.parameters())

@@ -230,7 +230,7 @@ REFUSED = {
     "steps=2.0": "steps=2.0",
     "batch_size=true": "batch_size=True",
     "optimiser.clip=true": "a number, not true or false",
-    "--processes 2": "--processes 2 needs --launcher ddp",
+    "--processes 2": "--processes 2 needs --launcher",
     "--launcher fsdp9": "argument --launcher: invalid choice",
     "--recipe nowhere": "unknown train recipe 'nowhere'",
     "--resume --force": "give one",
