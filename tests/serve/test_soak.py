@@ -136,7 +136,7 @@ def test_a_killed_engine_ends_the_server(tmp_path):
         )
         os.kill(engine, signal.SIGKILL)
         assert server.process.wait(60) == 1
-        assert "loopwise: error: vLLM's engine died" in server.log.read_text().splitlines()[-1]
+        assert "loopwise: error: vLLM's engine died" in server.log.read_text()
     finally:
         server.kill()
 
