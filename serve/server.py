@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import os
 import signal
@@ -168,7 +169,9 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}) will be at {where}", file=sys.stderr)
     print(f"loopwise: {replace(defaults, config=defaults.config | args.hf_overrides).line()}", file=sys.stderr)
     try:
-        uvloop.run(_run(args))
+        if uvloop.run(_run(args)):
+            print("loopwise: error: vLLM's engine died; the lines above tell why", file=sys.stderr)
+            return 1
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
             raise
@@ -183,8 +186,9 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     return 0
 
 
-async def _run(args: argparse.Namespace) -> None:
-    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts.
+async def _run(args: argparse.Namespace) -> bool:
+    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts. Returns
+    whether it ended because the engine died.
 
     The `vllm` command itself cannot be used: it asks for the version of a distribution named "vllm", and the wheel for
     CPUs has another name.
@@ -200,11 +204,22 @@ async def _run(args: argparse.Namespace) -> None:
         raise SystemExit(128 + number)
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
-    install(_limits, metrics)
+    apps = install(_limits, metrics)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
-    await run_server_worker(address, listener, args)
+    died = asyncio.create_task(_until_engine_dies(apps))
+    try:
+        await run_server_worker(address, listener, args)
+        return died.done()
+    finally:
+        died.cancel()
+
+
+async def _until_engine_dies(apps: list[Any]) -> None:
+    """vLLM's server then ends as if it had been asked to."""
+    while not any(hasattr(app.state, "engine_client") and app.state.engine_client.errored for app in apps):
+        await asyncio.sleep(0.2)
 
 
 def _first_line(error: Exception) -> str:

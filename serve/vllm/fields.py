@@ -85,7 +85,7 @@ def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             "work with 'last-exited' only",
         )
     if "trace" in values:
-        _check_trace(values["trace"], values, limits)
+        _check_trace(values["trace"], values, most)
     return {name: int(value) if name in FLAGS else value for name, value in values.items()}
 
 
@@ -125,11 +125,12 @@ def _check_threshold(value: Any, rule: str | None) -> None:
         raise FieldError(name, f"{name}={value!r}: exit_rule='gate' compares a probability: a number from 0 to 1")
 
 
-def _check_trace(trace: Any, values: dict[str, Any], limits: Limits) -> None:
+def _check_trace(trace: Any, values: dict[str, Any], most: int) -> None:
     if not isinstance(trace, list) or not trace:
         raise FieldError("trace", f"trace={trace!r}: a list, the depth of every position from the prompt's first on")
     for depth in trace:
-        _depth("trace", depth, limits.max_recurrences)
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
+            raise FieldError("trace", f"trace holds {depth!r}: integers from 1 to num_recurrences, which is {most}")
     for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit"):
         if name in values:
             raise FieldError("trace", f"trace says the depth of every position, so {name} cannot be given beside it")

@@ -152,22 +152,24 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> None:
+def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[Any]:
     """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
     check what reaches the engine by other routes than the middleware's.
 
     vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
-    what the engine said about a request.
+    what the engine said about a request. Returns a list that the applications will stand in.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    apps: list[Any] = []
     others, generate = launcher.init_entrypoints_middleware, AsyncLLM.generate
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
+        apps.append(app)
         app.user_middleware.append(Middleware(DepthFields, limits=limits, metrics=metrics))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
@@ -181,6 +183,7 @@ def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> None:
 
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
+    return apps
 
 
 def _known(path: str) -> set[str]:

@@ -83,14 +83,14 @@ def test_prompts_exit_only_where_that_saves_work():
     }
 
 
-@pytest.mark.parametrize("trace", [[], [0], [9], [1, True], [1.0], "1", 3, [[1]]])
+@pytest.mark.parametrize("trace", [[], [0], [5], [1, True], [1.0], "1", 3, [[1]]])
 def test_a_trace_is_a_list_of_depths(trace):
     assert refusal({"trace": trace}).field == "trace"
 
 
 def test_a_trace_stands_alone():
     assert "exit_rule" in str(refusal({"trace": [1, 2], "exit_rule": "fixed"}))
-    assert check({"trace": [1, 8]}, LANES) == {"trace": [1, 8]}
+    assert check({"trace": [1, 8], "num_recurrences": 8}, LANES) == {"trace": [1, 8], "num_recurrences": 8}
 
 
 def test_an_engine_of_one_depth_takes_that_depth_alone():

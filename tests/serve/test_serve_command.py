@@ -401,7 +401,7 @@ def test_streamed_usage_counts_recurrences(client):
         ("exit_rule", "gate", "choose from fixed, latent-diff"),
         ("exit_threshold", float("nan"), "a finite number"),
         ("prompt_exit", True, "kv_policy is 'per-depth'"),
-        ("trace", [0], "an integer from 1 to 8"),
+        ("trace", [0], "integers from 1 to num_recurrences, which is 3"),
         ("num_recurences", 3, "did you mean 'num_recurrences'?"),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 import random
+import signal
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -122,3 +124,26 @@ def test_thousands_of_requests(policy, tmp_path):
         assert resident(server) < before * 1.05 + (32 << 20)
     finally:
         server.kill()
+
+
+def test_a_killed_engine_ends_the_server(tmp_path):
+    save(tmp_path / "tiny", source_config("llama", **GROUPED), **RETROFIT)
+    server = Server(tmp_path / "tiny")
+    try:
+        server.wait_until(server.healthy, 240)
+        engine = next(
+            int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_engine_of(server, entry)
+        )
+        os.kill(engine, signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        assert "loopwise: error: vLLM's engine died" in server.log.read_text()
+    finally:
+        server.kill()
+
+
+def is_engine_of(server: Server, entry: Path) -> bool:
+    try:
+        session = (entry / "stat").read_text().rpartition(")")[2].split()[3]
+        return int(session) == server.process.pid and "EngineCore" in (entry / "cmdline").read_text()
+    except (OSError, IndexError):
+        return False
