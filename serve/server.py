@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import errno
 import os
 import signal
@@ -204,22 +203,12 @@ async def _run(args: argparse.Namespace) -> bool:
         raise SystemExit(128 + number)
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
-    apps = install(_limits, metrics)
+    dead = install(_limits, metrics)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
-    died = asyncio.create_task(_until_engine_dies(apps))
-    try:
-        await run_server_worker(address, listener, args)
-        return died.done()
-    finally:
-        died.cancel()
-
-
-async def _until_engine_dies(apps: list[Any]) -> None:
-    """vLLM's server then ends as if it had been asked to."""
-    while not any(hasattr(app.state, "engine_client") and app.state.engine_client.errored for app in apps):
-        await asyncio.sleep(0.2)
+    await run_server_worker(address, listener, args)
+    return bool(dead and dead[0])
 
 
 def _first_line(error: Exception) -> str:

@@ -152,24 +152,24 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[Any]:
+def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[bool]:
     """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
     check what reaches the engine by other routes than the middleware's.
 
     vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
-    what the engine said about a request. Returns a list that the applications will stand in.
+    what the engine said about a request. Returns a list whose first entry will be whether the engine was dead already
+    when its client was told to end.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    apps: list[Any] = []
-    others, generate = launcher.init_entrypoints_middleware, AsyncLLM.generate
+    dead: list[bool] = []
+    others, generate, shutdown = launcher.init_entrypoints_middleware, AsyncLLM.generate, AsyncLLM.shutdown
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
-        apps.append(app)
         app.user_middleware.append(Middleware(DepthFields, limits=limits, metrics=metrics))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
@@ -181,9 +181,14 @@ def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[A
         spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
         return stream if spent is None else spent.follow(stream)
 
+    def end(self, *args, **kwargs):
+        dead.append(self.errored)
+        return shutdown(self, *args, **kwargs)
+
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
-    return apps
+    AsyncLLM.shutdown = end
+    return dead
 
 
 def _known(path: str) -> set[str]:
