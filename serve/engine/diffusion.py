@@ -43,6 +43,18 @@ class Diffusion:
     continuous: bool = False
     seed: int = 0
 
+    def mistake(self) -> str | None:
+        """What is wrong with these values; None if nothing is."""
+        if self.freeze not in FREEZES:
+            return f"freeze={self.freeze!r}: choose from {', '.join(FREEZES)}"
+        for name in ("inner", "headway"):
+            if getattr(self, name) < 1:
+                return f"{name}={getattr(self, name)}: at least 1"
+        for name in ("ema", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                return f"{name}={getattr(self, name)}: a share, from 0 to 1"
+        return None
+
 
 @dataclass
 class Wave:

@@ -96,7 +96,8 @@ class Loop:
         self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
         self.device = like.device
         hidden = parts.config.hidden_size
-        self.requests = Requests(rows, length, blocks, ticks + policy.depths + 1, self.device)
+        room = (ticks + policy.depths + 1) * wave  # tokens of a step: each tick puts out a whole wave at most
+        self.requests = Requests(rows, length, blocks, room, self.device)
         self.lanes = Lanes(rows, ring, prompt_lanes, hidden, like.dtype, self.device)
         self.rules = ExitRules(len(self.lanes.row), parts.config.vocab_size, self.device)
         self.rule_of: dict[int, str] = {}  # by row
@@ -141,7 +142,7 @@ class Loop:
             return "diffusion needs keys and values of later recurrences, which kv_policy=first does not keep"
         if diffusion and diffusion.inner > policy.depths:
             return f"inner={diffusion.inner}: the engine was made for at most {policy.depths} recurrences"
-        return None
+        return diffusion.mistake() if diffusion else None
 
     def release(self, row: int) -> torch.Tensor:
         """Take the row back. Returns the depths that its positions had, for `Request.trace`."""

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from unittest.mock import patch
 
 
@@ -43,7 +44,8 @@ def _answer(output) -> dict:
     return {"tokens": tokens, "logprobs": [at[t].logprob for t, at in zip(tokens, output.logprobs, strict=True)]}
 
 
-def main() -> None:
+def main(run: Callable[[dict], dict]) -> None:
+    """`run` every case of the file that the command names; an error is a case's result, too."""
     from vllm.platforms.cpu import CpuPlatform
 
     gc.collect = lambda *_: 0  # vLLM collects seven times an engine, through all that is imported: half the time
@@ -61,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -6,13 +6,10 @@ RESULTS: what came of each request, and what
 the engine held at the end.
 """
 
-import gc
-import json
 import os
-import sys
-import traceback
 from typing import Any
-from unittest.mock import patch
+
+from run_engines import main
 
 from loopwise.serve.vllm.lanes import LaneConfig
 
@@ -95,22 +92,5 @@ def _answer(output) -> dict:
     return answer
 
 
-def main() -> None:
-    from vllm.platforms.cpu import CpuPlatform
-
-    gc.collect = lambda *_: 0  # vLLM collects seven times an engine, through all that is imported: half the time
-    with open(sys.argv[1]) as file:
-        cases = json.load(file)
-    results = []
-    for case in cases:
-        try:
-            results.append(run(case))
-        except Exception:
-            results.append({"error": traceback.format_exc()})
-        patch.object(CpuPlatform, "register_triton_kernel_overrides").start()  # once is enough
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
-
-
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
@@ -224,6 +225,27 @@ def test_diffusion_is_that_of_a_request_alone(policy, state_init):
     assert [c.tokens for n, c in enumerate(got[1::2]) if plain[n].margin > NEAR] == [
         answer.tokens for answer in plain if answer.margin > NEAR
     ]
+
+
+def test_a_step_holds_whatever_a_diffusion_freezes_in_it():
+    engine = Engine(build(), rows=2, length=100, ticks=3, wave=40, kv_policy="single")
+    leap = Diffusion(inner=1, headway=20, threshold=1e9)  # all converges at once
+    params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=leap)
+    assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 60
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"freeze": "latent-dif"}, "choose from latent-diff"),
+        ({"inner": 0}, "at least 1"),
+        ({"ema": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_a_diffusion_that_makes_no_sense_is_refused(wrong, told):
+    engine = Engine(build(), rows=1, length=50, wave=4)
+    with pytest.raises(UserError, match=told):
+        engine.generate([[5]], Params(3, 4, decoder="diffusion", diffusion=Diffusion(**wrong)))
 
 
 def test_noise_of_a_diffusion_is_its_seeds_alone():
