@@ -31,7 +31,8 @@ class Diffusion:
     `freeze` tells when a position has converged: |s - s'| / |s| below `threshold` (latent-diff), the same of the change
     of s - s' (acceleration), or a token unchanged for more than R / `inner` steps (token-stability); R recurrences are
     enough in any case. `fixed` freezes `headway` positions a step once there were more than R / `inner` steps.
-    `continuous`: new positions start from the state of the last ones.
+    `continuous`: new positions start from the state of the last ones. `wave`: most positions in flight, 0 for as many
+    as the engine was made for.
     """
 
     inner: int = 4
@@ -42,6 +43,7 @@ class Diffusion:
     threshold: float = 0.03
     continuous: bool = False
     seed: int = 0
+    wave: int = 0
 
     def mistake(self) -> str | None:
         """What is wrong with these values; None if nothing is."""
@@ -53,7 +55,18 @@ class Diffusion:
         for name in ("ema", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 return f"{name}={getattr(self, name)}: a share, from 0 to 1"
+        if not self.threshold >= 0:
+            return f"threshold={self.threshold}: at least 0"
         return None
+
+    def ahead(self, ticks: int, wave: int) -> int:
+        """Positions that `ticks` passes may reach beyond the first of a wave of at most `wave`."""
+        wave = self.most(wave)
+        return wave + min(self.headway, wave) * (ticks // self.inner + 1)
+
+    def most(self, wave: int) -> int:
+        """Positions in flight in an engine that was made for `wave`."""
+        return min(self.wave or wave, wave)
 
 
 @dataclass
@@ -93,6 +106,8 @@ def refine(loop: Loop, rows: list[int], tokens: torch.Tensor) -> None:
         lanes.change[own], lanes.read[own] = delta, lanes.s[own]
         lanes.left[own] = lanes.depth[own]
         last = guess[-1:]
+        if frozen == len(own) and wave.last == requests.length:
+            frozen += 1  # nothing can be appended that the last one would have to wait for
         for lane in own[: max(frozen - 1, 0)]:  # position i is frozen with the token that position i - 1 gave
             loop.emit(lane[None])
             if not bool(requests.live[row]):
@@ -101,7 +116,7 @@ def refine(loop: Loop, rows: list[int], tokens: torch.Tensor) -> None:
             lanes.running[own] = lanes.open[own] = False
             del loop.waves[row]
             continue
-        more = max(min(wave.of.headway, loop.wave - len(own), requests.length - wave.last), 0)
+        more = max(min(wave.of.headway, wave.of.most(loop.wave) - len(own), requests.length - wave.last), 0)
         continues = wave.of.continuous and len(own) >= wave.of.headway
         if more:
             states = lanes.s[own[-wave.of.headway :]][:more] if continues else None

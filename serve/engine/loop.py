@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, read_out, recur, start
 from .routing import Routing
-from .wave import advance, speculative
+from .wave import advance, most, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
 Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,6 +53,21 @@ class Counts:
     read: int = 0
 
 
+def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
+    """The decoders that do not go with a model of this config under `policy`, and why."""
+    if config.router:
+        reason = "a routed model's tokens have the depths of its router: decoder 'plain'"
+        return {"wave": reason, "diffusion": reason}
+    reasons = {}
+    if policy.slots < policy.depths:
+        reasons["wave"] = f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
+    if config.injection == "none":
+        reasons["diffusion"] = "diffusion refines a state by its input, which injection='none' never shows to the core"
+    elif policy.name == "first":
+        reasons["diffusion"] = "diffusion needs keys and values of later recurrences, which kv_policy=first drops"
+    return reasons
+
+
 class Loop:
     """All resident requests at once. `rows` requests of up to `length` positions, with `prompt_lanes` for prompt tokens
     in flight; a step has `ticks`; exits wait for `coda_batch` of them, at most `coda_age` ticks.
@@ -80,7 +95,8 @@ class Loop:
         reader: Reader | None = None,
     ):
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
-        nearest to their token go first. `wave`: most positions that one request may have in flight before its token.
+        nearest to their token go first. `wave`: most positions that one request may have in flight before its token;
+        waves may fill a pass up to `budget` lanes (an attribute; 0 for no bound), certain positions always run.
         `reader` gets the prompts of requests that are `shown`.
         Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
@@ -89,7 +105,7 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        self.wave = wave
+        self.wave, self.budget = wave, 0
         self.diffusions: dict[int, Diffusion] = {}  # by row
         self.waves: dict[int, Wave] = {}
         self.reader = reader
@@ -128,18 +144,17 @@ class Loop:
     def refusal(self, request: Request) -> str | None:
         """Why a request's decoder does not go with the model, its KV policy or the request itself; None if it does."""
         policy, diffusion = self.policy, request.diffusion
-        if self.routing and (request.wave > 1 or diffusion or request.rule != "fixed" or request.trace):
-            return "a routed model's tokens have the depths of its router: exit_rule 'fixed', decoder 'plain', no trace"
+        if self.routing and (request.rule != "fixed" or request.trace):
+            return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
         if not 1 <= request.wave <= self.wave:
             return f"wave={request.wave}: the engine was made for 1 to {self.wave} positions in flight"
-        if request.wave > 1 and policy.slots < policy.depths:
-            return f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
         if (request.wave > 1 or diffusion) and request.fenced:
             return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
-        if diffusion and not self.keeps_input:
-            return "diffusion refines a state by its input, which injection='none' never shows to the core"
-        if diffusion and policy.name == "first":
-            return "diffusion needs keys and values of later recurrences, which kv_policy=first does not keep"
+        decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
+        if reason := unfit(policy, self.parts.config).get(decoder):
+            return reason
+        if diffusion and diffusion.most(self.wave) < 2:
+            return "diffusion needs at least 2 positions in flight: wave=2 or more"
         if diffusion and diffusion.inner > policy.depths:
             return f"inner={diffusion.inner}: the engine was made for at most {policy.depths} recurrences"
         return diffusion.mistake() if diffusion else None
@@ -216,15 +231,16 @@ class Loop:
         lanes = self.lanes
         which = (lanes.running & self.requests.live[lanes.row]).nonzero().squeeze(1)
         own = which[which < lanes.own]
-        if not self.width or len(own) <= self.width:
+        width = self.width or (most(self, own) if self.budget and self.wave > 1 else 0)
+        if not width or len(own) <= width:
             return which
         rows = len(self.requests.limit)
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
         together = self.requests.refines[row]
         order = (ahead.masked_fill(together, 0) * rows + (row - self.turn) % rows).argsort(stable=True)
-        chosen = own[order[: self.width]]
-        cut = lanes.row[own[order[self.width]]]  # a diffusion runs whole, or waits
+        chosen = own[order[:width]]
+        cut = lanes.row[own[order[width]]]  # a diffusion runs whole, or waits
         if self.requests.refines[cut] and len(partial := (lanes.row[chosen] == cut).nonzero()):
             chosen = chosen[: int(partial[0])] if int(partial[0]) else own[row == cut]
         self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 def speculative(loop: Loop) -> torch.Tensor:
     """Lanes [n] of live waves that have recurred and whose tokens are not out."""
     lanes, requests = loop.lanes, loop.requests
-    if lanes.ring == 1:
+    if loop.wave == 1:
         return lanes.row[:0]
     row = lanes.row[: lanes.own]
-    waves = requests.live[row] & (requests.wave[row] > 1)
-    return (waves & lanes.open[: lanes.own] & (lanes.depth[: lanes.own] > 0)).nonzero().squeeze(1)
+    open = requests.live[row] & (requests.wave[row] > 1) & lanes.open[: lanes.own]
+    which = (open & (lanes.depth[: lanes.own] > 0)).nonzero().squeeze(1)
+    if not len(which):
+        return which
+    row, alone = row[which], torch.bincount(row[open], minlength=len(requests.wave)) == 1
+    return which[lanes.exited[which] | ~alone[row] | (allowed(loop)[row] > 1)]
 
 
 def advance(loop: Loop, rows: torch.Tensor) -> None:
@@ -60,9 +64,18 @@ def advance(loop: Loop, rows: torch.Tensor) -> None:
 
 
 def allowed(loop: Loop) -> torch.Tensor:
-    """How wide each row's wave [rows] may be now: lanes are for what is certain first, and what is left is shared."""
-    requests = loop.requests
-    if not loop.width:
+    """How wide each row's wave [rows] may be now: lanes are for what is certain first, and waves share what is left."""
+    requests, budget = loop.requests, loop.width or loop.budget
+    if not budget:
         return requests.wave
-    live = int(requests.live.sum())
-    return requests.wave.clamp(max=max(1, loop.width // max(live, 1)))
+    waves = requests.live & (requests.wave > 1)
+    left = budget - int(requests.live.sum()) - sum(wave.last - wave.first - 1 for wave in loop.waves.values())
+    return requests.wave.clamp(max=1 + max(0, left) // max(int(waves.sum()), 1))
+
+
+def most(loop: Loop, own: torch.Tensor) -> int:
+    """Lanes of a pass: of lanes `own` [n], those that are certain, and others up to the budget."""
+    lanes, requests = loop.lanes, loop.requests
+    row = lanes.row[own]
+    certain = (lanes.position[own] <= requests.frontier[row]) | requests.refines[row]
+    return max(loop.budget, int(certain.sum()))
