@@ -13,10 +13,11 @@ from ...model.injection import Injection
 class Parts(Protocol):
     """A recurrent-depth model in pieces. `attend` stands behind: an Attention, planned for the same rows beforehand.
 
-    `config` is its RecurrentDepthConfig.
+    `config` is its RecurrentDepthConfig; `compilable` says whether a recurrence is one graph (see compiled.py).
     """
 
     config: Any
+    compilable: bool
     injection: Injection
     router: Any  # a model.router.Router, or None
 

@@ -11,12 +11,13 @@ LANES = "loopwise_lanes"  # key in vLLM's additional_config
 @dataclass(frozen=True)
 class LaneConfig:
     """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; exits wait until
-    there are `coda_batch` of them, at most `coda_age` ticks."""
+    there are `coda_batch` of them, at most `coda_age` ticks; passes of the core are compiled."""
 
     ticks: int = 16
     width: int = 0
     coda_batch: int = 1
     coda_age: int = 4
+    compile: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:

@@ -70,6 +70,7 @@ class LaneSteps:
             coda_batch=lanes.coda_batch,
             coda_age=lanes.coda_age,
             reader=self._read_prompt,
+            compile=lanes.compile,
         )
         self.sampler_of_lanes.script = self.loop.requests.script
         self.free = list(range(scheduler.max_num_seqs))[::-1]
@@ -231,7 +232,8 @@ def counts(runner: Any) -> dict[str, list[int]]:
     def by_number(counter: Any) -> list[int]:
         return [counter[n] for n in range(max(counter, default=0) + 1)]
 
-    return {"exits": runner.exits, "lanes": by_number(runner.parts.passes), "codas": by_number(runner.parts.reads)}
+    done = runner.loop.counts
+    return {"exits": runner.exits, "lanes": by_number(done.passes), "codas": by_number(done.reads)}
 
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
@@ -253,6 +255,11 @@ class LaneWork:
         if self.use_v2_model_runner:
             raise ValueError("the lane engine builds on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         self.model_runner = self.runner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self: Any) -> Any:
+        done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
+        self.model_runner.loop.warm_up()
+        return done
 
     def recurrence_counts(self: Any) -> dict[str, list[int]]:
         return counts(self.model_runner)
