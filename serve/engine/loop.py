@@ -155,8 +155,8 @@ class Loop:
             return reason
         if diffusion and diffusion.most(self.wave) < 2:
             return "diffusion needs at least 2 positions in flight: wave=2 or more"
-        if diffusion and diffusion.inner > policy.depths:
-            return f"inner={diffusion.inner}: the engine was made for at most {policy.depths} recurrences"
+        if diffusion and diffusion.inner > request.limit:
+            return f"inner={diffusion.inner}: at most num_recurrences={request.limit}, as deep as the prompt goes"
         return diffusion.mistake() if diffusion else None
 
     def release(self, row: int) -> torch.Tensor:
