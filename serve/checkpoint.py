@@ -25,6 +25,8 @@ class Facts:
     exit: dict[str, Any]
     exit_gate: bool
     sharing: str
+    injection: str = "none"
+    router: dict[str, Any] | None = None
 
 
 def check_config(model: str) -> Facts:
@@ -44,7 +46,7 @@ def check_config(model: str) -> Facts:
         )
     source = config.get("source_config") or {}
     vllm_architecture(source.get("model_type"))
-    check_model(config)
+    check_model(config, routed=True)
     refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
     depth = config.get("num_recurrences", 1)
     return Facts(
@@ -55,7 +57,18 @@ def check_config(model: str) -> Facts:
         exit=config.get("exit") or {},
         exit_gate=config.get("exit_gate", False),
         sharing=config.get("sharing", "cycle"),
+        injection=config.get("injection", "none"),
+        router=_router(config.get("router"), depth),
     )
+
+
+def _router(given: dict[str, Any] | None, depths: int) -> dict[str, Any] | None:
+    from ..model.configuration_router import router_fields
+
+    try:
+        return router_fields({"depths": depths, **given}) if given else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_tensors(model: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .checkpoint import Facts
 from .recipe import ServeRecipe
 from .vllm.fields import FieldError, Limits, check
-from .vllm.lanes import LaneConfig
-from .vllm.limits import check_depth
+from .vllm.lanes import MEASURED, LaneConfig
+from .vllm.limits import check_depth, check_router
+
+if TYPE_CHECKING:
+    from .engine.kv import KVPolicy
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,13 @@ class Defaults:
     why: str
     lanes: LaneConfig
     config: dict[str, Any]
+    router: dict[str, Any] | None = None
+
+    @property
+    def policy(self) -> KVPolicy:
+        from .engine.kv import policy_of
+
+        return policy_of(SimpleNamespace(**self.config, router=self.router))
 
     def line(self) -> str:
         """What was picked, for the user."""
@@ -30,11 +41,14 @@ class Defaults:
             return f"engine=fixed ({self.why}): every request at num_recurrences={config['num_recurrences']}"
         exit = config["exit"]
         threshold = "" if exit.get("threshold") is None else f", exit_threshold={exit['threshold']}"
-        cache = "" if cuts_prompts(config["kv_policy"]) else "; slots are overwritten: whole prompts, no prefix cache"
+        policy = self.policy
+        cache = "" if policy.shares else "; keys and values are packed: no prefix cache"
+        cache = "; slots are overwritten: whole prompts, no prefix cache" if policy.overwrites else cache
         return (
             f"engine=lanes: num_recurrences={config['num_recurrences']} (a request may ask for 1 to "
             f"{config['max_recurrences']}), exit_rule={exit['rule']}{threshold}, min_recurrences="
-            f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, {self.lanes.ticks} ticks a step{cache}"
+            f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to wave="
+            f"{self.lanes.wave} tokens of a request in flight), {self.lanes.ticks} ticks a step{cache}"
         )
 
 
@@ -65,30 +79,52 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         if recipe.engine == "lanes":
             raise UserError("engine=lanes: sharing='sequence' has no recurrence of the whole core; use engine=fixed")
         engine, why = "fixed", "sharing='sequence' has no recurrence of the whole core"
+    if facts.router:
+        check_router(facts.router, recipe.kv_policy)
+        if recipe.engine == "fixed":
+            raise UserError("engine=fixed: a routed model's tokens have the depths of its router; use engine=lanes")
+        if most != facts.max_recurrences or depth != facts.num_recurrences:
+            name, given = ("num_recurrences", depth) if most == facts.max_recurrences else ("max_recurrences", most)
+            raise UserError(f"{name}={given}: this model's router has {facts.max_recurrences} recurrences")
     if engine == "fixed":
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; engine=lanes")
+        if recipe.decoder != "plain":
+            raise UserError(f"decoder={recipe.decoder}: the fixed engine has one position in flight; engine=lanes")
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
+    lanes = LaneConfig(
+        recipe.ticks,
+        coda_batch=recipe.coda_batch,
+        decoder=recipe.decoder,
+        wave=recipe.wave,
+        budget=MEASURED if recipe.width is None else recipe.width,
+    )
     values = {"exit_rule": rule, "exit_threshold": exit["threshold"], "min_recurrences": exit["min_recurrences"]}
     try:
-        check({name: value for name, value in values.items() if value is not None}, limits_of(config, facts.exit_gate))
+        limits = limits_of({**vars(facts), **config}, lanes)
+        check({name: value for name, value in values.items() if value is not None}, replace(limits, decoder="plain"))
+        check({"decoder": lanes.decoder}, limits)
     except FieldError as error:
         raise UserError(str(error)) from None
-    return Defaults(engine, why, LaneConfig(recipe.ticks, recipe.width, recipe.coda_batch), config)
+    return Defaults(engine, why, lanes, config, facts.router)
 
 
-def limits_of(config: dict[str, Any], exit_gate: bool) -> Limits:
+def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
     """What requests may ask of a model with these fields in the lane engine."""
     from .engine.exits import NAMES
+    from .engine.kv import policy_of
+    from .engine.loop import unfit
 
-    rules = tuple(name for name in NAMES if exit_gate or name != "gate")
-    may_exit = config["kv_policy"] != "per-depth"
-    return Limits(config["num_recurrences"], config["max_recurrences"], rules, prompt_exit=may_exit)
-
-
-def cuts_prompts(kv_policy: str) -> bool:
-    """Whether prompts can be computed in chunks, and their blocks shared."""
-    from .engine.kv import KVPolicy
-
-    return not KVPolicy(kv_policy, 1 << 30).overwrites
+    rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
+    here = SimpleNamespace(**config)
+    return Limits(
+        config["num_recurrences"],
+        config["max_recurrences"],
+        rules[:1] if config["router"] else rules,
+        prompt_exit=config["kv_policy"] != "per-depth",
+        decoder=lanes.decoder,
+        wave=lanes.wave,
+        unfit=unfit(policy_of(here), here),
+        routed=bool(config["router"]),
+    )

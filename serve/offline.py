@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from ..model.configuration_recurrent_depth import KV_POLICIES
 from .engine.attention import TorchAttention
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
-from .engine.kv import KVPolicy
+from .engine.kv import KVPolicy, policy_of
 from .engine.lanes import Request
 from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
-from .vllm.limits import check_model
+from .vllm.decoders import DECODERS
+from .vllm.limits import check_model, check_packed, check_router
 
-DECODERS = ("plain", "wave", "diffusion")
 BLOCK = 16  # positions in a block of the KV cache
 
 
@@ -98,13 +98,14 @@ class Engine:
         if config.model_type != "recurrent_depth":
             raise UserError(f"model_type {config.model_type!r}: convert the model first (loopwise convert)")
         check_model(vars(config), routed=True)
-        self._check_router(config, kv_policy)
+        if config.router:
+            check_router(config.router, kv_policy)
+            check_packed(config.router, config.source_config)
+        if kv_policy is not None:
+            self._check_policy(kv_policy)
         limit = getattr(config, "max_position_embeddings", None)
         length = min(length, limit) if limit else length
-        depths = max_recurrences or config.max_recurrences
-        if config.router:
-            kv_policy = "first" if config.router["kv"] == "first-recursion" else "routed"
-        policy = self._policy(kv_policy or config.kv_policy, depths)
+        policy = policy_of(config, kv_policy, max_recurrences)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
             parts = TransformersParts(model, length + 1)
@@ -134,31 +135,13 @@ class Engine:
         self._params: list[Params | None] = [None] * rows
 
     @staticmethod
-    def _check_router(config: Any, kv_policy: str | None) -> None:
-        router = config.router or {}
-        if router.get("inference") == "topk":
-            raise UserError(
-                "router.inference='topk' takes the best of a whole sequence, which no one who generates it knows: "
-                "calibrate the model first (loopwise calibrate)"
-            )
-        if router and kv_policy:
-            raise UserError(f"kv_policy={kv_policy!r}: a routed model's is its router.kv, {router['kv']!r}")
-        source = config.source_config
-        types = getattr(source, "layer_types", None) or ["full_attention"]
-        windowed = getattr(source, "sliding_window", None) and (len(types) == 1 or set(types) != {"full_attention"})
-        if router and windowed:
-            raise UserError("a routed model whose layers have a sliding window cannot be served: use transformers")
-
-    @staticmethod
-    def _policy(name: str, depths: int) -> KVPolicy:
-        policy = KVPolicy(name, depths)
+    def _check_policy(name: str) -> None:
         try:
-            ok = policy.slots > 0
+            ok = KVPolicy(name, 1).slots > 0 and name != "routed"
         except ValueError:
             ok = False
         if not ok:
             raise UserError(f"kv_policy={name!r}: choose from {', '.join(KV_POLICIES)}")
-        return policy
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
@@ -197,7 +180,7 @@ class Engine:
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
             wave=params.wave if params.decoder == "wave" else 1,
-            diffusion=params.diffusion if params.decoder == "diffusion" else None,
+            diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
         )
         if reason := self.loop.refusal(request):
             raise UserError(reason)

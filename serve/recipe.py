@@ -26,7 +26,13 @@ class ServeRecipe(Section):
         None, description="keys and values of deeper recurrences after an exit; default the model's"
     )
     ticks: Count = Field(16, description="passes of the core in one step of the engine")
-    width: Integer = Field(0, ge=0, description="lanes of a pass beside prompts'; 0 for no bound")
+    decoder: Literal["plain", "wave", "diffusion"] = Field(
+        "plain", description="of a request that names none; wave: several tokens in flight, the same text"
+    )
+    wave: Count = Field(8, description="most tokens of a request in flight")
+    width: Integer | None = Field(
+        None, ge=0, description="lanes of a pass that waves may fill; 0 for no bound; default measured at the start"
+    )
     coda_batch: Count = Field(1, description="exited lanes that are read out together")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: Integer = Field(8000, ge=1, le=65535, description="port to listen on")

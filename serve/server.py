@@ -18,11 +18,11 @@ from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors
-from .defaults import Defaults, choose, cuts_prompts, limits_of
+from .defaults import Defaults, choose, limits_of
 from .recipe import ServeRecipe
 from .vllm import SERVER
 from .vllm.fields import Limits
-from .vllm.lanes import LANES, is_lanes
+from .vllm.lanes import LANES, LaneConfig, is_lanes
 from .vllm.limits import check_depth, refuse
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -113,20 +113,21 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**lanes)
-    if lanes and not cuts_prompts(defaults.config["kv_policy"]):
-        parser.set_defaults(enable_chunked_prefill=False, enable_prefix_caching=False)
+    unfit = {"enable_chunked_prefill": defaults.policy.overwrites, "enable_prefix_caching": not defaults.policy.shares}
+    unfit = [name for name, no in unfit.items() if lanes and no]
+    parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
     for name, value in lanes.items():
         if name != "additional_config" and getattr(args, name) != value:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(args, name)} does not fit engine=lanes; use engine=fixed"
             )
-    for name in ("enable_chunked_prefill", "enable_prefix_caching"):
-        if lanes and getattr(args, name) and not cuts_prompts(defaults.config["kv_policy"]):
-            raise UserError(
-                f"--{name.replace('_', '-')} does not fit kv_policy={defaults.config['kv_policy']}, whose slots are "
-                "overwritten: a prompt's chunks would read each other's last recurrence"
-            )
+    for name in unfit:
+        if getattr(args, name):
+            policy = defaults.policy
+            why = "overwritten: a prompt's chunks would read each other's last recurrence"
+            why = why if policy.overwrites else "packed: a block holds keys and values of later positions, too"
+            raise UserError(f"--{name.replace('_', '-')} does not fit kv_policy={policy.name}, whose slots are {why}")
     args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
     if args.model != model or args.model_tag is not None:
         raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
@@ -146,7 +147,7 @@ def _limits(engine_client: Any) -> Limits:
     """What requests may ask of the model that `engine_client` runs."""
     config = engine_client.vllm_config.model_config.hf_config
     if is_lanes(engine_client.vllm_config):
-        return limits_of(vars(config), config.exit_gate)
+        return limits_of(vars(config), LaneConfig.of(engine_client.vllm_config))
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 
 

@@ -1,7 +1,7 @@
 """A pass of the core as one compiled graph, for any number of lanes.
 
-torch.compile fuses what lies between the matrix products and drops Python's share of a tick. It needs to know nothing of
-the cache: attention is one operation to it, and whose it is is looked up when it runs.
+torch.compile fuses what lies between the matrix products and drops Python's share of a tick. It need not know the cache:
+attention is one operation to it, and whose it is is looked up when it runs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from weakref import WeakValueDictionary
 import torch
 
 # What inductor is told on a CPU: as vLLM tells it for its own models.
-OPTIONS = {"dce": True, "size_asserts": False, "nan_asserts": False, "epilogue_fusion": True, "cpp.dynamic_threads": True}
+OPTIONS = {
+    "dce": True,
+    "size_asserts": False,
+    "nan_asserts": False,
+    "epilogue_fusion": True,
+    "cpp.dynamic_threads": True,
+}
 
 _owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _library = torch.library.Library("loopwise", "DEF")
 _library.define(
-    "attend(int owner, int layer, Tensor q, Tensor k, Tensor v, float scaling, int window, float softcap, Tensor? sinks)"
-    " -> Tensor"
+    "attend(int owner, int layer, Tensor q, Tensor k, Tensor v, "
+    "float scaling, int window, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` of tensors [N, ...], compiled once, for any N: the caller sees to it that the first N is above 1, which
-    would be taken for a constant. Nothing else may change from call to call, as nothing of it is checked again."""
+    """`function` of tensors [N, ...], compiled once, for any N; the first must be above 1, which would be taken for a
+    constant. Nothing else may change from call to call, as nothing is checked again."""
     # Compiled code is kept with the code object, so each gets one of its own: others run with another model.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     options = {**OPTIONS, "guard_filter_fn": lambda guards: [False] * len(guards)}

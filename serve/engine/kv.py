@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,3 +56,16 @@ class KVPolicy:
         if self.complete or self.slots == 1 or self.name == "routed":
             return torch.zeros_like(depth)
         return (limit.clamp(max=self.slots) - depth).clamp(min=0)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a block of keys and values is what its positions and those before say, so that requests can share
+        it. The places of a routed model's, which are packed, hold those of later positions, too."""
+        return not self.overwrites and self.name != "routed"
+
+
+def policy_of(config: Any, name: str | None = None, depths: int | None = None) -> KVPolicy:
+    """Of a model with this RecurrentDepthConfig, or as named; a router has one of its own."""
+    if config.router:
+        name = "first" if config.router["kv"] == "first-recursion" else "routed"
+    return KVPolicy(name or config.kv_policy, depths or config.max_recurrences)

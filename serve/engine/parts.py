@@ -13,13 +13,17 @@ from ...model.injection import Injection
 class Parts(Protocol):
     """A recurrent-depth model in pieces. `attend` stands behind: an Attention, planned for the same rows beforehand.
 
-    `config` is its RecurrentDepthConfig; `compilable` says whether a recurrence is one graph (see compiled.py).
+    `config` is its RecurrentDepthConfig.
     """
 
     config: Any
-    compilable: bool
     injection: Injection
     router: Any  # a model.router.Router, or None
+
+    @property
+    def compilable(self) -> bool:
+        """Whether a recurrence is one graph (see compiled.py)."""
+        ...
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """tokens, positions [N] -> [N, D]."""

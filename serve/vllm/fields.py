@@ -7,13 +7,17 @@ The fields stand at the top level of a request's body or inside its `vllm_xargs`
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from .decoders import DECODERS, diffusion, history
 
 FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
+    "decoder", "wave", "diffusion",
 )  # fmt: skip
 FLAGS = ("prompt_exit", "return_recurrences")
 
@@ -28,13 +32,19 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that."""
+    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `decoder`
+    is that of a request that names none, `wave` the most positions in flight; `unfit` decoders do not go with it, for a
+    reason. `routed`: tokens have the depth that a router gives them."""
 
     num_recurrences: int
     max_recurrences: int
     rules: tuple[str, ...]
     prompt_exit: bool
     fixed: bool = False
+    decoder: str = "plain"
+    wave: int = 8
+    unfit: dict[str, str] = field(default_factory=dict)
+    routed: bool = False
 
 
 def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
@@ -70,12 +80,15 @@ def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             _depth(name, value, limits.max_recurrences)
     if limits.fixed:
         return _check_fixed(values, limits)
+    if limits.routed:
+        _check_routed(values, limits)
+    values = _check_decoder(dict(values), limits)
     most = values.get("num_recurrences", limits.num_recurrences)
     if values.get("min_recurrences", 1) > most:
         least = values["min_recurrences"]
         raise FieldError("min_recurrences", f"min_recurrences={least}: at most num_recurrences, which is {most}")
     if "exit_rule" in values and values["exit_rule"] not in limits.rules:
-        raise FieldError("exit_rule", _no_rule(values["exit_rule"], limits))
+        raise FieldError("exit_rule", _nearest("exit_rule", values["exit_rule"], limits.rules))
     if "exit_threshold" in values:
         _check_threshold(values["exit_threshold"], values.get("exit_rule"))
     if values.get("prompt_exit") and not limits.prompt_exit:
@@ -96,6 +109,7 @@ def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             ("num_recurrences", limits.num_recurrences),
             ("exit_rule", "fixed"),
             ("prompt_exit", False),
+            ("decoder", "plain"),
         ):
             continue
         raise FieldError(
@@ -104,6 +118,63 @@ def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             "(engine=fixed); depth per request needs engine=lanes",
         )
     return {name: int(value) for name, value in values.items() if name == "return_recurrences"}
+
+
+def _check_routed(values: dict[str, Any], limits: Limits) -> None:
+    for name in ("min_recurrences", "exit_threshold", "prompt_exit", "trace"):
+        if name in values:
+            raise FieldError(name, f"{name}={values[name]!r}: the depth of a token is what this model's router says")
+    if values.get("num_recurrences", limits.num_recurrences) != limits.num_recurrences:
+        depth = values["num_recurrences"]
+        raise FieldError(
+            "num_recurrences", f"num_recurrences={depth}: this model's router has {limits.num_recurrences}"
+        )
+
+
+def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """`values` with `diffusion` as text, since vLLM's extra arguments hold no objects."""
+    decoder = values.get("decoder", limits.decoder)
+    if not isinstance(decoder, str) or decoder not in DECODERS:
+        raise FieldError("decoder", _nearest("decoder", decoder, DECODERS))
+    if decoder in limits.unfit:
+        raise FieldError("decoder", f"decoder={decoder!r}: {limits.unfit[decoder]}")
+    least = 2 if decoder == "diffusion" else 1
+    wave = values.get("wave", limits.wave)
+    if isinstance(wave, bool) or not isinstance(wave, int) or not least <= wave <= limits.wave:
+        raise FieldError("wave", f"wave={wave!r}: an integer from {least} to {limits.wave}, the server's wave")
+    if "wave" in values and decoder == "plain":
+        raise FieldError("wave", f"wave={wave}: decoder='plain' has one position in flight; decoder='wave'")
+    if decoder != "diffusion":
+        if "diffusion" in values:
+            raise FieldError("diffusion", f"diffusion: belongs to decoder='diffusion', and the decoder is {decoder!r}")
+        return values
+    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
+        if name in values and (name, values[name]) not in (("exit_rule", "fixed"), ("prompt_exit", False)):
+            raise FieldError(
+                name, f"{name}={values[name]!r}: decoder='diffusion' freezes positions by diffusion.freeze"
+            )
+    try:
+        made = diffusion(values.get("diffusion", {}))
+    except ValueError as error:
+        raise FieldError("diffusion", f"diffusion{error}") from None
+    depth = values.get("num_recurrences", limits.num_recurrences)
+    for name, most, of in (("inner", depth, "num_recurrences"), ("headway", wave, "wave")):
+        if getattr(made, name) > most:
+            raise FieldError("diffusion", f"diffusion.{name}={getattr(made, name)}: at most {of}, which is {most}")
+    if isinstance(values.get("diffusion"), dict):
+        values["diffusion"] = json.dumps(values["diffusion"])
+    return values
+
+
+def check_sampling(params: Any, limits: Limits) -> None:
+    """Raises FieldError where vLLM's sampling `params` want what a diffusion cannot give."""
+    decoder = ((params and params.extra_args) or {}).get("decoder", limits.decoder)
+    if decoder == "diffusion" and (name := history(params)):
+        raise FieldError(
+            name,
+            f"{name}={getattr(params, name)!r}: decoder='diffusion' refines tokens together, so none can wait for "
+            "those before it, or say how likely it was; decoder='plain' or 'wave'",
+        )
 
 
 def _depth(name: str, value: Any, most: int) -> None:
@@ -136,11 +207,10 @@ def _check_trace(trace: Any, values: dict[str, Any], most: int) -> None:
             raise FieldError("trace", f"trace says the depth of every position, so {name} cannot be given beside it")
 
 
-def _no_rule(rule: Any, limits: Limits) -> str:
-    choices = ", ".join(limits.rules)
-    near = difflib.get_close_matches(rule, limits.rules, n=1, cutoff=0.5) if isinstance(rule, str) else []
+def _nearest(field: str, value: Any, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"exit_rule={rule!r}: {hint}choose from {choices}"
+    return f"{field}={value!r}: {hint}choose from {', '.join(choices)}"
 
 
 def _all() -> str:

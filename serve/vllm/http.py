@@ -12,7 +12,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from .fields import FIELDS, FLAGS, FieldError, Limits, check, take
+from .fields import FIELDS, FLAGS, FieldError, Limits, check, check_sampling, take
 
 GENERATION = {
     "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
@@ -26,12 +26,12 @@ class Spent:
 
     def __init__(self, fixed: int | None, per_token: bool):
         self.fixed, self.per_token = fixed, per_token
-        self.choices: list[dict[int, list[int]]] = []
+        self.choices: list[dict[int, list[list[int]]]] = []
 
     def follow(self, stream: AsyncGenerator) -> AsyncGenerator:
-        """`stream` of vLLM's RequestOutputs of one prompt, with what the engine says about depth taken off."""
-        depths: dict[int, list[int]] = {}
-        self.choices.append(depths)
+        """`stream` of vLLM's RequestOutputs of one prompt, with what the engine says about its work taken off."""
+        work: dict[int, list[list[int]]] = {}  # of a choice's tokens, see LaneOutput
+        self.choices.append(work)
 
         async def noted():
             async with aclosing(stream):
@@ -40,24 +40,37 @@ class Spent:
                         if choice.finish_reason is None:
                             continue
                         if choice.routed_experts is not None:
-                            depths[choice.index] = choice.routed_experts.reshape(-1).tolist()
+                            work[choice.index] = choice.routed_experts.tolist()
                             choice.routed_experts = None
                     yield output
 
         return noted()
 
     def usage(self, tokens: int) -> dict[str, Any] | None:
-        """What stands as `recurrences` in the usage of a reply of `tokens` tokens; None while it is unknown."""
+        """What stands beside the tokens in the usage of a reply of `tokens` tokens; None while it is unknown.
+
+        recurrences: what the tokens had. passes: of the core, one after the other, since the prompt (`sequential`),
+        each with so many positions of the request in flight (`wave`); `items` in all, of which `wasted` gave no token.
+        """
         if self.fixed is not None:
-            return {"mean": float(self.fixed), "total": self.fixed * tokens}
+            return {"recurrences": {"mean": float(self.fixed), "total": self.fixed * tokens}}
         lists = [choice[index] for choice in self.choices for index in sorted(choice)]
-        depths = [depth for one in lists for depth in one]
+        depths = [work[0] for one in lists for work in one]
         if not depths:
             return None
         usage: dict[str, Any] = {"mean": sum(depths) / len(depths), "total": sum(depths)}
         if self.per_token:
-            usage["per_token"] = lists
-        return usage
+            usage["per_token"] = [[work[0] for work in one] for one in lists]
+        sequential, items = (sum(one[-1][n] for one in lists if one) for n in (1, 2))
+        later = sum(work[0] for one in lists for work in one[1:])  # the first comes of the prompt
+        passes = {
+            "sequential": sequential,
+            "per_token": sequential / max(len(depths) - len(lists), 1),
+            "wave": items / max(sequential, 1),
+            "items": items,
+            "wasted": max(items - later, 0),
+        }
+        return {"recurrences": usage, "passes": passes}
 
 
 class DepthFields:
@@ -103,7 +116,7 @@ class DepthFields:
 
 
 class Reply:
-    """Sends a reply on, with `recurrences` put into the usage of whichever part of it has one."""
+    """Sends a reply on, with what was spent put into the usage of whichever part of it has one."""
 
     def __init__(self, send: Callable, spent: Spent):
         self.send, self.spent = send, spent
@@ -148,7 +161,7 @@ class Reply:
         usage = reply.get("usage")
         if not isinstance(usage, dict) or (spent := self.spent.usage(usage.get("completion_tokens") or 0)) is None:
             return text
-        usage["recurrences"] = spent
+        usage.update(spent)
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -174,8 +187,10 @@ def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[b
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         given = getattr(sampling_params, "extra_args", None) or {}
+        offered = limits(self)
         try:
-            check({name: value for name, value in given.items() if name in FIELDS and name not in FLAGS}, limits(self))
+            check({name: value for name, value in given.items() if name in FIELDS and name not in FLAGS}, offered)
+            check_sampling(sampling_params, offered)
         except FieldError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)

@@ -6,17 +6,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LANES = "loopwise_lanes"  # key in vLLM's additional_config
+MEASURED = -1  # a budget that the start measures
 
 
 @dataclass(frozen=True)
 class LaneConfig:
     """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; exits wait until
-    there are `coda_batch` of them, at most `coda_age` ticks; passes of the core are compiled."""
+    there are `coda_batch` of them, at most `coda_age` ticks. `decoder` of requests that name none, and `wave`: most
+    positions of one request in flight; waves fill passes up to `budget` lanes, -1: as many as cost little, measured at
+    the start. `compile`: passes of the core are compiled."""
 
     ticks: int = 16
     width: int = 0
     coda_batch: int = 1
     coda_age: int = 4
+    decoder: str = "plain"
+    wave: int = 8
+    budget: int = 0
     compile: bool = True
 
     @classmethod

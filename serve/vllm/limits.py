@@ -29,6 +29,25 @@ def check_model(fields: dict[str, Any], routed: bool = False) -> None:
             )
 
 
+def check_router(router: dict[str, Any], kv_policy: str | None = None) -> None:
+    """Raises UserError for a router, its fields given, that no engine can follow, and for a `kv_policy` beside it."""
+    if router.get("inference") == "topk":
+        raise UserError(
+            "router.inference='topk' takes the best of a whole sequence, which no one who generates it knows: "
+            "calibrate the model first (loopwise calibrate)"
+        )
+    if kv_policy:
+        raise UserError(f"kv_policy={kv_policy!r}: a routed model's is its router.kv, {router['kv']!r}")
+
+
+def check_packed(router: dict[str, Any] | None, source: Any) -> None:
+    """Raises UserError for a routed model with a sliding window, whose keys and values are packed."""
+    types = getattr(source, "layer_types", None) or ["full_attention"]
+    windowed = getattr(source, "sliding_window", None) and (len(types) == 1 or set(types) != {"full_attention"})
+    if router and windowed:
+        raise UserError("a routed model whose layers have a sliding window cannot be served: use transformers")
+
+
 def check_vllm_config(config: Any) -> None:
     """The refusals for a VllmConfig: for those who start vLLM themselves, and for what the checkpoint brings along."""
     refuse(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
 
@@ -22,7 +22,7 @@ class DepthMetrics(Collector):
         if not engine_client.errored:
             self.counts = (await engine_client.collective_rpc("recurrence_counts"))[0]
 
-    def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         if not self.counts:
             return
         counter = CounterMetricFamily(
@@ -30,6 +30,19 @@ class DepthMetrics(Collector):
         )
         counter.add_metric([self.model], sum(self.counts["lanes"]))
         yield counter
+        about = {
+            "decoded_tokens": "Tokens that were generated.",
+            "sequential_passes": "Passes of the core that requests waited for, since their prompts.",
+            "core_items": "Positions in these passes.",
+        }
+        for place, (name, told) in enumerate(about.items()):
+            family = CounterMetricFamily(f"loopwise:{name}", told, labels=["model_name", "decoder"])
+            for decoder, work in self.counts["decoders"].items():
+                family.add_metric([self.model, decoder], work[place])
+            yield family
+        yield GaugeMetricFamily(
+            "loopwise:lane_budget", "Lanes that waves fill a pass up to; 0: no bound.", self.counts["budget"]
+        )
         yield self._histogram(
             "loopwise:exit_depth", "Recurrences after which a generated token was read out.", self.counts["exits"], 1
         )

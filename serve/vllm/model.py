@@ -15,11 +15,12 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
+from ...model.router import Router
 from ...unroll import config_with_layers
-from ..engine.kv import KVPolicy
+from ..engine.kv import policy_of
 from .architectures import vllm_architecture
 from .lanes import is_lanes
-from .limits import check_depth, check_model, check_vllm_config
+from .limits import check_depth, check_model, check_packed, check_router, check_vllm_config
 from .parts import VllmParts
 from .recurrence import Recurrence, hand_on
 from .relaxation import Relaxation
@@ -40,7 +41,10 @@ class RecurrentDepthForCausalLM(nn.Module):
         config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
         check_depth(config.num_recurrences, config.max_recurrences)
         check_vllm_config(vllm_config)
-        check_model(vars(config))
+        check_model(vars(config), routed=is_lanes(vllm_config))
+        if config.router:
+            check_router(config.router)
+            check_packed(config.router, config.source_config)
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
@@ -53,6 +57,8 @@ class RecurrentDepthForCausalLM(nn.Module):
         self.injection = Injection(config.injection, config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        if config.router:
+            self.router = Router(config.hidden_size, config.router)
         if config.exit_gate:  # which this model never asks: its depth is fixed
             self.exit_gate = nn.Linear(config.hidden_size, 1)
         core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
@@ -60,8 +66,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         context = vllm_config.compilation_config.static_forward_context
         self.parts: VllmParts | None = None
         if is_lanes(vllm_config):
-            policy = KVPolicy(config.kv_policy, config.max_recurrences)
-            self.parts = VllmParts(self, layers, policy.slots, context)
+            self.parts = VllmParts(self, layers, policy_of(config).slots, context)
             return
         self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, self._norm(), context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
@@ -101,8 +106,9 @@ class RecurrentDepthForCausalLM(nn.Module):
             for name, tensor in weights:
                 completeness.see(name)
                 part, _, rest = name.partition(".")
-                if part in ("injection", "recurrence_norm", "exit_gate"):
-                    default_weight_loader(self.get_parameter(name), tensor)
+                if part in ("injection", "recurrence_norm", "exit_gate", "router"):
+                    own = self.router.bias if name == "router.bias" else self.get_parameter(name)
+                    default_weight_loader(own, tensor)
                     loaded.add(name)
                 elif part == "relaxation":
                     number, _, rest = rest.partition(".")

@@ -9,6 +9,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 @dataclass
 class LaneOutput(ModelRunnerOutput):
-    """`depths`: of each request, the recurrences of each of its tokens, as `sampled_token_ids` has them."""
+    """`work`: of each token of each request, as `sampled_token_ids` has them, its recurrences, and the passes of the
+    core and the lanes in them that the request has had by then since its prompt."""
 
-    depths: list[list[int]] = field(default_factory=list)
+    work: list[list[tuple[int, int, int]]] = field(default_factory=list)

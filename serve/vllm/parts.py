@@ -29,6 +29,7 @@ class VllmParts:
         """`layers`: prelude, core, coda, one for each set of weights. `slots`: of a core layer. `context`: vLLM's
         static forward context, from which it allocates a cache for each Attention."""
         self.model, self.config, self.injection = model, model.config, model.injection
+        self.router = getattr(model, "router", None)
         config = self.config
         prelude, core = len(config.prelude), len(config.core)
         self.by_part = {

@@ -18,6 +18,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from ..engine.sampling import waiting_times
+from .decoders import history
 
 
 class NoisySampler(Sampler):
@@ -50,11 +51,12 @@ class LaneSampler:
         self.seed: dict[int, int] = {}
         self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
         self.told: dict[str, int] = {}  # tokens of this step that the request's state already has
+        self.ahead: dict[int, bool] = {}  # engine row -> whether its tokens are guesses, until the engine puts them out
         self.script: torch.Tensor | None = None  # the engine's, of tokens that are known beforehand
 
-    def admit(self, row: int, name: str) -> None:
+    def admit(self, row: int, name: str, decoder: str) -> None:
         params = self.requests[name].sampling_params
-        self.name_of[row] = name
+        self.name_of[row], self.ahead[row] = name, decoder != "plain"
         self.greedy[row] = _argmax_alone(params)
         digest = hashlib.sha256(name.encode()).digest()  # alike on all ranks, where none is given
         self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else params.seed
@@ -71,10 +73,24 @@ class LaneSampler:
     ) -> torch.Tensor:
         """logits [m, V] of engine rows [m], for the tokens at positions [m] -> tokens [m]. `mask` of a grammar changes
         logits [n, V] in place."""
-        rows = row.tolist()
-        if all(self.greedy[r] for r in rows) and mask is None:
-            return logits.argmax(-1)
-        batch = self.batch()
+        tokens = logits.argmax(-1)
+        rounds: list[list[int]] = []  # vLLM's sampler knows one token a request
+        seen: dict[int, int] = {}
+        for n, r in enumerate(row.tolist()):
+            if mask is None and self.greedy[r]:
+                continue
+            seen[r] = seen.get(r, -1) + 1
+            rounds[seen[r] : seen[r] + 1] = [[*(rounds[seen[r]] if seen[r] < len(rounds) else ()), n]]
+        for some in rounds:
+            which = torch.tensor(some, device=logits.device)
+            tokens[which] = self._sample(logits[which], row[which], position[which], mask)
+        return tokens
+
+    def _sample(
+        self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, mask: Callable | None
+    ) -> torch.Tensor:
+        """The same, for rows that differ."""
+        rows, batch = row.tolist(), self.batch()
         metadata = batch.sampling_metadata
         at = torch.tensor([batch.req_id_to_index[self.name_of[r]] for r in rows], device=logits.device)
         whole = logits.new_zeros(batch.num_reqs, logits.shape[1], dtype=torch.float32)
@@ -91,13 +107,13 @@ class LaneSampler:
         tokens = out.sampled_token_ids[at, 0].long()
         assert self.script is not None, "sampling without an engine"
         known = (self.script[row, position] > 0).tolist()
-        for r, token, told in zip(rows, tokens.tolist(), known, strict=True):
-            name = self.name_of[r]
-            if told:
-                continue
-            self.requests[name].output_token_ids.append(token)  # penalties read it before the step is over
+        new = [n for n, r in enumerate(rows) if not known[n] and not self.ahead[r]]  # put out for certain
+        for n in new:
+            name = self.name_of[rows[n]]
+            self.requests[name].output_token_ids.append(int(tokens[n]))  # penalties read it before the step is over
             self.told[name] = self.told.get(name, 0) + 1
-        if (values := out.logprobs_tensors) is not None:
+        if (values := out.logprobs_tensors) is not None and new:
+            at = at[new]
             chosen = values.logprob_token_ids[at], values.logprobs[at], values.selected_token_ranks[at]
             self.logprobs.append((at, LogprobsTensors(*chosen)))
         return tokens
@@ -128,17 +144,4 @@ class LaneSampler:
 
 def _argmax_alone(p: Any) -> bool:
     """Whether argmax of the logits is all that vLLM's sampler would do for these params."""
-    return (
-        p.temperature == 0
-        and p.logprobs is None
-        and not p.logprob_token_ids
-        and not p.logit_bias
-        and not p.min_tokens
-        and not p.bad_words
-        and not p.allowed_token_ids
-        and not p.presence_penalty
-        and not p.frequency_penalty
-        and p.repetition_penalty == 1
-        and p.structured_outputs is None
-        and p.thinking_token_budget is None
-    )
+    return p.temperature == 0 and history(p) is None and not p.logit_bias and not p.allowed_token_ids

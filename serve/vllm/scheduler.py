@@ -14,7 +14,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
-from ..engine.kv import KVPolicy
+from ..engine.kv import policy_of
+from .decoders import Decoder, decoder_of
 from .lanes import Depth, LaneConfig, depth_of
 from .output import LaneOutput
 
@@ -25,19 +26,29 @@ class LaneScheduler(Scheduler):
         if self.scheduler_config.async_scheduling:
             raise ValueError("async_scheduling: how many tokens a step of lanes gives is not known beforehand")
         self.config = config = self.vllm_config.model_config.hf_config
-        self.policy_of_cache = policy = KVPolicy(config.kv_policy, config.max_recurrences)
+        self.policy_of_cache = policy = policy_of(config)
         chunked = self.scheduler_config.enable_chunked_prefill or self.cache_config.enable_prefix_caching
         if policy.overwrites and chunked:
             raise ValueError(
                 f"kv_policy={policy.name} overwrites keys and values, so prompts are computed whole: "
                 "enable_chunked_prefill=False, enable_prefix_caching=False"
             )
-        # A step with a prompt in it lasts max_recurrences ticks, and every tick may finish a position.
-        self.num_lookahead_tokens = max(LaneConfig.of(self.vllm_config).ticks, config.max_recurrences) + 1
+        if not policy.shares and self.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "a router's keys and values are packed, which no block can share: enable_prefix_caching=False"
+            )
+        self.lanes = LaneConfig.of(self.vllm_config)
+        self.longest = (
+            max(self.lanes.ticks, config.max_recurrences) + 1
+        )  # ticks of a step; prompts are computed to an end
+        self.num_lookahead_tokens = self.longest
         self.depths: dict[str, Depth] = {}
+        self.decoders: dict[str, Decoder] = {}
         allocate = self.kv_cache_manager.allocate_slots
 
         def allocate_slots(request: Request, *args, **kwargs):
+            decoder = self.decoders[request.request_id]
+            kwargs["num_lookahead_tokens"] = decoder.ahead(self.longest, self.lanes.wave)
             # vLLM publishes blocks when it schedules their last position, as its forward pass finishes it in the step.
             if request.num_output_tokens:
                 kwargs["delay_cache_blocks"] = True
@@ -50,6 +61,7 @@ class LaneScheduler(Scheduler):
         assert params is not None, "the lane engine generates text only"
         depth = depth_of(params.extra_args, self.config)
         self.depths[request.request_id] = depth
+        self.decoders[request.request_id] = decoder_of(params, self.lanes.decoder, self.lanes.wave)
         if self.cache_config.enable_prefix_caching:
             request.cache_salt = f"{request.cache_salt or ''} {depth.key}"
             request.block_hashes.clear()
@@ -58,16 +70,19 @@ class LaneScheduler(Scheduler):
 
     def _free_request(self, request: Request, *args, **kwargs):
         self.depths.pop(request.request_id, None)
+        self.decoders.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
         super()._preempt_request(request, *args, **kwargs)
-        if request.num_output_tokens and not self._published_whole(self.depths[request.request_id]):
+        if request.num_output_tokens and not self._published_whole(request.request_id):
             request.skip_reading_prefix_cache = True  # another's prompt may hold, at full depth, what it generated
 
-    def _published_whole(self, depth: Depth) -> bool:
+    def _published_whole(self, name: str) -> bool:
         """Whether generated positions leave what the same tokens in a prompt leave."""
-        return depth.full or self.policy_of_cache.complete
+        if self.decoders[name].diffusion:
+            return False
+        return self.depths[name].full or self.policy_of_cache.complete
 
     def update_from_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, scheduler_output: SchedulerOutput, model_runner_output: LaneOutput
@@ -85,9 +100,9 @@ class LaneScheduler(Scheduler):
         for client in outputs.values():
             for output in client.outputs:
                 if output.request_id in index and output.new_token_ids:
-                    depths = model_runner_output.depths[index[output.request_id]]
-                    # One number a token, in the field for what a model chose for each: vLLM cuts and joins it rightly.
-                    output.routed_experts = np.asarray(depths[: len(output.new_token_ids)], dtype=np.int16)
+                    work = model_runner_output.work[index[output.request_id]]
+                    # One row a token, in the field for what a model chose for each: vLLM cuts and joins it rightly.
+                    output.routed_experts = np.asarray(work[: len(output.new_token_ids)], dtype=np.int32)
         if self.cache_config.enable_prefix_caching:
             for request, depth in decoding:
                 if not request.is_finished():
@@ -98,7 +113,7 @@ class LaneScheduler(Scheduler):
         """Blocks of which every depth of every position is written, and is what a prompt would leave."""
         done = request.num_computed_tokens
         prompt = min(request.num_prompt_tokens, done)
-        if not self._published_whole(depth):
+        if not self._published_whole(request.request_id):
             done = prompt
         elif not depth.full:  # positions behind the newest are still on their way down
             done = max(prompt, done - depth.limit)

@@ -7,9 +7,12 @@ ordered differently in every process, and tensor-parallel ranks would reduce dif
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors
@@ -20,13 +23,24 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..engine.kv import KVPolicy
+from ..engine.knee import knee
+from ..engine.kv import policy_of
 from ..engine.lanes import MAX_STOPS, Request
-from ..engine.loop import Loop, Prompt
+from ..engine.loop import Counts, Loop, Prompt
 from .attention import PagedAttention
-from .lanes import LaneConfig, depth_of
+from .decoders import DECODERS, Decoder, decoder_of
+from .lanes import MEASURED, LaneConfig, depth_of
 from .output import LaneOutput
 from .sampling import LaneSampler
+
+
+@dataclass
+class Past:
+    """What a preempted request leaves: depths of its positions, passes of the core and lanes in them."""
+
+    trace: list[int]
+    passes: int = 0
+    lanes: int = 0
 
 
 class LaneSteps:
@@ -46,7 +60,7 @@ class LaneSteps:
             raise ValueError(f"{len(kv_cache_config.kv_cache_groups)} groups of KV caches: lanes need one")
         self.parts = parts = self.model.parts
         self.depth_config = config = self.model.config
-        lanes = LaneConfig.of(self.vllm_config)
+        self.lane_config = lanes = LaneConfig.of(self.vllm_config)
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         if [len(groups) for groups in self.attn_groups] != [1]:
             raise ValueError("lanes need one attention backend for all layers")
@@ -58,7 +72,7 @@ class LaneSteps:
         self.loop = Loop(
             parts,
             parts.attention,
-            KVPolicy(config.kv_policy, config.max_recurrences),
+            policy_of(config),
             self.sampler_of_lanes,
             rows=scheduler.max_num_seqs,
             length=self.max_model_len,
@@ -69,15 +83,22 @@ class LaneSteps:
             width=lanes.width,
             coda_batch=lanes.coda_batch,
             coda_age=lanes.coda_age,
+            wave=lanes.wave,
             reader=self._read_prompt,
             compile=lanes.compile,
         )
         self.sampler_of_lanes.script = self.loop.requests.script
+        self.loop.budget = max(lanes.budget, 0)
         self.free = list(range(scheduler.max_num_seqs))[::-1]
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through
-        self.history: dict[str, list[int]] = {}  # depths of preempted requests, for an exact replay
+        self.sent: dict[str, int] = {}  # prompt tokens of requests that are replayed from their prompts
+        self.history: dict[str, Past] = {}  # of preempted requests
         self.exits = [0] * (config.max_recurrences + 1)
+        rows = scheduler.max_num_seqs
+        self.decoder = torch.zeros(rows, dtype=torch.long, device=self.device)  # by row, a number in DECODERS
+        self.counted = torch.zeros(rows, 2, dtype=torch.long, device=self.device)  # passes and lanes, by row
+        self.work = torch.zeros(len(DECODERS), 3, dtype=torch.long, device=self.device)  # tokens, passes, lanes
         self.parked: Any = None
 
     # ---- a step -------------------------------------------------------------------------------------------------
@@ -130,6 +151,8 @@ class LaneSteps:
         state, row = self.requests[name], self.free.pop()
         params, done = state.sampling_params, len(state.output_token_ids)
         depth = depth_of(params.extra_args, self.depth_config)
+        past = self.history.pop(name, Past(depth.trace))
+        decoder = self._decoder(row, name)
         stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}
         self.loop.admit(
             row,
@@ -139,27 +162,44 @@ class LaneSteps:
                 rule=depth.rule,
                 threshold=depth.threshold,
                 prompt_exit=depth.prompt_exit,
-                trace=self.history.pop(name, depth.trace),
+                trace=past.trace if decoder.diffusion is None and not self.loop.routing else [],
                 remaining=min(params.max_tokens - done, self.max_model_len - state.num_tokens),
                 stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
                 fenced=params.structured_outputs is not None,
                 shown=name in self.num_prompt_logprobs,
+                wave=decoder.wave,
+                diffusion=decoder.diffusion,
             ),
         )
-        if done and self.loop.policy.overwrites:  # generated positions one by one, as they came
+        requests = self.loop.requests
+        requests.ticks[row], requests.items[row] = past.passes, past.lanes
+        self.counted[row], self.decoder[row] = torch.tensor([past.passes, past.lanes]), DECODERS.index(decoder.name)
+        if decoder.diffusion or self.loop.policy.overwrites:  # generated positions as they came
             known = torch.tensor(state.output_token_ids, dtype=torch.int32, device=self.device)
             start = len(state.prompt_token_ids)
-            self.loop.requests.script[row, start : start + done] = known + 1
+            requests.script[row, start : start + done] = known + 1
+            self.sent[name] = min(state.num_computed_tokens, start - 1)
         self.row[name] = row
-        self.sampler_of_lanes.admit(row, name)
 
-    def _release(self: Any, name: str) -> list[int]:
+    def _decoder(self: Any, row: int, name: str) -> Decoder:
+        """Of a request in `row`; the noise of a diffusion is the request's own, where it does not name a seed."""
+        params, lanes = self.requests[name].sampling_params, self.lane_config
+        decoder = decoder_of(params, lanes.decoder, lanes.wave)
+        self.sampler_of_lanes.admit(row, name, decoder.name)
+        if decoder.diffusion and not decoder.diffusion.seed:
+            seed = self.sampler_of_lanes.seed[row]
+            decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=seed))
+        return decoder
+
+    def _release(self: Any, name: str) -> Past:
         row = self.row.pop(name, None)
         if row is None:
-            return []
+            return Past([])
         self.free.append(row)
         self.flying.discard(name)
-        return self.loop.release(row).tolist()
+        self.sent.pop(name, None)
+        requests = self.loop.requests
+        return Past(self.loop.release(row).tolist(), int(requests.ticks[row]), int(requests.items[row]))
 
     def _prompt(self: Any, name: str, count: int) -> Prompt | None:
         """The known tokens that the scheduler wants computed; None for a request that decodes."""
@@ -167,14 +207,16 @@ class LaneSteps:
             return None
         state, row = self.requests[name], self.row[name]
         first, tokens = state.num_computed_tokens, [*state.prompt_token_ids, *state.output_token_ids]
-        last = first + count
+        last, prompt = first + count, len(state.prompt_token_ids)
         if last == len(tokens):
             self.flying.add(name)
-        if self.loop.policy.overwrites:
-            if first or last < len(tokens):
-                raise ValueError(f"kv_policy={self.loop.policy.name}: a prompt cannot be cut into chunks")
-            last = len(state.prompt_token_ids)
-        prompt = len(state.prompt_token_ids)
+        if self.loop.policy.overwrites and (first or last < len(tokens)):
+            raise ValueError(f"kv_policy={self.loop.policy.name}: a prompt cannot be cut into chunks")
+        if name in self.sent:  # generated positions follow by themselves, once vLLM expects tokens
+            first, last = self.sent[name], prompt if name in self.flying else min(last, prompt - 1)
+            self.sent[name] = max(first, last)
+            if first >= last:
+                return None
         return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying, generated=prompt)
 
     def _output(self: Any, names: list[str]) -> LaneOutput:
@@ -183,18 +225,28 @@ class LaneSteps:
         counts = requests.count[rows].tolist()
         tokens = [row[:n] for row, n in zip(requests.tokens[rows].tolist(), counts, strict=True)]
         depths = [row[:n] for row, n in zip(requests.depths[rows].tolist(), counts, strict=True)]
+        spent = self._count(rows).tolist()
         for name, new, deep in zip(names, tokens, depths, strict=True):
             self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.told.get(name, 0) :])
             for depth in deep:
-                self.exits[depth] += 1
+                self.exits[min(depth, len(self.exits) - 1)] += 1  # a diffusion may go deeper
         return LaneOutput(
             req_ids=names,
             req_id_to_index={name: number for number, name in enumerate(names)},
             sampled_token_ids=tokens,
             logprobs=self.sampler_of_lanes.lists(names, counts),
             prompt_logprobs_dict=self._prompt_logprobs(names),
-            depths=depths,
+            work=[[(depth, *now) for depth in deep] for deep, now in zip(depths, spent, strict=True)],
         )
+
+    def _count(self: Any, rows: Any) -> torch.Tensor:
+        """Passes and lanes [n, 2] that requests in `rows` [n] have had, which the counters then have, too."""
+        requests = self.loop.requests
+        spent = torch.stack([requests.ticks[rows], requests.items[rows]], 1)
+        new = torch.cat([requests.count[rows, None], spent - self.counted[rows]], 1)
+        self.work.index_add_(0, self.decoder[rows], new)
+        self.counted[rows] = spent
+        return spent
 
     # ---- log-probabilities of prompts ---------------------------------------------------------------------------
     def _read_prompt(self: Any, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
@@ -226,14 +278,17 @@ class LaneSteps:
         return found
 
 
-def counts(runner: Any) -> dict[str, list[int]]:
-    """How often tokens left after n recurrences, passes of the core had n lanes, and passes of the coda."""
+def counts(runner: Any) -> dict[str, Any]:
+    """How often tokens left after n recurrences, passes of the core had n lanes, and passes of the coda; by decoder,
+    the tokens, passes and lanes of requests since their prompts; lanes that waves fill a pass up to."""
 
     def by_number(counter: Any) -> list[int]:
         return [counter[n] for n in range(max(counter, default=0) + 1)]
 
     done = runner.loop.counts
-    return {"exits": runner.exits, "lanes": by_number(done.passes), "codas": by_number(done.reads)}
+    found = {"exits": runner.exits, "lanes": by_number(done.passes), "codas": by_number(done.reads)}
+    work = dict(zip(DECODERS, runner.work.tolist(), strict=True))
+    return {**found, "decoders": work, "budget": runner.loop.budget}
 
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
@@ -258,10 +313,22 @@ class LaneWork:
 
     def compile_or_warm_up_model(self: Any) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
-        self.model_runner.loop.warm_up()
+        runner: Any = self.model_runner
+        runner.loop.warm_up()
+        group: Any = get_tp_group()
+        if runner.lane_config.budget == MEASURED:
+            runner.loop.budget, times = knee(runner.loop, group.broadcast_object)
+            runner.loop.counts = Counts()
+            if group.is_first_rank:
+                at = ", ".join(f"{seconds * 1e3:.1f} ms with {n}" for n, seconds in times.items())
+                print(
+                    f"loopwise: waves fill a pass up to width={runner.loop.budget} lanes; a pass took {at}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return done
 
-    def recurrence_counts(self: Any) -> dict[str, list[int]]:
+    def recurrence_counts(self: Any) -> dict[str, Any]:
         return counts(self.model_runner)
 
 

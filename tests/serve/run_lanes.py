@@ -83,7 +83,12 @@ def _sampling(fields: dict) -> dict:
 def _answer(output) -> dict:
     done = output.outputs[0]
     tokens = list(done.token_ids)
-    answer = {"tokens": tokens, "depths": done.routed_experts.tolist(), "reason": done.finish_reason, "text": done.text}
+    answer = {
+        "tokens": tokens,
+        "depths": done.routed_experts[:, 0].tolist(),
+        "reason": done.finish_reason,
+        "text": done.text,
+    }
     if done.logprobs:
         answer["logprobs"] = [at[t].logprob for t, at in zip(tokens, done.logprobs, strict=True)]
     if output.prompt_logprobs:

@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from serve_tiny import GROUPED, HUGINN, LORA, NORMS, RECURSIVE, RETROFIT, SANDWICH, save, source_config
 
 from loopwise.serve import Params
+from loopwise.serve.engine.diffusion import Diffusion
 from tests.serve.engine.oracle import Answer, Oracle
 
 pytestmark = [
@@ -49,6 +50,7 @@ class Case:
     source: dict[str, Any] = field(default_factory=lambda: CALM)
     count: int = 16
     rules: tuple[str, ...] = CHEAP
+    decoders: tuple[str, ...] = ("plain",)
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=lambda: FEW_BLOCKS)
     lanes: dict[str, Any] = field(default_factory=dict)
@@ -59,10 +61,12 @@ class Case:
 WHOLE_PROMPTS = {**FEW_BLOCKS, "enable_chunked_prefill": False, "enable_prefix_caching": False}
 WHOLE_PROMPTS |= {"max_num_batched_tokens": 128}
 TWO_RANKS = {"engine": {**FEW_BLOCKS, "tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
-SEEDS = {f"seed-{n}": Case(policy=("per-depth", "last-exited")[n % 2], count=64, seed=100 + n) for n in range(20)}
+ALL = ("plain", "plain", "wave", "wave", "diffusion")
+POLICIES = ("per-depth", "last-exited")
+SEEDS = {f"seed-{n}": Case(policy=POLICIES[n % 2], count=64, seed=100 + n, decoders=ALL) for n in range(20)}
 CASES = {
-    "per-depth": Case(count=64, seed=1),
-    "last-exited": Case(policy="last-exited", count=64, seed=2),
+    "per-depth": Case(count=64, seed=1, decoders=ALL),
+    "last-exited": Case(policy="last-exited", count=64, seed=2, decoders=ALL),
     "rules-that-read-logits": Case(
         policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"ticks": 5}
     ),
@@ -70,21 +74,21 @@ CASES = {
     "transformers-backend": Case(
         "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
     ),
-    "relaxed": Case(shape=RELAXED),
+    "relaxed": Case(shape=RELAXED, decoders=("wave",)),
     "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
     "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
-    "single": Case(policy="single", engine=WHOLE_PROMPTS),
+    "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
-    "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS),
-    "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6}),
-    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}),
-    "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS),
+    "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
+    "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6, "budget": 9}, decoders=ALL),
+    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
+    "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, decoders=("plain", "wave")),
 }
 
 
 def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list[dict[str, int]]]:
     """Prompts, what is asked of each, and when each comes and is aborted."""
-    draw = random.Random(seed)
+    draw, flight = random.Random(seed), random.Random(seed)
     common = [draw.randrange(256) for _ in range(70)]  # so that prompts share blocks
     prompts, params, times = [], [], []
     for _ in range(case.count):
@@ -105,13 +109,36 @@ def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list
             )
         )
         arrive = draw.randrange(case.count // 2)
+        params[-1] = in_flight(params[-1], case.decoders, flight)
         times.append({"arrive": arrive, "abort": arrive + draw.randint(1, 6) if draw.random() < 0.15 else -1})
     return prompts, params, times
 
 
+def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) -> Params:
+    """`params` with a decoder."""
+    decoder, wave = draw.choice(decoders), draw.randint(2, 8)
+    if decoder != "diffusion":
+        return replace(params, decoder=decoder, wave=wave)
+    limit: Any = params.num_recurrences
+    freeze = draw.choice(("latent-diff", "acceleration", "token-stability", "fixed"))
+    diffusion = Diffusion(
+        inner=draw.randint(1, limit),
+        headway=draw.randint(1, 2),
+        ema=draw.choice((0.0, 0.1)),
+        freeze=freeze,
+        threshold=draw.uniform(0.3, 0.9),
+        continuous=draw.random() < 0.3,
+    )
+    depth = {"exit_rule": "fixed", "exit_threshold": 0.0, "min_recurrences": 1, "prompt_exit": False, "trace": ()}
+    return replace(params, decoder=decoder, wave=wave, diffusion=diffusion, **depth)
+
+
 def sampling(params: Params) -> dict[str, Any]:
-    names = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit")
+    names = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave")
     arguments = {name: getattr(params, name) for name in names} | {"trace": list(params.trace)}
+    if params.decoder == "diffusion":
+        arguments["diffusion"] = asdict(params.diffusion)
+        del arguments["diffusion"]["wave"]
     return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
 
 
@@ -139,7 +166,13 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         model = save(folder / name, source_config(case.model_type, **case.source), **shape)
         prompts, params, times = requests(case, case.seed)
         oracle = Oracle(model)
-        wanted[name] = [oracle.generate(p, q) for p, q in zip(prompts, params, strict=True)], times
+        wanted[name] = (
+            [
+                oracle.diffuse(p, q, q.wave) if q.decoder == "diffusion" else oracle.generate(p, q)
+                for p, q in zip(prompts, params, strict=True)
+            ],
+            times,
+        )
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
         work.append({"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}})
@@ -161,6 +194,7 @@ def test_equals_every_request_alone(name, answers):
         )
         assert all(times[n]["abort"] >= 0 for n in range(len(wanted)) if got[n] is None)
         assert [got[n]["tokens"] for n in done] == [wanted[n].tokens for n in done]
-        assert [got[n]["depths"] for n in done] == [wanted[n].depths for n in done]
+        plain = [n for n in done if len(wanted[n].depths) == len(wanted[n].tokens)]  # a diffusion's oracle has none
+        assert [got[n]["depths"] for n in plain] == [wanted[n].depths for n in plain]
     assert result["held"] == {"blocks": 0, "requests": 0}
     assert result["preemptions"] > 0

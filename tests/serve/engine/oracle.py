@@ -188,7 +188,13 @@ class Oracle:
         of, limit = params.diffusion, params.num_recurrences
         answer, store = Answer(), Store(self.policy, limit, self.length)
         x = self.positions(prompt, 0, store, answer, params, [limit] * len(prompt))
-        frozen = [*prompt, int(self.logits(x[None])[0].argmax())]
+
+        def best(logits: torch.Tensor) -> list[int]:
+            top = logits.topk(2)
+            answer.margin = min(answer.margin, float((top.values[:, 0] - top.values[:, 1]).min()))
+            return top.indices[:, 0].tolist()
+
+        frozen = [*prompt, *best(self.logits(x[None]))]
         tokens, first = list(frozen), len(prompt)
         states: list[Any] = [None]
         previous: Any = [None]
@@ -213,7 +219,7 @@ class Oracle:
             previous = torch.stack([starts[i] if p is None else p for i, p in enumerate(previous)])
             for depth in range(of.inner):
                 s = self.run("core", self.model.injection(s, e), positions, store, depth)
-            guess = self.logits(self.coda(s, positions, store)).argmax(-1).tolist()
+            guess = best(self.logits(self.coda(s, positions, store)))
             edits = [tokens[first], *guess[:-1]]
             for i in range(len(edits)):
                 stable[first + i] = stable.get(first + i, 0) + (tokens[first + i] == edits[i])
@@ -221,9 +227,9 @@ class Oracle:
             size = s.norm(dim=-1)
             if of.freeze == "acceleration":
                 far = torch.stack([c if d is None else c - d for c, d in zip(change, changes, strict=True)])
-                ok = (far.norm(dim=-1) / size < of.threshold).tolist()
+                ok = self.below(far.norm(dim=-1) / size, of.threshold, answer)
             elif of.freeze == "latent-diff":
-                ok = (change.norm(dim=-1) / size < of.threshold).tolist()
+                ok = self.below(change.norm(dim=-1) / size, of.threshold, answer)
             elif of.freeze == "token-stability":
                 ok = [stable[first + i] > limit // of.inner for i in range(len(edits))]
             else:
@@ -246,6 +252,11 @@ class Oracle:
             step += 1
         answer.tokens = frozen[len(prompt) :][: params.max_tokens]
         return answer
+
+    @staticmethod
+    def below(values: torch.Tensor, threshold: float, answer: Answer) -> list[bool]:
+        answer.margin = min(answer.margin, float(((values - threshold) / threshold).abs().min()))
+        return (values < threshold).tolist()
 
 
 class Rule:

@@ -1,0 +1,84 @@
+"""How a request's positions are decoded: one by one, as an exact wave, or by diffusion. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..engine.diffusion import Diffusion
+
+DECODERS = ("plain", "wave", "diffusion")
+LARGE = 1 << 43  # no number of a diffusion is as large
+# vLLM's sampling parameters that read earlier tokens, or that are reported token by token, and what leaves them out.
+HISTORY: dict[str, tuple] = {
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "repetition_penalty": (1, None),
+    "min_tokens": (0, None),
+    "bad_words": ([], None),
+    "structured_outputs": (None,),
+    "logprobs": (None,),
+    "logprob_token_ids": ([], None),
+    "thinking_token_budget": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`wave`: positions in flight of an exact wave (1: plain decoding); or the `diffusion` of a request."""
+
+    wave: int = 1
+    diffusion: Diffusion | None = None
+
+    @property
+    def name(self) -> str:
+        return "diffusion" if self.diffusion else "wave" if self.wave > 1 else "plain"
+
+    def ahead(self, ticks: int, wave: int) -> int:
+        """Positions beyond the newest token's that a step of `ticks` may reach, in an engine made for `wave`: a wave
+        starts one a tick."""
+        return self.diffusion.ahead(ticks, wave) if self.diffusion else ticks + self.wave
+
+
+def decoder_of(params: Any, decoder: str, wave: int) -> Decoder:
+    """Of a request with vLLM's sampling `params`; where its `extra_args` name none, `decoder` and `wave` of the server.
+    A wave whose parameters read earlier tokens is decoded plainly, which gives the same."""
+    given = params.extra_args or {}
+    name = given.get("decoder", decoder)
+    if name == "diffusion":
+        return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), wave=given.get("wave", wave)))
+    return Decoder(given.get("wave", wave) if name == "wave" and history(params) is None else 1)
+
+
+def history(params: Any) -> str | None:
+    """The first of vLLM's sampling parameters for which tokens must be certain when the next one is sampled."""
+    return next((n for n, absent in HISTORY.items() if getattr(params, n, None) not in absent), None)
+
+
+def diffusion(given: dict[str, Any] | str) -> Diffusion:
+    """Of the field `diffusion`, an object or its JSON text. Raises ValueError, which names what is wrong in it."""
+    from ..engine.diffusion import Diffusion
+
+    kinds = {f.name: type(f.default) for f in fields(Diffusion) if f.name != "wave"}
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = str(given)
+    if not isinstance(given, dict):
+        raise ValueError(f"={given!r}: an object of {', '.join(kinds)}")
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f".{name}: no such field; they are {', '.join(kinds)}")
+        kind = kinds[name]
+        wanted = (int, float) if kind is float else kind
+        large = isinstance(value, int | float) and not abs(value) < LARGE
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or large:
+            told = {int: "an integer", float: "a finite number", bool: "true or false", str: "a name"}[kind]
+            raise ValueError(f".{name}={value!r}: {told}")
+    made = Diffusion(**given)
+    if mistake := made.mistake():
+        raise ValueError(f".{mistake}")
+    return made
