@@ -86,6 +86,7 @@ class Engine:
         prompt_lanes: int = 512,
         wave: int = 1,
         dtype: str | None = None,
+        compile: bool = False,
     ):
         self.tokenizer = None
         if isinstance(model, str | Path):
@@ -128,7 +129,10 @@ class Engine:
                 width=width,
                 coda_batch=coda_batch,
                 wave=wave,
+                compile=compile,
             )
+            if compile:
+                self.loop.warm_up()
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
             self.loop.requests.table.copy_(table.view(rows, blocks))
         self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes

@@ -151,6 +151,7 @@ class Relaxation(nn.Module):
                 values = shared.data.new_empty(depths, *shared.shape)
                 self.own[target.replace(".", "-")] = nn.Parameter(values, requires_grad=False)
         self._loaded: set[tuple[str, Any]] = set()
+        self._depth_of_rows: Callable[[], torch.Tensor] | None = None  # of by_row
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
         """Take checkpoint tensor `name`, counted from the relaxation of this layer."""
@@ -186,6 +187,9 @@ class Relaxation(nn.Module):
                 if parameter != "bias":
                     raise ValueError(f"{target}: a matrix for every depth; only biases and norms can be")
                 shared.zero_()
+        if self._depth_of_rows is not None:
+            for name, values in self._norms().items():
+                _norm_by_row(self._layer[0].get_submodule(name), values, self._depth_of_rows)
 
     def replaced(self) -> set[str]:
         """Names of vLLM's parameters of the layer that no longer count."""
@@ -211,8 +215,7 @@ class Relaxation(nn.Module):
                 return change(out, args[0], depth())
 
             self._layer[0].get_submodule(name).register_forward_hook(hook)
-        for name, values in self._norms().items():
-            _norm_by_row(self._layer[0].get_submodule(name), values, depth)
+        self._depth_of_rows = depth
 
     def _place(self, target: str) -> tuple[Any, str]:
         parent, _, parameter = target.rpartition(".")
