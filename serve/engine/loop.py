@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from .attention import Attention, Rows
+from .compiled import compiled
 from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
@@ -45,12 +46,10 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Counts:
-    """What was done: `passes` of the core over `items` lanes, `reads` of the coda over `read` of them."""
+    """What was done: how many `passes` of the core, and `reads` of the coda and the head, had n lanes."""
 
-    passes: int = 0
-    items: int = 0
-    reads: int = 0
-    read: int = 0
+    passes: Counter[int] = field(default_factory=Counter)
+    reads: Counter[int] = field(default_factory=Counter)
 
 
 def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
@@ -93,11 +92,13 @@ class Loop:
         coda_age: int = 4,
         wave: int = 1,
         reader: Reader | None = None,
+        compile: bool = False,
     ):
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
         nearest to their token go first. `wave`: most positions that one request may have in flight before its token;
         waves may fill a pass up to `budget` lanes (an attribute; 0 for no bound), certain positions always run.
-        `reader` gets the prompts of requests that are `shown`.
+        `reader` gets the prompts of requests that are `shown`. `compile`: passes of the core are compiled, by `warm_up`, if
+        `parts` can be.
         Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
         if width and width < (policy.depths if policy.complete else 1):
@@ -105,6 +106,7 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
+        self.recur = compiled(recur) if compile and parts.compilable else recur
         self.wave, self.budget = wave, 0
         self.diffusions: dict[int, Diffusion] = {}  # by row
         self.waves: dict[int, Wave] = {}
@@ -125,6 +127,14 @@ class Loop:
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
         self.counts = Counts()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """A pass of two lanes that writes nothing, so that what is compiled is compiled now."""
+        two = torch.arange(2, device=self.device)
+        s, none = self.lanes.s.new_zeros(2, self.lanes.s.shape[1]), torch.zeros_like(two)
+        self.attention.plan(Rows(self.requests.table, none, two, none, none > 0))
+        self.recur(self.parts, s, s.clone(), two, none)
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:
@@ -254,11 +264,10 @@ class Loop:
         place = self.routing.places(row, position, depth) if self.routing else position
         plan = self.attention.plan(Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of)))
         before = lanes.s[which]
-        after = recur(self.parts, before, lanes.e[which] if self.keeps_input else before, position, depth)
+        after = self.recur(self.parts, before, lanes.e[which] if self.keeps_input else before, position, depth)
         depth = depth + 1
         lanes.s[which], lanes.depth[which] = after, depth
-        self.counts.passes += 1
-        self.counts.items += len(which)
+        self.counts.passes[len(which)] += 1
         lanes_of = torch.bincount(row[which < lanes.own], minlength=len(requests.items))
         requests.items += lanes_of
         requests.ticks += lanes_of > 0
@@ -323,8 +332,7 @@ class Loop:
             return
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
-        self.counts.reads += 1
-        self.counts.read += len(which)
+        self.counts.reads[len(which)] += 1
         logits = self.parts.logits(self._coda(lanes.s[which], row, position))
         refine(self, rows, self.sampler(logits, row, position + 1))
 
@@ -341,8 +349,7 @@ class Loop:
             which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
         s = torch.where(lanes.exited[which][:, None], lanes.read[which], lanes.s[which])
         x = self._coda(s, lanes.row[which], lanes.position[which])
-        self.counts.reads += 1
-        self.counts.read += len(which)
+        self.counts.reads[len(which)] += 1
         shown = self._shown(which)
         if self.reader is not None and bool(shown.any()):
             self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])

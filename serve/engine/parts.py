@@ -20,6 +20,11 @@ class Parts(Protocol):
     injection: Injection
     router: Any  # a model.router.Router, or None
 
+    @property
+    def compilable(self) -> bool:
+        """Whether a recurrence is one graph (see compiled.py)."""
+        ...
+
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """tokens, positions [N] -> [N, D]."""
         ...

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from ...errors import UserError
 from ...model.relaxation import matrix
 from .attention import Attention
+from .compiled import attend, own
 from .relaxation import by_depth, relax_linear
 
 NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
@@ -37,6 +38,7 @@ class TransformersParts:
         name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
         AttentionInterface.register(name, self._attend)
         source.set_attn_implementation(name)
+        self.number = own(self)
         self.attention: Attention | None = None
         self.layer, self.depth = 0, torch.empty(0)
         self._visit: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor] | None = None
@@ -66,6 +68,11 @@ class TransformersParts:
         for part in ("prelude", "coda", "core"):
             self.layers(part, x, position, position)
         return [found[layer] for layer in sorted(found)]
+
+    @property
+    def compilable(self) -> bool:
+        """Whether a pass of the core is one graph: parameters of a depth's own are looked up row by row."""
+        return not (self.config.relaxation or {}).get("own")
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _visited(self, index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -162,8 +169,8 @@ class TransformersParts:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface: q, k, v [1, H or K, N, C] -> [1, N, H, C]."""
-        assert self.attention is not None
-        out = self.attention(
+        out = attend(
+            self,
             self.layer,
             *(t[0].transpose(0, 1) for t in (query, key, value)),
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

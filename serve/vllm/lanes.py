@@ -14,7 +14,7 @@ class LaneConfig:
     """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; exits wait until
     there are `coda_batch` of them, at most `coda_age` ticks. `decoder` of requests that name none, and `wave`: most
     positions of one request in flight; waves fill passes up to `budget` lanes, -1: as many as cost little, measured at
-    the start."""
+    the start. `compile`: passes of the core are compiled."""
 
     ticks: int = 16
     width: int = 0
@@ -23,6 +23,7 @@ class LaneConfig:
     decoder: str = "plain"
     wave: int = 8
     budget: int = 0
+    compile: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:

@@ -8,7 +8,6 @@ Shapes: N rows, D width.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from ..engine import attention as engine
+from ..engine.compiled import attend, own
 from .recurrence import attention_named, convention, fold
 
 
 class VllmParts:
     """The pieces of `model`, a RecurrentDepthForCausalLM of vLLM, whose layers are the engine's from then on.
 
-    `attention` is set once the cache is there. `passes` and `reads` count how many rows core and coda had, by number.
+    `attention` is set once the cache is there.
     """
 
     def __init__(self, model: Any, layers: list[Any], slots: int, context: dict[str, Any]):
@@ -39,11 +39,10 @@ class VllmParts:
         }
         self.outer = prelude + len(config.coda)
         self.kind = convention(layers[0])
+        self.number = own(self)
         self.attention: engine.Attention | None = None
         self.caches: list[list[Attention]] = []  # by the engine's number of the layer, by slot
         self.depth = torch.empty(0)
-        self.passes: Counter[int] = Counter()
-        self.reads: Counter[int] = Counter()
         self._taken: list[tuple[tuple, dict]] | None = None
         self._first_suffices = False
         self._handed: torch.Tensor | None = None
@@ -69,15 +68,19 @@ class VllmParts:
         self.caches.append([attention_named(attention, index, name, context) for name in names])
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
 
-        def attend(query, key, value, output_shape=None):
+        def forward(query, key, value, output_shape=None):
             """vLLM's Attention.forward: [N, H C] -> [N, H C]."""
-            assert self.attention is not None, "no cache yet"
             n = query.numel() // (heads * attention.head_size)
             q, k, v = query.view(n, heads, -1), key.view(n, kv_heads, -1), value.view(n, kv_heads, -1)
-            out = self.attention(number, q, k, v)
+            out = attend(self, number, q, k, v)
             return out.reshape(output_shape if output_shape is not None else query.shape)
 
-        attention.forward = attend  # pyright: ignore[reportAttributeAccessIssue]
+        attention.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def compilable(self) -> bool:
+        """Whether a pass of the core is one graph: vLLM's Transformers backend asks the source model for its tables."""
+        return self.kind.__name__ != "_transformers"
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _tap(self, index: int, last: bool) -> Any:
@@ -136,9 +139,6 @@ class VllmParts:
         if part == "core":
             assert depth is not None, "the core runs at depths"
             self.depth = depth
-            self.passes[len(x)] += 1
-        elif part == "coda":
-            self.reads[len(x)] += 1
         kind = self.kind.__name__
         if kind == "_transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)

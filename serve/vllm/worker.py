@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from ..engine.knee import knee
 from ..engine.kv import policy_of
 from ..engine.lanes import MAX_STOPS, Request
-from ..engine.loop import Loop, Prompt
+from ..engine.loop import Counts, Loop, Prompt
 from .attention import PagedAttention
 from .decoders import DECODERS, Decoder, decoder_of
 from .lanes import MEASURED, LaneConfig, depth_of
@@ -85,6 +85,7 @@ class LaneSteps:
             coda_age=lanes.coda_age,
             wave=lanes.wave,
             reader=self._read_prompt,
+            compile=lanes.compile,
         )
         self.sampler_of_lanes.script = self.loop.requests.script
         self.loop.budget = max(lanes.budget, 0)
@@ -284,7 +285,8 @@ def counts(runner: Any) -> dict[str, Any]:
     def by_number(counter: Any) -> list[int]:
         return [counter[n] for n in range(max(counter, default=0) + 1)]
 
-    found = {"exits": runner.exits, "lanes": by_number(runner.parts.passes), "codas": by_number(runner.parts.reads)}
+    done = runner.loop.counts
+    found = {"exits": runner.exits, "lanes": by_number(done.passes), "codas": by_number(done.reads)}
     work = dict(zip(DECODERS, runner.work.tolist(), strict=True))
     return {**found, "decoders": work, "budget": runner.loop.budget}
 
@@ -312,11 +314,11 @@ class LaneWork:
     def compile_or_warm_up_model(self: Any) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
         runner: Any = self.model_runner
+        runner.loop.warm_up()
         group: Any = get_tp_group()
         if runner.lane_config.budget == MEASURED:
             runner.loop.budget, times = knee(runner.loop, group.broadcast_object)
-            runner.parts.passes.clear()
-            runner.parts.reads.clear()
+            runner.loop.counts = Counts()
             if group.is_first_rank:
                 at = ", ".join(f"{seconds * 1e3:.1f} ms with {n}" for n, seconds in times.items())
                 print(
