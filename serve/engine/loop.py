@@ -97,8 +97,8 @@ class Loop:
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
         nearest to their token go first. `wave`: most positions that one request may have in flight before its token;
         waves may fill a pass up to `budget` lanes (an attribute; 0 for no bound), certain positions always run.
-        `reader` gets the prompts of requests that are `shown`. `compile`: passes of the core are compiled, by `warm_up`, if
-        `parts` can be.
+        `reader` gets the prompts of requests that are `shown`. `compile`: passes of the core are compiled, by
+        `warm_up`, if `parts` can be.
         Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
         if width and width < (policy.depths if policy.complete else 1):

@@ -139,7 +139,7 @@ def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path,
 
 
 def test_says_what_it_picked():
-    def line(facts: Facts, **settings: str) -> str:
+    def line(facts: Facts, **settings: object) -> str:
         return choose(facts, ServeRecipe.model_validate(settings)).line()
 
     facts = Facts("llama", 3, 8, "last-exited", {"rule": "cosine", "threshold": 0.1}, False, "cycle")
@@ -149,7 +149,7 @@ def test_says_what_it_picked():
         in line(facts)
     )
     assert "decoder=wave (up to wave=5 tokens of a request in flight), 16 ticks a step" in line(
-        facts, decoder="wave", wave="5"
+        facts, decoder="wave", wave=5
     )
     assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
     assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loopwise.convert import ConvertRecipe, convert
+from loopwise.cli import main
 from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.diffusion import Diffusion
@@ -28,7 +28,7 @@ CASES = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_te
 def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("huginn")
     write(out / "source")
-    convert(str(out / "source"), str(out / "imported"), ConvertRecipe())
+    assert main(["convert", str(out / "source"), str(out / "imported")]) == 0
     return out / "imported"
 
 

@@ -52,10 +52,10 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
     prompts = [[5 + n, 6, 7] for n in range(4)]
     engine = Engine(build(), rows=4, length=64, wave=6)
     plain = engine.generate(prompts, params)
-    reads = engine.loop.counts.read
+    reads = engine.loop.counts.reads.total()
     engine.loop.budget = 4
     assert engine.generate(prompts, replace(params, decoder="wave", wave=6)) == plain
-    assert engine.loop.counts.read == 2 * reads
+    assert engine.loop.counts.reads.total() == 2 * reads
     engine.loop.budget = 10
     some = engine.generate(prompts, [replace(params, decoder="wave", wave=6), *[params] * 3])
     assert [c.tokens for c in some] == [c.tokens for c in plain]
