@@ -17,13 +17,15 @@ import torch
 @dataclass
 class Rows:
     """Which rows a call has. `tables` [requests, blocks] are the block tables; `request`, `position`, `slot` [N] say
-    whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all)."""
+    whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all).
+    `alone`: no two rows are of one request."""
 
     tables: torch.Tensor
     request: torch.Tensor
     position: torch.Tensor
     slot: torch.Tensor
     write: torch.Tensor | None = None
+    alone: bool = False
 
 
 class Attention(Protocol):
@@ -50,6 +52,8 @@ class Attention(Protocol):
 def runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """First row [M] and number of rows [M] of every run."""
     request, position, slot = rows.request, rows.position, rows.slot
+    if rows.alone:
+        return torch.arange(len(request), device=request.device), torch.ones_like(request)
     new = torch.ones_like(request, dtype=torch.bool)
     new[1:] = (request[1:] != request[:-1]) | (slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)
     first = new.nonzero().squeeze(1)

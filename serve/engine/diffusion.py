@@ -20,6 +20,7 @@ from .parts import start
 if TYPE_CHECKING:
     from .loop import Loop
 
+NEVER = 1 << 40  # recurrences after which a lane leaves of itself
 FREEZES = ("latent-diff", "acceleration", "token-stability", "fixed")
 
 
@@ -158,10 +159,9 @@ def _append(loop: Loop, row: int, first: int, tokens: torch.Tensor, states: torc
     lanes = loop.lanes
     own = lanes.span(row, first, first + len(tokens))
     position = torch.arange(first, first + len(tokens), device=own.device)
-    lanes.row[own], lanes.position[own], lanes.token[own] = row, position, tokens
-    lanes.depth[own], lanes.target[own], lanes.stable[own], lanes.guess[own] = 0, 0, 0, -1
-    lanes.running[own], lanes.emits[own], lanes.open[own] = True, True, True
-    lanes.exited[own], lanes.waiting[own] = False, False
+    zero = torch.zeros_like(own)
+    lanes.begin(own, [zero + row, position, zero, zero + NEVER, zero, tokens, zero - 1])
+    lanes.stable[own] = 0
     if states is not None:
         lanes.s[own] = lanes.read[own] = states
     lanes.e[own], lanes.change[own] = 0.0, 0.0

@@ -51,10 +51,13 @@ class KVPolicy:
         """Whether [N] the recurrence writes; None: always."""
         return depth == 0 if self.name == "first" else None
 
+    @property
+    def fills(self) -> bool:
+        """Whether an early exit leaves slots empty, which then get what was there last."""
+        return not self.complete and self.slots > 1 and self.name != "routed"
+
     def empty(self, depth: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         """Slots [N] that an exit after `depth` recurrences leaves empty, of a request that may go to `limit`."""
-        if self.complete or self.slots == 1 or self.name == "routed":
-            return torch.zeros_like(depth)
         return (limit.clamp(max=self.slots) - depth).clamp(min=0)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from .diffusion import Diffusion
 
 MAX_STOPS = 16
+BEGUN = 7  # facts that a lane starts with
 
 
 @dataclass
@@ -79,19 +80,30 @@ class Lanes:
 
     def __init__(self, rows: int, ring: int, prompts: int, width: int, dtype: torch.dtype, device: torch.device):
         self.ring, self.own, count = ring, rows * ring, rows * ring + prompts
-        self.row = torch.zeros(count, dtype=torch.long, device=device)
-        self.position, self.depth, self.target, self.left = (torch.zeros_like(self.row) for _ in range(4))
-        self.token, self.guess = torch.zeros_like(self.row), torch.zeros_like(self.row)
-        # left: recurrences at the exit; token: what the lane started from; guess: what it says comes next, or -1
+        # Whole numbers and flags stand together, so that all of a lane's are read or written at once.
+        self.facts = torch.zeros(9, count, dtype=torch.long, device=device)
+        self.row, self.position, self.depth, self.target, self.free, self.token, self.guess = self.facts[:BEGUN]
+        self.left, self.stable = self.facts[BEGUN:]
+        # target: recurrences at which it leaves, if no rule (`free` is 1) ends it before; token: what it started from;
+        # guess: what it says comes next, or -1; left: recurrences at the exit; stable: of diffusion, steps with an
+        # unchanged token
         self.s = torch.zeros(count, width, dtype=dtype, device=device)
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
-        self.stable = torch.zeros_like(self.row)  # of diffusion: steps with an unchanged token
         self.change = torch.zeros_like(self.s)  # of diffusion: what the last step changed of s
-        self.running, self.emits, self.exited, self.waiting, self.open = (
-            torch.zeros_like(self.row, dtype=torch.bool) for _ in range(5)
-        )
-        # running: takes part in ticks; emits: a token comes of it; exited: has left, though it may run on for the
-        # sake of its keys and values; waiting: is not read out yet; open: its token is not out yet
+        self.flags = torch.zeros(5, count, dtype=torch.bool, device=device)
+        self.running, self.emits, self.open, self.waiting, self.exited = self.flags
+        # running: takes part in ticks; emits: a token comes of it; open: its token is not out yet; waiting: is not read
+        # out yet; exited: has left, though it may run on for the sake of its keys and values
+
+    def begin(self, where: torch.Tensor, facts: list[torch.Tensor]) -> None:
+        """Start lanes `where` [m] with the first BEGUN facts, each [m]."""
+        self.facts[:BEGUN].index_copy_(1, where, torch.stack(facts))
+        self.flags[:3].index_fill_(1, where, True)
+        self.flags[3:].index_fill_(1, where, False)
+
+    def of_live(self, flag: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """The rows' own lanes [n] that have a flag, of rows that are `live`."""
+        return (flag[: self.own].view(-1, self.ring) & live[:, None]).view(-1).nonzero().squeeze(1)
 
     def of(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The row's own lane for a position."""

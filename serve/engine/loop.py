@@ -97,8 +97,8 @@ class Loop:
         """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
         nearest to their token go first. `wave`: most positions that one request may have in flight before its token;
         waves may fill a pass up to `budget` lanes (an attribute; 0 for no bound), certain positions always run.
-        `reader` gets the prompts of requests that are `shown`. `compile`: passes of the core are compiled, by
-        `warm_up`, if `parts` can be.
+        `reader` gets the prompts of requests that are `shown`. `compile`: `warm_up` compiles the core, if `parts` can
+        be.
         Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
         if width and width < (policy.depths if policy.complete else 1):
@@ -118,9 +118,9 @@ class Loop:
         self.requests = Requests(rows, length, blocks, room, self.device)
         self.lanes = Lanes(rows, ring, prompt_lanes, hidden, like.dtype, self.device)
         self.rules = ExitRules(len(self.lanes.row), parts.config.vocab_size, self.device)
-        self.rule_of: dict[int, str] = {}  # by row
+        self.features: dict[int, set[str]] = {}  # by row: its rule, and what else not every request has
+        self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
         self.prompt_exit: dict[int, bool] = {}
-        self.in_use: Counter[str] = Counter()
         self.chunks: list[Chunk] = []
         self.parked: list[tuple[torch.Tensor, torch.Tensor]] = []  # lanes of fenced rows, and what the head reads
         self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
@@ -148,8 +148,16 @@ class Loop:
         self.requests.admit(row, request, NUMBER[rule])
         if self.routing:
             self.routing.admit(row)
-        self.in_use[rule] += 1
-        self.rule_of[row], self.prompt_exit[row] = rule, request.prompt_exit
+        others = {"wave": request.wave > 1, "fenced": request.fenced, "shown": request.shown}
+        self.features[row] = {rule, *(name for name, has in others.items() if has)}
+        self.in_use.update(self.features[row])
+        self.prompt_exit[row] = request.prompt_exit
+
+    def script(self, row: int, start: int, tokens: torch.Tensor) -> None:
+        """Tokens [n] of a row at positions `start` and after, which are known: they are not sampled, nor put out."""
+        self.requests.script[row, start : start + len(tokens)] = tokens.int() + 1
+        self.in_use["script"] += "script" not in self.features[row]
+        self.features[row].add("script")
 
     def refusal(self, request: Request) -> str | None:
         """Why a request's decoder does not go with the model, its KV policy or the request itself; None if it does."""
@@ -179,8 +187,7 @@ class Loop:
         self.requests.live[row] = False
         self.diffusions.pop(row, None)
         self.waves.pop(row, None)
-        self.in_use[self.rule_of.pop(row)] -= 1
-        self.in_use = +self.in_use
+        self.in_use -= Counter(self.features.pop(row))
         return self.requests.trace[row].clone()
 
     def prompt(self, prompts: list[Prompt]) -> None:
@@ -238,9 +245,12 @@ class Loop:
 
     # ---- a tick -------------------------------------------------------------------------------------------------
     def _runnable(self) -> torch.Tensor:
-        lanes = self.lanes
-        which = (lanes.running & self.requests.live[lanes.row]).nonzero().squeeze(1)
-        own = which[which < lanes.own]
+        lanes, live = self.lanes, self.requests.live
+        which = own = lanes.of_live(lanes.running, live)
+        if self.chunks:
+            rest = slice(lanes.own, self.chunks[-1].last)
+            of_prompts = (lanes.running[rest] & live[lanes.row[rest]]).nonzero().squeeze(1) + lanes.own
+            which = torch.cat([own, of_prompts])
         width = self.width or (most(self, own) if self.budget and self.wave > 1 else 0)
         if not width or len(own) <= width:
             return which
@@ -254,35 +264,36 @@ class Loop:
         if self.requests.refines[cut] and len(partial := (lanes.row[chosen] == cut).nonzero()):
             chosen = chosen[: int(partial[0])] if int(partial[0]) else own[row == cut]
         self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
-        return torch.cat([chosen.sort().values, which[which >= lanes.own]])
+        return torch.cat([chosen.sort().values, which[len(own) :]])
 
     def _recur(self, which: torch.Tensor) -> None:
         lanes, requests, policy = self.lanes, self.requests, self.policy
-        row, position, depth = lanes.row[which], lanes.position[which], lanes.depth[which]
-        refined = requests.refines[row] & (which < lanes.own)
-        pass_of = torch.where(refined, requests.phase[row], depth)  # each step of a diffusion goes over the same slots
+        row, position, depth, target, free = lanes.facts[:5].index_select(1, which).unbind()
+        own = row[which < lanes.own] if self.chunks else row
+        pass_of = depth
+        if self.waves:  # each step of a diffusion goes over the same slots
+            pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
-        plan = self.attention.plan(Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of)))
-        before = lanes.s[which]
-        after = self.recur(self.parts, before, lanes.e[which] if self.keeps_input else before, position, depth)
+        alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
+        rows = Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of), alone)
+        plan = self.attention.plan(rows)
+        before = lanes.s.index_select(0, which)
+        e = lanes.e.index_select(0, which) if self.keeps_input else before
+        after = self.recur(self.parts, before, e, position, depth)
         depth = depth + 1
-        lanes.s[which], lanes.depth[which] = after, depth
         self.counts.passes[len(which)] += 1
-        lanes_of = torch.bincount(row[which < lanes.own], minlength=len(requests.items))
+        lanes_of = torch.bincount(own, minlength=len(requests.items))
         requests.items += lanes_of
         requests.ticks += lanes_of > 0
-        requests.phase += (lanes_of > 0) & requests.refines
+        if self.waves:
+            requests.phase += (lanes_of > 0) & requests.refines
 
-        limit, target = requests.limit[row], lanes.target[which]
-        over = (depth >= limit) & ~refined
-        leaves = over | ((target > 0) & (depth >= target) & ~refined)
+        leaves = depth >= target
         if self.routing:
             after, leaves = self.routing.combine(which, depth - 1, before, after)
-            lanes.s[which] = after
-        rules = {rule for rule in self.in_use if RULES[rule].reads != "nothing"}
+        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
         if rules:
-            free = (target == 0) & ~lanes.exited[which] & ~refined
-            rule = torch.where(free, requests.rule[row], NUMBER["fixed"])
+            rule = torch.where((free > 0) & ~lanes.exited[which], requests.rule[row], NUMBER["fixed"])
             readings = Readings(
                 before,
                 after,
@@ -291,33 +302,56 @@ class Loop:
             )
             converged = self.rules.check(rules, which, rule, requests.threshold[row], readings)
             leaves |= converged & (depth >= requests.minimum[row])
-        lanes.running[which] = ~over if policy.complete else ~leaves
-        out = (leaves & ~lanes.exited[which]).nonzero().squeeze(1)
-        if not len(out):
-            return
-        gone = which[out]
-        lanes.read[gone], lanes.left[gone], lanes.exited[gone] = after[out], depth[out], True
+        lanes.s.index_copy_(0, which, after)
+        lanes.depth.index_copy_(0, which, depth)
+        if policy.complete:
+            limit = requests.limit[row]
+            lanes.running[which] = (depth < limit) | (target > limit)  # which only those of a diffusion have
+            leaves &= ~lanes.exited[which]
+        out = leaves.nonzero().squeeze(1)
+        if len(out):
+            self._leave(plan, which[out], out, row[out], position[out], after[out], depth[out])
+
+    def _leave(
+        self,
+        plan: Any,
+        gone: torch.Tensor,
+        out: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        state: torch.Tensor,
+        depth: torch.Tensor,
+    ) -> None:
+        """Lanes `gone` [m], which are `out` of the `plan`'s, have exited after `depth` [m] recurrences."""
+        lanes, requests, policy = self.lanes, self.requests, self.policy
+        lanes.read[gone], lanes.left[gone] = state, depth
         if self.routing:
-            lanes.left[gone] = self.routing.recurrences(gone, depth[out])
-        lanes.waiting[gone] = (requests.wave[row[out]] == 1) | (gone >= lanes.own)
-        silent = ~lanes.emits[gone]
-        requests.trace[row[out][silent], position[out][silent]] = depth[out][silent].int()
-        empty = policy.empty(depth[out], limit[out])
-        if bool(empty.any()):
-            self.attention.fill(plan, out, empty)
+            lanes.left[gone] = self.routing.recurrences(gone, depth)
+        if not policy.complete:
+            lanes.running[gone] = False
+        lanes.flags[3:].index_fill_(1, gone, True)
+        if self.in_use["wave"]:
+            lanes.waiting[gone] = (requests.wave[row] == 1) | (gone >= lanes.own)
+        if self.chunks:
+            silent = ~lanes.emits[gone]
+            requests.trace[row[silent], position[silent]] = depth[silent].int()
+        if policy.fills:
+            empty = policy.empty(depth, requests.limit[row])
+            if bool(empty.any()):
+                self.attention.fill(plan, out, empty)
 
     def _ready(self, idle: bool) -> torch.Tensor:
         """Lanes to be read out now: prompts that are through, and, when enough of them wait, the others."""
         lanes = self.lanes
         done = [chunk for chunk in self.chunks if not bool(lanes.running[chunk.first : chunk.last].any())]
-        waiting = lanes.waiting[: lanes.own]
-        which = (waiting & self.requests.live[lanes.row[: lanes.own]]).nonzero().squeeze(1)
+        which = lanes.of_live(lanes.waiting, self.requests.live)
         if not done and not idle and len(which) < self.coda_batch and self.waited < self.coda_age:
             self.waited += bool(len(which))
             return which[:0]
         self.waited = 0
         self.chunks = [chunk for chunk in self.chunks if chunk not in done]
-        return torch.cat([which, *(torch.arange(c.first, c.last, device=self.device) for c in done)])
+        prompts = [torch.arange(chunk.first, chunk.last, device=self.device) for chunk in done]
+        return torch.cat([which, *prompts]) if done else which
 
     def _coda(self, s: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         if self.parts.config.coda:
@@ -340,27 +374,31 @@ class Loop:
         """Read out lanes that have exited, and lanes of waves that may not have."""
         lanes = self.lanes
         lanes.waiting[waiting] = False
-        if not self.parts.config.coda:  # which has keys and values of every position
+        prompts = bool(len(waiting)) and int(waiting[-1]) >= lanes.own
+        if prompts and not self.parts.config.coda:  # which has keys and values of every position
             waiting = waiting[lanes.emits[waiting] | self._shown(waiting)]
-        which = torch.cat([waiting, ahead])
+        which = waiting
+        if len(ahead):  # the coda wants a row's positions in order
+            which = torch.cat([waiting, ahead])
+            which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
         if not len(which):
             return
-        if len(ahead):  # the coda wants a row's positions in order
-            which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
-        s = torch.where(lanes.exited[which][:, None], lanes.read[which], lanes.s[which])
+        s = lanes.read[which]
+        if len(ahead):
+            s = torch.where(lanes.exited[which][:, None], s, lanes.s[which])
         x = self._coda(s, lanes.row[which], lanes.position[which])
         self.counts.reads[len(which)] += 1
-        shown = self._shown(which)
-        if self.reader is not None and bool(shown.any()):
-            self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
-        emits = lanes.emits[which]
-        which, x = which[emits], x[emits]
-        if not len(which):
-            return
-        fenced = self.requests.fenced[lanes.row[which]]
-        if bool(fenced.any()):
-            self.parked.append((which[fenced], x[fenced]))
-            which, x = which[~fenced], x[~fenced]
+        if prompts:
+            shown = self._shown(which)
+            if self.reader is not None and bool(shown.any()):
+                self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
+            emits = lanes.emits[which]
+            which, x = which[emits], x[emits]
+        if self.in_use["fenced"]:
+            fenced = self.requests.fenced[lanes.row[which]]
+            if bool(fenced.any()):
+                self.parked.append((which[fenced], x[fenced]))
+                which, x = which[~fenced], x[~fenced]
         if len(which):
             self._sample(which, x, self.sampler)
 
@@ -372,9 +410,14 @@ class Loop:
         """Tokens that come of lanes `which` [m], whose read-out is x [m, D], and the positions that they start."""
         lanes, requests = self.lanes, self.requests
         row, position = lanes.row[which], lanes.position[which] + 1
-        known = requests.script[row, position].long()
-        tokens = torch.where(known > 0, known - 1, sampler(self.parts.logits(x), row, position))
+        tokens = sampler(self.parts.logits(x), row, position)
+        if self.in_use["script"]:
+            known = requests.script[row, position].long()
+            tokens = torch.where(known > 0, known - 1, tokens)
         lanes.guess[which] = tokens
+        if not self.in_use["wave"]:
+            self.begin_next(*self.emit(which))
+            return
         plain = (requests.wave[row] == 1) | (which >= lanes.own)
         self.begin_next(*self.emit(which[plain]))
         if not bool(plain.all()):
@@ -384,27 +427,32 @@ class Loop:
         """Put out the guesses of lanes `which` [m], one a row at most. Returns row, position and token of those that go
         on."""
         lanes, requests = self.lanes, self.requests
-        row, position, tokens = lanes.row[which], lanes.position[which] + 1, lanes.guess[which]
-        known = requests.script[row, position].long()
+        row, position, _, _, _, _, tokens, left, _ = lanes.facts.index_select(1, which).unbind()
         lanes.open[which] = False
-        requests.trace[row, position - 1] = lanes.left[which].int()
-        count = requests.count[row]
-        requests.tokens[row, count], requests.depths[row, count] = tokens, lanes.left[which]
-        requests.count[row] = count + (known == 0)
-        requests.remaining[row] -= (known == 0).long()
-        stopped = (requests.stops[row] == tokens[:, None]).any(1) & (known == 0)
-        stopped |= (requests.remaining[row] <= 0) | (position >= requests.length)
-        requests.remaining[row] = torch.where(stopped, 0, requests.remaining[row])
-        requests.live[row] = ~stopped
+        requests.trace[row, position] = left.int()
+        position = position + 1
+        count, remaining = requests.count[row], requests.remaining[row] - 1
+        requests.tokens[row, count], requests.depths[row, count] = tokens, left
+        stopped = (requests.stops[row] == tokens[:, None]).any(1)
+        count += 1
+        if self.in_use["script"]:
+            known = requests.script[row, position] > 0
+            count, remaining, stopped = count - known.long(), remaining + known.long(), stopped & ~known
+        stopped |= (remaining <= 0) | (position >= requests.length)
+        requests.count[row], requests.remaining[row] = count, remaining.masked_fill_(stopped, 0)
         requests.frontier[row] = position
-        return row[~stopped], position[~stopped], tokens[~stopped]
+        if bool(stopped.any()):
+            requests.live[row] = ~stopped
+            row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
+        return row, position, tokens
 
     def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
         """Start tokens [m] of rows in lanes of their own."""
-        refined = self.requests.refines[row]
-        for n in refined.nonzero().squeeze(1).tolist():
-            begin(self, int(row[n]), int(position[n]), tokens[n])
-        row, position, tokens = row[~refined], position[~refined], tokens[~refined]
+        if self.diffusions:
+            refined = self.requests.refines[row]
+            for n in refined.nonzero().squeeze(1).tolist():
+                begin(self, int(row[n]), int(position[n]), tokens[n])
+            row, position, tokens = row[~refined], position[~refined], tokens[~refined]
         if len(row):
             self._begin(self.lanes.of(row, position), row, position, tokens)
 
@@ -429,18 +477,15 @@ class Loop:
         lanes, requests = self.lanes, self.requests
         x = self.prelude(tokens, row, position)
         if self.keeps_input:
-            lanes.e[where] = x
-        lanes.s[where] = start(self.parts, x, position)
-        lanes.row[where], lanes.position[where], lanes.depth[where] = row, position, 0
-        forced = requests.trace[row, position].long()
-        fixed = requests.rule[row] == NUMBER["fixed"]
+            lanes.e.index_copy_(0, where, x)
+        lanes.s.index_copy_(0, where, start(self.parts, x, position))
+        forced, limit = requests.trace[row, position].long(), requests.limit[row]
+        free = (requests.rule[row] != NUMBER["fixed"]) & (forced == 0)
         if may_exit is not None:
-            fixed |= ~may_exit
-        free = torch.where(fixed, requests.limit[row], 0)
-        lanes.target[where] = torch.where(forced > 0, forced, free)
-        lanes.token[where], lanes.guess[where] = tokens, -1
-        lanes.running[where], lanes.emits[where], lanes.open[where] = True, True, True
-        lanes.waiting[where], lanes.exited[where] = False, False
-        self.rules.begin(where)
+            free &= may_exit
+        target, zero = torch.where(forced > 0, forced, limit), torch.zeros_like(row)
+        lanes.begin(where, [row, position, zero, target, free.long(), tokens, zero - 1])
+        if self.in_use.keys() != {"fixed"}:
+            self.rules.begin(where)
         if self.routing:
             self.routing.begin(where)

@@ -177,7 +177,7 @@ class LaneSteps:
         if decoder.diffusion or self.loop.policy.overwrites:  # generated positions as they came
             known = torch.tensor(state.output_token_ids, dtype=torch.int32, device=self.device)
             start = len(state.prompt_token_ids)
-            requests.script[row, start : start + done] = known + 1
+            self.loop.script(row, start, known)
             self.sent[name] = min(state.num_computed_tokens, start - 1)
         self.row[name] = row
 
