@@ -1,9 +1,13 @@
 """Several tokens in flight: the exact wave and diffusion forcing against plain decoding, on a trained model.
 
-    python bench/parallel.py [--out parallel-run] [--steps 2500] [--threads 2] [--recurrences 32]
+    python bench/parallel.py [--out parallel-run] [--steps 1800] [--threads 2] [--batch 1,4,16] [--pictures docs]
 
 A byte-level model (a core of 4 layers, 128 wide) learns running sums and Python's own library at random depths, by
-`loopwise` commands that are not run again once they are done.
+`loopwise` commands that are not run again once they are done. Then held-out questions are answered at R = 32 by three
+decoders, on the engine core without vLLM, and it prints: core passes a token (one after the other, and positions in
+them), wall-clock against plain decoding (medians of interleaved pairs), the share of right answers, and the share of
+answers that are those of plain decoding. Then: what waves cost plain requests that fill the engine; and, for a routed
+model of random weights, throughput against full recursion, and the bound of its FLOPs. `--pictures` draws two.
 """
 
 from __future__ import annotations
@@ -11,11 +15,29 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-TERMS = 8
+import torch
+
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.serve import Engine, Params
+from loopwise.serve.engine.diffusion import Diffusion
+
+TERMS, R = 8, 32
+ANSWER = 3 * TERMS - 1  # characters
+PLAIN = Params(max_tokens=ANSWER, num_recurrences=R, exit_rule="fixed", ignore_eos=True)
+DECODERS = {
+    "plain": PLAIN,
+    "wave, W=8": replace(PLAIN, decoder="wave", wave=8),
+    "diffusion, r'=4": replace(PLAIN, decoder="diffusion", wave=32, diffusion=Diffusion(inner=4, headway=1)),
+    "diffusion, r'=4, headway 2": replace(PLAIN, decoder="diffusion", wave=32, diffusion=Diffusion(inner=4, headway=2)),
+}
 
 
 def sums(seed: int, count: int) -> list[tuple[str, str]]:
@@ -40,7 +62,6 @@ def loopwise(*arguments: object) -> None:
 
 def prepare(out: Path) -> None:
     """Text, tokenizer and an untrained plain model."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -68,13 +89,13 @@ def prepare(out: Path) -> None:
     tokenizer.save_pretrained(out / "empty")
 
 
-def trained(out: Path, steps: int, recurrences: int) -> Path:
+def trained(out: Path, steps: int) -> Path:
     """The model, made by commands that are skipped once they are done, and resumed where they were killed."""
     if not (out / "empty" / "tokenizer.json").is_file():
         prepare(out)
     if not (out / "converted" / "config.json").is_file():
         keys = ["sizes=1,4,1", "injection=linear", "state_init=normal", "kv_policy=per-depth"]
-        keys += [f"num_recurrences={recurrences}", f"max_recurrences={recurrences}"]
+        keys += [f"num_recurrences={R}", f"max_recurrences={R}"]
         loopwise("convert", out / "empty", out / "converted", *keys)
     if not (out / "model" / "config.json").is_file():
         keys = [f"data.train={out}/train.jsonl", f"data.cache={out}/cache", "data.sequence_length=128", "batch_size=16"]
@@ -86,13 +107,179 @@ def trained(out: Path, steps: int, recurrences: int) -> Path:
     return out / "model"
 
 
+def compare(folder: Path, batches: list[int], pairs: int, count: int) -> None:
+    """Every decoder at every batch: passes, items, time, and what comes out."""
+    asked = sums(2, count)
+    for batch in batches:
+        engine = Engine(folder, rows=batch, length=96, wave=32, dtype="float32")
+        tokenizer = Tokens(folder)
+        prompts, answers = [tokenizer.ids(q) for q, _ in asked], [a for _, a in asked]
+        few = max(batch, min(count, 2 * batch))
+        seconds: dict[str, list[float]] = {name: [] for name in DECODERS}
+        done: dict[str, list[Any]] = {}
+        timed(engine, prompts[:few], replace(PLAIN, max_tokens=2))  # caches fill
+        prefill = timed(engine, prompts[:few], replace(PLAIN, max_tokens=1))[0]
+        for _ in range(pairs):
+            for name, params in DECODERS.items():
+                took, done[name] = timed(engine, prompts[:few], params)
+                seconds[name].append(took - prefill)
+        for name, params in DECODERS.items():
+            if batch == batches[-1] and count > few:
+                done[name] = engine.generate(prompts, params)
+            got = done[name]
+            plain = [c.tokens for c in done["plain"]]
+            tokens = sum(len(c.tokens) - 1 for c in got)
+            ratio = statistics.median(p / s for p, s in zip(seconds["plain"], seconds[name], strict=True))
+            right = sum(tokenizer.text(c.tokens) == a for c, a in zip(got, answers, strict=False)) / len(got)
+            same = sum(c.tokens == p for c, p in zip(got, plain, strict=True)) / len(got)
+            alike = sum(a == b for c, p in zip(got, plain, strict=True) for a, b in zip(c.tokens, p, strict=True))
+            passes, items = (sum(getattr(c, what) for c in got) / tokens for what in ("passes", "items"))
+            print(
+                f"batch {batch:2}  {name:27} {passes:6.2f} passes/token ({R / passes:5.2f}x fewer)  {items:6.2f} items "
+                f"time {ratio:5.2f}x  right {right:6.1%}  as plain {same:6.1%} "
+                f"(tokens {alike / (len(got) * ANSWER):6.1%})",
+                flush=True,
+            )
+
+
+class Tokens:
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
+
+def timed(engine: Engine, prompts: list[list[int]], params: Any) -> tuple[float, list[Any]]:
+    began = time.perf_counter()
+    done = engine.generate(prompts, params)
+    return time.perf_counter() - began, done
+
+
+def crowded(folder: Path, pairs: int, rows: int = 16) -> None:
+    """Plain requests fill all rows but two, whose requests are plain, or waves that share a budget of lanes."""
+    engine = Engine(folder, rows=rows, length=96, wave=8, dtype="float32")
+    engine.loop.budget = rows
+    prompts = [Tokens(folder).ids(q) for q, _ in sums(3, rows)]
+    ratios = []
+    for _ in range(pairs):
+        took = [
+            timed(engine, prompts, [PLAIN] * (rows - 2) + [replace(PLAIN, decoder=d)] * 2)[0] for d in ("plain", "wave")
+        ]
+        ratios.append(took[0] / took[1])
+    print(
+        f"{rows - 2} plain requests beside 2 waves: {statistics.median(ratios):.1%} of their throughput beside 2 plain "
+        f"ones ({min(ratios):.1%} to {max(ratios):.1%})"
+    )
+
+
+def routed(pairs: int, rows: int = 16) -> None:
+    """Expert-choice at R = 4, a quarter of the tokens leaving at every depth, against the same with none leaving."""
+    from transformers import LlamaConfig
+
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    engines = {}
+    for full in seconds:
+        torch.manual_seed(0)
+        source = LlamaConfig(
+            vocab_size=1024, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12,
+            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        )  # fmt: skip
+        router = {"kind": "expert", "thresholds": [0.0] * 4 if full else [0.0, 0.45, 0.5, 0.5], "alpha": 0.7}
+        config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=4, router=router)
+        model = RecurrentDepthForCausalLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.router.parameters():
+                parameter.normal_(std=0.3)
+        engines[full] = Engine(model, rows=rows, length=96)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1024) for _ in range(16)] for _ in range(rows)]
+    items = {}
+    for _ in range(pairs):
+        for full, engine in engines.items():
+            prefill = timed(engine, prompts, Params(1, ignore_eos=True))[0]
+            took, done = timed(engine, prompts, Params(48, ignore_eos=True))
+            seconds[full].append(took - prefill)
+            items[full] = sum(c.items for c in done)
+    ratio = statistics.median(f / s for f, s in zip(seconds[True], seconds[False], strict=True))
+    core = sum(p.numel() for p in engines[True].model.core.parameters())
+    head, tokens = 1024 * 768, rows * 47
+    bound = (tokens * head + items[True] * core) / (tokens * head + items[False] * core)
+    print(
+        f"routed: {items[False] / tokens:.2f} of {items[True] / tokens:.2f} recurrences a token, {ratio:.2f}x the "
+        f"throughput of full recursion, bound {bound:.2f}, share {ratio / bound:.1%}"
+    )
+
+
+def pictures(folder: Path, to: Path) -> None:
+    """parallel-frozen.png: tokens out after every pass; parallel-wave.png: which position is how deep in which pass."""
+    from matplotlib.figure import Figure
+
+    engine = Engine(folder, rows=1, length=96, wave=32, dtype="float32")
+    tokens = Tokens(folder)
+    question, _ = sums(4, 1)[0]
+    first = len(tokens.ids(question))
+    frozen = Figure(figsize=(7, 3), layout="constrained")
+    axes = frozen.subplots()
+    seen: dict[str, Any] = {}
+    for name, params in DECODERS.items():
+        loop, out, depths = engine.loop, [], []
+        tick = loop.tick
+
+        def noted(tick: Any = tick, out: Any = out, depths: Any = depths, loop: Any = loop) -> bool:
+            own, lanes = slice(0, loop.lanes.own), loop.lanes
+            went = tick()
+            if bool(loop.requests.frontier[0] > 0):
+                out.append(max(int(loop.requests.frontier[0]) - first, 0))
+                on = (lanes.running[own] | lanes.open[own]).nonzero().squeeze(1)
+                depths.append({int(lanes.position[n]) - first: int(lanes.depth[n]) for n in on})
+            return went
+
+        loop.tick = noted
+        text = tokens.text(engine.generate([tokens.ids(question)], params)[0].tokens)
+        loop.tick = tick
+        seen[name] = (out, depths, text)
+        axes.step(range(len(out)), out, where="post", label=name)
+    axes.set(xlabel="passes of the core", ylabel="tokens out", xscale="log")
+    axes.legend()
+    frozen.savefig(to / "parallel-frozen.png", dpi=80)
+    out, depths, text = seen["wave, W=8"]
+    grid = torch.full((len(depths), ANSWER), float("nan"))
+    for n, at in enumerate(depths):
+        for position, depth in at.items():
+            if 0 <= position < ANSWER:
+                grid[n, position] = depth
+    wave = Figure(figsize=(7, 4), layout="constrained")
+    axes = wave.subplots()
+    picture = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set(xlabel="token", ylabel="pass of the core")
+    axes.set_xticks(range(len(text)), list(text))
+    wave.colorbar(picture, label="recurrences so far")
+    wave.savefig(to / "parallel-wave.png", dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("parallel-run"))
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--recurrences", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", default="1,4,16")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--count", type=int, default=100, help="held-out questions at the last batch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pictures", type=Path)
     args = parser.parse_args()
-    trained(args.out, args.steps, args.recurrences)
+    torch.set_num_threads(args.threads)
+    folder = trained(args.out, args.steps)
+    compare(folder, [int(n) for n in args.batch.split(",")], args.pairs, args.count)
+    crowded(folder, args.pairs)
+    routed(args.pairs)
+    if args.pictures:
+        pictures(folder, args.pictures)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     values = {"exit_rule": rule, "exit_threshold": exit["threshold"], "min_recurrences": exit["min_recurrences"]}
     try:
         limits = limits_of({**vars(facts), **config}, lanes)
-        check({name: value for name, value in values.items() if value is not None}, replace(limits, decoder="plain"))
+        of_rule = replace(limits, decoder="plain", routed=False)
+        check({name: value for name, value in values.items() if value is not None}, of_rule)
         check({"decoder": lanes.decoder}, limits)
     except FieldError as error:
         raise UserError(str(error)) from None

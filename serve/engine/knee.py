@@ -45,7 +45,7 @@ def _seconds(loop: Loop, n: int, rows: int) -> float:
         began = time.perf_counter()
         e = loop.prelude(zeros, row, position)
         loop.attention.plan(Rows(loop.requests.table, row, position, zeros))
-        s = loop.recur(loop.parts, e, e, position, zeros)
+        s = loop.recur(loop.parts, e, e.clone(), position, zeros)
         loop.parts.logits(loop._coda(s, row, position)).argmax(-1).tolist()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])

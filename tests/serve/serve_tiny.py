@@ -49,6 +49,8 @@ def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCaus
         for name, parameter in model.named_parameters():
             if name == "injection.weight" or "lora_" in name:  # as yet uninitialised memory
                 parameter.normal_(std=0.15)
+            elif name.startswith("router."):  # depths vary
+                parameter.normal_(std=0.3)
             elif "dora_" in name:
                 parameter.uniform_(1.5, 2.5)
             elif name.startswith("relaxation.") or parameter.dim() == 1:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, take
+from loopwise.serve.vllm.decoders import decoder_of
+from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_sampling, take
 
 RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
 LANES = Limits(4, 8, RULES, prompt_exit=True)
@@ -91,6 +95,71 @@ def test_a_trace_is_a_list_of_depths(trace):
 def test_a_trace_stands_alone():
     assert "exit_rule" in str(refusal({"trace": [1, 2], "exit_rule": "fixed"}))
     assert check({"trace": [1, 8], "num_recurrences": 8}, LANES) == {"trace": [1, 8], "num_recurrences": 8}
+
+
+DIFFUSION = {"decoder": "diffusion"}
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "said"),
+    [
+        ({"decoder": "Wave"}, "decoder", "choose from plain, wave, diffusion"),
+        ({"decoder": 3}, "decoder", "choose from plain, wave, diffusion"),
+        ({"decoder": "wave", "wave": 9}, "wave", "an integer from 1 to 8"),
+        ({"decoder": "wave", "wave": True}, "wave", "an integer from 1 to 8"),
+        ({"decoder": "diffusion", "wave": 1}, "wave", "an integer from 2 to 8"),
+        ({"wave": 2}, "wave", "decoder='plain' has one position"),
+        ({"decoder": "wave", "diffusion": {}}, "diffusion", "belongs to decoder='diffusion'"),
+        ({**DIFFUSION, "exit_rule": "cosine"}, "exit_rule", "diffusion.freeze"),
+        ({**DIFFUSION, "trace": [1]}, "trace", "diffusion.freeze"),
+        (
+            {**DIFFUSION, "diffusion": {"iner": 4}},
+            "diffusion",
+            "diffusion.iner: no such field; they are inner, headway",
+        ),
+        (
+            {**DIFFUSION, "diffusion": {"inner": 5}},
+            "diffusion",
+            "diffusion.inner=5: at most num_recurrences, which is 4",
+        ),
+        ({**DIFFUSION, "diffusion": {"inner": True}}, "diffusion", "diffusion.inner=True: an integer"),
+        ({**DIFFUSION, "diffusion": {"ema": 1.5}}, "diffusion", "diffusion.ema=1.5: a share, from 0 to 1"),
+        ({**DIFFUSION, "diffusion": {"threshold": math.nan}}, "diffusion", "a finite number"),
+        ({**DIFFUSION, "diffusion": {"headway": 10**30}}, "diffusion", "diffusion.headway"),
+        ({**DIFFUSION, "diffusion": {"freeze": "latent"}}, "diffusion", "choose from latent-diff, acceleration"),
+        ({**DIFFUSION, "diffusion": "inner=4"}, "diffusion", "an object of inner, headway"),
+    ],
+)
+def test_decoders_and_what_they_take(values, field, said):
+    error = refusal(values)
+    assert (error.field, said in str(error)) == (field, True), str(error)
+
+
+def test_a_diffusion_is_handed_on_as_text():
+    given = {**DIFFUSION, "wave": 4, "diffusion": {"inner": 2, "threshold": 0.1}}
+    handed = check(given, LANES)
+    assert json.loads(handed["diffusion"]) == given["diffusion"]
+    assert check(handed, LANES) == handed
+
+
+@pytest.mark.parametrize(
+    "values", [{"logprobs": 1}, {"presence_penalty": 0.5}, {"min_tokens": 3}, {"bad_words": ["a"]}]
+)
+def test_a_diffusion_cannot_look_back(values):
+    params = SimpleNamespace(**values, extra_args=DIFFUSION)
+    with pytest.raises(FieldError, match="decoder='plain' or 'wave'") as caught:
+        check_sampling(params, LANES)
+    assert caught.value.field == next(iter(values))
+    assert decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8).name == "plain"
+    assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).wave == 8
+
+
+def test_a_model_says_which_decoders_do_not_go_with_it():
+    limits = replace(LANES, unfit={"wave": "a wave needs more"}, decoder="plain")
+    assert "a wave needs more" in str(refusal({"decoder": "wave"}, limits))
+    routed = replace(LANES, routed=True, rules=("fixed",))
+    for name, value in {"num_recurrences": 3, "exit_rule": "cosine", "trace": [1], "min_recurrences": 1}.items():
+        assert refusal({name: value}, routed).field == name
 
 
 def test_an_engine_of_one_depth_takes_that_depth_alone():

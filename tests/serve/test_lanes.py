@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_tiny import GROUPED, HUGINN, LORA, NORMS, RECURSIVE, RETROFIT, SANDWICH, save, source_config
+from serve_tiny import GROUPED, HUGINN, LORA, NORMS, RECURSIVE, RETROFIT, SANDWICH, generate, save, source_config
 
 from loopwise.serve import Params
 from loopwise.serve.engine.diffusion import Diffusion
@@ -36,6 +36,9 @@ WIDE = {"hidden_size": 128, "num_key_value_heads": 2, "initializer_range": 0.12}
 BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
 BIASED = {**RETROFIT, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
+EXPERT = {"kind": "expert", "thresholds": [0.35, 0.5, 0.5, 0.5], "alpha": 0.7}
+TOKEN = {"kind": "token", "gate": "sigmoid", "network": "mlp"}
+ROUTED = {**RETROFIT, "injection": "none", "num_recurrences": 4, "max_recurrences": 4}
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
 THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
 FEW_BLOCKS = {"num_gpu_blocks_override": 9}
@@ -83,6 +86,8 @@ CASES = {
     "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
     "compiled": Case("gemma3_text", shape=RELAXED, policy="last-exited", lanes={"compile": True}, decoders=ALL),
+    "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
+    "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, decoders=("plain", "wave")),
 }
 
@@ -111,6 +116,8 @@ def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list
         )
         arrive = draw.randrange(case.count // 2)
         params[-1] = in_flight(params[-1], case.decoders, flight)
+        if "router" in case.shape:
+            params[-1] = Params(tokens, 4, 1, "fixed", 0.0, ignore_eos=True)
         times.append({"arrive": arrive, "abort": arrive + draw.randint(1, 6) if draw.random() < 0.15 else -1})
     return prompts, params, times
 
@@ -132,6 +139,17 @@ def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) ->
     )
     depth = {"exit_rule": "fixed", "exit_threshold": 0.0, "min_recurrences": 1, "prompt_exit": False, "trace": ()}
     return replace(params, decoder=decoder, wave=wave, diffusion=diffusion, **depth)
+
+
+def alone(oracle: Oracle, prompt: list[int], params: Params) -> Answer:
+    if oracle.config.router:
+        got = generate(oracle.model, prompt, 4, params.max_tokens)
+        return Answer(tokens=got.tokens, margin=got.gap)
+    return (
+        oracle.diffuse(prompt, params, params.wave)
+        if params.decoder == "diffusion"
+        else oracle.generate(prompt, params)
+    )
 
 
 def sampling(params: Params) -> dict[str, Any]:
@@ -163,17 +181,11 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     for name, case in (CASES | SEEDS).items():
         if name not in chosen:
             continue
-        shape = {**case.shape, "num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy}
+        shape = {"num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy, **case.shape}
         model = save(folder / name, source_config(case.model_type, **case.source), **shape)
         prompts, params, times = requests(case, case.seed)
         oracle = Oracle(model)
-        wanted[name] = (
-            [
-                oracle.diffuse(p, q, q.wave) if q.decoder == "diffusion" else oracle.generate(p, q)
-                for p, q in zip(prompts, params, strict=True)
-            ],
-            times,
-        )
+        wanted[name] = [alone(oracle, p, q) for p, q in zip(prompts, params, strict=True)], times
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
         work.append({"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}})

@@ -116,7 +116,13 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "settings", "said"),
     [
-        ({"router": {"kind": "token"}}, [], "router="),
+        ({"router": {"kind": "expert", "inference": "topk"}}, [], "router.inference='topk' takes the best"),
+        ({"router": {"kind": "token"}}, ["kv_policy=single"], "a routed model's is its router.kv, 'recursion-wise'"),
+        ({"router": {"kind": "token"}}, ["decoder=wave"], "a routed model's tokens have the depths of its router"),
+        ({"router": {"kind": "token"}, "num_recurrences": 3, "max_recurrences": 3}, ["num_recurrences=2"], "has 3"),
+        ({}, ["decoder=wave", "kv_policy=single"], "decoder='wave': a wave needs keys and values of every depth"),
+        ({}, ["decoder=waves"], "decoder"),
+        ({}, ["engine=fixed", "decoder=wave"], "decoder=wave: the fixed engine has one position in flight"),
         ({"sharing": "sequence"}, ["engine=lanes"], "use engine=fixed"),
         ({}, ["engine=fixed", "exit_rule=cosine"], "exit_rule=cosine: the fixed engine has no exits"),
         ({}, ["exit_rule=latent_diff"], "did you mean 'latent-diff'?"),
@@ -133,12 +139,18 @@ def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path,
 
 
 def test_says_what_it_picked():
-    def line(facts: Facts, **settings: str) -> str:
+    def line(facts: Facts, **settings: object) -> str:
         return choose(facts, ServeRecipe.model_validate(settings)).line()
 
     facts = Facts("llama", 3, 8, "last-exited", {"rule": "cosine", "threshold": 0.1}, False, "cycle")
     assert "engine=lanes: num_recurrences=3 (a request may ask for 1 to 8), exit_rule=cosine" in line(facts)
-    assert "exit_threshold=0.1, min_recurrences=1, kv_policy=last-exited, 16 ticks a step" in line(facts)
+    assert (
+        "exit_threshold=0.1, min_recurrences=1, kv_policy=last-exited, decoder=plain (up to wave=8 tokens of "
+        in line(facts)
+    )
+    assert "decoder=wave (up to wave=5 tokens of a request in flight), 16 ticks a step" in line(
+        facts, decoder="wave", wave=5
+    )
     assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
     assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")
     sequence = Facts("llama", 3, 8, "per-depth", {}, False, "sequence")
@@ -365,6 +377,51 @@ def test_a_request_chooses_its_depth(client, model, depth, place):
 
 
 @needs_vllm
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_a_request_chooses_its_decoder(client, model, server, place):
+    """A wave gives the plain tokens in fewer passes, and so do parameters that read earlier tokens; usage tells."""
+    prompt, usage = prompts()[3], {}
+    want = generate(model[1], prompt, 3, 24).tokens
+    for decoder in ("plain", "wave", "diffusion"):
+        fields: dict = {"decoder": decoder} | ({"wave": 4} if decoder != "plain" else {})
+        fields |= {"diffusion": {"inner": 1, "threshold": 1e-5}} if decoder == "diffusion" else {}
+        more = {"ignore_eos": True, "return_token_ids": True, **(fields if place == "body" else {"vllm_xargs": fields})}
+        reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, extra_body=more)
+        usage[decoder] = reply.usage.passes
+        if decoder != "diffusion":
+            assert reply.choices[0].token_ids == want
+    plain = {"sequential": 69, "per_token": 3.0, "wave": 1.0, "items": 69, "wasted": 0}
+    assert usage["plain"] == plain
+    assert usage["wave"]["sequential"] < 69 <= usage["wave"]["items"] == 69 + usage["wave"]["wasted"]
+    assert usage["diffusion"]["wave"] > 1
+    more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave"}
+    reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, logprobs=1, extra_body=more)
+    assert reply.choices[0].token_ids == want
+    assert len(reply.choices[0].logprobs.tokens) == 24
+    assert reply.usage.passes == plain
+    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    name = 'loopwise:{}_total{{decoder="{}",model_name="tiny"}}'
+    assert float(metrics[name.format("sequential_passes", "wave")]) >= usage["wave"]["sequential"]
+    assert float(metrics[name.format("decoded_tokens", "diffusion")]) >= 24
+    assert "loopwise: waves fill a pass up to width=" in server.log.read_text()
+
+
+@needs_vllm
+def test_a_sampled_wave_is_the_plain_sample_in_every_choice(client):
+    request = {**GREEDY, "max_tokens": 24, "temperature": 1, "top_p": 0.9, "seed": 5, "n": 3, "prompt": prompts()[2]}
+    texts = []
+    for decoder in ("plain", "wave"):
+        reply = client.completions.create(**request, extra_body={"ignore_eos": True, "decoder": decoder})
+        parts = client.completions.create(
+            **{**request, "n": 1}, stream=True, extra_body={"ignore_eos": True, "decoder": decoder}
+        )
+        texts.append(([choice.text for choice in reply.choices], "".join(part.choices[0].text for part in parts)))
+    assert texts[0] == texts[1]
+    assert len(set(texts[0][0])) == 3
+
+
+@needs_vllm
 def test_usage_counts_the_recurrences_of_every_choice(client):
     prompt = prompts()[2]
     trace = [3] * len(prompt) + [1, 2, 3, 1, 1, 2, 3]
@@ -403,6 +460,9 @@ def test_streamed_usage_counts_recurrences(client):
         ("prompt_exit", True, "kv_policy is 'per-depth'"),
         ("trace", [0], "integers from 1 to num_recurrences, which is 3"),
         ("num_recurences", 3, "did you mean 'num_recurrences'?"),
+        ("decoder", "waves", "did you mean 'wave'?"),
+        ("wave", 4, "decoder='plain' has one position in flight"),
+        ("diffusion", {"inner": 2}, "belongs to decoder='diffusion'"),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -1,0 +1,83 @@
+"""A wave is exact: its tokens and depths are those of plain decoding, for any model, prompt, seed, width and budget."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopwise.serve import Engine, Params
+from loopwise.serve.engine.knee import knee
+from tests.serve.engine.test_engine import build
+from tests.tiny import VOCAB
+
+RULES = {"fixed": 0.0, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"prelude": [], "core": [0, 2], "coda": [], "injection": "none"},
+    {"prelude": [], "core": [0, 1, 2], "coda": [3], "injection": "add", "recurrence_norm": "each"},
+    {"prelude": [0, 1], "core": [3], "coda": [2], "recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
+]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.sampled_from(["llama", "qwen3", "olmo2", "gemma3_text"]), st.sampled_from(SHAPES))
+def test_a_wave_is_plain_decoding(seed, model_type, shape):
+    draw = random.Random(seed)
+    policy = draw.choice(["per-depth", "last-exited"])
+    prompts, params = [], []
+    for _ in range(6):
+        prompts.append([draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 17)))])
+        rule = draw.choice(list(RULES))
+        limit = draw.randint(1, 6)
+        more = {"temperature": draw.choice((0.0, 0.7, 1.5)), "top_k": draw.choice((0, 9)), "seed": draw.randrange(99)}
+        least = draw.randint(1, limit)
+        params.append(Params(draw.randint(1, 16), limit, least, rule, RULES[rule], ignore_eos=True, **more))
+    waves = [replace(p, decoder="wave", wave=draw.randint(2, 7)) for p in params]
+    rows, ticks = draw.randint(1, 6), draw.randint(1, 9)
+    plain = Engine(build(model_type, **shape), rows=4, length=64, kv_policy=policy).generate(prompts, params)
+    engine = Engine(build(model_type, **shape), rows=rows, length=64, kv_policy=policy, ticks=ticks, wave=7)
+    engine.loop.budget = draw.choice((0, 1, rows, 2 * rows + 1))
+    got = engine.generate(prompts, waves)
+    assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
+
+
+def test_waves_leave_no_lane_where_the_budget_leaves_none():
+    """Then they do the work of plain decoding, pass by pass."""
+    params = Params(12, 4, 1, "fixed", 0.0, ignore_eos=True)
+    prompts = [[5 + n, 6, 7] for n in range(4)]
+    engine = Engine(build(), rows=4, length=64, wave=6)
+    plain = engine.generate(prompts, params)
+    reads = engine.loop.counts.reads.total()
+    engine.loop.budget = 4
+    assert engine.generate(prompts, replace(params, decoder="wave", wave=6)) == plain
+    assert engine.loop.counts.reads.total() == 2 * reads
+    engine.loop.budget = 10
+    some = engine.generate(prompts, [replace(params, decoder="wave", wave=6), *[params] * 3])
+    assert [c.tokens for c in some] == [c.tokens for c in plain]
+    assert some[0].items > plain[0].items  # guesses, most of them wrong in a random model
+    assert [c.passes for c in some[1:]] == [c.passes for c in plain[1:]]
+
+
+def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
+    engine = Engine(build(), rows=8, length=64, wave=4)
+    times = iter([1.0, 1.0, 1.1, 1.3, 1.49, 1.6])
+    found, measured = knee(engine.loop, lambda seconds: seconds * 0 + next(times))
+    assert (found, list(measured)) == (6, [1, 2, 3, 4, 6, 8])
+    most, _ = knee(engine.loop, lambda seconds: seconds * 0 + 1.0)
+    assert most == 32
+    params = Params(6, 4, ignore_eos=True)
+    assert engine.generate([[5, 6]], params) == Engine(build(), rows=1, length=64).generate([[5, 6]], params)
+
+
+def test_a_diffusion_ends_where_positions_do():
+    from loopwise.serve.engine.diffusion import Diffusion
+
+    engine = Engine(build(), rows=1, length=20, wave=4, kv_policy="single")
+    params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3))
+    assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 18
+    assert torch.isfinite(engine.loop.lanes.s).all()
