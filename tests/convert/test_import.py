@@ -105,6 +105,23 @@ def test_other_tensors_are_refused(capsys, tmp_path):
     assert "Huginn: no transformer.core_block.0.norm_4.weight" in line
 
 
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir()))
+def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_path):
+    folder, out = source(name, tmp_path / "source"), tmp_path / "out"
+    tensors, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
+    needed = [tensor for tensor in tensors if tensor != "freqs_cis"]
+    for tensor in needed:
+        first, *rest = tensors[tensor].shape
+        for wrong in (torch.zeros(first + 1, *rest), torch.zeros(first, *rest, 2), None):
+            changed = {**tensors, tensor: wrong}
+            save_file({key: value for key, value in changed.items() if value is not None}, folder / "model.safetensors")
+            assert tensor in refused(capsys, folder, out, "--dry-run")
+    save_file(tensors, folder / "model.safetensors")
+    for key, value in (("intermediate_size", -1), ("intermediate_size", "x"), ("vocab_size", 63)):
+        (folder / "config.json").write_text(json.dumps({**json.loads(config), key: value, "padded_vocab_size": None}))
+        refused(capsys, folder, out, "--dry-run")
+
+
 def test_other_keys_and_configs_are_refused(capsys, tmp_path):
     folder, out = source("llama", tmp_path / "source"), tmp_path / "out"
     assert "leave out sizes" in refused(capsys, folder, out, "sizes=1,2,1")
