@@ -302,6 +302,22 @@ def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_pa
         assert torch.equal(again(ids()).logits, model(ids()).logits)
 
 
+def test_a_compiled_call_reads_a_static_cache_no_deeper_than_it_was_prefilled():
+    model, tokens = build(), ids(1)
+    with torch.no_grad():
+        for depth in (3, 1):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(tokens[:, :5], num_recurrences=3, past_key_values=cache)
+            model(tokens[:, 5:-1], num_recurrences=depth, past_key_values=cache)
+            compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+            if depth == 3:
+                got = compiled(tokens[:, -1:], num_recurrences=3, past_key_values=cache).logits
+                torch.testing.assert_close(got, model(tokens).logits[:, -1:], rtol=0, atol=1e-5)
+            else:
+                with pytest.raises(RuntimeError, match="smaller depth than is read now"):
+                    compiled(tokens[:, -1:], num_recurrences=3, past_key_values=cache)
+
+
 def test_resized_embeddings_survive_saving(tmp_path):
     model = build()
     model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
@@ -321,6 +337,8 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"state_init": "ones"}, "input, zeros, normal"),
         ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
         ({"sharing": "sequence", "injection": "linear"}, "nothing can stand between"),
+        ({"exit": {"rule": "gate"}}, "no exit gate"),
+        ({"exit": {"rule": "kl", "min_recurrences": 9}}, "1 to max_recurrences=8"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(fields, said):
