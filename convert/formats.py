@@ -82,9 +82,9 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
             for name, norm in norms.items():
                 imported.copy(f"{ours}{norm}.weight", f"{raw}{name}.weight")
             for which, count in enumerate((heads, kv, None)):
-                order = rotary(count) if rotary and count else None
+                rows = rotary(count) if rotary and count else None
                 target = f"{ours}self_attn.{'qkv'[which]}_proj.weight"
-                imported.rows(target, f"{raw}attn.Wqkv.weight", (width, inner, inner), which, order)
+                imported.rows(target, f"{raw}attn.Wqkv.weight", (width, inner, inner), which, rows)
             imported.copy(f"{ours}self_attn.o_proj.weight", f"{raw}attn.proj.weight")
             for which, target in enumerate(("gate_proj", "up_proj")):
                 imported.rows(
@@ -95,6 +95,8 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
                 for which, name in enumerate(("q_proj", "k_proj")):
 
                     def bias(tensor: torch.Tensor, which: int = which) -> torch.Tensor:
+                        if tensor.numel() != 2 * width:
+                            raise UserError(f"a qk_bias has shape {list(tensor.shape)}; the config says 2 x {width}")
                         flat = tensor.reshape(2, -1)[which]
                         return flat if rotary is None else flat[rotary(heads)]
 
@@ -197,6 +199,8 @@ def _ouro(fields: dict[str, Any], raw: RawTensors) -> Imported:
             "exit_gate": True,
         }
     )
+    if (threshold := fields.get("early_exit_threshold", 1.0)) < 1:
+        imported.fields["exit"] = {"rule": "gate", "threshold": threshold}
     norms = {
         "input_layernorm": "input_layernorm",
         "input_layernorm_2": "post_attention_layernorm",
