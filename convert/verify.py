@@ -112,7 +112,8 @@ def _written_out(
     relaxation = written.config.relaxation or {"rank": {}, "own": []}
 
     def kept(name: str) -> torch.Tensor:  # rounded as it was written, whatever type it is computed in
-        return weights.read(name).to(cast or weights.dtype(name))
+        tensor = weights.read(name)
+        return tensor.to(cast) if cast else tensor
 
     def read(name: str) -> torch.Tensor:
         if not name.startswith(layers):

@@ -81,6 +81,7 @@ def test_experts_and_shared_heads_count(model_type, fields, kv_policy, tmp_path)
     convert(save_source(tmp_path / "source", model_type, **fields), tmp_path / "out", validate(ConvertRecipe, keys))
     facts = inspect(tmp_path / "out")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model.source.config._experts_implementation = "eager"  # multiplications that are counted
     with torch.no_grad():
         cache = model(torch.ones(1, 5, dtype=torch.long), num_recurrences=8, use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
