@@ -238,6 +238,10 @@ def test_outputs_that_would_replace_too_much(capsys, tmp_path, source, monkeypat
     monkeypatch.chdir(here)
     for out in (".", "", here, ".."):
         assert "error: " in refused(capsys, tmp_path, source, out, "sizes=1,2,1", "--force")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("x" * 245, "x" * 300, "a\0b", "loop"):
+        assert "cannot write" in refused(capsys, tmp_path, source, tmp_path / out, "sizes=1,2,1")
+    assert "too long" in refused(capsys, tmp_path, tmp_path / ("x" * 300), tmp_path / "out", "sizes=1,2,1")
     assert "SOURCE is empty" in refused(capsys, tmp_path, "", "out", "sizes=1,2,1")
 
 
