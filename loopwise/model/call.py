@@ -94,7 +94,7 @@ def logical_positions(tokens, attention_mask, position_ids, past: int) -> torch.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     if position_ids is not None:
         return position_ids
-    return torch.arange(past, past + length, device=tokens.device)[None]
+    return (torch.arange(length, device=tokens.device) + past)[None]
 
 
 def real_tokens(tokens, attention_mask) -> torch.Tensor:
