@@ -8,6 +8,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UserError
 from ..model.source_layers import layer_list_name
+from ..unroll import per_layer
 
 SUPPORTED = """
 arcee biogpt bloom codegen cohere cohere2 cwm doge ernie4_5 exaone4 falcon flex_olmo gemma gemma2 gemma3_text glm glm4
@@ -33,12 +34,7 @@ def layer_kinds(model: Any) -> list[str]:
     count = config.num_hidden_layers
     layers = model.get_submodule(layer_list_name(model, count))
     structures = [{(name, tensor.shape) for name, tensor in layer.state_dict().items()} for layer in layers]
-    lists = {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == count and not name.startswith("_") and "token_id" not in name
-    }
-    kinds = []
+    lists, kinds = per_layer(config), []
     for i, attention in enumerate(get_layer_types_and_kwargs(config)[0]):
         more = [f"{name}={value[i]}" for name, value in lists.items() if value[i] != attention]
         if structures[i] != structures[0]:

@@ -81,21 +81,23 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
             ours, raw = f"{part}.{n}.", f"transformer.{theirs}.{n}."
             for name, norm in norms.items():
                 imported.copy(f"{ours}{norm}.weight", f"{raw}{name}.weight")
-            qkv = f"{raw}attn.Wqkv.weight"
-            imported.rows(f"{ours}self_attn.q_proj.weight", qkv, 0, width, rotary and rotary(heads))
-            imported.rows(f"{ours}self_attn.k_proj.weight", qkv, width, inner, rotary and rotary(kv))
-            imported.rows(f"{ours}self_attn.v_proj.weight", qkv, width + inner, inner)
+            for which, count in enumerate((heads, kv, None)):
+                rows = rotary(count) if rotary and count else None
+                target = f"{ours}self_attn.{'qkv'[which]}_proj.weight"
+                imported.rows(target, f"{raw}attn.Wqkv.weight", (width, inner, inner), which, rows)
             imported.copy(f"{ours}self_attn.o_proj.weight", f"{raw}attn.proj.weight")
-            imported.rows(f"{ours}mlp.gate_proj.weight", f"{raw}mlp.fc.weight", 0, source.intermediate_size)
-            imported.rows(
-                f"{ours}mlp.up_proj.weight", f"{raw}mlp.fc.weight", source.intermediate_size, source.intermediate_size
-            )
+            for which, target in enumerate(("gate_proj", "up_proj")):
+                imported.rows(
+                    f"{ours}mlp.{target}.weight", f"{raw}mlp.fc.weight", [source.intermediate_size] * 2, which
+                )
             imported.copy(f"{ours}mlp.down_proj.weight", f"{raw}mlp.proj.weight")
             if getattr(source, "qk_bias", False):
                 for which, name in enumerate(("q_proj", "k_proj")):
 
                     def bias(tensor: torch.Tensor, which: int = which) -> torch.Tensor:
-                        flat = tensor[which].reshape(-1)
+                        if tensor.numel() != 2 * width:
+                            raise UserError(f"a qk_bias has shape {list(tensor.shape)}; the config says 2 x {width}")
+                        flat = tensor.reshape(2, -1)[which]
                         return flat if rotary is None else flat[rotary(heads)]
 
                     imported.tensors[f"{ours}self_attn.{name}.bias"] = ([f"{raw}attn.qk_bias"], bias)
@@ -197,6 +199,8 @@ def _ouro(fields: dict[str, Any], raw: RawTensors) -> Imported:
             "exit_gate": True,
         }
     )
+    if (threshold := fields.get("early_exit_threshold", 1.0)) < 1:
+        imported.fields["exit"] = {"rule": "gate", "threshold": threshold}
     norms = {
         "input_layernorm": "input_layernorm",
         "input_layernorm_2": "post_attention_layernorm",

@@ -72,17 +72,22 @@ def plan_import(
         if recipe.router:
             chosen["router"] = _routing(imported.fields["router"], recipe.router.model_dump(exclude_none=True))
         config: Any = RecurrentDepthConfig(**chosen)
+        with torch.device("meta"):
+            expected = RecurrentDepthForCausalLM(config).state_dict()
     except KeyError as error:
         raise UserError(f"config.json of a {kind.name} checkpoint lacks {error.args[0]!r}") from None
     except ValueError as error:
-        raise UserError(str(error)) from None
-    with torch.device("meta"):
-        expected = RecurrentDepthForCausalLM(config).state_dict()
+        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"config.json: no {kind.name} model can be built from it ({reason})") from None
     sources = {name for names, _ in imported.tensors.values() for name in names}
     if missing := sorted(sources - raw.names()):
         raise UserError(f"a {kind.name} checkpoint has a tensor {missing[0]}, and this one lacks it")
     if unknown := sorted(raw.names() - sources - imported.ignored):
         raise UserError(f"tensor {unknown[0]} is not one of a {kind.name} checkpoint; nothing of it could be kept")
+    for name, (sources, change) in imported.tensors.items():
+        _check_shape(name, list(expected[name].shape), {source: raw.shape(source) for source in sources}, change)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     config.dtype = dtype or raw.dtype(next(iter(imported.tensors.values()))[0][0])
     pending = [
@@ -97,6 +102,17 @@ def plan_import(
     ]
     config.architectures = [RecurrentDepthForCausalLM.__name__]
     return config, imported, pending
+
+
+def _check_shape(name: str, wanted: list[int], shapes: dict[str, list[int]], change: Transform) -> None:
+    """Raise UserError unless tensors of these shapes make up one that is `wanted`."""
+    try:
+        made = list(change(*(torch.empty(shape, device="meta") for shape in shapes.values())).shape)
+    except (RuntimeError, IndexError):
+        made = None
+    if made != wanted:
+        told = ", ".join(f"{source} has shape {shape}" for source, shape in shapes.items())
+        raise UserError(f"{told}; by the config, {wanted} is to be made of it ({name})")
 
 
 def _routing(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
     """Facts of the recurrent-depth checkpoint directory `model`. Raises UserError where it is none.
 
     `parameters`: unique, and effective at each R (the core counted R times). `kv_bytes_per_token`: by KV policy and R,
-    in the checkpoint's dtype. `flops_per_token`: forward, 2 for each parameter that multiplies (embedding look-ups and
-    attention scores left out), so that F(R) = F0 + R Fr. With a router, which brings its own policy, both are means
-    over tokens if each recurrence takes its capacity (expert-choice), or at most this (token-choice).
+    in the checkpoint's dtype. `flops_per_token`: forward, 2 for each parameter that multiplies (of experts, those that
+    a token is sent to; embedding look-ups and attention scores left out), so that F(R) = F0 + R Fr. With a router,
+    which brings its own policy, both are means over tokens if each recurrence takes its capacity (expert-choice), or at
+    most this (token-choice).
     """
     import torch
 
@@ -43,10 +44,9 @@ def inspect(model: str | Path) -> dict[str, Any]:
     config = read_recurrent_config(Path(model).expanduser())
     with torch.device("meta"):
         meta: Any = RecurrentDepthForCausalLM(config)
-    counts = {
-        name: sum(p.numel() for p in getattr(meta, name).parameters())
-        for name in ("prelude", "core", "coda", "injection")
-    }
+    parts = {name: list(getattr(meta, name).named_parameters()) for name in ("prelude", "core", "coda", "injection")}
+    counts = {part: sum(p.numel() for _, p in parameters) for part, parameters in parts.items()}
+    used = {part: sum(_used(config, name, p) for name, p in parameters) for part, parameters in parts.items()}
     total = sum(p.numel() for p in meta.parameters())
     recurring = counts["core"] + counts["injection"]
     relaxation = sum(
@@ -54,12 +54,13 @@ def inspect(model: str | Path) -> dict[str, Any]:
     )  # one depth's
     head = meta.get_output_embeddings()
     head_size = 0 if head is None else head.weight.numel()
-    fixed = 2 * (counts["prelude"] + counts["coda"] + head_size)
+    fixed = 2 * (used["prelude"] + used["coda"] + head_size)
+    every = 2 * (used["core"] + used["injection"] + relaxation)
     slot = _kv_bytes(config)
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
     fields = config.router or {}
     share = [0.0, *itertools.accumulate(fields.get("capacity", [1.0] * config.max_recurrences))]  # of tokens, up to R
-    policies = _kept(fields, share)
+    policies = _kept(fields, share, config.kv_policy)
     depths = [r for r in DEPTHS if r <= config.max_recurrences]
     if config.num_recurrences not in depths:
         depths = sorted([*depths, config.num_recurrences])
@@ -82,16 +83,24 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "kv_bytes_per_token": {
             policy: {r: round(slot * (outside + core * kept[r])) for r in depths} for policy, kept in policies.items()
         },
-        "flops_per_token": {r: round(fixed + 2 * (recurring + relaxation) * share[r]) for r in depths},
+        "flops_per_token": {r: round(fixed + every * share[r]) for r in depths},
     }
 
 
-def _kept(router: dict[str, Any], share: list[float]) -> dict[str, list[float]]:
+def _used(config: Any, name: str, parameter: Any) -> float:
+    """How many numbers of a layer's parameter take part in a token's pass: of experts, those of the chosen ones."""
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    routed = ".experts." in name or parameter.dim() == 3 or name.endswith(("up_embed.weight", "down_embed.weight"))
+    return parameter.numel() * (config.num_experts_per_tok / experts if experts and routed else 1)
+
+
+def _kept(router: dict[str, Any], share: list[float], own: str) -> dict[str, list[float]]:
     """How many depths of the core a token has in the cache after each number of recurrences, by KV policy."""
     one = [min(r, 1.0) for r in range(len(share))]
     if router:
         return {router["kv"]: one if router["kv"] == "first-recursion" else share}
-    modulo = {f"modulo-{k}": [min(r, float(k)) for r in range(len(share))] for k in (2, 4, 8)}
+    counts = {2, 4, 8} | ({int(own.removeprefix("modulo-"))} if own.startswith("modulo-") else set())
+    modulo = {f"modulo-{k}": [min(r, float(k)) for r in range(len(share))] for k in sorted(counts)}
     return {"per-depth": share, "last-exited": share, "single": one, "first": one, **modulo}
 
 
@@ -108,6 +117,8 @@ def _kv_bytes(config: Any) -> int:
     """Bytes of one token's keys and values in one slot."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False):  # GPT-BigCode and Falcon; the newer Falcon caches a copy for every head
+        kv_heads = heads if getattr(config, "new_decoder_architecture", False) else 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     size = config.dtype.itemsize if config.dtype is not None else 4
     return 2 * kv_heads * width * size

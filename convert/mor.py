@@ -101,6 +101,9 @@ def _layers(fields: dict[str, Any], raw: RawTensors, places: _Places) -> Importe
     for name, ends in {"prelude": prelude, "coda": coda}.items():
         for at, part in itertools.product(ends, parts):
             imported.copy(f"{name}.0.{part}", f"{at}{part}")
+    for block, part in itertools.product(itertools.chain(*blocks), parts):
+        if block + part not in raw.names():
+            raise UserError(f"a Mixture-of-Recursions checkpoint has a tensor {block}{part}, and this one lacks it")
     own = [part for part in parts if not all(_tied(raw, [block[j] + part for block in blocks]) for j in range(width))]
     for j, part in itertools.product(range(width), parts):
         everywhere = [block[j] + part for block in blocks]
@@ -125,9 +128,7 @@ def _has_bias(source: Any, part: str) -> bool:
 
 
 def _tied(raw: RawTensors, names: list[str]) -> bool:
-    """Whether these tensors are equal; that one is missing is found later."""
-    if not set(names) <= raw.names():
-        return True
+    """Whether these tensors are equal."""
     first = raw.read(names[0])
     return all(torch.equal(first, raw.read(name)) for name in names[1:])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +61,13 @@ class Imported:
     def copy(self, name: str, raw: str) -> None:
         self.tensors[name] = ([raw], lambda tensor: tensor)
 
-    def rows(self, name: str, raw: str, start: int, count: int, order: torch.Tensor | None = None) -> None:
-        """Rows `start` to `start + count` of a fused matrix, in the given order."""
+    def rows(self, name: str, raw: str, parts: Sequence[int], which: int, order: torch.Tensor | None = None) -> None:
+        """Part `which` of a matrix whose rows are fused of `parts`, so many each; its rows in the given order."""
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
-            part = tensor[start : start + count]
+            if len(tensor) != sum(parts):
+                raise UserError(f"{raw} has {len(tensor)} rows; the config says {' + '.join(map(str, parts))}")
+            part = tensor.split(list(parts))[which]
             return part if order is None else part[order]
 
         self.tensors[name] = ([raw], take)

@@ -11,10 +11,20 @@ from ..recipe import Count, Integer, Integers, Number, Section, numbers
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 Targets = Annotated[
     list[Literal["q", "k", "v", "o", "gate", "up", "down"]],
+    Field(min_length=1),
     BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
 ]
 Capacities = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], BeforeValidator(numbers)]
-Ranks = Annotated[dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Count], Field(min_length=1)]
+Thresholds = Annotated[list[Annotated[Number, Field(ge=0, le=1)]], BeforeValidator(numbers)]
+Depth = Annotated[Count, Field(le=4096)]
+
+
+def _rank(value: object) -> object:
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    targets = list(value) if isinstance(value, dict) else []
+    if not numbers or not set(targets) <= set(TARGETS) or not all(type(n) is int and n > 0 for n in numbers):
+        raise ValueError(f"an integer above 0, or one for each target of {', '.join(TARGETS)}, as {{q: 8, down: 32}}")
+    return value
 
 
 class Layers(Section):
@@ -28,7 +38,9 @@ class Layers(Section):
 class Lora(Section):
     """Relaxation: a LoRA for every layer of the core at every depth; norms and biases that differ stay per depth."""
 
-    rank: Count | Ranks = Field(description="rank r, or one for each target: {q: 8, down: 32}")
+    rank: Annotated[int | dict[str, int], BeforeValidator(_rank)] = Field(
+        description="rank r, or one for each target: {q: 8, down: 32}"
+    )
     targets: Targets | None = Field(
         None, description=f"projections that get one: {', '.join(TARGETS)} (default: all, or those that rank names)"
     )
@@ -46,7 +58,7 @@ class Lora(Section):
     def ranks(self) -> dict[str, int]:
         """Rank by target."""
         if isinstance(self.rank, dict):
-            return {str(target): rank for target, rank in self.rank.items()}
+            return self.rank
         return dict.fromkeys(self.targets or TARGETS, self.rank)
 
 
@@ -83,7 +95,7 @@ class Router(Section):
         description="expert, outside of training: threshold is causal; topk takes the capacity of the whole sequence, "
         "which no cache or server can do (default: threshold, but topk for imported checkpoints)",
     )
-    thresholds: Capacities | None = Field(
+    thresholds: Thresholds | None = Field(
         None, description="expert: what the sigmoid of a router's logit must reach, for each recurrence (default: 0.5)"
     )
 
@@ -111,7 +123,7 @@ class ConvertRecipe(Section):
         "be named where sizes or layers are given; mor (2507.10524) is recursive with a router; universal (1807.03819) "
         "ties all layers into one; without any, a public recurrent checkpoint is imported",
     )
-    loops: Count | None = Field(None, description="recursive, mor: number of loops B; it divides the layers to be tied")
+    loops: Depth | None = Field(None, description="recursive, mor: number of loops B; it divides the layers to be tied")
     sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] | None = Field(
         None,
         description="recursive, mor: tied layers run one after the other, B times (cycle), or each B times in a row "
@@ -151,8 +163,8 @@ class ConvertRecipe(Section):
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
     )
     state_std: Number = Field(0.0087, gt=0, description="scale of state_init=normal")
-    num_recurrences: Count | None = Field(None, description="R at inference (default: recursive loops, retrofit 4)")
-    max_recurrences: Count | None = Field(
+    num_recurrences: Depth | None = Field(None, description="R at inference (default: recursive loops, retrofit 4)")
+    max_recurrences: Depth | None = Field(
         None, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
     kv_policy: str = Field(

@@ -62,13 +62,16 @@ def projections(layer: nn.Module) -> dict[str, tuple[Any, list[str]]]:
 
 
 def own_parameters(weights: SourceWeights, layers: str, stands_for: list[list[int]]) -> list[str]:
-    """Norms, biases and other parameters of at most one dimension that differ between the layers that are tied."""
+    """Norms, biases and other parameters of at most one dimension that differ between the layers that are tied. Those
+    that only some layers of the core have stay tied."""
+    present = set(weights.names())
     tied = [sorted({depth[n] for depth in stands_for}) for n in range(len(stands_for[0]))]
     first = f"{layers}{tied[0][0]}."
     own = []
     for name in weights.names():
         suffix = name.removeprefix(first)
-        if suffix == name or len(weights.shape(name)) > 1:
+        everywhere = all(f"{layers}{layer}.{suffix}" in present for group in tied for layer in group)
+        if suffix == name or len(weights.shape(name)) > 1 or not everywhere:
             continue
         values = [[weights.read(f"{layers}{layer}.{suffix}") for layer in group] for group in tied]
         if any(not torch.equal(group[0], other) for group in values for other in group[1:]):

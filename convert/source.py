@@ -35,6 +35,10 @@ def find_source(source: str, revision: str | None) -> Path:
     if not source:
         raise UserError("SOURCE is empty; give the directory of a checkpoint, or a hub id")
     path = Path(source).expanduser()
+    try:
+        path.is_dir()
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
     if path.is_dir():
         if revision is not None:
             raise UserError(f"revision={revision!r} is for hub sources; {source} is a local directory")

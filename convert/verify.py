@@ -111,15 +111,19 @@ def _written_out(
         layers = layer_list_name(empty_model(config), config.num_hidden_layers) + "."
     relaxation = written.config.relaxation or {"rank": {}, "own": []}
 
+    def kept(name: str) -> torch.Tensor:  # rounded as it was written, whatever type it is computed in
+        tensor = weights.read(name)
+        return tensor.to(cast) if cast else tensor
+
     def read(name: str) -> torch.Tensor:
         if not name.startswith(layers):
-            return weights.read(name)
+            return kept(name)
         number, _, suffix = name.removeprefix(layers).partition(".")
         part, n, d = places[int(number)]
         d = min(d, len(plan.stands_for) - 1)
         path = suffix.removesuffix(".weight")
         if part == "core" and suffix in relaxation["own"]:
-            return weights.read(f"{layers}{plan.stands_for[d][n]}.{suffix}")
+            return kept(f"{layers}{plan.stands_for[d][n]}.{suffix}")
         tied = tied_weight(part, n, suffix)
         return merged(written, n, path, d, tied) if part == "core" and path in relaxation["rank"] else tied
 
@@ -128,8 +132,7 @@ def _written_out(
         if not parents:
             return written.read(f"{part}.{n}.{suffix}")
         if len(parents) == 1:
-            kept = weights.read(parents[0])
-            return kept.to(cast) if cast else kept
+            return kept(parents[0])
         mean = torch.stack([weights.read(parent).float() for parent in parents]).mean(0)
         return mean.to(cast or weights.dtype(parents[0]))
 

@@ -66,7 +66,13 @@ def _place(out: Path, source: Path, force: bool) -> Path:
     """Where `out` really stands, links followed. Raises UserError where it may not be written."""
     if str(out) in ("", "."):
         raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
-    place, source = out.expanduser().resolve(), source.resolve()
+    try:
+        place, source = out.expanduser().resolve(), source.resolve()
+        beside(
+            place, "partial"
+        ).exists()  # raises for a name that is too long, as do the lines above for a loop of links
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
     if place.exists() and not place.is_dir():
         raise UserError(f"{out} is a file; give a directory for the output")
     if place.is_relative_to(source):

@@ -7,7 +7,8 @@ checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
-from .modeling_recurrent_depth import RecurrentDepthForCausalLM, RecurrentDepthOutput
+from .modeling_recurrent_depth import RecurrentDepthForCausalLM
+from .output import RecurrentDepthOutput
 
 RecurrentDepthConfig.register_for_auto_class()
 RecurrentDepthForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -154,6 +154,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             unknown = sorted(set(self.exit) - {"rule", "threshold", "min_recurrences"})
             if unknown or self.exit.get("rule") not in EXIT_RULES:
                 raise ValueError(f"exit={self.exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
+            if self.exit["rule"] == "gate" and not self.exit_gate:
+                raise ValueError(f"exit={self.exit}: this model has no exit gate; choose another rule")
+            if not 1 <= self.exit.get("min_recurrences", 1) <= self.max_recurrences:
+                raise ValueError(f"exit={self.exit}: min_recurrences is 1 to max_recurrences={self.max_recurrences}")
         between = {
             "injection": self.injection != "none",
             "recurrence_norm": self.recurrence_norm != "none",

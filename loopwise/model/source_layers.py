@@ -100,7 +100,7 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
 
     Raises ValueError where a fixed-size cache cannot grow, where its layers are of other attention types than the
     slots, or where the deepest slots hold fewer positions than the first: reading them would silently skip what those
-    positions said.
+    positions said. (In a compiled call on a written static cache, a RuntimeError, from the graph.)
     """
     slots = config.slots(num_recurrences)
     types, options = get_layer_types_and_kwargs(config.source_config)
@@ -126,9 +126,11 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
             f"the attention types of this {type(cache).__name__}'s layers are not those of the model's key-value "
             "slots; make it with config=model.config"
         )
-    ends = [cache.get_seq_length(slot) for slot in (0, len(slots) - 1)]
-    if torch.compiler.is_compiling():  # a static cache counts in tensors, once it has been written
-        ends = [-1 if isinstance(length, torch.Tensor) else length for length in ends]
+    ends: list[Any] = [cache.get_seq_length(slot) for slot in (0, len(slots) - 1)]
+    if torch.compiler.is_compiling() and any(isinstance(length, torch.Tensor) for length in ends):
+        # a static cache counts in tensors, which a graph can compare where it runs and nowhere else
+        torch._assert_async(ends[0] == ends[1], "the cache was prefilled at a smaller depth than is read now")
+        return
     if int(ends[0]) != int(ends[1]):
         lengths = [int(cache.get_seq_length(slot)) for slot in range(len(slots))]
         filled = sum(length == lengths[0] for length in lengths) - len(config.prelude) - len(config.coda)

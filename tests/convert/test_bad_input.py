@@ -179,7 +179,13 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["sizes=1,2,1", "sharing=sequence"], "sharing belongs to method=recursive"),
         (["method=recursive", "loops=2", "sharing=sequence", "injection=linear"], "nothing can stand between"),
         (["method=recursive", "loops=2", "lora.rank=65"], "above the rank of self_attn.q_proj"),
-        (["method=recursive", "loops=2", "lora.rank=0"], "lora.rank"),
+        (["method=recursive", "loops=2", "lora.rank=0"], "lora.rank=0: an integer above 0"),
+        (["method=recursive", "loops=2", "lora.rank={x: 4}"], "one for each target of q, k, v"),
+        (["method=recursive", "loops=2", "lora.rank={}"], "one for each target of q, k, v"),
+        (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=[]"], "lora.targets=[]"),
+        (["method=mor", "loops=2", "router.thresholds=[-0.1,1]"], "router.thresholds.0=-0.1"),
+        (["sizes=1,2,1", "exit.rule=gate"], "no exit gate"),
+        (["sizes=1,2,1", "num_recurrences=99999999999999999999"], "less than or equal to 4096"),
         (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=q,x"], "lora.targets"),
         (["method=recursive", "loops=2", "lora.rank={q: 4}", "lora.targets=q"], "rank names its targets"),
         (["method=recursive", "loops=2", "lora.rank=4", "lora.init=svd", "init=random"], "noise"),
@@ -232,6 +238,10 @@ def test_outputs_that_would_replace_too_much(capsys, tmp_path, source, monkeypat
     monkeypatch.chdir(here)
     for out in (".", "", here, ".."):
         assert "error: " in refused(capsys, tmp_path, source, out, "sizes=1,2,1", "--force")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("x" * 245, "x" * 300, "a\0b", "loop"):
+        assert "cannot write" in refused(capsys, tmp_path, source, tmp_path / out, "sizes=1,2,1")
+    assert "too long" in refused(capsys, tmp_path, tmp_path / ("x" * 300), tmp_path / "out", "sizes=1,2,1")
     assert "SOURCE is empty" in refused(capsys, tmp_path, "", "out", "sizes=1,2,1")
 
 

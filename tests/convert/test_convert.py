@@ -222,6 +222,21 @@ def test_randomised_svd_is_near_the_exact_one(monkeypatch):
     assert left[1] == pytest.approx(left[0], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields", "dtype"),
+    [
+        ("qwen2", {}, "bfloat16"),
+        ("qwen2", {}, "float16"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 3]}, "float32"),  # only some of the core's layers have mlp.gate_proj
+    ],
+)
+def test_a_lora_is_verified_as_it_was_written(model_type, fields, dtype, tmp_path):
+    """What is computed in float32 is what was rounded on writing: weights, and norms and biases of every depth."""
+    source = save_source(tmp_path / "source", model_type, **fields)
+    keys: dict[str, Any] = {"method": "recursive", "loops": 2, "init": "average", "lora": {"rank": 8}, "dtype": dtype}
+    assert convert(source, tmp_path / "out", validate(ConvertRecipe, keys))["max_dlogit"] < 1e-4
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_zero_lora_changes_nothing(dora, tmp_path):
     save_source(tmp_path / "source")

@@ -14,9 +14,18 @@ from tests.convert.test_convert import EVERY_LAYER, tokens
 from tests.tiny import save_source
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox", "gpt_neo", "smollm3"])
-def test_logits_are_equal_bit_for_bit(model_type, tmp_path):
-    convert(save_source(tmp_path / "source", model_type), tmp_path / "model", validate(ConvertRecipe, EVERY_LAYER))
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        *((name, {}) for name in ("llama", "gemma3_text", "gpt_neox", "gpt_neo", "smollm3")),
+        ("qwen3_moe", {"mlp_only_layers": [0, 2]}),  # dense layers among the mixtures of experts
+        ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": list(range(6))}),
+        ("qwen2_moe", {"decoder_sparse_step": 3}),
+    ],
+)
+def test_logits_are_equal_bit_for_bit(model_type, fields, tmp_path):
+    source = save_source(tmp_path / "source", model_type, **fields)
+    convert(source, tmp_path / "model", validate(ConvertRecipe, EVERY_LAYER))
     assert export(tmp_path / "model", tmp_path / "plain", unroll=3) == 0
     model, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("model", "plain"))
     assert plain.config.model_type == model_type

@@ -59,11 +59,14 @@ def test_equals_the_authors_code(name, tmp_path):
 def test_ouro_has_its_exit_gates_and_the_right_special_tokens(tmp_path):
     folder = source("ouro", tmp_path / "source")
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "early_exit_threshold": 0.75}))
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
     model, want = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), expected("ouro")
     with torch.no_grad():
         out = model(want["ids"], num_recurrences=4, output_states=True)
     torch.testing.assert_close(out.exit_logits, want["gates_4"], rtol=0, atol=1e-5)
+    assert model.config.exit == {"rule": "gate", "threshold": 0.75}
     for found in (model.config, model.generation_config):
         assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
 
@@ -103,6 +106,25 @@ def test_other_tensors_are_refused(capsys, tmp_path):
     for name in FORMATS.values():
         assert f"{name}: " in line
     assert "Huginn: no transformer.core_block.0.norm_4.weight" in line
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir()))
+def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_path):
+    folder, out = source(name, tmp_path / "source"), tmp_path / "out"
+    tensors, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
+    needed = [tensor for tensor in tensors if tensor != "freqs_cis"]
+    for tensor in needed:
+        first, *rest = tensors[tensor].shape
+        optional = tensor.endswith("router_bias")
+        for wrong in (torch.zeros(first + 1, *rest), torch.zeros(first, *rest, 2), *([] if optional else [None])):
+            changed = {**tensors, tensor: wrong}
+            save_file({key: value for key, value in changed.items() if value is not None}, folder / "model.safetensors")
+            line = refused(capsys, folder, out, "--dry-run")
+            assert wrong is None or tensor.rpartition(".")[2] in line
+    save_file(tensors, folder / "model.safetensors")
+    for key, value in (("intermediate_size", -1), ("intermediate_size", "x"), ("vocab_size", 63)):
+        (folder / "config.json").write_text(json.dumps({**json.loads(config), key: value, "padded_vocab_size": None}))
+        refused(capsys, folder, out, "--dry-run")
 
 
 def test_other_keys_and_configs_are_refused(capsys, tmp_path):

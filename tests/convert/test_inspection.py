@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
+from loopwise.convert.inspection import inspect
 from loopwise.recipe import validate
 from tests.tiny import VOCAB, save_source
 
@@ -57,3 +60,36 @@ def test_a_router_and_a_lora_count(capsys, tmp_path):
     assert kv[1]["recursion-wise"]["2"] == kv[0]["per-depth"]["1"] + core / 2
     assert main(["inspect", str(tmp_path / "mor0")]) == 0
     assert "expert-choice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "kv_policy"),
+    [
+        ("llama", {"tie_word_embeddings": True}, "modulo-3"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "per-depth"),
+        ("mixtral", {}, "per-depth"),
+        ("gpt_oss", {}, "per-depth"),
+        ("granitemoe", {}, "per-depth"),
+        ("falcon", {}, "per-depth"),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}, "per-depth"),
+        ("gpt_bigcode", {}, "per-depth"),
+    ],
+)
+def test_experts_and_shared_heads_count(model_type, fields, kv_policy, tmp_path):
+    """Against the cache and the counted multiplications of the model itself."""
+    keys: dict[str, Any] = {"sizes": [1, 2, 1], "num_recurrences": 3, "kv_policy": kv_policy}
+    convert(save_source(tmp_path / "source", model_type, **fields), tmp_path / "out", validate(ConvertRecipe, keys))
+    facts = inspect(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model.source.config._experts_implementation = "eager"  # multiplications that are counted
+    with torch.no_grad():
+        cache = model(torch.ones(1, 5, dtype=torch.long), num_recurrences=8, use_cache=True).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+        assert facts["kv_bytes_per_token"][kv_policy][8] == held / 5
+        counted = {}
+        for r in (1, 4):
+            with FlopCounterMode(display=False) as counter:
+                model(torch.ones(1, 1, dtype=torch.long), num_recurrences=r, use_cache=False)
+            counted[r] = counter.get_total_flops()
+    for r in (1, 4):  # norms, biases and attention to itself are the difference
+        assert facts["flops_per_token"][r] == pytest.approx(counted[r], rel=0.04)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+import loopwise.model
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.initial_state import counter_normal
 from tests.tiny import VOCAB, source_config
@@ -181,6 +183,15 @@ def test_a_static_cache_is_not_read_deeper_than_it_was_filled():
             model(ids()[:, :1], past_key_values=cache, num_recurrences=3)
 
 
+@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+def test_a_given_state_goes_on_where_the_cache_ends(kind):
+    model, tokens, state = build(), ids(), torch.randn(2, 14, 64)
+    with torch.no_grad():
+        cache = kind(config=model.config, **({"max_cache_len": 16} if kind is StaticCache else {}))
+        got = [model(part, initial_state=state, past_key_values=cache).logits for part in tokens.split(7, dim=1)]
+        torch.testing.assert_close(torch.cat(got, 1), model(tokens, initial_state=state).logits, rtol=0, atol=1e-5)
+
+
 def test_special_tokens_are_those_of_the_source(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
@@ -292,6 +303,8 @@ model.save_pretrained(sys.argv[4])
 def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_path):
     model = build(model_type, core=[1, 2])
     model.save_pretrained(tmp_path / "model")
+    travels = {file.name for file in Path(loopwise.model.__path__[0]).glob("*.py")} - {"__init__.py"}
+    assert {file.name for file in (tmp_path / "model").glob("*.py")} == travels
     torch.save(ids(), tmp_path / "ids.pt")
     paths = [str(tmp_path / name) for name in ("model", "ids.pt", "out.pt", "again")]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -300,6 +313,17 @@ def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()  # saved there, it loads here
     with torch.no_grad():
         assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+def test_a_compiled_call_reads_a_static_cache_no_deeper_than_it_was_prefilled():
+    model, tokens = build(), ids(1)
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(tokens[:, :5], num_recurrences=3, past_key_values=cache)
+        model(tokens[:, 5:-1], num_recurrences=1, past_key_values=cache)
+        compiled = torch.compile(model.forward, backend="eager", dynamic=False)
+        with pytest.raises(RuntimeError, match="smaller depth than is read now"):
+            compiled(tokens[:, -1:], num_recurrences=3, past_key_values=cache)
 
 
 def test_resized_embeddings_survive_saving(tmp_path):
@@ -321,6 +345,8 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"state_init": "ones"}, "input, zeros, normal"),
         ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
         ({"sharing": "sequence", "injection": "linear"}, "nothing can stand between"),
+        ({"exit": {"rule": "gate"}}, "no exit gate"),
+        ({"exit": {"rule": "kl", "min_recurrences": 9}}, "1 to max_recurrences=8"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(fields, said):

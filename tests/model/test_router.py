@@ -166,8 +166,13 @@ def test_generates_the_same_with_every_cache(name):
     assert torch.equal(want, model.generate(**inputs))
     looked_up = model.generate(tokens[1:], prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(looked_up, want[1:])
-    static = StaticCache(config=model.config, max_cache_len=32)
-    assert torch.equal(want, model.generate(**inputs, past_key_values=static))
+    for static_model in (
+        model,
+        build(CAUSAL[name], "llama", prelude=[]),
+    ):  # with a window, and one that counts in tensors
+        static = StaticCache(config=static_model.config, max_cache_len=32)
+        want = static_model.generate(**inputs, use_cache=False)
+        assert torch.equal(want, static_model.generate(**inputs, past_key_values=static))
     beams = [model.generate(**inputs, num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*beams)
 
