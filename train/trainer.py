@@ -28,7 +28,7 @@ from .checkpoint import commit, partial_directory, prune, written
 from .curriculum import Curriculum
 from .data import Blocks, Mixture, Packed
 from .losses import balanced_bias
-from .measure import held_out_loss
+from .measure import held_out_loss, parameter_costs, token_flops
 from .objectives import Objective
 from .pretrained import is_recurrent, write_model
 from .progress import Progress
@@ -341,14 +341,9 @@ class RecurrentTrainer(Trainer):
         return inputs["input_ids"].numel() * self._flops(self.state.global_step)
 
     def _flops(self, step: int) -> int:
-        """Of a token: 2 operations a parameter outside the embeddings forward, 4 backward."""
-        once, recurring = self._costs
-        free, graded = 0, 1
-        if self.curriculum:
-            depth = self.curriculum.at(step)
-            graded = depth.grad_recurrences or depth.num_recurrences
-            free = depth.num_recurrences - graded
-        return 6 * once + recurring * (2 * free + 6 * graded)
+        """Of a token."""
+        depth = self.curriculum.at(step) if self.curriculum else None
+        return token_flops(self._costs, depth, self.objective.router, step, self.objective.capacity_warmup)
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self._output_directory)
@@ -409,15 +404,3 @@ class RecurrentTrainer(Trainer):
 def _sum(trainer: Trainer, value: torch.Tensor) -> float:
     """Over all ranks."""
     return cast(torch.Tensor, trainer.accelerator.reduce(value)).item()
-
-
-def parameter_costs(model: Any) -> tuple[int, int]:
-    """Parameters, outside the embeddings, that a token meets once, and those that it meets in every recurrence."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    total = sum(p.numel() for p in model.parameters())
-    if head is None or head.weight is not embeddings.weight:  # a tied matrix works as the head
-        total -= embeddings.weight.numel()
-    recurring = 0
-    if is_recurrent(model.config):
-        recurring = sum(p.numel() for part in (model.core, model.injection) for p in part.parameters())
-    return total - recurring, recurring
