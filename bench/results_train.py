@@ -3,8 +3,8 @@
     python bench/results_train.py [--out results-train] [--scale 1.0] [--seeds 3] [--text PATH] [--report FILE]
 
 Everything is a `loopwise` command; a finished one is not run again, a killed one goes on (`--resume`). `--scale`
-multiplies all steps; 1.0 is meant for about an hour and a half of one quiet core. Every figure is read from the runs'
-files; the sentences under each table follow from the figures.
+multiplies all steps; 1.0 is meant for an hour to an hour and a half of one quiet core. Every figure is read from the
+runs' files; the sentences under each table follow from the figures.
 
 (a) stepwise tying + SVD LoRA + distillation, tying alone, random start     held-out loss beside the source's
 (b) a curriculum of recurrences, all recurrences from the start             held-out loss at equal FLOPs, FLOPs at equal
@@ -240,7 +240,7 @@ def verdict(claim: str, better: list[float], worse: list[float]) -> str:
 
 
 def relaxed(bench: Bench, base: Path) -> list[str]:
-    steps = bench.steps(400)
+    steps = bench.steps(300)
     lora = ["lora.rank=16", "lora.init=svd"]
     distil = [f"objectives.distillation.teacher={base}", "objectives.cross_entropy=0.5"]
     kinds = {
@@ -270,7 +270,7 @@ def relaxed(bench: Bench, base: Path) -> list[str]:
 
 def growing(bench: Bench, base: Path) -> list[str]:
     model = bench.convert("b-retrofitted", base, "sizes=2,4,2", "injection=linear", f"num_recurrences={MEAN}")
-    full_steps, keys = bench.steps(400), [f"recurrence.mean={MEAN}", f"recurrence.eval_at={MEAN}"]
+    full_steps, keys = bench.steps(250), [f"recurrence.mean={MEAN}", f"recurrence.eval_at={MEAN}"]
 
     def often(steps: int) -> str:
         return f"eval_every={max(1, steps // 12)}"
@@ -302,7 +302,7 @@ def growing(bench: Bench, base: Path) -> list[str]:
 
 
 def retrofit(bench: Bench) -> list[str]:
-    empty, base_steps, steps = bench.out / "sums" / "empty", bench.steps(1600), bench.steps(800)
+    empty, base_steps, steps = bench.out / "sums" / "empty", bench.steps(1600), bench.steps(600)
     base = bench.train("sums", "sums-base", empty, base_steps, 0, bench.longer(2, BASE_TERMS))
     model = bench.convert("c-retrofitted", base, "sizes=2,4,2", "injection=linear", f"num_recurrences={MEAN}")
     longer = bench.longer(BASE_TERMS, TERMS)
@@ -346,7 +346,7 @@ def _wrong(right: list[float]) -> list[float]:
 
 
 def routed(bench: Bench, base: Path) -> list[str]:
-    steps = bench.steps(400)
+    steps = bench.steps(300)
     fixed = bench.convert("d-fixed", base, "method=recursive", f"loops={LOOPS}", "sharing=middle-cycle")
     others = [bench.train("text", "d-fixed", fixed, steps, seed) for seed in bench.seeds]
     model = bench.convert("d-mor", base, "method=mor", f"loops={LOOPS}", "router.auxiliary=true")
