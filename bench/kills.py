@@ -61,7 +61,7 @@ def start(arguments: list[str], out: Path) -> subprocess.Popen:
     )
 
 
-def wait(process: subprocess.Popen, until, seconds: float = 300) -> None:
+def wait(process: subprocess.Popen, until, seconds: float = 1800) -> None:
     """Until `until()`, or the process has ended."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and not until():
@@ -77,18 +77,20 @@ def newest(out: Path) -> int:
 def kill(arguments: list[str], out: Path, draw: random.Random) -> str:
     """Start the run, or go on with it, and SIGKILL it and its children at a random moment. Returns what it left."""
     process, began, moment = start(arguments, out), newest(out), draw.choice(MOMENTS)
-    if moment == "from the start":
-        time.sleep(draw.uniform(0, 15))
-    else:
-        wait(process, lambda: newest(out) > began)
-        time.sleep(draw.uniform(0, 2))
-    if moment == "in a checkpoint":
-        wait(process, lambda: any(out.glob(".checkpoint-*.partial")))
-        time.sleep(draw.uniform(0, 0.05))
-    ended = process.poll()
-    if ended is None:
-        os.killpg(process.pid, 9)
-    process.wait()
+    try:
+        if moment == "from the start":
+            time.sleep(draw.uniform(0, 15))
+        else:
+            wait(process, lambda: newest(out) > began)
+            time.sleep(draw.uniform(0, 2))
+        if moment == "in a checkpoint":
+            wait(process, lambda: any(out.glob(".checkpoint-*.partial")))
+            time.sleep(draw.uniform(0, 0.05))
+        ended = process.poll()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.wait()
     if ended is not None:
         raise RuntimeError(f"the run ended by itself with {ended} after step {newest(out)}: give more --steps")
     half = any(out.glob(".checkpoint-*.partial"))
