@@ -76,6 +76,7 @@ def newest(out: Path) -> int:
 
 def kill(arguments: list[str], out: Path, draw: random.Random) -> str:
     """Start the run, or go on with it, and SIGKILL it and its children at a random moment. Returns what it left."""
+    started = time.time()
     process, began, moment = start(arguments, out), newest(out), draw.choice(MOMENTS)
     try:
         if moment == "from the start":
@@ -93,7 +94,8 @@ def kill(arguments: list[str], out: Path, draw: random.Random) -> str:
         process.wait()
     if ended is not None:
         raise RuntimeError(f"the run ended by itself with {ended} after step {newest(out)}: give more --steps")
-    half = any(out.glob(".checkpoint-*.partial"))
+    # Of this start: what an earlier kill left is removed only once a run has begun.
+    half = any(path.stat().st_mtime >= started for path in out.glob(".checkpoint-*.partial"))
     return f"{moment}: step {newest(out)}{', a checkpoint half written' if half else ''}"
 
 
