@@ -62,7 +62,7 @@ test: lint
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
 
-# The papers' orderings on a small model, hours of two quiet cores; resumable. make results-train ARGS="--scale 0.1"
+# The papers' orderings on small models, an hour of a quiet core; resumable. make results-train ARGS="--scale 0.1"
 results-train: setup
 	$(BIN)/python bench/results_train.py $(ARGS)
 

@@ -4,7 +4,8 @@
 
 Prints activation bytes by R under truncated backpropagation, the time of a step by R with the line through it, and
 tokens/s of `loopwise train` over tokens/s of a loop in plain torch on the same model, blocks and R: median and spread
-of interleaved pairs. Bytes are those that autograd keeps. Runs where torch finds its accelerator, else on the CPU.
+of interleaved pairs, by the wall's clock and by the processors' (which other programs disturb less; on a GPU it says
+little). Bytes are those that autograd keeps. Runs where torch finds its accelerator, else on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train.curriculum import curriculum_of
 from loopwise.train.data import Mixture, build
 from loopwise.train.pretrained import load_model, load_tokenizer
 from loopwise.train.recipe import Train
-from loopwise.train.run import train
+from loopwise.train.run import prepare, work
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 VOCABULARY = 4096
@@ -99,29 +99,46 @@ def synchronise() -> None:
         torch.accelerator.synchronize()
 
 
-def loopwise_speed(model: Path, text: Path, recipe: Train, out: Path) -> float:
-    """Tokens/s of the second half of a run."""
+class Clock(TrainerCallback):
+    """Seconds of the second half of a run, on the wall and of this process's processors."""
+
+    def __init__(self, steps: int):
+        self.steps, self.at = steps, [(0.0, 0.0)] * 2
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tick(state.global_step)
+
+    def tick(self, done: int) -> None:
+        if done in (self.steps // 2, self.steps):
+            synchronise()
+            self.at = [self.at[1], (time.perf_counter(), time.process_time())]
+
+    def seconds(self) -> list[float]:
+        return [end - begin for begin, end in zip(*self.at, strict=True)]
+
+
+def loopwise_speed(model: Path, text: Path, recipe: Train, out: Path) -> list[float]:
+    """Seconds of the second half of a run: wall, processor."""
+    clock = Clock(recipe.steps or 0)
     with contextlib.redirect_stdout(io.StringIO()):
-        train(str(model), out, recipe)
-    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [record["tokens_per_second"] for record in log if "tokens_per_second" in record][-1]
+        prepare(str(model), out, recipe)
+        work(str(model), out, recipe, callbacks=[clock])
+    return clock.seconds()
 
 
-def plain_speed(model: Path, recipe: Train, folder: Path) -> float:
-    """Tokens/s of the same half, by a loop without Trainer, accelerate or Loopwise's training."""
+def plain_speed(model: Path, recipe: Train, folder: Path) -> list[float]:
+    """Those of the same half in a loop without Trainer, accelerate or Loopwise's training."""
     blocks = build(recipe.data, load_tokenizer(str(model), None), folder)
     steps, size = recipe.steps or 0, recipe.batch_size
     assert recipe.recurrence is not None
-    curriculum = curriculum_of(recipe.recurrence, 1, steps, recipe.seed)
+    assert recipe.recurrence.mean is not None
+    curriculum = curriculum_of(recipe.recurrence, recipe.recurrence.mean, steps, recipe.seed)
     order = Mixture(blocks.parts, recipe.data.mixture(), steps * size, recipe.seed)
     loaded: Any = load_model(str(model)).train()
     loaded = loaded.to(DEVICE)
     optimiser = torch.optim.AdamW(loaded.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    start = 0.0
+    clock = Clock(steps)
     for step in range(steps):
-        if step == steps // 2:
-            synchronise()
-            start = time.perf_counter()
         rows = [blocks.train.tokens[order[step * size + i]] for i in range(size)]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(DEVICE)
         depth = curriculum.at(step)
@@ -131,8 +148,8 @@ def plain_speed(model: Path, recipe: Train, folder: Path) -> float:
         torch.nn.utils.clip_grad_norm_(loaded.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-    synchronise()
-    return (steps - steps // 2) * size * recipe.data.sequence_length / (time.perf_counter() - start)
+        clock.tick(step + 1)
+    return clock.seconds()
 
 
 def main() -> None:
@@ -175,12 +192,15 @@ def main() -> None:
             }
         )
         ratios = []
+        tokens = (args.steps - args.steps // 2) * args.batch * args.tokens
         for pair in range(args.pairs):
             ours = loopwise_speed(model, text, recipe, folder / f"out{pair}")
             plain = plain_speed(model, recipe, folder / f"tokens{pair}")
-            ratios.append(ours / plain)
-            print(f"pair {pair + 1}: loopwise {ours:,.0f} tokens/s, plain loop {plain:,.0f}, ratio {ratios[-1]:.3f}")
-        print(f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+            ratios.append([p / o for o, p in zip(ours, plain, strict=True)])
+            speeds = f"loopwise {tokens / ours[0]:,.0f} tokens/s, plain loop {tokens / plain[0]:,.0f}"
+            print(f"pair {pair + 1}: {speeds}, ratio {ratios[-1][0]:.3f}, by processor time {ratios[-1][1]:.3f}")
+        for name, found in zip(("ratio", "by processor time"), zip(*ratios, strict=True), strict=True):
+            print(f"{name}: median {statistics.median(found):.3f}, {min(found):.3f} to {max(found):.3f}")
 
 
 if __name__ == "__main__":

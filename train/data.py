@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,15 @@ class Packed:
 class Blocks:
     """What a run trains on and measures.
 
-    parts: blocks of each source of `train`, in order.   digest: tells whether a resumed run sees the same data.
+    parts: blocks of each source of `train`, in order; 0 for one that is streamed.   digest: tells whether a resumed run
+    sees the same data.   greatest: the greatest token id.
     """
 
     train: Packed
     held_out: Packed | None
     parts: list[int]
     digest: str
+    greatest: int
     directory: Path
 
 
@@ -216,34 +218,52 @@ def read(sources: list[str], data: Data, tokenizer: Any, report: Report | None =
     return corpus
 
 
-def build(data: Data, tokenizer: Any, directory: Path, report: Report | None = None) -> Blocks:
-    """Tokenise, split and pack what `data` names, and keep the result under `directory` for `load`."""
+def build(
+    data: Data, tokenizer: Any, directory: Path, report: Report | None = None, streamed: Sequence[Packed] = ()
+) -> Blocks:
+    """Tokenise, split and pack what `data` names, and keep the result under `directory` for `load`.
+
+    streamed: the first blocks of sources that are read while training, for the digest.
+    """
+    length = data.sequence_length
     tokens: list[np.ndarray] = []
     marks: list[np.ndarray] = []
     held: list[np.ndarray] = []
     held_marks: list[np.ndarray] = []
-    for sources in data.parts():
+    packed, packed_marks, parts = [np.zeros((0, length), np.int32)], [np.zeros((0, length), np.uint8)], []
+    for sources, later in zip(data.parts(), data.streamed(), strict=True):
+        parts.append(0)
+        if later:
+            continue
         corpus = read(sources, data, tokenizer, report)
         for mask, to, beside in zip(
             split(corpus, data.eval_fraction), (tokens, held), (marks, held_marks), strict=True
         ):
             to.append(corpus.tokens[mask])
             beside.append(corpus.marks[mask])
+        packed.append(pack(tokens[-1], length, f"data.train ({', '.join(sources)})"))
+        packed_marks.append(pack(marks[-1], length, "marks"))
+        parts[-1] = len(packed[-1])
     if data.eval:
         corpus = read(data.eval, data, tokenizer, report)
         held, held_marks = [corpus.tokens], [corpus.marks]
     directory.mkdir(parents=True, exist_ok=True)
-    length = data.sequence_length
-    packed = [pack(part, length, f"data.train ({', '.join(s)})") for part, s in zip(tokens, data.parts(), strict=True)]
     _save(directory / "train.npy", np.concatenate(packed))
-    _save(directory / "train_marks.npy", np.concatenate([pack(part, length, "marks") for part in marks]))
+    _save(directory / "train_marks.npy", np.concatenate(packed_marks))
     if data.held_out:
         _save(directory / "held_out.npy", pack(np.concatenate(held), length, "the held-out text"))
         _save(directory / "held_out_marks.npy", pack(np.concatenate(held_marks), length, "marks"))
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*tokens, *marks, *held, *held_marks):
+    for part in (
+        *tokens,
+        *marks,
+        *held,
+        *held_marks,
+        *(x for blocks in streamed for x in (blocks.tokens, blocks.marks)),
+    ):
         digest.update(np.ascontiguousarray(part).data)
-    facts = {"digest": digest.hexdigest(), "parts": [len(part) for part in packed], "separate": data.separate_documents}
+    greatest = max(int(x.max()) for x in (*tokens, *held, *(blocks.tokens for blocks in streamed)) if x.size)
+    facts = {"digest": digest.hexdigest(), "parts": parts, "separate": data.separate_documents, "greatest": greatest}
     (directory / FACTS).write_text(json.dumps(facts))
     return load(directory)
 
@@ -253,11 +273,13 @@ def load(directory: Path) -> Blocks:
     facts = json.loads((directory / FACTS).read_text())
 
     def packed(name: str) -> Packed:
-        arrays = (np.load(directory / f"{name}{kind}.npy", mmap_mode="r") for kind in ("", "_marks"))
+        files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
+        streaming = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
+        arrays = (np.load(file, mmap_mode=None if streaming else "r") for file in files)
         return Packed(*arrays, separate=facts["separate"])
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
-    return Blocks(packed("train"), held_out, facts["parts"], facts["digest"], directory)
+    return Blocks(packed("train"), held_out, facts["parts"], facts["digest"], facts["greatest"], directory)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -308,6 +330,14 @@ class Mixture:
             of_source = self.chosen == i
             self.places[of_source] = np.arange(of_source.sum())
 
+    def where(self, sample: int) -> tuple[int, int]:
+        """The source of a sample, and how many samples of that source came before."""
+        return int(self.chosen[sample]), int(self.places[sample])
+
+    def taken(self, samples: int) -> list[int]:
+        """How many of the first `samples` are of each source."""
+        return np.bincount(self.chosen[:samples], minlength=len(self.orders)).tolist()
+
     def __getitem__(self, sample: int) -> int:
-        source = int(self.chosen[sample])
-        return int(self.first[source]) + self.orders[source][int(self.places[sample])]
+        source, place = self.where(sample)
+        return int(self.first[source]) + self.orders[source][place]

@@ -39,7 +39,7 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
 
     from .measure import held_out_loss
     from .pretrained import is_recurrent, load_config, load_model, parameters
-    from .run import check_blocks, check_length
+    from .run import check_length, check_vocabulary
 
     quiet()
     config = load_config(model, recipe.revision)
@@ -50,7 +50,7 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     depths = recipe.num_recurrences or [config.num_recurrences if is_recurrent(config) else None]
     check_length("sequence_length", recipe.sequence_length, model, config)
     blocks = _blocks(model, recipe)
-    check_blocks(model, config, blocks)
+    check_vocabulary(model, config, int(blocks.tokens.max()))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded: Any = load_model(model, recipe.revision).to(device)  # pyright: ignore[reportArgumentType]
     results = []

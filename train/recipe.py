@@ -57,6 +57,14 @@ class Data(Section):
         lt=0.5,
         description="held-out share of data.train, split off by document, where data.eval is not given",
     )
+    streaming: bool | Strings = Field(
+        default=False,
+        description="training sources that are read while training, not before: true for all, or a list of them",
+    )
+    window: Count = Field(
+        default=1000,
+        description="documents of a streamed source that are packed and whose blocks are shuffled together",
+    )
     text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
     chat_field: str | None = Field(
         default=None,
@@ -87,6 +95,17 @@ class Data(Section):
             raise ValueError(f"the shares of phases sum to {sum(phase.share for phase in self.phases):g}, not to 1")
         if self.eval and self.eval_fraction:
             raise ValueError("eval and eval_fraction are two ways to name held-out text: give one")
+        if self.streaming and self.eval_fraction:
+            raise ValueError(
+                "eval_fraction splits text that is read before training, streaming reads it then: use eval"
+            )
+        names = [name for part in self.parts() for name in part]
+        for name in self.streaming if isinstance(self.streaming, list) else []:
+            if name not in names:
+                raise ValueError(f"streaming: {name!r} is none of the training sources {', '.join(map(repr, names))}")
+        for part, streamed in zip(self.parts(), self.streamed(), strict=True):
+            if streamed and isinstance(self.streaming, list) and set(part) - set(self.streaming):
+                raise ValueError("streaming: to mix streamed with other sources, name them in phases, with weights")
         return self
 
     @property
@@ -100,6 +119,11 @@ class Data(Section):
     def parts(self) -> list[list[str]]:
         """The sources whose blocks are mixed by weight: all of `train` together, or each of `phases` for itself."""
         return [[name] for name in self.names()] or [self.train]
+
+    def streamed(self) -> list[bool]:
+        """Which of `parts` are read while training."""
+        named = self.streaming if isinstance(self.streaming, list) else None
+        return [bool(self.streaming) if named is None else bool({*part} & {*named}) for part in self.parts()]
 
     def mixture(self) -> list[tuple[float, list[float]]]:
         """(share of the run, weight of each of `parts`) of every phase."""
@@ -300,6 +324,12 @@ class Train(Section):
     def _consistent(self) -> Train:
         if self.steps and self.epochs:
             raise ValueError("steps and epochs are two ways to set the length of the run: give one")
+        if self.data.streaming and not self.steps:
+            raise ValueError("a streamed source has no known length: set steps")
+        if self.data.streaming and self.objectives.distillation and self.objectives.distillation.top_k:
+            raise ValueError(
+                "distillation.top_k computes the teacher before training, streaming reads the text then: drop one"
+            )
         if self.eval_every and not self.data.held_out:
             raise ValueError("eval_every needs held-out text: set data.eval or data.eval_fraction")
         return self

@@ -22,7 +22,7 @@ from loopwise.directory import beside, restore, settle
 from loopwise.errors import UserError, unknown
 from loopwise.quiet import quiet
 
-from . import data
+from . import data, stream
 from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync, written
 from .curriculum import Curriculum, curriculum_of
 from .recipe import Recurrence, Train
@@ -106,7 +106,7 @@ def prepare(
     partial = beside(out, "partial")
     try:
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
-        check_blocks(model, config, blocks.train, blocks.held_out)
+        check_vocabulary(model, config, blocks.greatest)
         if checkpoint:
             check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest), accept_changes)
         if force and out.is_dir():
@@ -140,12 +140,16 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(blocks.train) / samples_per_step)
     course = curriculum(source_config, recipe, steps)
+    tokenizer = load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision)
+    # Two steps are more than is read ahead of the step that a checkpoint is written after.
+    streams = stream.open_all(recipe.data, tokenizer, recipe.seed, checkpoint, behind=2 * samples_per_step)
     trainer = RecurrentTrainer(
         loaded,
-        load_tokenizer(str(checkpoint or model), None if checkpoint else recipe.revision),
+        tokenizer,
         arguments(recipe, steps, out, routed=bool(getattr(source_config, "router", None))),
         recipe,
         blocks,
+        streams,
         course,
         {
             **describe(model, recipe, processes, launch.layout(), blocks.digest),
@@ -303,9 +307,8 @@ def check_length(key: str, length: int, model: str, config: Any) -> None:
         raise UserError(f"{key}={length} is above the {limit} positions of {model} (max_position_embeddings)")
 
 
-def check_blocks(model: str, config: Any, *parts: data.Packed | None) -> None:
+def check_vocabulary(model: str, config: Any, greatest: int) -> None:
     """Raises UserError where tokenizer and model do not belong together."""
-    greatest = max(int(blocks.tokens.max()) for blocks in parts if blocks is not None)
     if greatest >= config.vocab_size:
         raise UserError(f"{model}: its tokenizer gives id {greatest}, its embeddings end at {config.vocab_size - 1}")
 
@@ -339,7 +342,8 @@ def _tokenise(recipe: Train, tokenizer: Any, directory: Path) -> data.Blocks:
         print(f"\rtokenise: {documents:,} documents, {tokens:,} tokens", end="", file=sys.stderr, flush=True)
 
     terminal = sys.stderr.isatty()
-    blocks = data.build(recipe.data, tokenizer, directory, report if terminal else None)
+    streamed = stream.first_blocks(recipe.data, tokenizer)
+    blocks = data.build(recipe.data, tokenizer, directory, report if terminal else None, streamed)
     if terminal:
         print(file=sys.stderr)
     return blocks
@@ -349,7 +353,9 @@ def _opening(trainer: RecurrentTrainer, checkpoint: Path | None) -> str:
     blocks = trainer.blocks
     held_out = f", {blocks.held_out.tokens.size:,} held out" if blocks.held_out is not None else ""
     start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
-    return f"train {trainer.args.max_steps} steps {start}: {blocks.train.tokens.size:,} tokens{held_out}"
+    read = f"{blocks.train.tokens.size:,} tokens" if len(blocks.train) else "no text read before"
+    more = f" and {len(trainer.streams)} streamed" if trainer.streams else ""
+    return f"train {trainer.args.max_steps} steps {start}: {read}{more}{held_out}"
 
 
 def _stored_dtype(config: Any) -> str:

@@ -74,9 +74,14 @@ def _documents(source: str, reader: Reader) -> Iterator[Any]:
     files = files_of(source)
     if files is not None:
         return _files(source, files, reader)
+    check_exists(source, path)
+    return _rows(_dataset(source, path, reader.split, reader.subset), source, reader)
+
+
+def check_exists(source: str, path: Path) -> None:
+    """Raises UserError for what looks like a path, and is not there, rather than ask the hub for it."""
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix):
         raise UserError(f"{source}: no such file or directory")
-    return _rows(_dataset(source, path, reader.split, reader.subset), source, reader)
 
 
 def files_of(source: str) -> list[Path] | None:
@@ -84,7 +89,7 @@ def files_of(source: str) -> list[Path] | None:
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
-    if path.is_dir() and not _is_dataset(path):
+    if path.is_dir() and not is_dataset(path):
         return sorted(_walk(path))
     if any(character in source for character in "*?["):
         return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)]
@@ -178,14 +183,14 @@ def _text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _is_dataset(directory: Path) -> bool:
+def is_dataset(directory: Path) -> bool:
     saved = ("dataset_info.json", "state.json", "dataset_dict.json")
     return any((directory / name).is_file() for name in saved)
 
 
 def _table(path: Path) -> Any:
     # Read straight from the file: a copy in the user's cache would outlive the run.
-    with tempfile.TemporaryDirectory() as cache, _told(str(path)):
+    with tempfile.TemporaryDirectory() as cache, told(str(path)):
         import datasets
 
         return datasets.load_dataset(
@@ -194,17 +199,22 @@ def _table(path: Path) -> Any:
 
 
 def _dataset(source: str, path: Path, split: str, subset: str | None) -> Any:
-    with _told(source):
+    with told(source):
         import datasets
 
-        if not path.is_dir():
-            return datasets.load_dataset(source, subset, split=split)
-        dataset = datasets.load_from_disk(str(path))
-        if not isinstance(dataset, datasets.DatasetDict):
-            return dataset
-        if split not in dataset:
-            raise UserError(f"{source}: no split {split!r}; it has {', '.join(map(repr, dataset))}")
-        return dataset[split]
+        return saved(source, path, split) if path.is_dir() else datasets.load_dataset(source, subset, split=split)
+
+
+def saved(source: str, path: Path, split: str) -> Any:
+    """The dataset that was saved in `path`. Raises UserError where it does not have that split."""
+    import datasets
+
+    dataset = datasets.load_from_disk(str(path))
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise UserError(f"{source}: no split {split!r}; it has {', '.join(map(repr, dataset))}")
+    return dataset[split]
 
 
 def _rows(dataset: Any, source: str, reader: Reader) -> Iterator[Any]:
@@ -218,7 +228,7 @@ def _rows(dataset: Any, source: str, reader: Reader) -> Iterator[Any]:
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
+def told(source: str) -> Iterator[None]:
     """Turns whatever `datasets` raises about `source` into one line."""
     try:
         import datasets

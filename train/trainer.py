@@ -28,12 +28,13 @@ from .checkpoint import commit, partial_directory, prune, written
 from .curriculum import Curriculum
 from .data import Blocks, Mixture, Packed
 from .losses import balanced_bias
-from .measure import held_out_loss
+from .measure import held_out_loss, parameter_costs, token_flops
 from .objectives import Objective
 from .pretrained import is_recurrent, write_model
 from .progress import Progress
 from .recipe import Train
 from .recipe_objectives import Distillation
+from .stream import Stream, save_marks
 
 # DDP takes it from the Trainer by this name only.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -44,13 +45,18 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class Samples(Dataset):
     """All samples of a run in their order; sample g is a block and g itself, which tells `normal` states apart."""
 
-    def __init__(self, blocks: Packed, order: Mixture, count: int, beside: dict[str, np.ndarray]):
-        self.blocks, self.order, self.count, self.beside = blocks, order, count, beside
+    def __init__(
+        self, blocks: Packed, streams: dict[int, Stream], order: Mixture, count: int, beside: dict[str, np.ndarray]
+    ):
+        self.blocks, self.streams, self.order, self.count, self.beside = blocks, streams, order, count, beside
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
+        source, place = self.order.where(sample)
+        if source in self.streams:
+            return {"sequence_ids": sample, **self.streams[source].row(place)}
         row = self.order[sample]
         kept = {name: array[row] for name, array in self.beside.items()}
         return {"sequence_ids": sample, **self.blocks.row(row), **kept}
@@ -120,7 +126,7 @@ def prepare_model(model: Any, recipe: Train) -> None:
 
 
 class RecurrentTrainer(Trainer):
-    """Trains `model` on `blocks`; `curriculum` is None for a model without recurrence.
+    """Trains `model` on `blocks` and `streams`; `curriculum` is None for a model without recurrence.
 
     `run` describes the run: it is kept in every checkpoint, and compared when one is resumed from.
     """
@@ -134,6 +140,7 @@ class RecurrentTrainer(Trainer):
         args: TrainingArguments,
         recipe: Train,
         blocks: Blocks,
+        streams: dict[int, Stream],
         curriculum: Curriculum | None,
         run: dict[str, Any],
     ):
@@ -146,19 +153,19 @@ class RecurrentTrainer(Trainer):
             given = teacher.Teacher(distillation, device, recipe.precision)
         warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * args.max_steps)
         self.objective = Objective(recipe.objectives, model.config, given, args.max_steps, recipe.seed, warmup)
-        self.recipe, self.blocks, self.curriculum, self.run = recipe, blocks, curriculum, run
+        self.recipe, self.blocks, self.streams, self.curriculum, self.run = recipe, blocks, streams, curriculum, run
         self.trained, self.tokenizer = model, tokenizer
         self.out = self._output_directory = Path(str(args.output_dir))
         self.samples_per_step = recipe.batch_size * recipe.gradient_accumulation * args.world_size
         self._tied = {name: id(x) for name, x in model.named_parameters(remove_duplicate=False)}
         config = dict(vars(model.config))
         samples = args.max_steps * self.samples_per_step
-        order = Mixture(blocks.parts, recipe.data.mixture(), samples, recipe.seed)
+        self.order = Mixture(blocks.parts, recipe.data.mixture(), samples, recipe.seed)
         super().__init__(
             model,
             args,
             data_collator=collate,
-            train_dataset=Samples(blocks.train, order, samples, beside),
+            train_dataset=Samples(blocks.train, streams, self.order, samples, beside),
             eval_dataset=cast(Any, blocks.held_out),  # the Trainer only looks whether there is any: see `evaluate`
             callbacks=[Progress(args.max_steps)],
         )
@@ -333,7 +340,8 @@ class RecurrentTrainer(Trainer):
             logs["tokens_per_second"] = tokens / (now - at)
             logs["flops_per_second"] = sum(map(self._flops, steps)) * tokens / len(steps) / (now - at)
             self._since = (step, now)
-        self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
+        if not self.streams:
+            self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
@@ -341,14 +349,9 @@ class RecurrentTrainer(Trainer):
         return inputs["input_ids"].numel() * self._flops(self.state.global_step)
 
     def _flops(self, step: int) -> int:
-        """Of a token: 2 operations a parameter outside the embeddings forward, 4 backward."""
-        once, recurring = self._costs
-        free, graded = 0, 1
-        if self.curriculum:
-            depth = self.curriculum.at(step)
-            graded = depth.grad_recurrences or depth.num_recurrences
-            free = depth.num_recurrences - graded
-        return 6 * once + recurring * (2 * free + 6 * graded)
+        """Of a token."""
+        depth = self.curriculum.at(step) if self.curriculum else None
+        return token_flops(self._costs, depth, self.objective.router, step, self.objective.capacity_warmup)
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self._output_directory)
@@ -373,6 +376,9 @@ class RecurrentTrainer(Trainer):
         try:
             with written(partial, f"checkpoint-{step}"):
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    taken = self.order.taken(step * self.samples_per_step)
+                    save_marks(self.streams, taken, partial / f"checkpoint-{step}")
         finally:
             self._output_directory = self.out
         self.accelerator.wait_for_everyone()
@@ -409,15 +415,3 @@ class RecurrentTrainer(Trainer):
 def _sum(trainer: Trainer, value: torch.Tensor) -> float:
     """Over all ranks."""
     return cast(torch.Tensor, trainer.accelerator.reduce(value)).item()
-
-
-def parameter_costs(model: Any) -> tuple[int, int]:
-    """Parameters, outside the embeddings, that a token meets once, and those that it meets in every recurrence."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    total = sum(p.numel() for p in model.parameters())
-    if head is None or head.weight is not embeddings.weight:  # a tied matrix works as the head
-        total -= embeddings.weight.numel()
-    recurring = 0
-    if is_recurrent(model.config):
-        recurring = sum(p.numel() for part in (model.core, model.injection) for p in part.parameters())
-    return total - recurring, recurring

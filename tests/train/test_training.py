@@ -246,6 +246,19 @@ def test_bad_settings(settings, recurrent, command, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tracker_that_is_not_installed(recurrent, command, tmp_path, capsys, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    for name in ("tensorboard", "wandb", "trackio"):
+        monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: False)
+        assert main(command(recurrent, tmp_path / "out", "steps=2", f"report_to={name}")) == 2
+        error = capsys.readouterr().err
+        assert f"report_to={name}: " in error
+        assert "requires" in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_bad_models(recurrent, plain, command, tmp_path, capsys):
     import shutil
 

@@ -1,0 +1,136 @@
+"""Sources that are read while training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from train_tiny import RECURRENCE, run, same
+
+from loopwise.cli import main
+from loopwise.train.recipe import Data
+from loopwise.train.stream import Mark, Stream
+
+LENGTH, WINDOW = 16, 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three files of ten documents each, no two of them equal."""
+    path = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        lines = (json.dumps({"text": f"<{shard} {i} {'x' * (i % 5)}>"}) + "\n" for i in range(10))
+        (path / f"{shard}.jsonl").write_text("".join(lines))
+    return path
+
+
+def opened(source, tokenizer, mark=None, **keys) -> Stream:
+    data = Data.model_validate(
+        {"train": [str(source)], "streaming": True, "sequence_length": LENGTH, "window": WINDOW, **keys}
+    )
+    return Stream([str(source)], data, tokenizer, 0, mark, behind=8)
+
+
+def blocks(stream: Stream, count: int) -> list[list[int]]:
+    return [stream.row(i)["input_ids"].tolist() for i in range(count)]
+
+
+def test_every_document_once_a_pass_from_any_kind_of_source(folder, tokenizer, tmp_path):
+    import datasets
+
+    rows = [json.loads(line) for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(tmp_path / "saved")
+    whole.to_parquet(tmp_path / "table.parquet")
+    (tmp_path / "texts").mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / "texts" / f"{i:02d}.txt").write_text(row["text"])
+    expected = [t for row in rows for t in (*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id)]
+    count = len(expected) // LENGTH
+    # One window over the whole pass: its blocks are those of the text, in another order.
+    once = blocks(opened(folder, tokenizer, window=30), count)
+    cut = np.array(expected[: count * LENGTH]).reshape(count, LENGTH).tolist()
+    assert once != cut
+    assert sorted(once) == sorted(cut)
+    for source in (folder, tmp_path / "saved", tmp_path / "table.parquet", tmp_path / "texts"):
+        found = blocks(opened(source, tokenizer), 3 * count)
+        assert found == blocks(opened(folder, tokenizer), 3 * count)
+        # Windows and passes lose and repeat nothing.
+        tokens = sorted(t for block in found for t in block)
+        shifted = abs(np.bincount(tokens, minlength=272) - 3 * np.bincount(expected, minlength=272))
+        assert shifted.sum() < 3 * LENGTH * WINDOW
+
+
+def test_a_mark_says_where_to_go_on(folder, tokenizer):
+    expected = blocks(opened(folder, tokenizer), 80)
+    for place in (0, 1, 13, 29, 40, 79):
+        first = opened(folder, tokenizer)
+        for i in range(min(place + 8, 80)):  # read ahead, as loaders do
+            first.row(i)
+        mark = json.loads(json.dumps(asdict(first.mark(place))))
+        assert mark["first"] > place - 30
+        second = opened(folder, tokenizer, Mark(**mark))
+        assert [second.row(i)["input_ids"].tolist() for i in range(place, 80)] == expected[place:]
+    ranks = [opened(folder, tokenizer) for _ in range(2)]
+    assert [ranks[i % 2].row(i)["input_ids"].tolist() for i in range(80)] == expected
+    assert ranks[0].row(2)["input_ids"].tolist() == expected[2]  # going back reads anew
+
+
+@pytest.fixture(scope="module")
+def mixed(folder, corpus):
+    phases = [
+        {"share": 0.4, "sources": {str(folder): 1, str(corpus): 1}},
+        {"share": 0.6, "sources": {str(folder): 3, str(corpus): 1}},
+    ]
+    data = ["data.phases=" + json.dumps(phases), f"data.streaming={folder}", f"data.window={WINDOW}"]
+    return [*data, "data.sequence_length=32", "batch_size=3", f"data.eval={corpus}", "save_every=5", *RECURRENCE]
+
+
+def test_resumed_run_ends_the_same(noisy, mixed, tmp_path, capsys):
+    arguments = ["train", str(noisy), str(tmp_path / "whole"), *mixed, "steps=15", "keep_checkpoints=3"]
+    run(arguments)
+    assert "and 1 streamed" in capsys.readouterr().out
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("config.json", "model.safetensors", "trainer_state.json", "run.json"):
+        (cut / name).unlink()
+    shutil.rmtree(cut / "checkpoint-15")
+    shutil.rmtree(cut / "checkpoint-10")
+    arguments[2] = str(cut)
+    run([*arguments, "--resume"])
+    assert "from checkpoint-5" in capsys.readouterr().out
+    assert same(tmp_path / "whole", cut)
+    marks = [json.loads((out / "checkpoint-15" / "streams.json").read_text()) for out in (cut, tmp_path / "whole")]
+    assert marks[0] == marks[1]
+    assert marks[0]["0"]["first"] > 0
+
+
+def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "kinds" / "b.txt").write_text("b")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "some words to begin with"}\n' * 9 + '{"text": 5}\n')
+    (tmp_path / "other.jsonl").write_text('{"body": "some words"}\n' * 9)
+    for settings, message in {
+        (f"data.train={folder}", "data.streaming=true"): "a streamed source has no known length: set steps",
+        (f"data.train={folder}", "data.streaming=true", "steps=2", "data.eval_fraction=0.1"): "use eval",
+        (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): "'elsewhere' is none of the training sources",
+        (f"data.train=[{folder}, {corpus}]", f"data.streaming={folder}", "steps=2"): "name them in phases",
+        (f"data.train={tmp_path / 'kinds'}", "data.streaming=true", "steps=2"): "files of one kind, these are json, te",
+        (f"data.train={tmp_path / 'nowhere'}", "data.streaming=true", "steps=2"): "no such file or directory",
+        (f"data.train={tmp_path / 'empty.jsonl'}", "data.streaming=true", "steps=2"): "no text in it",
+        (f"data.train={tmp_path / 'other.jsonl'}", "data.streaming=true", "steps=2"): "no field 'text' among 'body'",
+        (f"data.train={tmp_path / 'bad.jsonl'}", "data.streaming=true", "steps=2"): "bad.jsonl",
+        (
+            f"data.train={folder}", "data.streaming=true", "steps=2",
+            f"objectives.distillation={{teacher: {noisy}, top_k: 2}}",
+        ): "top_k computes the teacher before training",
+    }.items():  # fmt: skip
+        assert main(["train", str(noisy), str(tmp_path / "out"), *settings, "data.sequence_length=16"]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,195 @@
+"""Sources that are read while training: blocks of a `datasets` stream, in an order that a resumed run finds again.
+
+A stream is taken window by window: so many documents are tokenised, packed behind what the window before left over,
+and their blocks are put in an order that is a function of (seed, window). A checkpoint keeps where the window of its
+next block begins; every process reads the whole stream and picks its own samples, so ranks do not enter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopwise.errors import UserError
+
+from .data import Packed, tokenise
+from .recipe import Data
+from .sources import Reader, check_exists, files_of, saved, told
+
+MARKS = "streams.json"
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+}
+
+
+@dataclass
+class Mark:
+    """Where a window begins. first: number of its first block.   source, row, state: the source that is read, its next
+    row, and where `datasets` is in it (None: at the beginning).   rest: tokens and marks that fill no block yet."""
+
+    first: int = 0
+    window: int = 0
+    source: int = 0
+    row: int = 0
+    state: dict[str, Any] | None = None
+    rest: tuple[list[int], list[int]] = ([], [])
+
+
+class Stream:
+    """The blocks of `sources`, read one after the other and then again, packed as `data` says.
+
+    behind: how many blocks before the newest one that was asked for `mark` may be asked for.
+    """
+
+    def __init__(self, sources: list[str], data: Data, tokenizer: Any, seed: int, mark: Mark | None, behind: int = 0):
+        self.sources, self.data, self.tokenizer, self.seed, self.behind = sources, data, tokenizer, seed, behind
+        self.reader = Reader(
+            data.field, data.split, data.subset, data.chat_field is not None, data.bad_records == "skip"
+        )
+        self._start(mark or Mark())
+
+    def _start(self, mark: Mark) -> None:
+        self.marks = [mark]  # of the present window last, and of those before that may be asked for
+        self.blocks = self._empty()
+        self.next = mark
+        self.dataset: Any = None
+        self.rows: Iterator[Any] = iter(())
+
+    def _empty(self) -> Packed:
+        return Packed(*(np.zeros((0, self.data.sequence_length), t) for t in (np.int32, np.uint8)), separate=False)
+
+    def row(self, block: int) -> dict[str, np.ndarray]:
+        """Block number `block`, as `Packed.row`. Going back costs reading from the beginning."""
+        if block < self.marks[-1].first:
+            self._start(Mark())
+        while block >= self.next.first:
+            self._read()
+        while len(self.marks) > 1 and self.marks[1].first <= block - self.behind:
+            self.marks.pop(0)
+        return self.blocks.row(block - self.marks[-1].first)
+
+    def first_window(self) -> Packed:
+        """The blocks of the first window that has any."""
+        self.row(0)
+        return self.blocks
+
+    def mark(self, block: int) -> Mark:
+        """Where the window begins that holds `block`, or an earlier one."""
+        return next((mark for mark in reversed(self.marks) if mark.first <= block), Mark())
+
+    def _read(self) -> None:
+        """The next window."""
+        begin = self.next
+        corpus = tokenise(self._documents(), self.tokenizer)
+        tokens, marks = (
+            np.concatenate([np.array(rest, kind), new])
+            for rest, kind, new in zip(begin.rest, (np.int32, np.uint8), (corpus.tokens, corpus.marks), strict=True)
+        )
+        length = self.data.sequence_length
+        count = len(tokens) // length
+        keys = np.random.Philox(key=np.array([self.seed, begin.window], np.uint64)).random_raw(count)
+        order = np.argsort(keys, kind="stable")
+        cut = (part[: count * length].reshape(count, length)[order] for part in (tokens, marks))
+        self.blocks = Packed(*cut, separate=self.data.separate_documents)
+        if self.marks[-1] is not begin:
+            self.marks.append(begin)
+        rest = tuple(part[count * length :].tolist() for part in (tokens, marks))
+        state = None if self.dataset is None else self.dataset.state_dict()
+        self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
+
+    def _documents(self) -> Iterator[Any]:
+        """Those of one window: `data.window` of them."""
+        passes, found = 0, 0
+        begin = self.next
+        self.place, self.number = begin.source, begin.row
+        if self.dataset is None:
+            self._open(begin.state)
+        while found < self.data.window:
+            record = next(self.rows, None)
+            if record is None:
+                self.place, self.number = (self.place + 1) % len(self.sources), 0
+                self._open(None)
+                passes += self.place == 0
+                if passes == 2:  # not one document in a whole pass
+                    raise UserError(f"{', '.join(self.sources)}: no text in it")
+                continue
+            number = self.number
+            self.number += 1
+            document = self.reader.take(record, f"{self.sources[self.place]} row {number}")
+            if document:
+                passes, found = 0, found + 1
+                yield document
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        source = self.sources[self.place]
+        with told(source):
+            self.dataset = stream_of(source, self.reader)
+            if state is not None:
+                self.dataset.load_state_dict(state)
+        self.rows = _told_rows(self.dataset, source)
+
+
+def first_blocks(data: Data, tokenizer: Any) -> list[Packed]:
+    """The first window of every streamed source, in no particular order: to see that it can be read."""
+    opened = open_all(data, tokenizer, seed=0, checkpoint=None, behind=0).values()
+    return [stream.first_window() for stream in opened]
+
+
+def open_all(data: Data, tokenizer: Any, seed: int, checkpoint: Path | None, behind: int) -> dict[int, Stream]:
+    """The streams of `data` by their place among its parts, where `checkpoint` has left them."""
+    file = checkpoint / MARKS if checkpoint else None
+    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    return {
+        i: Stream(sources, data, tokenizer, seed + i, Mark(**kept[str(i)]) if str(i) in kept else None, behind)
+        for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True))
+        if streamed
+    }
+
+
+def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) -> None:
+    """Leave in `directory` where the streams go on after so many blocks of each source."""
+    if streams:
+        (directory / MARKS).write_text(json.dumps({i: asdict(x.mark(taken[i])) for i, x in streams.items()}))
+
+
+def _told_rows(dataset: Any, source: str) -> Iterator[Any]:
+    with told(source):
+        yield from dataset
+
+
+def stream_of(source: str, reader: Reader) -> Any:
+    """The `datasets` stream of a source: a hub id, a saved dataset, or local files of one kind.
+
+    Raises UserError where it is none of these.
+    """
+    import datasets
+
+    files = files_of(source)
+    if files is None:
+        path = Path(source).expanduser()
+        check_exists(source, path)
+        if path.is_dir():
+            return saved(source, path, reader.split).to_iterable_dataset()
+        return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
+    kinds = {BUILDERS.get(file.suffix, "text") for file in files}
+    if len(kinds) != 1:
+        rule = (
+            "no files there" if not kinds else f"a stream reads files of one kind, these are {', '.join(sorted(kinds))}"
+        )
+        raise UserError(f"{source}: {rule}")
+    kind = kinds.pop()
+    if kind == "text" and reader.field != "text":
+        raise UserError(f"{source}: text files have the field 'text', not {reader.field!r}")
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    paths = [str(file) for file in files]
+    return datasets.load_dataset(kind, data_files=paths, split="train", streaming=True, **options)
