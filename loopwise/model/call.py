@@ -35,7 +35,7 @@ class Call:
     num_recurrences: int
     grad_recurrences: int | None
     given_state: torch.Tensor | None
-    past: int
+    past: Any  # int, or a tensor in a compiled call
     positions: torch.Tensor
     sequence_ids: torch.Tensor | None
     cache: Cache | None
@@ -87,7 +87,7 @@ def check_call(
         raise ValueError("sharing='sequence' has no depth but the last to read out")
 
 
-def logical_positions(tokens, attention_mask, position_ids, past: int) -> torch.Tensor:
+def logical_positions(tokens, attention_mask, position_ids, past: Any) -> torch.Tensor:
     """Positions [B or 1, T] of this call's tokens within their sequences, left padding not counted."""
     length = tokens.shape[1]
     if attention_mask is not None and attention_mask.dim() == 2:
