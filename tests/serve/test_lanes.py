@@ -85,7 +85,9 @@ CASES = {
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
-    "compiled": Case("gemma3_text", shape=RELAXED, policy="last-exited", lanes={"compile": True}, decoders=("plain", "wave")),
+    "compiled": Case(
+        "gemma3_text", shape=RELAXED, policy="last-exited", lanes={"compile": True}, decoders=("plain", "wave")
+    ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, decoders=("plain", "wave")),
