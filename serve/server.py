@@ -114,8 +114,11 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**{name: value for name, value in lanes.items() if name != "enforce_eager"})
-    unfit = {"enable_chunked_prefill": defaults.policy.overwrites, "enable_prefix_caching": not defaults.policy.shares}
-    unfit = [name for name, no in unfit.items() if lanes and no]
+    unfit = []
+    if lanes:
+        policy = defaults.policy
+        does_not = {"enable_chunked_prefill": policy.overwrites, "enable_prefix_caching": not policy.shares}
+        unfit = [name for name, no in does_not.items() if no]
     parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
     if lanes:
