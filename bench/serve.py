@@ -7,7 +7,7 @@ A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 
 tokens are continued by 64. Depths are forced: a truncated geometric of mean 3. Systems run the same requests one after
 the other in every pair:
 
-    fixed       engine=fixed, compiled as vLLM does by default (--eager: not compiled)
+    fixed       engine=fixed, compiled as vLLM does by default (--eager: neither this nor the others are)
     full        engine=lanes, every token at full depth
     exits       engine=lanes, generated tokens exit, prompts run at full depth
     prompts     engine=lanes, prompts exit, too
@@ -162,7 +162,7 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
 
     options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.requests}
     options |= {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
-    lanes = {**options, **LaneConfig(args.ticks, coda_batch=args.coda_batch).flags()}
+    lanes = {**options, **LaneConfig(args.ticks, coda_batch=args.coda_batch, compile=not args.eager).flags()}
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
     engines["lanes"] = LLM(str(folders["plain"]), **lanes)
@@ -266,7 +266,7 @@ async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> Non
     seats = ("--max-num-seqs", str(args.clients))
     servers = {"fixed": Server(folder, "engine=fixed", flags=(*compiled, *seats))}
     settings = (f"kv_policy={args.policy}", f"ticks={args.ticks}", f"coda_batch={args.coda_batch}")
-    servers["lanes"] = Server(folder, *settings, flags=seats)
+    servers["lanes"] = Server(folder, *settings, flags=(*compiled, *seats))
     try:
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, default=16)
     parser.add_argument("--coda-batch", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="offline: rank of the LoRA of every depth")
-    parser.add_argument("--eager", action="store_true", help="the fixed engine is not compiled")
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--load", default="", help="http: shares of the capacity, as 0.5,0.8,0.95,1.2")
     parser.add_argument("--seconds", type=float, default=30, help="http: of each load")
     args = parser.parse_args()

@@ -105,15 +105,14 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         served_model_name=[recipe.name or Path(model).resolve().name],
         shutdown_timeout=recipe.drain_seconds,
     )
-    if current_platform.is_cpu():
-        # vLLM compiles all recurrences, which takes minutes at every start; the lane engine only one.
-        parser.set_defaults(enforce_eager=defaults.engine != "lanes")
+    if current_platform.is_cpu():  # compiling for a CPU takes minutes at every start; --no-enforce-eager asks for it
+        parser.set_defaults(enforce_eager=True)
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
     lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
     if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
-    parser.set_defaults(**{name: value for name, value in lanes.items() if name != "enforce_eager"})
+    parser.set_defaults(**lanes)
     unfit = []
     if lanes:
         policy = defaults.policy
@@ -121,7 +120,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         unfit = [name for name, no in does_not.items() if no]
     parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
-    if lanes:
+    if lanes:  # whose core is compiled, instead of vLLM's own forward
         lanes = replace(defaults.lanes, compile=not args.enforce_eager).flags()
         args.enforce_eager = True
     for name, value in lanes.items():
