@@ -1,10 +1,6 @@
 """A pass of the core as one compiled graph, for any number of lanes.
 
-<<<<<<< HEAD
-torch.compile fuses what lies between the matrix products and drops Python's share of a tick. It need not know the
-=======
 torch.compile fuses what lies between the matrix products, and drops Python's share of a tick. It need not know the
->>>>>>> main
 cache: attention is one operation to it, and whose it is is looked up when it runs.
 """
 

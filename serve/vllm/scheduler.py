@@ -38,9 +38,7 @@ class LaneScheduler(Scheduler):
                 "a router's keys and values are packed, which no block can share: enable_prefix_caching=False"
             )
         self.lanes = LaneConfig.of(self.vllm_config)
-        self.longest = (
-            max(self.lanes.ticks, config.max_recurrences) + 1
-        )  # ticks of a step; prompts are computed to an end
+        self.longest = max(self.lanes.ticks, config.max_recurrences) + 1  # ticks of a step: prompts run to their end
         self.num_lookahead_tokens = self.longest
         self.depths: dict[str, Depth] = {}
         self.decoders: dict[str, Decoder] = {}
