@@ -184,4 +184,14 @@ def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool, acce
         raise
     except KeyboardInterrupt:
         return 130  # the launcher says so
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    """All processes leave their group together: a thread of it that sees a peer gone at exit aborts its process."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

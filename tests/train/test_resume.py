@@ -284,10 +284,11 @@ def test_the_launcher_of_the_user(noisy, command, tmp_path, launcher):
     assert bad.returncode != 0
     assert bad.stderr.count("loopwise: error: nowhere.txt: no such file") == 1
     assert not (tmp_path / "two").exists()
-    assert launch().returncode == 0
+    done = launch()
+    assert done.returncode == 0, done.stderr
     assert same(tmp_path / "one", tmp_path / "two")
     again = launch("--resume")
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr
     assert again.stdout.count("the run is already finished") == 1
 
 
