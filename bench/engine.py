@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=3.0)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--policy", default="single,last-exited")
-    parser.add_argument("--coda-batch", type=int, default=1)
+    parser.add_argument("--coda-wait", type=int, default=0)
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
         fixed.append(Params(max_tokens=out, ignore_eos=True))
     for policy in args.policy.split(","):
         model = make(args.lora, torch.bfloat16)
-        options = {"rows": args.batch, "length": 128, "kv_policy": policy, "coda_batch": args.coda_batch}
+        options = {"rows": args.batch, "length": 128, "kv_policy": policy, "coda_wait": args.coda_wait}
         engine = Engine(model, **options)
         core = sum(p.numel() for p in model.core.parameters())
         head = model.get_output_embeddings().weight.numel()

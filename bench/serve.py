@@ -162,7 +162,7 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
 
     options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.requests}
     options |= {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
-    lanes = {**options, **LaneConfig(args.ticks, coda_batch=args.coda_batch, compile=not args.eager).flags()}
+    lanes = {**options, **LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()}
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
     engines["lanes"] = LLM(str(folders["plain"]), **lanes)
@@ -265,7 +265,8 @@ async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> Non
     compiled = () if args.eager else ("--no-enforce-eager",)
     seats = ("--max-num-seqs", str(args.clients))
     servers = {"fixed": Server(folder, "engine=fixed", flags=(*compiled, *seats))}
-    settings = (f"kv_policy={args.policy}", f"ticks={args.ticks}", f"coda_batch={args.coda_batch}")
+    settings = [f"kv_policy={args.policy}", f"ticks={args.ticks}"]
+    settings += [f"coda_wait={args.coda_wait}"] if args.coda_wait >= 0 else []
     servers["lanes"] = Server(folder, *settings, flags=(*compiled, *seats))
     try:
         timeout = aiohttp.ClientTimeout(total=None)
@@ -339,7 +340,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=3, help="requests of a client in a pair")
     parser.add_argument("--policy", default="last-exited", help="kv_policy of the lane engine")
     parser.add_argument("--ticks", type=int, default=16)
-    parser.add_argument("--coda-batch", type=int, default=1)
+    parser.add_argument("--coda-wait", type=int, default=-1)
     parser.add_argument("--lora", type=int, default=0, help="offline: rank of the LoRA of every depth")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--load", default="", help="http: shares of the capacity, as 0.5,0.8,0.95,1.2")

@@ -95,7 +95,7 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     lanes = LaneConfig(
         recipe.ticks,
-        coda_batch=recipe.coda_batch,
+        coda_wait=MEASURED if recipe.coda_wait is None else recipe.coda_wait,
         decoder=recipe.decoder,
         wave=recipe.wave,
         budget=MEASURED if recipe.width is None else recipe.width,

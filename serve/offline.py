@@ -82,7 +82,7 @@ class Engine:
         max_recurrences: int | None = None,
         ticks: int = 16,
         width: int = 0,
-        coda_batch: int = 1,
+        coda_wait: int = 0,
         prompt_lanes: int = 512,
         wave: int = 1,
         dtype: str | None = None,
@@ -127,7 +127,7 @@ class Engine:
                 ticks=ticks,
                 like=like.detach(),
                 width=width,
-                coda_batch=coda_batch,
+                coda_wait=coda_wait,
                 wave=wave,
                 compile=compile,
             )

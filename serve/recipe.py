@@ -33,7 +33,9 @@ class ServeRecipe(Section):
     width: Integer | None = Field(
         None, ge=0, description="lanes of a pass that waves may fill; 0 for no bound; default measured at the start"
     )
-    coda_batch: Count = Field(1, description="exited lanes that are read out together")
+    coda_wait: Integer | None = Field(
+        None, ge=0, description="ticks that an exit waits for others to be read out with; default as the load pays for"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: Integer = Field(8000, ge=1, le=65535, description="port to listen on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

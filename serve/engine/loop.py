@@ -11,6 +11,7 @@ import torch
 
 from .attention import Attention, Rows
 from .compiled import compiled
+from .costs import Costs
 from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
@@ -69,7 +70,8 @@ def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
 
 class Loop:
     """All resident requests at once. `rows` requests of up to `length` positions, with `prompt_lanes` for prompt tokens
-    in flight; a step has `ticks`; exits wait for `coda_batch` of them, at most `coda_age` ticks.
+    in flight; a step has `ticks`. An exit waits at most `coda_wait` ticks for others that are read out with it; with
+    `costs` (an attribute), as many as the load makes worth while.
 
     The caller keeps `requests.table` (block tables) right, with room for `ticks` more positions of every live row.
     """
@@ -88,8 +90,7 @@ class Loop:
         ticks: int,
         like: torch.Tensor,
         width: int = 0,
-        coda_batch: int = 1,
-        coda_age: int = 4,
+        coda_wait: int = 0,
         wave: int = 1,
         reader: Reader | None = None,
         compile: bool = False,
@@ -108,10 +109,12 @@ class Loop:
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
         self.recur = compiled(recur) if compile and parts.compilable else recur
         self.wave, self.budget = wave, 0
+        self.costs: Costs | None = None
+        self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
         self.diffusions: dict[int, Diffusion] = {}  # by row
         self.waves: dict[int, Wave] = {}
         self.reader = reader
-        self.ticks, self.width, self.coda_batch, self.coda_age = ticks, width, coda_batch, coda_age
+        self.ticks, self.width, self.coda_wait = ticks, width, coda_wait
         self.device = like.device
         hidden = parts.config.hidden_size
         room = (ticks + policy.depths + 1) * wave  # tokens of a step: each tick puts out a whole wave at most
@@ -220,6 +223,7 @@ class Loop:
         requests.count.zero_()
         requests.live.zero_()
         requests.live[live] = requests.remaining[live] > 0
+        self._weigh()
         tick = 0
         while (tick < self.ticks or self.chunks) and self.tick():
             tick += 1
@@ -236,6 +240,13 @@ class Loop:
         if self.waves:
             self._refine()
         return bool(len(lanes) or len(waiting))
+
+    def _weigh(self) -> None:
+        """How long exits wait in this step, by the load of the steps before."""
+        ticks, lanes, exits = self.load
+        if self.costs and exits:
+            self.coda_wait = self.costs.patience(lanes / ticks, exits / ticks, lanes / exits)
+        self.load = [part / 2 for part in self.load]
 
     def resume(self, sampler: Sampler) -> None:
         """Sample for the fenced rows that exited in this step; their next positions run in the next one."""
@@ -309,6 +320,8 @@ class Loop:
             lanes.running[which] = (depth < limit) | (target > limit)  # which only those of a diffusion have
             leaves &= ~lanes.exited[which]
         out = leaves.nonzero().squeeze(1)
+        if not self.chunks:
+            self.load = [a + b for a, b in zip(self.load, (1, len(which), len(out)), strict=True)]
         if len(out):
             self._leave(plan, which[out], out, row[out], position[out], after[out], depth[out])
 
@@ -345,13 +358,21 @@ class Loop:
         lanes = self.lanes
         done = [chunk for chunk in self.chunks if not bool(lanes.running[chunk.first : chunk.last].any())]
         which = lanes.of_live(lanes.waiting, self.requests.live)
-        if not done and not idle and len(which) < self.coda_batch and self.waited < self.coda_age:
-            self.waited += bool(len(which))
+        if len(which) and not done and not idle and self._more_within(self.coda_wait - self.waited):
+            self.waited += 1
             return which[:0]
         self.waited = 0
         self.chunks = [chunk for chunk in self.chunks if chunk not in done]
         prompts = [torch.arange(chunk.first, chunk.last, device=self.device) for chunk in done]
         return torch.cat([which, *prompts]) if done else which
+
+    def _more_within(self, ticks: int) -> bool:
+        """Whether another lane may exit within so many ticks; one with a rule may at any time."""
+        if ticks <= 0:
+            return False
+        lanes = self.lanes
+        which = lanes.of_live(lanes.running, self.requests.live)
+        return bool(((lanes.free[which] > 0) | (lanes.target[which] - lanes.depth[which] <= ticks)).any())
 
     def _coda(self, s: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         if self.parts.config.coda:

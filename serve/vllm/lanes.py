@@ -6,20 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LANES = "loopwise_lanes"  # key in vLLM's additional_config
-MEASURED = -1  # a budget that the start measures
+MEASURED = -1  # of what the start measures
 
 
 @dataclass(frozen=True)
 class LaneConfig:
-    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; exits wait until
-    there are `coda_batch` of them, at most `coda_age` ticks. `decoder` of requests that name none, and `wave`: most
+    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; an exit waits
+    at most `coda_wait` ticks for others to be read out with, -1: as many as the load makes worth while. `decoder` of requests that name none, and `wave`: most
     positions of one request in flight; waves fill passes up to `budget` lanes, -1: as many as cost little, measured at
     the start. `compile`: passes of the core are compiled."""
 
     ticks: int = 16
     width: int = 0
-    coda_batch: int = 1
-    coda_age: int = 4
+    coda_wait: int = 0
     decoder: str = "plain"
     wave: int = 8
     budget: int = 0

@@ -73,7 +73,7 @@ class LaneSampler:
     ) -> torch.Tensor:
         """logits [m, V] of engine rows [m], for the tokens at positions [m] -> tokens [m]. `mask` of a grammar changes
         logits [n, V] in place."""
-        tokens = logits.argmax(-1)
+        tokens = logits.float().argmax(-1)  # several times faster on a CPU than bfloat16's own
         rounds: list[list[int]] = []  # vLLM's sampler knows one token a request
         seen: dict[int, int] = {}
         for n, r in enumerate(row.tolist()):

@@ -23,7 +23,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..engine.knee import knee
+from ..engine.costs import measure
 from ..engine.kv import policy_of
 from ..engine.lanes import MAX_STOPS, Request
 from ..engine.loop import Counts, Loop, Prompt
@@ -81,8 +81,7 @@ class LaneSteps:
             ticks=lanes.ticks,
             like=torch.empty(0, dtype=self.dtype, device=self.device),
             width=lanes.width,
-            coda_batch=lanes.coda_batch,
-            coda_age=lanes.coda_age,
+            coda_wait=max(lanes.coda_wait, 0),
             wave=lanes.wave,
             reader=self._read_prompt,
             compile=lanes.compile,
@@ -314,18 +313,20 @@ class LaneWork:
     def compile_or_warm_up_model(self: Any) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
         runner: Any = self.model_runner
-        runner.loop.warm_up()
-        group: Any = get_tp_group()
-        if runner.lane_config.budget == MEASURED:
-            runner.loop.budget, times = knee(runner.loop, group.broadcast_object)
-            runner.loop.counts = Counts()
-            if group.is_first_rank:
-                at = ", ".join(f"{seconds * 1e3:.1f} ms with {n}" for n, seconds in times.items())
-                print(
-                    f"loopwise: waves fill a pass up to width={runner.loop.budget} lanes; a pass took {at}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        loop, lanes, group = runner.loop, runner.lane_config, get_tp_group()
+        loop.warm_up()
+        if MEASURED not in (lanes.budget, lanes.coda_wait):
+            return done
+        costs = measure(loop, group.broadcast_object)
+        loop.counts = Counts()
+        if lanes.budget == MEASURED:
+            loop.budget = costs.knee()
+        if lanes.coda_wait == MEASURED:
+            loop.costs = costs
+        if group.is_first_rank:
+            at = ", ".join(f"{n}: {s * 1e3:.1f} + {costs.reads[n] * 1e3:.1f}" for n, s in costs.passes.items())
+            width = f"waves fill a pass up to width={loop.budget} lanes; " if lanes.wave > 1 else ""
+            print(f"loopwise: {width}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 
     def recurrence_counts(self: Any) -> dict[str, Any]:

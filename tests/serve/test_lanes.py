@@ -83,7 +83,7 @@ CASES = {
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
-    "batched-codas": Case(policy="last-exited", lanes={"coda_batch": 3, "ticks": 6, "budget": 9}, decoders=ALL),
+    "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
     "compiled": Case(
         "gemma3_text", shape=RELAXED, policy="last-exited", lanes={"compile": True}, decoders=("plain", "wave")

@@ -121,7 +121,7 @@ def test_relaxation_at_mixed_depths(model_type, dora):
     check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
 
 
-@pytest.mark.parametrize("options", [{"width": 8}, {"coda_batch": 4}, {"width": 8, "coda_batch": 3}])
+@pytest.mark.parametrize("options", [{"width": 8}, {"coda_wait": 4}, {"width": 8, "coda_wait": 3}])
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
 def test_limits_of_a_pass_change_nothing(policy, options):
     check(build(), policy, *requests(6, 16, policy, ["fixed", "latent-diff"]), **options)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.knee import knee
+from loopwise.serve.engine.costs import Costs, measure
 from tests.serve.engine.test_engine import build
 from tests.tiny import VOCAB
 
@@ -65,13 +65,49 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
 
 def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
     engine = Engine(build(), rows=8, length=64, wave=4)
-    times = iter([1.0, 1.0, 1.1, 1.3, 1.49, 1.6])
-    found, measured = knee(engine.loop, lambda seconds: seconds * 0 + next(times))
-    assert (found, list(measured)) == (6, [1, 2, 3, 4, 6, 8])
-    most, _ = knee(engine.loop, lambda seconds: seconds * 0 + 1.0)
-    assert most == 32
+    times = iter([0.7, 0.3, 0.6, 0.4, 0.7, 0.4, 0.8, 0.5, 0.9, 0.59, 1.0, 0.6, 1.0, 0.6])
+    costs = measure(engine.loop, lambda seconds: seconds * 0 + next(times))
+    assert costs.knee() == 6
+    assert costs.passes == {1: 0.7, 2: 0.6, 3: 0.7, 4: 0.8, 6: 0.9, 8: 1.0}
+    assert measure(engine.loop, lambda seconds: seconds * 0 + 1.0).knee() == 32
     params = Params(6, 4, ignore_eos=True)
     assert engine.generate([[5, 6]], params) == Engine(build(), rows=1, length=64).generate([[5, 6]], params)
+
+
+def test_exits_wait_as_long_as_the_model_of_their_cost_says():
+    """Against a simulation of what the docstring of `patience` describes: every wait, the least time a token."""
+    a, b, c, d, residents, depth = 1.0, 0.02, 3.0, 0.05, 32, 4.0
+    sizes = [1, 8, 64]
+    costs = Costs({n: a + b * n for n in sizes}, {n: c + d * n for n in sizes})
+
+    def seconds(every: int) -> float:
+        running = residents * depth / (depth + (every - 1) / 2)
+        tokens = running * every / depth
+        return (every * (a + b * running) + c + d * tokens) / tokens
+
+    best = min(range(1, 9), key=seconds)
+    assert best > 2
+    assert costs.patience(20, 5, depth) == min(best, depth) - 1
+    assert costs.patience(20, 5, 1.0) == 0
+    free = Costs(costs.passes, dict.fromkeys(sizes, 0.0))
+    assert free.patience(20, 5, depth) == 0
+
+
+def test_exits_of_one_depth_meet():
+    """Requests that begin in different ticks are read out together from then on, and then none waits."""
+    prompts, params = [[5, n, 6, 7] for n in range(3)], Params(40, 6, 1, "fixed", 0.0, ignore_eos=True)
+
+    def run(wait: int) -> tuple[list, int, int]:
+        """With a prompt in each of the first steps, of 8 ticks: 2 or more ticks apart."""
+        engine = Engine(build(), rows=3, length=64, max_recurrences=6, ticks=8, prompt_lanes=4, coda_wait=wait)
+        done = engine.generate(prompts, params)
+        return [c.tokens for c in done], engine.loop.counts.reads.total(), engine.loop.counts.passes.total()
+
+    (apart, many, _), (together, few, passes) = run(0), run(5)
+    assert apart == together
+    assert many > 2.5 * 40
+    assert few < 1.3 * 40
+    assert passes < 1.1 * 40 * 6
 
 
 def test_a_diffusion_ends_where_positions_do():
