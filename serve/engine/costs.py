@@ -44,8 +44,8 @@ class Costs(NamedTuple):
         position a mean `depth`.
 
         Let a pass of n lanes take a + b n, a read-out of m take c + d m, and read-outs be k ticks apart. Of L resident
-        requests L E / (E + (k - 1) / 2) run, so that a token takes a k / 2 + c (E - 1/2) / k and what k does not change:
-        least at k = sqrt((2 E - 1) c / a). A wait of E ticks is the most, which all exits of one depth meet in.
+        requests L E / (E + (k - 1) / 2) run, so that L tokens take a k / 2 + c (E - 1/2) / k and what k does not
+        change: least at k = sqrt((2 E - 1) c / a). A wait of E ticks is the most, which all exits of one depth meet in.
         """
         fixed, whole = _fixed(self.passes, lanes)
         read = _fixed(self.reads, reads)[0]

@@ -11,10 +11,10 @@ MEASURED = -1  # of what the start measures
 
 @dataclass(frozen=True)
 class LaneConfig:
-    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; an exit waits
-    at most `coda_wait` ticks for others to be read out with, -1: as many as the load makes worth while. `decoder` of requests that name none, and `wave`: most
-    positions of one request in flight; waves fill passes up to `budget` lanes, -1: as many as cost little, measured at
-    the start. `compile`: passes of the core are compiled."""
+    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; an exit waits at
+    most `coda_wait` ticks for others to be read out with, -1: as many as the load makes worth while. `decoder` of
+    requests that name none, and `wave`: most positions of one request in flight; waves fill passes up to `budget`
+    lanes, -1: as many as cost little, measured at the start. `compile`: passes of the core are compiled."""
 
     ticks: int = 16
     width: int = 0
