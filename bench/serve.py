@@ -262,7 +262,7 @@ class Server:
 async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> None:
     import aiohttp
 
-    compiled = () if args.eager else ("--no-enforce-eager",)
+    compiled = ("--enforce-eager",) if args.eager else ("--no-enforce-eager",)
     seats = ("--max-num-seqs", str(args.clients))
     servers = {"fixed": Server(folder, "engine=fixed", flags=(*compiled, *seats))}
     settings = [f"kv_policy={args.policy}", f"ticks={args.ticks}"]

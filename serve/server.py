@@ -105,11 +105,12 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         served_model_name=[recipe.name or Path(model).resolve().name],
         shutdown_timeout=recipe.drain_seconds,
     )
-    if current_platform.is_cpu():  # compiling for a CPU takes minutes at every start; --no-enforce-eager asks for it
-        parser.set_defaults(enforce_eager=True)
+    lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
+    if current_platform.is_cpu():
+        # Of lanes one recurrence is compiled; all of a fixed depth takes minutes at every start, if asked for.
+        parser.set_defaults(enforce_eager=not lanes or _lacks_compiler())
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
-    lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
     if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**lanes)
@@ -155,6 +156,19 @@ def _limits(engine_client: Any) -> Limits:
     if is_lanes(engine_client.vllm_config):
         return limits_of(vars(config), LaneConfig.of(engine_client.vllm_config))
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
+
+
+def _lacks_compiler() -> bool:
+    """Whether torch.compile would find no C++ compiler; that is said."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("loopwise: no C++ compiler (g++): the core is not compiled", file=sys.stderr)
+        return True
+    return False
 
 
 def _share_cores(ranks: int) -> str:

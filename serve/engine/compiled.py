@@ -31,12 +31,19 @@ _library.define(
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` of tensors [N, ...], compiled once, for any N; the first must be above 1, which would be taken for a
-    constant. Nothing else may change from call to call, as nothing is checked again."""
+    """`function` of tensors [N, ...], compiled at its first call, whose tensors are `of_any_length`. Nothing but N may
+    change from call to call, as nothing is checked again."""
     # Compiled code is kept with the code object, so each gets one of its own: others run with another model.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     options = {**OPTIONS, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(own, dynamic=False, fullgraph=True, options=options)
+
+
+def of_any_length(*tensors: torch.Tensor) -> None:
+    """Say of tensors [N, ...] that N will change. It must be above 1 here, which would be taken for a constant; of
+    other tensors, a size that happens to be N, too, is none."""
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
 
 
 def own(parts: Any) -> int:

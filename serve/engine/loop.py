@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import Attention, Rows
-from .compiled import compiled
+from .compiled import compiled, of_any_length
 from .costs import Costs
 from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
@@ -137,7 +137,10 @@ class Loop:
         two = torch.arange(2, device=self.device)
         s, none = self.lanes.s.new_zeros(2, self.lanes.s.shape[1]), torch.zeros_like(two)
         self.attention.plan(Rows(self.requests.table, none, two, none, none > 0))
-        self.recur(self.parts, s, s.clone(), two, none)
+        inputs = s, s.clone(), two, none
+        if self.recur is not recur:
+            of_any_length(*inputs)
+        self.recur(self.parts, *inputs)
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:

@@ -313,10 +313,11 @@ class LaneWork:
     def compile_or_warm_up_model(self: Any) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
         runner: Any = self.model_runner
-        loop, lanes, group = runner.loop, runner.lane_config, get_tp_group()
+        loop, lanes = runner.loop, runner.lane_config
         loop.warm_up()
         if MEASURED not in (lanes.budget, lanes.coda_wait):
             return done
+        group: Any = get_tp_group()
         costs = measure(loop, group.broadcast_object)
         loop.counts = Counts()
         if lanes.budget == MEASURED:

@@ -90,7 +90,9 @@ CASES = {
     ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
-    "two-ranks": Case("qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, decoders=("plain", "wave")),
+    "two-ranks": Case(
+        "qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, lanes={"compile": True}, decoders=("plain", "wave")
+    ),
 }
 
 

@@ -551,7 +551,7 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
 
 @needs_vllm
 def test_sigterm_while_the_engine_starts(request, model, capsys):
-    server = Server(model[0])
+    server = Server(model[0], "--", "--enforce-eager")
     request.addfinalizer(server.kill)
     server.wait_until(lambda: any("EngineCore" in process for process in server.processes()), 120)
     port = server.url.rpartition(":")[2]

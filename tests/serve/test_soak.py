@@ -107,7 +107,9 @@ def metric(server: Server, name: str) -> float:
 def test_thousands_of_requests(policy, tmp_path):
     shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
     save(tmp_path / "tiny", source_config("llama", **GROUPED), **shape)
-    server = Server(tmp_path / "tiny", "--", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60")
+    server = Server(
+        tmp_path / "tiny", "--", "--enforce-eager", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60"
+    )
     try:
         server.wait_until(server.healthy, 240)
         asyncio.run(load(server, REQUESTS // 4, 1))  # caches fill
@@ -128,7 +130,7 @@ def test_thousands_of_requests(policy, tmp_path):
 
 def test_a_killed_engine_ends_the_server(tmp_path):
     save(tmp_path / "tiny", source_config("llama", **GROUPED), **RETROFIT)
-    server = Server(tmp_path / "tiny")
+    server = Server(tmp_path / "tiny", "--", "--enforce-eager")
     try:
         server.wait_until(server.healthy, 240)
         engine = next(
