@@ -2,8 +2,8 @@
 
     python bench/parallel.py [--out parallel-run] [--steps 1800] [--threads 2] [--batch 1,4,16] [--pictures docs]
 
-A byte-level model (a core of 4 layers, 128 wide) learns running sums and Python's own library at random depths, by
-`loopwise` commands that are not run again once they are done. Then held-out questions are answered at R = 32 by three
+A byte-level model (a core of 4 layers, 128 wide) learns running sums at random depths, by `loopwise` commands that are
+not run again once they are done. Then held-out questions are answered at R = 32 by three
 decoders, on the engine core without vLLM, and it prints: core passes a token (one after the other, and positions in
 them), wall-clock against plain decoding (medians of interleaved pairs), the share of right answers, and the share of
 answers that are those of plain decoding. Then: what waves cost plain requests that fill the engine; and, for a routed
@@ -31,6 +31,8 @@ from loopwise.serve.engine.diffusion import Diffusion
 
 TERMS, R = 8, 32
 ANSWER = 3 * TERMS - 1  # characters
+CHAT = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+CHAT += "{% endgeneration %}{% endif %}{% endfor %}"
 PLAIN = Params(max_tokens=ANSWER, num_recurrences=R, exit_rule="fixed", ignore_eos=True)
 DECODERS = {
     "plain": PLAIN,
@@ -61,24 +63,20 @@ def loopwise(*arguments: object) -> None:
 
 
 def prepare(out: Path) -> None:
-    """Text, tokenizer and an untrained plain model."""
+    """Questions with their answers, a tokenizer and an untrained plain model."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from loopwise.demo import read_documents, split
-
     out.mkdir(parents=True, exist_ok=True)
-    train, _ = split(list(read_documents(None)), out)
-    text = train.read_text()[: 6 << 20].rpartition("\n")[0].splitlines()
-    learned = [json.dumps({"text": q + a}) for q, a in sums(1, 100_000)]
-    mixed = text + learned
-    random.Random(0).shuffle(mixed)
-    train.write_text("\n".join(mixed) + "\n")
+    with (out / "train.jsonl").open("w") as file:
+        for question, answer in sums(1, 200_000):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=CHAT)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
@@ -98,10 +96,11 @@ def trained(out: Path, steps: int) -> Path:
         keys += [f"num_recurrences={R}", f"max_recurrences={R}"]
         loopwise("convert", out / "empty", out / "converted", *keys)
     if not (out / "model" / "config.json").is_file():
-        keys = [f"data.train={out}/train.jsonl", f"data.cache={out}/cache", "data.sequence_length=128", "batch_size=16"]
+        keys = [f"data.train={out}/train.jsonl", "data.chat_field=messages", "data.separate_documents=true"]
+        keys += [f"data.cache={out}/cache", f"data.sequence_length={6 * TERMS}", "batch_size=64"]
         keys += [f"steps={steps}", "log_every=50", "save_every=250", "keep_checkpoints=1"]
         keys += ["recurrence.mean=6", "recurrence.sampler=poisson-lognormal", "recurrence.backprop=4"]
-        keys += ["optimiser.learning_rate=3e-3", "optimiser.warmup=0.05"]
+        keys += ["optimiser.learning_rate=2e-3", "optimiser.warmup=0.05"]
         resume = ["--resume"] if (out / "model" / "train_recipe.yaml").is_file() else []
         loopwise("train", out / "converted", out / "model", *keys, *resume)
     return out / "model"
