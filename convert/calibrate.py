@@ -65,6 +65,10 @@ def calibrate(model: str | Path, text: str) -> dict[str, Any]:
     fields = json.loads((path / "config.json").read_text())
     fields["router"] = router
     beside = path / ".config.json.new"
-    beside.write_text(json.dumps(fields, indent=2) + "\n")
-    os.replace(beside, path / "config.json")
+    try:
+        beside.write_text(json.dumps(fields, indent=2) + "\n")
+        os.replace(beside, path / "config.json")
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path / 'config.json'}: {error.strerror or error}") from error
     return router

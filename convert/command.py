@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ..arguments import RecipeParser
+from ..directory import ended_by_sigterm
 from ..recipe import load_recipe
 from .inspection import describe
 from .recipe import ConvertRecipe
@@ -30,15 +31,16 @@ def main(argv: list[str]) -> int:
     from .surgery import convert
 
     quiet()
-    facts = convert(
-        args.source,
-        args.out,
-        recipe,
-        force=args.force,
-        check=not args.no_verify,
-        dry_run=args.dry_run,
-        show_progress=sys.stderr.isatty(),
-    )
+    with ended_by_sigterm():
+        facts = convert(
+            args.source,
+            args.out,
+            recipe,
+            force=args.force,
+            check=not args.no_verify,
+            dry_run=args.dry_run,
+            show_progress=sys.stderr.isatty(),
+        )
     print(_summary(facts))
     if args.dry_run:
         print("dry run: nothing written")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
+from ..directory import ended_by_sigterm
 from ..errors import UserError
 
 
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
     from ..quiet import quiet
 
     quiet()
-    difference = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
+    with ended_by_sigterm():
+        difference = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
     verified = "not verified" if difference is None else f"verified, max |dlogit| {difference:.3g}"
     print(f"written: {args.out} ({verified})")
     return 0

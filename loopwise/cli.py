@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -47,8 +48,19 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         print("loopwise: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"loopwise: error: {error.filename or 'what was to be printed'}: {error.strerror}", file=sys.stderr)
+        _forget_stdout()
+        return 2
+
+
+def _forget_stdout() -> None:
+    """Let what is still to be written to it vanish: the interpreter would try once more at its end, and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:

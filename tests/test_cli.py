@@ -55,6 +55,12 @@ def test_version():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"loopwise {__version__}\n", "")
 
 
+def test_no_room_for_what_is_printed():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([COMMAND, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "loopwise: error: what was to be printed: No space left on device\n")
+
+
 def test_unknown_verb_names_the_nearest():
     done = run(COMMAND, "convrt", "source", "out")
     assert (done.returncode, done.stdout) == (2, "")

@@ -318,7 +318,7 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path, source):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
     """Killed while it writes: OUT does not exist, and the next convert removes what lies beside it."""
     code = (
@@ -341,6 +341,10 @@ def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
     if kind == signal.SIGINT:
         assert child.returncode == 130
         assert err.decode().strip() == "loopwise: interrupted"
+    if kind == signal.SIGTERM:
+        assert child.returncode == 128 + signal.SIGTERM
+        assert err == b""
+    if kind != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
     assert main(argv) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

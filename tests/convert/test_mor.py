@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_calibrated_thresholds_take_the_capacities(auxiliary, tmp_path, capsys):
     assert torch.equal(model.generate(**batch, **GREEDY), model.generate(**batch, use_cache=False, **GREEDY))
 
 
-def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path):
+def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path, monkeypatch):
     save_source(tmp_path / "source")
     run(tmp_path / "source", tmp_path / "token", method="mor", loops=2, router={"kind": "token"})
     run(tmp_path / "source", tmp_path / "expert", method="mor", loops=2)
@@ -166,7 +167,16 @@ def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path):
         line = capsys.readouterr().err
         assert message in line
         assert line.count("\n") == 1
+    (tmp_path / "long.txt").write_text("the cat sat on the mat\n" * 100)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["calibrate", str(tmp_path / "expert"), str(tmp_path / "long.txt")]) == 2
+    assert capsys.readouterr().err.endswith("config.json: No space left on device\n")
     assert (tmp_path / "expert" / "config.json").read_text() == before
+    assert not list((tmp_path / "expert").glob(".*"))
     assert main(["export", str(tmp_path / "expert"), str(tmp_path / "plain"), "--unroll", "2"]) == 2
     assert "has a router" in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
