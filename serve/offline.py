@@ -160,7 +160,7 @@ class Engine:
             raise unknown("exit_rule", rule, RULES)
         if rule == "gate" and not config.exit_gate:
             raise UserError("exit_rule='gate': this model has no exit gate")
-        threshold = params.exit_threshold
+        threshold = params.exit_threshold if rule != "fixed" else None
         if threshold is not None:
             try:
                 check_threshold(threshold, rule)

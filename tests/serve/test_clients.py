@@ -40,10 +40,10 @@ def model(tmp_path_factory):
     It writes ASCII: vLLM keeps back bytes at the end of a text that are no character yet.
     """
     folder = tmp_path_factory.mktemp("clients") / "tiny"
-    made = save(folder, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=3, max_recurrences=8)
+    made: Any = save(folder, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=3, max_recurrences=8)
     with torch.no_grad():
         for token, weight in enumerate(made.get_output_embeddings().weight):
-            if token > 255 or not tokenizer().decode([token]).isascii():
+            if token > 255 or not text([token]).isascii():
                 weight.zero_()
     made.save_pretrained(folder)
     return folder, made
@@ -78,7 +78,7 @@ def offline(model):
     message = [{"role": "user", "content": PROMPT}]
 
     def answer(fields: dict[str, Any], chat: bool = False) -> Completion:
-        prompt = engine.tokenizer.apply_chat_template(message, tokenize=False) if chat else PROMPT
+        prompt = tokenizer().apply_chat_template(message, tokenize=False) if chat else PROMPT
         return engine.generate([prompt], Params(max_tokens=TOKENS, ignore_eos=True, **fields))[0]
 
     return answer
@@ -93,7 +93,7 @@ def test_the_offline_engine_is_transformers(model, offline):
 def test_openai(server, offline, fields):
     import openai
 
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    client: Any = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
     more = {"ignore_eos": True, "return_recurrences": True, **fields}
     given = {"model": "tiny", "temperature": 0, "max_tokens": TOKENS, "extra_body": more}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
@@ -179,8 +179,8 @@ def test_wrappers_of_openai(python, server, offline, script, fields):
     fields = {"ignore_eos": True, "return_recurrences": True, **fields}
     said = run(python, script, {"url": server.url + "/v1", "prompt": PROMPT, "tokens": TOKENS, "fields": fields})
     depth = {name: value for name, value in fields.items() if name not in ("ignore_eos", "return_recurrences")}
-    text, chat = offline(depth), offline(depth, chat=True)
-    assert said["text"] == said["streamed"] == text.text
+    plain, chat = offline(depth), offline(depth, chat=True)
+    assert said["text"] == said["streamed"] == plain.text
     assert said["chat"] == said["chat_streamed"] == chat.text
     assert said["usage"]["recurrences"] == recurrences(chat)
     assert said["usage"]["completion_tokens"] == said["streamed_tokens"] == TOKENS
@@ -208,8 +208,8 @@ def test_lm_eval_scores_as_on_transformers(python, server, model, tmp_path):
     """Log-likelihoods of three answers to each of eight questions, the first of them the model's own."""
     draw, lines = random.Random(0), []
     while len(lines) < 8:
-        question, *others = ("".join(draw.choices("abcdefgh ", k=draw.randint(2, 50))) for _ in range(3))
-        own = tokenizer().decode(generate(model[1], ids(question), 3, 1).tokens)
+        question, *others = ("".join(draw.choices("abcdefgh", k=draw.randint(2, 50))) for _ in range(3))
+        own = text(generate(model[1], ids(question), 3, 1).tokens)
         if own.isascii() and own.isprintable():
             lines.append(json.dumps({"q": question, "choices": [own, *others]}))
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
@@ -259,6 +259,10 @@ def test_guidellm(python, server, model, tmp_path):
 
 def ids(text: str) -> list[int]:
     return tokenizer()(text)["input_ids"]
+
+
+def text(ids: list[int]) -> str:
+    return str(tokenizer().decode(ids))
 
 
 def exits_at(server: Server, depth: int) -> float:
