@@ -124,6 +124,7 @@ def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
         config["max_recurrences"],
         rules[:1] if config["router"] else rules,
         prompt_exit=config["kv_policy"] != "per-depth",
+        rule=(config["exit"] or {}).get("rule", "fixed"),
         decoder=lanes.decoder,
         wave=lanes.wave,
         unfit=unfit(policy_of(here), here),

@@ -19,6 +19,7 @@ from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
 from .vllm.decoders import DECODERS
+from .vllm.fields import FieldError, check_threshold
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
@@ -159,8 +160,13 @@ class Engine:
             raise unknown("exit_rule", rule, RULES)
         if rule == "gate" and not config.exit_gate:
             raise UserError("exit_rule='gate': this model has no exit gate")
-        threshold = params.exit_threshold
-        if threshold is None:
+        threshold = params.exit_threshold if rule != "fixed" else None
+        if threshold is not None:
+            try:
+                check_threshold(threshold, rule)
+            except FieldError as error:
+                raise UserError(str(error)) from None
+        else:
             threshold = default.get("threshold") if rule == default.get("rule") else None
         least = params.min_recurrences or default.get("min_recurrences", 1)
         if not 1 <= least <= limit:

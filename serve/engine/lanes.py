@@ -64,7 +64,8 @@ class Requests:
         self.limit[row], self.minimum[row], self.rule[row] = request.limit, request.minimum, rule
         self.threshold[row] = request.threshold
         self.trace[row], self.script[row] = 0, 0
-        self.trace[row, : len(request.trace)] = torch.tensor(request.trace, dtype=torch.int32)
+        trace = torch.tensor(request.trace[: self.length], dtype=torch.int32)  # more positions than that do not come
+        self.trace[row, : len(trace)] = trace
         self.remaining[row], self.wave[row], self.frontier[row] = request.remaining, request.wave, -1
         self.ticks[row], self.items[row] = 0, 0
         self.refines[row], self.phase[row] = request.diffusion is not None, 0

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..engine.diffusion import Diffusion
 
 DECODERS = ("plain", "wave", "diffusion")
-LARGE = 1 << 43  # no number of a diffusion is as large
+LARGE = 1 << 43  # no number of a diffusion, and no threshold, is as large
 # vLLM's sampling parameters that read earlier tokens, or that are reported token by token, and what leaves them out.
 HISTORY: dict[str, tuple] = {
     "presence_penalty": (0, None),

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from .decoders import DECODERS, diffusion, history
+from .decoders import DECODERS, LARGE, diffusion, history
 
 FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
@@ -32,15 +31,16 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `decoder`
-    is that of a request that names none, `wave` the most positions in flight; `unfit` decoders do not go with it, for a
-    reason. `routed`: tokens have the depth that a router gives them."""
+    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `rule`
+    and `decoder` are those of a request that names none, `wave` the most positions in flight; `unfit` decoders do not
+    go with it, for a reason. `routed`: tokens have the depth that a router gives them."""
 
     num_recurrences: int
     max_recurrences: int
     rules: tuple[str, ...]
     prompt_exit: bool
     fixed: bool = False
+    rule: str = "fixed"
     decoder: str = "plain"
     wave: int = 8
     unfit: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
                     raise FieldError(name, f"{name} is {values[name]!r} in the body, but {value!r} in vllm_xargs")
                 if value is not None:
                     values[name] = value
-            elif name not in names and (near := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)):
+            elif name not in names and (near := difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8)):
                 raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {_all()}")
     return values
 
@@ -90,7 +90,7 @@ def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     if "exit_rule" in values and values["exit_rule"] not in limits.rules:
         raise FieldError("exit_rule", _nearest("exit_rule", values["exit_rule"], limits.rules))
     if "exit_threshold" in values:
-        _check_threshold(values["exit_threshold"], values.get("exit_rule"))
+        check_threshold(values["exit_threshold"], values.get("exit_rule", limits.rule))
     if values.get("prompt_exit") and not limits.prompt_exit:
         raise FieldError(
             "prompt_exit",
@@ -182,10 +182,11 @@ def _depth(name: str, value: Any, most: int) -> None:
         raise FieldError(name, f"{name}={value!r}: an integer from 1 to {most}, this model's max_recurrences")
 
 
-def _check_threshold(value: Any, rule: str | None) -> None:
+def check_threshold(value: Any, rule: str) -> None:
+    """Raises FieldError for a `value` that is no threshold of the exit `rule`."""
     name = "exit_threshold"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise FieldError(name, f"{name}={value!r}: a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGE:
+        raise FieldError(name, f"{name}={value!r}: a finite number, below {LARGE}")
     if rule == "fixed":
         raise FieldError(name, f"{name}={value!r}: exit_rule='fixed' has no threshold")
     if value < 0:

@@ -17,6 +17,8 @@ from .fields import FIELDS, FLAGS, FieldError, Limits, check, check_sampling, ta
 GENERATION = {
     "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
     "/v1/chat/completions": ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
+    "/v1/responses": ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    "/v1/messages": ("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
 }
 SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
 
@@ -159,7 +161,10 @@ class Reply:
     def _with_usage(self, text: bytes) -> bytes:
         reply = json.loads(text)
         usage = reply.get("usage")
-        if not isinstance(usage, dict) or (spent := self.spent.usage(usage.get("completion_tokens") or 0)) is None:
+        if not isinstance(usage, dict):
+            return text
+        tokens = usage.get("completion_tokens", usage.get("output_tokens"))
+        if (spent := self.spent.usage(tokens or 0)) is None:
             return text
         usage.update(spent)
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()

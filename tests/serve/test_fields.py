@@ -49,7 +49,7 @@ def test_an_unknown_rule_gets_the_choices(value):
         assert "did you mean 'latent-diff'?" in str(error)
 
 
-@pytest.mark.parametrize("value", [True, "0.1", math.nan, math.inf, -math.inf, [0.1], {}])
+@pytest.mark.parametrize("value", [True, "0.1", math.nan, math.inf, -math.inf, 1e300, 10**400, [0.1], {}])
 def test_a_threshold_is_a_finite_number(value):
     error = refusal({"exit_rule": "cosine", "exit_threshold": value})
     assert error.field == "exit_threshold"
@@ -60,6 +60,7 @@ def test_a_threshold_is_a_finite_number(value):
     ("rule", "value", "said"),
     [
         ("fixed", 0.1, "has no threshold"),
+        (None, 0.1, "has no threshold"),
         ("cosine", -0.1, "at least 0"),
         ("argmax-stability", 2.5, "an integer from 1"),
         ("argmax-stability", 0, "an integer from 1"),
@@ -67,7 +68,7 @@ def test_a_threshold_is_a_finite_number(value):
     ],
 )
 def test_a_threshold_fits_its_rule(rule, value, said):
-    error = refusal({"exit_rule": rule, "exit_threshold": value})
+    error = refusal({"exit_threshold": value} | ({"exit_rule": rule} if rule else {}))
     assert (error.field, said in str(error)) == ("exit_threshold", True)
 
 
@@ -184,7 +185,9 @@ def test_a_field_cannot_say_two_things():
 
 
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
-@pytest.mark.parametrize("name", ["num_recurrence", "exit_rules", "exit_treshold", "min_recurrence", "promptexit"])
+@pytest.mark.parametrize(
+    "name", ["num_recurrence", "exit_rules", "exit_treshold", "min_recurrence", "promptexit", "Num_Recurrences"]
+)
 def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     body = {name: 1} if place == "body" else {"vllm_xargs": {name: 1}}
     with pytest.raises(FieldError, match="did you mean") as caught:

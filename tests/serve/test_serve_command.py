@@ -426,6 +426,7 @@ def test_usage_counts_the_recurrences_of_every_choice(client):
     prompt = prompts()[2]
     trace = [3] * len(prompt) + [1, 2, 3, 1, 1, 2, 3]
     depths = [3, *trace[len(prompt) :]]
+    trace += [1] * 1000  # for positions that do not come, some of which the model does not even have
     more = {"ignore_eos": True, "trace": trace, "return_recurrences": True}
     request = {**GREEDY, "temperature": 1, "n": 2}
     usage = client.completions.create(**request, prompt=[prompt, prompt], extra_body=more).usage
@@ -480,13 +481,20 @@ def test_bad_depth_fields_are_400_and_named(server, path, place, field, value, s
 
 
 @needs_vllm
-def test_other_routes_are_checked_too(server):
-    body = {"model": "tiny", "input": "a", "max_output_tokens": 2, "vllm_xargs": {"exit_rule": "nonsense"}}
-    request = urllib.request.Request(
-        server.url + "/v1/responses", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_other_routes_take_the_fields_too(server, path, place):
+    def post(**fields):
+        body = {"model": "tiny", "input": "a", "messages": [{"role": "user", "content": "a"}]}
+        body |= {"max_output_tokens": 2, "max_tokens": 2, **(fields if place == "body" else {"vllm_xargs": fields})}
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+        return json.load(urllib.request.urlopen(call, timeout=60))
+
+    usage = post(num_recurrences=2)["usage"]
+    assert (usage["output_tokens"], usage["recurrences"]) == (2, {"mean": 2.0, "total": 4})
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=60)
+        post(exit_rule="nonsense")
     assert caught.value.code == 400
     assert "choose from fixed, latent-diff" in json.load(caught.value)["error"]["message"]
 

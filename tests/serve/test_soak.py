@@ -36,6 +36,7 @@ BAD = [
             {"num_recurrences": 1e9},
             {"exit_rule": {}},
             {"exit_threshold": float("nan")},
+            {"exit_rule": "cosine", "exit_threshold": 1e300},
             {"trace": [[1]]},
             {"vllm_xargs": {"num_recurrences": "x"}},
             {"vllm_xargs": 3},
@@ -53,7 +54,8 @@ def good(draw: random.Random) -> dict[str, Any]:
     body["stream"] = draw.random() < 0.5
     body |= draw.choice(
         ({}, {"exit_rule": "latent-diff", "exit_threshold": 0.5}, {"exit_rule": "kl"}, {"temperature": 1.0, "n": 2},
-         {"logprobs": 2}, {"stop": ["a"]}, {"structured_outputs": {"regex": "[0-9]{2}"}}, {"prompt_exit": True})
+         {"logprobs": 2}, {"stop": ["a"]}, {"structured_outputs": {"regex": "[0-9]{2}"}}, {"prompt_exit": True},
+         {"trace": [1] * 9999})
     )  # fmt: skip
     return body
 

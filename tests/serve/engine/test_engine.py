@@ -248,6 +248,13 @@ def test_a_diffusion_that_makes_no_sense_is_refused(wrong, told):
         engine.generate([[5]], Params(3, 4, decoder="diffusion", diffusion=Diffusion(**wrong)))
 
 
+def test_thresholds_and_traces_beyond_all_bounds():
+    engine = Engine(build(), rows=1, length=50)
+    with pytest.raises(UserError, match="exit_threshold=1e\\+300: a finite number"):
+        engine.generate([[5]], Params(3, 4, exit_rule="kl", exit_threshold=1e300))
+    assert engine.generate([[5]], Params(3, 4, ignore_eos=True, trace=(2,) * 9999))[0].depths == [2, 2, 2]
+
+
 def test_noise_of_a_diffusion_is_its_seeds_alone():
     model = build()
     base = Params(12, 8, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3, noise=0.5))
