@@ -54,14 +54,15 @@ def export(
     from ..model import RecurrentDepthForCausalLM
     from ..model.source_layers import layer_list_name
     from ..unroll import config_with_layers
+    from .recipe import DEEPEST
     from .relax import at_depth
     from .source import SourceWeights, copy_carried, empty_model, read_recurrent_config
     from .write import Pending, new_directory, write_weights
 
     path = Path(model).expanduser()
     config = read_recurrent_config(path)
-    if unroll < 1:
-        raise UserError(f"--unroll {unroll}: at least 1 recurrence")
+    if not 1 <= unroll <= DEEPEST:
+        raise UserError(f"--unroll {unroll}: from 1 to {DEEPEST} recurrences")
     kind = config.source_config.model_type
     if config.injection != "none":
         raise UserError(

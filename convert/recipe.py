@@ -16,7 +16,8 @@ Targets = Annotated[
 ]
 Capacities = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], BeforeValidator(numbers)]
 Thresholds = Annotated[list[Annotated[Number, Field(ge=0, le=1)]], BeforeValidator(numbers)]
-Depth = Annotated[Count, Field(le=4096)]
+DEEPEST = 4096
+Depth = Annotated[Count, Field(le=DEEPEST)]
 
 
 def _rank(value: object) -> object:

@@ -251,11 +251,21 @@ class SourceWeights:
 
 @contextmanager
 def hashing(files: list[Path]) -> Iterator[dict[str, str]]:
-    """sha256 of every file by its name, computed beside the block: they are there once it has ended."""
+    """sha256 of every file by its name, computed beside the block: they are there once it has ended.
+
+    Raises UserError, after the block, for a file that cannot be read.
+    """
     result: dict[str, str] = {}
     given_up = threading.Event()
+    failed: list[OSError] = []
 
     def work() -> None:
+        try:
+            hash_all()
+        except OSError as error:
+            failed.append(error)
+
+    def hash_all() -> None:
         buffer = memoryview(bytearray(1 << 20))
         for file in files:
             digest = hashlib.sha256()
@@ -273,6 +283,8 @@ def hashing(files: list[Path]) -> Iterator[dict[str, str]]:
         raise
     finally:
         thread.join()
+    if failed:
+        raise UserError(f"{failed[0].filename or 'the source'} cannot be read: {failed[0].strerror}")
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

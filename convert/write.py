@@ -45,11 +45,13 @@ def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
     complete; killed at any moment, one of the two is there, or is put back by the next call. Raises UserError where
     `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
     """
-    out = _place(out, source, force)
+    out = _place(out, source)
     partial, old = beside(out, "partial"), beside(out, "old")
     try:
+        settle(out)  # first: it may put back what --force is to be asked for
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
         out.parent.mkdir(parents=True, exist_ok=True)
-        settle(out)
         partial.mkdir()
         yield partial
         if out.is_dir():
@@ -62,7 +64,7 @@ def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _place(out: Path, source: Path, force: bool) -> Path:
+def _place(out: Path, source: Path) -> Path:
     """Where `out` really stands, links followed. Raises UserError where it may not be written."""
     if str(out) in ("", "."):
         raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
@@ -81,8 +83,6 @@ def _place(out: Path, source: Path, force: bool) -> Path:
         raise UserError(f"the output {out} holds the source {source} and would replace it; choose another directory")
     if Path.cwd().is_relative_to(place):
         raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
-    if place.is_dir() and any(place.iterdir()) and not force:
-        raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
     return place
 
 

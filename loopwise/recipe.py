@@ -76,7 +76,9 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        # A key that is none comes first: of `lora.rnk=4`, it is no news that `lora.rank` is missing.
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise unknown("recipe key", key, _keys(model)) from None

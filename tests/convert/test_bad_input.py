@@ -181,6 +181,7 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["method=recursive", "loops=2", "lora.rank=65"], "above the rank of self_attn.q_proj"),
         (["method=recursive", "loops=2", "lora.rank=0"], "lora.rank=0: an integer above 0"),
         (["method=recursive", "loops=2", "lora.rank={x: 4}"], "one for each target of q, k, v"),
+        (["method=recursive", "loops=2", "lora.rnk=4"], "unknown recipe key 'lora.rnk': did you mean 'lora.rank'?"),
         (["method=recursive", "loops=2", "lora.rank={}"], "one for each target of q, k, v"),
         (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=[]"], "lora.targets=[]"),
         (["method=mor", "loops=2", "router.thresholds=[-0.1,1]"], "router.thresholds.0=-0.1"),
@@ -271,6 +272,23 @@ def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source
     monkeypatch.setattr(Path, "rename", interrupted)
     assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 130
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_what_a_killed_call_left_is_put_back_before_force_is_asked_for(capsys, tmp_path, source):
+    (tmp_path / ".out.old-999999999").mkdir()
+    (tmp_path / ".out.old-999999999" / "precious").write_text("x")
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_a_source_file_that_cannot_be_read_again(capsys, tmp_path, source, monkeypatch):
+    import loopwise.convert.surgery as surgery
+
+    hashing = surgery.hashing
+    monkeypatch.setattr(surgery, "hashing", lambda files: hashing([*files, tmp_path / "gone"]))
+    line = refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
+    assert "gone cannot be read" in line
 
 
 def test_tensors_of_other_types(capsys, tmp_path, source):

@@ -62,6 +62,7 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
         (["none", "out", "--unroll", "2"], "no such directory"),
         (["model", "out"], "--unroll"),
         (["model", "out", "--unroll", "0"], "--unroll 0"),
+        (["model", "out", "--unroll", "99999999999"], "from 1 to 4096"),
     ):
         assert main(["export", str(tmp_path / argv[0]), str(tmp_path / argv[1]), *argv[2:]]) == 2
         error = capsys.readouterr().err
