@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 
@@ -100,31 +101,55 @@ class Factors(nn.Module):
             squares = tensor_model_parallel_all_reduce(squares)
         self.scale = (self.dora_magnitude.float() / squares.sqrt()).to(self.lora_A.dtype)
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> None:
-        """Add to out [N, all of this rank] what the LoRA gives for x [N, in]."""
-        mine = out[..., self.start : self.stop]
-        mine += self._added(x, depth)
-        if self.scale is not None:
-            bias = self._linear[0].bias
-            bias = 0 if bias is None else bias[self.start : self.stop]
-            at = depth.clamp(max=self.depths - 1) if isinstance(depth, torch.Tensor) else depth
-            mine.copy_((mine - bias) * self.scale[at] + bias)
+    def added(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        """B A x [N, out], for x [N, in] of one depth."""
+        inner = nn.functional.linear(x, self.lora_A[depth])
+        return nn.functional.linear(self.summed(inner), self.lora_B[depth])
 
-    def _added(self, x: torch.Tensor, depth: Depth) -> torch.Tensor:
-        """B (A x), each row with the factors of its depth.
+    def summed(self, inner: torch.Tensor) -> torch.Tensor:
+        """What all ranks' parts of A x make together."""
+        cut = self.cut_input and self._linear[0].tp_size > 1
+        return tensor_model_parallel_all_reduce(inner) if cut else inner
 
-        Of mixed depths, one product with the A of all depths, of which a row keeps its own, then one with the B of all:
-        nothing is gathered, and shapes do not depend on the depths.
-        """
-        if isinstance(depth, int):
-            inner, b = nn.functional.linear(x, self.lora_A[depth]), self.lora_B[depth]
-        else:
-            own = depth.clamp(max=self.depths - 1)[:, None] == torch.arange(self.depths, device=x.device)
-            inner = nn.functional.linear(x, self.lora_A.flatten(0, 1)).unflatten(-1, (self.depths, self.rank))
-            inner, b = (inner * own[..., None]).flatten(-2), self.lora_B.transpose(0, 1).flatten(1)
-        if self.cut_input and self._linear[0].tp_size > 1:
-            inner = tensor_model_parallel_all_reduce(inner)
-        return nn.functional.linear(inner, b)
+    def changed(self, out: torch.Tensor, added: torch.Tensor, depth: Depth) -> torch.Tensor:
+        """This part's outputs [N, out], with what the LoRA adds to them."""
+        if self.scale is None:
+            return out + added
+        bias = self._linear[0].bias
+        bias = 0 if bias is None else bias[self.start : self.stop]
+        return (out + added - bias) * self.scale[depth] + bias
+
+
+class AllDepths(nn.Module):
+    """LoRA of one linear module for rows at mixed depths: one product with the A of all parts and depths, of which a
+    row keeps its own depth's, then one for each part with the B of all depths. So nothing is gathered, shapes do not
+    depend on the depths, and vLLM packs the matrices as it packs its own."""
+
+    def __init__(self, factors: list[Factors]):
+        super().__init__()
+        self._factors = (factors,)  # a tuple: no children
+        self.widths = [f.depths * f.rank for f in factors]
+        flags: dict[str, Any] = {"bias": False, "return_bias": False}
+        self.a = ReplicatedLinear(factors[0].lora_A.shape[2], sum(self.widths), **flags)
+        self.b = nn.ModuleList(
+            ReplicatedLinear(width, f.stop - f.start, **flags) for f, width in zip(factors, self.widths, strict=True)
+        )
+        of = torch.cat([torch.arange(f.depths).repeat_interleave(f.rank) for f in factors])
+        self.register_buffer("of", of, persistent=False)  # the depth of each row of A
+
+    def fill(self) -> None:
+        """Once all is loaded: take the matrices of the factors, which lose them."""
+        factors = self._factors[0]
+        self.a.weight.data.copy_(torch.cat([f.lora_A.flatten(0, 1) for f in factors]))
+        for b, f in zip(cast(Any, self.b), factors, strict=True):
+            b.weight.data.copy_(f.lora_B.transpose(0, 1).flatten(1))
+        for f in factors:
+            f.lora_A.data = f.lora_B.data = torch.empty(0)
+
+    def forward(self, x: torch.Tensor, depth: torch.Tensor) -> list[torch.Tensor]:
+        """What each part's outputs get [N, out], for x [N, in] of rows at depths [N]."""
+        inner = self._factors[0][0].summed(self.a(x) * (depth[:, None] == cast(torch.Tensor, self.of)))
+        return [b(part) for b, part in zip(cast(Any, self.b), inner.split(self.widths, -1), strict=True)]
 
 
 class Relaxation(nn.Module):
@@ -134,6 +159,7 @@ class Relaxation(nn.Module):
         super().__init__()
         self.depths, self._layer = depths, (layer,)
         self.factors, self.own = nn.ModuleDict(), nn.ParameterDict()
+        self.mixed: Any = nn.ModuleDict()  # of by_row: AllDepths by vLLM's module
         self._factors: dict[str, tuple[str, Factors]] = {}  # the source's name -> vLLM's, factors
         self._own: dict[str, tuple[str, Any]] = {}  # the source's parameter -> vLLM's, part
         for path, r in rank.items():
@@ -174,6 +200,8 @@ class Relaxation(nn.Module):
         added to their outputs."""
         for _, factors in self._factors.values():
             factors.measure()
+        for mixed in self.mixed.values():
+            mixed.fill()
         for target in self.replaced():
             module, parameter = self._place(target)
             own, shared = self.own[target.replace(".", "-")].data, module._parameters[parameter].data
@@ -210,6 +238,8 @@ class Relaxation(nn.Module):
     def by_row(self, depth: Callable[[], torch.Tensor]) -> None:
         """Make the layer itself one whose rows are each at their own depth, which `depth` tells."""
         for name, change in self._linear_changes().items():
+            if change.factors:
+                change.mixed = self.mixed[name.replace(".", "-")] = AllDepths(change.factors)
 
             def hook(_: nn.Module, args: tuple, out: Any, change=change) -> Any:
                 return change(out, args[0], depth())
@@ -247,17 +277,35 @@ class Relaxation(nn.Module):
 class Change:
     """What a depth of its own does to the output of a linear module: LoRA of its parts, and a bias [depths, out]."""
 
-    def __init__(self, factors: list[Factors], bias: torch.Tensor | None):
-        self.factors, self.bias = factors, bias
+    def __init__(self, factors: list[Factors], bias: torch.Tensor | None, mixed: AllDepths | None = None):
+        """`mixed` is for depths that are tensors."""
+        self.factors, self.bias, self.mixed = sorted(factors, key=lambda f: f.start), bias, mixed
 
     def __call__(self, out: Any, x: torch.Tensor, depth: Depth) -> Any:
-        """`out` of the module for x [N, in], a tensor or a tuple that begins with it, changed in place."""
+        """`out` of the module for x [N, in], a tensor or a tuple that begins with it."""
         first = out[0] if isinstance(out, tuple) else out
-        for factors in self.factors:
-            factors.add_to(first, x, depth)
+        if self.factors:
+            at = self._clamped(depth, self.factors[0].depths)
+            if self.mixed is not None and isinstance(at, torch.Tensor):
+                added = self.mixed(x, at)
+            else:
+                assert isinstance(at, int)
+                added = [f.added(x, at) for f in self.factors]
+            end, pieces = 0, []
+            for factors, more in zip(self.factors, added, strict=True):
+                if factors.start > end:
+                    pieces.append(first[..., end : factors.start])
+                end = factors.stop
+                pieces.append(factors.changed(first[..., factors.start : end], more, at))
+            pieces += [first[..., end:]] if end < first.shape[-1] else []
+            first = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
         if self.bias is not None:
-            first += self.bias[depth.clamp(max=len(self.bias) - 1) if isinstance(depth, torch.Tensor) else depth]
-        return out
+            first = first + self.bias[self._clamped(depth, len(self.bias))]
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    @staticmethod
+    def _clamped(depth: Depth, depths: int) -> Depth:
+        return depth.clamp(max=depths - 1) if isinstance(depth, torch.Tensor) else depth
 
 
 class Changed(nn.Module):
