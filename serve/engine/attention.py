@@ -18,7 +18,7 @@ import torch
 class Rows:
     """Which rows a call has. `tables` [requests, blocks] are the block tables; `request`, `position`, `slot` [N] say
     whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all).
-    `alone`: no two rows are of one request."""
+    `alone`: no two rows are of one request. `fills`: `fill` may follow."""
 
     tables: torch.Tensor
     request: torch.Tensor
@@ -26,6 +26,7 @@ class Rows:
     slot: torch.Tensor
     write: torch.Tensor | None = None
     alone: bool = False
+    fills: bool = False
 
 
 class Attention(Protocol):
@@ -52,8 +53,6 @@ class Attention(Protocol):
 def runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """First row [M] and number of rows [M] of every run."""
     request, position, slot = rows.request, rows.position, rows.slot
-    if rows.alone:
-        return torch.arange(len(request), device=request.device), torch.ones_like(request)
     new = torch.ones_like(request, dtype=torch.bool)
     new[1:] = (request[1:] != request[:-1]) | (slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)
     first = new.nonzero().squeeze(1)
@@ -91,7 +90,8 @@ class TorchAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
         plan = self.current
         assert plan is not None
-        plan.kept[layer] = (k, v)
+        if plan.rows.fills:  # a copy, as compiled code writes over k and v
+            plan.kept[layer] = (k.clone(), v.clone())
         write = plan.rows.write
         for cache, new in zip(self.caches[layer], (k, v), strict=True):
             flat = cache.flatten(0, 1)

@@ -62,9 +62,8 @@ def attend(parts: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Te
 
 
 def _attend(owner, layer, q, k, v, scaling, window, softcap, sinks):
-    # Compiled code writes over k and v once nobody in it reads them; the cache's fill may still want them.
     facts = {"scaling": scaling, "sliding_window": window or None, "softcap": softcap or None, "sinks": sinks}
-    return _owners[owner].attention(layer, q, k.clone(), v.clone(), **facts)
+    return _owners[owner].attention(layer, q, k, v, **facts)
 
 
 _library.impl("attend", _attend, "CompositeExplicitAutograd")

@@ -94,7 +94,7 @@ def _samples(loop: Loop, n: int, rows: int) -> Iterator[tuple[float, float]]:
         s = loop.recur(loop.parts, e, e.clone(), position, zeros)
         s[:1, 0].tolist()  # the device has got so far
         between = time.perf_counter()
-        loop.parts.logits(loop._coda(s, row, position)).argmax(-1).tolist()
+        loop.logits(loop.parts, loop._coda(s, row, position)).argmax(-1).tolist()
         e = loop.prelude(zeros, row, position)
         e[:1, 0].tolist()
         end = time.perf_counter()

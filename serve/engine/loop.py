@@ -16,7 +16,7 @@ from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
-from .parts import Parts, read_out, recur, start
+from .parts import Parts, logits, read_out, recur, start
 from .routing import Routing
 from .wave import advance, most, speculative
 
@@ -107,7 +107,8 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        self.recur = compiled(recur) if compile and parts.compilable else recur
+        self.compiles = compile and parts.compilable
+        self.recur, self.logits = (compiled(recur), compiled(logits)) if self.compiles else (recur, logits)
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
         self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
@@ -138,9 +139,9 @@ class Loop:
         s, none = self.lanes.s.new_zeros(2, self.lanes.s.shape[1]), torch.zeros_like(two)
         self.attention.plan(Rows(self.requests.table, none, two, none, none > 0))
         inputs = s, s.clone(), two, none
-        if self.recur is not recur:
+        if self.compiles:
             of_any_length(*inputs)
-        self.recur(self.parts, *inputs)
+        self.logits(self.parts, self.recur(self.parts, *inputs))
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:
@@ -237,7 +238,7 @@ class Loop:
         if len(lanes):
             self._recur(lanes)
         waiting = self._ready(idle=not len(lanes))
-        ahead = speculative(self)
+        ahead = speculative(self) if self.in_use["wave"] else waiting[:0]
         if len(waiting) or len(ahead):
             self._read_out(waiting, ahead)
         if self.waves:
@@ -289,7 +290,7 @@ class Loop:
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
-        rows = Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of), alone)
+        rows = Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of), alone, policy.fills)
         plan = self.attention.plan(rows)
         before = lanes.s.index_select(0, which)
         e = lanes.e.index_select(0, which) if self.keeps_input else before
@@ -312,7 +313,7 @@ class Loop:
                 before,
                 after,
                 lambda some: self.parts.gate(after[some]),
-                lambda some: self.parts.logits(self._coda(after[some], row[some], position[some])),
+                lambda some: self.logits(self.parts, self._coda(after[some], row[some], position[some])),
             )
             converged = self.rules.check(rules, which, rule, requests.threshold[row], readings)
             leaves |= converged & (depth >= requests.minimum[row])
@@ -391,7 +392,7 @@ class Loop:
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
         self.counts.reads[len(which)] += 1
-        logits = self.parts.logits(self._coda(lanes.s[which], row, position))
+        logits = self.logits(self.parts, self._coda(lanes.s[which], row, position))
         refine(self, rows, self.sampler(logits, row, position + 1))
 
     def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
@@ -434,7 +435,7 @@ class Loop:
         """Tokens that come of lanes `which` [m], whose read-out is x [m, D], and the positions that they start."""
         lanes, requests = self.lanes, self.requests
         row, position = lanes.row[which], lanes.position[which] + 1
-        tokens = sampler(self.parts.logits(x), row, position)
+        tokens = sampler(self.logits(self.parts, x), row, position)
         if self.in_use["script"]:
             known = requests.script[row, position].long()
             tokens = torch.where(known > 0, known - 1, tokens)

@@ -65,6 +65,11 @@ def recur(parts: Parts, s: torch.Tensor, e: torch.Tensor, positions: torch.Tenso
     return parts.norm_each(s) if norm == "each" else s
 
 
+def logits(parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """What the head says [N, V] of what it reads [N, D]."""
+    return parts.logits(x)
+
+
 def read_out(parts: Parts, s: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """What the head reads [N, D] of states [N, D]."""
     if parts.config.recurrence_norm == "last":

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 def speculative(loop: Loop) -> torch.Tensor:
     """Lanes [n] of live waves that have recurred and whose tokens are not out."""
     lanes, requests = loop.lanes, loop.requests
-    if loop.wave == 1:
-        return lanes.row[:0]
     row = lanes.row[: lanes.own]
     open = requests.live[row] & (requests.wave[row] > 1) & lanes.open[: lanes.own]
     which = (open & (lanes.depth[: lanes.own] > 0)).nonzero().squeeze(1)

@@ -20,12 +20,12 @@ from ..engine.attention import Rows, runs
 
 class Plan(NamedTuple):
     """Of one call's rows: the backend's metadata, the place in the cache of each row [N], and what each writes [N]
-    (below 0: nothing). `kept`: what core layers were given, for `fill`."""
+    (below 0: nothing). `kept`: keys and values [layers, 2, N, K, C] that core layers were given, for `fill`."""
 
     metadata: Any
     place: torch.Tensor
     write: torch.Tensor
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    kept: torch.Tensor | None
 
 
 class PagedAttention:
@@ -37,6 +37,7 @@ class PagedAttention:
         if len(shapes) > 1:
             raise ValueError(f"layers of unlike (heads, key-value heads, head size) cannot share a cache: {shapes}")
         self.outer, self.block_size, self.builder = outer, block_size, builder
+        self.shape = next(iter(shapes))[1:]
         self.layers: list[Any] = [slots[0] for slots in caches]
         views = [Whole.of(slots) for slots in caches]
         self.stride, self.scale = max(view.stride for view in views), views[0].scale
@@ -47,35 +48,42 @@ class PagedAttention:
 
     def plan(self, rows: Rows) -> Plan:
         size, request, position = self.block_size, rows.request, rows.position
-        first, count = runs(rows)
         shift = rows.slot * self.stride
         place = (rows.tables[request, position // size].long() * self.scale + shift) * size + position % size
         write = place if rows.write is None else torch.where(rows.write, place, -1)
-        starts = torch.zeros(len(first) + 1, dtype=torch.int32, device=position.device)
-        torch.cumsum(count, 0, out=starts[1:])
+        ends, most = position, 1
+        if rows.alone:
+            starts = torch.arange(len(position) + 1, dtype=torch.int32, device=position.device)
+        else:
+            first, count = runs(rows)
+            starts = torch.zeros(len(first) + 1, dtype=torch.int32, device=position.device)
+            torch.cumsum(count, 0, out=starts[1:])
+            request, shift, ends, most = request[first], shift[first], position[first + count - 1], int(count.max())
         longest = int(position.max()) + 1
-        tables = rows.tables[request[first], : (longest - 1) // size + 1] * self.scale + shift[first, None].int()
+        tables = rows.tables[request, : (longest - 1) // size + 1] * self.scale + shift[:, None].int()
         common = CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.cpu(),
-            seq_lens=(position[first + count - 1] + 1).int(),
-            num_reqs=len(first),
+            seq_lens=(ends + 1).int(),
+            num_reqs=len(ends),
             num_actual_tokens=len(position),
-            max_query_len=int(count.max()),
+            max_query_len=most,
             max_seq_len=longest,
             block_table_tensor=tables,
             slot_mapping=write,
             causal=True,
         )
-        self.current = Plan(self.builder.build(0, common), place, write, {})
+        kept = self.caches[-1].new_empty(len(self.layers) - self.outer, 2, len(position), *self.shape)
+        self.current = Plan(self.builder.build(0, common), place, write, kept if rows.fills else None)
         return self.current
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
         """`facts` are known to vLLM's layer."""
         plan, of, cache = self.current, self.layers[layer], self.caches[layer]
         assert plan is not None, "attention before a plan"
-        if layer >= self.outer:
-            plan.kept[layer] = k, v
+        if plan.kept is not None:  # a copy, as compiled code writes over k and v
+            for kept, given in zip(plan.kept[layer - self.outer], (k, v), strict=True):
+                kept.copy_(given)
         of.impl.do_kv_cache_update(of, k, v, cache, plan.write)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
@@ -86,9 +94,10 @@ class PagedAttention:
         source = which.repeat_interleave(empty)
         nth = torch.arange(len(source), device=which.device) - (empty.cumsum(0) - empty).repeat_interleave(empty)
         place = plan.place[source] + (nth + 1) * self.stride * self.block_size
-        for layer, (k, v) in plan.kept.items():
+        assert plan.kept is not None, "rows that fills were not announced for"
+        for layer, (k, v) in enumerate(plan.kept.index_select(2, source), self.outer):
             of = self.layers[layer]
-            of.impl.do_kv_cache_update(of, k[source], v[source], self.caches[layer], place)
+            of.impl.do_kv_cache_update(of, k, v, self.caches[layer], place)
 
 
 class Whole(NamedTuple):

@@ -140,8 +140,8 @@ class AllDepths(nn.Module):
     def fill(self) -> None:
         """Once all is loaded: take the matrices of the factors, which lose them."""
         factors = self._factors[0]
-        self.a.weight.data.copy_(torch.cat([f.lora_A.flatten(0, 1) for f in factors]))
-        for b, f in zip(cast(Any, self.b), factors, strict=True):
+        cast(Any, self.a).weight.data.copy_(torch.cat([f.lora_A.flatten(0, 1) for f in factors]))
+        for b, f in zip(cast(Any, self.b), cast(Any, factors), strict=True):
             b.weight.data.copy_(f.lora_B.transpose(0, 1).flatten(1))
         for f in factors:
             f.lora_A.data = f.lora_B.data = torch.empty(0)

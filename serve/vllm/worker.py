@@ -258,7 +258,7 @@ class LaneSteps:
             if state.in_progress_prompt_logprobs_cpu is None:
                 state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
             for some in at.nonzero().squeeze(1).split(256):  # logits of a long prompt take memory
-                logprobs = self.parts.logits(x[some]).float()
+                logprobs = self.loop.logits(self.parts, x[some]).float()
                 if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
                     logprobs = Sampler.compute_logprobs(logprobs)
                 values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
