@@ -25,6 +25,8 @@ Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
 Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
+PROMPT = 16  # prompt lanes, which are all at one depth, that are worth LoRA products of their own
+
 
 class Prompt(NamedTuple):
     """`tokens` [n] of positions `first`, `first` + 1, ... of a row; `ends`: one is to be sampled after the last. From
@@ -108,7 +110,9 @@ class Loop:
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
         self.compiles = compile and parts.compilable
-        self.recur, self.logits = (compiled(recur), compiled(logits)) if self.compiles else (recur, logits)
+        functions = (recur, recur, logits)
+        self.recur, self.recur_prompts, self.logits = map(compiled, functions) if self.compiles else functions
+        self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
         self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
@@ -134,14 +138,23 @@ class Loop:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """A pass of two lanes that writes nothing, so that what is compiled is compiled now."""
-        two = torch.arange(2, device=self.device)
-        s, none = self.lanes.s.new_zeros(2, self.lanes.s.shape[1]), torch.zeros_like(two)
-        self.attention.plan(Rows(self.requests.table, none, two, none, none > 0))
-        inputs = s, s.clone(), two, none
+        """Passes that write nothing, so that what is compiled is compiled now."""
+        self._try(self.recur, 2)
+        if self.relaxed:
+            self._try(self.recur_prompts, 6, lone=2)
+        x = self.lanes.s.new_zeros(2, self.lanes.s.shape[1])
+        if self.compiles:
+            of_any_length(x)
+        self.logits(self.parts, x)
+
+    def _try(self, function: Callable, n: int, lone: int = 0) -> None:
+        """A pass of n lanes, of which some may be `lone`."""
+        s, none = self.lanes.s.new_zeros(n, self.lanes.s.shape[1]), self.requests.limit.new_zeros(n)
+        self.attention.plan(Rows(self.requests.table, none, none, none, none > 0))
+        inputs = [s, s.clone(), none.clone(), none, *([none[:lone]] if lone else ())]
         if self.compiles:
             of_any_length(*inputs)
-        self.logits(self.parts, self.recur(self.parts, *inputs))
+        function(self.parts, *inputs)
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:
@@ -294,7 +307,10 @@ class Loop:
         plan = self.attention.plan(rows)
         before = lanes.s.index_select(0, which)
         e = lanes.e.index_select(0, which) if self.keeps_input else before
-        after = self.recur(self.parts, before, e, position, depth)
+        if self.relaxed and len(which) - len(own) >= PROMPT:
+            after = self.recur_prompts(self.parts, before, e, position, depth, depth[: max(len(own), 1)])
+        else:
+            after = self.recur(self.parts, before, e, position, depth)
         depth = depth + 1
         self.counts.passes[len(which)] += 1
         lanes_of = torch.bincount(own, minlength=len(requests.items))

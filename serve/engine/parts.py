@@ -29,8 +29,16 @@ class Parts(Protocol):
         """tokens, positions [N] -> [N, D]."""
         ...
 
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
-        """x [N, D] through the layers of prelude, core or coda; `depth` [N] is that of the core's relaxation."""
+    def layers(
+        self,
+        part: str,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        depth: torch.Tensor | None,
+        mixed: int | None = None,
+    ) -> torch.Tensor:
+        """x [N, D] through the layers of prelude, core or coda; `depth` [N] is that of the core's relaxation. Only the
+        first `mixed` rows, if that is given, are at depths of their own: the others are all at the last one's."""
         ...
 
     def norm_between(self, s: torch.Tensor) -> torch.Tensor:
@@ -56,12 +64,20 @@ def start(parts: Parts, e: torch.Tensor, positions: torch.Tensor) -> torch.Tenso
     return initial_state(parts.config, e[None], positions[None], None)[0]
 
 
-def recur(parts: Parts, s: torch.Tensor, e: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """One recurrence of rows that have had `depth` [N] of them: s, e [N, D] -> s [N, D]."""
+def recur(
+    parts: Parts,
+    s: torch.Tensor,
+    e: torch.Tensor,
+    positions: torch.Tensor,
+    depth: torch.Tensor,
+    lone: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One recurrence of rows that have had `depth` [N] of them: s, e [N, D] -> s [N, D]. `lone` [n]: the depths of the
+    first n, where all others are at one depth."""
     norm = parts.config.recurrence_norm
     if norm == "between":
         s = torch.where((depth > 0)[:, None], parts.norm_between(s), s)
-    s = parts.layers("core", parts.injection(s, e), positions, depth)
+    s = parts.layers("core", parts.injection(s, e), positions, depth, None if lone is None else len(lone))
     return parts.norm_each(s) if norm == "each" else s
 
 

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...model.relaxation import matrix
 from .attention import Attention
 from .compiled import attend, own
-from .relaxation import by_depth, relax_linear
+from .relaxation import RowDepths, by_depth, relax_linear
 
 NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
 
@@ -40,7 +40,7 @@ class TransformersParts:
         source.set_attn_implementation(name)
         self.number = own(self)
         self.attention: Attention | None = None
-        self.layer, self.depth = 0, torch.empty(0)
+        self.layer, self.depths = 0, RowDepths(torch.empty(0))
         self._visit: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor] | None = None
         self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
         for tap in self.taps:
@@ -135,11 +135,18 @@ class TransformersParts:
         return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+    def layers(
+        self,
+        part: str,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        depth: torch.Tensor | None,
+        mixed: int | None = None,
+    ) -> torch.Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depth is not None:
-            self.depth = depth
+            self.depths = RowDepths(depth, mixed)
         x = x[None]
         passed: dict[int, tuple[tuple, dict]] = {}
         for n, (layer, source) in enumerate(zip(getattr(self.model, part), getattr(config, part), strict=True)):
@@ -192,7 +199,7 @@ class TransformersParts:
             for module, here, name in relaxation._own:
                 own.setdefault(module, {})[name] = getattr(here, name).detach()
             for module, values in own.items():
-                module.forward = by_depth(module, values, lambda: self.depth)
+                module.forward = by_depth(module, values, lambda: self.depths)
             for factors, linear in relaxation._factors:
                 linear._forward_hooks.clear()
-                relax_linear(linear, factors, lambda: self.depth, lambda _, linear=linear: matrix(linear))
+                relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear))

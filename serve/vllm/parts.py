@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from ..engine import attention as engine
 from ..engine.compiled import attend, own
+from ..engine.relaxation import RowDepths
 from .recurrence import attention_named, convention, fold
 
 
@@ -42,7 +43,7 @@ class VllmParts:
         self.number = own(self)
         self.attention: engine.Attention | None = None
         self.caches: list[list[Attention]] = []  # by the engine's number of the layer, by slot
-        self.depth = torch.empty(0)
+        self.depths = RowDepths(torch.empty(0))
         self._taken: list[tuple[tuple, dict]] | None = None
         self._first_suffices = False
         self._handed: torch.Tensor | None = None
@@ -57,7 +58,7 @@ class VllmParts:
             layer.forward_of_layer = layer.forward
             layer.forward = self._tap(index, last=index == len(layers) - 1)
         for relaxation in model.relaxation:
-            relaxation.by_row(lambda: self.depth)
+            relaxation.by_row(lambda: self.depths)
 
     def _take_attention(self, layer: Any, index: int, slots: int, context: dict[str, Any]) -> None:
         """Let `layer` attend as the engine says, and register a cache for each of its slots: prelude, coda, then core
@@ -135,10 +136,17 @@ class VllmParts:
         return self.model.exit_gate(self.model.final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+    def layers(
+        self,
+        part: str,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        depth: torch.Tensor | None,
+        mixed: int | None = None,
+    ) -> torch.Tensor:
         if part == "core":
             assert depth is not None, "the core runs at depths"
-            self.depth = depth
+            self.depths = RowDepths(depth, mixed)
         kind = self.kind.__name__
         if kind == "_transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)

@@ -23,9 +23,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from ..engine.relaxation import RowDepths
 from .recurrence import shallow_copy
 
-Depth = int | torch.Tensor
+Depth = int | RowDepths  # of all rows, or of each
 PARTS: dict[type, dict[str, Any]] = {
     QKVParallelLinear: {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
     MergedColumnParallelLinear: {"gate_proj": 0, "up_proj": 1},
@@ -101,17 +102,18 @@ class Factors(nn.Module):
             squares = tensor_model_parallel_all_reduce(squares)
         self.scale = (self.dora_magnitude.float() / squares.sqrt()).to(self.lora_A.dtype)
 
-    def added(self, x: torch.Tensor, depth: int) -> torch.Tensor:
-        """B A x [N, out], for x [N, in] of one depth."""
-        inner = nn.functional.linear(x, self.lora_A[depth])
-        return nn.functional.linear(self.summed(inner), self.lora_B[depth])
+    def added(self, x: torch.Tensor, depth: int | torch.Tensor) -> torch.Tensor:
+        """B A x [N, out], for x [N, in] of one depth, a number or a tensor [1]."""
+        a, b = self.lora_A, self.lora_B
+        a, b = (m[depth] if isinstance(depth, int) else m.index_select(0, depth)[0] for m in (a, b))
+        return nn.functional.linear(self.summed(nn.functional.linear(x, a)), b)
 
     def summed(self, inner: torch.Tensor) -> torch.Tensor:
         """What all ranks' parts of A x make together."""
         cut = self.cut_input and self._linear[0].tp_size > 1
         return tensor_model_parallel_all_reduce(inner) if cut else inner
 
-    def changed(self, out: torch.Tensor, added: torch.Tensor, depth: Depth) -> torch.Tensor:
+    def changed(self, out: torch.Tensor, added: torch.Tensor, depth: int | torch.Tensor) -> torch.Tensor:
         """This part's outputs [N, out], with what the LoRA adds to them."""
         if self.scale is None:
             return out + added
@@ -123,7 +125,8 @@ class Factors(nn.Module):
 class AllDepths(nn.Module):
     """LoRA of one linear module for rows at mixed depths: one product with the A of all parts and depths, of which a
     row keeps its own depth's, then one for each part with the B of all depths. So nothing is gathered, shapes do not
-    depend on the depths, and vLLM packs the matrices as it packs its own."""
+    depend on the depths, and vLLM packs the matrices as it packs its own. Rows that are known to be at one depth, such
+    as a prompt's, meet its factors alone."""
 
     def __init__(self, factors: list[Factors]):
         super().__init__()
@@ -138,16 +141,21 @@ class AllDepths(nn.Module):
         self.register_buffer("of", of, persistent=False)  # the depth of each row of A
 
     def fill(self) -> None:
-        """Once all is loaded: take the matrices of the factors, which lose them."""
+        """Once all is loaded: take the matrices of the factors."""
         factors = self._factors[0]
         cast(Any, self.a).weight.data.copy_(torch.cat([f.lora_A.flatten(0, 1) for f in factors]))
         for b, f in zip(cast(Any, self.b), cast(Any, factors), strict=True):
             b.weight.data.copy_(f.lora_B.transpose(0, 1).flatten(1))
-        for f in factors:
-            f.lora_A.data = f.lora_B.data = torch.empty(0)
 
-    def forward(self, x: torch.Tensor, depth: torch.Tensor) -> list[torch.Tensor]:
-        """What each part's outputs get [N, out], for x [N, in] of rows at depths [N]."""
+    def forward(self, x: torch.Tensor, depths: RowDepths) -> list[torch.Tensor]:
+        """What each part's outputs get [N, out], for x [N, in]."""
+        of, mixed = depths
+        if mixed is None:
+            return self._mixed(x, of)
+        alike = [f.added(x[mixed:], of[-1:]) for f in self._factors[0]]
+        return [torch.cat(both) for both in zip(self._mixed(x[:mixed], of[:mixed]), alike, strict=True)]
+
+    def _mixed(self, x: torch.Tensor, depth: torch.Tensor) -> list[torch.Tensor]:
         inner = self._factors[0][0].summed(self.a(x) * (depth[:, None] == cast(torch.Tensor, self.of)))
         return [b(part) for b, part in zip(cast(Any, self.b), inner.split(self.widths, -1), strict=True)]
 
@@ -177,7 +185,7 @@ class Relaxation(nn.Module):
                 values = shared.data.new_empty(depths, *shared.shape)
                 self.own[target.replace(".", "-")] = nn.Parameter(values, requires_grad=False)
         self._loaded: set[tuple[str, Any]] = set()
-        self._depth_of_rows: Callable[[], torch.Tensor] | None = None  # of by_row
+        self._depths_of_rows: Callable[[], RowDepths] | None = None  # of by_row
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
         """Take checkpoint tensor `name`, counted from the relaxation of this layer."""
@@ -215,9 +223,9 @@ class Relaxation(nn.Module):
                 if parameter != "bias":
                     raise ValueError(f"{target}: a matrix for every depth; only biases and norms can be")
                 shared.zero_()
-        if self._depth_of_rows is not None:
+        if self._depths_of_rows is not None:
             for name, values in self._norms().items():
-                _norm_by_row(self._layer[0].get_submodule(name), values, self._depth_of_rows)
+                _norm_by_row(self._layer[0].get_submodule(name), values, self._depths_of_rows)
 
     def replaced(self) -> set[str]:
         """Names of vLLM's parameters of the layer that no longer count."""
@@ -235,17 +243,17 @@ class Relaxation(nn.Module):
             module._parameters = {name: value for name, value in module._parameters.items() if name not in values}
             module.__dict__.update({parameter: value[depth] for parameter, value in values.items()})
 
-    def by_row(self, depth: Callable[[], torch.Tensor]) -> None:
-        """Make the layer itself one whose rows are each at their own depth, which `depth` tells."""
+    def by_row(self, depths: Callable[[], RowDepths]) -> None:
+        """Make the layer itself one whose rows are each at their own depth, which `depths` tells."""
         for name, change in self._linear_changes().items():
             if change.factors:
                 change.mixed = self.mixed[name.replace(".", "-")] = AllDepths(change.factors)
 
             def hook(_: nn.Module, args: tuple, out: Any, change=change) -> Any:
-                return change(out, args[0], depth())
+                return change(out, args[0], depths())
 
             self._layer[0].get_submodule(name).register_forward_hook(hook)
-        self._depth_of_rows = depth
+        self._depths_of_rows = depths
 
     def _place(self, target: str) -> tuple[Any, str]:
         parent, _, parameter = target.rpartition(".")
@@ -285,27 +293,32 @@ class Change:
         """`out` of the module for x [N, in], a tensor or a tuple that begins with it."""
         first = out[0] if isinstance(out, tuple) else out
         if self.factors:
-            at = self._clamped(depth, self.factors[0].depths)
-            if self.mixed is not None and isinstance(at, torch.Tensor):
-                added = self.mixed(x, at)
+            depth = _clamped(depth, self.factors[0].depths)
+            if isinstance(depth, int):
+                added = [f.added(x, depth) for f in self.factors]
             else:
-                assert isinstance(at, int)
-                added = [f.added(x, at) for f in self.factors]
+                assert self.mixed is not None, "by_row comes first"
+                added = self.mixed(x, depth)
             end, pieces = 0, []
             for factors, more in zip(self.factors, added, strict=True):
                 if factors.start > end:
                     pieces.append(first[..., end : factors.start])
                 end = factors.stop
-                pieces.append(factors.changed(first[..., factors.start : end], more, at))
+                pieces.append(factors.changed(first[..., factors.start : end], more, _of(depth)))
             pieces += [first[..., end:]] if end < first.shape[-1] else []
             first = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
         if self.bias is not None:
-            first = first + self.bias[self._clamped(depth, len(self.bias))]
+            first = first + self.bias[_of(_clamped(depth, len(self.bias)))]
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
-    @staticmethod
-    def _clamped(depth: Depth, depths: int) -> Depth:
-        return depth.clamp(max=depths - 1) if isinstance(depth, torch.Tensor) else depth
+
+def _of(depth: Depth) -> int | torch.Tensor:
+    return depth if isinstance(depth, int) else depth.of
+
+
+def _clamped(depth: Depth, depths: int) -> Depth:
+    """The last of `depths` stands for all that are deeper."""
+    return min(depth, depths - 1) if isinstance(depth, int) else depth._replace(of=depth.of.clamp(max=depths - 1))
 
 
 class Changed(nn.Module):
@@ -322,7 +335,7 @@ class Changed(nn.Module):
         return getattr(self.__dict__["_linear"][0], name)
 
 
-def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depth: Callable[[], torch.Tensor]) -> None:
+def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depths: Callable[[], RowDepths]) -> None:
     """Let a norm meet `values` [depths, size] of each row's depth: it computes with neutral parameters, and its output
     is multiplied and added to."""
     last = len(next(iter(values.values()))) - 1
@@ -337,7 +350,7 @@ def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depth: Callable[[
         module.bias.data.zero_()
 
     def hook(_: nn.Module, args: tuple, out: Any) -> Any:
-        at = depth().clamp(max=last)
+        at = depths().of.clamp(max=last)
         first = out[0] if isinstance(out, tuple) else out
         for values, combine in ((weight, torch.mul), (bias, torch.add)):
             if values is not None:  # a norm may see each row once for every head
