@@ -2,7 +2,7 @@
 
     python bench/parallel.py [--out parallel-run] [--steps 1800] [--threads 2] [--batch 1,4,16] [--pictures docs]
 
-A byte-level model (a core of 4 layers, 128 wide) learns running sums at random depths, by `loopwise` commands that are
+A byte-level model (a core of 2 layers, 128 wide) learns running sums at random depths, by `loopwise` commands that are
 not run again once they are done. Then held-out questions are answered at R = 32 by three
 decoders, on the engine core without vLLM, and it prints: core passes a token (one after the other, and positions in
 them), wall-clock against plain decoding (medians of interleaved pairs), the share of right answers, and the share of
@@ -79,11 +79,13 @@ def prepare(out: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=CHAT)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(out / "empty")
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # as large as the noise that states begin with
+    model.save_pretrained(out / "empty")
     tokenizer.save_pretrained(out / "empty")
 
 
@@ -92,7 +94,7 @@ def trained(out: Path, steps: int) -> Path:
     if not (out / "empty" / "tokenizer.json").is_file():
         prepare(out)
     if not (out / "converted" / "config.json").is_file():
-        keys = ["sizes=1,4,1", "injection=linear", "state_init=normal", "kv_policy=per-depth"]
+        keys = ["sizes=1,2,1", "injection=linear", "state_init=normal", "kv_policy=per-depth"]
         keys += [f"num_recurrences={R}", f"max_recurrences={R}"]
         loopwise("convert", out / "empty", out / "converted", *keys)
     if not (out / "model" / "config.json").is_file():

@@ -1,6 +1,7 @@
 """`loopwise serve`: the lane engine against one depth for all, side by side.
 
     python bench/serve.py offline [--pairs 7] [--requests 32] [--policy last-exited] [--lora 16] [--eager]
+    python bench/serve.py offline --decode --seats 16 --requests 48 [--policy single]
     python bench/serve.py http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
 
 A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 8,192 tokens, R=8). Prompts of 16 to 48
@@ -12,11 +13,13 @@ the other in every pair:
     exits       engine=lanes, generated tokens exit, prompts run at full depth
     prompts     engine=lanes, prompts exit, too
     lora        exits, on the model with LoRA of every depth
+    compaction  exits, but the place of a token that has left stays empty until the last of its pass has (--decode)
+    generate    transformers' generate, static batches at full depth (--decode)
 
 Printed: tokens a second, the median ratio to `fixed` with its spread, and its share of the FLOP bound, end to end:
-(all positions at R) / (what was asked). `http` runs `loopwise serve` for both engines with as many clients; `--load`
-adds open loops of Poisson arrivals at those shares of the capacity that `exits` showed, with percentiles of the time to
-the first token and between tokens.
+(all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off. `http` runs
+`loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at those shares of
+the capacity that `exits` showed, with percentiles of the time to the first token and between tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +143,7 @@ def share(bound: Bound, done: list[Job]) -> tuple[float, float]:
 
 
 def report(rates: dict[str, list[float]], bounds: dict[str, tuple[float, float]]) -> None:
-    print(f"\n{'':<10}{'tok/s':>8}{'x fixed':>9}{'spread':>14}{'bound':>8}{'share':>8}{'decode bound':>14}")
+    print(f"\n{'':<10}{'tok/s':>8}{'x fixed':>9}{'spread':>14}{'bound':>8}{'share':>8}{'other bound':>14}")
     for system, rate in rates.items():
         ratios = [mine / base for mine, base in zip(rate, rates["fixed"], strict=True)]
         ratio, (bound, decode) = statistics.median(ratios), bounds[system]
@@ -160,23 +164,30 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
 
     from loopwise.serve.vllm.lanes import LaneConfig
 
-    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.requests}
+    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.seats or args.requests}
     options |= {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
     lanes = {**options, **LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()}
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
     engines["lanes"] = LLM(str(folders["plain"]), **lanes)
-    systems = ["fixed", "full", "exits", "prompts"]
+    systems = ["fixed", "full", "exits", *([] if args.decode else ["prompts"])]
     if args.lora:
         engines["lora"] = LLM(str(folders["lora"]), **lanes)
         systems.append("lora")
+    if args.decode:  # exits wait for the last of their token's pass: no successor takes the place that one leaves
+        every = LaneConfig(args.ticks, coda_wait=DEPTHS, compile=not args.eager).flags()
+        engines["compaction"] = LLM(str(folders["plain"]), **{**lanes, **every})
+        generate = transformers_generate(folders["plain"], options["max_num_seqs"])
+        systems += ["compaction", "generate"]
 
-    def measure(system: str, work: list[Job]) -> float:
+    def seconds_of(system: str, work: list[Job], tokens: int) -> float:
+        if system == "generate":
+            return generate(work, tokens)
         engine = engines.get(system, engines["lanes"])
         params = [
             SamplingParams(
                 temperature=0,
-                max_tokens=OUTPUT,
+                max_tokens=tokens,
                 ignore_eos=True,
                 detokenize=False,
                 extra_args=None if system == "fixed" else {"trace": job.trace},
@@ -186,7 +197,14 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
         began = time.perf_counter()
         done = engine.generate([{"prompt_token_ids": job.prompt} for job in work], params, use_tqdm=False)
         seconds = time.perf_counter() - began
-        assert all(len(one.outputs[0].token_ids) == OUTPUT for one in done), "a request ended early"
+        assert all(len(one.outputs[0].token_ids) == tokens for one in done), "a request ended early"
+        return seconds
+
+    def measure(system: str, work: list[Job]) -> float:
+        """Tokens a second; of decoding alone, what the first tokens take is left out."""
+        seconds = seconds_of(system, work, OUTPUT)
+        if args.decode:
+            return len(work) * (OUTPUT - 1) / (seconds - seconds_of(system, work, 1))
         return len(work) * OUTPUT / seconds
 
     rates: dict[str, list[float]] = {system: [] for system in systems}
@@ -195,11 +213,32 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
         for system in systems:
             work = jobs(random.Random(pair), args.requests, system)
             rate = measure(system, work)
-            bounds[system] = share(bound, work)
+            bounds[system] = share(bound, work)[:: -1 if args.decode else 1]
             if pair:  # the first one warms up
                 rates[system].append(rate)
         print(f"pair {pair}: " + ", ".join(f"{s} {r[-1]:.0f}" for s, r in rates.items() if r), flush=True)
     report(rates, bounds)
+
+
+def transformers_generate(folder: Path, batch: int) -> Callable[[list[Job], int], float]:
+    """Seconds of transformers' own generate, at full depth, for static batches of jobs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    def run(work: list[Job], tokens: int) -> float:
+        began = time.perf_counter()
+        for some in (work[n : n + batch] for n in range(0, len(work), batch)):
+            longest = max(len(job.prompt) for job in some)
+            ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in some])
+            mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in some])
+            limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+            done = model.generate(ids, attention_mask=mask, **limits)
+            assert done.shape[1] == longest + tokens, "a batch ended early"
+        return time.perf_counter() - began
+
+    return run
 
 
 # ---- over HTTP ----------------------------------------------------------------------------------------------------
@@ -336,6 +375,12 @@ def main() -> None:
     parser.add_argument("where", choices=["offline", "http"])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32, help="offline: requests at once")
+    parser.add_argument("--seats", type=int, default=0, help="offline: requests that run at once; 0: all")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="offline: decoding alone, against compaction and transformers' generate, too",
+    )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--each", type=int, default=3, help="requests of a client in a pair")
     parser.add_argument("--policy", default="last-exited", help="kv_policy of the lane engine")

@@ -91,7 +91,7 @@ def _samples(loop: Loop, n: int, rows: int) -> Iterator[tuple[float, float]]:
             return
         start = time.perf_counter()
         loop.attention.plan(Rows(loop.requests.table, row, position, zeros))
-        s = loop.recur(loop.parts, e, e.clone(), position, zeros)
+        s = loop.recur(loop.parts, e, e.clone(), position, zeros > 0, zeros)
         s[:1, 0].tolist()  # the device has got so far
         between = time.perf_counter()
         loop.logits(loop.parts, loop._coda(s, row, position)).argmax(-1).tolist()

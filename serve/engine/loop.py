@@ -151,7 +151,7 @@ class Loop:
         """A pass of n lanes, of which some may be `lone`."""
         s, none = self.lanes.s.new_zeros(n, self.lanes.s.shape[1]), self.requests.limit.new_zeros(n)
         self.attention.plan(Rows(self.requests.table, none, none, none, none > 0))
-        inputs = [s, s.clone(), none.clone(), none, *([none[:lone]] if lone else ())]
+        inputs = [s, s.clone(), none.clone(), none > 0, none, *([none[:lone]] if lone else ())]
         if self.compiles:
             of_any_length(*inputs)
         function(self.parts, *inputs)
@@ -299,7 +299,7 @@ class Loop:
         row, position, depth, target, free = lanes.facts[:5].index_select(1, which).unbind()
         own = row[which < lanes.own] if self.chunks else row
         pass_of = depth
-        if self.waves:  # each step of a diffusion goes over the same slots
+        if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
@@ -307,10 +307,11 @@ class Loop:
         plan = self.attention.plan(rows)
         before = lanes.s.index_select(0, which)
         e = lanes.e.index_select(0, which) if self.keeps_input else before
+        inputs = self.parts, before, e, position, depth > 0, pass_of
         if self.relaxed and len(which) - len(own) >= PROMPT:
-            after = self.recur_prompts(self.parts, before, e, position, depth, depth[: max(len(own), 1)])
+            after = self.recur_prompts(*inputs, pass_of[: max(len(own), 1)])
         else:
-            after = self.recur(self.parts, before, e, position, depth)
+            after = self.recur(*inputs)
         depth = depth + 1
         self.counts.passes[len(which)] += 1
         lanes_of = torch.bincount(own, minlength=len(requests.items))

@@ -69,14 +69,15 @@ def recur(
     s: torch.Tensor,
     e: torch.Tensor,
     positions: torch.Tensor,
+    begun: torch.Tensor,
     depth: torch.Tensor,
     lone: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One recurrence of rows that have had `depth` [N] of them: s, e [N, D] -> s [N, D]. `lone` [n]: the depths of the
-    first n, where all others are at one depth."""
+    """One recurrence of rows: s, e [N, D] -> s [N, D]. `begun` [N]: whether they have had any; `depth` [N]: which one
+    it is, counted from 0. `lone` [n]: the depths of the first n, where all others are at one depth."""
     norm = parts.config.recurrence_norm
     if norm == "between":
-        s = torch.where((depth > 0)[:, None], parts.norm_between(s), s)
+        s = torch.where(begun[:, None], parts.norm_between(s), s)
     s = parts.layers("core", parts.injection(s, e), positions, depth, None if lone is None else len(lone))
     return parts.norm_each(s) if norm == "each" else s
 

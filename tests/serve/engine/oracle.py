@@ -218,7 +218,12 @@ class Oracle:
             s = torch.stack([starts[i] if s is None else s for i, s in enumerate(states)])
             previous = torch.stack([starts[i] if p is None else p for i, p in enumerate(previous)])
             for depth in range(of.inner):
+                if self.config.recurrence_norm == "between":  # a state goes on where the step before left it
+                    begun = torch.tensor(depths)[:, None] + depth > 0
+                    s = torch.where(begun, self.model._final_norm(s), s)
                 s = self.run("core", self.model.injection(s, e), positions, store, depth)
+                if self.config.recurrence_norm == "each":
+                    s = self.model.recurrence_norm(s)
             guess = best(self.logits(self.coda(s, positions, store)))
             edits = [tokens[first], *guess[:-1]]
             for i in range(len(edits)):

@@ -199,11 +199,20 @@ REFINED = [
 ]
 
 
+RELAXED = {"depths": 4, "rank": {"self_attn.q_proj": 8, "mlp.down_proj": 8}, "own": ["input_layernorm.weight"]}
+SHAPES = {
+    "input": {"state_init": "input"},
+    "normal": {"state_init": "normal", "state_std": 0.3},
+    "relaxed": {"relaxation": {**RELAXED, "dora": False}, "recurrence_norm": "between"},
+    "normed": {"relaxation": {**RELAXED, "dora": True}, "recurrence_norm": "each"},
+}
+
+
 @pytest.mark.parametrize("policy", ["per-depth", "single", "modulo-2"])
-@pytest.mark.parametrize("state_init", ["input", "normal"])
-def test_diffusion_is_that_of_a_request_alone(policy, state_init):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_diffusion_is_that_of_a_request_alone(policy, shape):
     """With plain requests and waves beside it, in passes that do not hold all of them."""
-    model = build(state_init=state_init, state_std=0.3)
+    model = build(**SHAPES[shape])
     with torch.no_grad():  # a contraction, which converges
         model.injection.weight[:, :64] *= 0.2
     draw = random.Random(11)
