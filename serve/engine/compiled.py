@@ -31,12 +31,65 @@ _library.define(
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` of tensors [N, ...], compiled at its first call, whose tensors are `of_any_length`. Nothing but N may
-    change from call to call, as nothing is checked again."""
+    """`function` of parts and tensors [N, ...], compiled at its first call, whose tensors are `of_any_length`, and of
+    lengths that differ where they may. Nothing but lengths and values may change from call to call."""
     # Compiled code is kept with the code object, so each gets one of its own: others run with another model.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    options = {**OPTIONS, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, dynamic=False, fullgraph=True, options=options)
+    graph: list[_Graph] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        from torch._inductor.compile_fx import compile_fx  # which takes seconds to import
+
+        graph.append(_Graph(compile_fx(module, inputs, config_patches=OPTIONS)))
+        return graph[0]
+
+    first = torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
+
+    def call(parts: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        if graph:
+            return graph[0].again(tensors)
+        out = first(parts, *tensors)
+        graph[0].learn(tensors, out)
+        return out
+
+    return call
+
+
+class _Graph:
+    """Inductor's code, and how it is called: its inputs are the function's tensors, their lengths, and the model's
+    parameters, which stay. torch.compile's own way to it looks all of those up again for every call, which takes as
+    long as some layers do."""
+
+    def __init__(self, code: Any):
+        self.code = code
+        self.inputs: list[Any] = []
+        self.outputs: Any = None
+        self.result: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.inputs, self.outputs = list(inputs), self.code(*inputs)
+        return self.outputs
+
+    def learn(self, tensors: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        """What of the first call's inputs and outputs was what. Raises RuntimeError where that cannot be told."""
+        place = {id(value): n for n, value in enumerate(self.inputs)}
+        self.tensors = [(place[id(t)], n) for n, t in enumerate(tensors) if id(t) in place]
+        of_length = {len(t): n for n, t in enumerate(tensors)}
+        self.lengths = [(n, of_length.get(value)) for n, value in enumerate(self.inputs) if isinstance(value, int)]
+        self.result = next((n for n, value in enumerate(self.outputs) if value is out), None)
+        if self.result is None or None in dict(self.lengths).values():
+            raise RuntimeError(f"a compiled graph with inputs of lengths {self.lengths} that no tensor has")
+        for n, _ in self.tensors:
+            self.inputs[n] = None
+        self.outputs = None
+
+    def again(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        inputs = self.inputs.copy()
+        for place, n in self.tensors:
+            inputs[place] = tensors[n]
+        for place, n in self.lengths:
+            inputs[place] = len(tensors[n])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.code(*inputs)[self.result]
 
 
 def of_any_length(*tensors: torch.Tensor) -> None:
