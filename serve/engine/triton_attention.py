@@ -8,6 +8,7 @@ Shapes: N rows, H query heads, K key-value heads, C head size, G = H / K, S spli
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,47 +17,32 @@ import triton.language as tl
 
 from .attention import Rows
 
-LANES = 64  # rows of a matrix product, at most: queries of a run times G
+LANES = 64  # queries of a run times G that a program has, at most
+TILE = 64  # keys that it reads at once, at most
+BYTES = 16384  # of keys, or of values, that it reads at once; of queries twice as much. Smaller GPUs have room for it
 SPAN, SPLITS = 512, 16  # a lone row's context is split: into so many keys at least, and so many programs at most
-TILE_BYTES = 16384  # of keys, or of values, that a program holds at once
 
+jit: Any = triton.jit  # whose kernels take what no signature says
 # What changes from call to call without another kernel being worth it.
 _anyhow = {"do_not_specialize": ["rows"], "do_not_specialize_on_alignment": ["request", "position", "slot"]}
 
 
-@triton.jit
+@jit
 def _place(tables, width, who, at, where, blocks, SIZE: tl.constexpr):
     """Where position `at` of request `who` stands in a cache, at slot `where`."""
     block = tl.load(tables + who * width + at // SIZE).to(tl.int64)
     return (block + where * blocks) * SIZE + at % SIZE
 
 
-@triton.jit(**_anyhow)
+@jit(**_anyhow)
 def _write(
-    k,
-    v,
-    keys,
-    values,
-    request,
-    position,
-    slot,
-    write,
-    tables,
-    width,
-    blocks,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    k, v, keys, values, request, position, slot, write, tables, width, blocks, k_row, k_head, v_row, v_head,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """Program (row, head): k, v [N, K, C] into the caches."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if write is not None:
-        if tl.load(write + row) == 0:
-            return
+    if write is not None and tl.load(write + row) == 0:
+        return
     at, where = tl.load(position + row), tl.load(slot + row)
     place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
     c = tl.arange(0, PADDED)
@@ -65,37 +51,13 @@ def _write(
     tl.store(values + to, tl.load(v + row * v_row + head * v_head + c, mask=c < C), mask=c < C)
 
 
-@triton.jit(**_anyhow)
+@jit(**_anyhow)
 def _attend(
-    out,
-    tops,
-    totals,
-    q,
-    keys,
-    values,
-    sinks,
-    request,
-    position,
-    slot,
-    tables,
-    rows,
-    width,
-    blocks,
-    q_row,
-    q_head,
-    scaling,
-    softcap,
-    WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SPAN: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PADDED: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, blocks, rows, q_row, q_head,
+    scaling, softcap,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Program (row, key-value head, split): a run's queries from this row to the next position that QUERIES divides,
     with all their heads, so that they share what is read. Programs of rows in between have nothing to do.
 
@@ -164,11 +126,12 @@ def _attend(
         tl.store(tops + to, top, mask=mine)
         tl.store(totals + to, total, mask=mine)
     else:
-        sums = sums / tl.where(mine, total, 1.0)[:, None]
+        total = tl.where(mine, total, 1.0)  # other lanes may have seen nothing
+        sums = sums / total[:, None]
     tl.store(out + to[:, None] * C + c[None, :], sums.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@jit
 def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
     """Program (row, head): what its splits give together."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -178,26 +141,15 @@ def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl
     total = tl.sum(weight * tl.load(totals + row * S + split, mask=split < S, other=0.0), 0)
     real = (split < S)[:, None] & (c < C)[None, :]
     parts = tl.load(sums + (row * S + split)[:, None] * C + c[None, :], mask=real, other=0.0)
-    whole = tl.sum(parts * weight[:, None], 0) / total
+    whole = tl.sum(parts * weight[:, None], 0) / total  # pyright: ignore[reportOperatorIssue]
     tl.store(out + row * C + c, whole.to(out.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize_on_alignment=["request", "position", "slot"])
+@jit(do_not_specialize_on_alignment=["request", "position", "slot"])
 def _fill(
-    caches,
-    which,
-    empty,
-    request,
-    position,
-    slot,
-    tables,
-    width,
-    blocks,
-    whole,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    caches, which, empty, request, position, slot, tables, width, blocks, whole,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """Program (row to fill, head, cache): copy what stands at its slot to the next ones. A cache has `whole` elements,
     and the next begins behind it."""
     n, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -234,8 +186,10 @@ class TritonAttention:
         self.current: Rows | None = None
 
     def plan(self, rows: Rows) -> Rows:
-        self.current = rows
-        return rows
+        self.current = replace(
+            rows, **{name: getattr(rows, name).contiguous() for name in ("request", "position", "slot")}
+        )
+        return self.current
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
         rows, (keys, values) = self.current, self.caches[layer]
@@ -243,10 +197,10 @@ class TritonAttention:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         (n, heads, size), groups = k.shape, q.shape[1] // k.shape[1]
         padded = max(16, triton.next_power_of_2(size))
-        tile = min(64, max(16, TILE_BYTES // (padded * k.element_size())))
+        fit = BYTES // (padded * k.element_size())
+        tile, lanes = max(16, min(TILE, fit)), min(LANES, 2 * fit)
         where, tables = (rows.request, rows.position, rows.slot), rows.tables
-        pages = {"SIZE": self.block_size, "C": size, "PADDED": padded}
-        queries = 1 if rows.alone else max(1, LANES // groups)
+        queries = 1 if rows.alone else max(1, lanes // groups)
         positions = tables.shape[1] * self.block_size
         span = max(SPAN, -(-positions // SPLITS)) if rows.alone else positions
         span = -(-span // tile) * tile
@@ -257,29 +211,28 @@ class TritonAttention:
             sums = torch.empty(*q.shape[:2], splits, size, dtype=torch.float32, device=q.device)
             tops, totals = torch.empty(2, *q.shape[:2], splits, dtype=torch.float32, device=q.device)
         strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+        pages = tables, tables.stride(0), self.blocks
+        sizes = {"SIZE": self.block_size, "C": size, "PADDED": padded}
+        window, softcap = facts.get("sliding_window") or 0, facts.get("softcap") or 0.0
         with self.device:
-            _write[n, heads](
-                k, v, keys, values, *where, rows.write, tables, tables.stride(0), self.blocks, *strides, **pages, num_warps=1
-            )  # fmt: skip
+            _write[n, heads](k, v, keys, values, *where, rows.write, *pages, *strides, **sizes, num_warps=1)
             _attend[n, heads, splits](
-                sums, tops, totals, q, keys, values, facts.get("sinks"), *where, tables, n, tables.stride(0), self.blocks,
-                q.stride(0), q.stride(1), facts["scaling"], facts.get("softcap") or 0.0,
-                WINDOW=facts.get("sliding_window") or 0, CAPPED=bool(facts.get("softcap")), GROUPS=groups,
-                QUERIES=queries, SPAN=span if splits > 1 else 0, LANES=max(16, triton.next_power_of_2(queries * groups)),
-                TILE=tile, **pages, num_stages=2,
+                sums, tops, totals, q, keys, values, facts.get("sinks"), *where, *pages, n, q.stride(0), q.stride(1),
+                facts["scaling"], softcap, WINDOW=window, CAPPED=softcap > 0, GROUPS=groups, QUERIES=queries,
+                SPAN=span if splits > 1 else 0, LANES=max(16, triton.next_power_of_2(queries * groups)), TILE=tile,
+                **sizes, num_stages=2,
             )  # fmt: skip
             if splits > 1:
-                _merge[n, q.shape[1]](
-                    out, sums, tops, totals, S=splits, C=size, PADDED=padded, SPLITS=triton.next_power_of_2(splits)
-                )
+                whole = {"C": size, "PADDED": padded, "S": splits, "SPLITS": triton.next_power_of_2(splits)}
+                _merge[n, q.shape[1]](out, sums, tops, totals, **whole)
         return out
 
     def fill(self, plan: Rows, which: torch.Tensor, empty: torch.Tensor) -> None:
         """From the cache, in which they stand since the call."""
-        tables = plan.tables
+        where, pages = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0), self.blocks)
         with self.device:
             for (heads, size), caches in self.core.items():
+                sizes = {"SIZE": self.block_size, "C": size, "PADDED": triton.next_power_of_2(size)}
                 _fill[len(which), heads, 2 * len(caches)](
-                    caches, which, empty, plan.request, plan.position, plan.slot, tables, tables.stride(0), self.blocks,
-                    caches[0, 0].numel(), SIZE=self.block_size, C=size, PADDED=triton.next_power_of_2(size), num_warps=1,
-                )  # fmt: skip
+                    caches, which, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
+                )
