@@ -86,12 +86,10 @@ def _attend(
     c = tl.arange(0, PADDED)
     real = mine[:, None] & (c < C)[None, :]
     query = tl.load(q + (row + nth)[:, None] * q_row + query_head[:, None] * q_head + c[None, :], mask=real, other=0.0)
-    if sinks is None:
-        top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
-    else:  # a key of this score, and no value: in the first split only
-        sink = tl.load(sinks + query_head, mask=mine, other=0.0).to(tl.float32)
-        top = tl.where(split == 0, sink, float("-inf"))
-        total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([LANES], tl.float32)
+    top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
+    if sinks is not None:  # a key of this score, and no value, that the first split sees
+        sink = tl.load(sinks + query_head, mask=mine & (split == 0), other=float("-inf")).to(tl.float32)
+        top, total = sink, total + 1
     sums = tl.zeros([LANES, PADDED], tl.float32)
 
     first, end = 0, last + 1

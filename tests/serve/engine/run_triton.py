@@ -70,9 +70,10 @@ class Pair:
             assert all(torch.equal(a.float(), b) for a, b in zip(ours, theirs, strict=True))
 
 
-# Of request 0 there are runs at two depths for the same positions; request 2 comes to the end of its table.
-MIXED = [(0, 0, 5, 30), (0, 1, 7, 1), (1, 2, 0, 3), (2, 1, 17, 2), (2, 0, 58, 2), (0, 1, 9, 4)]
-FEW = [(0, 0, 5, 9), (0, 1, 7, 1), (1, 2, 0, 2), (2, 1, 58, 2)]
+# Neighbours that are one in all but the slot, the request, or a position between; two depths of the same positions; the
+# end of a table.
+MIXED = [(0, 0, 5, 30), (0, 1, 7, 1), (0, 1, 9, 4), (1, 2, 0, 3), (1, 1, 3, 2), (2, 1, 5, 2), (2, 0, 58, 2)]
+FEW = [(0, 0, 5, 9), (0, 1, 7, 1), (1, 2, 0, 2), (1, 1, 2, 2), (2, 1, 4, 1), (2, 1, 58, 2)]
 FACTS = {
     "plain": {},
     "cap": {"softcap": 2.0, "sinks": True},
