@@ -88,8 +88,8 @@ def _attend(
     query = tl.load(q + (row + nth)[:, None] * q_row + query_head[:, None] * q_head + c[None, :], mask=real, other=0.0)
     top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
     if sinks is not None:  # a key of this score, and no value, that the first split sees
-        sink = tl.load(sinks + query_head, mask=mine & (split == 0), other=float("-inf")).to(tl.float32)
-        top, total = sink, total + 1
+        sink = tl.load(sinks + query_head, mask=mine, other=0.0).to(tl.float32)
+        top, total = tl.where(split == 0, sink, top), total + 1
     sums = tl.zeros([LANES, PADDED], tl.float32)
 
     first, end = 0, last + 1
