@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from loopwise.serve import Engine, offline
 from loopwise.serve.engine.attention import Rows, TorchAttention
@@ -81,6 +82,20 @@ FACTS = {
 }
 
 
+@pytest.fixture(params=["forwards", "backwards"])
+def programs(request, monkeypatch):
+    """The order in which programs run, whose results must not depend on it."""
+    builder = interpreter_builder
+    plain = builder.set_grid_idx
+
+    def from_the_end(*at: int) -> None:
+        plain(*(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True)))
+
+    if request.param == "backwards":
+        monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
+
+
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("facts", list(FACTS))
 def test_runs_at_mixed_depths(facts):
     pair = Pair((1, 24), size=4, width=15)
