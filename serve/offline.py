@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
-from .engine.attention import TorchAttention
+from .engine.attention import attention_for
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
 from .engine.kv import KVPolicy, policy_of
@@ -113,7 +113,7 @@ class Engine:
             parts = TransformersParts(model, length + 1)
             blocks = -(-(length + 1) // BLOCK)
             outer = len(config.prelude) + len(config.coda)
-            parts.attention = attention = TorchAttention(
+            parts.attention = attention = attention_for(like.device)(
                 parts.shapes(), outer, policy.slots, rows * blocks, BLOCK, like.detach()
             )
             self.loop = Loop(

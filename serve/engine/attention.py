@@ -1,4 +1,4 @@
-"""Attention of rows at mixed depths over a paged KV cache, and its plain torch backend.
+"""Attention of rows at mixed depths over a paged KV cache, its plain torch backend, and the choice of another.
 
 Every (request, depth) is a virtual sequence: a request has one block table, and the blocks of another depth lie a
 constant number of blocks further on. Rows of one request at one depth and at neighbouring positions, such as a
@@ -18,7 +18,7 @@ import torch
 class Rows:
     """Which rows a call has. `tables` [requests, blocks] are the block tables; `request`, `position`, `slot` [N] say
     whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all).
-    `alone`: no two rows are of one request. `fills`: `fill` may follow."""
+    `alone`: no two rows are of one request. `fills`: `fill` may follow, for rows that write."""
 
     tables: torch.Tensor
     request: torch.Tensor
@@ -48,6 +48,17 @@ class Attention(Protocol):
         """Write the keys and values that rows `which` [m] of `plan` had in the core layers into the next `empty` [m]
         slots, too."""
         ...
+
+
+def attention_for(device: torch.device) -> type:
+    """The backend for a device: Triton's kernels on a GPU, torch's operations elsewhere and where Triton is absent."""
+    if device.type == "cuda":
+        try:
+            from .triton_attention import TritonAttention
+        except ImportError:
+            return TorchAttention
+        return TritonAttention
+    return TorchAttention
 
 
 def runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

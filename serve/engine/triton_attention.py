@@ -1,0 +1,236 @@
+"""Attention of rows at mixed depths as Triton kernels: the engine's backend on a GPU.
+
+Nothing is prepared for a call: the kernels find pages and runs by themselves, in `Rows` as they are. What is launched
+depends on the number of rows and the width of the block tables alone, and nothing waits for the device.
+Shapes: N rows, H query heads, K key-value heads, C head size, G = H / K, S splits of a context, m rows that are filled.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention import Rows
+
+LANES = 64  # queries of a run times G that a program has, at most
+TILE = 64  # keys that it reads at once, at most
+BYTES = 16384  # of keys, or of values, that it reads at once; of queries twice as much. Smaller GPUs have room for it
+SPAN, SPLITS = 512, 16  # a lone row's context is split: into so many keys at least, and so many programs at most
+
+jit: Any = triton.jit  # whose kernels take what no signature says
+# What changes from call to call without another kernel being worth it.
+_anyhow = {"do_not_specialize": ["rows"], "do_not_specialize_on_alignment": ["request", "position", "slot"]}
+
+
+@jit
+def _place(tables, width, who, at, where, blocks, SIZE: tl.constexpr):
+    """Where position `at` of request `who` stands in a cache, at slot `where`."""
+    block = tl.load(tables + who * width + at // SIZE).to(tl.int64)
+    return (block + where * blocks) * SIZE + at % SIZE
+
+
+@jit(**_anyhow)
+def _write(
+    k, v, keys, values, request, position, slot, write, tables, width, blocks, k_row, k_head, v_row, v_head,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head): k, v [N, K, C] into the caches."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if write is not None and tl.load(write + row) == 0:
+        return
+    at, where = tl.load(position + row), tl.load(slot + row)
+    place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
+    c = tl.arange(0, PADDED)
+    to = (place * tl.num_programs(1) + head) * C + c
+    tl.store(keys + to, tl.load(k + row * k_row + head * k_head + c, mask=c < C), mask=c < C)
+    tl.store(values + to, tl.load(v + row * v_row + head * v_head + c, mask=c < C), mask=c < C)
+
+
+@jit(**_anyhow)
+def _attend(
+    out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, blocks, rows, q_row, q_head,
+    scaling, softcap,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, key-value head, split): a run's queries from this row to the next position that QUERIES divides,
+    with all their heads, so that they share what is read. Programs of rows in between have nothing to do.
+
+    A lane is (query, head of the group). Without splits (SPAN = 0) `out` is [N, H, C]; with them it is the weighted sum
+    [N, H, S, C] of a split, and `tops`, `totals` [N, H, S] are its greatest score and its sum of weights.
+    """
+    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    heads, splits = tl.num_programs(1), tl.num_programs(2)
+    who, where = tl.load(request + row), tl.load(slot + row)
+    at = tl.load(position + row).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    nth, query_head = lane // GROUPS, head * GROUPS + lane % GROUPS
+    mine, last = nth < 1, at
+    if QUERIES > 1:
+        before = row > 0
+        follows = before & (at % QUERIES != 0) & (tl.load(position + row - 1, mask=before, other=-1) + 1 == at)
+        follows &= tl.load(request + row - 1, mask=before, other=-1) == who
+        if follows & (tl.load(slot + row - 1, mask=before, other=-1) == where):
+            return
+        mine = (nth < QUERIES - at % QUERIES) & (row + nth < rows)
+        mine &= tl.load(request + row + nth, mask=mine, other=-1) == who
+        mine &= tl.load(slot + row + nth, mask=mine, other=-1) == where
+        mine &= tl.load(position + row + nth, mask=mine, other=-1) == at + nth
+        last = at + tl.max(tl.where(mine, nth, 0))
+
+    c = tl.arange(0, PADDED)
+    real = mine[:, None] & (c < C)[None, :]
+    query = tl.load(q + (row + nth)[:, None] * q_row + query_head[:, None] * q_head + c[None, :], mask=real, other=0.0)
+    top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
+    if sinks is not None:  # a key of this score, and no value, that the first split sees
+        sink = tl.load(sinks + query_head, mask=mine, other=0.0).to(tl.float32)
+        top, total = tl.where(split == 0, sink, top), total + 1
+    sums = tl.zeros([LANES, PADDED], tl.float32)
+
+    first, end = 0, last + 1
+    if WINDOW:
+        first = tl.maximum(at + 1 - WINDOW, 0) // TILE * TILE  # so that what a row adds up does not depend on its run
+    if SPAN:
+        first, end = tl.maximum(first, split * SPAN), tl.minimum(end, (split + 1) * SPAN)
+    for start in range(first, end, TILE):
+        key = start + tl.arange(0, TILE)
+        there = key < end
+        block = tl.load(tables + who * width + key // SIZE, mask=there, other=0).to(tl.int64)
+        line = (((block + where * blocks) * SIZE + key % SIZE) * heads + head) * C
+        k = tl.load(keys + line[None, :] + c[:, None], mask=there[None, :] & (c < C)[:, None], other=0.0)
+        scores = tl.dot(query, k, input_precision="ieee") * scaling
+        if CAPPED:  # softcap * tanh(scores / softcap)
+            scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+        back = (at + nth)[:, None] - key[None, :]
+        seen = (back >= 0) & there[None, :]
+        if WINDOW:
+            seen &= back < WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        p, shrink = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        v = tl.load(values + line[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+
+    to = ((row + nth) * heads * GROUPS + query_head) * splits + split
+    if SPAN:
+        tl.store(tops + to, top, mask=mine)
+        tl.store(totals + to, total, mask=mine)
+    else:
+        total = tl.where(mine, total, 1.0)  # other lanes may have seen nothing
+        sums = sums / total[:, None]
+    tl.store(out + to[:, None] * C + c[None, :], sums.to(out.dtype.element_ty), mask=real)
+
+
+@jit
+def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+    """Program (row, head): what its splits give together."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    c, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
+    top = tl.load(tops + row * S + split, mask=split < S, other=float("-inf"))
+    weight = tl.exp(top - tl.max(top, 0))  # 0 where a split has seen nothing
+    total = tl.sum(weight * tl.load(totals + row * S + split, mask=split < S, other=0.0), 0)
+    real = (split < S)[:, None] & (c < C)[None, :]
+    parts = tl.load(sums + (row * S + split)[:, None] * C + c[None, :], mask=real, other=0.0)
+    whole = tl.sum(parts * weight[:, None], 0) / total  # pyright: ignore[reportOperatorIssue]
+    tl.store(out + row * C + c, whole.to(out.dtype.element_ty), mask=c < C)
+
+
+@jit(do_not_specialize_on_alignment=["request", "position", "slot"])
+def _fill(
+    caches, which, empty, request, position, slot, tables, width, blocks, whole,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (row to fill, head, cache): copy what stands at its slot to the next ones. A cache has `whole` elements,
+    and the next begins behind it."""
+    n, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = tl.load(which + n)
+    at, where = tl.load(position + row), tl.load(slot + row)
+    place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
+    c = tl.arange(0, PADDED)
+    start = caches + tl.program_id(2).to(tl.int64) * whole + (place * heads + head) * C + c
+    values = tl.load(start, mask=c < C)
+    step = blocks.to(tl.int64) * SIZE * heads * C
+    for further in range(1, tl.load(empty + n).to(tl.int32) + 1):
+        tl.store(start + further * step, values, mask=c < C)
+
+
+class TritonAttention:
+    """Caches [blocks * slots, block size, K, C], slot-major. Those of the core's layers of one shape stand one behind
+    the other, so that one launch fills them all."""
+
+    def __init__(
+        self, shapes: list[tuple[int, int]], outer: int, slots: int, blocks: int, block_size: int, like: torch.Tensor
+    ):
+        """`shapes`: (K, C) of every layer, of which the first `outer` are prelude and coda."""
+        self.block_size, self.blocks = block_size, blocks
+        self.core = {  # by shape: [layers, 2, blocks * slots, block size, K, C]
+            shape: like.new_zeros(shapes[outer:].count(shape), 2, blocks * slots, block_size, *shape)
+            for shape in dict.fromkeys(shapes[outer:])
+        }
+        left = {shape: iter(caches.unbind()) for shape, caches in self.core.items()}
+        self.caches = [
+            tuple((next(left[shape]) if n >= outer else like.new_zeros(2, blocks, block_size, *shape)).unbind())
+            for n, shape in enumerate(shapes)
+        ]
+        self.device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+        self.current: Rows | None = None
+
+    def plan(self, rows: Rows) -> Rows:
+        self.current = replace(
+            rows, **{name: getattr(rows, name).contiguous() for name in ("request", "position", "slot")}
+        )
+        return self.current
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
+        rows, (keys, values) = self.current, self.caches[layer]
+        assert rows is not None, "attention before a plan"
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        (n, heads, size), groups = k.shape, q.shape[1] // k.shape[1]
+        padded = max(16, triton.next_power_of_2(size))
+        fit = BYTES // (padded * k.element_size())
+        tile, lanes = max(16, min(TILE, fit)), min(LANES, 2 * fit)
+        where, tables = (rows.request, rows.position, rows.slot), rows.tables
+        queries = 1 if rows.alone else max(1, lanes // groups)
+        positions = tables.shape[1] * self.block_size
+        span = max(SPAN, -(-positions // SPLITS)) if rows.alone else positions
+        span = -(-span // tile) * tile
+        splits = -(-positions // span)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sums, tops, totals = out, None, None
+        if splits > 1:
+            sums = torch.empty(*q.shape[:2], splits, size, dtype=torch.float32, device=q.device)
+            tops, totals = torch.empty(2, *q.shape[:2], splits, dtype=torch.float32, device=q.device)
+        strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+        pages = tables, tables.stride(0), self.blocks
+        sizes = {"SIZE": self.block_size, "C": size, "PADDED": padded}
+        window, softcap = facts.get("sliding_window") or 0, facts.get("softcap") or 0.0
+        with self.device:
+            _write[n, heads](k, v, keys, values, *where, rows.write, *pages, *strides, **sizes, num_warps=1)
+            _attend[n, heads, splits](
+                sums, tops, totals, q, keys, values, facts.get("sinks"), *where, *pages, n, q.stride(0), q.stride(1),
+                facts["scaling"], softcap, WINDOW=window, CAPPED=softcap > 0, GROUPS=groups, QUERIES=queries,
+                SPAN=span if splits > 1 else 0, LANES=max(16, triton.next_power_of_2(queries * groups)), TILE=tile,
+                **sizes, num_stages=2,
+            )  # fmt: skip
+            if splits > 1:
+                whole = {"C": size, "PADDED": padded, "S": splits, "SPLITS": triton.next_power_of_2(splits)}
+                _merge[n, q.shape[1]](out, sums, tops, totals, **whole)
+        return out
+
+    def fill(self, plan: Rows, which: torch.Tensor, empty: torch.Tensor) -> None:
+        """From the cache, in which they stand since the call."""
+        where, pages = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0), self.blocks)
+        with self.device:
+            for (heads, size), caches in self.core.items():
+                sizes = {"SIZE": self.block_size, "C": size, "PADDED": triton.next_power_of_2(size)}
+                _fill[len(which), heads, 2 * len(caches)](
+                    caches, which, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
+                )

@@ -1,0 +1,155 @@
+"""The Triton kernels against TorchAttention, on CPU tensors: in a process with TRITON_INTERPRET=1, which
+test_triton.py starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import interpreter_builder
+
+from loopwise.serve import Engine, offline
+from loopwise.serve.engine.attention import Rows, TorchAttention
+from loopwise.serve.engine.triton_attention import TritonAttention
+from tests.serve.engine.test_engine import build, requests
+
+SLOTS, OUTER = 3, 1
+
+
+class Pair:
+    """Both backends, with the same random caches: of a layer outside the core, and of three in it, of two shapes."""
+
+    def __init__(
+        self, shape: tuple[int, int], size: int, width: int, count: int = 3, dtype: torch.dtype = torch.float32
+    ):
+        """Blocks of `size` positions, `width` of them for each of `count` requests."""
+        torch.manual_seed(0)
+        self.shapes, self.dtype = [shape, shape, (1, 16), shape], dtype
+        arguments = (self.shapes, OUTER, SLOTS, count * width + 2, size)
+        self.want = TorchAttention(*arguments, torch.zeros(1))
+        self.got = TritonAttention(*arguments, torch.zeros(1, dtype=dtype))
+        for ours, theirs in zip(self.got.caches, self.want.caches, strict=True):
+            for cache, other in zip(ours, theirs, strict=True):
+                other.copy_(cache.copy_(torch.randn_like(other)))
+        self.table = torch.randperm(count * width + 2, dtype=torch.int32)[: count * width].view(count, width)
+
+    def rows(self, runs: list[tuple[int, int, int, int]], **facts: Any) -> Rows:
+        """Of runs (request, slot, first position, rows)."""
+        table = [(request, slot, first + n) for request, slot, first, count in runs for n in range(count)]
+        request, slot, position = torch.tensor(table).unbind(1)
+        return Rows(self.table, request, position, slot, **facts)
+
+    def check(self, rows: Rows, groups: int, tolerance: float = 1e-5, **facts: Any) -> None:
+        """Outputs are equal within the tolerance, caches to the bit: of two layers, or of all and a fill."""
+        plans = self.want.plan(rows), self.got.plan(rows)
+        n = len(rows.request)
+        for layer in range(OUTER, len(self.shapes)) if rows.fills else (1, 2):
+            heads, size = self.shapes[layer]
+            q, k, v = (torch.randn(h, n, size).to(self.dtype).transpose(0, 1) for h in (heads * groups, heads, heads))
+            more = {**facts, "scaling": 0.3, "sinks": torch.randn(heads * groups) if "sinks" in facts else None}
+            want = self.want(layer, q.float(), k.float(), v.float(), **more)
+            got = self.got(layer, q, k, v, **more)
+            assert got.dtype == self.dtype
+            torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
+        self.same()
+        if rows.fills:  # of rows at the least slot of their position: those of others are not empty
+            key = (rows.request * 10**6 + rows.position) * SLOTS + rows.slot
+            which = torch.tensor(
+                [i for i, one in enumerate(key) if not ((key // SLOTS == one // SLOTS) & (key < one)).any()]
+            )
+            which = which[torch.rand(len(which)) < 0.8]
+            empty = torch.randint(0, SLOTS, (len(which),)).minimum(SLOTS - 1 - rows.slot[which])
+            assert len(set(empty.tolist())) > 1
+            self.want.fill(plans[0], which, empty)
+            self.got.fill(plans[1], which, empty)
+            self.same()
+
+    def same(self) -> None:
+        for ours, theirs in zip(self.got.caches, self.want.caches, strict=True):
+            assert all(torch.equal(a.float(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+# Neighbours that are one in all but the slot, the request, or a position between; two depths of the same positions; the
+# end of a table.
+MIXED = [(0, 0, 5, 30), (0, 1, 7, 1), (0, 1, 9, 4), (1, 2, 0, 3), (1, 1, 3, 2), (2, 1, 5, 2), (2, 0, 58, 2)]
+FEW = [(0, 0, 5, 9), (0, 1, 7, 1), (1, 2, 0, 2), (1, 1, 2, 2), (2, 1, 4, 1), (2, 1, 58, 2)]
+FACTS = {
+    "plain": {},
+    "cap": {"softcap": 2.0, "sinks": True},
+    "all": {"sliding_window": 7, "softcap": 3.0, "sinks": True},
+}
+
+
+@pytest.fixture(params=["forwards", "backwards"])
+def programs(request, monkeypatch):
+    """The order in which programs run, whose results must not depend on it."""
+    builder = interpreter_builder
+    plain = builder.set_grid_idx
+
+    def from_the_end(*at: int) -> None:
+        plain(*(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True)))
+
+    if request.param == "backwards":
+        monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("facts", list(FACTS))
+def test_runs_at_mixed_depths(facts):
+    pair = Pair((1, 24), size=4, width=15)
+    pair.check(pair.rows(MIXED, fills=True), 3, **FACTS[facts])
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "block"), [(2, 1, 16, 16), (1, 7, 20, 3)])
+def test_heads_and_blocks_of_odd_sizes_and_rows_in_any_order(heads, groups, size, block):
+    pair = Pair((heads, size), size=block, width=-(-60 // block))
+    rows = pair.rows(FEW)
+    order = torch.randperm(len(rows.request))
+    shuffled = replace(rows, request=rows.request[order], position=rows.position[order], slot=rows.slot[order])
+    pair.check(shuffled, groups, sliding_window=1)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_rows_that_do_not_write(alone):
+    pair = Pair((2, 24), size=4, width=15)
+    rows = pair.rows([(1, 0, 12, 1), (0, 2, 40, 1), (2, 1, 3, 1)] if alone else FEW, alone=alone)
+    some = torch.arange(len(rows.request)) % 3 == 1
+    pair.check(replace(rows, write=some), 2)
+    pair.check(replace(rows, write=some & ~some), 2)
+
+
+@pytest.mark.parametrize("facts", [{}, {"sliding_window": 300, "softcap": 2.0, "sinks": True}])
+def test_a_context_in_splits(facts):
+    """Rows that end in the first, the second and the third; at the border of two; windows that begin in the second."""
+    pair = Pair((1, 24), size=16, width=70, count=5)
+    runs = [(0, 0, 0, 1), (1, 2, 511, 1), (2, 1, 512, 1), (3, 1, 900, 1), (4, 0, 1119, 1)]
+    pair.check(pair.rows(runs, alone=True, fills=True), 2, **facts)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_half_precision_rounds_weights_and_outputs_alone(alone):
+    """bfloat16 cannot be tried: the interpreter multiplies its matrices as integers."""
+    pair = Pair((1, 24), size=16, width=36, dtype=torch.float16)
+    rows = pair.rows([(0, 0, 560, 1), (1, 2, 30, 1), (2, 0, 7, 1)] if alone else FEW, alone=alone)
+    pair.check(rows, 2, 2**-10, softcap=20.0, sinks=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "policy", "decoder"),
+    [("gpt_oss", "last-exited", "plain"), ("gemma2", "per-depth", "wave"), ("gpt2", "first", "plain")],
+)
+def test_the_engine_puts_out_the_same_tokens(model_type, policy, decoder, monkeypatch):
+    """With windows, and sinks or a cap of scores; rows that leave early, and several lanes of one request."""
+    prompts, params = requests(14, 4, policy, ["fixed", "latent-diff"], depth=3)
+    params = [replace(p, max_tokens=min(p.max_tokens, 3), decoder=decoder, wave=2) for p in params]
+    answers = []
+    for backend in (TorchAttention, TritonAttention):
+        monkeypatch.setattr(offline, "attention_for", lambda device, backend=backend: backend)
+        model = build(model_type, injection="none" if model_type == "gpt_oss" else "linear")
+        engine = Engine(model, rows=2, length=60, kv_policy=policy, ticks=3, wave=2)
+        assert isinstance(engine.loop.attention, backend)
+        answers.append([(c.tokens, c.depths, c.passes) for c in engine.generate(prompts, params)])
+    assert answers[0] == answers[1]
+    assert len({depth for _, depths, _ in answers[0] for depth in depths}) > 1
