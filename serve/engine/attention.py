@@ -51,12 +51,10 @@ class Attention(Protocol):
 
 
 def attention_for(device: torch.device) -> type:
-    """The backend for a device: Triton's kernels on a GPU, torch's operations elsewhere and where Triton is absent."""
+    """The backend for a device: Triton's kernels, which come with torch, on a GPU; torch's operations elsewhere."""
     if device.type == "cuda":
-        try:
-            from .triton_attention import TritonAttention
-        except ImportError:
-            return TorchAttention
+        from .triton_attention import TritonAttention
+
         return TritonAttention
     return TorchAttention
 
