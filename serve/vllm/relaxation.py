@@ -324,6 +324,8 @@ def _clamped(depth: Depth, depths: int) -> Depth:
 class Changed(nn.Module):
     """Stands for a linear module at one depth. No copy of it: vLLM packs a module's weight when all is loaded."""
 
+    quant_method = None  # by which vLLM finds what to pack: the module itself, once
+
     def __init__(self, linear: Any, change: Change, depth: int):
         super().__init__()
         self._linear, self._change, self._depth = (linear,), change, depth

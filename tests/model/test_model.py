@@ -149,6 +149,18 @@ def test_padding_and_cache_change_nothing(model_type, state_init):
             )
 
 
+def test_cache_options_may_be_one_set_for_all_layers(monkeypatch):
+    """As transformers gives them below 5.19."""
+    from loopwise.model import source_layers
+
+    model = build("gemma2", core=[1, 2])  # a window, and full attention
+    wanted = model.generate(ids(), **GREEDY)
+    assert torch.equal(wanted, model.generate(ids(), use_cache=False, **GREEDY))
+    types = source_layers.get_layer_types_and_kwargs(model.config.source_config)[0]
+    monkeypatch.setattr(source_layers, "get_layer_types_and_kwargs", lambda _: (types, {"sliding_window": 8}))
+    assert torch.equal(model.generate(ids(), **GREEDY), wanted)
+
+
 def test_static_cache_equals_dynamic():
     model = build()
     assert torch.equal(model.generate(ids(), cache_implementation="static", **GREEDY), model.generate(ids(), **GREEDY))

@@ -1,9 +1,9 @@
 """Runs lane engines of vLLM one after another in this process, which therefore is not pytest's.
 
-usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, environment, preempt}; a
-request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count engine steps.
-RESULTS: what came of each request, and what
-the engine held at the end.
+usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, refused, environment,
+preempt}; a request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count
+engine steps; `refused` are sampling parameters that the engine is asked for before. RESULTS: what came of each request,
+what was said to the refused, and what the engine held at the end.
 """
 
 import os
@@ -26,6 +26,7 @@ def run(case: dict) -> dict:
     llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
     engine: Any = llm.llm_engine
     engine.step()  # nothing to do
+    refused = [_refusal(engine, case["requests"][0]["prompt"], fields) for fields in case.get("refused", ())]
     rounds = []
     for number in range(case.get("rounds", 1)):
         answers: dict = {}
@@ -62,6 +63,7 @@ def run(case: dict) -> dict:
     engine.engine_core.shutdown()
     return {
         "rounds": rounds,
+        "refused": refused,
         "held": held,
         "preemptions": metrics["vllm:num_preemptions"],
         "prefix_hits": metrics["vllm:prefix_cache_hits"],
@@ -78,6 +80,17 @@ def _sampling(fields: dict) -> dict:
     if "logit_bias" in fields:  # JSON has no integer keys
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
     return fields
+
+
+def _refusal(engine: Any, prompt: list[int], fields: dict) -> str:
+    """What a user is told who asks for that; nothing where the engine takes it."""
+    from vllm import SamplingParams
+
+    try:
+        engine.add_request("refused", {"prompt_token_ids": prompt}, SamplingParams(**fields))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _answer(output) -> dict:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.serve.vllm.decoders import decoder_of
-from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_sampling, take
+from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, take
 
 RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
 LANES = Limits(4, 8, RULES, prompt_exit=True)
@@ -149,7 +149,7 @@ def test_a_diffusion_is_handed_on_as_text():
 def test_a_diffusion_cannot_look_back(values):
     params = SimpleNamespace(**values, extra_args=DIFFUSION)
     with pytest.raises(FieldError, match="decoder='plain' or 'wave'") as caught:
-        check_sampling(params, LANES)
+        check_params(params, LANES)
     assert caught.value.field == next(iter(values))
     assert decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8).name == "plain"
     assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).wave == 8
@@ -186,7 +186,17 @@ def test_a_field_cannot_say_two_things():
 
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
 @pytest.mark.parametrize(
-    "name", ["num_recurrence", "exit_rules", "exit_treshold", "min_recurrence", "promptexit", "Num_Recurrences"]
+    "name",
+    [
+        "num_recurrence",
+        "exit_rules",
+        "exit_treshold",
+        "min_recurrence",
+        "promptexit",
+        "Num_Recurrences",
+        "depth",
+        "loops",
+    ],
 )
 def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     body = {name: 1} if place == "body" else {"vllm_xargs": {name: 1}}
@@ -195,6 +205,26 @@ def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     assert caught.value.field == name
     if place == "body":
         take({name: 1}, known={name})  # the server's own
+
+
+@pytest.mark.parametrize("name", ["kv_policy", "max_recurrences"])
+def test_what_the_server_is_started_with_is_no_option_of_a_request(name):
+    with pytest.raises(FieldError, match=f"loopwise serve MODEL {name}=...") as caught:
+        take({name: 1})
+    assert caught.value.field == name
+    take({name: 1}, known={name})
+
+
+@pytest.mark.parametrize("flag", [True, 1])
+def test_extra_arguments_are_checked_as_a_body_is_and_twice(flag):
+    """Over HTTP, they are what `check` has made of a body; a flag is then an integer."""
+    given = {"exit_rule": "cosine", "exit_threshold": 0.2, "prompt_exit": flag, "someone_elses": "x"}
+    check_params(SimpleNamespace(extra_args=given), LANES)
+    check_params(SimpleNamespace(extra_args=None), LANES)
+    for wrong in ({"exit_threshold": "0.2"}, {"exit_threshold": None}, {"prompt_exit": 1.0}, {"exit_treshold": 0.2}):
+        with pytest.raises(FieldError) as caught:
+            check_params(SimpleNamespace(extra_args={"exit_rule": "cosine"} | wrong), LANES)
+        assert caught.value.field == next(iter(wrong))
 
 
 TEXT = st.text("adefix-", max_size=5) | st.sampled_from(RULES)

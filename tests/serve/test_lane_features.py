@@ -45,6 +45,19 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "a threshold of another type": ({"exit_rule": "cosine", "exit_threshold": "0.1"}, "exit_threshold='0.1': a finite"),
+    "a threshold out of range": ({"exit_rule": "cosine", "exit_threshold": -1.0}, "exit_threshold=-1.0: at least 0"),
+    "a threshold of no rule": ({"exit_threshold": 0.1}, "exit_rule='fixed' has no threshold"),
+    "no such rule": ({"exit_rule": "cosin"}, "did you mean 'cosine'?"),
+    "too deep": ({"num_recurrences": 99}, "num_recurrences=99: an integer from 1 to 8"),
+    "none": ({"num_recurrences": None}, "num_recurrences=None: an integer"),
+    "a trace of text": ({"trace": "4444"}, "trace='4444': a list"),
+    "too wide": ({"decoder": "wave", "wave": 99}, "wave=99: an integer from 1 to 8"),
+    "a misspelt field": ({"exit_treshold": 0.1}, "did you mean 'exit_threshold'?"),
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("features") / "tiny"
@@ -71,8 +84,8 @@ def greedy(alone) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def results(model, greedy) -> dict[str, list[dict]]:
-    """name -> what both rounds gave."""
+def ran(model, greedy) -> dict[str, Any]:
+    """What came of all requests, those that are refused first."""
     stop = greedy[11]
     more = {
         "stop-id": {"stop_token_ids": [stop]},
@@ -90,15 +103,27 @@ def results(model, greedy) -> dict[str, list[dict]]:
         "lanes": {"ticks": 8},
         "requests": asked,
         "rounds": 2,
+        "refused": [{"extra_args": fields} for fields, _ in BAD.values()],
     }
     case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
     result = run([case], model[0].parent)[0]
     assert "error" not in result, result["error"]
-    return {name: [done[n] for done in result["rounds"]] for n, name in enumerate(REQUESTS | more)}
+    return result | {"names": [*REQUESTS, *more]}
+
+
+@pytest.fixture(scope="module")
+def results(ran) -> dict[str, list[dict]]:
+    """name -> what both rounds gave."""
+    return {name: [done[n] for done in ran["rounds"]] for n, name in enumerate(ran["names"])}
 
 
 def bytes_of(tokens: list[int]) -> str:
     return str(tokenizer().decode(tokens))
+
+
+def test_what_no_lane_can_have_is_a_value_error_and_ends_nothing(ran):
+    for said, (name, (_, wanted)) in zip(ran["refused"], BAD.items(), strict=True):
+        assert wanted in said, name
 
 
 def test_neighbours_and_order_do_not_matter(results):

@@ -157,11 +157,23 @@ def alone(oracle: Oracle, prompt: list[int], params: Params) -> Answer:
 
 
 def sampling(params: Params) -> dict[str, Any]:
-    names = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave")
-    arguments = {name: getattr(params, name) for name in names} | {"trace": list(params.trace)}
+    """vLLM's, with the extra arguments that go together."""
+    arguments: dict[str, Any] = {"num_recurrences": params.num_recurrences, "decoder": params.decoder}
+    if params.decoder != "plain":
+        arguments["wave"] = params.wave
     if params.decoder == "diffusion":
         arguments["diffusion"] = asdict(params.diffusion)
         del arguments["diffusion"]["wave"]
+    elif params.trace:
+        arguments["trace"] = list(params.trace)
+    else:
+        arguments |= {"exit_rule": params.exit_rule}
+        if params.prompt_exit:
+            arguments["prompt_exit"] = True
+        if params.min_recurrences and params.min_recurrences > 1:
+            arguments["min_recurrences"] = params.min_recurrences
+        if params.exit_rule != "fixed":
+            arguments["exit_threshold"] = params.exit_threshold
     return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
 
 

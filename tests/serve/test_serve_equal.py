@@ -63,7 +63,7 @@ OTHERS = {
     "nemotron": WIDE,
     "olmo": WIDE,
     "olmo2": WIDE,
-    "phi": WIDE,
+    "phi": {"hidden_size": 128, "intermediate_size": 4 * 128},  # as published; vLLM 0.31 has no other shape
     "phi3": {**WIDE, "sliding_window": 8},
     "qwen2": WIDE,
     "seed_oss": GROUPED,
