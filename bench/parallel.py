@@ -1,6 +1,6 @@
 """Several tokens in flight: the exact wave and diffusion forcing against plain decoding, on a trained model.
 
-    python bench/parallel.py [--out parallel-run] [--steps 1200] [--threads 2] [--batch 1,4,16] [--pictures docs]
+    python bench/parallel.py [--out parallel-run] [--steps 2200] [--threads 2] [--batch 1,4,16] [--pictures docs]
 
 A byte-level model (a core of 2 layers, 128 wide) learns running sums at random depths, by `loopwise` commands that are
 not run again once they are done. Then held-out questions are answered at R = 32 by three
@@ -264,7 +264,7 @@ def pictures(folder: Path, to: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("parallel-run"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--count", type=int, default=100, help="held-out questions at the last batch")

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
+from .engine.admission import refusal
 from .engine.attention import attention_for
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
@@ -192,7 +193,7 @@ class Engine:
             wave=params.wave if params.decoder == "wave" else 1,
             diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
         )
-        if reason := self.loop.refusal(request):
+        if reason := refusal(self.loop, request):
             raise UserError(reason)
         return request
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .admission import refusal
 from .attention import Attention, Rows
 from .compiled import compiled, of_any_length
 from .costs import Costs
@@ -53,21 +54,6 @@ class Counts:
 
     passes: Counter[int] = field(default_factory=Counter)
     reads: Counter[int] = field(default_factory=Counter)
-
-
-def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
-    """The decoders that do not go with a model of this config under `policy`, and why."""
-    if config.router:
-        reason = "a routed model's tokens have the depths of its router: decoder 'plain'"
-        return {"wave": reason, "diffusion": reason}
-    reasons = {}
-    if policy.slots < policy.depths:
-        reasons["wave"] = f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
-    if config.injection == "none":
-        reasons["diffusion"] = "diffusion refines a state by its input, which injection='none' never shows to the core"
-    elif policy.name == "first":
-        reasons["diffusion"] = "diffusion needs keys and values of later recurrences, which kv_policy=first drops"
-    return reasons
 
 
 class Loop:
@@ -161,7 +147,7 @@ class Loop:
         """Give `row` to a request; `prompt` brings its tokens. Raises ValueError for a wave or a diffusion that the
         model or its KV policy does not allow."""
         rule = request.rule if request.limit > request.minimum else "fixed"
-        if reason := self.refusal(request):
+        if reason := refusal(self, request):
             raise ValueError(reason)
         if request.diffusion:
             self.diffusions[row] = request.diffusion
@@ -178,24 +164,6 @@ class Loop:
         self.requests.script[row, start : start + len(tokens)] = tokens.int() + 1
         self.in_use["script"] += "script" not in self.features[row]
         self.features[row].add("script")
-
-    def refusal(self, request: Request) -> str | None:
-        """Why a request's decoder does not go with the model, its KV policy or the request itself; None if it does."""
-        policy, diffusion = self.policy, request.diffusion
-        if self.routing and (request.rule != "fixed" or request.trace):
-            return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
-        if not 1 <= request.wave <= self.wave:
-            return f"wave={request.wave}: the engine was made for 1 to {self.wave} positions in flight"
-        if (request.wave > 1 or diffusion) and request.fenced:
-            return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
-        decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
-        if reason := unfit(policy, self.parts.config).get(decoder):
-            return reason
-        if diffusion and diffusion.most(self.wave) < 2:
-            return "diffusion needs at least 2 positions in flight: wave=2 or more"
-        if diffusion and diffusion.inner > request.limit:
-            return f"inner={diffusion.inner}: at most num_recurrences={request.limit}, as deep as the prompt goes"
-        return diffusion.mistake() if diffusion else None
 
     def release(self, row: int) -> torch.Tensor:
         """Take the row back. Returns the depths that its positions had, for `Request.trace`."""

@@ -13,9 +13,9 @@ from .lanes import LaneConfig, is_lanes
 
 def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
     """What requests may ask of a model with these fields in the lane engine."""
+    from ..engine.admission import unfit
     from ..engine.exits import NAMES
     from ..engine.kv import policy_of
-    from ..engine.loop import unfit
 
     rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
     here = SimpleNamespace(**config)

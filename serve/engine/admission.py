@@ -1,0 +1,46 @@
+"""Which decoders go with a model, its KV policy and a request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .kv import KVPolicy
+from .lanes import Request
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+
+def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
+    """The decoders that do not go with a model of this config under `policy`, and why."""
+    if config.router:
+        reason = "a routed model's tokens have the depths of its router: decoder 'plain'"
+        return {"wave": reason, "diffusion": reason}
+    reasons = {}
+    if policy.slots < policy.depths:
+        reasons["wave"] = f"a wave needs keys and values of every depth, which kv_policy={policy.name} does not keep"
+    if config.injection == "none":
+        reasons["diffusion"] = "diffusion refines a state by its input, which injection='none' never shows to the core"
+    elif policy.name == "first":
+        reasons["diffusion"] = "diffusion needs keys and values of later recurrences, which kv_policy=first drops"
+    return reasons
+
+
+def refusal(loop: Loop, request: Request) -> str | None:
+    """Why a request's decoder does not go with the loop's model, its KV policy or the request itself; None if it
+    does."""
+    diffusion = request.diffusion
+    if loop.routing and (request.rule != "fixed" or request.trace):
+        return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
+    if not 1 <= request.wave <= loop.wave:
+        return f"wave={request.wave}: the engine was made for 1 to {loop.wave} positions in flight"
+    if (request.wave > 1 or diffusion) and request.fenced:
+        return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
+    decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
+    if reason := unfit(loop.policy, loop.parts.config).get(decoder):
+        return reason
+    if diffusion and diffusion.most(loop.wave) < 2:
+        return "diffusion needs at least 2 positions in flight: wave=2 or more"
+    if diffusion and diffusion.inner > request.limit:
+        return f"inner={diffusion.inner}: at most num_recurrences={request.limit}, as deep as the prompt goes"
+    return diffusion.mistake() if diffusion else None
