@@ -162,12 +162,14 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
+    from loopwise.serve.engine.kv import KVPolicy
     from loopwise.serve.vllm.lanes import LaneConfig
 
     options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.seats or args.requests}
     options |= {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
     lanes = {**options, **LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()}
     lanes["hf_overrides"] = {"kv_policy": args.policy}
+    lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
     engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
     engines["lanes"] = LLM(str(folders["plain"]), **lanes)
     systems = ["fixed", "full", "exits", *([] if args.decode else ["prompts"])]
