@@ -159,15 +159,27 @@ def timed(engine: Engine, prompts: list[list[int]], params: Any) -> tuple[float,
     return time.perf_counter() - began, done
 
 
-def crowded(folder: Path, pairs: int, rows: int = 16) -> None:
-    """Plain requests fill all rows but two, whose requests are plain, or waves that share a budget of lanes."""
-    engine = Engine(folder, rows=rows, length=96, wave=8, dtype="float32")
+def crowded(pairs: int, rows: int = 16) -> None:
+    """Plain requests fill all rows but two, whose requests are plain, or waves that share a budget of lanes. Of random
+    weights, at R = 8: waves are as narrow as plain decoding then, whatever they guess."""
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    source = LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2688, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=8)
+    model = RecurrentDepthForCausalLM(config).eval().to(torch.bfloat16)
+    engine = Engine(model, rows=rows, length=96, wave=8, kv_policy="last-exited")
     engine.loop.budget = rows
-    prompts = [Tokens(folder).ids(q) for q, _ in sums(3, rows)]
+    draw = random.Random(3)
+    prompts = [[draw.randrange(1024) for _ in range(24)] for _ in range(rows)]
+    plain = Params(max_tokens=24, ignore_eos=True)
     ratios = []
     for _ in range(pairs):
         took = [
-            timed(engine, prompts, [PLAIN] * (rows - 2) + [replace(PLAIN, decoder=d)] * 2)[0] for d in ("plain", "wave")
+            timed(engine, prompts, [plain] * (rows - 2) + [replace(plain, decoder=d)] * 2)[0] for d in ("plain", "wave")
         ]
         ratios.append(took[0] / took[1])
     print(
@@ -274,7 +286,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = trained(args.out, args.steps)
     compare(folder, [int(n) for n in args.batch.split(",")], args.pairs, args.count)
-    crowded(folder, args.pairs)
+    crowded(args.pairs)
     routed(args.pairs)
     if args.pictures:
         pictures(folder, args.pictures)
