@@ -6,8 +6,8 @@ A byte-level model (a core of 2 layers, 128 wide) learns running sums at random 
 not run again once they are done. Then held-out questions are answered at R = 32 by three
 decoders, on the engine core without vLLM, and it prints: core passes a token (one after the other, and positions in
 them), wall-clock against plain decoding (medians of interleaved pairs), the share of right answers, and the share of
-answers that are those of plain decoding. Then: what waves cost plain requests that fill the engine; and, for a routed
-model of random weights, throughput against full recursion, and the bound of its FLOPs. `--pictures` draws two.
+answers that are those of plain decoding. Then: what waves cost plain requests that fill the engine, on a wide model of
+random weights. `--pictures` draws two.
 """
 
 from __future__ import annotations
@@ -188,44 +188,6 @@ def crowded(pairs: int, rows: int = 16) -> None:
     )
 
 
-def routed(pairs: int, rows: int = 16) -> None:
-    """Expert-choice at R = 4, a quarter of the tokens leaving at every depth, against the same with none leaving."""
-    from transformers import LlamaConfig
-
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    engines = {}
-    for full in seconds:
-        torch.manual_seed(0)
-        source = LlamaConfig(
-            vocab_size=1024, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12,
-            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        )  # fmt: skip
-        router = {"kind": "expert", "thresholds": [0.0] * 4 if full else [0.0, 0.45, 0.5, 0.5], "alpha": 0.7}
-        config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=4, router=router)
-        model = RecurrentDepthForCausalLM(config).eval()
-        with torch.no_grad():
-            for parameter in model.router.parameters():
-                parameter.normal_(std=0.3)
-        engines[full] = Engine(model, rows=rows, length=96)
-    draw = random.Random(0)
-    prompts = [[draw.randrange(1024) for _ in range(16)] for _ in range(rows)]
-    items = {}
-    for _ in range(pairs):
-        for full, engine in engines.items():
-            prefill = timed(engine, prompts, Params(1, ignore_eos=True))[0]
-            took, done = timed(engine, prompts, Params(48, ignore_eos=True))
-            seconds[full].append(took - prefill)
-            items[full] = sum(c.items for c in done)
-    ratio = statistics.median(f / s for f, s in zip(seconds[True], seconds[False], strict=True))
-    core = sum(p.numel() for p in engines[True].model.core.parameters())
-    head, tokens = 1024 * 768, rows * 47
-    bound = (tokens * head + items[True] * core) / (tokens * head + items[False] * core)
-    print(
-        f"routed: {items[False] / tokens:.2f} of {items[True] / tokens:.2f} recurrences a token, {ratio:.2f}x the "
-        f"throughput of full recursion, bound {bound:.2f}, share {ratio / bound:.1%}"
-    )
-
-
 def pictures(folder: Path, to: Path) -> None:
     """parallel-frozen.png: tokens out after every pass; parallel-wave.png: which position is how deep in which pass."""
     from matplotlib.figure import Figure
@@ -287,7 +249,6 @@ def main() -> None:
     folder = trained(args.out, args.steps)
     compare(folder, [int(n) for n in args.batch.split(",")], args.pairs, args.count)
     crowded(args.pairs)
-    routed(args.pairs)
     if args.pictures:
         pictures(folder, args.pictures)
 

@@ -2,6 +2,7 @@
 
     python bench/serve.py offline [--pairs 7] [--requests 32] [--policy last-exited] [--lora 16] [--eager]
     python bench/serve.py offline --decode --seats 16 --requests 48 [--policy single]
+    python bench/serve.py routed  [--pairs 7]
     python bench/serve.py http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
 
 A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 8,192 tokens, R=8). Prompts of 16 to 48
@@ -19,7 +20,8 @@ the other in every pair:
 Printed: tokens a second, the median ratio to `fixed` with its spread, and its share of the FLOP bound, end to end:
 (all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off. `http` runs
 `loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at those shares of
-the capacity that `exits` showed, with percentiles of the time to the first token and between tokens.
+the capacity that `exits` showed, with percentiles of the time to the first token and between tokens. `routed` is
+Mixture-of-Recursions by thresholds, against the same at full recursion.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class Bound:
         return sum(depths) * self.core + reads * self.once
 
 
-def make(folder: Path, lora: int) -> Bound:
-    """Write the model, with a tokenizer, to `folder`."""
+def make(folder: Path, lora: int = 0, router: dict[str, Any] | None = None) -> Bound:
+    """Write the model, with a tokenizer, to `folder`. With a router, it has as many recurrences as thresholds."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -80,13 +82,14 @@ def make(folder: Path, lora: int) -> Bound:
     )  # fmt: skip
     names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
     relaxation = {"depths": DEPTHS, "rank": dict.fromkeys(names, lora), "own": [], "dora": False} if lora else None
+    depths = len(router["thresholds"]) if router else DEPTHS
     config = RecurrentDepthConfig(
-        source_config=source, core=[0, 1, 2, 3], num_recurrences=DEPTHS, max_recurrences=DEPTHS, relaxation=relaxation
+        source_config=source, core=[0, 1, 2, 3], num_recurrences=depths, relaxation=relaxation, router=router
     )
     model = RecurrentDepthForCausalLM(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
+        if "lora_" in name or name.startswith("router."):
+            torch.nn.init.normal_(parameter, std=0.01 if "lora_" in name else 0.3)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -220,6 +223,51 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
                 rates[system].append(rate)
         print(f"pair {pair}: " + ", ".join(f"{s} {r[-1]:.0f}" for s, r in rates.items() if r), flush=True)
     report(rates, bounds)
+
+
+def routed(args: argparse.Namespace, work: Path) -> None:
+    """Expert-choice at R = 4 whose thresholds let about half of the tokens on at each depth, against the same with
+    none leaving, in decoding."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams
+
+    from loopwise.serve.vllm.lanes import LaneConfig
+
+    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.requests}
+    options |= {"kv_cache_memory_bytes": 1 << 30, "disable_log_stats": True}
+    options |= LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()
+    engines, passes, items = {}, {}, {}
+    for full in (True, False):
+        thresholds = [0.0] * 4 if full else [0.0, 0.45, 0.5, 0.5]
+        bound = make(work / str(full), router={"kind": "expert", "thresholds": thresholds, "alpha": 0.7})
+        engines[full] = LLM(str(work / str(full)), **options)
+        core: Any = engines[full].llm_engine.engine_core
+        passes[full] = core.engine_core.model_executor.driver_worker.worker.model_runner.loop.counts.passes
+    draw = random.Random(0)
+    prompts = [{"prompt_token_ids": draw.choices(range(3, 8000), k=32)} for _ in range(args.requests)]
+
+    def run(full: bool, tokens: int) -> tuple[float, int]:
+        passes[full].clear()
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        engines[full].generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - began, sum(lanes * count for lanes, count in passes[full].items())
+
+    ratios = []
+    for pair in range(args.pairs + 1):
+        seconds = {}
+        for full in engines:
+            (first, before), (whole, after) = run(full, 1), run(full, OUTPUT)
+            seconds[full], items[full] = whole - first, after - before
+        if pair:  # the first one warms up
+            ratios.append(seconds[True] / seconds[False])
+    tokens, ratio = args.requests * (OUTPUT - 1), statistics.median(ratios)
+    flops = {full: tokens * bound.once + items[full] * bound.core for full in engines}
+    print(
+        f"routed: {items[False] / tokens:.2f} of {items[True] / tokens:.2f} recurrences a token, {ratio:.2f}x the "
+        f"throughput of full recursion ({min(ratios):.2f} to {max(ratios):.2f}), bound "
+        f"{flops[True] / flops[False]:.2f}, share {ratio * flops[False] / flops[True]:.1%}"
+    )
 
 
 def transformers_generate(folder: Path, batch: int) -> Callable[[list[Job], int], float]:
@@ -374,7 +422,7 @@ async def open_loop(server: Server, session: Any, load: float, capacity: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("where", choices=["offline", "http"])
+    parser.add_argument("where", choices=["offline", "http", "routed"])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32, help="offline: requests at once")
     parser.add_argument("--seats", type=int, default=0, help="offline: requests that run at once; 0: all")
@@ -396,8 +444,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with tempfile.TemporaryDirectory() as work:
+        if args.where == "routed":
+            routed(args, Path(work))
+            return
         folders = {"plain": Path(work) / "plain"}
-        bound = make(folders["plain"], 0)
+        bound = make(folders["plain"])
         if args.lora:
             folders["lora"] = Path(work) / "lora"
             make(folders["lora"], args.lora)
