@@ -161,15 +161,20 @@ def report(rates: dict[str, list[float]], bounds: dict[str, tuple[float, float]]
 
 
 # ---- offline ------------------------------------------------------------------------------------------------------
-def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) -> None:
+def in_process(seats: int) -> dict[str, Any]:
+    """What a vLLM engine in this process is made with, for as many requests at once; before vLLM is imported."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": seats}
+    return options | {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
+
+
+def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) -> None:
+    options = in_process(args.seats or args.requests)
     from vllm import LLM, SamplingParams
 
     from loopwise.serve.engine.kv import KVPolicy
     from loopwise.serve.vllm.lanes import LaneConfig
 
-    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.seats or args.requests}
-    options |= {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
     lanes = {**options, **LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()}
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
@@ -228,13 +233,11 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
 def routed(args: argparse.Namespace, work: Path) -> None:
     """Expert-choice at R = 4 whose thresholds let about half of the tokens on at each depth, against the same with
     none leaving, in decoding."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    options = in_process(args.requests)
     from vllm import LLM, SamplingParams
 
     from loopwise.serve.vllm.lanes import LaneConfig
 
-    options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": args.requests}
-    options |= {"kv_cache_memory_bytes": 1 << 30, "disable_log_stats": True}
     options |= LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()
     engines, passes, items = {}, {}, {}
     for full in (True, False):

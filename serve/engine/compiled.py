@@ -31,8 +31,9 @@ _library.define(
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` of parts and tensors [N, ...], compiled at its first call, whose tensors are `of_any_length`, and of
-    lengths that differ where they may. Nothing but lengths and values may change from call to call."""
+    """`function` of parts and tensors [N, ...], compiled at its first call, whose tensors are of lengths that differ
+    where they may, and above 1, which would be taken for a constant. Nothing but lengths and values may change from
+    call to call."""
     # Compiled code is kept with the code object, so each gets one of its own: others run with another model.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     graph: list[_Graph] = []
@@ -48,6 +49,8 @@ def compiled(function: Callable) -> Callable:
     def call(parts: Any, *tensors: torch.Tensor) -> torch.Tensor:
         if graph:
             return graph[0].again(tensors)
+        for tensor in tensors:  # of others, a size that happens to be N, too, is none
+            torch._dynamo.mark_dynamic(tensor, 0)
         out = first(parts, *tensors)
         graph[0].learn(tensors, out)
         return out
@@ -90,13 +93,6 @@ class _Graph:
         for place, n in self.lengths:
             inputs[place] = len(tensors[n])  # pyright: ignore[reportArgumentType, reportCallIssue]
         return self.code(*inputs)[self.result]
-
-
-def of_any_length(*tensors: torch.Tensor) -> None:
-    """Say of tensors [N, ...] that N will change. It must be above 1 here, which would be taken for a constant; of
-    other tensors, a size that happens to be N, too, is none."""
-    for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0)
 
 
 def own(parts: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from .admission import refusal
 from .attention import Attention, Rows
-from .compiled import compiled, of_any_length
+from .compiled import compiled
 from .costs import Costs
 from .diffusion import Diffusion, Wave, begin, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
@@ -95,9 +95,9 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        self.compiles = compile and parts.compilable
         functions = (recur, recur, logits)
-        self.recur, self.recur_prompts, self.logits = map(compiled, functions) if self.compiles else functions
+        compiles = compile and parts.compilable
+        self.recur, self.recur_prompts, self.logits = map(compiled, functions) if compiles else functions
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
@@ -128,18 +128,13 @@ class Loop:
         self._try(self.recur, 2)
         if self.relaxed:
             self._try(self.recur_prompts, 6, lone=2)
-        x = self.lanes.s.new_zeros(2, self.lanes.s.shape[1])
-        if self.compiles:
-            of_any_length(x)
-        self.logits(self.parts, x)
+        self.logits(self.parts, self.lanes.s.new_zeros(2, self.lanes.s.shape[1]))
 
     def _try(self, function: Callable, n: int, lone: int = 0) -> None:
         """A pass of n lanes, of which some may be `lone`."""
         s, none = self.lanes.s.new_zeros(n, self.lanes.s.shape[1]), self.requests.limit.new_zeros(n)
         self.attention.plan(Rows(self.requests.table, none, none, none, none > 0))
         inputs = [s, s.clone(), none.clone(), none > 0, none, *([none[:lone]] if lone else ())]
-        if self.compiles:
-            of_any_length(*inputs)
         function(self.parts, *inputs)
 
     # ---- requests -----------------------------------------------------------------------------------------------

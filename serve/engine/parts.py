@@ -8,6 +8,7 @@ import torch
 
 from ...model.initial_state import initial_state
 from ...model.injection import Injection
+from .relaxation import RowDepths
 
 
 class Parts(Protocol):
@@ -29,16 +30,8 @@ class Parts(Protocol):
         """tokens, positions [N] -> [N, D]."""
         ...
 
-    def layers(
-        self,
-        part: str,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        depth: torch.Tensor | None,
-        mixed: int | None = None,
-    ) -> torch.Tensor:
-        """x [N, D] through the layers of prelude, core or coda; `depth` [N] is that of the core's relaxation. Only the
-        first `mixed` rows, if that is given, are at depths of their own: the others are all at the last one's."""
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
+        """x [N, D] through the layers of prelude, core or coda; `depths` are those of the core's relaxation."""
         ...
 
     def norm_between(self, s: torch.Tensor) -> torch.Tensor:
@@ -78,7 +71,8 @@ def recur(
     norm = parts.config.recurrence_norm
     if norm == "between":
         s = torch.where(begun[:, None], parts.norm_between(s), s)
-    s = parts.layers("core", parts.injection(s, e), positions, depth, None if lone is None else len(lone))
+    depths = RowDepths(depth, None if lone is None else len(lone))
+    s = parts.layers("core", parts.injection(s, e), positions, depths)
     return parts.norm_each(s) if norm == "each" else s
 
 

@@ -66,7 +66,7 @@ class TransformersParts:
         position = torch.zeros(1, dtype=torch.long, device=self.device)
         x = self.embed(position, position)
         for part in ("prelude", "coda", "core"):
-            self.layers(part, x, position, position)
+            self.layers(part, x, position, RowDepths(position))
         return [found[layer] for layer in sorted(found)]
 
     @property
@@ -135,18 +135,11 @@ class TransformersParts:
         return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(
-        self,
-        part: str,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        depth: torch.Tensor | None,
-        mixed: int | None = None,
-    ) -> torch.Tensor:
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
-        if depth is not None:
-            self.depths = RowDepths(depth, mixed)
+        if depths is not None:
+            self.depths = depths
         x = x[None]
         passed: dict[int, tuple[tuple, dict]] = {}
         for n, (layer, source) in enumerate(zip(getattr(self.model, part), getattr(config, part), strict=True)):

@@ -20,12 +20,12 @@ from ..engine.attention import Rows, runs
 
 class Plan(NamedTuple):
     """Of one call's rows: the backend's metadata, the place in the cache of each row [N], and what each writes [N]
-    (below 0: nothing). `kept`: keys and values [layers, 2, N, K, C] that core layers were given, for `fill`."""
+    (below 0: nothing). `kept`: keys and values [2, N, K, C] that core layers were given, if `fill` may want them."""
 
     metadata: Any
     place: torch.Tensor
     write: torch.Tensor
-    kept: torch.Tensor | None
+    kept: dict[int, torch.Tensor] | None
 
 
 class PagedAttention:
@@ -36,8 +36,7 @@ class PagedAttention:
         shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for slots in caches for layer in slots}
         if len(shapes) > 1:
             raise ValueError(f"layers of unlike (heads, key-value heads, head size) cannot share a cache: {shapes}")
-        self.outer, self.block_size, self.builder = outer, block_size, builder
-        self.shape = next(iter(shapes))[1:]
+        self.block_size, self.builder = block_size, builder
         self.layers: list[Any] = [slots[0] for slots in caches]
         views = [Whole.of(slots) for slots in caches]
         self.stride, self.scale = max(view.stride for view in views), views[0].scale
@@ -73,8 +72,7 @@ class PagedAttention:
             slot_mapping=write,
             causal=True,
         )
-        kept = self.caches[-1].new_empty(len(self.layers) - self.outer, 2, len(position), *self.shape)
-        self.current = Plan(self.builder.build(0, common), place, write, kept if rows.fills else None)
+        self.current = Plan(self.builder.build(0, common), place, write, {} if rows.fills else None)
         return self.current
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
@@ -82,8 +80,7 @@ class PagedAttention:
         plan, of, cache = self.current, self.layers[layer], self.caches[layer]
         assert plan is not None, "attention before a plan"
         if plan.kept is not None:  # a copy, as compiled code writes over k and v
-            for kept, given in zip(plan.kept[layer - self.outer], (k, v), strict=True):
-                kept.copy_(given)
+            plan.kept[layer] = torch.stack([k, v])
         of.impl.do_kv_cache_update(of, k, v, cache, plan.write)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
@@ -95,8 +92,8 @@ class PagedAttention:
         nth = torch.arange(len(source), device=which.device) - (empty.cumsum(0) - empty).repeat_interleave(empty)
         place = plan.place[source] + (nth + 1) * self.stride * self.block_size
         assert plan.kept is not None, "rows that fills were not announced for"
-        for layer, (k, v) in enumerate(plan.kept.index_select(2, source), self.outer):
-            of = self.layers[layer]
+        for layer, kept in plan.kept.items():
+            of, (k, v) = self.layers[layer], kept.index_select(1, source)
             of.impl.do_kv_cache_update(of, k, v, self.caches[layer], place)
 
 

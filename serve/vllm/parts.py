@@ -136,17 +136,10 @@ class VllmParts:
         return self.model.exit_gate(self.model.final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(
-        self,
-        part: str,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        depth: torch.Tensor | None,
-        mixed: int | None = None,
-    ) -> torch.Tensor:
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
         if part == "core":
-            assert depth is not None, "the core runs at depths"
-            self.depths = RowDepths(depth, mixed)
+            assert depths is not None, "the core runs at depths"
+            self.depths = depths
         kind = self.kind.__name__
         if kind == "_transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)

@@ -285,9 +285,9 @@ class Relaxation(nn.Module):
 class Change:
     """What a depth of its own does to the output of a linear module: LoRA of its parts, and a bias [depths, out]."""
 
-    def __init__(self, factors: list[Factors], bias: torch.Tensor | None, mixed: AllDepths | None = None):
-        """`mixed` is for depths that are tensors."""
-        self.factors, self.bias, self.mixed = sorted(factors, key=lambda f: f.start), bias, mixed
+    def __init__(self, factors: list[Factors], bias: torch.Tensor | None):
+        self.factors, self.bias = sorted(factors, key=lambda f: f.start), bias
+        self.mixed: AllDepths | None = None  # the factors, for rows at depths of their own
 
     def __call__(self, out: Any, x: torch.Tensor, depth: Depth) -> Any:
         """`out` of the module for x [N, in], a tensor or a tuple that begins with it."""
