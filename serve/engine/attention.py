@@ -18,7 +18,8 @@ import torch
 class Rows:
     """Which rows a call has. `tables` [requests, blocks] are the block tables; `request`, `position`, `slot` [N] say
     whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all).
-    `alone`: no two rows are of one request. `fills`: `fill` may follow, for rows that write."""
+    `alone`: no two rows are of one request. `fills`: `fill` may follow, for rows that write. `moved`: the rows are
+    those of an earlier plan, each so many slots further on."""
 
     tables: torch.Tensor
     request: torch.Tensor
@@ -27,6 +28,7 @@ class Rows:
     write: torch.Tensor | None = None
     alone: bool = False
     fills: bool = False
+    moved: tuple[Any, int] | None = None
 
 
 class Attention(Protocol):
@@ -44,9 +46,9 @@ class Attention(Protocol):
         """
         ...
 
-    def fill(self, plan: Any, which: torch.Tensor, empty: torch.Tensor) -> None:
-        """Write the keys and values that rows `which` [m] of `plan` had in the core layers into the next `empty` [m]
-        slots, too."""
+    def fill(self, plan: Any, empty: torch.Tensor) -> None:
+        """Write the keys and values that the rows of `plan` had in the core layers into the next `empty` [N] slots,
+        too."""
         ...
 
 
@@ -66,6 +68,12 @@ def runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     new[1:] = (request[1:] != request[:-1]) | (slot[1:] != slot[:-1]) | (position[1:] != position[:-1] + 1)
     first = new.nonzero().squeeze(1)
     return first, torch.diff(first, append=first.new_tensor([len(request)]))
+
+
+def slots_after(empty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `empty` [N] slots behind each row's own: the row of each, and which behind it, from 1."""
+    rows, nth = (torch.arange(int(empty.max()), device=empty.device) < empty[:, None]).nonzero().unbind(1)
+    return rows, nth + 1
 
 
 class TorchAttention:
@@ -123,10 +131,9 @@ class TorchAttention:
         p = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
         return (p @ values).transpose(1, 2)[plan.real]
 
-    def fill(self, plan: _Plan, which: torch.Tensor, empty: torch.Tensor) -> None:
-        source = which.repeat_interleave(empty)
-        nth = torch.arange(len(source), device=which.device) - (empty.cumsum(0) - empty).repeat_interleave(empty)
-        place = plan.place[source] + (nth + 1) * self.blocks * self.block_size
+    def fill(self, plan: _Plan, empty: torch.Tensor) -> None:
+        source, further = slots_after(empty)
+        place = plan.place[source] + further * self.blocks * self.block_size
         for layer, new in plan.kept.items():
             for cache, values in zip(self.caches[layer], new, strict=True):
                 cache.flatten(0, 1)[place] = values[source]

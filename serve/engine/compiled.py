@@ -22,6 +22,8 @@ OPTIONS = {
     "cpp.dynamic_threads": True,
 }
 
+ALONE = {"cpp.threads": 1, "cpp.dynamic_threads": False}  # for little work, which other threads would only wait for
+
 _owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _library = torch.library.Library("loopwise", "DEF")
 _library.define(
@@ -30,10 +32,10 @@ _library.define(
 )
 
 
-def compiled(function: Callable) -> Callable:
-    """`function` of parts and tensors [N, ...], compiled at its first call, whose tensors are of lengths that differ
-    where they may, and above 1, which would be taken for a constant. Nothing but lengths and values may change from
-    call to call."""
+def compiled(function: Callable, **options: Any) -> Callable:
+    """`function` of an object and tensors [N, ...], compiled at its first call, whose tensors are not the same ones, of
+    lengths that differ where they may, and above 1, which would be taken for a constant. Nothing but lengths and values
+    may change from call to call: the tensors that the object has are those of the first one."""
     # Compiled code is kept with the code object, so each gets one of its own: others run with another model.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     graph: list[_Graph] = []
@@ -41,17 +43,18 @@ def compiled(function: Callable) -> Callable:
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         from torch._inductor.compile_fx import compile_fx  # which takes seconds to import
 
-        graph.append(_Graph(compile_fx(module, inputs, config_patches=OPTIONS)))
+        graph.append(_Graph(compile_fx(module, inputs, config_patches={**OPTIONS, **options})))
         return graph[0]
 
     first = torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
-    def call(parts: Any, *tensors: torch.Tensor) -> torch.Tensor:
+    def call(owner: Any, *tensors: torch.Tensor) -> Any:
         if graph:
             return graph[0].again(tensors)
+        assert len({id(tensor) for tensor in tensors}) == len(tensors), "one tensor for two is one input"
         for tensor in tensors:  # of others, a size that happens to be N, too, is none
             torch._dynamo.mark_dynamic(tensor, 0)
-        out = first(parts, *tensors)
+        out = first(owner, *tensors)
         graph[0].learn(tensors, out)
         return out
 
@@ -59,40 +62,42 @@ def compiled(function: Callable) -> Callable:
 
 
 class _Graph:
-    """Inductor's code, and how it is called: its inputs are the function's tensors, their lengths, and the model's
-    parameters, which stay. torch.compile's own way to it looks all of those up again for every call, which takes as
-    long as some layers do."""
+    """Inductor's code, and how it is called: its inputs are the function's tensors, their lengths, and the object's
+    own, which stay. torch.compile's own way to it looks all of those up again for every call, which takes as long as
+    some layers do."""
 
     def __init__(self, code: Any):
         self.code = code
         self.inputs: list[Any] = []
         self.outputs: Any = None
-        self.result: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
         self.inputs, self.outputs = list(inputs), self.code(*inputs)
         return self.outputs
 
-    def learn(self, tensors: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def learn(self, tensors: tuple[torch.Tensor, ...], out: Any) -> None:
         """What of the first call's inputs and outputs was what. Raises RuntimeError where that cannot be told."""
         place = {id(value): n for n, value in enumerate(self.inputs)}
         self.tensors = [(place[id(t)], n) for n, t in enumerate(tensors) if id(t) in place]
         of_length = {len(t): n for n, t in enumerate(tensors)}
         self.lengths = [(n, of_length.get(value)) for n, value in enumerate(self.inputs) if isinstance(value, int)]
-        self.result = next((n for n, value in enumerate(self.outputs) if value is out), None)
-        if self.result is None or None in dict(self.lengths).values():
-            raise RuntimeError(f"a compiled graph with inputs of lengths {self.lengths} that no tensor has")
+        place = {id(value): n for n, value in enumerate(self.outputs)}
+        self.single = isinstance(out, torch.Tensor)
+        self.results = [place.get(id(value)) for value in ((out,) if self.single else out)]
+        if None in self.results or None in dict(self.lengths).values():
+            raise RuntimeError(f"a compiled graph with inputs of lengths {self.lengths} and outputs {self.results}")
         for n, _ in self.tensors:
             self.inputs[n] = None
         self.outputs = None
 
-    def again(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def again(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         inputs = self.inputs.copy()
         for place, n in self.tensors:
             inputs[place] = tensors[n]
         for place, n in self.lengths:
             inputs[place] = len(tensors[n])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return self.code(*inputs)[self.result]
+        outputs = self.code(*inputs)
+        return outputs[self.results[0]] if self.single else [outputs[n] for n in self.results]
 
 
 def own(parts: Any) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from statistics import linear_regression
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,14 +53,18 @@ class Costs(NamedTuple):
 
 
 def _fixed(times: dict[int, float], n: float) -> tuple[float, float]:
-    """(what does not grow with n of the time at n, all of it): by the line through the two sizes around n."""
+    """(what does not grow with n of the time at n, all of it): by the line that fits the sizes from n / 4 to the one
+    above n best, as single measurements scatter."""
     sizes = sorted(times)
     if len(sizes) == 1:
         return times[sizes[0]], times[sizes[0]]
-    below, above = next((pair for pair in pairwise(sizes) if n < pair[1]), (sizes[-2], sizes[-1]))
-    slope = max(times[above] - times[below], 0.0) / (above - below)
-    whole = times[below] + slope * (n - below)
-    return max(whole - slope * n, 0.0), whole
+    end = min(max(sum(size <= n for size in sizes) + 1, 2), len(sizes))
+    start = min(sum(size < n / 4 for size in sizes), end - 2)
+    some = sizes[start:end]
+    slope, fixed = linear_regression(some, [times[size] for size in some])
+    slope = max(slope, 0.0)
+    fixed = max(fixed, 0.0) if slope else sum(times[size] for size in some) / len(some)
+    return fixed, fixed + slope * n
 
 
 @torch.inference_mode()

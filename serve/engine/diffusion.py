@@ -160,7 +160,7 @@ def _append(loop: Loop, row: int, first: int, tokens: torch.Tensor, states: torc
     own = lanes.span(row, first, first + len(tokens))
     position = torch.arange(first, first + len(tokens), device=own.device)
     zero = torch.zeros_like(own)
-    lanes.begin(own, [zero + row, position, zero, zero + NEVER, zero, tokens, zero - 1])
+    lanes.begin(own, zero + row, position, zero + NEVER, zero, tokens)
     lanes.stable[own] = 0
     if states is not None:
         lanes.s[own] = lanes.read[own] = states

@@ -47,6 +47,13 @@ class KVPolicy:
         """Slot [N] that a recurrence at `depth` [N] reads and writes."""
         return depth if self.slots == self.depths else depth % self.slots
 
+    @property
+    def step(self) -> int | None:
+        """How many slots a recurrence's lies behind the one's before, of the same position; None where that differs."""
+        if self.slots == self.depths:
+            return 1
+        return 0 if self.name == "single" else None
+
     def writes(self, depth: torch.Tensor) -> torch.Tensor | None:
         """Whether [N] the recurrence writes; None: always."""
         return depth == 0 if self.name == "first" else None

@@ -9,7 +9,6 @@ import torch
 from .diffusion import Diffusion
 
 MAX_STOPS = 16
-BEGUN = 7  # facts that a lane starts with
 
 
 @dataclass
@@ -81,26 +80,38 @@ class Lanes:
 
     def __init__(self, rows: int, ring: int, prompts: int, width: int, dtype: torch.dtype, device: torch.device):
         self.ring, self.own, count = ring, rows * ring, rows * ring + prompts
-        # Whole numbers and flags stand together, so that all of a lane's are read or written at once.
-        self.facts = torch.zeros(9, count, dtype=torch.long, device=device)
-        self.row, self.position, self.depth, self.target, self.free, self.token, self.guess = self.facts[:BEGUN]
-        self.left, self.stable = self.facts[BEGUN:]
+        whole = torch.zeros(9, count, dtype=torch.long, device=device)
+        self.row, self.position, self.depth, self.target, self.free, self.token, self.guess, self.left, self.stable = (
+            line.clone() for line in whole
+        )
         # target: recurrences at which it leaves, if no rule (`free` is 1) ends it before; token: what it started from;
         # guess: what it says comes next, or -1; left: recurrences at the exit; stable: of diffusion, steps with an
         # unchanged token
         self.s = torch.zeros(count, width, dtype=dtype, device=device)
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
         self.change = torch.zeros_like(self.s)  # of diffusion: what the last step changed of s
-        self.flags = torch.zeros(5, count, dtype=torch.bool, device=device)
-        self.running, self.emits, self.open, self.waiting, self.exited = self.flags
+        self.running, self.emits, self.open, self.waiting, self.exited = (line.clone() for line in whole[:5].bool())
         # running: takes part in ticks; emits: a token comes of it; open: its token is not out yet; waiting: is not read
         # out yet; exited: has left, though it may run on for the sake of its keys and values
 
-    def begin(self, where: torch.Tensor, facts: list[torch.Tensor]) -> None:
-        """Start lanes `where` [m] with the first BEGUN facts, each [m]."""
-        self.facts[:BEGUN].index_copy_(1, where, torch.stack(facts))
-        self.flags[:3].index_fill_(1, where, True)
-        self.flags[3:].index_fill_(1, where, False)
+    def begin(
+        self,
+        where: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        target: torch.Tensor,
+        free: torch.Tensor,
+        token: torch.Tensor,
+    ) -> None:
+        """Start lanes `where` [m] with what is said of each [m]."""
+        zero = torch.zeros_like(where)
+        names = ("row", "position", "depth", "target", "free", "token", "guess")
+        for name, values in zip(names, (row, position, zero, target, free, token, zero - 1), strict=True):
+            getattr(self, name).index_put_((where,), values)
+        for flag in (self.running, self.emits, self.open):
+            flag.index_put_((where,), zero == 0)
+        for flag in (self.waiting, self.exited):
+            flag.index_put_((where,), zero > 0)
 
     def of_live(self, flag: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """The rows' own lanes [n] that have a flag, of rows that are `live`."""

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import diffusion
 from .admission import refusal
 from .attention import Attention, Rows
-from .compiled import compiled
+from .compiled import ALONE, compiled
 from .costs import Costs
-from .diffusion import Diffusion, Wave, begin, refine
+from .diffusion import Diffusion, Wave, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, logits, read_out, recur, start
 from .routing import Routing
+from .tick import begin, emit, enter, settle
 from .wave import advance, most, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
@@ -46,6 +48,22 @@ class Chunk(NamedTuple):
     row: int
     first: int
     last: int
+
+
+class Pass(NamedTuple):
+    """Lanes `which` [n] of a pass: row, position and depth of each, whether it has begun and whether it leaves after
+    this one [n], how many leave KV slots empty [], state and input [n, D]. `moved`: as attention.Rows has it."""
+
+    which: torch.Tensor
+    row: torch.Tensor
+    position: torch.Tensor
+    depth: torch.Tensor
+    begun: torch.Tensor
+    leaves: torch.Tensor
+    early: torch.Tensor
+    before: torch.Tensor
+    e: torch.Tensor
+    moved: tuple[Any, int] | None = None
 
 
 @dataclass
@@ -95,9 +113,12 @@ class Loop:
                 f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
             )
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        functions = (recur, recur, logits)
-        compiles = compile and parts.compilable
-        self.recur, self.recur_prompts, self.logits = map(compiled, functions) if compiles else functions
+        whole = (recur, recur, logits)
+        self.recur, self.recur_prompts, self.logits = map(compiled, whole) if compile and parts.compilable else whole
+        steps = (enter, settle, emit, begin)
+        self._enter, self._settle, self._put_out, self._start = (
+            (compiled(step, **ALONE) for step in steps) if compile else steps
+        )
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
@@ -117,6 +138,10 @@ class Loop:
         self.prompt_exit: dict[int, bool] = {}
         self.chunks: list[Chunk] = []
         self.parked: list[tuple[torch.Tensor, torch.Tensor]] = []  # lanes of fenced rows, and what the head reads
+        self.none = torch.empty(0, dtype=torch.long, device=self.device)
+        self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
+        self.unread = True  # whether a lane may wait to be read out
+        self.again: Pass | None = None  # the next pass, where no lane has left or come
         self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
@@ -129,11 +154,18 @@ class Loop:
         if self.relaxed:
             self._try(self.recur_prompts, 6, lone=2)
         self.logits(self.parts, self.lanes.s.new_zeros(2, self.lanes.s.shape[1]))
+        lanes, two = self.lanes, torch.arange(2, device=self.device)
+        row, position, depth, _, leaves, _, s = self._enter(self, two)
+        self._settle(self, two, row, position, depth, s, leaves)
+        self._put_out(self, two)
+        self._start(self, two, row, position, depth, self.always[:2])
+        for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
+            flag.zero_()
 
     def _try(self, function: Callable, n: int, lone: int = 0) -> None:
         """A pass of n lanes, of which some may be `lone`."""
         s, none = self.lanes.s.new_zeros(n, self.lanes.s.shape[1]), self.requests.limit.new_zeros(n)
-        self.attention.plan(Rows(self.requests.table, none, none, none, none > 0))
+        self.attention.plan(Rows(self.requests.table, none, none.clone(), none.clone(), none > 0))
         inputs = [s, s.clone(), none.clone(), none > 0, none, *([none[:lone]] if lone else ())]
         function(self.parts, *inputs)
 
@@ -203,6 +235,7 @@ class Loop:
         requests.count.zero_()
         requests.live.zero_()
         requests.live[live] = requests.remaining[live] > 0
+        self.unread, self.again = True, None
         self._weigh()
         tick = 0
         while (tick < self.ticks or self.chunks) and self.tick():
@@ -210,16 +243,16 @@ class Loop:
 
     def tick(self) -> bool:
         """One core pass and what follows from it. Returns whether there was anything to do."""
-        lanes = self._runnable()
-        if len(lanes):
-            self._recur(lanes)
-        waiting = self._ready(idle=not len(lanes))
-        ahead = speculative(self) if self.in_use["wave"] else waiting[:0]
+        now = self.again or self._pass()
+        if now:
+            self._recur(now)
+        waiting = self._ready(idle=not now)
+        ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
             self._read_out(waiting, ahead)
         if self.waves:
             self._refine()
-        return bool(len(lanes) or len(waiting))
+        return bool(now or len(waiting))
 
     def _weigh(self) -> None:
         """How long exits wait in this step, by the load of the steps before."""
@@ -246,6 +279,12 @@ class Loop:
         if not width or len(own) <= width:
             return which
         rows = len(self.requests.limit)
+        if lanes.ring == 1:  # a lane a row, which take turns
+            first = int((own < self.turn).sum())
+            end = first + width
+            chosen = own[first:end] if end <= len(own) else torch.cat([own[: end - len(own)], own[first:]])
+            self.turn = int(own[(end - 1) % len(own)]) + 1
+            return torch.cat([chosen, which[len(own) :]])
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
         together = self.requests.refines[row]
@@ -257,38 +296,38 @@ class Loop:
         self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
         return torch.cat([chosen.sort().values, which[len(own) :]])
 
-    def _recur(self, which: torch.Tensor) -> None:
+    def _pass(self) -> Pass | None:
+        """The next pass; None where no lane runs."""
+        which = self._runnable()
+        if not len(which):
+            return None
+        facts = self._enter(self, which)
+        return Pass(which, *facts, e=self.lanes.e.index_select(0, which) if self.keeps_input else facts[-1])
+
+    def _recur(self, now: Pass) -> None:
         lanes, requests, policy = self.lanes, self.requests, self.policy
-        row, position, depth, target, free = lanes.facts[:5].index_select(1, which).unbind()
-        own = row[which < lanes.own] if self.chunks else row
+        which, row, position, depth, begun, leaves, early, before, e, moved = now
         pass_of = depth
         if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
-        rows = Rows(requests.table, row, place, policy.slot(pass_of), policy.writes(pass_of), alone, policy.fills)
-        plan = self.attention.plan(rows)
-        before = lanes.s.index_select(0, which)
-        e = lanes.e.index_select(0, which) if self.keeps_input else before
-        inputs = self.parts, before, e, position, depth > 0, pass_of
-        if self.relaxed and len(which) - len(own) >= PROMPT:
-            after = self.recur_prompts(*inputs, pass_of[: max(len(own), 1)])
+        slot, writes = policy.slot(pass_of), policy.writes(pass_of)
+        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+        fills = policy.fills and (bool(rules) or int(early) > 0)
+        plan = self.attention.plan(Rows(requests.table, row, place, slot, writes, alone, fills, moved))
+        inputs = self.parts, before, e, position, begun, pass_of
+        own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
+        if len(which) - own >= PROMPT:
+            after = self.recur_prompts(*inputs, pass_of[: max(own, 1)])
         else:
             after = self.recur(*inputs)
-        depth = depth + 1
         self.counts.passes[len(which)] += 1
-        lanes_of = torch.bincount(own, minlength=len(requests.items))
-        requests.items += lanes_of
-        requests.ticks += lanes_of > 0
-        if self.waves:
-            requests.phase += (lanes_of > 0) & requests.refines
-
-        leaves = depth >= target
         if self.routing:
-            after, leaves = self.routing.combine(which, depth - 1, before, after)
-        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+            after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
-            rule = torch.where((free > 0) & ~lanes.exited[which], requests.rule[row], NUMBER["fixed"])
+            free = (lanes.free[which] > 0) & ~lanes.exited[which]
+            rule = torch.where(free, requests.rule[row], NUMBER["fixed"])
             readings = Readings(
                 before,
                 after,
@@ -296,59 +335,43 @@ class Loop:
                 lambda some: self.logits(self.parts, self._coda(after[some], row[some], position[some])),
             )
             converged = self.rules.check(rules, which, rule, requests.threshold[row], readings)
-            leaves |= converged & (depth >= requests.minimum[row])
-        lanes.s.index_copy_(0, which, after)
-        lanes.depth.index_copy_(0, which, depth)
-        if policy.complete:
-            limit = requests.limit[row]
-            lanes.running[which] = (depth < limit) | (target > limit)  # which only those of a diffusion have
-            leaves &= ~lanes.exited[which]
-        out = leaves.nonzero().squeeze(1)
+            leaves = leaves | (converged & (depth + 1 >= requests.minimum[row]))
+        counts, empty, *then = self._settle(self, which, row, position, depth, after, leaves)
+        exits, stopped, empties = counts.tolist()
+        self.unread |= exits > 0
+        self.again = None
+        if not (exits or stopped or self.waves or self.in_use["wave"] or self.routing):
+            begun, (depth, leaves, early) = self.always[: len(which)], then
+            moved = None if policy.step is None else (plan, policy.step)
+            self.again = Pass(which, row, position, depth, begun, leaves, early, after, e, moved)
         if not self.chunks:
-            self.load = [a + b for a, b in zip(self.load, (1, len(which), len(out)), strict=True)]
-        if len(out):
-            self._leave(plan, which[out], out, row[out], position[out], after[out], depth[out])
-
-    def _leave(
-        self,
-        plan: Any,
-        gone: torch.Tensor,
-        out: torch.Tensor,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        state: torch.Tensor,
-        depth: torch.Tensor,
-    ) -> None:
-        """Lanes `gone` [m], which are `out` of the `plan`'s, have exited after `depth` [m] recurrences."""
-        lanes, requests, policy = self.lanes, self.requests, self.policy
-        lanes.read[gone], lanes.left[gone] = state, depth
-        if self.routing:
-            lanes.left[gone] = self.routing.recurrences(gone, depth)
-        if not policy.complete:
-            lanes.running[gone] = False
-        lanes.flags[3:].index_fill_(1, gone, True)
-        if self.in_use["wave"]:
-            lanes.waiting[gone] = (requests.wave[row] == 1) | (gone >= lanes.own)
-        if self.chunks:
-            silent = ~lanes.emits[gone]
-            requests.trace[row[silent], position[silent]] = depth[silent].int()
-        if policy.fills:
-            empty = policy.empty(depth, requests.limit[row])
-            if bool(empty.any()):
-                self.attention.fill(plan, out, empty)
+            self.load = [a + b for a, b in zip(self.load, (1, len(which), exits), strict=True)]
+        if exits and self.routing:
+            gone = which[leaves]
+            lanes.left[gone] = self.routing.recurrences(gone, lanes.depth[gone])
+        if empties:
+            self.attention.fill(plan, empty)
 
     def _ready(self, idle: bool) -> torch.Tensor:
         """Lanes to be read out now: prompts that are through, and, when enough of them wait, the others."""
         lanes = self.lanes
+        if not self.unread and not self.chunks:
+            return self.none
         done = [chunk for chunk in self.chunks if not bool(lanes.running[chunk.first : chunk.last].any())]
         which = lanes.of_live(lanes.waiting, self.requests.live)
-        if len(which) and not done and not idle and self._more_within(self.coda_wait - self.waited):
+        if len(which) and not done and not idle and (self._full() or self._more_within(self.coda_wait - self.waited)):
             self.waited += 1
-            return which[:0]
-        self.waited = 0
+            return self.none
+        self.waited, self.unread = 0, False
         self.chunks = [chunk for chunk in self.chunks if chunk not in done]
         prompts = [torch.arange(chunk.first, chunk.last, device=self.device) for chunk in done]
         return torch.cat([which, *prompts]) if done else which
+
+    def _full(self) -> bool:
+        """Whether passes are as wide as they may be without the lanes that wait: then these may, at no cost."""
+        if not (self.costs and self.width):
+            return False
+        return len(self.lanes.of_live(self.lanes.running, self.requests.live)) >= self.width
 
     def _more_within(self, ticks: int) -> bool:
         """Whether another lane may exit within so many ticks; one with a rule may at any time."""
@@ -388,9 +411,9 @@ class Loop:
             which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
         if not len(which):
             return
-        s = lanes.read[which]
-        if len(ahead):
-            s = torch.where(lanes.exited[which][:, None], s, lanes.s[which])
+        s = lanes.s[which]
+        if self.policy.complete:
+            s = torch.where(lanes.exited[which][:, None], lanes.read[which], s)
         x = self._coda(s, lanes.row[which], lanes.position[which])
         self.counts.reads[len(which)] += 1
         if prompts:
@@ -431,23 +454,9 @@ class Loop:
     def emit(self, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Put out the guesses of lanes `which` [m], one a row at most. Returns row, position and token of those that go
         on."""
-        lanes, requests = self.lanes, self.requests
-        row, position, _, _, _, _, tokens, left, _ = lanes.facts.index_select(1, which).unbind()
-        lanes.open[which] = False
-        requests.trace[row, position] = left.int()
-        position = position + 1
-        count, remaining = requests.count[row], requests.remaining[row] - 1
-        requests.tokens[row, count], requests.depths[row, count] = tokens, left
-        stopped = (requests.stops[row] == tokens[:, None]).any(1)
-        count += 1
-        if self.in_use["script"]:
-            known = requests.script[row, position] > 0
-            count, remaining, stopped = count - known.long(), remaining + known.long(), stopped & ~known
-        stopped |= (remaining <= 0) | (position >= requests.length)
-        requests.count[row], requests.remaining[row] = count, remaining.masked_fill_(stopped, 0)
-        requests.frontier[row] = position
+        row, position, tokens, stopped = self._put_out(self, which)
         if bool(stopped.any()):
-            requests.live[row] = ~stopped
+            self.again = None  # other lanes of the row may run
             row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
         return row, position, tokens
 
@@ -456,7 +465,7 @@ class Loop:
         if self.diffusions:
             refined = self.requests.refines[row]
             for n in refined.nonzero().squeeze(1).tolist():
-                begin(self, int(row[n]), int(position[n]), tokens[n])
+                diffusion.begin(self, int(row[n]), int(position[n]), tokens[n])
             row, position, tokens = row[~refined], position[~refined], tokens[~refined]
         if len(row):
             self._begin(self.lanes.of(row, position), row, position, tokens)
@@ -479,17 +488,12 @@ class Loop:
     ) -> None:
         """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
         whatever its rule."""
-        lanes, requests = self.lanes, self.requests
+        lanes, self.again = self.lanes, None
         x = self.prelude(tokens, row, position)
         if self.keeps_input:
             lanes.e.index_copy_(0, where, x)
         lanes.s.index_copy_(0, where, start(self.parts, x, position))
-        forced, limit = requests.trace[row, position].long(), requests.limit[row]
-        free = (requests.rule[row] != NUMBER["fixed"]) & (forced == 0)
-        if may_exit is not None:
-            free &= may_exit
-        target, zero = torch.where(forced > 0, forced, limit), torch.zeros_like(row)
-        lanes.begin(where, [row, position, zero, target, free.long(), tokens, zero - 1])
+        self._start(self, where, row, position, tokens, self.always[: len(where)] if may_exit is None else may_exit)
         if self.in_use.keys() != {"fixed"}:
             self.rules.begin(where)
         if self.routing:

@@ -47,7 +47,7 @@ class Routing:
         self.chosen[where] = chosen = self._passes(torch.zeros_like(where), s)
         if not self.first:
             out = where[~chosen]
-            lanes.read[out], lanes.left[out] = lanes.s[out], 0
+            lanes.left[out], self.loop.unread = 0, True
             lanes.running[out], lanes.exited[out], lanes.waiting[out] = False, True, True
 
     def places(self, row: torch.Tensor, position: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:

@@ -145,20 +145,19 @@ def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl
 
 @jit(do_not_specialize_on_alignment=["request", "position", "slot"])
 def _fill(
-    caches, which, empty, request, position, slot, tables, width, blocks, whole,
+    caches, empty, request, position, slot, tables, width, blocks, whole,
     SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (row to fill, head, cache): copy what stands at its slot to the next ones. A cache has `whole` elements,
+    """Program (row, head, cache): copy what stands at its slot to the next ones. A cache has `whole` elements,
     and the next begins behind it."""
-    n, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    row = tl.load(which + n)
+    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at, where = tl.load(position + row), tl.load(slot + row)
     place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
     c = tl.arange(0, PADDED)
     start = caches + tl.program_id(2).to(tl.int64) * whole + (place * heads + head) * C + c
     values = tl.load(start, mask=c < C)
     step = blocks.to(tl.int64) * SIZE * heads * C
-    for further in range(1, tl.load(empty + n).to(tl.int32) + 1):
+    for further in range(1, tl.load(empty + row).to(tl.int32) + 1):
         tl.store(start + further * step, values, mask=c < C)
 
 
@@ -225,12 +224,12 @@ class TritonAttention:
                 _merge[n, q.shape[1]](out, sums, tops, totals, **whole)
         return out
 
-    def fill(self, plan: Rows, which: torch.Tensor, empty: torch.Tensor) -> None:
+    def fill(self, plan: Rows, empty: torch.Tensor) -> None:
         """From the cache, in which they stand since the call."""
         where, pages = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0), self.blocks)
         with self.device:
             for (heads, size), caches in self.core.items():
                 sizes = {"SIZE": self.block_size, "C": size, "PADDED": triton.next_power_of_2(size)}
-                _fill[len(which), heads, 2 * len(caches)](
-                    caches, which, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
+                _fill[len(empty), heads, 2 * len(caches)](
+                    caches, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
                 )

@@ -15,86 +15,133 @@ import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..engine.attention import Rows, runs
+from ..engine.attention import Rows, runs, slots_after
+from ..engine.compiled import ALONE, compiled
 
 
 class Plan(NamedTuple):
     """Of one call's rows: the backend's metadata, the place in the cache of each row [N], and what each writes [N]
-    (below 0: nothing). `kept`: keys and values [2, N, K, C] that core layers were given, if `fill` may want them."""
+    (below 0: nothing). `kept` [core layers, 2, N, K, C]: the keys and values that they were given, if `fill` may want
+    them."""
 
     metadata: Any
     place: torch.Tensor
     write: torch.Tensor
-    kept: dict[int, torch.Tensor] | None
+    kept: torch.Tensor | None
 
 
 class PagedAttention:
     """The engine's Attention over `caches`: vLLM's layers by the engine's number, each by slot; the first `outer` are
-    prelude and coda. `builder` makes the backend's metadata."""
+    prelude and coda. `builder` makes the backend's metadata. `compile`: places are computed by compiled code."""
 
-    def __init__(self, caches: list[list[Layer]], outer: int, block_size: int, builder: Any):
+    def __init__(self, caches: list[list[Layer]], outer: int, block_size: int, builder: Any, compile: bool = False):
         shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for slots in caches for layer in slots}
         if len(shapes) > 1:
             raise ValueError(f"layers of unlike (heads, key-value heads, head size) cannot share a cache: {shapes}")
-        self.block_size, self.builder = block_size, builder
+        self.block_size, self.builder, self.compile = block_size, builder, compile
         self.layers: list[Any] = [slots[0] for slots in caches]
         views = [Whole.of(slots) for slots in caches]
         self.stride, self.scale = max(view.stride for view in views), views[0].scale
         if any(view.stride != self.stride for view in views[outer:]) or any(v.scale != self.scale for v in views):
             raise ValueError("the depths of all core layers must be equally far apart in vLLM's cache")
         self.caches = [view.blocks for view in views]
+        first, every = [slots[0] for slots in caches[outer:]], [layer for slots in caches[outer:] for layer in slots]
+        every.sort(key=lambda layer: layer.kv_cache.storage_offset())
+        if every[0] is not first[0]:
+            raise ValueError("the first layer of the core must come first in vLLM's cache")
+        device = self.caches[0].device
+        self.outer, self.core = outer, Whole.of(every).blocks  # of all core layers
+        self.layer_shift = torch.arange(len(first), device=device)[:, None] * Whole.of(first).stride  # [core layers, 1]
+        self.starts = torch.arange(1, dtype=torch.int32, device=device)
+        self.tables: torch.Tensor | None = None
         self.current: Plan | None = None
 
     def plan(self, rows: Rows) -> Plan:
-        size, request, position = self.block_size, rows.request, rows.position
-        shift = rows.slot * self.stride
-        place = (rows.tables[request, position // size].long() * self.scale + shift) * size + position % size
+        if rows.moved and self._moves(*rows.moved):
+            self.current = plan = rows.moved[0]._replace(kept=self._room(rows))
+            return plan
+        request, position = rows.request, rows.position
+        if self.tables is not rows.tables:  # compiled code keeps those that it was compiled with
+            self.tables, self.located = rows.tables, compiled(located, **ALONE) if self.compile else located
+        place, shift, seen = self.located(self, request, position, rows.slot)
         write = place if rows.write is None else torch.where(rows.write, place, -1)
-        ends, most = position, 1
+        n, most = len(position), 1
         if rows.alone:
-            starts = torch.arange(len(position) + 1, dtype=torch.int32, device=position.device)
+            if len(self.starts) <= n:
+                self.starts = torch.arange(2 * n, dtype=torch.int32, device=position.device)
+            starts = self.starts[: n + 1]
         else:
             first, count = runs(rows)
             starts = torch.zeros(len(first) + 1, dtype=torch.int32, device=position.device)
             torch.cumsum(count, 0, out=starts[1:])
-            request, shift, ends, most = request[first], shift[first], position[first + count - 1], int(count.max())
-        longest = int(position.max()) + 1
-        tables = rows.tables[request, : (longest - 1) // size + 1] * self.scale + shift[:, None].int()
+            request, shift, seen, most = request[first], shift[first], seen[first + count - 1], int(count.max())
+        longest = int(seen.max())
+        tables = rows.tables[request, : (longest - 1) // self.block_size + 1]
+        tables = (tables if self.scale == 1 else tables * self.scale) + shift[:, None]
         common = CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.cpu(),
-            seq_lens=(ends + 1).int(),
-            num_reqs=len(ends),
-            num_actual_tokens=len(position),
+            seq_lens=seen,
+            num_reqs=len(seen),
+            num_actual_tokens=n,
             max_query_len=most,
             max_seq_len=longest,
             block_table_tensor=tables,
             slot_mapping=write,
             causal=True,
         )
-        self.current = Plan(self.builder.build(0, common), place, write, {} if rows.fills else None)
+        self.current = Plan(self.builder.build(0, common), place, write, self._room(rows))
         return self.current
+
+    def _room(self, rows: Rows) -> torch.Tensor | None:
+        of = self.layers[-1]
+        shape = len(self.layer_shift), 2, len(rows.position), of.num_kv_heads, of.head_size
+        return torch.empty(shape, dtype=of.dtype, device=rows.position.device) if rows.fills else None
+
+    def _moves(self, plan: Plan, slots: int) -> bool:
+        """Move a plan so many slots further on, if the backend keeps the tensors that it was given."""
+        shift = slots * self.stride
+        tables = getattr(plan.metadata, "block_table", None)
+        if tables is None or getattr(plan.metadata, "slot_mapping", None) is not plan.write:
+            return False
+        if plan.write is not plan.place:
+            return False
+        if shift:
+            tables += shift
+            plan.place.add_(shift * self.block_size)
+        return True
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
         """`facts` are known to vLLM's layer."""
         plan, of, cache = self.current, self.layers[layer], self.caches[layer]
         assert plan is not None, "attention before a plan"
-        if plan.kept is not None:  # a copy, as compiled code writes over k and v
-            plan.kept[layer] = torch.stack([k, v])
+        if plan.kept is not None and layer >= self.outer:  # a copy, as compiled code writes over k and v
+            torch.stack([k, v], out=plan.kept[layer - self.outer])
         of.impl.do_kv_cache_update(of, k, v, cache, plan.write)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
         return out
 
-    def fill(self, plan: Plan, which: torch.Tensor, empty: torch.Tensor) -> None:
-        """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied."""
-        source = which.repeat_interleave(empty)
-        nth = torch.arange(len(source), device=which.device) - (empty.cumsum(0) - empty).repeat_interleave(empty)
-        place = plan.place[source] + (nth + 1) * self.stride * self.block_size
+    def fill(self, plan: Plan, empty: torch.Tensor) -> None:
+        """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied. All
+        layers at once, as their caches are equally far apart, too."""
         assert plan.kept is not None, "rows that fills were not announced for"
-        for layer, kept in plan.kept.items():
-            of, (k, v) = self.layers[layer], kept.index_select(1, source)
-            of.impl.do_kv_cache_update(of, k, v, self.caches[layer], place)
+        source, further = slots_after(empty)
+        blocks = self.layer_shift + further * self.stride
+        place = plan.place[source] + blocks * self.block_size
+        k, v = (plan.kept[:, n].index_select(1, source).flatten(0, 1) for n in range(2))
+        of = self.layers[-1]
+        of.impl.do_kv_cache_update(of, k, v, self.core, place.flatten())
+
+
+def located(
+    attention: PagedAttention, request: torch.Tensor, position: torch.Tensor, slot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of rows [N]: their place in a cache, how many blocks further on their slot is, how many positions they see."""
+    size, shift = attention.block_size, slot * attention.stride
+    assert attention.tables is not None
+    block = attention.tables[request, position // size].long() * attention.scale + shift
+    return block * size + position % size, shift.int(), (position + 1).int()
 
 
 class Whole(NamedTuple):

@@ -65,7 +65,7 @@ class LaneSteps:
         if [len(groups) for groups in self.attn_groups] != [1]:
             raise ValueError("lanes need one attention backend for all layers")
         builder = self.attn_groups[0][0].get_metadata_builder()
-        parts.attention = PagedAttention(parts.caches, parts.outer, block_size, builder)
+        parts.attention = PagedAttention(parts.caches, parts.outer, block_size, builder, lanes.compile)
         scheduler = self.vllm_config.scheduler_config
         self.sampler_of_lanes = LaneSampler(Sampler(self.model_config.logprobs_mode), lambda: self.input_batch, {})
         self.sampler_of_lanes.requests = self.requests

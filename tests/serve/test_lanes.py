@@ -78,13 +78,23 @@ CASES = {
         "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
     ),
     "relaxed": Case(shape=RELAXED, decoders=("wave",)),
-    "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
-    "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
+    "huginn": Case(
+        "sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}, lanes={"compile": True}
+    ),
+    "ouro": Case(
+        "sandwich",
+        "per-depth",
+        OURO,
+        {**SANDWICH, **CALM},
+        rules=("gate", "fixed", "trace"),
+        lanes={"compile": True},
+    ),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
+    "narrow-plain": Case(policy="last-exited", lanes={"width": 3, "coda_wait": -1, "compile": True}),
     "compiled": Case(
         "gemma3_text", shape=RELAXED, policy="last-exited", lanes={"compile": True}, decoders=("plain", "wave")
     ),

@@ -56,14 +56,12 @@ class Pair:
         self.same()
         if rows.fills:  # of rows at the least slot of their position: those of others are not empty
             key = (rows.request * 10**6 + rows.position) * SLOTS + rows.slot
-            which = torch.tensor(
-                [i for i, one in enumerate(key) if not ((key // SLOTS == one // SLOTS) & (key < one)).any()]
-            )
-            which = which[torch.rand(len(which)) < 0.8]
-            empty = torch.randint(0, SLOTS, (len(which),)).minimum(SLOTS - 1 - rows.slot[which])
+            least = torch.stack([~((key // SLOTS == one // SLOTS) & (key < one)).any() for one in key])
+            some = least & (torch.rand(len(key)) < 0.8)
+            empty = torch.randint(0, SLOTS, (len(key),)).minimum(SLOTS - 1 - rows.slot) * some
             assert len(set(empty.tolist())) > 1
-            self.want.fill(plans[0], which, empty)
-            self.got.fill(plans[1], which, empty)
+            self.want.fill(plans[0], empty)
+            self.got.fill(plans[1], empty)
             self.same()
 
     def same(self) -> None:
