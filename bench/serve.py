@@ -1,7 +1,7 @@
 """`loopwise serve`: the lane engine against one depth for all, side by side.
 
     python bench/serve.py offline [--pairs 7] [--requests 32] [--policy last-exited] [--lora 16] [--eager]
-    python bench/serve.py offline --decode --seats 16 --requests 48 [--policy single]
+    python bench/serve.py offline --decode --seats 16 --requests 48 [--policy single] [--resident 32]
     python bench/serve.py routed  [--pairs 7]
     python bench/serve.py http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
 
@@ -18,7 +18,9 @@ the other in every pair:
     generate    transformers' generate, static batches at full depth (--decode)
 
 Printed: tokens a second, the median ratio to `fixed` with its spread, and its share of the FLOP bound, end to end:
-(all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off. `http` runs
+(all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off; with `--resident`,
+the lane engine holds more requests than a pass has lanes, so that exits wait for others without leaving lanes empty.
+Threads are all that the machine has: `taskset -c 0` measures on one. `http` runs
 `loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at those shares of
 the capacity that `exits` showed, with percentiles of the time to the first token and between tokens. `routed` is
 Mixture-of-Recursions by thresholds, against the same at full recursion.
@@ -175,7 +177,9 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
     from loopwise.serve.engine.kv import KVPolicy
     from loopwise.serve.vllm.lanes import LaneConfig
 
-    lanes = {**options, **LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()}
+    width = options["max_num_seqs"] if args.resident else 0
+    lanes = {**options, **LaneConfig(args.ticks, width, args.coda_wait, compile=not args.eager).flags()}
+    lanes["max_num_seqs"] = args.resident or options["max_num_seqs"]
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
     engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
@@ -186,7 +190,8 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
         systems.append("lora")
     if args.decode:  # exits wait for the last of their token's pass: no successor takes the place that one leaves
         every = LaneConfig(args.ticks, coda_wait=DEPTHS, compile=not args.eager).flags()
-        engines["compaction"] = LLM(str(folders["plain"]), **{**lanes, **every})
+        seats = {"max_num_seqs": options["max_num_seqs"]}
+        engines["compaction"] = LLM(str(folders["plain"]), **{**lanes, **every, **seats})
         generate = transformers_generate(folders["plain"], options["max_num_seqs"])
         systems += ["compaction", "generate"]
 
@@ -429,6 +434,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32, help="offline: requests at once")
     parser.add_argument("--seats", type=int, default=0, help="offline: requests that run at once; 0: all")
+    parser.add_argument(
+        "--resident", type=int, default=0, help="offline: requests in the lane engine, --seats of which have a lane"
+    )
     parser.add_argument(
         "--decode",
         action="store_true",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -117,3 +118,28 @@ def test_a_diffusion_ends_where_positions_do():
     params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3))
     assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 18
     assert torch.isfinite(engine.loop.lanes.s).all()
+
+
+def test_exits_wait_while_passes_are_full_without_them():
+    """With fewer lanes than requests: then no pass is narrower, few are read out alone, and the tokens are the same."""
+    draw = random.Random(0)
+    prompts = [[5, n, 6, 7] for n in range(8)]
+    params = [Params(30, 4, ignore_eos=True, trace=tuple(draw.randint(1, 4) for _ in range(40))) for _ in prompts]
+
+    def run(width: int, measured: bool) -> tuple[list, Counter[int], Counter[int]]:
+        engine = Engine(build(), rows=8, length=64, kv_policy="last-exited", ticks=50, width=width)
+        if measured:
+            free = dict.fromkeys((1, 8), 0.0)
+            engine.loop.costs = Costs(dict.fromkeys((1, 8), 1.0), free)  # nothing is won by waiting in itself
+        done = engine.generate(prompts, params)
+        counts = engine.loop.counts
+        return [(c.tokens, c.depths) for c in done], counts.passes, counts.reads
+
+    whole, _, _ = run(0, False)
+    plain, passes, reads = run(3, False)
+    waiting, same_passes, fewer = run(3, True)
+    assert whole == plain == waiting
+    assert same_passes.total() <= passes.total()
+    assert same_passes[3] >= 0.9 * passes[3]
+    assert fewer.total() < 0.6 * reads.total()
+    assert max(fewer) >= 6
