@@ -20,7 +20,7 @@ from .parts import start
 if TYPE_CHECKING:
     from .loop import Loop
 
-NEVER = 1 << 40  # recurrences after which a lane leaves of itself
+NEVER = 1 << 40  # recurrences after which a lane leaves that does not leave of itself
 FREEZES = ("latent-diff", "acceleration", "token-stability", "fixed")
 
 
@@ -160,7 +160,7 @@ def _append(loop: Loop, row: int, first: int, tokens: torch.Tensor, states: torc
     own = lanes.span(row, first, first + len(tokens))
     position = torch.arange(first, first + len(tokens), device=own.device)
     zero = torch.zeros_like(own)
-    lanes.begin(own, zero + row, position, zero + NEVER, zero, tokens)
+    lanes.begin(own, zero + row, position, torch.full_like(own, NEVER), zero, tokens)
     lanes.stable[own] = 0
     if states is not None:
         lanes.s[own] = lanes.read[own] = states

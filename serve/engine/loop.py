@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -48,22 +48,6 @@ class Chunk(NamedTuple):
     row: int
     first: int
     last: int
-
-
-class Pass(NamedTuple):
-    """Lanes `which` [n] of a pass: row, position and depth of each, whether it has begun and whether it leaves after
-    this one [n], how many leave KV slots empty [], state and input [n, D]. `moved`: as attention.Rows has it."""
-
-    which: torch.Tensor
-    row: torch.Tensor
-    position: torch.Tensor
-    depth: torch.Tensor
-    begun: torch.Tensor
-    leaves: torch.Tensor
-    early: torch.Tensor
-    before: torch.Tensor
-    e: torch.Tensor
-    moved: tuple[Any, int] | None = None
 
 
 @dataclass
@@ -141,7 +125,6 @@ class Loop:
         self.none = torch.empty(0, dtype=torch.long, device=self.device)
         self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.unread = True  # whether a lane may wait to be read out
-        self.again: Pass | None = None  # the next pass, where no lane has left or come
         self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
@@ -155,8 +138,8 @@ class Loop:
             self._try(self.recur_prompts, 6, lone=2)
         self.logits(self.parts, self.lanes.s.new_zeros(2, self.lanes.s.shape[1]))
         lanes, two = self.lanes, torch.arange(2, device=self.device)
-        row, position, depth, _, leaves, _, s = self._enter(self, two)
-        self._settle(self, two, row, position, depth, s, leaves)
+        row, position, depth, begun, _, s, _ = self._enter(self, two)
+        self._settle(self, two, row, position, depth, s, begun)
         self._put_out(self, two)
         self._start(self, two, row, position, depth, self.always[:2])
         for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
@@ -235,24 +218,24 @@ class Loop:
         requests.count.zero_()
         requests.live.zero_()
         requests.live[live] = requests.remaining[live] > 0
-        self.unread, self.again = True, None
+        self.unread = True
         self._weigh()
-        tick = 0
-        while (tick < self.ticks or self.chunks) and self.tick():
-            tick += 1
+        left = self.ticks
+        while (left > 0 or self.chunks) and (passes := self.tick(max(left, 1))):
+            left -= passes
 
-    def tick(self) -> bool:
-        """One core pass and what follows from it. Returns whether there was anything to do."""
-        now = self.again or self._pass()
-        if now:
-            self._recur(now)
-        waiting = self._ready(idle=not now)
+    def tick(self, most: int) -> int:
+        """Passes of the core, `most` at most, until a lane leaves, and what follows from it. Returns how many; 1, too,
+        where there was only something to read out; 0 where nothing is left to do."""
+        lanes = self._runnable()
+        passes = self._recur(lanes, most) if len(lanes) else 0
+        waiting = self._ready(idle=not passes)
         ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
             self._read_out(waiting, ahead)
         if self.waves:
             self._refine()
-        return bool(now or len(waiting))
+        return passes or int(len(waiting) > 0)
 
     def _weigh(self) -> None:
         """How long exits wait in this step, by the load of the steps before."""
@@ -296,33 +279,38 @@ class Loop:
         self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
         return torch.cat([chosen.sort().values, which[len(own) :]])
 
-    def _pass(self) -> Pass | None:
-        """The next pass; None where no lane runs."""
-        which = self._runnable()
-        if not len(which):
-            return None
-        facts = self._enter(self, which)
-        return Pass(which, *facts, e=self.lanes.e.index_select(0, which) if self.keeps_input else facts[-1])
-
-    def _recur(self, now: Pass) -> None:
+    def _recur(self, which: torch.Tensor, most: int) -> int:
+        """Run lanes `which` [n] to the first exit, in `most` passes at most. Returns how many."""
         lanes, requests, policy = self.lanes, self.requests, self.policy
-        which, row, position, depth, begun, leaves, early, before, e, moved = now
+        row, position, depth, begun, left, before, counts = self._enter(self, which)
+        until, early = counts.tolist()
+        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+        special = rules or self.routing or self.waves or self.in_use["wave"]  # what looks at lanes after every pass
+        passes = 1 if special or self.unread else min(until, most)
         pass_of = depth
         if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
-        slot, writes = policy.slot(pass_of), policy.writes(pass_of)
-        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
-        fills = policy.fills and (bool(rules) or int(early) > 0)
-        plan = self.attention.plan(Rows(requests.table, row, place, slot, writes, alone, fills, moved))
-        inputs = self.parts, before, e, position, begun, pass_of
+        e = lanes.e.index_select(0, which) if self.keeps_input else before
         own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
-        if len(which) - own >= PROMPT:
-            after = self.recur_prompts(*inputs, pass_of[: max(own, 1)])
-        else:
-            after = self.recur(*inputs)
-        self.counts.passes[len(which)] += 1
+        fills = policy.fills and (bool(rules) or (early > 0 and passes == until))
+        after, plan = before, None
+        for last in range(passes - 1, -1, -1):
+            if plan is not None:
+                begun, depth = self.always[: len(which)], depth + 1
+                pass_of, before = depth, after
+            slot, writes = policy.slot(pass_of), policy.writes(pass_of)
+            moved = (plan, policy.step) if plan is not None and policy.step is not None else None
+            rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved)
+            plan = self.attention.plan(rows)
+            inputs = self.parts, before, e if self.keeps_input else before, position, begun, pass_of
+            if len(which) - own >= PROMPT:
+                after = self.recur_prompts(*inputs, pass_of[: max(own, 1)])
+            else:
+                after = self.recur(*inputs)
+        self.counts.passes[len(which)] += passes
+        leaves = left <= passes
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
@@ -336,21 +324,18 @@ class Loop:
             )
             converged = self.rules.check(rules, which, rule, requests.threshold[row], readings)
             leaves = leaves | (converged & (depth + 1 >= requests.minimum[row]))
-        counts, empty, *then = self._settle(self, which, row, position, depth, after, leaves)
-        exits, stopped, empties = counts.tolist()
+        counts, empty = self._settle(self, which, row, position, depth, after, leaves)
+        exits, empties = counts.tolist()
         self.unread |= exits > 0
-        self.again = None
-        if not (exits or stopped or self.waves or self.in_use["wave"] or self.routing):
-            begun, (depth, leaves, early) = self.always[: len(which)], then
-            moved = None if policy.step is None else (plan, policy.step)
-            self.again = Pass(which, row, position, depth, begun, leaves, early, after, e, moved)
         if not self.chunks:
-            self.load = [a + b for a, b in zip(self.load, (1, len(which), exits), strict=True)]
+            new = (passes, passes * len(which), exits)
+            self.load = [a + b for a, b in zip(self.load, new, strict=True)]
         if exits and self.routing:
             gone = which[leaves]
             lanes.left[gone] = self.routing.recurrences(gone, lanes.depth[gone])
         if empties:
             self.attention.fill(plan, empty)
+        return passes
 
     def _ready(self, idle: bool) -> torch.Tensor:
         """Lanes to be read out now: prompts that are through, and, when enough of them wait, the others."""
@@ -456,7 +441,6 @@ class Loop:
         on."""
         row, position, tokens, stopped = self._put_out(self, which)
         if bool(stopped.any()):
-            self.again = None  # other lanes of the row may run
             row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
         return row, position, tokens
 
@@ -488,7 +472,7 @@ class Loop:
     ) -> None:
         """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
         whatever its rule."""
-        lanes, self.again = self.lanes, None
+        lanes = self.lanes
         x = self.prelude(tokens, row, position)
         if self.keeps_input:
             lanes.e.index_copy_(0, where, x)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .diffusion import NEVER
 from .exits import NUMBER
 
 if TYPE_CHECKING:
@@ -17,15 +18,19 @@ if TYPE_CHECKING:
 
 
 def enter(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Lanes `which` [n] take part in a pass. Returns row, position and depth of each, whether it has begun and whether
-    it leaves after this one [n], how many leave KV slots empty [], and the states [n, D]."""
+    """Lanes `which` [n] go on. Returns row, position and depth of each, whether it has begun, the passes after which it
+    leaves [n], and its state [n, D]; after how many the first one leaves or stops, and how many leave KV slots empty
+    there [2]."""
     lanes = loop.lanes
     row, depth = lanes.row[which], lanes.depth[which]
-    leaves = depth + 1 >= lanes.target[which]
-    if loop.policy.complete:
-        leaves = leaves & ~lanes.exited[which]
-    early = (leaves & (depth + 1 < loop.requests.limit[row])).sum()
-    return row, lanes.position[which], depth, depth > 0, leaves, early, lanes.s[which]
+    limit, left = loop.requests.limit[row], lanes.target[which] - depth
+    until = left.min()
+    if loop.policy.complete:  # those that have left run to their limit
+        exited = lanes.exited[which]
+        until = torch.where(exited, limit - depth, left).min()
+        left = torch.where(exited, NEVER, left)
+    early = (left == until) & (depth + until < limit)
+    return row, lanes.position[which], depth, depth > 0, left, lanes.s[which], torch.stack([until, early.sum()])
 
 
 def settle(
@@ -37,13 +42,13 @@ def settle(
     after: torch.Tensor,
     leaves: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """A pass has brought lanes `which` [n] to `after` [n, D], and some leave. Returns how many do, how many run no
-    longer, and how many KV slots are left empty [3]; how many [n] by each; and of the next pass, if all stay, depth and
-    leaves [n], and how many leave slots empty []."""
+    """Passes have brought lanes `which` [n], of which the last was at `depth` [n], to `after` [n, D], and some leave.
+    Returns how many do, and how many KV slots are left empty [2]; and how many [n] by each."""
     lanes, requests, policy = loop.lanes, loop.requests, loop.policy
     own, done, limit = which < lanes.own, depth + 1, requests.limit[row]
     # Of the lanes with a complete policy, only those of a diffusion have a target beyond the limit.
     runs = (done < limit) | (lanes.target[which] > limit) if policy.complete else ~leaves
+    passes = own * (done - lanes.depth[which])
     waits = leaves & ((requests.wave[row] == 1) | ~own)  # a wave is read out after every pass
     lanes.s.index_put_((which,), after)
     if policy.complete:  # runs on, and changes its state
@@ -56,16 +61,12 @@ def settle(
     silent = leaves & ~lanes.emits[which]
     requests.trace.index_put_((row, position), torch.where(silent, done.int(), requests.trace[row, position]))
     rows = torch.arange(len(requests.items), device=row.device)
-    lanes_of = ((row[:, None] == rows) & own[:, None]).sum(0)
-    requests.items += lanes_of
-    requests.ticks += lanes_of > 0
-    requests.phase += (lanes_of > 0) & requests.refines
+    passes_of = torch.where(row[:, None] == rows, passes[:, None], 0)
+    requests.items += passes_of.sum(0)
+    requests.ticks += passes_of.amax(0)
+    requests.phase += passes_of.amax(0) * requests.refines
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
-    following = done + 1 >= lanes.target[which]
-    if policy.complete:
-        following = following & ~lanes.exited[which]
-    early = (following & (done + 1 < limit)).sum()
-    return torch.stack([leaves.sum(), (~runs).sum(), empty.sum()]), empty, done, following, early
+    return torch.stack([leaves.sum(), empty.sum()]), empty
 
 
 def emit(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -129,8 +129,7 @@ def test_exits_wait_while_passes_are_full_without_them():
     def run(width: int, measured: bool) -> tuple[list, Counter[int], Counter[int]]:
         engine = Engine(build(), rows=8, length=64, kv_policy="last-exited", ticks=50, width=width)
         if measured:
-            free = dict.fromkeys((1, 8), 0.0)
-            engine.loop.costs = Costs(dict.fromkeys((1, 8), 1.0), free)  # nothing is won by waiting in itself
+            engine.loop.costs = Costs({1: 1.0, 8: 1.0}, {1: 0.0, 8: 0.0})  # nothing is won by waiting in itself
         done = engine.generate(prompts, params)
         counts = engine.loop.counts
         return [(c.tokens, c.depths) for c in done], counts.passes, counts.reads
