@@ -45,11 +45,12 @@ class Defaults:
         policy = self.policy
         cache = "" if policy.shares else "; keys and values are packed: no prefix cache"
         cache = "; slots are overwritten: whole prompts, no prefix cache" if policy.overwrites else cache
+        width = f", passes of {self.lanes.width} lanes" if self.lanes.width else ""
         return (
             f"engine=lanes: num_recurrences={config['num_recurrences']} (a request may ask for 1 to "
             f"{config['max_recurrences']}), exit_rule={exit['rule']}{threshold}, min_recurrences="
             f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to wave="
-            f"{self.lanes.wave} tokens of a request in flight), {self.lanes.ticks} ticks a step{cache}"
+            f"{self.lanes.wave} tokens of a request in flight), {self.lanes.ticks} ticks a step{width}{cache}"
         )
 
 
@@ -96,11 +97,17 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     lanes = LaneConfig(
         recipe.ticks,
+        recipe.width,
         coda_wait=MEASURED if recipe.coda_wait is None else recipe.coda_wait,
         decoder=recipe.decoder,
         wave=recipe.wave,
-        budget=MEASURED if recipe.width is None else recipe.width,
+        budget=MEASURED if recipe.budget is None else recipe.budget,
     )
+    if policy == "per-depth" and 0 < lanes.width < most:
+        raise UserError(
+            f"width={lanes.width}: kv_policy=per-depth has up to {most} lanes of a request in flight; "
+            f"width={most} or more, or 0 for no bound"
+        )
     values = {"exit_rule": rule, "exit_threshold": exit["threshold"], "min_recurrences": exit["min_recurrences"]}
     try:
         limits = limits_of({**vars(facts), **config}, lanes)

@@ -30,7 +30,10 @@ class ServeRecipe(Section):
         "plain", description="of a request that names none; wave: several tokens in flight, the same text"
     )
     wave: Count = Field(8, description="most tokens of a request in flight")
-    width: Integer | None = Field(
+    width: Integer = Field(
+        0, ge=0, description="most lanes of a pass beside prompts'; more requests take turns; 0 for no bound"
+    )
+    budget: Integer | None = Field(
         None, ge=0, description="lanes of a pass that waves may fill; 0 for no bound; default measured at the start"
     )
     coda_wait: Integer | None = Field(

@@ -326,7 +326,7 @@ class LaneWork:
             loop.costs = costs
         if group.is_first_rank:
             at = ", ".join(f"{n}: {s * 1e3:.1f} + {costs.reads[n] * 1e3:.1f}" for n, s in costs.passes.items())
-            width = f"waves fill a pass up to width={loop.budget} lanes; " if lanes.budget == MEASURED else ""
+            width = f"waves fill a pass up to budget={loop.budget} lanes; " if lanes.budget == MEASURED else ""
             print(f"loopwise: {width}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 

@@ -130,6 +130,7 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
         ({}, ["exit_rule=cosine", "exit_threshold=-1"], "exit_threshold=-1.0: at least 0"),
         ({}, ["kv_policy=double"], "kv_policy='double': choose from per-depth, last-exited"),
         ({}, ["num_recurrences=3", "max_recurrences=2"], "num_recurrences=3"),
+        ({}, ["kv_policy=per-depth", "max_recurrences=6", "width=5"], "width=6 or more, or 0 for no bound"),
     ],
 )
 def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path, fields, settings, said):
@@ -151,6 +152,7 @@ def test_says_what_it_picked():
     assert "decoder=wave (up to wave=5 tokens of a request in flight), 16 ticks a step" in line(
         facts, decoder="wave", wave=5
     )
+    assert "16 ticks a step, passes of 12 lanes" in line(facts, width=12)
     assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
     assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")
     sequence = Facts("llama", 3, 8, "per-depth", {}, False, "sequence")
@@ -404,7 +406,7 @@ def test_a_request_chooses_its_decoder(client, model, server, place):
     name = 'loopwise:{}_total{{decoder="{}",model_name="tiny"}}'
     assert float(metrics[name.format("sequential_passes", "wave")]) >= usage["wave"]["sequential"]
     assert float(metrics[name.format("decoded_tokens", "diffusion")]) >= 24
-    assert "loopwise: waves fill a pass up to width=" in server.log.read_text()
+    assert "loopwise: waves fill a pass up to budget=" in server.log.read_text()
 
 
 @needs_vllm
