@@ -11,9 +11,10 @@ import torch
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
 from .engine.admission import refusal
-from .engine.attention import attention_for
+from .engine.attention import TorchAttention, attention_for
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
+from .engine.graphs import Graphs, on_cuda
 from .engine.kv import KVPolicy, policy_of
 from .engine.lanes import Request
 from .engine.loop import Loop, Prompt
@@ -71,7 +72,9 @@ class Engine:
     """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
 
     `rows` requests run at once, each of at most `length` positions; `kv_policy` and `max_recurrences` default to the
-    model's. Raises UserError for a model that cannot be served so.
+    model's. `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
+    starts at once; the first pass of a size records it, and they hold as much memory as the widest such pass needs, and
+    a little for each size. Raises UserError for a model that cannot be served so.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         wave: int = 1,
         dtype: str | None = None,
         compile: bool = False,
+        cuda_graphs: bool = True,
     ):
         self.tokenizer = None
         if isinstance(model, str | Path):
@@ -135,6 +139,8 @@ class Engine:
             )
             if compile:
                 self.loop.warm_up()
+            if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # which waits for the device
+                self.loop.graphs = Graphs(self.loop, on_cuda(like.device))
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
             self.loop.requests.table.copy_(table.view(rows, blocks))
         self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes

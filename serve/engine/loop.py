@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from .compiled import ALONE, compiled
 from .costs import Costs
 from .diffusion import Diffusion, Wave, refine
 from .exits import NUMBER, RULES, ExitRules, Readings
+from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, logits, read_out, recur, start
@@ -61,7 +62,8 @@ class Counts:
 class Loop:
     """All resident requests at once. `rows` requests of up to `length` positions, with `prompt_lanes` for prompt tokens
     in flight; a step has `ticks`. An exit waits at most `coda_wait` ticks for others that are read out with it; with
-    `costs` (an attribute), as many as the load makes worth while.
+    `costs` (an attribute), as many as the load makes worth while. With `graphs` (an attribute), passes that fit them
+    are replayed.
 
     The caller keeps `requests.table` (block tables) right, with room for `ticks` more positions of every live row.
     """
@@ -106,6 +108,7 @@ class Loop:
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
+        self.graphs: Graphs | None = None
         self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
         self.diffusions: dict[int, Diffusion] = {}  # by row
         self.waves: dict[int, Wave] = {}
@@ -303,27 +306,12 @@ class Loop:
             slot, writes = policy.slot(pass_of), policy.writes(pass_of)
             moved = (plan, policy.step) if plan is not None and policy.step is not None else None
             rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved)
-            plan = self.attention.plan(rows)
-            inputs = self.parts, before, e if self.keeps_input else before, position, begun, pass_of
-            if len(which) - own >= PROMPT:
-                after = self.recur_prompts(*inputs, pass_of[: max(own, 1)])
-            else:
-                after = self.recur(*inputs)
-        self.counts.passes[len(which)] += passes
+            plan, after = self._pass(rows, own, before, e if self.keeps_input else before, position, begun, pass_of)
         leaves = left <= passes
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
-            free = (lanes.free[which] > 0) & ~lanes.exited[which]
-            rule = torch.where(free, requests.rule[row], NUMBER["fixed"])
-            readings = Readings(
-                before,
-                after,
-                lambda some: self.parts.gate(after[some]),
-                lambda some: self.logits(self.parts, self._coda(after[some], row[some], position[some])),
-            )
-            converged = self.rules.check(rules, which, rule, requests.threshold[row], readings)
-            leaves = leaves | (converged & (depth + 1 >= requests.minimum[row]))
+            leaves = leaves | self._converged(rules, which, row, position, depth, before, after)
         counts, empty = self._settle(self, which, row, position, depth, after, leaves)
         exits, empties = counts.tolist()
         self.unread |= exits > 0
@@ -336,6 +324,49 @@ class Loop:
         if empties:
             self.attention.fill(plan, empty)
         return passes
+
+    def _pass(
+        self,
+        rows: Rows,
+        own: int,
+        s: torch.Tensor,
+        e: torch.Tensor,
+        position: torch.Tensor,
+        begun: torch.Tensor,
+        depth: torch.Tensor,
+    ) -> tuple[Any, torch.Tensor]:
+        """One pass of the core over `rows`, of which the first `own` are no prompts'; the rest as in parts.recur.
+        Returns attention's plan and the new states [n, D]."""
+        self.counts.passes[len(s)] += 1
+        prompts = len(s) - own >= PROMPT
+        if self.graphs and not prompts and self.graphs.fit(len(s)):
+            return self.graphs(rows, s, e, position, begun, depth)
+        plan = self.attention.plan(rows)
+        if prompts:
+            return plan, self.recur_prompts(self.parts, s, e, position, begun, depth, depth[: max(own, 1)])
+        return plan, self.recur(self.parts, s, e, position, begun, depth)
+
+    def _converged(
+        self,
+        rules: set[str],
+        which: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        depth: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+    ) -> torch.Tensor:
+        """Whether lanes `which` [n] are to leave by their `rules`."""
+        free = (self.lanes.free[which] > 0) & ~self.lanes.exited[which]
+        rule = torch.where(free, self.requests.rule[row], NUMBER["fixed"])
+        readings = Readings(
+            before,
+            after,
+            lambda some: self.parts.gate(after[some]),
+            lambda some: self.logits(self.parts, self._coda(after[some], row[some], position[some])),
+        )
+        converged = self.rules.check(rules, which, rule, self.requests.threshold[row], readings)
+        return converged & (depth + 1 >= self.requests.minimum[row])
 
     def _ready(self, idle: bool) -> torch.Tensor:
         """Lanes to be read out now: prompts that are through, and, when enough of them wait, the others."""

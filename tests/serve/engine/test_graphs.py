@@ -1,0 +1,205 @@
+"""Passes that are padded and replayed from tensors that stay, on the CPU: all of CUDA graphs but CUDA."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from loopwise.serve import Engine, Params
+from loopwise.serve.engine.attention import Rows
+from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.graphs import Graphs, padded
+from tests.serve.engine.test_engine import RELAXED, ROUTERS, build, requests
+from tests.tiny import VOCAB
+
+
+def run_once(function: Callable[[], None]) -> Callable[[], Any]:
+    """As recording on a GPU does, which runs what it records."""
+    function()
+    return function
+
+
+def engine(model: Any, most: int | None, **options: Any) -> Engine:
+    """With graphs of up to `most` rows, or none; its caches hold random values."""
+    made = Engine(model, rows=5, length=100, ticks=3, **options)
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(0)
+        for cache in caches(made):
+            cache.normal_(generator=generator)
+        if most is not None:
+            made.loop.graphs = Graphs(made.loop, run_once, most)
+    return made
+
+
+def caches(of: Engine) -> list[torch.Tensor]:
+    return [cache for layer in of.loop.attention.caches for cache in layer]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def compare(
+    make: Callable[[], Any], prompts: list, params: Any, most: int = 256, wide: bool = True, **options: Any
+) -> Engine:
+    """Completions are the same with graphs and without; caches too, to the bit where nothing has been written. Returns
+    the engine with graphs."""
+    plain, ours = engine(make(), None, **options), engine(make(), most, **options)
+    blank = [cache.clone() for cache in caches(plain)]
+    want, got = plain.generate(prompts, params), ours.generate(prompts, params)
+    assert got == want
+    written = 0
+    for before, a, b in zip(blank, caches(plain), caches(ours), strict=True):
+        untouched = (a == before).flatten(2).all(-1)
+        assert torch.equal(b[untouched], before[untouched])
+        torch.testing.assert_close(b, a, atol=2e-4, rtol=2e-4)
+        written += int((~untouched).sum())
+    assert written
+    passes = ours.loop.counts.passes
+    assert passes == plain.loop.counts.passes
+    assert ours.loop.graphs is not None
+    if wide:
+        assert {size for size, _ in ours.loop.graphs.replays} == {padded(n) for n in passes if n <= most}
+    assert any(padded(n) > n for n in passes if n <= most)
+    return ours
+
+
+MODELS = {
+    "huginn-like": {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
+    "lora": {"relaxation": {**RELAXED, "own": [], "dora": False}, "recurrence_norm": "between"},
+    "dora": {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
+def test_policies_and_exit_rules(policy, kind):
+    prompts, params = requests(21, 10, policy, ["fixed", "latent-diff", "cosine", "kl"])
+    done = compare(lambda: build(**MODELS[kind]), prompts, params, wide=kind == "huginn-like", kv_policy=policy)
+    graphs = done.loop.graphs
+    assert graphs is not None
+    assert len({size for size, _ in graphs.replays}) > 3
+    assert {alone for _, alone in graphs.replays} == ({False} if policy == "per-depth" else {False, True})
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+def test_waves_and_diffusion_beside_plain_requests(policy):
+    model = lambda: build(**MODELS["lora"])  # noqa: E731
+    prompts, params = requests(22, 9, policy, ["fixed", "latent-diff"])
+    params = [replace(p, max_tokens=9) for p in params]
+    for n in range(0, 9, 3):
+        params[n] = replace(params[n], decoder="wave", wave=5)
+        params[n + 1] = Params(
+            9, 4, 1, "fixed", 0.0, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.5)
+        )
+    compare(model, prompts, params, wide=False, kv_policy=policy, wave=6, width=13)
+
+
+@pytest.mark.parametrize("kind", list(ROUTERS))
+def test_routed_models(kind):
+    def model() -> Any:
+        made = build(num_recurrences=3, max_recurrences=3, injection="none", router=ROUTERS[kind])
+        with torch.no_grad():
+            for name, parameter in made.router.named_parameters():
+                parameter *= 3 if "networks" in name or "auxiliary" in name else 1
+        return made
+
+    draw = random.Random(23)
+    prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 9)))] for _ in range(7)]
+    compare(model, prompts, Params(10, ignore_eos=True), prompt_lanes=20)
+
+
+def test_passes_beyond_the_most_run_without():
+    prompts, params = requests(24, 8, "last-exited", ["fixed", "latent-diff"])
+    done = compare(build, prompts, params, most=16, kv_policy="last-exited")
+    assert max(done.loop.counts.passes) > 16
+
+
+def test_sizes():
+    want = {
+        1: 1,
+        2: 2,
+        3: 4,
+        4: 4,
+        5: 8,
+        8: 8,
+        9: 16,
+        16: 16,
+        17: 24,
+        57: 64,
+        64: 64,
+        65: 96,
+        96: 96,
+        97: 128,
+        256: 256,
+    }
+    assert {n: padded(n) for n in want} == want
+
+
+def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
+    """A pass of rows at positions 3, 4, ... of all requests."""
+    generator = torch.Generator().manual_seed(seed)
+    s, e = torch.randn(2, n, graphs.s.shape[1], generator=generator)
+    at = torch.arange(n)
+    request, position, depth = at % 5, at // 5 + 3, at % 3
+    order = (request * 4 + depth).argsort(stable=True)
+    request, position, depth = request[order], position[order], depth[order]
+    rows = Rows(graphs.loop.requests.table, request, position, depth, write)
+    plan, out = graphs(rows, s, e, position, depth > 0, depth)
+    graphs.loop.attention.fill(plan, (depth == 1).long())
+    return out
+
+
+@torch.inference_mode()
+def test_what_an_earlier_and_larger_pass_left_changes_nothing():
+    used, fresh = (engine(build(), 256, kv_policy="last-exited") for _ in range(2))
+    assert used.loop.graphs is not None
+    assert fresh.loop.graphs is not None
+    first = call(used.loop.graphs, 16, seed=1)
+    kept = first.clone()
+    for ours, theirs in zip(caches(used), caches(fresh), strict=True):
+        theirs.copy_(ours)
+    before = [cache.clone() for cache in caches(used)]
+    for n, write in ((11, None), (9, torch.arange(9) % 2 == 0), (3, None), (1, None)):
+        assert torch.equal(call(used.loop.graphs, n, write), call(fresh.loop.graphs, n, write))
+        assert all(torch.equal(a, b) for a, b in zip(caches(used), caches(fresh), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(caches(used), before, strict=True))
+    assert torch.equal(first, kept), "a result is not overwritten by later passes"
+    assert list(used.loop.graphs.replays) == [(16, False), (4, False), (1, False)]
+
+
+@torch.inference_mode()
+def test_rows_that_pad_write_nothing():
+    """Nothing is written at all, where no real row writes either."""
+    made = engine(build(), 256, kv_policy="last-exited")
+    graphs = made.loop.graphs
+    assert graphs is not None
+    before = [cache.clone() for cache in caches(made)]
+    at = torch.tensor([4, 0, 2])
+    for _ in range(2):
+        s, e = torch.randn(2, 3, graphs.s.shape[1])
+        graphs(Rows(made.loop.requests.table, at, at, at * 0, at < 0, True), s, e, at, at > 0, at * 0)
+    assert all(torch.equal(a, b) for a, b in zip(caches(made), before, strict=True))
+
+
+def test_a_pass_that_cannot_be_recorded_runs_without():
+    def refuse(function: Callable[[], None]) -> Callable[[], Any]:
+        function()
+        raise RuntimeError("it waits")
+
+    prompts, params = requests(25, 6, "single", ["fixed", "latent-diff"])
+    made = engine(build(), None, kv_policy="single")
+    with torch.inference_mode():
+        made.loop.graphs = graphs = Graphs(made.loop, refuse)
+    with pytest.warns(UserWarning, match="without CUDA graphs, as one of .* has none: it waits") as told:
+        got = made.generate(prompts, params)
+    assert len(told) == len(graphs.replays) == 1
+    assert got == engine(build(), None, kv_policy="single").generate(prompts, params)
+
+
+def test_parameters_of_a_depths_own_are_not_for_graphs():
+    made = engine(build(relaxation={**RELAXED, "dora": False}), 256)
+    made.generate([[5, 6, 7]], Params(3, 4, ignore_eos=True))
+    assert made.loop.graphs is not None
+    assert not made.loop.graphs.replays
