@@ -8,7 +8,7 @@ mean (3/8 of the most by default). All systems run the same requests, one after 
 is the median ratio, its spread, and the share of the FLOP bound (F0 + R Fr) / (F0 + E[d] Fr). Shapes are those of a
 small Llama (d=1024, a core of 4 layers, 8,192 tokens, R=8), of Ouro 1.4B (R=4) and of Huginn (3.5B, R=32), and one to
 try the script with. It runs on the GPU if there is one, and prints then, too, how much of a tick the GPU idles, waiting
-for the host; `--attention torch` leaves the Triton kernels out.
+for the host; `--attention torch` leaves the Triton kernels out, and `--no-graphs` the CUDA graphs.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--attention", choices=["auto", "torch"], default="auto")
+    parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--mean", type=float)
@@ -139,7 +140,7 @@ def main() -> None:
     for policy in args.policy.split(","):
         model = make(shape, args.lora, torch.bfloat16, device)
         options = {"rows": args.batch, "length": 128, "kv_policy": policy, "coda_wait": args.coda_wait}
-        engine = Engine(model, **options)
+        engine = Engine(model, **options, cuda_graphs=not args.no_graphs)
         core = parameters(model.core, model.injection)
         once = parameters(model.prelude, model.coda, model.get_output_embeddings())
         bound = (once + shape.depths * core) / (once + mean * core)

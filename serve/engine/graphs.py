@@ -71,7 +71,7 @@ class Graphs:
         key = padded(n), rows.alone
         if key not in self.replays:
             self._add(*key)
-        # Other rows are position 0 of request 0, which exists, and write nothing. One that follows another is no run.
+        # Other rows write nothing, and read as little as there is: position 0 of request 0. Two of them are no run.
         self.numbers[:, n : key[0]] = 0
         self.flags[:, n : key[0]] = False
         self.numbers[:, :n] = torch.stack([rows.request, rows.position, rows.slot, position, depth])

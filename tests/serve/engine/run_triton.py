@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import interpreter_builder
 
 from loopwise.serve import Engine, offline
+from loopwise.serve.engine import triton_attention
 from loopwise.serve.engine.attention import Rows, TorchAttention
+from loopwise.serve.engine.graphs import Graphs
 from loopwise.serve.engine.triton_attention import TritonAttention
-from tests.serve.engine.test_engine import build, requests
+from tests.serve.engine.test_engine import RELAXED, build, requests
 
 SLOTS, OUTER = 3, 1
 
@@ -151,3 +154,76 @@ def test_the_engine_puts_out_the_same_tokens(model_type, policy, decoder, monkey
         answers.append([(c.tokens, c.depths, c.passes) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert len({depth for _, depths, _ in answers[0] for depth in depths}) > 1
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what would wait for a GPU: values that the host reads, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "repeat_interleave", "equal")
+        if name in waits or any(t is not None and t.dtype == torch.bool for t in indices):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_it_knows_what_waits():
+    ones = torch.ones(3)
+    for look in (lambda: int(ones[0]), lambda: ones.nonzero(), lambda: ones[ones > 0], lambda: bool(ones.any())):
+        with pytest.raises(AssertionError, match="waits"), NoHost():
+            look()
+
+
+@pytest.mark.parametrize(("policy", "lora"), [("per-depth", False), ("last-exited", True)])
+def test_what_graphs_record_never_waits_and_gives_the_same_tokens(policy, lora, monkeypatch):
+    """Padded passes; and every replay would launch what the recording did: same kernels, grids and arguments."""
+    monkeypatch.setattr(offline, "attention_for", lambda device: TritonAttention)
+    fields = {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"} if lora else {}
+    prompts, params = requests(15, 4, policy, ["fixed", "latent-diff"], depth=3)
+    params = [replace(p, max_tokens=min(p.max_tokens, 3)) for p in params]
+    launched: list[Any] = []
+    for name in ("_write", "_attend", "_merge"):
+        kernel = getattr(triton_attention, name)
+        monkeypatch.setattr(triton_attention, name, Noted(kernel, launched))
+    answers, replays = [], 0
+    for graphs in (False, True):
+        engine = Engine(build(**fields), rows=3, length=60, kv_policy=policy, ticks=3)
+
+        def record(function: Any) -> Any:
+            first: list[Any] = []
+
+            def run() -> None:
+                nonlocal replays
+                launched.clear()
+                with NoHost():
+                    function()
+                replays += bool(first)
+                first[:] = first or launched
+                assert launched == first
+
+            run()
+            return run
+
+        if graphs:
+            with torch.inference_mode():
+                engine.loop.graphs = Graphs(engine.loop, record)
+        answers.append([(c.tokens, c.depths) for c in engine.generate(prompts, params)])
+    assert answers[0] == answers[1]
+    assert replays > 3
+    assert len(launched) > 2
+
+
+class Noted:
+    """A kernel that notes how it is launched: of tensors their shapes and strides."""
+
+    def __init__(self, kernel: Any, launched: list[Any]):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            what = [(tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
+            self.launched.append((grid, what, kwargs))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch

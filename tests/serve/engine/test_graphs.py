@@ -81,6 +81,7 @@ def test_policies_and_exit_rules(policy, kind):
     assert graphs is not None
     assert len({size for size, _ in graphs.replays}) > 3
     assert {alone for _, alone in graphs.replays} == ({False} if policy == "per-depth" else {False, True})
+    assert all(plan.rows.alone == alone for (_, alone), plan in graphs.plans.items())
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
@@ -147,6 +148,7 @@ def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 
     request, position, depth = request[order], position[order], depth[order]
     rows = Rows(graphs.loop.requests.table, request, position, depth, write)
     plan, out = graphs(rows, s, e, position, depth > 0, depth)
+    assert not plan.rows.position[n:].any(), "what nobody asked for reads one key"
     graphs.loop.attention.fill(plan, (depth == 1).long())
     return out
 
