@@ -1,9 +1,10 @@
-"""Which decoders go with a model, its KV policy and a request."""
+"""Which decoders and exits of prompts go with a model, its KV policy and a request."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .exits import RULES
 from .kv import KVPolicy
 from .lanes import Request
 
@@ -26,9 +27,16 @@ def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
     return reasons
 
 
+def prompt_rules(policy: KVPolicy, config: Any) -> tuple[str, ...]:
+    """The rules that may end prompt positions, too. Those that read logits read them through the coda, whose keys and
+    values of a prompt's other positions are of the depth that these are at: another one where a prompt is cut."""
+    whole = policy.overwrites or not config.coda
+    return tuple(name for name, rule in RULES.items() if whole or rule.reads != "logits")
+
+
 def refusal(loop: Loop, request: Request) -> str | None:
-    """Why a request's decoder does not go with the loop's model, its KV policy or the request itself; None if it
-    does."""
+    """Why a request's decoder or exits do not go with the loop's model, its KV policy or the request itself; None if
+    they do."""
     diffusion = request.diffusion
     if loop.routing and (request.rule != "fixed" or request.trace):
         return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
@@ -36,6 +44,8 @@ def refusal(loop: Loop, request: Request) -> str | None:
         return f"wave={request.wave}: the engine was made for 1 to {loop.wave} positions in flight"
     if (request.wave > 1 or diffusion) and request.fenced:
         return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
+    if request.prompt_exit and request.rule not in (may := prompt_rules(loop.policy, loop.parts.config)):
+        return f"prompt_exit with exit_rule={request.rule!r} reads logits through a coda: choose from {', '.join(may)}"
     decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
     if reason := unfit(loop.policy, loop.parts.config).get(decoder):
         return reason

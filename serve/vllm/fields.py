@@ -35,7 +35,8 @@ class FieldError(ValueError):
 class Limits:
     """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `rule`
     and `decoder` are those of a request that names none, `wave` the most positions in flight; `unfit` decoders do not
-    go with it, for a reason. `routed`: tokens have the depth that a router gives them."""
+    go with it, for a reason. `routed`: tokens have the depth that a router gives them. `prompt_rules` may end prompt
+    tokens, too; None: all."""
 
     num_recurrences: int
     max_recurrences: int
@@ -47,6 +48,7 @@ class Limits:
     wave: int = 8
     unfit: dict[str, str] = field(default_factory=dict)
     routed: bool = False
+    prompt_rules: tuple[str, ...] | None = None
 
 
 def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
@@ -98,6 +100,13 @@ def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             "prompt_exit",
             "prompt_exit=True: this model's kv_policy is 'per-depth', which writes every depth of a prompt; it saves "
             "work with 'last-exited' only",
+        )
+    rule, may = values.get("exit_rule", limits.rule), limits.prompt_rules
+    if values.get("prompt_exit") and may is not None and rule not in may:
+        raise FieldError(
+            "prompt_exit",
+            f"prompt_exit=True: exit_rule={rule!r} reads logits through this model's coda, which says something else "
+            f"where a prompt is cut into chunks; choose exit_rule from {', '.join(may)}",
         )
     if "trace" in values:
         _check_trace(values["trace"], values, most)

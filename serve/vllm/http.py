@@ -195,7 +195,7 @@ def install(metrics: Callable | None) -> list[bool]:
         return stream if spent is None else spent.follow(stream)
 
     def end(self, *args, **kwargs):
-        dead.append(self.errored)
+        dead.append(hasattr(self, "engine_core") and self.errored)  # which one that did not start has not
         return shutdown(self, *args, **kwargs)
 
     launcher.init_entrypoints_middleware = init_middleware

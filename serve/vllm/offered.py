@@ -13,12 +13,13 @@ from .lanes import LaneConfig, is_lanes
 
 def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
     """What requests may ask of a model with these fields in the lane engine."""
-    from ..engine.admission import unfit
+    from ..engine.admission import prompt_rules, unfit
     from ..engine.exits import NAMES
     from ..engine.kv import policy_of
 
     rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
     here = SimpleNamespace(**config)
+    policy = policy_of(here)
     return Limits(
         config["num_recurrences"],
         config["max_recurrences"],
@@ -27,8 +28,9 @@ def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
         rule=(config["exit"] or {}).get("rule", "fixed"),
         decoder=lanes.decoder,
         wave=lanes.wave,
-        unfit=unfit(policy_of(here), here),
+        unfit=unfit(policy, here),
         routed=bool(config["router"]),
+        prompt_rules=tuple(name for name in prompt_rules(policy, here) if name in rules),
     )
 
 

@@ -82,6 +82,10 @@ def test_flags_are_true_or_false(field, value):
 def test_prompts_exit_only_where_that_saves_work():
     error = refusal({"prompt_exit": True}, Limits(4, 8, RULES, prompt_exit=False))
     assert (error.field, "last-exited" in str(error)) == ("prompt_exit", True)
+    coda = Limits(4, 8, RULES, prompt_exit=True, rule="kl", prompt_rules=("fixed", "cosine"))
+    error = refusal({"prompt_exit": True}, coda)
+    assert (error.field, "'kl' reads logits" in str(error)) == ("prompt_exit", True)
+    assert check({"prompt_exit": True, "exit_rule": "cosine"}, coda)["exit_rule"] == "cosine"
     assert check({"prompt_exit": True, "return_recurrences": False}, LANES) == {
         "prompt_exit": 1,
         "return_recurrences": 0,

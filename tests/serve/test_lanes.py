@@ -67,6 +67,7 @@ TWO_RANKS = {"engine": {**FEW_BLOCKS, "tensor_parallel_size": 2}, "environment":
 ALL = ("plain", "plain", "wave", "wave", "diffusion")
 POLICIES = ("per-depth", "last-exited")
 SEEDS = {f"seed-{n}": Case(policy=POLICIES[n % 2], count=64, seed=100 + n, decoders=ALL) for n in range(20)}
+LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
     "per-depth": Case(count=64, seed=1, decoders=ALL),
     "last-exited": Case(policy="last-exited", count=64, seed=2, decoders=ALL),
@@ -123,7 +124,7 @@ def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list
                 min_recurrences=draw.randint(1, limit),
                 exit_rule="fixed" if rule == "trace" else rule,
                 exit_threshold=1.0 if rule == "argmax-stability" else THRESHOLDS.get(rule, 0) * draw.uniform(0.5, 1.5),
-                prompt_exit=case.policy != "per-depth" and draw.random() < 0.3,
+                prompt_exit=case.policy != "per-depth" and rule not in LOGITS and draw.random() < 0.3,
                 trace=tuple(draw.randint(1, limit) for _ in range(length + tokens)) if rule == "trace" else (),
                 ignore_eos=True,
             )

@@ -56,12 +56,36 @@ def requests(
                 min_recurrences=draw.randint(1, limit),
                 exit_rule=rule,
                 exit_threshold=1.0 if rule == "argmax-stability" else threshold,
-                prompt_exit=policy != "per-depth" and draw.random() < 0.5,
+                prompt_exit=policy != "per-depth" and RULES[rule].reads != "logits" and draw.random() < 0.5,
                 trace=tuple(draw.randint(1, limit) for _ in range(len(prompt) + 20)) if forced else (),
                 ignore_eos=True,
             )
         )
     return prompts, params
+
+
+def test_prompts_that_exit_are_the_same_in_chunks():
+    """With a coda, rules that read logits cannot end prompt positions: what they read depends on where a prompt is cut.
+    Policies that overwrite slots never cut it."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, VOCAB) for _ in range(60)] for _ in range(4)]
+    for rule, threshold in (("latent-diff", 0.7), ("cosine", 0.3), ("kl", 0.3), ("argmax-stability", 1.0)):
+        for coda in ([], [3]):
+
+            def engine(policy: str, lanes: int, coda: list[int] = coda) -> Engine:
+                model = build(coda=coda)
+                return Engine(model, rows=2, length=80, kv_policy=policy, prompt_lanes=lanes)
+
+            params = Params(6, 4, exit_rule=rule, exit_threshold=threshold, prompt_exit=True, ignore_eos=True)
+            engines = [engine("last-exited", lanes) for lanes in (16, 200)]
+            if coda and RULES[rule].reads == "logits":
+                for one in engines:
+                    with pytest.raises(UserError, match=f"{rule}.*choose from fixed, latent-diff, cosine, gate"):
+                        one.generate(prompts, params)
+                engine("single", 200).generate(prompts[:1], params)
+                continue
+            cut, whole = (one.generate(prompts, params) for one in engines)
+            assert [(c.tokens, c.depths) for c in cut] == [(c.tokens, c.depths) for c in whole], (rule, coda)
 
 
 def check(model: Any, policy: str, prompts: list, params: list[Params], **options: Any) -> list[Answer]:
