@@ -27,6 +27,7 @@ class Facts:
     sharing: str
     injection: str = "none"
     router: dict[str, Any] | None = None
+    coda: list[int] | None = None
 
 
 def check_config(model: str) -> Facts:
@@ -59,6 +60,7 @@ def check_config(model: str) -> Facts:
         sharing=config.get("sharing", "cycle"),
         injection=config.get("injection", "none"),
         router=_router(config.get("router"), depth),
+        coda=config.get("coda"),
     )
 
 
