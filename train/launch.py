@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES
@@ -184,14 +185,18 @@ def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool, acce
         raise
     except KeyboardInterrupt:
         return 130  # the launcher says so
-    _leave()
-    return 0
+    return _leave()
 
 
-def _leave() -> None:
-    """All processes leave their group together: a thread of it that sees a peer gone at exit aborts its process."""
+def _leave() -> NoReturn:
+    """All processes leave their group together, and end: a thread of it that is still there while the interpreter takes
+    itself apart now and then aborts the process, though all is done and written."""
     from accelerate import PartialState
 
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+    atexit._run_exitfuncs()  # loggers and trackers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
