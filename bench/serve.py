@@ -20,10 +20,9 @@ the other in every pair:
 Printed: tokens a second, the median ratio to `fixed` with its spread, and its share of the FLOP bound, end to end:
 (all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off; with `--resident`,
 the lane engine holds more requests than a pass has lanes, so that exits wait for others without leaving lanes empty.
-Threads are all that the machine has: `taskset -c 0` measures on one. `http` runs
-`loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at those shares of
-the capacity that `exits` showed, with percentiles of the time to the first token and between tokens. `routed` is
-Mixture-of-Recursions by thresholds, against the same at full recursion.
+`http` runs `loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at
+those shares of the capacity that `exits` showed, with percentiles of the time to the first token and between tokens.
+`routed` is Mixture-of-Recursions by thresholds, against the same at full recursion.
 """
 
 from __future__ import annotations

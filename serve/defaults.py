@@ -95,6 +95,8 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         if recipe.decoder != "plain":
             raise UserError(f"decoder={recipe.decoder}: the fixed engine has one position in flight; engine=lanes")
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
+    from .engine.admission import too_narrow
+
     lanes = LaneConfig(
         recipe.ticks,
         recipe.width,
@@ -103,11 +105,6 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         wave=recipe.wave,
         budget=MEASURED if recipe.budget is None else recipe.budget,
     )
-    if policy == "per-depth" and 0 < lanes.width < most:
-        raise UserError(
-            f"width={lanes.width}: kv_policy=per-depth has up to {most} lanes of a request in flight; "
-            f"width={most} or more, or 0 for no bound"
-        )
     values = {"exit_rule": rule, "exit_threshold": exit["threshold"], "min_recurrences": exit["min_recurrences"]}
     try:
         limits = limits_of({**vars(facts), **config}, lanes)
@@ -116,4 +113,7 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         check({"decoder": lanes.decoder}, limits)
     except FieldError as error:
         raise UserError(str(error)) from None
-    return Defaults(engine, why, lanes, config, facts.router)
+    defaults = Defaults(engine, why, lanes, config, facts.router)
+    if reason := too_narrow(lanes.width, defaults.policy):
+        raise UserError(reason)
+    return defaults

@@ -27,6 +27,16 @@ def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
     return reasons
 
 
+def too_narrow(width: int, policy: KVPolicy) -> str | None:
+    """Why passes of `width` lanes (0: no bound) cannot hold the lanes of one request; None if they can."""
+    if not policy.complete or not 0 < width < policy.depths:
+        return None
+    return (
+        f"width={width}: kv_policy={policy.name} has up to {policy.depths} lanes of a request in flight; "
+        f"width={policy.depths} or more, or 0 for no bound"
+    )
+
+
 def prompt_rules(policy: KVPolicy, config: Any) -> tuple[str, ...]:
     """The rules that may end prompt positions, too. Those that read logits read them through the coda, whose keys and
     values of a prompt's other positions are of the depth that these are at: another one where a prompt is cut."""

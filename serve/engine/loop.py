@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import diffusion
-from .admission import refusal
+from .admission import refusal, too_narrow
 from .attention import Attention, Rows
 from .compiled import ALONE, compiled
 from .costs import Costs
@@ -68,6 +68,8 @@ class Loop:
     The caller keeps `requests.table` (block tables) right, with room for `ticks` more positions of every live row.
     """
 
+    recur_prompts: Callable[..., torch.Tensor]
+
     def __init__(
         self,
         parts: Parts,
@@ -94,10 +96,8 @@ class Loop:
         be.
         Raises ValueError where one request's lanes alone exceed the width."""
         ring = (policy.depths if policy.complete else 1) + wave - 1
-        if width and width < (policy.depths if policy.complete else 1):
-            raise ValueError(
-                f"width={width}: kv_policy={policy.name} can have {policy.depths} lanes a request in flight"
-            )
+        if reason := too_narrow(width, policy):
+            raise ValueError(reason)
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
         whole = (recur, recur, logits)
         self.recur, self.recur_prompts, self.logits = map(compiled, whole) if compile and parts.compilable else whole
@@ -295,7 +295,7 @@ class Loop:
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
         place = self.routing.places(row, position, depth) if self.routing else position
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
-        e = lanes.e.index_select(0, which) if self.keeps_input else before
+        e = lanes.e.index_select(0, which) if self.keeps_input else None
         own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
         fills = policy.fills and (bool(rules) or (early > 0 and passes == until))
         after, plan = before, None
@@ -306,7 +306,7 @@ class Loop:
             slot, writes = policy.slot(pass_of), policy.writes(pass_of)
             moved = (plan, policy.step) if plan is not None and policy.step is not None else None
             rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved)
-            plan, after = self._pass(rows, own, before, e if self.keeps_input else before, position, begun, pass_of)
+            plan, after = self._pass(rows, own, before, before if e is None else e, position, begun, pass_of)
         leaves = left <= passes
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
@@ -325,26 +325,18 @@ class Loop:
             self.attention.fill(plan, empty)
         return passes
 
-    def _pass(
-        self,
-        rows: Rows,
-        own: int,
-        s: torch.Tensor,
-        e: torch.Tensor,
-        position: torch.Tensor,
-        begun: torch.Tensor,
-        depth: torch.Tensor,
-    ) -> tuple[Any, torch.Tensor]:
-        """One pass of the core over `rows`, of which the first `own` are no prompts'; the rest as in parts.recur.
-        Returns attention's plan and the new states [n, D]."""
-        self.counts.passes[len(s)] += 1
-        prompts = len(s) - own >= PROMPT
-        if self.graphs and not prompts and self.graphs.fit(len(s)):
-            return self.graphs(rows, s, e, position, begun, depth)
+    def _pass(self, rows: Rows, own: int, *inputs: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """One pass of the core over `rows`, of which the first `own` are no prompts'; `inputs` as in parts.recur, up to
+        `depth`. Returns attention's plan and the new states [n, D]."""
+        n = len(rows.request)
+        self.counts.passes[n] += 1
+        prompts = n - own >= PROMPT
+        if self.graphs and not prompts and self.graphs.fit(n):
+            return self.graphs(rows, *inputs)
         plan = self.attention.plan(rows)
         if prompts:
-            return plan, self.recur_prompts(self.parts, s, e, position, begun, depth, depth[: max(own, 1)])
-        return plan, self.recur(self.parts, s, e, position, begun, depth)
+            return plan, self.recur_prompts(self.parts, *inputs, inputs[-1][: max(own, 1)])
+        return plan, self.recur(self.parts, *inputs)
 
     def _converged(
         self,

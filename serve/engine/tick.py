@@ -62,9 +62,10 @@ def settle(
     requests.trace.index_put_((row, position), torch.where(silent, done.int(), requests.trace[row, position]))
     rows = torch.arange(len(requests.items), device=row.device)
     passes_of = torch.where(row[:, None] == rows, passes[:, None], 0)
+    ticks = passes_of.amax(0)
     requests.items += passes_of.sum(0)
-    requests.ticks += passes_of.amax(0)
-    requests.phase += passes_of.amax(0) * requests.refines
+    requests.ticks += ticks
+    requests.phase += ticks * requests.refines
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
     return torch.stack([leaves.sum(), empty.sum()]), empty
 

@@ -101,10 +101,8 @@ class PagedAttention:
     def _moves(self, plan: Plan, slots: int) -> bool:
         """Move a plan so many slots further on, if the backend keeps the tensors that it was given."""
         shift = slots * self.stride
-        tables = getattr(plan.metadata, "block_table", None)
-        if tables is None or getattr(plan.metadata, "slot_mapping", None) is not plan.write:
-            return False
-        if plan.write is not plan.place:
+        tables, write = (getattr(plan.metadata, name, None) for name in ("block_table", "slot_mapping"))
+        if tables is None or write is not plan.place:  # or one that does not write everything
             return False
         if shift:
             tables += shift

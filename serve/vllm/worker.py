@@ -326,8 +326,8 @@ class LaneWork:
             loop.costs = costs
         if group.is_first_rank:
             at = ", ".join(f"{n}: {s * 1e3:.1f} + {costs.reads[n] * 1e3:.1f}" for n, s in costs.passes.items())
-            width = f"waves fill a pass up to budget={loop.budget} lanes; " if lanes.budget == MEASURED else ""
-            print(f"loopwise: {width}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
+            waves = f"waves fill a pass up to budget={loop.budget} lanes; " if lanes.budget == MEASURED else ""
+            print(f"loopwise: {waves}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 
     def recurrence_counts(self: Any) -> dict[str, Any]:
