@@ -8,7 +8,7 @@ Shapes: N rows, H query heads, K key-value heads, C head size, M runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,12 @@ class Rows:
     alone: bool = False
     fills: bool = False
     moved: tuple[Any, int] | None = None
+
+    def part(self, some: slice) -> Rows:
+        """These rows of a call that is not a moved one."""
+        write = None if self.write is None else self.write[some]
+        ours = {"request": self.request[some], "position": self.position[some], "slot": self.slot[some]}
+        return replace(self, **ours, write=write)
 
 
 class Attention(Protocol):

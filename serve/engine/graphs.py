@@ -40,7 +40,7 @@ class Graphs:
     A graph is recorded when a pass of its size comes up first, by `record`. Where that raises a RuntimeError, as when
     a model's layers wait for the device, there is a warning, and passes run without graphs from then on. With
     parameters of a depth's own, which are looked up row by row, they do from the start. LoRA waits for nothing; but
-    prompts that it treats on their own (`loop.recur_prompts`) are not for graphs.
+    prompts that pass on their own for it (`loop.recur_alike`) are not for graphs.
     """
 
     def __init__(self, loop: Loop, record: Record, most: int = MOST):

@@ -19,7 +19,7 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
-from .parts import Parts, logits, read_out, recur, start
+from .parts import Parts, logits, read_out, recur, recur_alike, start
 from .routing import Routing
 from .tick import begin, emit, enter, settle
 from .wave import advance, most, speculative
@@ -29,7 +29,7 @@ Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
 Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
-PROMPT = 16  # prompt lanes, which are all at one depth, that are worth LoRA products of their own
+PROMPT = 64  # prompt lanes, which are all at one depth, that are worth a pass of their own, without others' LoRA
 
 
 class Prompt(NamedTuple):
@@ -68,8 +68,6 @@ class Loop:
     The caller keeps `requests.table` (block tables) right, with room for `ticks` more positions of every live row.
     """
 
-    recur_prompts: Callable[..., torch.Tensor]
-
     def __init__(
         self,
         parts: Parts,
@@ -99,8 +97,8 @@ class Loop:
         if reason := too_narrow(width, policy):
             raise ValueError(reason)
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        whole = (recur, recur, logits)
-        self.recur, self.recur_prompts, self.logits = map(compiled, whole) if compile and parts.compilable else whole
+        whole = (recur, recur_alike, logits)
+        self.recur, self.recur_alike, self.logits = map(compiled, whole) if compile and parts.compilable else whole
         steps = (enter, settle, emit, begin)
         self._enter, self._settle, self._put_out, self._start = (
             (compiled(step, **ALONE) for step in steps) if compile else steps
@@ -136,24 +134,18 @@ class Loop:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Passes that write nothing, so that what is compiled is compiled now."""
-        self._try(self.recur, 2)
-        if self.relaxed:
-            self._try(self.recur_prompts, 6, lone=2)
-        self.logits(self.parts, self.lanes.s.new_zeros(2, self.lanes.s.shape[1]))
         lanes, two = self.lanes, torch.arange(2, device=self.device)
+        s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
+        self.attention.plan(Rows(self.requests.table, zeros, zeros.clone(), zeros.clone(), zeros > 0))
+        for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
+            function(self.parts, s, s.clone(), zeros.clone(), zeros > 0, zeros)
+        self.logits(self.parts, s)
         row, position, depth, begun, _, s, _ = self._enter(self, two)
         self._settle(self, two, row, position, depth, s, begun)
         self._put_out(self, two)
         self._start(self, two, row, position, depth, self.always[:2])
         for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
             flag.zero_()
-
-    def _try(self, function: Callable, n: int, lone: int = 0) -> None:
-        """A pass of n lanes, of which some may be `lone`."""
-        s, none = self.lanes.s.new_zeros(n, self.lanes.s.shape[1]), self.requests.limit.new_zeros(n)
-        self.attention.plan(Rows(self.requests.table, none, none.clone(), none.clone(), none > 0))
-        inputs = [s, s.clone(), none.clone(), none > 0, none, *([none[:lone]] if lone else ())]
-        function(self.parts, *inputs)
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request) -> None:
@@ -297,16 +289,17 @@ class Loop:
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
         e = lanes.e.index_select(0, which) if self.keeps_input else None
         own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
+        own = own if len(which) - own >= PROMPT else len(which)
         fills = policy.fills and (bool(rules) or (early > 0 and passes == until))
-        after, plan = before, None
+        after, plans = before, []
         for last in range(passes - 1, -1, -1):
-            if plan is not None:
+            if plans:
                 begun, depth = self.always[: len(which)], depth + 1
                 pass_of, before = depth, after
             slot, writes = policy.slot(pass_of), policy.writes(pass_of)
-            moved = (plan, policy.step) if plan is not None and policy.step is not None else None
+            moved = (plans[0], policy.step) if len(plans) == 1 and policy.step is not None else None
             rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved)
-            plan, after = self._pass(rows, own, before, before if e is None else e, position, begun, pass_of)
+            plans, after = self._pass(rows, own, before, before if e is None else e, position, begun, pass_of)
         leaves = left <= passes
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
@@ -322,21 +315,27 @@ class Loop:
             gone = which[leaves]
             lanes.left[gone] = self.routing.recurrences(gone, lanes.depth[gone])
         if empties:
-            self.attention.fill(plan, empty)
+            for plan, some in zip(plans, empty.split([n for n in (own, len(which) - own) if n]), strict=True):
+                if len(plans) == 1 or bool(some.any()):
+                    self.attention.fill(plan, some)
         return passes
 
-    def _pass(self, rows: Rows, own: int, *inputs: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """One pass of the core over `rows`, of which the first `own` are no prompts'; `inputs` as in parts.recur, up to
-        `depth`. Returns attention's plan and the new states [n, D]."""
+    def _pass(self, rows: Rows, own: int, *inputs: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
+        """A pass of the core over the first `own` of `rows`, and one over the others, which are at one depth; `inputs`
+        as in parts.recur. Returns attention's plan of each, and the new states [n, D]."""
         n = len(rows.request)
+        if 0 < own < n:
+            first, rest = slice(0, own), slice(own, n)
+            plans, of_own = self._pass(rows.part(first), own, *(each[first] for each in inputs))
+            more, others = self._pass(rows.part(rest), 0, *(each[rest] for each in inputs))
+            return plans + more, torch.cat([of_own, others])
         self.counts.passes[n] += 1
-        prompts = n - own >= PROMPT
-        if self.graphs and not prompts and self.graphs.fit(n):
-            return self.graphs(rows, *inputs)
-        plan = self.attention.plan(rows)
-        if prompts:
-            return plan, self.recur_prompts(self.parts, *inputs, inputs[-1][: max(own, 1)])
-        return plan, self.recur(self.parts, *inputs)
+        if own and self.graphs and self.graphs.fit(n):
+            plan, after = self.graphs(rows, *inputs)
+        else:
+            plan = self.attention.plan(rows)
+            after = (self.recur if own else self.recur_alike)(self.parts, *inputs)
+        return [plan], after
 
     def _converged(
         self,

@@ -8,7 +8,6 @@ import torch
 
 from ...model.initial_state import initial_state
 from ...model.injection import Injection
-from .relaxation import RowDepths
 
 
 class Parts(Protocol):
@@ -30,8 +29,9 @@ class Parts(Protocol):
         """tokens, positions [N] -> [N, D]."""
         ...
 
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
-        """x [N, D] through the layers of prelude, core or coda; `depths` are those of the core's relaxation."""
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:
+        """x [N, D] through the layers of prelude, core or coda; `depths` are those of the core's relaxation: [N], or
+        [1] of all rows."""
         ...
 
     def norm_between(self, s: torch.Tensor) -> torch.Tensor:
@@ -64,16 +64,26 @@ def recur(
     positions: torch.Tensor,
     begun: torch.Tensor,
     depth: torch.Tensor,
-    lone: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One recurrence of rows: s, e [N, D] -> s [N, D]. `begun` [N]: whether they have had any; `depth` [N]: which one
-    it is, counted from 0. `lone` [n]: the depths of the first n, where all others are at one depth."""
+    it is, counted from 0; [1]: of all."""
     norm = parts.config.recurrence_norm
     if norm == "between":
         s = torch.where(begun[:, None], parts.norm_between(s), s)
-    depths = RowDepths(depth, None if lone is None else len(lone))
-    s = parts.layers("core", parts.injection(s, e), positions, depths)
+    s = parts.layers("core", parts.injection(s, e), positions, depth)
     return parts.norm_each(s) if norm == "each" else s
+
+
+def recur_alike(
+    parts: Parts,
+    s: torch.Tensor,
+    e: torch.Tensor,
+    positions: torch.Tensor,
+    begun: torch.Tensor,
+    depth: torch.Tensor,
+) -> torch.Tensor:
+    """`recur` of rows that are all at one depth."""
+    return recur(parts, s, e, positions, begun, depth[:1])
 
 
 def logits(parts: Parts, x: torch.Tensor) -> torch.Tensor:

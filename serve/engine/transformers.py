@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...model.relaxation import matrix
 from .attention import Attention
 from .compiled import attend, own
-from .relaxation import RowDepths, by_depth, relax_linear
+from .relaxation import by_depth, relax_linear
 
 NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
 
@@ -40,7 +40,7 @@ class TransformersParts:
         source.set_attn_implementation(name)
         self.number = own(self)
         self.attention: Attention | None = None
-        self.layer, self.depths = 0, RowDepths(torch.empty(0))
+        self.layer, self.depths = 0, torch.empty(0)
         self._visit: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor] | None = None
         self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
         for tap in self.taps:
@@ -63,10 +63,11 @@ class TransformersParts:
                 return torch.zeros_like(q)
 
         self.attention = Measure()  # pyright: ignore[reportAttributeAccessIssue]
-        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        more = self.config.source_config.num_attention_heads + 1  # so that it shows which dimension is the rows'
+        position = torch.zeros(more, dtype=torch.long, device=self.device)
         x = self.embed(position, position)
         for part in ("prelude", "coda", "core"):
-            self.layers(part, x, position, RowDepths(position))
+            self.layers(part, x, position, position)
         return [found[layer] for layer in sorted(found)]
 
     @property
@@ -135,7 +136,7 @@ class TransformersParts:
         return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depths is not None:

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.attention import Attention
 
 from ..engine import attention as engine
 from ..engine.compiled import attend, own
-from ..engine.relaxation import RowDepths
 from .recurrence import attention_named, convention, fold
 
 
@@ -43,7 +42,7 @@ class VllmParts:
         self.number = own(self)
         self.attention: engine.Attention | None = None
         self.caches: list[list[Attention]] = []  # by the engine's number of the layer, by slot
-        self.depths = RowDepths(torch.empty(0))
+        self.depths = torch.empty(0)
         self._taken: list[tuple[tuple, dict]] | None = None
         self._first_suffices = False
         self._handed: torch.Tensor | None = None
@@ -136,7 +135,7 @@ class VllmParts:
         return self.model.exit_gate(self.model.final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: RowDepths | None) -> torch.Tensor:
+    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:
         if part == "core":
             assert depths is not None, "the core runs at depths"
             self.depths = depths

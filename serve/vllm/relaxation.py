@@ -2,7 +2,7 @@
 
 vLLM fuses some of the source's modules (q, k and v into one, gate and up into another) and cuts them over tensor-
 parallel ranks. Each LoRA adds to the outputs of its own part; what it is given is cut by the module's own loader.
-Shapes: N rows, r rank. A depth is a number, for all rows, or a tensor [N].
+Shapes: N rows, r rank. A depth is a number or a tensor [1], of all rows, or a tensor [N].
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from ..engine.relaxation import RowDepths
+from ..engine.relaxation import add_product
 from .recurrence import shallow_copy
 
-Depth = int | RowDepths  # of all rows, or of each
+Depth = int | torch.Tensor
 PARTS: dict[type, dict[str, Any]] = {
     QKVParallelLinear: {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
     MergedColumnParallelLinear: {"gate_proj": 0, "up_proj": 1},
@@ -102,31 +102,30 @@ class Factors(nn.Module):
             squares = tensor_model_parallel_all_reduce(squares)
         self.scale = (self.dora_magnitude.float() / squares.sqrt()).to(self.lora_A.dtype)
 
-    def added(self, x: torch.Tensor, depth: int | torch.Tensor) -> torch.Tensor:
-        """B A x [N, out], for x [N, in] of one depth, a number or a tensor [1]."""
+    def add(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> None:
+        """Add B A x to this part's columns of `out`, for x [N, in] of one depth."""
         a, b = self.lora_A, self.lora_B
         a, b = (m[depth] if isinstance(depth, int) else m.index_select(0, depth)[0] for m in (a, b))
-        return nn.functional.linear(self.summed(nn.functional.linear(x, a)), b)
+        add_product(out, self.summed(nn.functional.linear(x, a)), b, self.start)
 
     def summed(self, inner: torch.Tensor) -> torch.Tensor:
         """What all ranks' parts of A x make together."""
         cut = self.cut_input and self._linear[0].tp_size > 1
         return tensor_model_parallel_all_reduce(inner) if cut else inner
 
-    def changed(self, out: torch.Tensor, added: torch.Tensor, depth: int | torch.Tensor) -> torch.Tensor:
-        """This part's outputs [N, out], with what the LoRA adds to them."""
+    def scaled(self, out: torch.Tensor, depth: Depth) -> torch.Tensor:
+        """This part's outputs [N, out], to which the LoRA has been added."""
         if self.scale is None:
-            return out + added
+            return out
         bias = self._linear[0].bias
         bias = 0 if bias is None else bias[self.start : self.stop]
-        return (out + added - bias) * self.scale[depth] + bias
+        return (out - bias) * self.scale[depth] + bias
 
 
 class AllDepths(nn.Module):
     """LoRA of one linear module for rows at mixed depths: one product with the A of all parts and depths, of which a
     row keeps its own depth's, then one for each part with the B of all depths. So nothing is gathered, shapes do not
-    depend on the depths, and vLLM packs the matrices as it packs its own. Rows that are known to be at one depth, such
-    as a prompt's, meet its factors alone."""
+    depend on the depths, and vLLM packs the matrices as it packs its own."""
 
     def __init__(self, factors: list[Factors]):
         super().__init__()
@@ -147,15 +146,8 @@ class AllDepths(nn.Module):
         for b, f in zip(cast(Any, self.b), cast(Any, factors), strict=True):
             b.weight.data.copy_(f.lora_B.transpose(0, 1).flatten(1))
 
-    def forward(self, x: torch.Tensor, depths: RowDepths) -> list[torch.Tensor]:
+    def forward(self, x: torch.Tensor, depth: torch.Tensor) -> list[torch.Tensor]:
         """What each part's outputs get [N, out], for x [N, in]."""
-        of, mixed = depths
-        if mixed is None:
-            return self._mixed(x, of)
-        alike = [f.added(x[mixed:], of[-1:]) for f in self._factors[0]]
-        return [torch.cat(both) for both in zip(self._mixed(x[:mixed], of[:mixed]), alike, strict=True)]
-
-    def _mixed(self, x: torch.Tensor, depth: torch.Tensor) -> list[torch.Tensor]:
         inner = self._factors[0][0].summed(self.a(x) * (depth[:, None] == cast(torch.Tensor, self.of)))
         return [b(part) for b, part in zip(cast(Any, self.b), inner.split(self.widths, -1), strict=True)]
 
@@ -185,7 +177,7 @@ class Relaxation(nn.Module):
                 values = shared.data.new_empty(depths, *shared.shape)
                 self.own[target.replace(".", "-")] = nn.Parameter(values, requires_grad=False)
         self._loaded: set[tuple[str, Any]] = set()
-        self._depths_of_rows: Callable[[], RowDepths] | None = None  # of by_row
+        self._depths_of_rows: Callable[[], torch.Tensor] | None = None  # of by_row
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
         """Take checkpoint tensor `name`, counted from the relaxation of this layer."""
@@ -243,8 +235,8 @@ class Relaxation(nn.Module):
             module._parameters = {name: value for name, value in module._parameters.items() if name not in values}
             module.__dict__.update({parameter: value[depth] for parameter, value in values.items()})
 
-    def by_row(self, depths: Callable[[], RowDepths]) -> None:
-        """Make the layer itself one whose rows are each at their own depth, which `depths` tells."""
+    def by_row(self, depths: Callable[[], torch.Tensor]) -> None:
+        """Make the layer itself one whose rows are at the depths that `depths` tells."""
         for name, change in self._linear_changes().items():
             if change.factors:
                 change.mixed = self.mixed[name.replace(".", "-")] = AllDepths(change.factors)
@@ -290,35 +282,38 @@ class Change:
         self.mixed: AllDepths | None = None  # the factors, for rows at depths of their own
 
     def __call__(self, out: Any, x: torch.Tensor, depth: Depth) -> Any:
-        """`out` of the module for x [N, in], a tensor or a tuple that begins with it."""
+        """`out` of the module for x [N, in], a tensor or a tuple that begins with it; it may be overwritten."""
         first = out[0] if isinstance(out, tuple) else out
         if self.factors:
-            depth = _clamped(depth, self.factors[0].depths)
-            if isinstance(depth, int):
-                added = [f.added(x, depth) for f in self.factors]
-            else:
-                assert self.mixed is not None, "by_row comes first"
-                added = self.mixed(x, depth)
-            end, pieces = 0, []
-            for factors, more in zip(self.factors, added, strict=True):
-                if factors.start > end:
-                    pieces.append(first[..., end : factors.start])
-                end = factors.stop
-                pieces.append(factors.changed(first[..., factors.start : end], more, _of(depth)))
-            pieces += [first[..., end:]] if end < first.shape[-1] else []
-            first = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+            first = self._relaxed(first, x, _clamped(depth, self.factors[0].depths))
         if self.bias is not None:
-            first = first + self.bias[_of(_clamped(depth, len(self.bias)))]
+            first = first + self.bias[_clamped(depth, len(self.bias))]
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
-
-def _of(depth: Depth) -> int | torch.Tensor:
-    return depth if isinstance(depth, int) else depth.of
+    def _relaxed(self, out: torch.Tensor, x: torch.Tensor, depth: Depth) -> torch.Tensor:
+        added: list[torch.Tensor] = []
+        if isinstance(depth, int) or len(depth) == 1:
+            for factors in self.factors:
+                factors.add(out, x, depth)
+            if all(factors.scale is None for factors in self.factors):
+                return out
+        else:
+            assert self.mixed is not None, "by_row comes first"
+            added = self.mixed(x, depth)
+        end, pieces = 0, []
+        for n, factors in enumerate(self.factors):
+            if factors.start > end:
+                pieces.append(out[..., end : factors.start])
+            end = factors.stop
+            own = out[..., factors.start : end]
+            pieces.append(factors.scaled(own + added[n] if added else own, depth))
+        pieces += [out[..., end:]] if end < out.shape[-1] else []
+        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
 
 def _clamped(depth: Depth, depths: int) -> Depth:
     """The last of `depths` stands for all that are deeper."""
-    return min(depth, depths - 1) if isinstance(depth, int) else depth._replace(of=depth.of.clamp(max=depths - 1))
+    return min(depth, depths - 1) if isinstance(depth, int) else depth.clamp(max=depths - 1)
 
 
 class Changed(nn.Module):
@@ -337,7 +332,7 @@ class Changed(nn.Module):
         return getattr(self.__dict__["_linear"][0], name)
 
 
-def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depths: Callable[[], RowDepths]) -> None:
+def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depths: Callable[[], torch.Tensor]) -> None:
     """Let a norm meet `values` [depths, size] of each row's depth: it computes with neutral parameters, and its output
     is multiplied and added to."""
     last = len(next(iter(values.values()))) - 1
@@ -352,7 +347,7 @@ def _norm_by_row(module: Any, values: dict[str, torch.Tensor], depths: Callable[
         module.bias.data.zero_()
 
     def hook(_: nn.Module, args: tuple, out: Any) -> Any:
-        at = depths().of.clamp(max=last)
+        at = depths().clamp(max=last)
         first = out[0] if isinstance(out, tuple) else out
         for values, combine in ((weight, torch.mul), (bias, torch.add)):
             if values is not None:  # a norm may see each row once for every head

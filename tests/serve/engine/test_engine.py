@@ -13,6 +13,7 @@ from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
+from loopwise.serve.engine import loop
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
 from tests.model import test_relaxation
@@ -121,6 +122,10 @@ def test_the_exit_gate_with_the_norm_between_recurrences(policy):
     assert len({depth for answer in want for depth in answer.depths}) > 1
 
 
+# The rows of a norm of heads: in one family they come before the heads, in the other behind them.
+OF_HEADS = {"depths": 3, "rank": {"self_attn.q_proj": 4}, "own": ["self_attn.q_norm.weight"], "dora": False}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [
@@ -131,6 +136,7 @@ def test_the_exit_gate_with_the_norm_between_recurrences(policy):
         ("olmo2", {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5}),
         ("qwen3_moe", {"injection": "add", "state_init": "zeros"}),
         ("gpt_oss", {"injection": "none"}),
+        *((family, {"relaxation": OF_HEADS}) for family in ("qwen3", "gemma3_text")),
     ],
 )
 def test_architectures(model_type, fields):
@@ -138,8 +144,10 @@ def test_architectures(model_type, fields):
 
 
 @pytest.mark.parametrize("model_type", list(test_relaxation.PARTS))
-@pytest.mark.parametrize("dora", [False, True])
-def test_relaxation_at_mixed_depths(model_type, dora):
+@pytest.mark.parametrize(("dora", "prompts"), [(False, 4), (True, 4), (False, 1000)])
+def test_relaxation_at_mixed_depths(model_type, dora, prompts, monkeypatch):
+    """Also where prompts, from so many lanes on, pass on their own."""
+    monkeypatch.setattr(loop, "PROMPT", prompts)
     model = test_relaxation.build(model_type, depths=3, dora=dora, num_recurrences=4)
     model.get_output_embeddings().weight.data *= 8  # fewer near-ties
     check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
