@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ class Loop:
         self.none = torch.empty(0, dtype=torch.long, device=self.device)
         self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.unread = True  # whether a lane may wait to be read out
+        self.waits, self.runs = 0, 0  # rows' own lanes, after the last pass
         self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
@@ -143,7 +145,7 @@ class Loop:
         row, position, depth, begun, _, s, _ = self._enter(self, two)
         self._settle(self, two, row, position, depth, s, begun)
         self._put_out(self, two)
-        self._start(self, two, row, position, depth, self.always[:2])
+        self._start(self, two, row, position, depth, self.always[:2], s, s.clone())
         for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
             flag.zero_()
 
@@ -258,10 +260,11 @@ class Loop:
             return which
         rows = len(self.requests.limit)
         if lanes.ring == 1:  # a lane a row, which take turns
-            first = int((own < self.turn).sum())
+            numbers = own.tolist()
+            first = bisect_left(numbers, self.turn)
             end = first + width
             chosen = own[first:end] if end <= len(own) else torch.cat([own[: end - len(own)], own[first:]])
-            self.turn = int(own[(end - 1) % len(own)]) + 1
+            self.turn = numbers[(end - 1) % len(own)] + 1
             return torch.cat([chosen, which[len(own) :]])
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
@@ -279,7 +282,7 @@ class Loop:
         lanes, requests, policy = self.lanes, self.requests, self.policy
         row, position, depth, begun, left, before, counts = self._enter(self, which)
         until, early = counts.tolist()
-        rules = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+        rules = self._read_rules()
         special = rules or self.routing or self.waves or self.in_use["wave"]  # what looks at lanes after every pass
         passes = 1 if special or self.unread else min(until, most)
         pass_of = depth
@@ -306,7 +309,7 @@ class Loop:
         if rules:
             leaves = leaves | self._converged(rules, which, row, position, depth, before, after)
         counts, empty = self._settle(self, which, row, position, depth, after, leaves)
-        exits, empties = counts.tolist()
+        exits, empties, self.waits, self.runs = counts.tolist()
         self.unread |= exits > 0
         if not self.chunks:
             new = (passes, passes * len(which), exits)
@@ -337,6 +340,10 @@ class Loop:
             after = (self.recur if own else self.recur_alike)(self.parts, *inputs)
         return [plan], after
 
+    def _read_rules(self) -> set[str]:
+        """Rules in use that read something."""
+        return {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+
     def _converged(
         self,
         rules: set[str],
@@ -365,10 +372,10 @@ class Loop:
         if not self.unread and not self.chunks:
             return self.none
         done = [chunk for chunk in self.chunks if not bool(lanes.running[chunk.first : chunk.last].any())]
-        which = lanes.of_live(lanes.waiting, self.requests.live)
-        if len(which) and not done and not idle and (self._full() or self._more_within(self.coda_wait - self.waited)):
+        if not (done or idle) and self.waits and (self._full() or self._more_within(self.coda_wait - self.waited)):
             self.waited += 1
             return self.none
+        which = lanes.of_live(lanes.waiting, self.requests.live)
         self.waited, self.unread = 0, False
         self.chunks = [chunk for chunk in self.chunks if chunk not in done]
         prompts = [torch.arange(chunk.first, chunk.last, device=self.device) for chunk in done]
@@ -376,9 +383,7 @@ class Loop:
 
     def _full(self) -> bool:
         """Whether passes are as wide as they may be without the lanes that wait: then these may, at no cost."""
-        if not (self.costs and self.width):
-            return False
-        return len(self.lanes.of_live(self.lanes.running, self.requests.live)) >= self.width
+        return bool(self.costs and self.width) and self.runs >= self.width
 
     def _more_within(self, ticks: int) -> bool:
         """Whether another lane may exit within so many ticks; one with a rule may at any time."""
@@ -494,13 +499,10 @@ class Loop:
     ) -> None:
         """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
         whatever its rule."""
-        lanes = self.lanes
         x = self.prelude(tokens, row, position)
-        if self.keeps_input:
-            lanes.e.index_copy_(0, where, x)
-        lanes.s.index_copy_(0, where, start(self.parts, x, position))
-        self._start(self, where, row, position, tokens, self.always[: len(where)] if may_exit is None else may_exit)
-        if self.in_use.keys() != {"fixed"}:
+        may_exit = self.always[: len(where)] if may_exit is None else may_exit
+        self._start(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
+        if self._read_rules():
             self.rules.begin(where)
         if self.routing:
             self.routing.begin(where)

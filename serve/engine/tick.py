@@ -43,7 +43,8 @@ def settle(
     leaves: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Passes have brought lanes `which` [n], of which the last was at `depth` [n], to `after` [n, D], and some leave.
-    Returns how many do, and how many KV slots are left empty [2]; and how many [n] by each."""
+    Returns how many do, how many KV slots are left empty, and how many of the rows' own lanes then wait to be read out,
+    and run on [4]; and how many slots [n] are left empty by each."""
     lanes, requests, policy = loop.lanes, loop.requests, loop.policy
     own, done, limit = which < lanes.own, depth + 1, requests.limit[row]
     # Of the lanes with a complete policy, only those of a diffusion have a target beyond the limit.
@@ -67,7 +68,11 @@ def settle(
     requests.ticks += ticks
     requests.phase += ticks * requests.refines
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
-    return torch.stack([leaves.sum(), empty.sum()]), empty
+    theirs = [
+        (flag[: lanes.own].view(-1, lanes.ring) & requests.live[:, None]).sum()
+        for flag in (lanes.waiting, lanes.running)
+    ]
+    return torch.stack([leaves.sum(), empty.sum(), *theirs]), empty
 
 
 def emit(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,10 +104,16 @@ def begin(
     position: torch.Tensor,
     tokens: torch.Tensor,
     may_exit: torch.Tensor,
+    e: torch.Tensor,
+    s: torch.Tensor,
 ) -> torch.Tensor:
-    """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
-    whatever its rule. Returns the depth [m] at which each leaves, if no rule ends it before."""
+    """Start tokens [m], with inputs e and states s [m, D], at depth 0 in lanes `where` [m]. Those that may not exit
+    ([m]) run to their request's limit, whatever its rule. Returns the depth [m] at which each leaves, if no rule ends
+    it before."""
     lanes, requests = loop.lanes, loop.requests
+    if loop.keeps_input:
+        lanes.e.index_put_((where,), e)
+    lanes.s.index_put_((where,), s)
     forced = requests.trace[row, position].long()
     free = (requests.rule[row] != NUMBER["fixed"]) & (forced == 0) & may_exit
     target = torch.where(forced > 0, forced, requests.limit[row])
