@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
-from .engine.admission import refusal
+from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
@@ -25,6 +25,8 @@ from .vllm.fields import FieldError, check_threshold
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
+LEAST = {"max_tokens": 0, "num_recurrences": 1, "min_recurrences": 1, "wave": 1, "top_k": 0}  # of Params
+SETTINGS = {"rows": 1, "length": 1, "max_recurrences": 1, "ticks": 1, "width": 0, "coda_wait": 0, "prompt_lanes": 1}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Engine:
         compile: bool = False,
         cuda_graphs: bool = True,
     ):
+        given = (rows, length, max_recurrences, ticks, width, coda_wait, prompt_lanes)
+        _check_least(dict(zip(SETTINGS, given, strict=True)), SETTINGS)
         self.tokenizer = None
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +117,8 @@ class Engine:
         limit = getattr(config, "max_position_embeddings", None)
         length = min(length, limit) if limit else length
         policy = policy_of(config, kv_policy, max_recurrences)
+        if reason := too_narrow(width, policy):
+            raise UserError(reason)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
             parts = TransformersParts(model, length + 1)
@@ -158,6 +164,12 @@ class Engine:
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
         config, policy = self.config, self.loop.policy
+        _check_least({name: getattr(params, name) for name in LEAST}, LEAST)
+        if not params.temperature >= 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
+            raise UserError(
+                f"temperature={params.temperature}, top_p={params.top_p}, min_p={params.min_p}: temperature is 0 or "
+                "more, top_p above 0 and up to 1, min_p from 0 to 1"
+            )
         limit = params.num_recurrences or config.num_recurrences
         if not 1 <= limit <= policy.depths:
             raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}")
@@ -215,6 +227,8 @@ class Engine:
         ids = [self._ids(prompt) for prompt in prompts]
         requests = [self.request(p) for p in each]
         for tokens in ids:
+            if wrong := [token for token in tokens if not 0 <= token < self.config.vocab_size]:
+                raise UserError(f"token id {wrong[0]} in a prompt: the model has 0 to {self.config.vocab_size - 1}")
             if not 1 <= len(tokens) <= self.length:
                 raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
         done = [Completion() for _ in prompts]
@@ -288,3 +302,10 @@ class Engine:
                 "a prompt in words needs the model's tokenizer: give a directory as the model, or token ids"
             )
         return self.tokenizer(prompt)["input_ids"]
+
+
+def _check_least(values: dict[str, Any], least: dict[str, int]) -> None:
+    """Raises UserError where one of `values`, which may be None, is no integer or below the least that it may be."""
+    for name, value in values.items():
+        if value is not None and (type(value) is not int or value < least[name]):
+            raise UserError(f"{name}={value!r}: an integer of {least[name]} or more")

@@ -56,8 +56,15 @@ class RowFactors:
         return out + nn.functional.linear((inner * own[..., None]).flatten(-2), self.b)
 
 
-def relax_linear(linear: Any, factors: Any, depths: Depths, row: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Add the LoRA `factors` (model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight."""
+def relax_linear(
+    linear: Any,
+    factors: Any,
+    depths: Depths,
+    row: Callable[[torch.Tensor], torch.Tensor],
+    biases: torch.Tensor | None = None,
+) -> None:
+    """Add the LoRA `factors` (model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight;
+    `biases` [depths, out]: those that it has at every depth, if it has more than one."""
     change = RowFactors(factors.lora_A.detach(), factors.lora_B.detach(), depths)
     scale = None
     if factors.dora_magnitude is not None:  # the lengths of the rows of W + B A, at every depth
@@ -68,8 +75,9 @@ def relax_linear(linear: Any, factors: Any, depths: Depths, row: Callable[[torch
         out = change(out, args[0])
         if scale is None:
             return out
-        bias = 0 if linear.bias is None else linear.bias
-        return (out - bias) * scale[depths().clamp(max=len(scale) - 1)] + bias
+        of = depths().clamp(max=len(scale) - 1)
+        bias = (0 if linear.bias is None else linear.bias) if biases is None else biases[of]
+        return (out - bias) * scale[of] + bias
 
     linear.register_forward_hook(hook)
 

@@ -196,4 +196,5 @@ class TransformersParts:
                 module.forward = by_depth(module, values, lambda: self.depths)
             for factors, linear in relaxation._factors:
                 linear._forward_hooks.clear()
-                relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear))
+                biases = own.get(linear, {}).get("bias")
+                relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), biases)

@@ -181,6 +181,7 @@ def install(metrics: Callable | None) -> list[bool]:
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     dead: list[bool] = []
     others, generate, shutdown = launcher.init_entrypoints_middleware, AsyncLLM.generate, AsyncLLM.shutdown
@@ -196,7 +197,12 @@ def install(metrics: Callable | None) -> list[bool]:
 
     def end(self, *args, **kwargs):
         dead.append(hasattr(self, "engine_core") and self.errored)  # which one that did not start has not
-        return shutdown(self, *args, **kwargs)
+        handler = getattr(self, "output_handler", None)
+        shutdown(self, *args, **kwargs)
+        if handler is not None and not handler.get_loop().is_closed():
+            # The handler may have been cancelled before it heard that the engine ended, and streams that are open
+            # would wait for ever, and the HTTP server for them.
+            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -252,3 +253,38 @@ def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
     else:
         assert set(checked or {}) <= set(values)
         assert all(not isinstance(value, bool) for value in (checked or {}).values())
+
+
+def test_streams_end_when_the_engine_is_stopped(monkeypatch):
+    """Also where its handler of outputs is cancelled before it heard of that."""
+    import asyncio
+
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers import app
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    from loopwise.serve.vllm.http import install
+
+    for owner, name in ((app, "init_entrypoints_middleware"), (AsyncLLM, "generate")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(
+        AsyncLLM,
+        "shutdown",
+        lambda self, **_: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
+    )
+    install(None)
+
+    async def serve() -> None:
+        engine: Any = AsyncLLM.__new__(AsyncLLM)
+        stream = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+        engine.output_processor = processor = cast(Any, OutputProcessor.__new__(OutputProcessor))
+        processor.request_states = {"a": SimpleNamespace(queue=stream)}
+        engine.output_handler = asyncio.create_task(asyncio.sleep(1000))
+        await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(stream.get(), 10)
+
+    asyncio.run(serve())

@@ -137,6 +137,7 @@ OF_HEADS = {"depths": 3, "rank": {"self_attn.q_proj": 4}, "own": ["self_attn.q_n
         ("qwen3_moe", {"injection": "add", "state_init": "zeros"}),
         ("gpt_oss", {"injection": "none"}),
         *((family, {"relaxation": OF_HEADS}) for family in ("qwen3", "gemma3_text")),
+        ("qwen2", {"relaxation": {**OF_HEADS, "own": ["self_attn.q_proj.bias"], "dora": True}}),
     ],
 )
 def test_architectures(model_type, fields):
@@ -294,6 +295,40 @@ def test_thresholds_and_traces_beyond_all_bounds():
     with pytest.raises(UserError, match="exit_threshold=1e\\+300: a finite number"):
         engine.generate([[5]], Params(3, 4, exit_rule="kl", exit_threshold=1e300))
     assert engine.generate([[5]], Params(3, 4, ignore_eos=True, trace=(2,) * 9999))[0].depths == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"max_tokens": -1}, "max_tokens=-1: an integer of 0 or more"),
+        ({"num_recurrences": 0}, "num_recurrences=0: an integer of 1 or more"),
+        ({"num_recurrences": "3"}, "num_recurrences='3': an integer"),
+        ({"temperature": -1.0}, "temperature=-1.0, .* 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan, .* 0 or more"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0, .* above 0"),
+    ],
+)
+def test_params_out_of_range_are_refused(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Engine(build(), rows=1, length=50).generate([[5]], Params(**wrong))
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_that_the_model_lacks_are_refused(token):
+    with pytest.raises(UserError, match=f"token id {token} in a prompt: the model has 0 to {VOCAB - 1}"):
+        Engine(build(), rows=1, length=50).generate([[5], [5, token]])
+
+
+@pytest.mark.parametrize("name", ["rows", "length", "ticks", "max_recurrences", "prompt_lanes"])
+def test_settings_out_of_range_are_refused(name):
+    wrong: dict[str, Any] = {name: 0}
+    with pytest.raises(UserError, match=f"{name}=0: an integer of 1 or more"):
+        Engine(build(), **wrong)
+
+
+def test_a_width_below_a_request_is_refused():
+    with pytest.raises(UserError, match="width=1: kv_policy=per-depth has up to"):
+        Engine(build(), width=1, kv_policy="per-depth")
 
 
 def test_noise_of_a_diffusion_is_its_seeds_alone():
