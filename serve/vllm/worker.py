@@ -7,6 +7,7 @@ ordered differently in every process, and tensor-parallel ranks would reduce dif
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -314,6 +315,9 @@ class LaneWork:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
         runner: Any = self.model_runner
         loop, lanes = runner.loop, runner.lane_config
+        # A packed matrix of vLLM's reads a tensor as it is finalized, which recurses without end while code is
+        # compiled: what an engine before this one has left in cycles goes now.
+        gc.collect()
         loop.warm_up()
         if MEASURED not in (lanes.budget, lanes.coda_wait):
             return done
