@@ -25,8 +25,6 @@ from .vllm.fields import FieldError, check_threshold
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
-LEAST = {"max_tokens": 0, "num_recurrences": 1, "min_recurrences": 1, "wave": 1, "top_k": 0}  # of Params
-SETTINGS = {"rows": 1, "length": 1, "max_recurrences": 1, "ticks": 1, "width": 0, "coda_wait": 0, "prompt_lanes": 1}
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,10 @@ class Engine:
         compile: bool = False,
         cuda_graphs: bool = True,
     ):
-        given = (rows, length, max_recurrences, ticks, width, coda_wait, prompt_lanes)
-        _check_least(dict(zip(SETTINGS, given, strict=True)), SETTINGS)
+        _check_least(
+            1, rows=rows, length=length, max_recurrences=max_recurrences, ticks=ticks, prompt_lanes=prompt_lanes
+        )
+        _check_least(0, width=width, coda_wait=coda_wait)
         self.tokenizer = None
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,7 +164,9 @@ class Engine:
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
         config, policy = self.config, self.loop.policy
-        _check_least({name: getattr(params, name) for name in LEAST}, LEAST)
+        depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
+        _check_least(1, **depths, wave=params.wave)
+        _check_least(0, max_tokens=params.max_tokens, top_k=params.top_k)
         if not params.temperature >= 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
             raise UserError(
                 f"temperature={params.temperature}, top_p={params.top_p}, min_p={params.min_p}: temperature is 0 or "
@@ -304,8 +306,8 @@ class Engine:
         return self.tokenizer(prompt)["input_ids"]
 
 
-def _check_least(values: dict[str, Any], least: dict[str, int]) -> None:
-    """Raises UserError where one of `values`, which may be None, is no integer or below the least that it may be."""
+def _check_least(least: int, **values: int | None) -> None:
+    """Raises UserError where one of `values` that is not None is no integer, or below `least`."""
     for name, value in values.items():
-        if value is not None and (type(value) is not int or value < least[name]):
-            raise UserError(f"{name}={value!r}: an integer of {least[name]} or more")
+        if value is not None and (type(value) is not int or value < least):
+            raise UserError(f"{name}={value!r}: an integer of {least} or more")

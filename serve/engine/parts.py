@@ -74,15 +74,9 @@ def recur(
     return parts.norm_each(s) if norm == "each" else s
 
 
-def recur_alike(
-    parts: Parts,
-    s: torch.Tensor,
-    e: torch.Tensor,
-    positions: torch.Tensor,
-    begun: torch.Tensor,
-    depth: torch.Tensor,
-) -> torch.Tensor:
-    """`recur` of rows that are all at one depth."""
+def recur_alike(parts: Parts, *inputs: torch.Tensor) -> torch.Tensor:
+    """`recur` of rows that are all at one depth, with the same inputs."""
+    s, e, positions, begun, depth = inputs
     return recur(parts, s, e, positions, begun, depth[:1])
 
 
