@@ -41,10 +41,14 @@ def compiled(function: Callable, **options: Any) -> Callable:
     graph: list[_Graph] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-        from torch._inductor.compile_fx import compile_fx  # which takes seconds to import
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # which take seconds to import
 
-        graph.append(_Graph(compile_fx(module, inputs, config_patches={**OPTIONS, **options})))
-        return graph[0]
+        def inner(*args: Any, **kwargs: Any) -> Callable:
+            graph.append(_Graph(compile_fx_inner(*args, **kwargs)))
+            return graph[0]
+
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # whose hits go past `inner`
+            return compile_fx(module, inputs, inner, config_patches={**OPTIONS, **options})
 
     first = torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
@@ -64,15 +68,18 @@ def compiled(function: Callable, **options: Any) -> Callable:
 class _Graph:
     """Inductor's code, and how it is called: its inputs are the function's tensors, their lengths, and the object's
     own, which stay. torch.compile's own way to it looks all of those up again for every call, which takes as long as
-    some layers do."""
+    some layers do; what autograd puts around it twice as long as the code of a tick."""
+
+    _boxed_call = True  # takes a list of inputs, which it may empty
 
     def __init__(self, code: Any):
         self.code = code
         self.inputs: list[Any] = []
         self.outputs: Any = None
 
-    def __call__(self, *inputs: Any) -> Any:
-        self.inputs, self.outputs = list(inputs), self.code(*inputs)
+    def __call__(self, inputs: list[Any]) -> Any:
+        self.inputs = inputs.copy()
+        self.outputs = self.code(inputs)
         return self.outputs
 
     def learn(self, tensors: tuple[torch.Tensor, ...], out: Any) -> None:
@@ -96,7 +103,7 @@ class _Graph:
             inputs[place] = tensors[n]
         for place, n in self.lengths:
             inputs[place] = len(tensors[n])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        outputs = self.code(*inputs)
+        outputs = self.code(inputs)
         return outputs[self.results[0]] if self.single else [outputs[n] for n in self.results]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
 from .parts import Parts, logits, read_out, recur, recur_alike, start
 from .routing import Routing
-from .tick import begin, emit, enter, settle
+from .tick import begin, choose, emit, enter, settle
 from .wave import advance, most, speculative
 
 # (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
@@ -100,8 +99,8 @@ class Loop:
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
         whole = (recur, recur_alike, logits)
         self.recur, self.recur_alike, self.logits = map(compiled, whole) if compile and parts.compilable else whole
-        steps = (enter, settle, emit, begin)
-        self._enter, self._settle, self._put_out, self._start = (
+        steps = (choose, enter, settle, emit, begin)
+        self._choose, self._enter, self._settle, self._put_out, self._start = (
             (compiled(step, **ALONE) for step in steps) if compile else steps
         )
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
@@ -128,7 +127,9 @@ class Loop:
         self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.unread = True  # whether a lane may wait to be read out
         self.waits, self.runs = 0, 0  # rows' own lanes, after the last pass
-        self.waited, self.turn = 0, 0  # ticks that an exit has waited; first row of the next pass, where not all fit
+        self.order: torch.Tensor | None = None  # those that run, chosen for the next one, unless lanes changed since
+        self.turn = torch.zeros(2, dtype=torch.long, device=self.device)  # first row of passes that have not room for all
+        self.waited = 0  # ticks that an exit has waited
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
         self.counts = Counts()
@@ -142,6 +143,7 @@ class Loop:
         for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
             function(self.parts, s, s.clone(), zeros.clone(), zeros > 0, zeros)
         self.logits(self.parts, s)
+        self._choose(self)
         row, position, depth, begun, _, s, _ = self._enter(self, two)
         self._settle(self, two, row, position, depth, s, begun)
         self._put_out(self, two)
@@ -215,7 +217,7 @@ class Loop:
         requests.count.zero_()
         requests.live.zero_()
         requests.live[live] = requests.remaining[live] > 0
-        self.unread = True
+        self.unread, self.order = True, None
         self._weigh()
         left = self.ticks
         while (left > 0 or self.chunks) and (passes := self.tick(max(left, 1))):
@@ -230,8 +232,10 @@ class Loop:
         ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
             self._read_out(waiting, ahead)
+            self.order = None
         if self.waves:
             self._refine()
+            self.order = None
         return passes or int(len(waiting) > 0)
 
     def _weigh(self) -> None:
@@ -250,31 +254,29 @@ class Loop:
     # ---- a tick -------------------------------------------------------------------------------------------------
     def _runnable(self) -> torch.Tensor:
         lanes, live = self.lanes, self.requests.live
-        which = own = lanes.of_live(lanes.running, live)
+        if self.order is None:
+            self.order, counts = self._choose(self)
+            self.waits, self.runs = counts.tolist()
+        several = bool(self.policy.complete or self.waves or self.in_use["wave"])  # lanes of a row
+        turns = 0 if several else self.width
+        which = own = self.order[: min(self.runs, turns or self.runs)]
         if self.chunks:
             rest = slice(lanes.own, self.chunks[-1].last)
             of_prompts = (lanes.running[rest] & live[lanes.row[rest]]).nonzero().squeeze(1) + lanes.own
             which = torch.cat([own, of_prompts])
-        width = self.width or (most(self, own) if self.budget and self.wave > 1 else 0)
+        width = self.width or (most(self, own) if self.budget and several else 0)
         if not width or len(own) <= width:
             return which
         rows = len(self.requests.limit)
-        if lanes.ring == 1:  # a lane a row, which take turns
-            numbers = own.tolist()
-            first = bisect_left(numbers, self.turn)
-            end = first + width
-            chosen = own[first:end] if end <= len(own) else torch.cat([own[: end - len(own)], own[first:]])
-            self.turn = numbers[(end - 1) % len(own)] + 1
-            return torch.cat([chosen, which[len(own) :]])
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
         together = self.requests.refines[row]
-        order = (ahead.masked_fill(together, 0) * rows + (row - self.turn) % rows).argsort(stable=True)
+        order = (ahead.masked_fill(together, 0) * rows + (row - self.turn[0]) % rows).argsort(stable=True)
         chosen = own[order[:width]]
         cut = lanes.row[own[order[width]]]  # a diffusion runs whole, or waits
         if self.requests.refines[cut] and len(partial := (lanes.row[chosen] == cut).nonzero()):
             chosen = chosen[: int(partial[0])] if int(partial[0]) else own[row == cut]
-        self.turn = (int(lanes.row[chosen[-1]]) + 1) % rows
+        self.turn[1] = (lanes.row[chosen[-1]] + 1) % rows
         return torch.cat([chosen.sort().values, which[len(own) :]])
 
     def _recur(self, which: torch.Tensor, most: int) -> int:
@@ -308,7 +310,7 @@ class Loop:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
             leaves = leaves | self._converged(rules, which, row, position, depth, before, after)
-        counts, empty = self._settle(self, which, row, position, depth, after, leaves)
+        counts, empty, self.order = self._settle(self, which, row, position, depth, after, leaves)
         exits, empties, self.waits, self.runs = counts.tolist()
         self.unread |= exits > 0
         if not self.chunks:

@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 
+def choose(loop: Loop) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' own lanes that run on [rows ring + 1], at the front; and how many of all wait to be read out, and run
+    on [2]. Where a pass has not room for all, rows take turns, and its lanes are the first of them: `loop.turn` [2] has
+    the first row of this pass, and of the one after it. With several lanes of a row, the caller chooses."""
+    lanes, live = loop.lanes, loop.requests.live
+    waits, runs = (
+        (flag[: lanes.own].view(-1, lanes.ring) & live[:, None]).view(-1) for flag in (lanes.waiting, lanes.running)
+    )
+    number, count, place = torch.arange(lanes.own, device=live.device), runs.sum(), runs.cumsum(0) - 1
+    turns = loop.width and not loop.policy.complete
+    if turns:
+        place = place - (runs & (number < loop.turn[0] * lanes.ring)).sum()
+        place = torch.where(place < 0, place + count, place)
+    order = torch.zeros(lanes.own + 1, dtype=torch.long, device=live.device)
+    order = order.index_put((torch.where(runs, place, lanes.own),), number)
+    if turns and loop.width < lanes.own:
+        loop.turn[1].copy_(torch.where(count > loop.width, order[loop.width - 1] // lanes.ring + 1, loop.turn[0]))
+    return order, torch.stack([waits.sum(), count])
+
+
 def enter(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Lanes `which` [n] go on. Returns row, position and depth of each, whether it has begun, the passes after which it
     leaves [n], and its state [n, D]; after how many the first one leaves or stops, and how many leave KV slots empty
@@ -30,6 +50,7 @@ def enter(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, ...]:
         until = torch.where(exited, limit - depth, left).min()
         left = torch.where(exited, NEVER, left)
     early = (left == until) & (depth + until < limit)
+    loop.turn[0].copy_(loop.turn[1])
     return row, lanes.position[which], depth, depth > 0, left, lanes.s[which], torch.stack([until, early.sum()])
 
 
@@ -43,8 +64,8 @@ def settle(
     leaves: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Passes have brought lanes `which` [n], of which the last was at `depth` [n], to `after` [n, D], and some leave.
-    Returns how many do, how many KV slots are left empty, and how many of the rows' own lanes then wait to be read out,
-    and run on [4]; and how many slots [n] are left empty by each."""
+    Returns how many do, how many KV slots are left empty, and how many lanes then wait, and run on, as `choose` does
+    [4]; how many slots [n] are left empty by each; and what `choose` has chosen then."""
     lanes, requests, policy = loop.lanes, loop.requests, loop.policy
     own, done, limit = which < lanes.own, depth + 1, requests.limit[row]
     # Of the lanes with a complete policy, only those of a diffusion have a target beyond the limit.
@@ -68,11 +89,8 @@ def settle(
     requests.ticks += ticks
     requests.phase += ticks * requests.refines
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
-    theirs = [
-        (flag[: lanes.own].view(-1, lanes.ring) & requests.live[:, None]).sum()
-        for flag in (lanes.waiting, lanes.running)
-    ]
-    return torch.stack([leaves.sum(), empty.sum(), *theirs]), empty
+    order, counts = choose(loop)
+    return torch.cat([torch.stack([leaves.sum(), empty.sum()]), counts]), empty, order
 
 
 def emit(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
