@@ -284,17 +284,19 @@ class Engine:
             done[number].tokens += loop.requests.tokens[row, :count].tolist()
             done[number].depths += loop.requests.depths[row, :count].tolist()
 
-    def _sample(self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def _sample(
+        self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
         chosen = [self._params[r] for r in row.tolist()]
         if all(p is None or not p.temperature for p in chosen):
-            return logits.argmax(-1)
+            return best
 
         def column(name: str, dtype: torch.dtype = torch.double) -> torch.Tensor:
             return torch.tensor([getattr(p, name) for p in chosen], dtype=dtype, device=logits.device)
 
         noise = waiting_times(column("seed", torch.long), column("choice", torch.long), position, logits.shape[-1])
         cuts = column("top_k", torch.long), column("top_p"), column("min_p")
-        return sample(logits, column("temperature"), *cuts, noise)
+        return sample(logits, best, column("temperature"), *cuts, noise)
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

@@ -19,7 +19,7 @@ class Rows:
     """Which rows a call has. `tables` [requests, blocks] are the block tables; `request`, `position`, `slot` [N] say
     whose row it is, where, and which KV slot it has; `write` [N] whether it writes its keys and values (None: all).
     `alone`: no two rows are of one request. `fills`: `fill` may follow, for rows that write. `moved`: the rows are
-    those of an earlier plan, each so many slots further on."""
+    those of an earlier plan, each so many slots further on. `longest`: no row sees more positions; 0: not known."""
 
     tables: torch.Tensor
     request: torch.Tensor
@@ -29,6 +29,7 @@ class Rows:
     alone: bool = False
     fills: bool = False
     moved: tuple[Any, int] | None = None
+    longest: int = 0
 
     def part(self, some: slice) -> Rows:
         """These rows of a call that is not a moved one."""
@@ -76,10 +77,12 @@ def runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return first, torch.diff(first, append=first.new_tensor([len(request)]))
 
 
-def slots_after(empty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `empty` [N] slots behind each row's own: the row of each, and which behind it, from 1."""
-    rows, nth = (torch.arange(int(empty.max()), device=empty.device) < empty[:, None]).nonzero().unbind(1)
-    return rows, nth + 1
+def slots_after(empty: torch.Tensor, every: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `empty` [N] slots behind each row's own: the row of each, and which behind it, from 1. `every` is 0, 1, ...
+    for each of them."""
+    ends = empty.cumsum(0)
+    rows = torch.searchsorted(ends, every, right=True)
+    return rows, every - (ends - empty)[rows] + 1
 
 
 class TorchAttention:
@@ -138,7 +141,7 @@ class TorchAttention:
         return (p @ values).transpose(1, 2)[plan.real]
 
     def fill(self, plan: _Plan, empty: torch.Tensor) -> None:
-        source, further = slots_after(empty)
+        source, further = slots_after(empty, torch.arange(int(empty.sum()), device=empty.device))
         place = plan.place[source] + further * self.blocks * self.block_size
         for layer, new in plan.kept.items():
             for cache, values in zip(self.caches[layer], new, strict=True):

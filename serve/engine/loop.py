@@ -19,13 +19,13 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
-from .parts import Parts, logits, read_out, recur, recur_alike, start
+from .parts import Parts, embed, head, logits, read_out, recur, recur_alike, start
 from .routing import Routing
-from .tick import begin, choose, emit, enter, settle
+from .tick import begin, choose, emit, enter, fetch, settle
 from .wave import advance, most, speculative
 
-# (logits [m, V], rows [m], positions [m] of the tokens) -> tokens [m]
-Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (logits [m, V], the likeliest tokens [m] by them, rows [m], positions [m] of the tokens) -> tokens [m]
+Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
 Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -97,10 +97,12 @@ class Loop:
         if reason := too_narrow(width, policy):
             raise ValueError(reason)
         self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        whole = (recur, recur_alike, logits)
-        self.recur, self.recur_alike, self.logits = map(compiled, whole) if compile and parts.compilable else whole
-        steps = (choose, enter, settle, emit, begin)
-        self._choose, self._enter, self._settle, self._put_out, self._start = (
+        whole = (recur, recur_alike, embed, logits, head)
+        self.recur, self.recur_alike, self.embed, self.logits, self.head = (
+            map(compiled, whole) if compile and parts.compilable else whole
+        )
+        steps = (choose, enter, settle, fetch, emit, begin)
+        self._choose, self._enter, self._settle, self._fetch, self._put_out, self._start = (
             (compiled(step, **ALONE) for step in steps) if compile else steps
         )
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
@@ -122,13 +124,15 @@ class Loop:
         self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
         self.prompt_exit: dict[int, bool] = {}
         self.chunks: list[Chunk] = []
-        self.parked: list[tuple[torch.Tensor, torch.Tensor]] = []  # lanes of fenced rows, and what the head reads
+        self.parked: list[list[torch.Tensor]] = []  # of fenced rows: what `_sample` gets
         self.none = torch.empty(0, dtype=torch.long, device=self.device)
+        self.reading: set[str] = set()  # rules in use that read something
+        self.never = torch.zeros(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.unread = True  # whether a lane may wait to be read out
         self.waits, self.runs = 0, 0  # rows' own lanes, after the last pass
         self.order: torch.Tensor | None = None  # those that run, chosen for the next one, unless lanes changed since
-        self.turn = torch.zeros(2, dtype=torch.long, device=self.device)  # first row of passes that have not room for all
+        self.turn = torch.zeros(2, dtype=torch.long, device=self.device)  # where passes without room for all begin
         self.waited = 0  # ticks that an exit has waited
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
@@ -139,14 +143,21 @@ class Loop:
         """Passes that write nothing, so that what is compiled is compiled now."""
         lanes, two = self.lanes, torch.arange(2, device=self.device)
         s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
+        if self.policy.fills:  # two slots of three rows, as lengths are to differ
+            empty = torch.arange(3, device=self.device).clamp(max=1)
+            rows = Rows(self.requests.table, *(torch.zeros_like(empty) for _ in range(3)), empty > 1, fills=True)
+            self.attention.fill(self.attention.plan(rows), empty)
         self.attention.plan(Rows(self.requests.table, zeros, zeros.clone(), zeros.clone(), zeros > 0))
         for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
             function(self.parts, s, s.clone(), zeros.clone(), zeros > 0, zeros)
+        self.embed(self.parts, zeros, zeros.clone())
         self.logits(self.parts, s)
+        self.head(self.parts, s)
         self._choose(self)
         row, position, depth, begun, _, s, _ = self._enter(self, two)
         self._settle(self, two, row, position, depth, s, begun)
-        self._put_out(self, two)
+        self._fetch(self, two)
+        self._put_out(self, two, row, position, depth)
         self._start(self, two, row, position, depth, self.always[:2], s, s.clone())
         for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
             flag.zero_()
@@ -166,6 +177,7 @@ class Loop:
         others = {"wave": request.wave > 1, "fenced": request.fenced, "shown": request.shown}
         self.features[row] = {rule, *(name for name, has in others.items() if has)}
         self.in_use.update(self.features[row])
+        self._count_rules()
         self.prompt_exit[row] = request.prompt_exit
 
     def script(self, row: int, start: int, tokens: torch.Tensor) -> None:
@@ -185,7 +197,11 @@ class Loop:
         self.diffusions.pop(row, None)
         self.waves.pop(row, None)
         self.in_use -= Counter(self.features.pop(row))
+        self._count_rules()
         return self.requests.trace[row].clone()
+
+    def _count_rules(self) -> None:
+        self.reading = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
 
     def prompt(self, prompts: list[Prompt]) -> None:
         """Bring prompt tokens into lanes, where they run in the next step, to its end. Raises ValueError where there
@@ -247,8 +263,8 @@ class Loop:
 
     def resume(self, sampler: Sampler) -> None:
         """Sample for the fenced rows that exited in this step; their next positions run in the next one."""
-        for which, x in self.parked:
-            self._sample(which, x, sampler)
+        for read in self.parked:
+            self._sample(sampler, *read)
         self.parked = []
 
     # ---- a tick -------------------------------------------------------------------------------------------------
@@ -282,15 +298,17 @@ class Loop:
     def _recur(self, which: torch.Tensor, most: int) -> int:
         """Run lanes `which` [n] to the first exit, in `most` passes at most. Returns how many."""
         lanes, requests, policy = self.lanes, self.requests, self.policy
-        row, position, depth, begun, left, before, counts = self._enter(self, which)
-        until, early = counts.tolist()
-        rules = self._read_rules()
+        row, position, depth, begun, first, before, counts = self._enter(self, which)
+        until, early, longest = counts.tolist()
+        rules = self.reading
         special = rules or self.routing or self.waves or self.in_use["wave"]  # what looks at lanes after every pass
         passes = 1 if special or self.unread else min(until, most)
         pass_of = depth
         if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
             pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
-        place = self.routing.places(row, position, depth) if self.routing else position
+        place = position
+        if self.routing:
+            place, longest = self.routing.places(row, position, depth), 0
         alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
         e = lanes.e.index_select(0, which) if self.keeps_input else None
         own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
@@ -303,9 +321,9 @@ class Loop:
                 pass_of, before = depth, after
             slot, writes = policy.slot(pass_of), policy.writes(pass_of)
             moved = (plans[0], policy.step) if len(plans) == 1 and policy.step is not None else None
-            rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved)
+            rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved, longest)
             plans, after = self._pass(rows, own, before, before if e is None else e, position, begun, pass_of)
-        leaves = left <= passes
+        leaves = first if passes == until else self.never[: len(which)]
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
@@ -341,10 +359,6 @@ class Loop:
             plan = self.attention.plan(rows)
             after = (self.recur if own else self.recur_alike)(self.parts, *inputs)
         return [plan], after
-
-    def _read_rules(self) -> set[str]:
-        """Rules in use that read something."""
-        return {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
 
     def _converged(
         self,
@@ -409,15 +423,15 @@ class Loop:
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
         self.counts.reads[len(which)] += 1
-        logits = self.logits(self.parts, self._coda(lanes.s[which], row, position))
-        refine(self, rows, self.sampler(logits, row, position + 1))
+        said = self.head(self.parts, self._coda(lanes.s[which], row, position))
+        refine(self, rows, self.sampler(*said, row, position + 1))
 
     def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
         """Read out lanes that have exited, and lanes of waves that may not have."""
         lanes = self.lanes
-        lanes.waiting[waiting] = False
         prompts = bool(len(waiting)) and int(waiting[-1]) >= lanes.own
         if prompts and not self.parts.config.coda:  # which has keys and values of every position
+            lanes.waiting[waiting] = False
             waiting = waiting[lanes.emits[waiting] | self._shown(waiting)]
         which = waiting
         if len(ahead):  # the coda wants a row's positions in order
@@ -425,53 +439,62 @@ class Loop:
             which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
         if not len(which):
             return
-        s = lanes.s[which]
-        if self.policy.complete:
-            s = torch.where(lanes.exited[which][:, None], lanes.read[which], s)
-        x = self._coda(s, lanes.row[which], lanes.position[which])
+        s, row, position = self._fetch(self, which)
+        x = self._coda(s, row, position)
         self.counts.reads[len(which)] += 1
+        read = [which, row, position, x]
         if prompts:
             shown = self._shown(which)
             if self.reader is not None and bool(shown.any()):
-                self.reader(x[shown], lanes.row[which[shown]], lanes.position[which[shown]])
+                self.reader(x[shown], row[shown], position[shown])
             emits = lanes.emits[which]
-            which, x = which[emits], x[emits]
+            read = [each[emits] for each in read]
         if self.in_use["fenced"]:
-            fenced = self.requests.fenced[lanes.row[which]]
+            fenced = self.requests.fenced[read[1]]
             if bool(fenced.any()):
-                self.parked.append((which[fenced], x[fenced]))
-                which, x = which[~fenced], x[~fenced]
-        if len(which):
-            self._sample(which, x, self.sampler)
+                self.parked.append([each[fenced] for each in read])
+                read = [each[~fenced] for each in read]
+        if len(read[0]):
+            self._sample(self.sampler, *read)
 
     def _shown(self, which: torch.Tensor) -> torch.Tensor:
         """Whether each of lanes `which` is a prompt position that the reader gets."""
         return self.requests.shown[self.lanes.row[which]] & (which >= self.lanes.own)
 
-    def _sample(self, which: torch.Tensor, x: torch.Tensor, sampler: Sampler) -> None:
-        """Tokens that come of lanes `which` [m], whose read-out is x [m, D], and the positions that they start."""
+    def _sample(
+        self, sampler: Sampler, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        """Tokens that come of lanes `which`, of rows at positions [m], whose read-out is x [m, D], and the positions
+        that they start."""
         lanes, requests = self.lanes, self.requests
-        row, position = lanes.row[which], lanes.position[which] + 1
-        tokens = sampler(self.logits(self.parts, x), row, position)
+        following = position + 1
+        tokens = sampler(*self.head(self.parts, x), row, following)
         if self.in_use["script"]:
-            known = requests.script[row, position].long()
+            known = requests.script[row, following].long()
             tokens = torch.where(known > 0, known - 1, tokens)
-        lanes.guess[which] = tokens
         if not self.in_use["wave"]:
-            self.begin_next(*self.emit(which))
+            self.begin_next(*self._emit(which, row, position, tokens))
             return
+        lanes.guess[which] = tokens
         plain = (requests.wave[row] == 1) | (which >= lanes.own)
-        self.begin_next(*self.emit(which[plain]))
+        self.begin_next(*self._emit(which[plain], row[plain], position[plain], tokens[plain]))
         if not bool(plain.all()):
             advance(self, row[~plain].unique())
 
-    def emit(self, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Put out the guesses of lanes `which` [m], one a row at most. Returns row, position and token of those that go
-        on."""
-        row, position, tokens, stopped = self._put_out(self, which)
+    def _emit(
+        self, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put out tokens of lanes `which`, of rows at positions [m], one a row at most. Returns row, position and token
+        of what is to start."""
+        position, stopped = self._put_out(self, which, row, position, tokens)
         if bool(stopped.any()):
             row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
         return row, position, tokens
+
+    def emit(self, which: torch.Tensor) -> None:
+        """Put out the guesses of lanes `which` [m], one a row at most."""
+        lanes = self.lanes
+        self._put_out(self, which, lanes.row[which], lanes.position[which], lanes.guess[which])
 
     def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
         """Start tokens [m] of rows in lanes of their own."""
@@ -485,7 +508,7 @@ class Loop:
 
     def prelude(self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """e [m, D] of tokens [m] of rows at positions [m]."""
-        x = self.parts.embed(tokens, position)
+        x = self.embed(self.parts, tokens, position)
         if self.parts.config.prelude:
             self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
             x = self.parts.layers("prelude", x, position, None)
@@ -504,7 +527,7 @@ class Loop:
         x = self.prelude(tokens, row, position)
         may_exit = self.always[: len(where)] if may_exit is None else may_exit
         self._start(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
-        if self._read_rules():
+        if self.reading:
             self.rules.begin(where)
         if self.routing:
             self.routing.begin(where)

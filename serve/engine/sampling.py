@@ -21,18 +21,18 @@ def waiting_times(seed: torch.Tensor, choice: torch.Tensor, position: torch.Tens
 
 def sample(
     logits: torch.Tensor,
+    best: torch.Tensor,
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens [n] for logits [n, V]; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 cut nothing (each [n]).
-    top_p is a share of what the other two leave.
+    """Tokens [n] for logits [n, V], of which `best` [n] are the likeliest; temperature 0 takes these, top_k 0, top_p 1
+    and min_p 0 cut nothing (each [n]). top_p is a share of what the other two leave.
 
     `noise` [n, V]: see `waiting_times`.
     """
-    greedy = logits.argmax(-1)
     scaled = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]
     p = scaled.softmax(-1)
     ordered, order = p.sort(-1, descending=True)
@@ -42,4 +42,4 @@ def sample(
     ordered = torch.where(keep, ordered, 0.0)
     keep &= ordered.cumsum(-1) - ordered < top_p[:, None] * ordered.sum(-1, keepdim=True)
     kept = torch.zeros_like(p).scatter(-1, order, torch.where(keep, ordered, 0.0))
-    return torch.where(temperature > 0, (kept / noise).argmax(-1), greedy)
+    return torch.where(temperature > 0, (kept / noise).argmax(-1), best)

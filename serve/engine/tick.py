@@ -38,20 +38,22 @@ def choose(loop: Loop) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def enter(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Lanes `which` [n] go on. Returns row, position and depth of each, whether it has begun, the passes after which it
-    leaves [n], and its state [n, D]; after how many the first one leaves or stops, and how many leave KV slots empty
-    there [2]."""
+    """Lanes `which` [n] go on. Returns row, position and depth of each, whether it has begun, whether it is among those
+    that leave first [n], and its state [n, D]; after how many passes the first one leaves or stops, how many leave KV
+    slots empty there, and how many positions the farthest one sees [3]."""
     lanes = loop.lanes
-    row, depth = lanes.row[which], lanes.depth[which]
+    row, position, depth = lanes.row[which], lanes.position[which], lanes.depth[which]
     limit, left = loop.requests.limit[row], lanes.target[which] - depth
     until = left.min()
     if loop.policy.complete:  # those that have left run to their limit
         exited = lanes.exited[which]
         until = torch.where(exited, limit - depth, left).min()
         left = torch.where(exited, NEVER, left)
-    early = (left == until) & (depth + until < limit)
+    until = until.clamp(min=1)  # a pass runs whatever is left
+    first = left <= until
+    early = first & (depth + until < limit)
     loop.turn[0].copy_(loop.turn[1])
-    return row, lanes.position[which], depth, depth > 0, left, lanes.s[which], torch.stack([until, early.sum()])
+    return row, position, depth, depth > 0, first, lanes.s[which], torch.stack([until, early.sum(), position.max() + 1])
 
 
 def settle(
@@ -93,11 +95,23 @@ def settle(
     return torch.cat([torch.stack([leaves.sum(), empty.sum()]), counts]), empty, order
 
 
-def emit(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put out the guesses of lanes `which` [m], one a row at most. Returns row, position and token of what comes next,
-    and whether the request has stopped [m]."""
+def fetch(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lanes `which` [m] are read out, and wait no longer. Returns the states [m, D], rows and positions [m] of it."""
+    lanes = loop.lanes
+    lanes.waiting.index_put_((which,), torch.zeros_like(which, dtype=torch.bool))
+    s = lanes.s[which]
+    if loop.policy.complete:
+        s = torch.where(lanes.exited[which][:, None], lanes.read[which], s)
+    return s, lanes.row[which], lanes.position[which]
+
+
+def emit(
+    loop: Loop, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put out `tokens` [m] that lanes `which` [m], of rows at positions [m], have given, one a row at most. Returns the
+    tokens' positions, and whether the request has stopped [m]."""
     lanes, requests = loop.lanes, loop.requests
-    row, position, tokens, left = lanes.row[which], lanes.position[which], lanes.guess[which], lanes.left[which]
+    left = lanes.left[which]
     lanes.open.index_put_((which,), torch.zeros_like(which, dtype=torch.bool))
     requests.trace.index_put_((row, position), left.int())
     position = position + 1
@@ -112,7 +126,7 @@ def emit(loop: Loop, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     requests.remaining.index_put_((row,), torch.where(stopped, 0, remaining))
     requests.frontier.index_put_((row,), position)
     requests.live.index_put_((row,), requests.live[row] & ~stopped)
-    return row, position, tokens, stopped
+    return position, stopped
 
 
 def begin(

@@ -54,6 +54,7 @@ class PagedAttention:
         self.layer_shift = torch.arange(len(first), device=device)[:, None] * Whole.of(first).stride  # [core layers, 1]
         self.starts = torch.arange(1, dtype=torch.int32, device=device)
         self.tables: torch.Tensor | None = None
+        self.located, self.filled = located, filled
         self.current: Plan | None = None
 
     def plan(self, rows: Rows) -> Plan:
@@ -62,7 +63,9 @@ class PagedAttention:
             return plan
         request, position = rows.request, rows.position
         if self.tables is not rows.tables:  # compiled code keeps those that it was compiled with
-            self.tables, self.located = rows.tables, compiled(located, **ALONE) if self.compile else located
+            self.tables = rows.tables
+            if self.compile:
+                self.located, self.filled = compiled(located, **ALONE), compiled(filled, **ALONE)
         place, shift, seen = self.located(self, request, position, rows.slot)
         write = place if rows.write is None else torch.where(rows.write, place, -1)
         n, most = len(position), 1
@@ -75,7 +78,7 @@ class PagedAttention:
             starts = torch.zeros(len(first) + 1, dtype=torch.int32, device=position.device)
             torch.cumsum(count, 0, out=starts[1:])
             request, shift, seen, most = request[first], shift[first], seen[first + count - 1], int(count.max())
-        longest = int(seen.max())
+        longest = rows.longest or int(seen.max())
         tables = rows.tables[request, : (longest - 1) // self.block_size + 1]
         tables = (tables if self.scale == 1 else tables * self.scale) + shift[:, None]
         common = CommonAttentionMetadata(
@@ -114,7 +117,9 @@ class PagedAttention:
         plan, of, cache = self.current, self.layers[layer], self.caches[layer]
         assert plan is not None, "attention before a plan"
         if plan.kept is not None and layer >= self.outer:  # a copy, as compiled code writes over k and v
-            torch.stack([k, v], out=plan.kept[layer - self.outer])
+            room = plan.kept[layer - self.outer]
+            room[0].copy_(k)
+            room[1].copy_(v)
         of.impl.do_kv_cache_update(of, k, v, cache, plan.write)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
@@ -124,12 +129,10 @@ class PagedAttention:
         """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied. All
         layers at once, as their caches are equally far apart, too."""
         assert plan.kept is not None, "rows that fills were not announced for"
-        source, further = slots_after(empty)
-        blocks = self.layer_shift + further * self.stride
-        place = plan.place[source] + blocks * self.block_size
-        k, v = (plan.kept[:, n].index_select(1, source).flatten(0, 1) for n in range(2))
+        every = torch.arange(int(empty.sum()), device=empty.device)
+        k, v, place = self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2))
         of = self.layers[-1]
-        of.impl.do_kv_cache_update(of, k, v, self.core, place.flatten())
+        of.impl.do_kv_cache_update(of, k, v, self.core, place)
 
 
 def located(
@@ -140,6 +143,18 @@ def located(
     assert attention.tables is not None
     block = attention.tables[request, position // size].long() * attention.scale + shift
     return block * size + position % size, shift.int(), (position + 1).int()
+
+
+def filled(
+    attention: PagedAttention, place: torch.Tensor, empty: torch.Tensor, every: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of rows at places [N] with `empty` [N] slots behind each, `every` [M] of them: keys and values [L M, K, C], and
+    where they go [L M], for the L core layers; from `kept` [L 2 N, K, C]."""
+    source, further = slots_after(empty, every)
+    blocks = attention.layer_shift + further * attention.stride
+    layers = torch.arange(len(attention.layer_shift), device=place.device)[:, None] * 2
+    k, v = (kept[((layers + n) * len(place) + source).flatten()] for n in range(2))
+    return k, v, (place[source] + blocks * attention.block_size).flatten()
 
 
 class Whole(NamedTuple):

@@ -141,7 +141,7 @@ class LaneSteps:
             if grammar_output is not None:
                 apply_grammar_bitmask(scheduler_output, grammar_output, self.input_batch, logits)
 
-        self.loop.resume(lambda logits, row, position: self.sampler_of_lanes(logits, row, position, mask))
+        self.loop.resume(lambda *read: self.sampler_of_lanes(*read, mask))
         return self._output(list(scheduler_output.num_scheduled_tokens))
 
     def take_draft_token_ids(self) -> None:
