@@ -172,6 +172,11 @@ class Engine:
                 f"temperature={params.temperature}, top_p={params.top_p}, min_p={params.min_p}: temperature is 0 or "
                 "more, top_p above 0 and up to 1, min_p from 0 to 1"
             )
+        if params.decoder not in DECODERS:
+            raise unknown("decoder", params.decoder, DECODERS)
+        for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
+            if params.decoder == "diffusion" and (value := getattr(params, name)) and value != "fixed":
+                raise UserError(f"{name}={value!r}: decoder='diffusion' freezes positions by diffusion.freeze")
         limit = params.num_recurrences or config.num_recurrences
         if not 1 <= limit <= policy.depths:
             raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}")
@@ -181,7 +186,7 @@ class Engine:
             raise unknown("exit_rule", rule, RULES)
         if rule == "gate" and not config.exit_gate:
             raise UserError("exit_rule='gate': this model has no exit gate")
-        threshold = params.exit_threshold if rule != "fixed" else None
+        threshold = params.exit_threshold
         if threshold is not None:
             try:
                 check_threshold(threshold, rule)
@@ -196,8 +201,6 @@ class Engine:
             raise UserError(f"trace: depths are 1 to num_recurrences={limit}, or 0 where the rule decides")
         if params.prompt_exit and policy.complete:
             raise UserError("prompt_exit saves nothing with kv_policy='per-depth', which needs every depth")
-        if params.decoder not in DECODERS:
-            raise unknown("decoder", params.decoder, DECODERS)
         stops = set(params.stop_token_ids)
         if not params.ignore_eos and config.eos_token_id is not None:
             stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])

@@ -114,6 +114,12 @@ CASES = {
 }
 
 
+def threshold_of(rule: str, factor: float) -> float | None:
+    if rule == "argmax-stability":
+        return 1.0
+    return THRESHOLDS[rule] * factor if rule in THRESHOLDS else None
+
+
 def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list[dict[str, int]]]:
     """Prompts, what is asked of each, and when each comes and is aborted."""
     draw, flight = random.Random(seed), random.Random(seed)
@@ -130,7 +136,7 @@ def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list
                 num_recurrences=limit,
                 min_recurrences=draw.randint(1, limit),
                 exit_rule="fixed" if rule == "trace" else rule,
-                exit_threshold=1.0 if rule == "argmax-stability" else THRESHOLDS.get(rule, 0) * draw.uniform(0.5, 1.5),
+                exit_threshold=threshold_of(rule, draw.uniform(0.5, 1.5)),
                 prompt_exit=case.policy != "per-depth" and rule not in LOGITS and draw.random() < 0.3,
                 trace=tuple(draw.randint(1, limit) for _ in range(length + tokens)) if rule == "trace" else (),
                 ignore_eos=True,
@@ -159,7 +165,7 @@ def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) ->
         threshold=draw.uniform(0.3, 0.9),
         continuous=draw.random() < 0.3,
     )
-    depth = {"exit_rule": "fixed", "exit_threshold": 0.0, "min_recurrences": 1, "prompt_exit": False, "trace": ()}
+    depth = {"exit_rule": "fixed", "exit_threshold": None, "min_recurrences": None, "prompt_exit": False, "trace": ()}
     return replace(params, decoder=decoder, wave=wave, diffusion=diffusion, **depth)
 
 

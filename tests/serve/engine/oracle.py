@@ -267,7 +267,7 @@ class Oracle:
 class Rule:
     """One position's exit rule; `distance` below zero means that it fires, relative to the threshold."""
 
-    def __init__(self, name: str, threshold: float, oracle: Oracle, s: torch.Tensor):
+    def __init__(self, name: str | None, threshold: float, oracle: Oracle, s: torch.Tensor):
         self.name, self.threshold, self.oracle = name, threshold, oracle
         vocabulary = oracle.config.vocab_size
         self.entropy, self.best, self.stable, self.left = 100.0, None, 0, 0.0
@@ -275,7 +275,7 @@ class Rule:
         self.needs_logits = name in ("entropy-diff", "kl", "minp-kl", "argmax-stability")
 
     def distance(self, before: torch.Tensor, after: torch.Tensor, logits: torch.Tensor | None) -> float | None:
-        if self.name == "fixed":
+        if self.name in (None, "fixed"):
             return None
         value = self.value(before, after, logits)
         if self.name in ("argmax-stability", "gate"):

@@ -91,9 +91,7 @@ def test_waves_and_diffusion_beside_plain_requests(policy):
     params = [replace(p, max_tokens=9) for p in params]
     for n in range(0, 9, 3):
         params[n] = replace(params[n], decoder="wave", wave=5)
-        params[n + 1] = Params(
-            9, 4, 1, "fixed", 0.0, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.5)
-        )
+        params[n + 1] = Params(9, 4, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.5))
     compare(model, prompts, params, wide=False, kv_policy=policy, wave=6, width=13)
 
 

@@ -16,7 +16,7 @@ from loopwise.serve.engine.costs import Costs, measure
 from tests.serve.engine.test_engine import build
 from tests.tiny import VOCAB
 
-RULES = {"fixed": 0.0, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
+RULES = {"fixed": None, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
 SHAPES: list[dict[str, Any]] = [
     {},
     {"prelude": [], "core": [0, 2], "coda": [], "injection": "none"},
@@ -49,7 +49,7 @@ def test_a_wave_is_plain_decoding(seed, model_type, shape):
 
 def test_waves_leave_no_lane_where_the_budget_leaves_none():
     """Then they do the work of plain decoding, pass by pass."""
-    params = Params(12, 4, 1, "fixed", 0.0, ignore_eos=True)
+    params = Params(12, 4, ignore_eos=True)
     prompts = [[5 + n, 6, 7] for n in range(4)]
     engine = Engine(build(), rows=4, length=64, wave=6)
     plain = engine.generate(prompts, params)
@@ -96,7 +96,7 @@ def test_exits_wait_as_long_as_the_model_of_their_cost_says():
 
 def test_exits_of_one_depth_meet():
     """Requests that begin in different ticks are read out together from then on, and then none waits."""
-    prompts, params = [[5, n, 6, 7] for n in range(3)], Params(40, 6, 1, "fixed", 0.0, ignore_eos=True)
+    prompts, params = [[5, n, 6, 7] for n in range(3)], Params(40, 6, ignore_eos=True)
 
     def run(wait: int) -> tuple[list, int, int]:
         """With a prompt in each of the first steps, of 8 ticks: 2 or more ticks apart."""
