@@ -366,7 +366,8 @@ async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> Non
     servers["lanes"] = Server(folder, *settings, flags=(*compiled, *seats))
     try:
         timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # the server closes what idles for 5 seconds
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             for server in servers.values():
                 await server.ready(session)
             await closed_loops(args, servers, session, bound)

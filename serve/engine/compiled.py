@@ -41,14 +41,16 @@ def compiled(function: Callable, **options: Any) -> Callable:
     graph: list[_Graph] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # which take seconds to import
 
-        def inner(*args: Any, **kwargs: Any) -> Callable:
+        def inner(*args: Any, **kwargs: Any) -> Any:
             graph.append(_Graph(compile_fx_inner(*args, **kwargs)))
             return graph[0]
 
-        with torch._functorch.config.patch(enable_autograd_cache=False):  # whose hits go past `inner`
-            return compile_fx(module, inputs, inner, config_patches={**OPTIONS, **options})
+        with config.patch(enable_autograd_cache=False):  # whose hits go past `inner`
+            made: Any = compile_fx(module, inputs, inner, config_patches={**OPTIONS, **options})
+        return made
 
     first = torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 

@@ -145,7 +145,8 @@ class Loop:
         s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
         if self.policy.fills:  # two slots of three rows, as lengths are to differ
             empty = torch.arange(3, device=self.device).clamp(max=1)
-            rows = Rows(self.requests.table, *(torch.zeros_like(empty) for _ in range(3)), empty > 1, fills=True)
+            at = torch.zeros_like(empty)
+            rows = Rows(self.requests.table, at, at.clone(), at.clone(), empty > 1, fills=True)
             self.attention.fill(self.attention.plan(rows), empty)
         self.attention.plan(Rows(self.requests.table, zeros, zeros.clone(), zeros.clone(), zeros > 0))
         for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
@@ -423,8 +424,8 @@ class Loop:
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
         self.counts.reads[len(which)] += 1
-        said = self.head(self.parts, self._coda(lanes.s[which], row, position))
-        refine(self, rows, self.sampler(*said, row, position + 1))
+        said, best = self.head(self.parts, self._coda(lanes.s[which], row, position))
+        refine(self, rows, self.sampler(said, best, row, position + 1))
 
     def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
         """Read out lanes that have exited, and lanes of waves that may not have."""
@@ -468,7 +469,8 @@ class Loop:
         that they start."""
         lanes, requests = self.lanes, self.requests
         following = position + 1
-        tokens = sampler(*self.head(self.parts, x), row, following)
+        said, best = self.head(self.parts, x)
+        tokens = sampler(said, best, row, following)
         if self.in_use["script"]:
             known = requests.script[row, following].long()
             tokens = torch.where(known > 0, known - 1, tokens)
