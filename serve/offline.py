@@ -175,7 +175,8 @@ class Engine:
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
-            if params.decoder == "diffusion" and (value := getattr(params, name)) and value != "fixed":
+            value = getattr(params, name)
+            if params.decoder == "diffusion" and not (value is None or value is False or value in ("fixed", ())):
                 raise UserError(f"{name}={value!r}: decoder='diffusion' freezes positions by diffusion.freeze")
         limit = params.num_recurrences or config.num_recurrences
         if not 1 <= limit <= policy.depths:

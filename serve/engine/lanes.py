@@ -85,8 +85,8 @@ class Lanes:
             line.clone() for line in whole
         )
         # target: recurrences at which it leaves, if no rule (`free` is 1) ends it before; token: what it started from;
-        # guess: what it says comes next, or -1; left: recurrences at the exit; stable: of diffusion, steps with an
-        # unchanged token
+        # guess: what it says comes next, or -1, of waves and diffusion; left: recurrences at the exit; stable: of
+        # diffusion, steps with an unchanged token
         self.s = torch.zeros(count, width, dtype=dtype, device=device)
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
         self.change = torch.zeros_like(self.s)  # of diffusion: what the last step changed of s

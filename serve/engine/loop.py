@@ -140,14 +140,14 @@ class Loop:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Passes that write nothing, so that what is compiled is compiled now."""
+        """Passes at the first position of block 0, so that what is compiled is compiled now."""
         lanes, two = self.lanes, torch.arange(2, device=self.device)
-        s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
         if self.policy.fills:  # two slots of three rows, as lengths are to differ
-            empty = torch.arange(3, device=self.device).clamp(max=1)
-            at = torch.zeros_like(empty)
-            rows = Rows(self.requests.table, at, at.clone(), at.clone(), empty > 1, fills=True)
-            self.attention.fill(self.attention.plan(rows), empty)
+            at, s = torch.zeros(3, dtype=torch.long, device=self.device), lanes.s.new_zeros(3, lanes.s.shape[1])
+            plan = self.attention.plan(Rows(self.requests.table, at, at.clone(), at.clone(), at > 0, fills=True))
+            self.recur(self.parts, s, s.clone(), at, at > 0, at.clone())
+            self.attention.fill(plan, torch.arange(3, device=self.device).clamp(max=1))
+        s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
         self.attention.plan(Rows(self.requests.table, zeros, zeros.clone(), zeros.clone(), zeros > 0))
         for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
             function(self.parts, s, s.clone(), zeros.clone(), zeros > 0, zeros)
@@ -281,7 +281,7 @@ class Loop:
             rest = slice(lanes.own, self.chunks[-1].last)
             of_prompts = (lanes.running[rest] & live[lanes.row[rest]]).nonzero().squeeze(1) + lanes.own
             which = torch.cat([own, of_prompts])
-        width = self.width or (most(self, own) if self.budget and several else 0)
+        width = self.width or (most(self, own) if self.budget and (self.waves or self.in_use["wave"]) else 0)
         if not width or len(own) <= width:
             return which
         rows = len(self.requests.limit)

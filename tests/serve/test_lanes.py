@@ -96,7 +96,7 @@ CASES = {
     "first": Case(policy="first"),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
-    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40}, decoders=ALL),
+    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40, "compile": True}, decoders=ALL),
     "narrow-plain": Case(policy="last-exited", lanes={"width": 3, "coda_wait": -1, "compile": True}),
     "compiled": Case(
         "gemma3_text",

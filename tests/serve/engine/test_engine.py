@@ -331,6 +331,7 @@ def test_thresholds_and_traces_beyond_all_bounds():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0, .* above 0"),
         ({"exit_threshold": 0.1}, "exit_threshold=0.1: exit_rule='fixed' has no threshold"),
         ({"decoder": "diffusion", "exit_rule": "cosine"}, "exit_rule='cosine': decoder='diffusion' freezes"),
+        ({"decoder": "diffusion", "exit_threshold": 0.0}, "exit_threshold=0.0: decoder='diffusion' freezes"),
         ({"decoder": "diffusion", "prompt_exit": True}, "prompt_exit=True: decoder='diffusion' freezes"),
     ],
 )
