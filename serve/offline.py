@@ -21,7 +21,7 @@ from .engine.loop import Loop, Prompt
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
 from .vllm.decoders import DECODERS
-from .vllm.fields import FieldError, check_threshold
+from .vllm.fields import FieldError, check_frozen, check_threshold
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
@@ -174,10 +174,6 @@ class Engine:
             )
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
-        for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
-            value = getattr(params, name)
-            if params.decoder == "diffusion" and not (value is None or value is False or value in ("fixed", ())):
-                raise UserError(f"{name}={value!r}: decoder='diffusion' freezes positions by diffusion.freeze")
         limit = params.num_recurrences or config.num_recurrences
         if not 1 <= limit <= policy.depths:
             raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}")
@@ -188,12 +184,14 @@ class Engine:
         if rule == "gate" and not config.exit_gate:
             raise UserError("exit_rule='gate': this model has no exit gate")
         threshold = params.exit_threshold
-        if threshold is not None:
-            try:
+        try:
+            if params.decoder == "diffusion":
+                check_frozen({name: value for name, value in vars(params).items() if value not in (None, ())})
+            if threshold is not None:
                 check_threshold(threshold, rule)
-            except FieldError as error:
-                raise UserError(str(error)) from None
-        else:
+        except FieldError as error:
+            raise UserError(str(error)) from None
+        if threshold is None:
             threshold = default.get("threshold") if rule == default.get("rule") else None
         least = params.min_recurrences or default.get("min_recurrences", 1)
         if not 1 <= least <= limit:

@@ -53,9 +53,9 @@ class Attention(Protocol):
         """
         ...
 
-    def fill(self, plan: Any, empty: torch.Tensor) -> None:
+    def fill(self, plan: Any, empty: torch.Tensor, count: int) -> None:
         """Write the keys and values that the rows of `plan` had in the core layers into the next `empty` [N] slots,
-        too."""
+        too; `count` slots together."""
         ...
 
 
@@ -140,8 +140,8 @@ class TorchAttention:
         p = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
         return (p @ values).transpose(1, 2)[plan.real]
 
-    def fill(self, plan: _Plan, empty: torch.Tensor) -> None:
-        source, further = slots_after(empty, torch.arange(int(empty.sum()), device=empty.device))
+    def fill(self, plan: _Plan, empty: torch.Tensor, count: int) -> None:
+        source, further = slots_after(empty, torch.arange(count, device=empty.device))
         place = plan.place[source] + further * self.blocks * self.block_size
         for layer, new in plan.kept.items():
             for cache, values in zip(self.caches[layer], new, strict=True):

@@ -1,4 +1,4 @@
-"""A pass of the core as one compiled graph, for any number of lanes.
+"""A pass of the core, and what a tick does around it, as compiled graphs for any number of lanes.
 
 torch.compile fuses what lies between the matrix products, and drops Python's share of a tick. It need not know the
 cache: attention is one operation to it, and whose it is is looked up when it runs.

@@ -142,16 +142,14 @@ class Loop:
     def warm_up(self) -> None:
         """Passes at the first position of block 0, so that what is compiled is compiled now."""
         lanes, two = self.lanes, torch.arange(2, device=self.device)
-        if self.policy.fills:  # two slots of three rows, as lengths are to differ
-            at, s = torch.zeros(3, dtype=torch.long, device=self.device), lanes.s.new_zeros(3, lanes.s.shape[1])
-            plan = self.attention.plan(Rows(self.requests.table, at, at.clone(), at.clone(), at > 0, fills=True))
-            self.recur(self.parts, s, s.clone(), at, at > 0, at.clone())
-            self.attention.fill(plan, torch.arange(3, device=self.device).clamp(max=1))
-        s, zeros = lanes.s.new_zeros(2, lanes.s.shape[1]), torch.zeros_like(two)
-        self.attention.plan(Rows(self.requests.table, zeros, zeros.clone(), zeros.clone(), zeros > 0))
+        s, at = lanes.s.new_zeros(3, lanes.s.shape[1]), torch.zeros(3, dtype=torch.long, device=self.device)
+        fills = self.policy.fills
+        plan = self.attention.plan(Rows(self.requests.table, at, at.clone(), at.clone(), at > 0, fills=fills))
         for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
-            function(self.parts, s, s.clone(), zeros.clone(), zeros > 0, zeros)
-        self.embed(self.parts, zeros, zeros.clone())
+            function(self.parts, s, s.clone(), at.clone(), at > 0, at)
+        if fills:  # two slots behind three rows, as lengths are to differ
+            self.attention.fill(plan, torch.arange(3, device=self.device).clamp(max=1), 2)
+        self.embed(self.parts, at, at.clone())
         self.logits(self.parts, s)
         self.head(self.parts, s)
         self._choose(self)
@@ -252,7 +250,6 @@ class Loop:
             self.order = None
         if self.waves:
             self._refine()
-            self.order = None
         return passes or int(len(waiting) > 0)
 
     def _weigh(self) -> None:
@@ -269,19 +266,24 @@ class Loop:
         self.parked = []
 
     # ---- a tick -------------------------------------------------------------------------------------------------
+    @property
+    def staggered(self) -> bool:
+        """Whether rows may have several lanes in flight before their token: waves, or diffusions."""
+        return bool(self.waves or self.in_use["wave"])
+
     def _runnable(self) -> torch.Tensor:
         lanes, live = self.lanes, self.requests.live
         if self.order is None:
             self.order, counts = self._choose(self)
             self.waits, self.runs = counts.tolist()
-        several = bool(self.policy.complete or self.waves or self.in_use["wave"])  # lanes of a row
-        turns = 0 if several else self.width
+        staggered = self.staggered
+        turns = 0 if staggered or self.policy.complete else self.width
         which = own = self.order[: min(self.runs, turns or self.runs)]
         if self.chunks:
             rest = slice(lanes.own, self.chunks[-1].last)
             of_prompts = (lanes.running[rest] & live[lanes.row[rest]]).nonzero().squeeze(1) + lanes.own
             which = torch.cat([own, of_prompts])
-        width = self.width or (most(self, own) if self.budget and (self.waves or self.in_use["wave"]) else 0)
+        width = self.width or (most(self, own) if self.budget and staggered else 0)
         if not width or len(own) <= width:
             return which
         rows = len(self.requests.limit)
@@ -302,7 +304,7 @@ class Loop:
         row, position, depth, begun, first, before, counts = self._enter(self, which)
         until, early, longest = counts.tolist()
         rules = self.reading
-        special = rules or self.routing or self.waves or self.in_use["wave"]  # what looks at lanes after every pass
+        special = rules or self.routing or self.staggered  # what looks at lanes after every pass
         passes = 1 if special or self.unread else min(until, most)
         pass_of = depth
         if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
@@ -310,7 +312,7 @@ class Loop:
         place = position
         if self.routing:
             place, longest = self.routing.places(row, position, depth), 0
-        alone = not (self.chunks or self.waves or self.in_use["wave"] or policy.complete)
+        alone = not (self.chunks or self.staggered or policy.complete)
         e = lanes.e.index_select(0, which) if self.keeps_input else None
         own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
         own = own if len(which) - own >= PROMPT else len(which)
@@ -339,9 +341,11 @@ class Loop:
             gone = which[leaves]
             lanes.left[gone] = self.routing.recurrences(gone, lanes.depth[gone])
         if empties:
-            for plan, some in zip(plans, empty.split([n for n in (own, len(which) - own) if n]), strict=True):
-                if len(plans) == 1 or bool(some.any()):
-                    self.attention.fill(plan, some)
+            parts = empty.split([n for n in (own, len(which) - own) if n])
+            slots = [empties] if len(parts) == 1 else torch.stack([some.sum() for some in parts]).tolist()
+            for plan, some, count in zip(plans, parts, slots, strict=True):
+                if count:
+                    self.attention.fill(plan, some, count)
         return passes
 
     def _pass(self, rows: Rows, own: int, *inputs: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
@@ -421,6 +425,7 @@ class Loop:
         rows = [row for row, wave in self.waves.items() if int(requests.phase[row]) == wave.of.inner]
         if not rows:
             return
+        self.order = None
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
         self.counts.reads[len(which)] += 1

@@ -22,7 +22,7 @@ class Parts(Protocol):
 
     @property
     def compilable(self) -> bool:
-        """Whether a recurrence is one graph (see compiled.py)."""
+        """Whether a recurrence, the embedding and the head are a graph each (see compiled.py)."""
         ...
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ class PagedAttention:
         self.layer_shift = torch.arange(len(first), device=device)[:, None] * Whole.of(first).stride  # [core layers, 1]
         self.starts = torch.arange(1, dtype=torch.int32, device=device)
         self.tables: torch.Tensor | None = None
-        self.located, self.filled = located, filled
+        self.filled = compiled(filled, **ALONE) if compile else filled
         self.current: Plan | None = None
 
     def plan(self, rows: Rows) -> Plan:
@@ -63,9 +63,7 @@ class PagedAttention:
             return plan
         request, position = rows.request, rows.position
         if self.tables is not rows.tables:  # compiled code keeps those that it was compiled with
-            self.tables = rows.tables
-            if self.compile:
-                self.located, self.filled = compiled(located, **ALONE), compiled(filled, **ALONE)
+            self.tables, self.located = rows.tables, compiled(located, **ALONE) if self.compile else located
         place, shift, seen = self.located(self, request, position, rows.slot)
         write = place if rows.write is None else torch.where(rows.write, place, -1)
         n, most = len(position), 1
@@ -125,11 +123,11 @@ class PagedAttention:
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
         return out
 
-    def fill(self, plan: Plan, empty: torch.Tensor) -> None:
+    def fill(self, plan: Plan, empty: torch.Tensor, count: int) -> None:
         """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied. All
         layers at once, as their caches are equally far apart, too."""
         assert plan.kept is not None, "rows that fills were not announced for"
-        every = torch.arange(int(empty.sum()), device=empty.device)
+        every = torch.arange(count, device=empty.device)
         k, v, place = self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2))
         of = self.layers[-1]
         of.impl.do_kv_cache_update(of, k, v, self.core, place)

@@ -159,11 +159,7 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
         if "diffusion" in values:
             raise FieldError("diffusion", f"diffusion: belongs to decoder='diffusion', and the decoder is {decoder!r}")
         return values
-    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
-        if name in values and (name, values[name]) not in (("exit_rule", "fixed"), ("prompt_exit", False)):
-            raise FieldError(
-                name, f"{name}={values[name]!r}: decoder='diffusion' freezes positions by diffusion.freeze"
-            )
+    check_frozen(values)
     try:
         made = diffusion(values.get("diffusion", {}))
     except ValueError as error:
@@ -198,6 +194,15 @@ def check_params(params: Any, limits: Limits) -> None:
 def _depth(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise FieldError(name, f"{name}={value!r}: an integer from 1 to {most}, this model's max_recurrences")
+
+
+def check_frozen(values: dict[str, Any]) -> None:
+    """Raises FieldError for a field of `values` that would say when positions of a diffusion leave."""
+    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
+        if name in values and (name, values[name]) not in (("exit_rule", "fixed"), ("prompt_exit", False)):
+            raise FieldError(
+                name, f"{name}={values[name]!r}: decoder='diffusion' freezes positions by diffusion.freeze"
+            )
 
 
 def check_threshold(value: Any, rule: str) -> None:

@@ -63,8 +63,8 @@ class Pair:
             some = least & (torch.rand(len(key)) < 0.8)
             empty = torch.randint(0, SLOTS, (len(key),)).minimum(SLOTS - 1 - rows.slot) * some
             assert len(set(empty.tolist())) > 1
-            self.want.fill(plans[0], empty)
-            self.got.fill(plans[1], empty)
+            self.want.fill(plans[0], empty, int(empty.sum()))
+            self.got.fill(plans[1], empty, int(empty.sum()))
             self.same()
 
     def same(self) -> None:

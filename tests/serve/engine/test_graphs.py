@@ -147,7 +147,7 @@ def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 
     rows = Rows(graphs.loop.requests.table, request, position, depth, write)
     plan, out = graphs(rows, s, e, position, depth > 0, depth)
     assert not plan.rows.position[n:].any(), "what nobody asked for reads one key"
-    graphs.loop.attention.fill(plan, (depth == 1).long())
+    graphs.loop.attention.fill(plan, (depth == 1).long(), int((depth == 1).sum()))
     return out
 
 

@@ -69,7 +69,7 @@ for capability, dtype, heads, groups, size in ((90, torch.bfloat16, 55, 1, 96), 
         attention.plan(Rows(torch.zeros(3, 70, dtype=torch.int32), some, some, some, write, alone))
         sinks = None if alone else q[0, :, 0].contiguous()
         attention(0, q, k, v, scaling=0.1, sinks=sinks, **more)
-    attention.fill(attention.current, some)
+    attention.fill(attention.current, some, int(some.sum()))
 """
 
 
