@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .attention import Rows
+from .readout import coda
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -98,7 +99,7 @@ def _samples(loop: Loop, n: int, rows: int) -> Iterator[tuple[float, float]]:
         s = loop.recur(loop.parts, e, e.clone(), position, zeros > 0, zeros)
         s[:1, 0].tolist()  # the device has got so far
         between = time.perf_counter()
-        loop.head(loop.parts, loop._coda(s, row, position))[1].tolist()
+        loop.head(loop.parts, coda(loop, s, row, position))[1].tolist()
         e = loop.prelude(zeros, row, position)
         e[:1, 0].tolist()
         end = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,15 +18,11 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
-from .parts import Parts, embed, head, logits, read_out, recur, recur_alike, start
+from .parts import Parts, embed, head, logits, recur, recur_alike, start
+from .readout import Reader, Sampler, coda, read, ready, sample
 from .routing import Routing
-from .tick import begin, choose, emit, enter, fetch, settle
-from .wave import advance, most, speculative
-
-# (logits [m, V], the likeliest tokens [m] by them, rows [m], positions [m] of the tokens) -> tokens [m]
-Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (what the head reads [m, D], rows [m], positions [m] of prompt tokens)
-Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+from .tick import STEPS, Steps
+from .wave import most, speculative
 
 PROMPT = 64  # prompt lanes, which are all at one depth, that are worth a pass of their own, without others' LoRA
 
@@ -101,10 +96,7 @@ class Loop:
         self.recur, self.recur_alike, self.embed, self.logits, self.head = (
             map(compiled, whole) if compile and parts.compilable else whole
         )
-        steps = (choose, enter, settle, fetch, emit, begin)
-        self._choose, self._enter, self._settle, self._fetch, self._put_out, self._start = (
-            (compiled(step, **ALONE) for step in steps) if compile else steps
-        )
+        self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if compile else STEPS
         self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
@@ -124,7 +116,7 @@ class Loop:
         self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
         self.prompt_exit: dict[int, bool] = {}
         self.chunks: list[Chunk] = []
-        self.parked: list[list[torch.Tensor]] = []  # of fenced rows: what `_sample` gets
+        self.parked: list[list[torch.Tensor]] = []  # of fenced rows: what `sample` gets
         self.none = torch.empty(0, dtype=torch.long, device=self.device)
         self.reading: set[str] = set()  # rules in use that read something
         self.never = torch.zeros(len(self.lanes.row), dtype=torch.bool, device=self.device)
@@ -141,7 +133,7 @@ class Loop:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Passes at the first position of block 0, so that what is compiled is compiled now."""
-        lanes, two = self.lanes, torch.arange(2, device=self.device)
+        lanes, steps, two = self.lanes, self.steps, torch.arange(2, device=self.device)
         s, at = lanes.s.new_zeros(3, lanes.s.shape[1]), torch.zeros(3, dtype=torch.long, device=self.device)
         fills = self.policy.fills
         plan = self.attention.plan(Rows(self.requests.table, at, at.clone(), at.clone(), at > 0, fills=fills))
@@ -152,12 +144,12 @@ class Loop:
         self.embed(self.parts, at, at.clone())
         self.logits(self.parts, s)
         self.head(self.parts, s)
-        self._choose(self)
-        row, position, depth, begun, _, s, _ = self._enter(self, two)
-        self._settle(self, two, row, position, depth, s, begun)
-        self._fetch(self, two)
-        self._put_out(self, two, row, position, depth)
-        self._start(self, two, row, position, depth, self.always[:2], s, s.clone())
+        steps.choose(self)
+        row, position, depth, begun, _, s, _ = steps.enter(self, two)
+        steps.settle(self, two, row, position, depth, s, begun)
+        steps.fetch(self, two)
+        steps.emit(self, two, row, position, depth)
+        steps.begin(self, two, row, position, depth, self.always[:2], s, s.clone())
         for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
             flag.zero_()
 
@@ -243,10 +235,10 @@ class Loop:
         where there was only something to read out; 0 where nothing is left to do."""
         lanes = self._runnable()
         passes = self._recur(lanes, most) if len(lanes) else 0
-        waiting = self._ready(idle=not passes)
+        waiting = ready(self, idle=not passes)
         ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
-            self._read_out(waiting, ahead)
+            read(self, waiting, ahead)
             self.order = None
         if self.waves:
             self._refine()
@@ -261,8 +253,8 @@ class Loop:
 
     def resume(self, sampler: Sampler) -> None:
         """Sample for the fenced rows that exited in this step; their next positions run in the next one."""
-        for read in self.parked:
-            self._sample(sampler, *read)
+        for parked in self.parked:
+            sample(self, sampler, *parked)
         self.parked = []
 
     # ---- a tick -------------------------------------------------------------------------------------------------
@@ -274,7 +266,7 @@ class Loop:
     def _runnable(self) -> torch.Tensor:
         lanes, live = self.lanes, self.requests.live
         if self.order is None:
-            self.order, counts = self._choose(self)
+            self.order, counts = self.steps.choose(self)
             self.waits, self.runs = counts.tolist()
         staggered = self.staggered
         turns = 0 if staggered or self.policy.complete else self.width
@@ -301,7 +293,7 @@ class Loop:
     def _recur(self, which: torch.Tensor, most: int) -> int:
         """Run lanes `which` [n] to the first exit, in `most` passes at most. Returns how many."""
         lanes, requests, policy = self.lanes, self.requests, self.policy
-        row, position, depth, begun, first, before, counts = self._enter(self, which)
+        row, position, depth, begun, first, before, counts = self.steps.enter(self, which)
         until, early, longest = counts.tolist()
         rules = self.reading
         special = rules or self.routing or self.staggered  # what looks at lanes after every pass
@@ -331,7 +323,7 @@ class Loop:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
             leaves = leaves | self._converged(rules, which, row, position, depth, before, after)
-        counts, empty, self.order = self._settle(self, which, row, position, depth, after, leaves)
+        counts, empty, self.order = self.steps.settle(self, which, row, position, depth, after, leaves)
         exits, empties, self.waits, self.runs = counts.tolist()
         self.unread |= exits > 0
         if not self.chunks:
@@ -382,42 +374,10 @@ class Loop:
             before,
             after,
             lambda some: self.parts.gate(after[some]),
-            lambda some: self.logits(self.parts, self._coda(after[some], row[some], position[some])),
+            lambda some: self.logits(self.parts, coda(self, after[some], row[some], position[some])),
         )
         converged = self.rules.check(rules, which, rule, self.requests.threshold[row], readings)
         return converged & (depth + 1 >= self.requests.minimum[row])
-
-    def _ready(self, idle: bool) -> torch.Tensor:
-        """Lanes to be read out now: prompts that are through, and, when enough of them wait, the others."""
-        lanes = self.lanes
-        if not self.unread and not self.chunks:
-            return self.none
-        done = [chunk for chunk in self.chunks if not bool(lanes.running[chunk.first : chunk.last].any())]
-        if not (done or idle) and self.waits and (self._full() or self._more_within(self.coda_wait - self.waited)):
-            self.waited += 1
-            return self.none
-        which = lanes.of_live(lanes.waiting, self.requests.live)
-        self.waited, self.unread = 0, False
-        self.chunks = [chunk for chunk in self.chunks if chunk not in done]
-        prompts = [torch.arange(chunk.first, chunk.last, device=self.device) for chunk in done]
-        return torch.cat([which, *prompts]) if done else which
-
-    def _full(self) -> bool:
-        """Whether passes are as wide as they may be without the lanes that wait: then these may, at no cost."""
-        return bool(self.costs and self.width) and self.runs >= self.width
-
-    def _more_within(self, ticks: int) -> bool:
-        """Whether another lane may exit within so many ticks; one with a rule may at any time."""
-        if ticks <= 0:
-            return False
-        lanes = self.lanes
-        which = lanes.of_live(lanes.running, self.requests.live)
-        return bool(((lanes.free[which] > 0) | (lanes.target[which] - lanes.depth[which] <= ticks)).any())
-
-    def _coda(self, s: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        if self.parts.config.coda:
-            self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
-        return read_out(self.parts, s, position)
 
     def _refine(self) -> None:
         """Diffusions whose step is over go on to the next."""
@@ -429,79 +389,20 @@ class Loop:
         which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
         row, position = lanes.row[which], lanes.position[which]
         self.counts.reads[len(which)] += 1
-        said, best = self.head(self.parts, self._coda(lanes.s[which], row, position))
+        said, best = self.head(self.parts, coda(self, lanes.s[which], row, position))
         refine(self, rows, self.sampler(said, best, row, position + 1))
 
-    def _read_out(self, waiting: torch.Tensor, ahead: torch.Tensor) -> None:
-        """Read out lanes that have exited, and lanes of waves that may not have."""
-        lanes = self.lanes
-        prompts = bool(len(waiting)) and int(waiting[-1]) >= lanes.own
-        if prompts and not self.parts.config.coda:  # which has keys and values of every position
-            lanes.waiting[waiting] = False
-            waiting = waiting[lanes.emits[waiting] | self._shown(waiting)]
-        which = waiting
-        if len(ahead):  # the coda wants a row's positions in order
-            which = torch.cat([waiting, ahead])
-            which = which[(lanes.row[which] * (self.requests.length + 2) + lanes.position[which]).argsort()]
-        if not len(which):
-            return
-        s, row, position = self._fetch(self, which)
-        x = self._coda(s, row, position)
-        self.counts.reads[len(which)] += 1
-        read = [which, row, position, x]
-        if prompts:
-            shown = self._shown(which)
-            if self.reader is not None and bool(shown.any()):
-                self.reader(x[shown], row[shown], position[shown])
-            emits = lanes.emits[which]
-            read = [each[emits] for each in read]
-        if self.in_use["fenced"]:
-            fenced = self.requests.fenced[read[1]]
-            if bool(fenced.any()):
-                self.parked.append([each[fenced] for each in read])
-                read = [each[~fenced] for each in read]
-        if len(read[0]):
-            self._sample(self.sampler, *read)
-
-    def _shown(self, which: torch.Tensor) -> torch.Tensor:
-        """Whether each of lanes `which` is a prompt position that the reader gets."""
-        return self.requests.shown[self.lanes.row[which]] & (which >= self.lanes.own)
-
-    def _sample(
-        self, sampler: Sampler, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, x: torch.Tensor
-    ) -> None:
-        """Tokens that come of lanes `which`, of rows at positions [m], whose read-out is x [m, D], and the positions
-        that they start."""
-        lanes, requests = self.lanes, self.requests
-        following = position + 1
-        said, best = self.head(self.parts, x)
-        tokens = sampler(said, best, row, following)
-        if self.in_use["script"]:
-            known = requests.script[row, following].long()
-            tokens = torch.where(known > 0, known - 1, tokens)
-        if not self.in_use["wave"]:
-            self.begin_next(*self._emit(which, row, position, tokens))
-            return
-        lanes.guess[which] = tokens
-        plain = (requests.wave[row] == 1) | (which >= lanes.own)
-        self.begin_next(*self._emit(which[plain], row[plain], position[plain], tokens[plain]))
-        if not bool(plain.all()):
-            advance(self, row[~plain].unique())
-
-    def _emit(
-        self, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Put out tokens of lanes `which`, of rows at positions [m], one a row at most. Returns row, position and token
-        of what is to start."""
-        position, stopped = self._put_out(self, which, row, position, tokens)
+    def put_out(self, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Put out tokens of lanes `which`, of rows at positions [m], one a row at most, and start them."""
+        position, stopped = self.steps.emit(self, which, row, position, tokens)
         if bool(stopped.any()):
             row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
-        return row, position, tokens
+        self.begin_next(row, position, tokens)
 
     def emit(self, which: torch.Tensor) -> None:
         """Put out the guesses of lanes `which` [m], one a row at most."""
         lanes = self.lanes
-        self._put_out(self, which, lanes.row[which], lanes.position[which], lanes.guess[which])
+        self.steps.emit(self, which, lanes.row[which], lanes.position[which], lanes.guess[which])
 
     def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
         """Start tokens [m] of rows in lanes of their own."""
@@ -533,7 +434,7 @@ class Loop:
         whatever its rule."""
         x = self.prelude(tokens, row, position)
         may_exit = self.always[: len(where)] if may_exit is None else may_exit
-        self._start(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
+        self.steps.begin(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
         if self.reading:
             self.rules.begin(where)
         if self.routing:

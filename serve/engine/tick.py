@@ -6,7 +6,8 @@ Shapes: n lanes of a pass, m lanes that are read out or start, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -151,3 +152,17 @@ def begin(
     target = torch.where(forced > 0, forced, requests.limit[row])
     lanes.begin(where, row, position, target, free.long(), tokens)
     return target
+
+
+class Steps(NamedTuple):
+    """The functions above, as they are or compiled."""
+
+    choose: Callable
+    enter: Callable
+    settle: Callable
+    fetch: Callable
+    emit: Callable
+    begin: Callable
+
+
+STEPS = Steps(choose, enter, settle, fetch, emit, begin)
