@@ -157,7 +157,7 @@ def begin(
 class Steps(NamedTuple):
     """The functions above, as they are or compiled."""
 
-    choose: Callable
+    choose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     enter: Callable
     settle: Callable
     fetch: Callable

@@ -110,7 +110,7 @@ def test_every_policy_with_forced_depths_and_rules(policy):
     assert {depth for answer in want for depth in answer.depths} == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("policy, width", [("per-depth", 8), ("single", 3)])
+@pytest.mark.parametrize(("policy", "width"), [("per-depth", 8), ("single", 3)])
 def test_a_compiled_tick_narrower_than_the_lanes(policy, width):
     check(build(), policy, *requests(7, 16, policy, ["fixed", "latent-diff"]), compile=True, width=width)
 
