@@ -58,6 +58,15 @@ class Attention(Protocol):
         too; `count` slots together."""
         ...
 
+    def clean(self, table: torch.Tensor) -> None:
+        """Make 0 of the keys and values that are not finite in the blocks of `table` [blocks], in every slot."""
+        ...
+
+
+def finite(cache: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Make 0 of what is not finite in `blocks` of a cache [all blocks, ...]."""
+    cache[blocks] = cache[blocks].nan_to_num(0.0, 0.0, 0.0)
+
 
 def attention_for(device: torch.device) -> type:
     """The backend for a device: Triton's kernels, which come with torch, on a GPU; torch's operations elsewhere."""
@@ -146,6 +155,11 @@ class TorchAttention:
         for layer, new in plan.kept.items():
             for cache, values in zip(self.caches[layer], new, strict=True):
                 cache.flatten(0, 1)[place] = values[source]
+
+    def clean(self, table: torch.Tensor) -> None:
+        for cache in (one for pair in self.caches for one in pair):
+            for shift in range(0, len(cache), self.blocks):
+                finite(cache, table + shift)
 
 
 @dataclass

@@ -55,6 +55,7 @@ class Requests:
         self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
         self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
+        self.wild = zeros(rows, dtype=torch.bool)  # has had states that are not finite
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
         self.depths = zeros(rows, room)  # recurrences of the position that gave each of these tokens
@@ -73,6 +74,7 @@ class Requests:
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
         self.fenced[row], self.shown[row], self.live[row] = request.fenced, request.shown, False
+        self.wild[row] = False
 
 
 class Lanes:

@@ -185,6 +185,8 @@ class Loop:
             lanes.running[first:last] = lanes.waiting[first:last] = lanes.open[first:last] = False
         self.chunks = [chunk for chunk in self.chunks if chunk.row != row]
         self.requests.live[row] = False
+        if bool(self.requests.wild[row]):  # whoever gets its blocks weighs what it does not see by 0, and 0 NaN is NaN
+            self.attention.clean(self.requests.table[row])
         self.diffusions.pop(row, None)
         self.waves.pop(row, None)
         self.in_use -= Counter(self.features.pop(row))
@@ -197,7 +199,7 @@ class Loop:
     def prompt(self, prompts: list[Prompt]) -> None:
         """Bring prompt tokens into lanes, where they run in the next step, to its end. Raises ValueError where there
         are not enough lanes."""
-        lanes = self.lanes
+        lanes, prompts = self.lanes, [self._held(prompt) for prompt in prompts]
         sizes = [len(prompt.tokens) for prompt in prompts]
         end = lanes.own + sum(sizes)
         if self.chunks or end > len(lanes.row):
@@ -215,6 +217,17 @@ class Loop:
             self.chunks.append(Chunk(prompt.row, first, first + size))
             first += size
             lanes.emits[first - 1] = prompt.ends
+
+    def _held(self, prompt: Prompt) -> Prompt:
+        """Without the newest generated token, where its rule reads it through a coda, which has not got the positions
+        before it until they are through: it follows them."""
+        last = prompt.first + len(prompt.tokens) - 1
+        rules = (RULES[name] for name in self.features[prompt.row] if name in RULES)
+        reads = self.parts.config.coda and any(rule.reads == "logits" for rule in rules)
+        if not reads or not prompt.ends or last < max(prompt.generated, prompt.first + 1):
+            return prompt
+        self.script(prompt.row, last, prompt.tokens[-1:].to(self.device))
+        return prompt._replace(tokens=prompt.tokens[:-1])
 
     # ---- a step -------------------------------------------------------------------------------------------------
     def step(self, live: torch.Tensor) -> None:

@@ -91,6 +91,8 @@ def settle(
     requests.items += passes_of.sum(0)
     requests.ticks += ticks
     requests.phase += ticks * requests.refines
+    wild = ~after.isfinite().all(1)
+    requests.wild |= ((row[:, None] == rows) & wild[:, None]).any(0)
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
     order, counts = choose(loop)
     return torch.cat([torch.stack([leaves.sum(), empty.sum()]), counts]), empty, order

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import Rows
+from .attention import Rows, finite
 
 LANES = 64  # queries of a run times G that a program has, at most
 TILE = 64  # keys that it reads at once, at most
@@ -233,3 +233,8 @@ class TritonAttention:
                 _fill[len(empty), heads, 2 * len(caches)](
                     caches, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
                 )
+
+    def clean(self, table: torch.Tensor) -> None:
+        for cache in (one for pair in self.caches for one in pair):
+            for shift in range(0, len(cache), self.blocks):
+                finite(cache, table + shift)

@@ -15,7 +15,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..engine.attention import Rows, runs, slots_after
+from ..engine.attention import Rows, finite, runs, slots_after
 from ..engine.compiled import ALONE, compiled
 
 
@@ -44,7 +44,7 @@ class PagedAttention:
         self.stride, self.scale = max(view.stride for view in views), views[0].scale
         if any(view.stride != self.stride for view in views[outer:]) or any(v.scale != self.scale for v in views):
             raise ValueError("the depths of all core layers must be equally far apart in vLLM's cache")
-        self.caches = [view.blocks for view in views]
+        self.caches, self.slots = [view.blocks for view in views], [len(slots) for slots in caches]
         first, every = [slots[0] for slots in caches[outer:]], [layer for slots in caches[outer:] for layer in slots]
         every.sort(key=lambda layer: layer.kv_cache.storage_offset())
         if every[0] is not first[0]:
@@ -131,6 +131,11 @@ class PagedAttention:
         k, v, place = self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2))
         of = self.layers[-1]
         of.impl.do_kv_cache_update(of, k, v, self.core, place)
+
+    def clean(self, table: torch.Tensor) -> None:
+        for cache, slots in zip(self.caches, self.slots, strict=True):
+            for slot in range(slots):
+                finite(cache, table * self.scale + slot * self.stride)
 
 
 def located(

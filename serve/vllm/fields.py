@@ -65,8 +65,10 @@ def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
         for name in list(place):
             if name in FIELDS:
                 value = place.pop(name)
-                if name in values and values[name] != value and value is not None:
-                    raise FieldError(name, f"{name} is {values[name]!r} in the body, but {value!r} in vllm_xargs")
+                other = values.get(name, value)
+                unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
+                if value is not None and (other != value or unlike):
+                    raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in vllm_xargs")
                 if value is not None:
                     values[name] = value
             elif name not in names:

@@ -15,11 +15,15 @@ from typing import Any
 from .fields import FieldError, check, take
 from .offered import check_request, offered
 
-GENERATION = {
-    "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-    "/v1/chat/completions": ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-    "/v1/responses": ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
-    "/v1/messages": ("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
+CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
+GENERATION = {  # what a body may be
+    "/v1/completions": (COMPLETION,),
+    "/v1/chat/completions": (CHAT,),
+    "/v1/chat/completions/batch": (CHAT,),
+    "/v1/responses": (("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),),
+    "/v1/messages": (("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),),
+    "/invocations": (COMPLETION, CHAT),
 }
 SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
 
@@ -160,7 +164,7 @@ class Reply:
 
     def _with_usage(self, text: bytes) -> bytes:
         reply = json.loads(text)
-        usage = reply.get("usage")
+        usage = reply.get("usage") if isinstance(reply, dict) else None  # null, as the client has gone
         if not isinstance(usage, dict):
             return text
         tokens = usage.get("completion_tokens", usage.get("output_tokens"))
@@ -213,8 +217,7 @@ def install(metrics: Callable | None) -> list[bool]:
 def _known(path: str) -> set[str]:
     from importlib import import_module
 
-    module, name = GENERATION[path]
-    return set(getattr(import_module(module), name).model_fields)
+    return {field for module, name in GENERATION[path] for field in getattr(import_module(module), name).model_fields}
 
 
 async def _read(receive: Callable) -> bytes:

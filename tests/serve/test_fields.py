@@ -186,6 +186,8 @@ def test_fields_are_taken_from_the_body_and_from_vllm_xargs():
 def test_a_field_cannot_say_two_things():
     with pytest.raises(FieldError, match="num_recurrences is 3 in the body, but 4 in vllm_xargs"):
         take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 4}})
+    with pytest.raises(FieldError, match="num_recurrences is True in the body, but 1 in vllm_xargs"):
+        take({"num_recurrences": True, "vllm_xargs": {"num_recurrences": 1}})
     assert take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 3}}) == {"num_recurrences": 3}
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -483,22 +484,49 @@ def test_bad_depth_fields_are_400_and_named(server, path, place, field, value, s
 
 
 @needs_vllm
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"])
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
 def test_other_routes_take_the_fields_too(server, path, place):
     def post(**fields):
         body = {"model": "tiny", "input": "a", "messages": [{"role": "user", "content": "a"}]}
-        body |= {"max_output_tokens": 2, "max_tokens": 2, **(fields if place == "body" else {"vllm_xargs": fields})}
+        if path.endswith("batch"):
+            body["messages"] = [body["messages"]] * 3
+        body |= {
+            "max_output_tokens": 2,
+            "max_tokens": 2,
+            "ignore_eos": True,
+            **(fields if place == "body" else {"vllm_xargs": fields}),
+        }
         headers = {"Content-Type": "application/json"}
         call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
         return json.load(urllib.request.urlopen(call, timeout=60))
 
     usage = post(num_recurrences=2)["usage"]
-    assert (usage["output_tokens"], usage["recurrences"]) == (2, {"mean": 2.0, "total": 4})
+    tokens = 6 if path.endswith("batch") else 2
+    assert usage.get("output_tokens", usage.get("completion_tokens")) == tokens
+    assert usage["recurrences"] == {"mean": 2.0, "total": 2 * tokens}
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(exit_rule="nonsense")
     assert caught.value.code == 400
     assert "choose from fixed, latent-diff" in json.load(caught.value)["error"]["message"]
+
+
+@needs_vllm
+def test_a_client_that_leaves_is_no_error(server):
+    body = json.dumps({**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(server.url).port)) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        time.sleep(0.3)
+
+    def ended() -> bool:
+        with urllib.request.urlopen(server.url + "/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        assert not [line for line in lines if line.startswith("http_requests_total") and 'status="5xx"' in line]
+        return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
+
+    server.wait_until(ended, 60)
+    assert ended()  # whatever the reply became is counted by now
 
 
 @needs_vllm

@@ -16,6 +16,7 @@ from loopwise.serve import Engine, Params
 from loopwise.serve.engine import loop
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
+from loopwise.serve.engine.loop import Prompt
 from loopwise.serve.engine.tick import choose, enter
 from tests.model import test_relaxation
 from tests.serve.engine.oracle import Answer, Oracle
@@ -382,3 +383,49 @@ def test_sampling_is_the_seeds_alone():
         assert engine.generate([prompt], p)[0] == together[n]
     again = engine.generate(prompts[:1], replace(params[0], seed=99))
     assert again[0].tokens != together[0].tokens
+
+
+@pytest.mark.parametrize("rule", ["entropy-diff", "kl"])
+def test_a_request_goes_on_after_others_had_its_blocks(rule):
+    """A rule that reads through a coda finds that of the positions before, also for the first token that comes anew."""
+    prompts, params = requests(11, 12, "last-exited", [rule])
+    model = build(prelude=[0], core=[1], coda=[2, 3])
+    some = {"max_tokens": 20, "num_recurrences": 4, "min_recurrences": 1, "ignore_eos": True}
+    params, oracle = [replace(asked, **some) for asked in params], Oracle(model, "last-exited")
+    wanted = [oracle.generate(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
+    engine = Engine(model, rows=1, length=100, kv_policy="last-exited", ticks=3)
+    loop, row, preempted = engine.loop, torch.zeros(1, dtype=torch.long), 0
+    caches: Any = vars(loop.attention)["caches"]
+    for prompt, asked, want in zip(prompts, params, wanted, strict=True):
+        request, tokens = engine.request(asked), []
+        if want.margin < NEAR:
+            continue
+        with torch.inference_mode():
+            while len(tokens) < 20:
+                loop.admit(0, replace(request, remaining=20 - len(tokens)))
+                loop.prompt([Prompt(0, torch.tensor(prompt + tokens), 0, True, generated=len(prompt))])
+                for _ in range(3):
+                    loop.step(row)
+                    tokens += loop.requests.tokens[0, : int(loop.requests.count[0])].tolist()
+                request = replace(request, trace=loop.release(0).tolist())
+                for cache in (one for pair in caches for one in pair):
+                    cache.normal_(std=4.0)
+                preempted += 1
+        assert tokens == want.tokens, (prompt, asked)
+    assert preempted > 24
+
+
+def test_a_request_that_overflows_leaves_nothing_to_others():
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "injection" in name:
+                parameter.mul_(8)
+    engine = Engine(model, rows=1, length=100, wave=8, kv_policy="last-exited")
+    prompt, plain = list(range(3, 40)), Params(24, num_recurrences=4, ignore_eos=True)
+    want = engine.generate([prompt], plain)
+    wild = Diffusion(inner=3, continuous=True, freeze="acceleration", threshold=0.3)
+    engine.generate([[5, 6, 7]], Params(90, ignore_eos=True, decoder="diffusion", wave=4, diffusion=wild))
+    assert bool(engine.loop.requests.wild[0])
+    assert engine.generate([prompt], plain) == want
+    assert not bool(engine.loop.requests.wild[0])
