@@ -215,12 +215,12 @@ async def _run(args: argparse.Namespace) -> bool:
         raise SystemExit(128 + number)
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
-    dead = install(metrics)
+    ending = install(metrics)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
     await run_server_worker(address, listener, args)
-    return bool(dead and dead[0])
+    return ending.dead
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from .fields import FieldError, check, take
@@ -80,11 +81,19 @@ class Spent:
         return {"recurrences": usage, "passes": passes}
 
 
+@dataclass
+class Ending:
+    """Whether the engine's client was `told` to end, and whether the engine was `dead` already."""
+
+    told: bool = False
+    dead: bool = False
+
+
 class DepthFields:
     """ASGI middleware. `metrics(engine_client)`, where the engine counts, updates its counters before a scrape."""
 
-    def __init__(self, app: Callable, metrics: Callable | None):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: Callable, metrics: Callable | None, ending: Ending):
+        self.app, self.metrics, self.ending = app, metrics, ending
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         path = scope.get("path", "")
@@ -92,6 +101,8 @@ class DepthFields:
             await self.metrics(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
             return await self.app(scope, receive, send)
+        if self.ending.told and not self.ending.dead:  # the engine would answer nothing, and with 200
+            return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
             fields = json.loads(body)
@@ -106,7 +117,7 @@ class DepthFields:
                 name = next(iter(values))
                 raise FieldError(name, f"{name} cannot be given with use_beam_search, whose requests carry no fields")
         except FieldError as error:
-            return await _refuse(error, send)
+            return await _refuse(400, "BadRequestError", str(error), error.field, send)
         spent = Spent(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
         if values:
             given = fields.get("vllm_xargs")
@@ -174,25 +185,24 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(metrics: Callable | None) -> list[bool]:
+def install(metrics: Callable | None) -> Ending:
     """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
     check what came by other routes than the middleware's before a stream has begun.
 
     vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
-    what the engine said about a request. Returns a list whose first entry will be whether the engine was dead already
-    when its client was told to end.
+    what the engine said about a request. Returns what will say how the engine ended.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    dead: list[bool] = []
+    ending = Ending()
     others, generate, shutdown = launcher.init_entrypoints_middleware, AsyncLLM.generate, AsyncLLM.shutdown
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
-        app.user_middleware.append(Middleware(DepthFields, metrics=metrics))  # the innermost
+        app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         check_request(sampling_params, self.vllm_config)
@@ -200,7 +210,9 @@ def install(metrics: Callable | None) -> list[bool]:
         return stream if spent is None else spent.follow(stream)
 
     def end(self, *args, **kwargs):
-        dead.append(hasattr(self, "engine_core") and self.errored)  # which one that did not start has not
+        if not ending.told:
+            ending.dead = hasattr(self, "engine_core") and self.errored  # which one that did not start has not
+            ending.told = True
         handler = getattr(self, "output_handler", None)
         shutdown(self, *args, **kwargs)
         if handler is not None and not handler.get_loop().is_closed():
@@ -211,7 +223,7 @@ def install(metrics: Callable | None) -> list[bool]:
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
     AsyncLLM.shutdown = end
-    return dead
+    return ending
 
 
 def _known(path: str) -> set[str]:
@@ -250,10 +262,9 @@ def _with_length(scope: dict, body: bytes) -> dict:
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
-async def _refuse(error: FieldError, send: Callable) -> None:
+async def _refuse(status: int, kind: str, message: str, field: str | None, send: Callable) -> None:
     """vLLM's error object."""
-    content = {"message": str(error), "type": "BadRequestError", "param": error.field, "code": 400}
-    body = json.dumps({"error": content}).encode()
+    body = json.dumps({"error": {"message": message, "type": kind, "param": field, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -578,6 +578,11 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
         os.killpg(server.process.pid, signal.SIGINT)
     else:
         server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises(urllib.error.HTTPError) as refused:  # later ones are not
+        urllib.request.urlopen(call, timeout=60)
+    error = json.load(refused.value)["error"]
+    assert (refused.value.code, error["code"], error["message"]) == (503, 503, "the server is shutting down")
     assert server.wait_for_end() == 0
     reader.join()
     events = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
