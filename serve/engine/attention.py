@@ -8,7 +8,9 @@ Shapes: N rows, H query heads, K key-value heads, C head size, M runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -63,9 +65,11 @@ class Attention(Protocol):
         ...
 
 
-def finite(cache: torch.Tensor, blocks: torch.Tensor) -> None:
-    """Make 0 of what is not finite in `blocks` of a cache [all blocks, ...]."""
-    cache[blocks] = cache[blocks].nan_to_num(0.0, 0.0, 0.0)
+def clean(cache: torch.Tensor, table: torch.Tensor, shifts: Iterable[int]) -> None:
+    """Make 0 of what is not finite in the blocks of `table` [blocks], and so many blocks behind each, of a cache [all
+    blocks, ...]."""
+    for shift in shifts:
+        cache[table + shift] = cache[table + shift].nan_to_num(0.0, 0.0, 0.0)
 
 
 def attention_for(device: torch.device) -> type:
@@ -157,9 +161,8 @@ class TorchAttention:
                 cache.flatten(0, 1)[place] = values[source]
 
     def clean(self, table: torch.Tensor) -> None:
-        for cache in (one for pair in self.caches for one in pair):
-            for shift in range(0, len(cache), self.blocks):
-                finite(cache, table + shift)
+        for cache in chain.from_iterable(self.caches):
+            clean(cache, table, range(0, len(cache), self.blocks))
 
 
 @dataclass

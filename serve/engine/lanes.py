@@ -54,8 +54,8 @@ class Requests:
         self.refines, self.phase = zeros(rows, dtype=torch.bool), zeros(rows)  # diffusion, and where its step is
         self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
-        self.fenced, self.shown, self.live = (zeros(rows, dtype=torch.bool) for _ in range(3))
-        self.wild = zeros(rows, dtype=torch.bool)  # has had states that are not finite
+        self.fenced, self.shown, self.live, self.wild = (zeros(rows, dtype=torch.bool) for _ in range(4))
+        # wild: has had states that are not finite
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
         self.depths = zeros(rows, room)  # recurrences of the position that gave each of these tokens
@@ -73,8 +73,8 @@ class Requests:
             raise ValueError(f"{len(request.stops)} stop tokens: at most {MAX_STOPS}")
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
-        self.fenced[row], self.shown[row], self.live[row] = request.fenced, request.shown, False
-        self.wild[row] = False
+        self.fenced[row], self.shown[row] = request.fenced, request.shown
+        self.live[row] = self.wild[row] = False
 
 
 class Lanes:

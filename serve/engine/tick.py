@@ -86,13 +86,13 @@ def settle(
     silent = leaves & ~lanes.emits[which]
     requests.trace.index_put_((row, position), torch.where(silent, done.int(), requests.trace[row, position]))
     rows = torch.arange(len(requests.items), device=row.device)
-    passes_of = torch.where(row[:, None] == rows, passes[:, None], 0)
+    of = row[:, None] == rows
+    passes_of = torch.where(of, passes[:, None], 0)
     ticks = passes_of.amax(0)
     requests.items += passes_of.sum(0)
     requests.ticks += ticks
     requests.phase += ticks * requests.refines
-    wild = ~after.isfinite().all(1)
-    requests.wild |= ((row[:, None] == rows) & wild[:, None]).any(0)
+    requests.wild |= (of & ~after.isfinite().all(1)[:, None]).any(0)
     empty = torch.where(leaves, policy.empty(done, limit), 0) if policy.fills else torch.zeros_like(done)
     order, counts = choose(loop)
     return torch.cat([torch.stack([leaves.sum(), empty.sum()]), counts]), empty, order

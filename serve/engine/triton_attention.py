@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention import Rows, finite
+from .attention import Rows, clean
 
 LANES = 64  # queries of a run times G that a program has, at most
 TILE = 64  # keys that it reads at once, at most
@@ -235,6 +236,5 @@ class TritonAttention:
                 )
 
     def clean(self, table: torch.Tensor) -> None:
-        for cache in (one for pair in self.caches for one in pair):
-            for shift in range(0, len(cache), self.blocks):
-                finite(cache, table + shift)
+        for cache in chain.from_iterable(self.caches):
+            clean(cache, table, range(0, len(cache), self.blocks))

@@ -15,7 +15,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..engine.attention import Rows, finite, runs, slots_after
+from ..engine.attention import Rows, clean, runs, slots_after
 from ..engine.compiled import ALONE, compiled
 
 
@@ -134,8 +134,7 @@ class PagedAttention:
 
     def clean(self, table: torch.Tensor) -> None:
         for cache, slots in zip(self.caches, self.slots, strict=True):
-            for slot in range(slots):
-                finite(cache, table * self.scale + slot * self.stride)
+            clean(cache, table * self.scale, [slot * self.stride for slot in range(slots)])
 
 
 def located(

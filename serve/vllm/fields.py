@@ -65,12 +65,12 @@ def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
         for name in list(place):
             if name in FIELDS:
                 value = place.pop(name)
-                other = values.get(name)
+                if value is None:
+                    continue
+                other = values.setdefault(name, value)
                 unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
-                if value is not None and name in values and (other != value or unlike):
+                if other is not value and (other != value or unlike):
                     raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in vllm_xargs")
-                if value is not None:
-                    values[name] = value
             elif name not in names:
                 _check_name(name)
     return values
