@@ -1,14 +1,18 @@
 """The engine core alone, on this machine: depth-wise batching against fixed depth.
 
-    python bench/engine.py [--shape small] [--batch 16] [--mean 3] [--pairs 7] [--policy single,last-exited] [--lora 16]
-                           [--attention auto] [--threads 2]
+    python bench/engine.py [--shape small] [--batch 16] [--resident 16] [--mean 3] [--pairs 7] [--lora 16] [--compile]
+                           [--policy single,last-exited] [--coda-wait -1] [--attention auto] [--no-graphs] [--threads 2]
 
 A model of random weights in bfloat16 is asked for tokens whose depths are forced: a truncated geometric of the given
-mean (3/8 of the most by default). All systems run the same requests, one after the other in every pair; what is printed
-is the median ratio, its spread, and the share of the FLOP bound (F0 + R Fr) / (F0 + E[d] Fr). Shapes are those of a
+mean (3/8 of the most by default), in every request the same depths in an order of its own, so that all requests are
+done at about the same time, as none would be under a load that goes on. Both systems are this engine, with passes of
+`--batch` lanes, and answer the same requests, one after the other in every pair: at full depth, as many requests at
+once, which run in lockstep; against `--resident` ones, of which those that wait to be read out take no lane. What is
+printed is the median ratio of the times for decoding, its spread, and the share of the FLOP bound
+(F0 + R Fr) / (F0 + E[d] Fr). Shapes are those of a
 small Llama (d=1024, a core of 4 layers, 8,192 tokens, R=8), of Ouro 1.4B (R=4) and of Huginn (3.5B, R=32), and one to
-try the script with. It runs on the GPU if there is one, and prints then, too, how much of a tick the GPU idles, waiting
-for the host; `--attention torch` leaves the Triton kernels out, and `--no-graphs` the CUDA graphs.
+try the script with. It runs on the GPU if there is one, and prints then, too, how long graphs take, and how much of a
+tick the GPU waits for the host; `--attention torch` leaves the Triton kernels out, and `--no-graphs` the CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,18 +99,45 @@ def geometric(mean: float, depths: int) -> torch.Tensor:
     return q**k / (q**k).sum()
 
 
-def gap(engine: Engine, run: Any) -> tuple[float, float]:
-    """Milliseconds of a tick, and those of them in which the GPU has nothing to do, while `run` runs the engine."""
-    ticks = -sum(engine.loop.counts.passes.values())
+class Timed:
+    """A graph whose replays leave events of the GPU's clock: before and behind each."""
+
+    def __init__(self, replay: Any, kind: str, events: list[tuple[str, Any, Any]]):
+        self.replay, self.kind, self.events = replay, kind, events
+
+    def __call__(self) -> None:
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        ends[0].record()
+        self.replay()
+        ends[1].record()
+        self.events.append((self.kind, *ends))
+
+
+def waits(engine: Engine, run: Any) -> str:
+    """How long the graphs of a run take, and for how much of a tick none of them runs, from the first to the last."""
+    events: list[tuple[str, Any, Any]] = []
+    masked = engine.loop.masked
+    if masked is None:
+        return "no graphs of whole ticks"
+    plain = masked.replays
+    masked.replays = {key: Timed(replay, key[0], events) for key, replay in plain.items()}
+    run()
     torch.cuda.synchronize()
-    began = time.perf_counter()
+    masked.replays = plain
+    took: dict[str, list[float]] = {"pass": [], "read": []}
+    for kind, start, end in events:
+        took[kind].append(start.elapsed_time(end))
+    whole = events[0][1].elapsed_time(events[-1][2])
+    idle = whole - sum(map(sum, took.values()))
+    graphs = ", ".join(f"{len(ms)} of a {kind}, {statistics.median(ms):.3f} ms" for kind, ms in took.items() if ms)
+    return f"graphs: {graphs}; the GPU waits {1e3 * idle / len(took['pass']):.1f} us a tick ({idle / whole:.2%})"
+
+
+def profiled(run: Any) -> str:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-        whole = time.perf_counter() - began
-    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-    ticks += sum(engine.loop.counts.passes.values())
-    return 1e3 * whole / ticks, 1e3 * (whole - busy) / ticks
+    return profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70)
 
 
 def main() -> None:
@@ -114,12 +146,17 @@ def main() -> None:
     parser.add_argument("--attention", choices=["auto", "torch"], default="auto")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--resident", type=int, default=0, help="default: as many as --batch")
+    parser.add_argument("--requests", type=int, default=0, help="default: as many as --resident")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--ticks", type=int, default=256)
     parser.add_argument("--mean", type=float)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--policy", default="single,last-exited")
-    parser.add_argument("--coda-wait", type=int, default=0)
+    parser.add_argument("--coda-wait", type=int, default=-1)
     parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -130,42 +167,58 @@ def main() -> None:
         offline.attention_for = lambda device: TorchAttention
     mean = args.mean or 3 / 8 * shape.depths
     weights = geometric(mean, shape.depths)
+    resident = args.resident or args.batch
+    spread = torch.multinomial(weights, args.tokens - 1, True, generator=generator) + 1
+    mean = float(spread.double().mean())
     prompts, forced, fixed = [], [], []
-    for _ in range(args.requests):
-        length, out = (int(torch.randint(a, b, (1,), generator=generator)) for a, b in ((16, 48), (24, 48)))
+    for _ in range(args.requests or resident):
+        length = int(torch.randint(16, 48, (1,), generator=generator))
         prompts.append(torch.randint(0, shape.source["vocab_size"], (length,), generator=generator).tolist())
-        depths = (torch.multinomial(weights, out, True, generator=generator) + 1).tolist()
-        forced.append(Params(max_tokens=out, ignore_eos=True, trace=(*[shape.depths] * length, *depths)))
-        fixed.append(Params(max_tokens=out, ignore_eos=True))
+        depths = spread[torch.randperm(len(spread), generator=generator)].tolist()
+        forced.append(Params(args.tokens, ignore_eos=True, trace=(*[shape.depths] * length, *depths)))
+        fixed.append(Params(args.tokens, ignore_eos=True))
     for policy in args.policy.split(","):
+        began = time.perf_counter()
         model = make(shape, args.lora, torch.bfloat16, device)
-        options = {"rows": args.batch, "length": 128, "kv_policy": policy, "coda_wait": args.coda_wait}
-        engine = Engine(model, **options, cuda_graphs=not args.no_graphs)
         core = parameters(model.core, model.injection)
         once = parameters(model.prelude, model.coda, model.get_output_embeddings())
         bound = (once + shape.depths * core) / (once + mean * core)
+        engine = Engine(
+            model, rows=resident, length=48 + args.tokens, kv_policy=policy, ticks=args.ticks, width=args.batch,
+            coda_wait=args.coda_wait, prompt_lanes=48 * resident, compile=args.compile, cuda_graphs=not args.no_graphs,
+        )  # fmt: skip
+        ready = time.perf_counter() - began
 
-        def decode(params: list[Params], engine: Engine = engine) -> float:
+        def run(params: list[Params], at_once: int, engine: Engine = engine) -> float:
+            began = time.perf_counter()
+            for n in range(0, len(params), at_once):
+                engine.generate(prompts[n : n + at_once], params[n : n + at_once])
+            return time.perf_counter() - began
+
+        def decode(params: list[Params], at_once: int, run: Any = run) -> float:
             """Seconds for decoding: the same prompts for one token are taken off."""
-            seconds = []
-            for some in (params, [Params(max_tokens=1, ignore_eos=True, trace=p.trace) for p in params]):
-                began = time.perf_counter()
-                engine.generate(prompts, some)
-                seconds.append(time.perf_counter() - began)
-            return seconds[0] - seconds[1]
+            return run(params, at_once) - run([replace(p, max_tokens=1) for p in params], at_once)
 
-        decode(forced[:8] + forced[8:])
-        ratios = []
-        for _ in range(args.pairs):
-            ratios.append(decode(fixed) / decode(forced))
+        systems = (fixed, args.batch), (forced, resident)
+        for system in systems:
+            decode(*system)
+        print(f"    the engine is ready in {ready:.0f} s, warm in {time.perf_counter() - began:.0f} s", flush=True)
+        times = [[decode(*system) for system in systems] for _ in range(args.pairs)]
+        ratios = [a / b for a, b in times]
         backend, ratio = type(engine.loop.attention).__name__, statistics.median(ratios)
         print(
-            f"{args.shape}, {device}, {backend}, {policy}: {ratio:.2f}x of fixed depth ({min(ratios):.2f} to "
-            f"{max(ratios):.2f}), bound {bound:.2f}, share {ratio / bound:.1%}"
+            f"{args.shape}, {device}, {backend}, {policy}: {ratio:.3f}x of fixed depth ({min(ratios):.3f} to "
+            f"{max(ratios):.3f}), E[d] {mean:.3f}, bound {bound:.3f}, share {ratio / bound:.1%}; "
+            f"{len(prompts) * len(spread) / statistics.median(b for _, b in times):.0f} tokens/s",
+            flush=True,
         )
         if device == "cuda":
-            tick, idle = gap(engine, lambda engine=engine: engine.generate(prompts, forced))
-            print(f"    a tick takes {tick:.2f} ms; {idle:.2f} ms of it the GPU idles ({idle / tick:.0%})")
+            for name, system in zip(("fixed", "mixed"), systems, strict=True):
+                again = lambda run=run, system=system: run(*system)  # noqa: E731
+                print(f"    {name}: {waits(engine, again)}", flush=True)
+                if args.profile:
+                    print(profiled(again), flush=True)
+        del engine, model
 
 
 if __name__ == "__main__":

@@ -12,19 +12,24 @@ from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
 from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
+from .engine.costs import measure
 from .engine.diffusion import Diffusion
 from .engine.exits import RULES
-from .engine.graphs import Graphs, on_cuda
+from .engine.graphs import Graphs, Record, on_cuda
 from .engine.kv import KVPolicy, policy_of
 from .engine.lanes import Request
-from .engine.loop import Loop, Prompt
+from .engine.loop import Counts, Loop, Prompt
+from .engine.masked import Masked
 from .engine.sampling import sample, waiting_times
 from .engine.transformers import TransformersParts
 from .vllm.decoders import DECODERS
 from .vllm.fields import FieldError, check_frozen, check_threshold
+from .vllm.lanes import MEASURED
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "choice")  # of Params
+WHOLE = ("top_k", "seed", "choice")  # numbers
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class Engine:
     """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
 
     `rows` requests run at once, each of at most `length` positions; `kv_policy` and `max_recurrences` default to the
-    model's. `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
+    model's. A pass of the core has at most `width` lanes beside prompts', 0: one for every row; an exit waits at most
+    `coda_wait` ticks for others that are read out with it, -1: as many as the load makes worth while, measured now.
+    `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
     starts at once; the first pass of a size records it, and they hold as much memory as the widest such pass needs, and
     a little for each size. Raises UserError for a model that cannot be served so.
     """
@@ -97,7 +104,8 @@ class Engine:
         _check_least(
             1, rows=rows, length=length, max_recurrences=max_recurrences, ticks=ticks, prompt_lanes=prompt_lanes
         )
-        _check_least(0, width=width, coda_wait=coda_wait)
+        _check_least(0, width=width)
+        _check_least(MEASURED, coda_wait=coda_wait)
         self.tokenizer = None
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,18 +147,31 @@ class Engine:
                 ticks=ticks,
                 like=like.detach(),
                 width=width,
-                coda_wait=coda_wait,
+                coda_wait=max(coda_wait, 0),
                 wave=wave,
                 compile=compile,
             )
+            table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
+            self.loop.requests.table[:rows] = table.view(rows, blocks)
+            self._drawn = {  # by row; see engine.sampling
+                name: torch.zeros(rows + 1, dtype=torch.long if name in WHOLE else torch.double, device=like.device)
+                for name in SAMPLING
+            }
             if compile:
                 self.loop.warm_up()
             if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # which waits for the device
-                self.loop.graphs = Graphs(self.loop, on_cuda(like.device))
-            table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
-            self.loop.requests.table.copy_(table.view(rows, blocks))
+                self._record(on_cuda(like.device), compile)
+            if coda_wait == MEASURED:
+                self.loop.costs = measure(self.loop)
+                self.loop.counts = Counts()
         self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
-        self._params: list[Params | None] = [None] * rows
+
+    def _record(self, record: Record, compile: bool = False) -> None:
+        """Let the loop run from graphs."""
+        self.loop.graphs = Graphs(self.loop, record)
+        self.loop.masked = Masked(self.loop, record, samples=True, compile=compile)
+        if compile:
+            self.loop.masked.warm_up()
 
     @staticmethod
     def _check_policy(name: str) -> None:
@@ -212,6 +233,7 @@ class Engine:
             trace=list(params.trace),
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
+            greedy=not params.temperature,
             wave=params.wave if params.decoder == "wave" else 1,
             diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
         )
@@ -241,12 +263,16 @@ class Engine:
         while queue or running:
             while queue and free:
                 row, number = free.pop(), queue.pop()
-                self._params[row] = each[number]
+                for name, column in self._drawn.items():
+                    column[row] = getattr(each[number], name)
                 self.loop.admit(row, requests[number])
                 running[row] = [number, 0]
+            if self.loop.masked:
+                self.loop.masked.eager = bool(queue)
             self._step(running, ids, done)
+            remaining = self.loop.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
-                if int(self.loop.requests.remaining[row]) == 0:
+                if remaining[row] == 0:
                     completion = done[running[row][0]]
                     completion.passes = int(self.loop.requests.ticks[row])
                     completion.items = int(self.loop.requests.items[row])
@@ -280,25 +306,22 @@ class Engine:
         if prompts:
             loop.prompt(prompts)
         loop.step(torch.tensor(live, device=loop.device))
-        counts = loop.requests.count.tolist()
+        requests = loop.requests
+        counts = requests.count.tolist()
+        most = max(counts[row] for row in live)
+        tokens, depths = (part[:, :most].tolist() for part in (requests.tokens, requests.depths))
         for row in live:
-            number, count = running[row][0], counts[row]
-            done[number].tokens += loop.requests.tokens[row, :count].tolist()
-            done[number].depths += loop.requests.depths[row, :count].tolist()
+            completion, count = done[running[row][0]], counts[row]
+            completion.tokens += tokens[row][:count]
+            completion.depths += depths[row][:count]
 
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        chosen = [self._params[r] for r in row.tolist()]
-        if all(p is None or not p.temperature for p in chosen):
+        if not self.loop.in_use["sampled"]:
             return best
-
-        def column(name: str, dtype: torch.dtype = torch.double) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in chosen], dtype=dtype, device=logits.device)
-
-        noise = waiting_times(column("seed", torch.long), column("choice", torch.long), position, logits.shape[-1])
-        cuts = column("top_k", torch.long), column("top_p"), column("min_p")
-        return sample(logits, best, column("temperature"), *cuts, noise)
+        temperature, *cuts, seed, choice = (column[row] for column in self._drawn.values())
+        return sample(logits, best, temperature, *cuts, waiting_times(seed, choice, position, logits.shape[-1]))
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

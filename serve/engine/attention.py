@@ -55,9 +55,9 @@ class Attention(Protocol):
         """
         ...
 
-    def fill(self, plan: Any, empty: torch.Tensor, count: int) -> None:
+    def fill(self, plan: Any, empty: torch.Tensor, count: int | None = None) -> None:
         """Write the keys and values that the rows of `plan` had in the core layers into the next `empty` [N] slots,
-        too; `count` slots together."""
+        too; `count` slots together, if the caller knows."""
         ...
 
     def clean(self, table: torch.Tensor) -> None:
@@ -153,7 +153,8 @@ class TorchAttention:
         p = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
         return (p @ values).transpose(1, 2)[plan.real]
 
-    def fill(self, plan: _Plan, empty: torch.Tensor, count: int) -> None:
+    def fill(self, plan: _Plan, empty: torch.Tensor, count: int | None = None) -> None:
+        count = int(empty.sum()) if count is None else count
         source, further = slots_after(empty, torch.arange(count, device=empty.device))
         place = plan.place[source] + further * self.blocks * self.block_size
         for layer, new in plan.kept.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .attention import Rows
+from .graphs import padded
 from .readout import coda
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _fixed(times: dict[int, float], n: float) -> tuple[float, float]:
 def measure(loop: Loop, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
     """Of a loop without requests, whose block tables may be written through. `agree` makes several ranks that measure
     together go by the same times."""
-    rows = len(loop.requests.limit)
+    rows = loop.requests.rows
     most = min(rows * min(loop.wave, POSITIONS), MOST)
     sizes = sorted({n for k in range(11) for n in (2**k, 3 * 2**k // 2) if n <= most} | {most})
     costs = Costs({}, {})
@@ -90,18 +91,28 @@ def _samples(loop: Loop, n: int, rows: int) -> Iterator[tuple[float, float]]:
     position = torch.arange(n, device=loop.device) - torch.searchsorted(row, row)
     zeros = torch.zeros_like(row)
     e = loop.prelude(zeros, row, position)
+
+    def recur() -> None:
+        loop.attention.plan(Rows(loop.requests.table, row, position, zeros))
+        s.copy_(loop.recur(loop.parts, e, e.clone(), position, zeros > 0, zeros))
+
+    def read() -> None:
+        loop.head(loop.parts, coda(loop, s, row, position))
+        e.copy_(loop.prelude(zeros, row, position))
+
+    s, steps = e.clone(), (recur, read)
+    if loop.masked and n <= loop.masked.most:
+        steps = tuple(loop.masked.graphs(padded(n), padded(n)))
     spent = 0.0
     for done in range(REPEATS + 1):
         if done > 1 and spent > SECONDS:
             return
         start = time.perf_counter()
-        loop.attention.plan(Rows(loop.requests.table, row, position, zeros))
-        s = loop.recur(loop.parts, e, e.clone(), position, zeros > 0, zeros)
+        steps[0]()
         s[:1, 0].tolist()  # the device has got so far
         between = time.perf_counter()
-        loop.head(loop.parts, coda(loop, s, row, position))[1].tolist()
-        e = loop.prelude(zeros, row, position)
-        e[:1, 0].tolist()
+        steps[1]()
+        s[:1, 0].tolist()
         end = time.perf_counter()
         spent += end - start
         yield between - start, end - between

@@ -7,6 +7,7 @@ initial state, with a uniform distribution, or with an entropy of 100.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,12 +38,12 @@ NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 @dataclass
 class Readings:
-    """What the rules may look at: states before and after [n, D], and functions that compute, for lanes `which` of the
-    n, exit-gate logits and next-token logits [m, V]."""
+    """What the rules may look at: states before and after [n, D], and functions that compute exit-gate logits [n], and
+    next-token logits [m, V] for lanes `which` [m] of the n."""
 
     before: torch.Tensor
     after: torch.Tensor
-    gate: Callable[[torch.Tensor], torch.Tensor]
+    gate: Callable[[], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -59,12 +60,12 @@ class ExitRules:
 
     def begin(self, lanes: torch.Tensor) -> None:
         """Forget what was known of `lanes`: a position starts there."""
-        self.entropy[lanes] = 100.0
-        self.best[lanes] = -1
-        self.stable[lanes] = 0
-        self.stays[lanes] = 1.0
+        self.entropy.index_fill_(0, lanes, 100.0)
+        self.best.index_fill_(0, lanes, -1)
+        self.stable.index_fill_(0, lanes, 0)
+        self.stays.index_fill_(0, lanes, 1.0)
         if self._log_p is not None:
-            self._log_p[lanes] = -torch.tensor(float(self.vocabulary)).log()
+            self._log_p.index_fill_(0, lanes, -math.log(self.vocabulary))
 
     def check(
         self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, readings: Readings
@@ -82,10 +83,9 @@ class ExitRules:
                 cosine = (after * before).sum(-1) / lengths / before.norm(dim=-1)
                 converged |= (rule == NUMBER["cosine"]) & (1 - cosine < threshold)
         if "gate" in in_use:
-            which = (rule == NUMBER["gate"]).nonzero().squeeze(1)
-            stays = self.stays[lanes[which]] * (1 - torch.sigmoid(readings.gate(which).float()))
-            self.stays[lanes[which]] = stays
-            converged[which] = 1 - stays >= threshold[which]
+            stays = self.stays[lanes] * (1 - torch.sigmoid(readings.gate().float()))
+            self.stays.index_put_((lanes,), stays)
+            converged |= (rule == NUMBER["gate"]) & (1 - stays >= threshold)
         if any(RULES[name].reads == "logits" for name in in_use):
             reads = torch.tensor([RULES[name].reads == "logits" for name in NAMES], device=rule.device)
             which = reads[rule].nonzero().squeeze(1)
@@ -110,8 +110,7 @@ class ExitRules:
         p = torch.where(flat[:, None], floored / floored.sum(-1, keepdim=True), p)
         log_p = p.log()
         if self._log_p is None:
-            uniform = -torch.tensor(float(self.vocabulary)).log()
-            self._log_p = uniform.to(p.device).repeat(len(self.entropy), self.vocabulary)
+            self._log_p = p.new_full((len(self.entropy), self.vocabulary), -math.log(self.vocabulary))
         old = self._log_p[lanes]
         divergence = torch.where(old.exp() > 0, old.exp() * (old - log_p), 0).sum(-1)
         self._log_p[lanes] = log_p

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .diffusion import Diffusion
+from .diffusion import NEVER, Diffusion
 
 MAX_STOPS = 16
 
@@ -20,7 +20,7 @@ class Request:
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
     A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight,
     which are exact, or refined by `diffusion`. Of a `shown` one, the loop's reader gets what the head reads at every
-    prompt position.
+    prompt position. `greedy`: the sampler takes the likeliest token, whatever it is.
     """
 
     limit: int
@@ -35,12 +35,15 @@ class Request:
     wave: int = 1
     diffusion: Diffusion | None = None
     shown: bool = False
+    greedy: bool = False
 
 
 class Requests:
-    """One row for each resident request."""
+    """One row for each of `rows` resident requests, and a spare one, of what only fills a pass up."""
 
     def __init__(self, rows: int, length: int, blocks: int, room: int, device: torch.device):
+        self.rows, rows = rows, rows + 1
+
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -56,6 +59,7 @@ class Requests:
         self.stops = zeros(rows, MAX_STOPS)
         self.fenced, self.shown, self.live, self.wild = (zeros(rows, dtype=torch.bool) for _ in range(4))
         # wild: has had states that are not finite
+        self.limit[-1] = NEVER
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
         self.depths = zeros(rows, room)  # recurrences of the position that gave each of these tokens
@@ -78,10 +82,12 @@ class Requests:
 
 
 class Lanes:
-    """Places for positions in flight. The first `rows * ring` belong to the rows, `ring` each; the rest to prompts."""
+    """Places for positions in flight. The first `rows * ring` belong to the rows, `ring` each; then come prompts'; the
+    last one, `spare`, is the spare row's, and never leaves."""
 
     def __init__(self, rows: int, ring: int, prompts: int, width: int, dtype: torch.dtype, device: torch.device):
-        self.ring, self.own, count = ring, rows * ring, rows * ring + prompts
+        self.ring, self.own, self.spare = ring, rows * ring, rows * ring + prompts
+        count = self.spare + 1
         whole = torch.zeros(9, count, dtype=torch.long, device=device)
         self.row, self.position, self.depth, self.target, self.free, self.token, self.guess, self.left, self.stable = (
             line.clone() for line in whole
@@ -93,6 +99,7 @@ class Lanes:
         self.e, self.read = torch.zeros_like(self.s), torch.zeros_like(self.s)  # input; state that is to be read out
         self.change = torch.zeros_like(self.s)  # of diffusion: what the last step changed of s
         self.running, self.emits, self.open, self.waiting, self.exited = (line.clone() for line in whole[:5].bool())
+        self.row[self.spare], self.target[self.spare] = rows, NEVER
         # running: takes part in ticks; emits: a token comes of it; open: its token is not out yet; waiting: is not read
         # out yet; exited: has left, though it may run on for the sake of its keys and values
 
@@ -117,7 +124,11 @@ class Lanes:
 
     def of_live(self, flag: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """The rows' own lanes [n] that have a flag, of rows that are `live`."""
-        return (flag[: self.own].view(-1, self.ring) & live[:, None]).view(-1).nonzero().squeeze(1)
+        return self.own_of_live(flag, live).nonzero().squeeze(1)
+
+    def own_of_live(self, flag: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """Whether each of the rows' own lanes has a flag, and a row that is `live`."""
+        return (flag[: self.own].view(-1, self.ring) & live[:-1, None]).view(-1)
 
     def of(self, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The row's own lane for a position."""

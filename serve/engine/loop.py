@@ -18,6 +18,7 @@ from .exits import NUMBER, RULES, ExitRules, Readings
 from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
+from .masked import Masked
 from .parts import Parts, embed, head, logits, recur, recur_alike, start
 from .readout import Reader, Sampler, coda, read, ready, sample
 from .routing import Routing
@@ -101,6 +102,7 @@ class Loop:
         self.wave, self.budget = wave, 0
         self.costs: Costs | None = None
         self.graphs: Graphs | None = None
+        self.masked: Masked | None = None
         self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
         self.diffusions: dict[int, Diffusion] = {}  # by row
         self.waves: dict[int, Wave] = {}
@@ -128,6 +130,7 @@ class Loop:
         self.waited = 0  # ticks that an exit has waited
         self.routing = Routing(self, parts.router) if parts.config.router else None
         self.keeps_input = parts.config.injection != "none"
+        self.resident = 0  # requests of a step
         self.counts = Counts()
 
     @torch.inference_mode()
@@ -165,7 +168,13 @@ class Loop:
         self.requests.admit(row, request, NUMBER[rule])
         if self.routing:
             self.routing.admit(row)
-        others = {"wave": request.wave > 1, "fenced": request.fenced, "shown": request.shown}
+        others = {
+            "wave": request.wave > 1,
+            "fenced": request.fenced,
+            "shown": request.shown,
+            "sampled": not request.greedy,
+            "shallow": (request.minimum == 1 and (rule != "fixed" or request.limit == 1)) or bool(request.trace),
+        }
         self.features[row] = {rule, *(name for name, has in others.items() if has)}
         self.in_use.update(self.features[row])
         self._count_rules()
@@ -202,8 +211,8 @@ class Loop:
         lanes, prompts = self.lanes, [self._held(prompt) for prompt in prompts]
         sizes = [len(prompt.tokens) for prompt in prompts]
         end = lanes.own + sum(sizes)
-        if self.chunks or end > len(lanes.row):
-            raise ValueError(f"{sum(sizes)} prompt tokens: there are {len(lanes.row) - lanes.own} lanes for a step's")
+        if self.chunks or end > lanes.spare:
+            raise ValueError(f"{sum(sizes)} prompt tokens: there are {lanes.spare - lanes.own} lanes for a step's")
         row = torch.tensor([prompt.row for prompt in prompts]).repeat_interleave(torch.tensor(sizes)).to(self.device)
         position = torch.cat([torch.arange(p.first, p.first + n) for p, n in zip(prompts, sizes, strict=True)])
         tokens = torch.cat([prompt.tokens for prompt in prompts]).to(self.device)
@@ -237,6 +246,7 @@ class Loop:
         requests.count.zero_()
         requests.live.zero_()
         requests.live[live] = requests.remaining[live] > 0
+        self.resident = len(live)
         self.unread, self.order = True, None
         self._weigh()
         left = self.ticks
@@ -246,6 +256,8 @@ class Loop:
     def tick(self, most: int) -> int:
         """Passes of the core, `most` at most, until a lane leaves, and what follows from it. Returns how many; 1, too,
         where there was only something to read out; 0 where nothing is left to do."""
+        if self.masked and self.masked.fits():
+            return self.masked.run(most)
         lanes = self._runnable()
         passes = self._recur(lanes, most) if len(lanes) else 0
         waiting = ready(self, idle=not passes)
@@ -291,7 +303,7 @@ class Loop:
         width = self.width or (most(self, own) if self.budget and staggered else 0)
         if not width or len(own) <= width:
             return which
-        rows = len(self.requests.limit)
+        rows = self.requests.rows
         row = lanes.row[own]
         ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
         together = self.requests.refines[row]
@@ -335,7 +347,7 @@ class Loop:
         if self.routing:
             after, leaves = self.routing.combine(which, depth, before, after)
         if rules:
-            leaves = leaves | self._converged(rules, which, row, position, depth, before, after)
+            leaves = leaves | self.converged(rules, which, row, position, depth, before, after)
         counts, empty, self.order = self.steps.settle(self, which, row, position, depth, after, leaves)
         exits, empties, self.waits, self.runs = counts.tolist()
         self.unread |= exits > 0
@@ -370,7 +382,7 @@ class Loop:
             after = (self.recur if own else self.recur_alike)(self.parts, *inputs)
         return [plan], after
 
-    def _converged(
+    def converged(
         self,
         rules: set[str],
         which: torch.Tensor,
@@ -386,7 +398,7 @@ class Loop:
         readings = Readings(
             before,
             after,
-            lambda some: self.parts.gate(after[some]),
+            lambda: self.parts.gate(after),
             lambda some: self.logits(self.parts, coda(self, after[some], row[some], position[some])),
         )
         converged = self.rules.check(rules, which, rule, self.requests.threshold[row], readings)
@@ -427,11 +439,15 @@ class Loop:
         if len(row):
             self._begin(self.lanes.of(row, position), row, position, tokens)
 
-    def prelude(self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """e [m, D] of tokens [m] of rows at positions [m]."""
+    def prelude(
+        self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor, only: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """e [m, D] of tokens [m] of rows at positions [m]. `only` [m]: which of them there are; no two are of one row
+        then."""
         x = self.embed(self.parts, tokens, position)
         if self.parts.config.prelude:
-            self.attention.plan(Rows(self.requests.table, row, position, torch.zeros_like(row)))
+            rows = Rows(self.requests.table, row, position, torch.zeros_like(row), only, alone=only is not None)
+            self.attention.plan(rows)
             x = self.parts.layers("prelude", x, position, None)
         return x
 

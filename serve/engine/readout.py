@@ -55,10 +55,14 @@ def _more_within(loop: Loop, ticks: int) -> bool:
     return bool(((lanes.free[which] > 0) | (lanes.target[which] - lanes.depth[which] <= ticks)).any())
 
 
-def coda(loop: Loop, s: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """What the head reads [m, D] of states s [m, D] of rows at positions [m], a row's in order."""
+def coda(
+    loop: Loop, s: torch.Tensor, row: torch.Tensor, position: torch.Tensor, only: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the head reads [m, D] of states s [m, D] of rows at positions [m], a row's in order. `only` [m]: which of
+    them there are; no two are of one row then."""
     if loop.parts.config.coda:
-        loop.attention.plan(Rows(loop.requests.table, row, position, torch.zeros_like(row)))
+        rows = Rows(loop.requests.table, row, position, torch.zeros_like(row), only, alone=only is not None)
+        loop.attention.plan(rows)
     return read_out(loop.parts, s, position)
 
 

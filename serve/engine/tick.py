@@ -23,9 +23,7 @@ def choose(loop: Loop) -> tuple[torch.Tensor, torch.Tensor]:
     on [2]. Where a pass has not room for all, rows take turns, and its lanes are the first of them: `loop.turn` [2] has
     the first row of this pass, and of the one after it. With several lanes of a row, the caller chooses."""
     lanes, live = loop.lanes, loop.requests.live
-    waits, runs = (
-        (flag[: lanes.own].view(-1, lanes.ring) & live[:, None]).view(-1) for flag in (lanes.waiting, lanes.running)
-    )
+    waits, runs = (lanes.own_of_live(flag, live) for flag in (lanes.waiting, lanes.running))
     number, count, place = torch.arange(lanes.own, device=live.device), runs.sum(), runs.cumsum(0) - 1
     turns = loop.width and not loop.policy.complete
     if turns:

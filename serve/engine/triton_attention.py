@@ -225,7 +225,7 @@ class TritonAttention:
                 _merge[n, q.shape[1]](out, sums, tops, totals, **whole)
         return out
 
-    def fill(self, plan: Rows, empty: torch.Tensor, count: int) -> None:
+    def fill(self, plan: Rows, empty: torch.Tensor, count: int | None = None) -> None:
         """From the cache, in which they stand since the call."""
         where, pages = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0), self.blocks)
         with self.device:

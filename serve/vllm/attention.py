@@ -123,11 +123,11 @@ class PagedAttention:
         of.impl.forward(of, q, k, v, cache, plan.metadata, out)
         return out
 
-    def fill(self, plan: Plan, empty: torch.Tensor, count: int) -> None:
+    def fill(self, plan: Plan, empty: torch.Tensor, count: int | None = None) -> None:
         """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied. All
         layers at once, as their caches are equally far apart, too."""
         assert plan.kept is not None, "rows that fills were not announced for"
-        every = torch.arange(count, device=empty.device)
+        every = torch.arange(int(empty.sum()) if count is None else count, device=empty.device)
         k, v, place = self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2))
         of = self.layers[-1]
         of.impl.do_kv_cache_update(of, k, v, self.core, place)

@@ -167,6 +167,7 @@ class LaneSteps:
                 stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
                 fenced=params.structured_outputs is not None,
                 shown=name in self.num_prompt_logprobs,
+                greedy=self.sampler_of_lanes.greedy[row],
                 wave=decoder.wave,
                 diffusion=decoder.diffusion,
             ),

@@ -15,6 +15,7 @@ from loopwise.serve import Engine, offline
 from loopwise.serve.engine import triton_attention
 from loopwise.serve.engine.attention import Rows, TorchAttention
 from loopwise.serve.engine.graphs import Graphs
+from loopwise.serve.engine.masked import Masked
 from loopwise.serve.engine.triton_attention import TritonAttention
 from tests.serve.engine.test_engine import RELAXED, build, requests
 
@@ -175,13 +176,21 @@ def test_it_knows_what_waits():
             look()
 
 
-@pytest.mark.parametrize(("policy", "lora"), [("per-depth", False), ("last-exited", True)])
-def test_what_graphs_record_never_waits_and_gives_the_same_tokens(policy, lora, monkeypatch):
-    """Padded passes; and every replay would launch what the recording did: same kernels, grids and arguments."""
+@pytest.mark.parametrize(
+    ("kind", "policy", "lora"),
+    [
+        ("padded", "per-depth", False),
+        ("padded", "last-exited", True),
+        ("masked", "last-exited", True),
+        ("masked", "single", False),
+    ],
+)
+def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, lora, monkeypatch):
+    """Every replay would launch what the recording did: same kernels, grids and arguments."""
     monkeypatch.setattr(offline, "attention_for", lambda device: TritonAttention)
     fields = {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"} if lora else {}
     prompts, params = requests(15, 4, policy, ["fixed", "latent-diff"], depth=3)
-    params = [replace(p, max_tokens=min(p.max_tokens, 3)) for p in params]
+    params = [replace(p, max_tokens=min(p.max_tokens, 3), temperature=n % 2) for n, p in enumerate(params)]
     launched: list[Any] = []
     for name in ("_write", "_attend", "_merge"):
         kernel = getattr(triton_attention, name)
@@ -207,7 +216,10 @@ def test_what_graphs_record_never_waits_and_gives_the_same_tokens(policy, lora, 
 
         if graphs:
             with torch.inference_mode():
-                engine.loop.graphs = Graphs(engine.loop, record)
+                if kind == "padded":
+                    engine.loop.graphs = Graphs(engine.loop, record)
+                else:
+                    engine.loop.masked = Masked(engine.loop, record, samples=True)
         answers.append([(c.tokens, c.depths) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert replays > 3

@@ -174,7 +174,7 @@ def test_rows_take_turns():
     lanes, live, draw, turn = taken.lanes, taken.requests.live, random.Random(0), 0
     for _ in range(200):
         lanes.running[: lanes.own] = False
-        live[:] = torch.tensor([draw.random() < 0.8 for _ in range(7)])
+        live[:7] = torch.tensor([draw.random() < 0.8 for _ in range(7)])
         running = [row * lanes.ring + draw.randrange(lanes.ring) for row in range(7) if draw.random() < 0.7]
         waiting = [lane for lane in range(lanes.own) if draw.random() < 0.1]
         lanes.running[running], lanes.waiting[: lanes.own] = True, False

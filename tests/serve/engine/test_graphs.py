@@ -13,7 +13,7 @@ import torch
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.attention import Rows
 from loopwise.serve.engine.diffusion import Diffusion
-from loopwise.serve.engine.graphs import Graphs, padded
+from loopwise.serve.engine.graphs import Graphs, Record, on_cuda, padded
 from tests.serve.engine.test_engine import RELAXED, ROUTERS, build, requests
 from tests.tiny import VOCAB
 
@@ -24,15 +24,25 @@ def run_once(function: Callable[[], None]) -> Callable[[], Any]:
     return function
 
 
+def record() -> Record:
+    """Of the GPU, if tensors are there."""
+    device = torch.get_default_device()
+    return on_cuda(device) if device.type == "cuda" else run_once
+
+
+def random_numbers(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def engine(model: Any, most: int | None, **options: Any) -> Engine:
     """With graphs of up to `most` rows, or none; its caches hold random values."""
-    made = Engine(model, rows=5, length=100, ticks=3, **options)
+    made = Engine(model, rows=5, length=100, ticks=3, cuda_graphs=False, **options)
     with torch.inference_mode():
-        generator = torch.Generator().manual_seed(0)
+        generator = random_numbers(0)
         for cache in caches(made):
             cache.normal_(generator=generator)
         if most is not None:
-            made.loop.graphs = Graphs(made.loop, run_once, most)
+            made.loop.graphs = Graphs(made.loop, record(), most)
     return made
 
 
@@ -138,7 +148,7 @@ def test_sizes():
 
 def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
     """A pass of rows at positions 3, 4, ... of all requests."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_numbers(seed)
     s, e = torch.randn(2, n, graphs.s.shape[1], generator=generator)
     at = torch.arange(n)
     request, position, depth = at % 5, at // 5 + 3, at % 3
