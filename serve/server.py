@@ -17,7 +17,7 @@ from typing import Any
 from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
-from .checkpoint import Facts, check_config, check_tensors
+from .checkpoint import Facts, check_config, check_tensors, load_tokenizer
 from .defaults import Defaults, choose
 from .recipe import ServeRecipe
 from .vllm import SERVER
@@ -146,6 +146,9 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
+    own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
+    if own and not args.skip_tokenizer_init and not vars(args).get("tokens_only"):
+        load_tokenizer(model, args.trust_remote_code)
     return args
 
 
