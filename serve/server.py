@@ -142,6 +142,8 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(args.tensor_parallel_size))
     refuse(vars(args))
+    if current_platform.is_cpu() and args.block_size is not None:
+        _check_block_size(args.block_size)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -150,6 +152,16 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if own and not args.skip_tokenizer_init and not vars(args).get("tokens_only"):
         load_tokenizer(model, args.trust_remote_code)
     return args
+
+
+def _check_block_size(size: int) -> None:
+    """Raises UserError for a `size` that vLLM's attention on CPUs cannot have, of which its engine would die."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if not CPUAttentionBackend.supports_block_size(size):
+        bases = [getattr(kind, "base", kind) for kind in CPUAttentionBackend.get_supported_kernel_block_sizes()]
+        rule = " or ".join(map(str, bases))
+        raise UserError(f"--block-size {size}: vLLM's attention on CPUs needs a multiple of {rule}")
 
 
 def _lacks_compiler() -> bool:
