@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import FieldError, check, take
+from .fields import FieldError, check, parse, take
 from .offered import check_request, offered
 
 COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
@@ -105,7 +105,7 @@ class DepthFields:
             return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
-            fields = json.loads(body)
+            fields = parse(body)
         except (ValueError, RecursionError):  # vLLM says so
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.serve.vllm.decoders import decoder_of
-from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, take
+from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, parse, take
 
 RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
 LANES = Limits(4, 8, RULES, prompt_exit=True)
@@ -203,6 +203,11 @@ def test_a_field_cannot_say_two_things():
         "Num_Recurrences",
         "depth",
         "loops",
+        "n_loops",
+        "num_steps",
+        "numLoops",
+        "recurrences",
+        "number_of_recursions",
     ],
 )
 def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
@@ -212,6 +217,59 @@ def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     assert caught.value.field == name
     if place == "body":
         take({name: 1}, known={name})  # the server's own
+
+
+@pytest.mark.parametrize("name", ["steps", "n", "top_k", "iterations", "max_depth", "recurrent", "loop_id"])
+def test_other_unknown_names_are_left_to_the_server(name):
+    assert take({name: 1, "extra_body": {name: 1}, "sampling_params": {name: 1}}) == {}
+
+
+@pytest.mark.parametrize("path", ["extra_body", "extra_args", "sampling_params", "sampling_params.extra_args",
+                                  "extra_body.vllm_xargs"])  # fmt: skip
+def test_a_field_in_an_object_that_nothing_reads_is_named(path):
+    """As users of Python clients write them in raw HTTP by mistake."""
+
+    def body(fields: dict) -> dict:
+        for name in reversed(path.split(".")):
+            fields = {name: fields}
+        return {"prompt": "a", **fields}
+
+    for name, value in {"num_recurrences": 3, "exit_rule": "cosine", "diffusion": {}}.items():
+        with pytest.raises(FieldError, match="top level of the body, or in its vllm_xargs") as caught:
+            take(body({name: value}))
+        assert caught.value.field == name
+        assert repr(path.rpartition(".")[2]) in str(caught.value)
+    for name in ("num_recurrence", "n_loops"):
+        with pytest.raises(FieldError, match="did you mean 'num_recurrences'") as caught:
+            take(body({name: 3}))
+        assert caught.value.field == name
+    assert take(body({"num_recurrences": None, "top_k": 3, "depth": 1}), known={"depth"}) == {}
+    take({path: 3})
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ('{"num_recurrences": 2, "num_recurrences": 4}', "num_recurrences", "num_recurrences stands twice"),
+        ('{"exit_rule": null, "exit_rule": "kl"}', "exit_rule", "exit_rule stands twice"),
+        ('{"vllm_xargs": {"wave": 2, "wave": 2}}', "wave", "wave stands twice"),
+        ('{"vllm_xargs": {"wave": 2}, "vllm_xargs": {}}', "vllm_xargs", "vllm_xargs stands twice"),
+        ('{"diffusion": {"inner": 2, "inner": 4}}', "diffusion", "diffusion.inner stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(body, field, said):
+    with pytest.raises(FieldError, match=said) as caught:
+        take(parse(body.encode()))
+    assert caught.value.field == field
+
+
+def test_other_keys_may_stand_twice():
+    body = parse(b'{"prompt": "a", "prompt": "b", "tools": [{"wave": 1, "wave": 2}], "wave": 3}')
+    assert take(body) == {"wave": 3}
+    assert body == {"prompt": "b", "tools": [{"wave": 2}]}
+    assert json.loads(json.dumps(body)) == body
+    with pytest.raises(ValueError):
+        parse(b"{")
 
 
 @pytest.mark.parametrize("name", ["kv_policy", "max_recurrences"])
