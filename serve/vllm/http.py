@@ -96,7 +96,7 @@ class DepthFields:
         self.app, self.metrics, self.ending = app, metrics, ending
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        path = scope.get("path", "")
+        path = _route(scope)
         if scope["type"] == "http" and path == "/metrics" and self.metrics:
             await self.metrics(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
@@ -224,6 +224,12 @@ def install(metrics: Callable | None) -> Ending:
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
     AsyncLLM.shutdown = end
     return ending
+
+
+def _route(scope: dict) -> str:
+    """The path by which the application finds a route: a proxy may or may not have stripped its `--root-path`."""
+    path, root = scope.get("path", ""), scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 def _known(path: str) -> set[str]:

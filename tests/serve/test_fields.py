@@ -315,6 +315,46 @@ def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
         assert all(not isinstance(value, bool) for value in (checked or {}).values())
 
 
+@pytest.mark.parametrize("root", ["", "/x"])
+@pytest.mark.parametrize("prefix", ["", "/x"])
+def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
+    """With `--root-path /x`, the server answers behind a proxy that strips the prefix, and behind one that does not."""
+    pytest.importorskip("vllm")
+    from fastapi import FastAPI
+    from starlette.responses import JSONResponse
+    from starlette.testclient import TestClient
+
+    from loopwise.serve.vllm.http import DepthFields, Ending
+
+    app = FastAPI(root_path=root)
+    config = SimpleNamespace(num_recurrences=4, max_recurrences=8)
+    model = SimpleNamespace(hf_config=config)
+    vllm_config = SimpleNamespace(model_config=model, additional_config=None)
+    app.state.engine_client = SimpleNamespace(vllm_config=vllm_config)
+    app.add_middleware(cast(Any, DepthFields), metrics=None, ending=Ending())
+
+    async def completions(request) -> JSONResponse:
+        return JSONResponse({"heard": await request.json(), "usage": {"completion_tokens": 2}})
+
+    app.add_route("/v1/completions", completions, methods=["POST"])
+    with TestClient(app) as client:
+        path = prefix + "/v1/completions"
+        reply = client.post(path, json={"prompt": "a", "num_recurrences": 4})
+        if prefix and not root:
+            assert reply.status_code == 404
+            return
+        assert reply.json()["usage"]["recurrences"] == {"mean": 4.0, "total": 8}
+        assert reply.json()["heard"] == {"prompt": "a"}
+        for body, field in (
+            ('{"num_recurrences": 3}', "num_recurrences"),
+            ('{"extra_body": {"num_recurrences": 4}}', "num_recurrences"),
+            ('{"sampling_params": {"n_loops": 4}}', "n_loops"),
+            ('{"exit_rule": "fixed", "exit_rule": "fixed"}', "exit_rule"),
+        ):
+            reply = client.post(path, content=body)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
 def test_streams_end_when_the_engine_is_stopped(monkeypatch):
     """Also where its handler of outputs is cancelled before it heard of that."""
     import asyncio
