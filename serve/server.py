@@ -234,7 +234,8 @@ async def _run(args: argparse.Namespace) -> bool:
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
-    await run_server_worker(address, listener, args)
+    # Once the engine has ended, only clients that do not read, or do not end their requests, can keep the server.
+    await run_server_worker(address, listener, args, timeout_graceful_shutdown=max(args.shutdown_timeout, 1))
     return ending.dead
 
 

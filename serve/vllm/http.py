@@ -10,9 +10,9 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
+from .ending import Ending
 from .fields import FieldError, check, parse, take
 from .offered import check_request, offered
 
@@ -79,14 +79,6 @@ class Spent:
             "wasted": max(items - later, 0),
         }
         return {"recurrences": usage, "passes": passes}
-
-
-@dataclass
-class Ending:
-    """Whether the engine's client was `told` to end, and whether the engine was `dead` already."""
-
-    told: bool = False
-    dead: bool = False
 
 
 class DepthFields:
@@ -202,6 +194,7 @@ def install(metrics: Callable | None) -> Ending:
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
+        ending.app = app
         app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
@@ -210,15 +203,18 @@ def install(metrics: Callable | None) -> Ending:
         return stream if spent is None else spent.follow(stream)
 
     def end(self, *args, **kwargs):
+        handler = getattr(self, "output_handler", None)
+        loop = None if handler is None or handler.get_loop().is_closed() else handler.get_loop()
         if not ending.told:
+            if loop is not None and ending.app is not None:
+                loop.call_soon_threadsafe(ending.listen, self, loop)
             ending.dead = hasattr(self, "engine_core") and self.errored  # which one that did not start has not
             ending.told = True
-        handler = getattr(self, "output_handler", None)
         shutdown(self, *args, **kwargs)
-        if handler is not None and not handler.get_loop().is_closed():
+        if loop is not None and not loop.is_closed():
             # The handler may have been cancelled before it heard that the engine ended, and streams that are open
             # would wait for ever, and the HTTP server for them.
-            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
+            loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
