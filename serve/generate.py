@@ -10,10 +10,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..arguments import RecipeParser
-from ..checkpoint import config_fields, weight_files
+from ..checkpoint import weight_files
 from ..errors import UserError
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
+from .checkpoint import read_fields
 
 
 class GenerateRecipe(Section):
@@ -48,11 +49,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     recipe = load_recipe(GenerateRecipe, "generate", args.recipe, args.settings)
     folder = Path(args.model).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"{args.model}: no such directory; MODEL is one written by `loopwise convert` or `loopwise train`"
-        )
-    config_fields(folder)
+    read_fields(folder)
     weight_files(folder)
     prompts = [recipe.prompt] if recipe.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
     if not prompts or not all(prompts):

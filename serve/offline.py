@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
+from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
 from .engine.costs import measure
@@ -108,9 +109,11 @@ class Engine:
         _check_least(MEASURED, coda_wait=coda_wait)
         self.tokenizer = None
         if isinstance(model, str | Path):
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
 
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            read_fields(model)
+            check_tensors(model)
+            self.tokenizer = load_tokenizer(model)
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
         self.model = model.eval()
         self.config = config = model.config

@@ -17,7 +17,7 @@ from typing import Any
 from ..arguments import RecipeParser
 from ..errors import UserError
 from ..recipe import load_recipe
-from .checkpoint import Facts, check_config, check_tensors
+from .checkpoint import Facts, check_config, check_tensors, load_tokenizer
 from .defaults import Defaults, choose
 from .recipe import ServeRecipe
 from .vllm import SERVER
@@ -142,11 +142,26 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(args.tensor_parallel_size))
     refuse(vars(args))
+    if current_platform.is_cpu() and args.block_size is not None:
+        _check_block_size(args.block_size)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
+    own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
+    if own and not args.skip_tokenizer_init and not vars(args).get("tokens_only"):
+        load_tokenizer(model, args.trust_remote_code)
     return args
+
+
+def _check_block_size(size: int) -> None:
+    """Raises UserError for a `size` that vLLM's attention on CPUs cannot have, of which its engine would die."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if not CPUAttentionBackend.supports_block_size(size):
+        bases = [getattr(kind, "base", kind) for kind in CPUAttentionBackend.get_supported_kernel_block_sizes()]
+        rule = " or ".join(map(str, bases))
+        raise UserError(f"--block-size {size}: vLLM's attention on CPUs needs a multiple of {rule}")
 
 
 def _lacks_compiler() -> bool:
@@ -219,7 +234,8 @@ async def _run(args: argparse.Namespace) -> bool:
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
-    await run_server_worker(address, listener, args)
+    # Once the engine has ended, only clients that do not read, or do not end their requests, can keep the server.
+    await run_server_worker(address, listener, args, timeout_graceful_shutdown=max(args.shutdown_timeout, 1))
     return ending.dead
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +21,13 @@ FIELDS = (
     "decoder", "wave", "diffusion",
 )  # fmt: skip
 FLAGS = ("prompt_exit", "return_recurrences")
-CALLED = dict.fromkeys(("depth", "loops", "num_loops", "num_steps"), "num_recurrences")  # by others, and in papers
+CALLED = re.compile(  # num_recurrences, by others, and in papers
+    r"((n|num|number_of)_?)?(loops?|depths?|recurrences?|recursions?|recurrent_(steps|depth))"
+    r"|(n|num)_(steps|iterations)"
+)
 AT_START = ("kv_policy", "max_recurrences")
+XARGS = "vllm_xargs"
+UNREAD = ("extra_body", "extra_args", "sampling_params")  # what Python clients call them; a server ignores the names
 
 
 class FieldError(ValueError):
@@ -51,17 +58,31 @@ class Limits:
     prompt_rules: tuple[str, ...] | None = None
 
 
+class Doubled(dict):
+    """A JSON object in which the keys `twice` stand more than once; as in `dict`, the last one's value is there."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+
+
+def parse(body: bytes) -> Any:
+    """The JSON of a request's `body`, for `take`. Raises ValueError, or RecursionError, for what is none."""
+    return json.loads(body, object_pairs_hook=lambda p: made if len(made := dict(p)) == len(p) else Doubled(p))
+
+
 def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
     """The depth fields of a request's `body`, removed from it; `known` are the names that the server itself knows.
 
-    A field that is null counts as not given. Raises FieldError for a field that is given twice and differently, and for
-    a name that is neither known nor one of ours, but nearly.
+    A field that is null counts as not given. Raises FieldError for a field that both places give, and differently; for
+    one whose key stands twice, or that nothing reads where it stands; and for a name that is nearly one of ours.
     """
     values: dict[str, Any] = {}
-    xargs = body.get("vllm_xargs")
-    for place, names in ((body, known), (xargs, ())):
+    _check_doubled(body, XARGS)
+    for place, names in ((body, known), (body.get(XARGS), ())):
         if not isinstance(place, dict):
             continue
+        _check_doubled(place)
         for name in list(place):
             if name in FIELDS:
                 value = place.pop(name)
@@ -70,10 +91,35 @@ def take(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
                 other = values.setdefault(name, value)
                 unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
                 if other is not value and (other != value or unlike):
-                    raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in vllm_xargs")
+                    raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in {XARGS}")
+                if isinstance(value, Doubled):
+                    raise FieldError(name, f"{name}.{value.twice[0]} stands twice in the body: one value of it")
             elif name not in names:
                 _check_name(name)
+    _check_unread(body, known)
     return values
+
+
+def _check_doubled(place: dict[str, Any], *more: str) -> None:
+    for name in place.twice if isinstance(place, Doubled) else ():
+        if name in FIELDS or name in more:
+            raise FieldError(name, f"{name} stands twice in the body: one value of it")
+
+
+def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str, ...] = UNREAD) -> None:
+    """Raises FieldError for a depth field, or nearly one, in an object of one of these `names`."""
+    for where in names:
+        place = body.get(where)
+        if not isinstance(place, dict):
+            continue
+        for name, value in place.items():
+            if name in FIELDS and value is not None:
+                raise FieldError(
+                    name, f"{name} in {where!r} is not read: it stands at the top level of the body, or in its {XARGS}"
+                )
+            if name not in FIELDS and name not in known:
+                _check_name(name)
+        _check_unread(place, known, (*UNREAD, XARGS))
 
 
 def check(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -243,6 +289,6 @@ def _check_name(name: str) -> None:
     """Raises FieldError for a `name` that is nearly one of ours, or means one: vLLM would ignore it."""
     if name in AT_START:
         raise FieldError(name, f"{name} is the server's, not a request's: loopwise serve MODEL {name}=...")
-    called = [CALLED[name]] if name in CALLED else []
+    called = ["num_recurrences"] if CALLED.fullmatch(name.lower()) else []
     if near := called or difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8):
         raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {', '.join(FIELDS)}")

@@ -10,10 +10,10 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
-from .fields import FieldError, check, take
+from .ending import Ending
+from .fields import FieldError, check, parse, take
 from .offered import check_request, offered
 
 COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
@@ -81,14 +81,6 @@ class Spent:
         return {"recurrences": usage, "passes": passes}
 
 
-@dataclass
-class Ending:
-    """Whether the engine's client was `told` to end, and whether the engine was `dead` already."""
-
-    told: bool = False
-    dead: bool = False
-
-
 class DepthFields:
     """ASGI middleware. `metrics(engine_client)`, where the engine counts, updates its counters before a scrape."""
 
@@ -96,7 +88,7 @@ class DepthFields:
         self.app, self.metrics, self.ending = app, metrics, ending
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        path = scope.get("path", "")
+        path = _route(scope)
         if scope["type"] == "http" and path == "/metrics" and self.metrics:
             await self.metrics(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
@@ -105,7 +97,7 @@ class DepthFields:
             return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
-            fields = json.loads(body)
+            fields = parse(body)
         except (ValueError, RecursionError):  # vLLM says so
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):
@@ -202,6 +194,7 @@ def install(metrics: Callable | None) -> Ending:
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
+        ending.app = app
         app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
@@ -210,20 +203,29 @@ def install(metrics: Callable | None) -> Ending:
         return stream if spent is None else spent.follow(stream)
 
     def end(self, *args, **kwargs):
+        handler = getattr(self, "output_handler", None)
+        loop = None if handler is None or handler.get_loop().is_closed() else handler.get_loop()
         if not ending.told:
+            if loop is not None and ending.app is not None:
+                loop.call_soon_threadsafe(ending.listen, self, loop)
             ending.dead = hasattr(self, "engine_core") and self.errored  # which one that did not start has not
             ending.told = True
-        handler = getattr(self, "output_handler", None)
         shutdown(self, *args, **kwargs)
-        if handler is not None and not handler.get_loop().is_closed():
+        if loop is not None and not loop.is_closed():
             # The handler may have been cancelled before it heard that the engine ended, and streams that are open
             # would wait for ever, and the HTTP server for them.
-            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
+            loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
     AsyncLLM.shutdown = end
     return ending
+
+
+def _route(scope: dict) -> str:
+    """The path by which the application finds a route: a proxy may or may not have stripped its `--root-path`."""
+    path, root = scope.get("path", ""), scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 def _known(path: str) -> set[str]:

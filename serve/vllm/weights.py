@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from ...model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
@@ -29,23 +32,27 @@ class Completeness:
     def __init__(self, config: RecurrentDepthConfig):
         with torch.device("meta"):
             model = RecurrentDepthForCausalLM(config)
-        self._tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._tensors = dict(model.state_dict(keep_vars=True))
         self._seen: set[int] = set()
         # transformers has renamed modules since some architectures' files were first written, and saves the old names.
-        self._renamings = get_model_conversion_mapping(model)
+        self._changes = get_model_conversion_mapping(model)
 
-    def see(self, name: str) -> None:
-        """Count off tensor `name`. Raises ValueError where the model has no such tensor."""
-        key = name
-        for renaming in self._renamings:
-            key, _ = renaming.rename_source_key(key)
+    def see(self, name: str, shape: Sequence[int] | None = None) -> None:
+        """Count off tensor `name`. Raises ValueError where the model has no such tensor, or one of another `shape`."""
+        key, whole = name, True
+        for change in self._changes:
+            key, matched = change.rename_source_key(key)
+            whole &= matched is None or not isinstance(change, WeightConverter)  # which makes one tensor of several
         if key not in self._tensors:
             raise ValueError(f"unexpected tensor {name!r} in the checkpoint")
-        self._seen.add(self._tensors[key])  # of tied tensors, one suffices
+        wanted = list(self._tensors[key].shape)
+        if shape is not None and whole and list(shape) != wanted:
+            raise ValueError(f"tensor {name!r} has shape {list(shape)}; config.json says {wanted}")
+        self._seen.add(id(self._tensors[key]))  # of tied tensors, one suffices
 
     def check(self) -> None:
         """Raises ValueError, naming tensors that did not come by."""
-        missing = sorted(name for name, tensor in self._tensors.items() if tensor not in self._seen)
+        missing = sorted(name for name, tensor in self._tensors.items() if id(tensor) not in self._seen)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}{more}")

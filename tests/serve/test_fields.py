@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.serve.vllm.decoders import decoder_of
-from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, take
+from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, parse, take
 
 RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
 LANES = Limits(4, 8, RULES, prompt_exit=True)
@@ -203,6 +203,11 @@ def test_a_field_cannot_say_two_things():
         "Num_Recurrences",
         "depth",
         "loops",
+        "n_loops",
+        "num_steps",
+        "numLoops",
+        "recurrences",
+        "number_of_recursions",
     ],
 )
 def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
@@ -212,6 +217,59 @@ def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     assert caught.value.field == name
     if place == "body":
         take({name: 1}, known={name})  # the server's own
+
+
+@pytest.mark.parametrize("name", ["steps", "n", "top_k", "iterations", "max_depth", "recurrent", "loop_id"])
+def test_other_unknown_names_are_left_to_the_server(name):
+    assert take({name: 1, "extra_body": {name: 1}, "sampling_params": {name: 1}}) == {}
+
+
+@pytest.mark.parametrize("path", ["extra_body", "extra_args", "sampling_params", "sampling_params.extra_args",
+                                  "extra_body.vllm_xargs"])  # fmt: skip
+def test_a_field_in_an_object_that_nothing_reads_is_named(path):
+    """As users of Python clients write them in raw HTTP by mistake."""
+
+    def body(fields: dict) -> dict:
+        for name in reversed(path.split(".")):
+            fields = {name: fields}
+        return {"prompt": "a", **fields}
+
+    for name, value in {"num_recurrences": 3, "exit_rule": "cosine", "diffusion": {}}.items():
+        with pytest.raises(FieldError, match="top level of the body, or in its vllm_xargs") as caught:
+            take(body({name: value}))
+        assert caught.value.field == name
+        assert repr(path.rpartition(".")[2]) in str(caught.value)
+    for name in ("num_recurrence", "n_loops"):
+        with pytest.raises(FieldError, match="did you mean 'num_recurrences'") as caught:
+            take(body({name: 3}))
+        assert caught.value.field == name
+    assert take(body({"num_recurrences": None, "top_k": 3, "depth": 1}), known={"depth"}) == {}
+    take({path: 3})
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ('{"num_recurrences": 2, "num_recurrences": 4}', "num_recurrences", "num_recurrences stands twice"),
+        ('{"exit_rule": null, "exit_rule": "kl"}', "exit_rule", "exit_rule stands twice"),
+        ('{"vllm_xargs": {"wave": 2, "wave": 2}}', "wave", "wave stands twice"),
+        ('{"vllm_xargs": {"wave": 2}, "vllm_xargs": {}}', "vllm_xargs", "vllm_xargs stands twice"),
+        ('{"diffusion": {"inner": 2, "inner": 4}}', "diffusion", "diffusion.inner stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(body, field, said):
+    with pytest.raises(FieldError, match=said) as caught:
+        take(parse(body.encode()))
+    assert caught.value.field == field
+
+
+def test_other_keys_may_stand_twice():
+    body = parse(b'{"prompt": "a", "prompt": "b", "tools": [{"wave": 1, "wave": 2}], "wave": 3}')
+    assert take(body) == {"wave": 3}
+    assert body == {"prompt": "b", "tools": [{"wave": 2}]}
+    assert json.loads(json.dumps(body)) == body
+    with pytest.raises(ValueError):
+        parse(b"{")
 
 
 @pytest.mark.parametrize("name", ["kv_policy", "max_recurrences"])
@@ -255,6 +313,46 @@ def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
     else:
         assert set(checked or {}) <= set(values)
         assert all(not isinstance(value, bool) for value in (checked or {}).values())
+
+
+@pytest.mark.parametrize("root", ["", "/x"])
+@pytest.mark.parametrize("prefix", ["", "/x"])
+def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
+    """With `--root-path /x`, the server answers behind a proxy that strips the prefix, and behind one that does not."""
+    pytest.importorskip("vllm")
+    from fastapi import FastAPI
+    from starlette.responses import JSONResponse
+    from starlette.testclient import TestClient
+
+    from loopwise.serve.vllm.http import DepthFields, Ending
+
+    app = FastAPI(root_path=root)
+    config = SimpleNamespace(num_recurrences=4, max_recurrences=8)
+    model = SimpleNamespace(hf_config=config)
+    vllm_config = SimpleNamespace(model_config=model, additional_config=None)
+    app.state.engine_client = SimpleNamespace(vllm_config=vllm_config)
+    app.add_middleware(cast(Any, DepthFields), metrics=None, ending=Ending())
+
+    async def completions(request) -> JSONResponse:
+        return JSONResponse({"heard": await request.json(), "usage": {"completion_tokens": 2}})
+
+    app.add_route("/v1/completions", completions, methods=["POST"])
+    with TestClient(app) as client:
+        path = prefix + "/v1/completions"
+        reply = client.post(path, json={"prompt": "a", "num_recurrences": 4})
+        if prefix and not root:
+            assert reply.status_code == 404
+            return
+        assert reply.json()["usage"]["recurrences"] == {"mean": 4.0, "total": 8}
+        assert reply.json()["heard"] == {"prompt": "a"}
+        for body, field in (
+            ('{"num_recurrences": 3}', "num_recurrences"),
+            ('{"extra_body": {"num_recurrences": 4}}', "num_recurrences"),
+            ('{"sampling_params": {"n_loops": 4}}', "n_loops"),
+            ('{"exit_rule": "fixed", "exit_rule": "fixed"}', "exit_rule"),
+        ):
+            reply = client.post(path, content=body)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
 
 
 def test_streams_end_when_the_engine_is_stopped(monkeypatch):

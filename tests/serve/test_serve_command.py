@@ -191,6 +191,80 @@ def test_refuses_missing_and_unexpected_tensors(capsys, model, tmp_path, drop, a
     assert (drop or add) in refusal(capsys, folder)
 
 
+def damage(folder: Path, fields: dict) -> None:
+    """Change fields of config.json; `source_config.` leads into the source's."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in fields.items():
+        place, _, inner = name.rpartition(".")
+        (config[place] if place else config)[inner] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("verb", ["serve", "generate"])
+@pytest.mark.parametrize(
+    ("fields", "file", "said"),
+    [
+        ({"num_recurrences": "four"}, "config.json", "num_recurrences='four': an integer"),
+        ({"num_recurrences": True}, "config.json", "num_recurrences=True: an integer"),
+        ({"max_recurrences": None}, "config.json", "max_recurrences=None: an integer"),
+        ({"core": "34"}, "config.json", "core='34': a list of integers"),
+        ({"prelude": [0, "a"]}, "config.json", "prelude=[0, 'a']: a list of integers"),
+        ({"exit": "cosine"}, "config.json", "exit='cosine': an object or null"),
+        ({"exit": {"rule": "cosine", "min_recurrences": "x"}}, "config.json", "exit.min_recurrences='x': an integer"),
+        ({"source_config": "llama"}, "config.json", "source_config='llama': an object"),
+        ({"source_config": {}}, "config.json", "source_config.model_type=None: a string"),
+        ({"source_config.hidden_size": "64"}, "config.json", "source_config.hidden_size='64': an integer of 1 or more"),
+        ({"source_config.num_attention_heads": 0}, "config.json", "source_config.num_attention_heads=0: an integer"),
+        ({"source_config.rope_parameters": "x"}, "config.json", "Validation error for field 'rope_parameters'"),
+        ({"core": [17]}, "config.json", "core names source layer 17; the source has layers 0 to 5"),
+        (
+            {"source_config.hidden_size": 128},
+            "model.safetensors",
+            "layernorm.weight' has shape [64]; config.json says [128]",
+        ),
+        ({"source_config.vocab_size": 260}, "model.safetensors", "has shape [259, 64]; config.json says [260, 64]"),
+        (
+            {"source_config.num_key_value_heads": 4},
+            "model.safetensors",
+            "k_proj.weight' has shape [64, 64]; config.json says",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_its_file(capsys, monkeypatch, model, tmp_path, verb, fields, file, said):
+    """Before vLLM is even asked, and alike by both commands that run an engine."""
+    monkeypatch.delattr("loopwise.serve.server._vllm_arguments")
+    folder = copy_of(model, tmp_path / "m")
+    damage(folder, fields)
+    if verb == "serve":
+        line = refusal(capsys, folder)
+    else:
+        assert main(["generate", str(folder), "prompt=a"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"loopwise: error: {folder / file}: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: not valid JSON"),
+        ("tokenizer.json", '{"model": 3}', "tokenizer.json: cannot be loaded ("),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: a JSON object is expected"),
+        ("tokenizer.json", None, ": its tokenizer: cannot be loaded ("),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(capsys, model, tmp_path, file, text, said):
+    """`loopwise serve` reads it by the same function: see the test of vLLM's flags."""
+    folder = copy_of(model, tmp_path / "m")
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    assert main(["generate", str(folder), "prompt=a"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"loopwise: error: {folder}")
+    assert said in line
+
+
 def test_refuses_a_port_in_use(capsys, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -216,8 +290,10 @@ def test_vllm_flags_that_do_not_fit_are_refused_with_a_reason(flag, value):
 
 
 @needs_vllm
-def test_vllm_flags_are_checked_by_vllm_and_by_us(model):
-    """In a process of their own, which imports vLLM once."""
+def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
+    """In a process of their own, which imports vLLM once. So is the tokenizer, which they may replace."""
+    broken = copy_of(model, tmp_path / "m") / "tokenizer.json"
+    broken.write_text("{")
     answers = {
         "--no-such-flag": "vLLM: unrecognized arguments: --no-such-flag",
         "--max-model-len many": "vLLM: argument --max-model-len: invalid",
@@ -232,8 +308,12 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model):
         "--runner pooling": "--runner pooling does not fit",
         "--api-server-count 2": "--api-server-count 2 does not fit",
     }
+    if not torch.cuda.is_available():
+        answers["--block-size 16"] = "--block-size 16: vLLM's attention on CPUs needs a multiple of 32"
     program = "import sys; from loopwise.cli import main; [print(main(a.split(' '))) for a in sys.argv[1:]]"
     calls = [f"serve {model[0]} port={free_port()} -- {flags}" for flags in answers]
+    calls.append(f"serve {broken.parent} port={free_port()}")
+    answers["broken tokenizer"] = f"{broken}: not valid JSON"
     done = subprocess.run([sys.executable, "-c", program, *calls], capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == ["2"] * len(answers)
     lines = [line for line in done.stderr.splitlines() if line.startswith("loopwise: error: ")]
@@ -590,6 +670,36 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
     usage = json.loads(events[-2])["usage"]
     assert usage["completion_tokens"] == 400
     assert usage["recurrences"]["mean"] == (1 if to_group else 3)  # the model's, and that of the first server
+
+
+@needs_vllm
+def test_a_second_signal_cuts_the_drain_short(request, model):
+    """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
+    server = Server(model[0], "num_recurrences=8", "ticks=1", "drain_seconds=300", "--", "--enforce-eager")
+    request.addfinalizer(server.kill)
+    server.wait_until(server.healthy, 240)
+    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 8}
+    text = json.dumps({**body, "temperature": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    address = "127.0.0.1", urllib.parse.urlsplit(server.url).port
+    with socket.create_connection(address, 60) as stuck, socket.create_connection(address, 60) as client:
+        stuck.sendall(head.encode() + b"\r\n\r\n{")  # and no more
+        client.sendall(head.encode() + b"\r\n\r\n" + text)
+        heard = b""
+        while not all(b'"index":%d,' % n in heard for n in range(8)):
+            heard += client.recv(1 << 20)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        while part := client.recv(1 << 20):
+            heard += part
+        assert server.wait_for_end() == 0
+    assert time.monotonic() - start < 15
+    assert heard.count(b'"finish_reason":"abort"') == 8
+    assert b"data: [DONE]" in heard
+    assert "Traceback" not in server.log.read_text()
 
 
 @needs_vllm
