@@ -110,7 +110,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         parser.set_defaults(enforce_eager=not lanes or _lacks_compiler())
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
-    if lanes and os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+    if lanes and os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**lanes)
     unfit = []
@@ -121,7 +121,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
     if lanes:  # whose core is compiled, instead of vLLM's own forward
-        lanes = replace(defaults.lanes, compile=not args.enforce_eager).flags()
+        lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager).flags()
         args.enforce_eager = True
     for name, value in lanes.items():
         if name != "additional_config" and getattr(args, name) != value:

@@ -161,7 +161,7 @@ class Masked:
         loop = self.loop
         which, real, row, position, s = self.fetch(self, every)
         said, best = loop.head(loop.parts, coda(loop, s, row, position, real))
-        tokens = loop.sampler(said, best, row, position + 1)
+        tokens = loop.sampler(said, best, row, position + 1) if loop.in_use["sampled"] else best
         where, there, row, position, tokens = self.emit(self, which, real, row, position, tokens)
         e = loop.prelude(tokens, row, position, there)
         loop.steps.begin(loop, where, row, position, tokens, self.yes[: len(every)], e, start(loop.parts, e, position))

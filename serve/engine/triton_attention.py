@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,33 +29,33 @@ _anyhow = {"do_not_specialize": ["rows"], "do_not_specialize_on_alignment": ["re
 
 
 @jit
-def _place(tables, width, who, at, where, blocks, SIZE: tl.constexpr):
-    """Where position `at` of request `who` stands in a cache, at slot `where`."""
+def _place(tables, width, who, at, where, slot_step, block_step, at_step, SIZE: tl.constexpr):
+    """Where position `at` of request `who` stands in a cache, at slot `where`: elements behind its begin."""
     block = tl.load(tables + who * width + at // SIZE).to(tl.int64)
-    return (block + where * blocks) * SIZE + at % SIZE
+    return block * block_step + where.to(tl.int64) * slot_step + at % SIZE * at_step
 
 
 @jit(**_anyhow)
 def _write(
-    k, v, keys, values, request, position, slot, write, tables, width, blocks, k_row, k_head, v_row, v_head,
-    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+    k, v, keys, values, request, position, slot, write, tables, width, slot_step, block_step, at_step, head_step,
+    k_row, k_head, v_row, v_head, SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head): k, v [N, K, C] into the caches."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if write is not None and tl.load(write + row) == 0:
         return
     at, where = tl.load(position + row), tl.load(slot + row)
-    place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
+    place = _place(tables, width, tl.load(request + row), at, where, slot_step, block_step, at_step, SIZE)
     c = tl.arange(0, PADDED)
-    to = (place * tl.num_programs(1) + head) * C + c
+    to = place + head * head_step + c
     tl.store(keys + to, tl.load(k + row * k_row + head * k_head + c, mask=c < C), mask=c < C)
     tl.store(values + to, tl.load(v + row * v_row + head * v_head + c, mask=c < C), mask=c < C)
 
 
 @jit(**_anyhow)
 def _attend(
-    out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, blocks, rows, q_row, q_head,
-    scaling, softcap,
+    out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, slot_step, block_step, at_step,
+    head_step, rows, q_row, q_head, scaling, softcap,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
     SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def _attend(
         key = start + tl.arange(0, TILE)
         there = key < end
         block = tl.load(tables + who * width + key // SIZE, mask=there, other=0).to(tl.int64)
-        line = (((block + where * blocks) * SIZE + key % SIZE) * heads + head) * C
+        line = block * block_step + where.to(tl.int64) * slot_step + key % SIZE * at_step + head * head_step
         k = tl.load(keys + line[None, :] + c[:, None], mask=there[None, :] & (c < C)[:, None], other=0.0)
         scores = tl.dot(query, k, input_precision="ieee") * scaling
         if CAPPED:  # softcap * tanh(scores / softcap)
@@ -146,42 +146,78 @@ def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl
 
 @jit(do_not_specialize_on_alignment=["request", "position", "slot"])
 def _fill(
-    caches, empty, request, position, slot, tables, width, blocks, whole,
-    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+    caches, empty, request, position, slot, tables, width, slot_step, block_step, at_step, head_step, layer_step,
+    value_step, SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head, cache): copy what stands at its slot to the next ones. A cache has `whole` elements,
-    and the next begins behind it."""
-    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """Program (row, head, 2 layer + (0 keys, 1 values)): copy what stands at its slot to the next ones."""
+    row, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at, where = tl.load(position + row), tl.load(slot + row)
-    place = _place(tables, width, tl.load(request + row), at, where, blocks, SIZE)
+    place = _place(tables, width, tl.load(request + row), at, where, slot_step, block_step, at_step, SIZE)
     c = tl.arange(0, PADDED)
-    start = caches + tl.program_id(2).to(tl.int64) * whole + (place * heads + head) * C + c
+    start = caches + layer // 2 * layer_step + layer % 2 * value_step + place + head * head_step + c
     values = tl.load(start, mask=c < C)
-    step = blocks.to(tl.int64) * SIZE * heads * C
-    for further in range(1, tl.load(empty + row).to(tl.int32) + 1):
-        tl.store(start + further * step, values, mask=c < C)
+    for _ in range(tl.load(empty + row).to(tl.int32)):
+        start += slot_step
+        tl.store(start, values, mask=c < C)
+
+
+Cache = tuple[torch.Tensor, torch.Tensor]  # keys, values [blocks, block size, K, C] of a layer at a slot
+
+
+class Group(NamedTuple):
+    """Core layers of one shape, whose caches are equally far apart, so that one launch fills them all: the keys of the
+    first, how many there are, and how far a slot stands behind the one before, values behind keys, and a layer behind
+    the one before."""
+
+    keys: torch.Tensor
+    layers: int
+    slot_step: int
+    value_step: int
+    layer_step: int
 
 
 class TritonAttention:
-    """Caches [blocks * slots, block size, K, C], slot-major. Those of the core's layers of one shape stand one behind
-    the other, so that one launch fills them all."""
+    """Caches of every layer by slot; those of a layer's slots are equally far apart."""
 
     def __init__(
         self, shapes: list[tuple[int, int]], outer: int, slots: int, blocks: int, block_size: int, like: torch.Tensor
     ):
         """`shapes`: (K, C) of every layer, of which the first `outer` are prelude and coda."""
-        self.block_size, self.blocks = block_size, blocks
-        self.core = {  # by shape: [layers, 2, blocks * slots, block size, K, C]
-            shape: like.new_zeros(shapes[outer:].count(shape), 2, blocks * slots, block_size, *shape)
+        core = {  # by shape: [layers, 2, slots, blocks, block size, K, C]
+            shape: like.new_zeros(shapes[outer:].count(shape), 2, slots, blocks, block_size, *shape)
             for shape in dict.fromkeys(shapes[outer:])
         }
-        left = {shape: iter(caches.unbind()) for shape, caches in self.core.items()}
-        self.caches = [
-            tuple((next(left[shape]) if n >= outer else like.new_zeros(2, blocks, block_size, *shape)).unbind())
+        left = {shape: iter(caches.unbind()) for shape, caches in core.items()}
+        whole = [
+            next(left[shape]) if n >= outer else like.new_zeros(2, 1, blocks, block_size, *shape)
             for n, shape in enumerate(shapes)
         ]
-        self.device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
-        self.current: Rows | None = None
+        self.caches = [tuple(keys_and_values.flatten(1, 2).unbind()) for keys_and_values in whole]  # of all slots
+        self.take([list(zip(*keys_and_values, strict=True)) for keys_and_values in whole], outer)
+
+    def take(self, slots: list[list[Cache]], outer: int) -> None:
+        """Work on these caches, of every layer by slot. Raises ValueError where they do not stand as the kernels want
+        them."""
+        self.slots, self.current = slots, None
+        self.block_size = slots[0][0][0].shape[1]
+        for keys, values in chain.from_iterable(slots):
+            if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.shape[1] != self.block_size:
+                raise ValueError(f"keys in steps of {keys.stride()} and values of {values.stride()}: must be the same")
+        self.slot_steps = [_step(*(list(each) for each in zip(*layer, strict=True))) for layer in slots]
+        self.groups = []
+        shapes = [layer[0][0].shape[2:] for layer in slots]
+        for shape in dict.fromkeys(shapes[outer:]):
+            some = [n for n in range(outer, len(slots)) if shapes[n] == shape]
+            caches = [slots[n][0] for n in some]
+            slot_step = {self.slot_steps[n] for n in some}
+            if len(slot_step) > 1:
+                raise ValueError(
+                    f"slots of core layers stand {sorted(slot_step)} elements apart: all must be equally far"
+                )
+            value_step, layer_step = _step(*map(list, caches)), _step([keys for keys, _ in caches])
+            self.groups.append(Group(caches[0][0], len(some), *slot_step, value_step, layer_step))
+        device = slots[0][0][0].device
+        self.device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def plan(self, rows: Rows) -> Rows:
         self.current = replace(
@@ -190,7 +226,7 @@ class TritonAttention:
         return self.current
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
-        rows, (keys, values) = self.current, self.caches[layer]
+        rows, (keys, values) = self.current, self.slots[layer][0]
         assert rows is not None, "attention before a plan"
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         (n, heads, size), groups = k.shape, q.shape[1] // k.shape[1]
@@ -209,7 +245,7 @@ class TritonAttention:
             sums = torch.empty(*q.shape[:2], splits, size, dtype=torch.float32, device=q.device)
             tops, totals = torch.empty(2, *q.shape[:2], splits, dtype=torch.float32, device=q.device)
         strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
-        pages = tables, tables.stride(0), self.blocks
+        pages = tables, tables.stride(0), self.slot_steps[layer], *keys.stride()[:3]
         sizes = {"SIZE": self.block_size, "C": size, "PADDED": padded}
         window, softcap = facts.get("sliding_window") or 0, facts.get("softcap") or 0.0
         with self.device:
@@ -227,14 +263,34 @@ class TritonAttention:
 
     def fill(self, plan: Rows, empty: torch.Tensor, count: int | None = None) -> None:
         """From the cache, in which they stand since the call."""
-        where, pages = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0), self.blocks)
+        where, tables = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0))
         with self.device:
-            for (heads, size), caches in self.core.items():
-                sizes = {"SIZE": self.block_size, "C": size, "PADDED": triton.next_power_of_2(size)}
-                _fill[len(empty), heads, 2 * len(caches)](
-                    caches, empty, *where, *pages, caches[0, 0].numel(), **sizes, num_warps=1
-                )
+            for keys, layers, slot_step, value_step, layer_step in self.groups:
+                heads, size = keys.shape[2:]
+                steps = slot_step, *keys.stride()[:3], layer_step, value_step
+                _fill[len(empty), heads, 2 * layers](
+                    keys, empty, *where, *tables, *steps,
+                    SIZE=self.block_size, C=size, PADDED=triton.next_power_of_2(size), num_warps=1,
+                )  # fmt: skip
 
     def clean(self, table: torch.Tensor) -> None:
-        for cache in chain.from_iterable(self.caches):
-            clean(cache, table, range(0, len(cache), self.blocks))
+        for keys, values in chain.from_iterable(self.slots):
+            clean(keys, table, [0])
+            clean(values, table, [0])
+
+
+def _step(*lines: list[torch.Tensor]) -> int:
+    """How far apart the tensors of every line are, one behind the other, in elements; 0 where no line has two. Raises
+    ValueError where they are not equally far."""
+    steps = {
+        b.storage_offset() - a.storage_offset() if _storage(a) == _storage(b) else -1
+        for line in lines
+        for a, b in pairwise(line)
+    }
+    if len(steps) > 1 or min(steps, default=0) < 0:
+        raise ValueError(f"caches stand {sorted(steps)} elements apart: all must be equally far")
+    return steps.pop() if steps else 0
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ class LaneConfig:
     """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; an exit waits at
     most `coda_wait` ticks for others to be read out with, -1: as many as the load makes worth while. `decoder` of
     requests that name none, and `wave`: most positions of one request in flight; waves fill passes up to `budget`
-    lanes, -1: as many as cost little, measured at the start. `compile`: passes of the core are compiled."""
+    lanes, -1: as many as cost little, measured at the start. `compile`: passes of the core are compiled. `graphs`: on a
+    GPU, ticks are CUDA graphs, whose attention is the engine's own."""
 
     ticks: int = 16
     width: int = 0
@@ -23,13 +25,16 @@ class LaneConfig:
     wave: int = 8
     budget: int = 0
     compile: bool = True
+    graphs: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:
         return cls(**vllm_config.additional_config[LANES])
 
     def flags(self) -> dict[str, Any]:
-        """vLLM's settings that start the lane engine."""
+        """vLLM's settings that start the lane engine, which builds on the first of vLLM's two model runners: the
+        environment says so from now on, if it does not name one."""
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         return {
             "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
             "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",

@@ -142,6 +142,8 @@ class VllmParts:
         kind = self.kind.__name__
         if kind == "_transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)
+        if kind == "_fused" and part == "core":
+            x = x.clone()  # on a GPU, vLLM's norms write into the residual that they get, which is the caller's state
         residual = None
         for layer in self.by_part[part]:
             if kind == "_fused":

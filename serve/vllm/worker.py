@@ -24,10 +24,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from ..engine.attention import Attention
 from ..engine.costs import measure
+from ..engine.graphs import Graphs, on_cuda
 from ..engine.kv import policy_of
 from ..engine.lanes import MAX_STOPS, Request
 from ..engine.loop import Counts, Loop, Prompt
+from ..engine.masked import Masked
 from .attention import PagedAttention
 from .decoders import DECODERS, Decoder, decoder_of
 from .lanes import MEASURED, LaneConfig, depth_of
@@ -65,8 +68,7 @@ class LaneSteps:
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         if [len(groups) for groups in self.attn_groups] != [1]:
             raise ValueError("lanes need one attention backend for all layers")
-        builder = self.attn_groups[0][0].get_metadata_builder()
-        parts.attention = PagedAttention(parts.caches, parts.outer, block_size, builder, lanes.compile)
+        parts.attention = self._attention(block_size)
         scheduler = self.vllm_config.scheduler_config
         self.sampler_of_lanes = LaneSampler(Sampler(self.model_config.logprobs_mode), lambda: self.input_batch, {})
         self.sampler_of_lanes.requests = self.requests
@@ -87,6 +89,8 @@ class LaneSteps:
             reader=self._read_prompt,
             compile=lanes.compile,
         )
+        if not isinstance(parts.attention, PagedAttention):  # which waits for the device
+            self._record()
         self.sampler_of_lanes.script = self.loop.requests.script
         self.loop.budget = max(lanes.budget, 0)
         self.free = list(range(scheduler.max_num_seqs))[::-1]
@@ -100,6 +104,16 @@ class LaneSteps:
         self.counted = torch.zeros(rows, 2, dtype=torch.long, device=self.device)  # passes and lanes, by row
         self.work = torch.zeros(len(DECODERS), 3, dtype=torch.long, device=self.device)  # tokens, passes, lanes
         self.parked: Any = None
+
+    def _attention(self: Any, block_size: int) -> Attention:
+        builder = self.attn_groups[0][0].get_metadata_builder()
+        return PagedAttention(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
+
+    def _record(self: Any) -> None:
+        """Let the loop run from CUDA graphs."""
+        record, compile = on_cuda(self.device), self.lane_config.compile
+        self.loop.graphs = Graphs(self.loop, record)
+        self.loop.masked = Masked(self.loop, record, compile=compile)
 
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -259,7 +273,8 @@ class LaneSteps:
             at = (row == r) & (position < len(prompt) - 1)
             if state.in_progress_prompt_logprobs_cpu is None:
                 state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
-            for some in at.nonzero().squeeze(1).split(256):  # logits of a long prompt take memory
+            some_at = at.nonzero().squeeze(1)
+            for some in some_at.split(256) if len(some_at) else ():  # logits of a long prompt take memory
                 logprobs = self.loop.logits(self.parts, x[some]).float()
                 if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
                     logprobs = Sampler.compute_logprobs(logprobs)
@@ -298,7 +313,15 @@ class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompa
 
 
 class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
-    pass
+    def _attention(self: Any, block_size: int) -> Attention:
+        """The engine's own kernels, if graphs are wanted, and no backend of vLLM's is asked for. Several ranks do
+        without graphs, in which their all-reduce would have to be."""
+        alone = get_tp_group().world_size == 1
+        if not self.lane_config.graphs or self.vllm_config.attention_config.backend is not None or not alone:
+            return super()._attention(block_size)
+        from .triton_attention import PagedTriton  # which wants Triton
+
+        return PagedTriton(self.parts.caches, self.parts.outer, block_size)
 
 
 class LaneWork:
@@ -310,7 +333,8 @@ class LaneWork:
         super().init_device()  # pyright: ignore[reportAttributeAccessIssue]
         if self.use_v2_model_runner:
             raise ValueError("the lane engine builds on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
-        self.model_runner = self.runner(self.vllm_config, self.device)
+        if not isinstance(self.model_runner, self.runner):
+            self.model_runner = self.runner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self: Any) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
@@ -320,6 +344,8 @@ class LaneWork:
         # compiled: what an engine before this one has left in cycles goes now.
         gc.collect()
         loop.warm_up()
+        if loop.masked and lanes.compile:
+            loop.masked.warm_up()
         if MEASURED not in (lanes.budget, lanes.coda_wait):
             return done
         group: Any = get_tp_group()
@@ -345,6 +371,9 @@ class CpuLaneWorker(LaneWork, CPUWorker):
 
 class GpuLaneWorker(LaneWork, Worker):
     runner = GpuLaneRunner
+
+    def _make_model_runner(self: Any) -> GpuLaneRunner:
+        return self.runner(self.vllm_config, self.device)
 
 
 LaneWorker = CpuLaneWorker if current_platform.is_cpu() else GpuLaneWorker

@@ -60,6 +60,7 @@ class Case:
     lanes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     rounds: int = 1
+    program: str = "run_lanes.py"
 
 
 WHOLE_PROMPTS = {**FEW_BLOCKS, "enable_chunked_prefill": False, "enable_prefix_caching": False}
@@ -94,6 +95,16 @@ CASES = {
     ),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
+    "masked": Case(policy="last-exited", count=12, program="run_masked.py"),
+    "masked-compiled": Case(
+        "gemma3_text",
+        "single",
+        source=WINDOWS,
+        count=8,
+        program="run_masked.py",
+        engine=WHOLE_PROMPTS,
+        lanes={"width": 3, "compile": True},
+    ),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40, "compile": True}, decoders=ALL),
@@ -201,12 +212,11 @@ def sampling(params: Params) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
 
 
-def run(work: list[dict], folder: Path) -> list[dict]:
+def run(work: list[dict], folder: Path, program: str) -> list[dict]:
     (folder / "cases.json").write_text(json.dumps(work))
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     settings |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    program = Path(__file__).with_name("run_lanes.py")
-    command = [sys.executable, program, folder / "cases.json", folder / "results.json"]
+    command = [sys.executable, Path(__file__).with_name(program), folder / "cases.json", folder / "results.json"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
@@ -217,7 +227,8 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     """name -> (the oracle's answers, when requests come and go, what vLLM gave), for the cases that are tested."""
     chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     folder = tmp_path_factory.mktemp("lanes")
-    wanted, work = {}, []
+    wanted: dict[str, tuple[list[Answer], list[dict]]] = {}
+    work: dict[str, dict[str, dict]] = {}  # by program, by name
     for name, case in (CASES | SEEDS).items():
         if name not in chosen:
             continue
@@ -228,9 +239,14 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         wanted[name] = [alone(oracle, p, q) for p, q in zip(prompts, params, strict=True)], times
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
-        work.append({"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}})
-        work[-1] |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
-    return {name: (*wanted[name], result) for name, result in zip(wanted, run(work, folder), strict=True)}
+        task = {"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}}
+        task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
+        work.setdefault(case.program, {})[name] = task
+    return {
+        name: (*wanted[name], result)
+        for program, tasks in work.items()
+        for name, result in zip(tasks, run(list(tasks.values()), folder, program), strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SEEDS)])
@@ -251,3 +267,4 @@ def test_equals_every_request_alone(name, answers):
         assert [got[n]["depths"] for n in plain] == [wanted[n].depths for n in plain]
     assert result["held"] == {"blocks": 0, "requests": 0}
     assert result["preemptions"] > 0
+    assert result.get("masked", 1) > 0
