@@ -212,7 +212,7 @@ def sampling(params: Params) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
 
 
-def run(work: list[dict], folder: Path, program: str) -> list[dict]:
+def run(work: list[dict], folder: Path, program: str = "run_lanes.py") -> list[dict]:
     (folder / "cases.json").write_text(json.dumps(work))
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     settings |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
