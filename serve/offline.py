@@ -323,8 +323,9 @@ class Engine:
     ) -> torch.Tensor:
         if not self.loop.in_use["sampled"]:
             return best
-        temperature, *cuts, seed, choice = (column[row] for column in self._drawn.values())
-        return sample(logits, best, temperature, *cuts, waiting_times(seed, choice, position, logits.shape[-1]))
+        temperature, top_k, top_p, min_p, seed, choice = (column[row] for column in self._drawn.values())
+        noise = waiting_times(seed, choice, position, logits.shape[-1])
+        return sample(logits, best, temperature, top_k, top_p, min_p, noise)
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

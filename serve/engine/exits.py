@@ -56,16 +56,17 @@ class ExitRules:
         self.best = torch.zeros(lanes, dtype=torch.long, device=device)
         self.stable = torch.zeros(lanes, dtype=torch.long, device=device)
         self.stays = torch.zeros(lanes, device=device)  # chance of not having left yet
-        self._log_p: torch.Tensor | None = None  # [lanes, V], made when a rule first needs it
+        self._log_p = torch.zeros(0, vocabulary, device=device)  # of lanes from 0 to the last that a rule read
 
-    def begin(self, lanes: torch.Tensor) -> None:
-        """Forget what was known of `lanes`: a position starts there."""
-        self.entropy.index_fill_(0, lanes, 100.0)
-        self.best.index_fill_(0, lanes, -1)
-        self.stable.index_fill_(0, lanes, 0)
-        self.stays.index_fill_(0, lanes, 1.0)
-        if self._log_p is not None:
-            self._log_p.index_fill_(0, lanes, -math.log(self.vocabulary))
+    def begin(self, lanes: torch.Tensor, in_use: set[str]) -> None:
+        """Forget what was known of `lanes` by the rules `in_use`: a position starts there."""
+        if "gate" in in_use:
+            self.stays.index_fill_(0, lanes, 1.0)
+        if any(RULES[name].reads == "logits" for name in in_use):
+            self.entropy.index_fill_(0, lanes, 100.0)
+            self.best.index_fill_(0, lanes, -1)
+            self.stable.index_fill_(0, lanes, 0)
+            self._log_p[lanes[lanes < len(self._log_p)]] = -math.log(self.vocabulary)
 
     def check(
         self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, readings: Readings
@@ -109,8 +110,9 @@ class ExitRules:
         floored = torch.where(p < 0.1 * p.amax(-1, keepdim=True), 1 / self.vocabulary, p)
         p = torch.where(flat[:, None], floored / floored.sum(-1, keepdim=True), p)
         log_p = p.log()
-        if self._log_p is None:
-            self._log_p = p.new_full((len(self.entropy), self.vocabulary), -math.log(self.vocabulary))
+        more = int(lanes.max()) + 1 - len(self._log_p)
+        if more > 0:
+            self._log_p = torch.cat([self._log_p, p.new_full((more, self.vocabulary), -math.log(self.vocabulary))])
         old = self._log_p[lanes]
         divergence = torch.where(old.exp() > 0, old.exp() * (old - log_p), 0).sum(-1)
         self._log_p[lanes] = log_p

@@ -465,6 +465,6 @@ class Loop:
         may_exit = self.always[: len(where)] if may_exit is None else may_exit
         self.steps.begin(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
         if self.reading:
-            self.rules.begin(where)
+            self.rules.begin(where, self.reading)
         if self.routing:
             self.routing.begin(where)

@@ -91,7 +91,7 @@ class Masked:
     def graphs(self, width: int, rows: int) -> Iterator[Callable[[], Any]]:
         """A pass of `width` rows, and a read-out of `rows`, for the requests that there are."""
         rules, sampled = frozenset(self.loop.reading), self.loop.in_use["sampled"] > 0
-        for key, function in ((("pass", width, rules), self._pass), (("read", rows, bool(rules), sampled), self._read)):
+        for key, function in ((("pass", width, rules), self._pass), (("read", rows, rules, sampled), self._read)):
             if key not in self.replays:
                 self._add(key, function, self.every[: key[1]])
             yield self.replays[key]
@@ -166,7 +166,7 @@ class Masked:
         e = loop.prelude(tokens, row, position, there)
         loop.steps.begin(loop, where, row, position, tokens, self.yes[: len(every)], e, start(loop.parts, e, position))
         if loop.reading:
-            loop.rules.begin(where)
+            loop.rules.begin(where, loop.reading)
         self.choose(self)
 
 

@@ -209,13 +209,13 @@ class TritonAttention:
         for shape in dict.fromkeys(shapes[outer:]):
             some = [n for n in range(outer, len(slots)) if shapes[n] == shape]
             caches = [slots[n][0] for n in some]
-            slot_step = {self.slot_steps[n] for n in some}
-            if len(slot_step) > 1:
+            slot_steps = {self.slot_steps[n] for n in some}
+            if len(slot_steps) > 1:
                 raise ValueError(
-                    f"slots of core layers stand {sorted(slot_step)} elements apart: all must be equally far"
+                    f"slots of core layers stand {sorted(slot_steps)} elements apart: all must be equally far"
                 )
             value_step, layer_step = _step(*map(list, caches)), _step([keys for keys, _ in caches])
-            self.groups.append(Group(caches[0][0], len(some), *slot_step, value_step, layer_step))
+            self.groups.append(Group(caches[0][0], len(some), slot_steps.pop(), value_step, layer_step))
         device = slots[0][0][0].device
         self.device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -283,7 +283,7 @@ def _step(*lines: list[torch.Tensor]) -> int:
     """How far apart the tensors of every line are, one behind the other, in elements; 0 where no line has two. Raises
     ValueError where they are not equally far."""
     steps = {
-        b.storage_offset() - a.storage_offset() if _storage(a) == _storage(b) else -1
+        int(b.storage_offset() - a.storage_offset()) if _storage(a) == _storage(b) else -1
         for line in lines
         for a, b in pairwise(line)
     }

@@ -19,8 +19,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -308,10 +306,6 @@ def counts(runner: Any) -> dict[str, Any]:
 
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
-class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
-    pass
-
-
 class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
     def _attention(self: Any, block_size: int) -> Attention:
         """The engine's own kernels, if graphs are wanted, and no backend of vLLM's is asked for. Several ranks do
@@ -365,10 +359,6 @@ class LaneWork:
         return counts(self.model_runner)
 
 
-class CpuLaneWorker(LaneWork, CPUWorker):
-    runner = CpuLaneRunner
-
-
 class GpuLaneWorker(LaneWork, Worker):
     runner = GpuLaneRunner
 
@@ -376,4 +366,16 @@ class GpuLaneWorker(LaneWork, Worker):
         return self.runner(self.vllm_config, self.device)
 
 
-LaneWorker = CpuLaneWorker if current_platform.is_cpu() else GpuLaneWorker
+if current_platform.is_cpu():  # these modules put what does nothing in the place of torch's streams and events
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass
+
+    class CpuLaneWorker(LaneWork, CPUWorker):
+        runner = CpuLaneRunner
+
+    LaneWorker = CpuLaneWorker
+else:
+    LaneWorker = GpuLaneWorker

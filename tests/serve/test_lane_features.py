@@ -30,7 +30,9 @@ DIGITS = list(range(48, 58))
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "logprobs": {"logprobs": 3},
+    "all-logprobs": {"logprobs": -1},
     "prompt-logprobs": {"prompt_logprobs": 2},
+    "prompt-logprobs-of-one-token": {"prompt_logprobs": 2, "prompt": [65]},
     "seeded": RANDOM,
     "seeded-again": RANDOM,
     "other-seed": {**RANDOM, "seed": 12},
@@ -96,10 +98,11 @@ def ran(model, greedy) -> dict[str, Any]:
     asked = []
     for number, fields in enumerate((REQUESTS | more).values()):
         sampling = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "extra_args": {"trace": TRACE}} | fields
-        asked.append({"prompt": PROMPT, "sampling": sampling, "arrive": number, "abort": -1})
+        prompt = sampling.pop("prompt", PROMPT)
+        asked.append({"prompt": prompt, "sampling": sampling, "arrive": number, "abort": -1})
     case = {
         "folder": str(model[0]),
-        "engine": {"max_model_len": 200},
+        "engine": {"max_model_len": 200, "max_logprobs": -1},
         "lanes": {"ticks": 8},
         "requests": asked,
         "rounds": 2,
@@ -132,7 +135,7 @@ def test_neighbours_and_order_do_not_matter(results):
             assert first["tokens"] == second["tokens"], name
 
 
-@pytest.mark.parametrize("name", ["greedy", "logprobs", "prompt-logprobs"])
+@pytest.mark.parametrize("name", ["greedy", "logprobs", "all-logprobs", "prompt-logprobs"])
 def test_greedy_tokens_are_the_same_whatever_is_reported(name, results, greedy):
     assert results[name][0]["tokens"] == greedy
 
@@ -149,6 +152,9 @@ def test_log_probabilities_are_those_of_the_tokens(results, model):
     assert results["prompt-logprobs"][0]["prompt_logprobs"] == pytest.approx(want.tolist(), abs=1e-3)
     assert results["logprobs"][0]["logprobs"][0] == pytest.approx(float(logits[-1].max()), abs=1e-3)
     assert len(results["logprobs"][0]["logprobs"]) == 40
+    assert results["all-logprobs"][0]["logprobs"] == pytest.approx(results["logprobs"][0]["logprobs"], abs=1e-3)
+    assert results["prompt-logprobs-of-one-token"][0]["prompt_logprobs"] == []
+    assert len(results["prompt-logprobs-of-one-token"][0]["tokens"]) == 40
 
 
 def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):

@@ -95,12 +95,12 @@ CASES = {
     ),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
-    "masked": Case(policy="last-exited", count=12, program="run_masked.py"),
+    "masked": Case(policy="last-exited", count=6, program="run_masked.py"),
     "masked-compiled": Case(
         "gemma3_text",
         "single",
         source=WINDOWS,
-        count=8,
+        count=4,
         program="run_masked.py",
         engine=WHOLE_PROMPTS,
         lanes={"width": 3, "compile": True},
@@ -210,6 +210,34 @@ def sampling(params: Params) -> dict[str, Any]:
         if params.exit_rule != "fixed":
             arguments["exit_threshold"] = params.exit_threshold
     return {"temperature": 0, "max_tokens": params.max_tokens, "ignore_eos": True, "extra_args": arguments}
+
+
+STREAMS = """
+import torch
+import vllm.platforms
+from vllm.platforms.interface import Platform, PlatformEnum
+
+
+class Gpu(Platform):
+    _enum = PlatformEnum.OOT
+    device_name = device_type = "cuda"
+
+
+vllm.platforms._current_platform = Gpu()
+before = torch.cuda.Event, torch.cuda.Stream, torch.accelerator.synchronize
+from loopwise.serve.vllm import worker
+
+assert worker.LaneWorker is worker.GpuLaneWorker
+assert before == (torch.cuda.Event, torch.cuda.Stream, torch.accelerator.synchronize)
+"""
+
+
+def test_the_worker_of_a_gpu_leaves_torch_its_streams():
+    """vLLM's worker for CPUs replaces them when it is imported: no CUDA graph could be recorded then."""
+    settings = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", STREAMS]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def run(work: list[dict], folder: Path, program: str = "run_lanes.py") -> list[dict]:
