@@ -21,7 +21,7 @@ from .engine.kv import KVPolicy, policy_of
 from .engine.lanes import Request
 from .engine.loop import Counts, Loop, Prompt
 from .engine.masked import Masked
-from .engine.sampling import sample, waiting_times
+from .engine.sampling import Draws
 from .engine.transformers import TransformersParts
 from .vllm.decoders import DECODERS
 from .vllm.fields import FieldError, check_frozen, check_threshold
@@ -29,8 +29,6 @@ from .vllm.lanes import MEASURED
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "choice")  # of Params
-WHOLE = ("top_k", "seed", "choice")  # numbers
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,7 @@ class Engine:
             )
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
             self.loop.requests.table[:rows] = table.view(rows, blocks)
-            self._drawn = {  # by row; see engine.sampling
-                name: torch.zeros(rows + 1, dtype=torch.long if name in WHOLE else torch.double, device=like.device)
-                for name in SAMPLING
-            }
+            self.draws = Draws(rows, like.device)
             if compile:
                 self.loop.warm_up()
             if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # which waits for the device
@@ -172,7 +167,7 @@ class Engine:
     def _record(self, record: Record, compile: bool = False) -> None:
         """Let the loop run from graphs."""
         self.loop.graphs = Graphs(self.loop, record)
-        self.loop.masked = Masked(self.loop, record, samples=True, compile=compile)
+        self.loop.masked = Masked(self.loop, record, compile=compile)
         if compile:
             self.loop.masked.warm_up()
 
@@ -236,7 +231,6 @@ class Engine:
             trace=list(params.trace),
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
-            greedy=not params.temperature,
             wave=params.wave if params.decoder == "wave" else 1,
             diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
         )
@@ -266,9 +260,9 @@ class Engine:
         while queue or running:
             while queue and free:
                 row, number = free.pop(), queue.pop()
-                for name, column in self._drawn.items():
-                    column[row] = getattr(each[number], name)
-                self.loop.admit(row, requests[number])
+                p = each[number]
+                sampling = self.draws.admit(row, p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.choice)
+                self.loop.admit(row, replace(requests[number], sampling=sampling))
                 running[row] = [number, 0]
             if self.loop.masked:
                 self.loop.masked.eager = bool(queue)
@@ -321,11 +315,10 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        if not self.loop.in_use["sampled"]:
+        in_use = self.loop.in_use
+        if not (in_use["drawn"] or in_use["cut"]):
             return best
-        temperature, top_k, top_p, min_p, seed, choice = (column[row] for column in self._drawn.values())
-        noise = waiting_times(seed, choice, position, logits.shape[-1])
-        return sample(logits, best, temperature, top_k, top_p, min_p, noise)
+        return self.draws(logits, best, row, position, in_use["cut"] > 0)
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

@@ -20,7 +20,8 @@ class Request:
     are forced: what an earlier run recorded. `remaining` tokens may be generated; a token of `stops` is the last.
     A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight,
     which are exact, or refined by `diffusion`. Of a `shown` one, the loop's reader gets what the head reads at every
-    prompt position. `greedy`: the sampler takes the likeliest token, whatever it is.
+    prompt position. `sampling`: how its tokens are sampled: "argmax", "drawn" on the device, or drawn and "cut" there,
+    or by what the "host" must look at.
     """
 
     limit: int
@@ -35,7 +36,7 @@ class Request:
     wave: int = 1
     diffusion: Diffusion | None = None
     shown: bool = False
-    greedy: bool = False
+    sampling: str = "host"
 
 
 class Requests:

@@ -172,10 +172,9 @@ class Loop:
             "wave": request.wave > 1,
             "fenced": request.fenced,
             "shown": request.shown,
-            "sampled": not request.greedy,
             "shallow": (request.minimum == 1 and (rule != "fixed" or request.limit == 1)) or bool(request.trace),
         }
-        self.features[row] = {rule, *(name for name, has in others.items() if has)}
+        self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
         self.in_use.update(self.features[row])
         self._count_rules()
         self.prompt_exit[row] = request.prompt_exit

@@ -47,11 +47,11 @@ class Note(NamedTuple):
 
 class Masked:
     """Runs a loop's ticks so, where all of its requests fit: for the same tokens and depths, in passes that may have
-    other lanes. `record` as in graphs.Graphs; `samples`: the loop's sampler waits for nothing. `eager` (an attribute):
-    a step ends when a request does, as others wait for its place."""
+    other lanes. `record` as in graphs.Graphs. `eager` (an attribute): a step ends when a request does, as others wait
+    for its place."""
 
-    def __init__(self, loop: Loop, record: Record, samples: bool = False, compile: bool = False):
-        self.loop, self.record, self.samples = loop, record, samples
+    def __init__(self, loop: Loop, record: Record, compile: bool = False):
+        self.loop, self.record = loop, record
         self.most = MOST if loop.parts.compilable and not loop.routing and not loop.policy.complete else 0
         room, device = padded(loop.lanes.own), loop.device
         self.every = torch.arange(room, device=device)
@@ -72,7 +72,7 @@ class Masked:
         """Whether what is in flight can be run so: no prompts, several positions of a request, or tokens and exits that
         the host looks at."""
         loop, in_use = self.loop, self.loop.in_use
-        if loop.chunks or loop.staggered or in_use["fenced"] or (in_use["sampled"] and not self.samples):
+        if loop.chunks or loop.staggered or in_use["fenced"] or in_use["host"]:
             return False
         return self._rows() <= self.most and not any(RULES[name].reads == "logits" for name in loop.reading)
 
@@ -90,8 +90,9 @@ class Masked:
 
     def graphs(self, width: int, rows: int) -> Iterator[Callable[[], Any]]:
         """A pass of `width` rows, and a read-out of `rows`, for the requests that there are."""
-        rules, sampled = frozenset(self.loop.reading), self.loop.in_use["sampled"] > 0
-        for key, function in ((("pass", width, rules), self._pass), (("read", rows, rules, sampled), self._read)):
+        rules = frozenset(self.loop.reading)
+        sampling = tuple(self.loop.in_use[name] > 0 for name in ("drawn", "cut"))
+        for key, function in ((("pass", width, rules), self._pass), (("read", rows, rules, *sampling), self._read)):
             if key not in self.replays:
                 self._add(key, function, self.every[: key[1]])
             yield self.replays[key]
@@ -161,7 +162,7 @@ class Masked:
         loop = self.loop
         which, real, row, position, s = self.fetch(self, every)
         said, best = loop.head(loop.parts, coda(loop, s, row, position, real))
-        tokens = loop.sampler(said, best, row, position + 1) if loop.in_use["sampled"] else best
+        tokens = loop.sampler(said, best, row, position + 1)
         where, there, row, position, tokens = self.emit(self, which, real, row, position, tokens)
         e = loop.prelude(tokens, row, position, there)
         loop.steps.begin(loop, where, row, position, tokens, self.yes[: len(every)], e, start(loop.parts, e, position))

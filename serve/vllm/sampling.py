@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from ..engine.sampling import waiting_times
+from ..engine.sampling import Draws, waiting_times
 from .decoders import history
 
 
@@ -41,13 +42,15 @@ class NoisySampler(Sampler):
 
 
 class LaneSampler:
-    """Samples for rows of the engine; `batch` is vLLM's input batch and `requests` its request states."""
+    """Samples for `rows` of the engine; `batch` is vLLM's input batch and `requests` its request states. What has no
+    use for vLLM's sampler stays on the device."""
 
-    def __init__(self, sampler: Sampler, batch: Callable[[], Any], requests: dict[str, Any]):
-        self.sampler = NoisySampler(sampler.logprobs_mode)
+    def __init__(self, logprobs_mode: Any, batch: Callable[[], Any], requests: dict[str, Any], rows: int, device: Any):
+        self.sampler, self.draws = NoisySampler(logprobs_mode), Draws(rows, device)
+        self.sampling: dict[int, str] = {}  # engine row -> Request.sampling
+        self.in_use: Any = None  # the engine's, of them all
         self.batch, self.requests = batch, requests
         self.name_of: dict[int, str] = {}  # engine row -> request
-        self.greedy: dict[int, bool] = {}  # engine row -> whether argmax is all that is asked for
         self.seed: dict[int, int] = {}
         self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
         self.told: dict[str, int] = {}  # tokens of this step that the request's state already has
@@ -57,9 +60,16 @@ class LaneSampler:
     def admit(self, row: int, name: str, decoder: str) -> None:
         params = self.requests[name].sampling_params
         self.name_of[row], self.ahead[row] = name, decoder != "plain"
-        self.greedy[row] = _argmax_alone(params)
         digest = hashlib.sha256(name.encode()).digest()  # alike on all ranks, where none is given
-        self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else params.seed
+        seed = self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else params.seed
+        top_k = max(params.top_k, 0)
+        sampling = self.draws.admit(row, params.temperature, top_k, params.top_p, params.min_p, seed)
+        self.sampling[row] = "host" if self._needs_vllm(params) else sampling
+
+    def _needs_vllm(self, p: Any) -> bool:
+        """Whether its sampler does more for these params than cut and draw, or than argmax."""
+        own = all(type(processor) in BUILTIN_LOGITS_PROCESSORS for processor in self.batch().logitsprocs.all)
+        return not own or history(p) is not None or bool(p.logit_bias or p.allowed_token_ids)
 
     def begin(self) -> None:
         self.logprobs, self.told = [], {}
@@ -74,11 +84,15 @@ class LaneSampler:
     ) -> torch.Tensor:
         """logits [m, V] of engine rows [m], of which `best` [m] are the likeliest, for the tokens at positions [m] ->
         tokens [m]. `mask` of a grammar changes logits [n, V] in place."""
-        tokens = best
+        tokens, in_use = best, self.in_use
+        if in_use["drawn"] or in_use["cut"]:
+            tokens = self.draws(logits, best, row, position, in_use["cut"] > 0)
+        if mask is None and not in_use["host"]:
+            return tokens
         rounds: list[list[int]] = []  # vLLM's sampler knows one token a request
         seen: dict[int, int] = {}
         for n, r in enumerate(row.tolist()):
-            if mask is None and self.greedy[r]:
+            if mask is None and self.sampling[r] != "host":
                 continue
             seen[r] = seen.get(r, -1) + 1
             rounds[seen[r] : seen[r] + 1] = [[*(rounds[seen[r]] if seen[r] < len(rounds) else ()), n]]
@@ -141,8 +155,3 @@ class LaneSampler:
                 whole[torch.tensor(places)] = part.cpu()
         tokens, logprobs, ranks = (part.numpy() for part in out)
         return LogprobsLists(tokens, logprobs, ranks, starts)
-
-
-def _argmax_alone(p: Any) -> bool:
-    """Whether argmax of the logits is all that vLLM's sampler would do for these params."""
-    return p.temperature == 0 and history(p) is None and not p.logit_bias and not p.allowed_token_ids

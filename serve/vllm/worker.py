@@ -68,14 +68,14 @@ class LaneSteps:
             raise ValueError("lanes need one attention backend for all layers")
         parts.attention = self._attention(block_size)
         scheduler = self.vllm_config.scheduler_config
-        self.sampler_of_lanes = LaneSampler(Sampler(self.model_config.logprobs_mode), lambda: self.input_batch, {})
-        self.sampler_of_lanes.requests = self.requests
+        rows, mode = scheduler.max_num_seqs, self.model_config.logprobs_mode
+        self.sampler_of_lanes = LaneSampler(mode, lambda: self.input_batch, self.requests, rows, self.device)
         self.loop = Loop(
             parts,
             parts.attention,
             policy_of(config),
             self.sampler_of_lanes,
-            rows=scheduler.max_num_seqs,
+            rows=rows,
             length=self.max_model_len,
             blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
             prompt_lanes=scheduler.max_num_batched_tokens,
@@ -89,15 +89,14 @@ class LaneSteps:
         )
         if not isinstance(parts.attention, PagedAttention):  # which waits for the device
             self._record()
-        self.sampler_of_lanes.script = self.loop.requests.script
+        self.sampler_of_lanes.script, self.sampler_of_lanes.in_use = self.loop.requests.script, self.loop.in_use
         self.loop.budget = max(lanes.budget, 0)
-        self.free = list(range(scheduler.max_num_seqs))[::-1]
+        self.free = list(range(rows))[::-1]
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through
         self.sent: dict[str, int] = {}  # prompt tokens of requests that are replayed from their prompts
         self.history: dict[str, Past] = {}  # of preempted requests
         self.exits = [0] * (config.max_recurrences + 1)
-        rows = scheduler.max_num_seqs
         self.decoder = torch.zeros(rows, dtype=torch.long, device=self.device)  # by row, a number in DECODERS
         self.counted = torch.zeros(rows, 2, dtype=torch.long, device=self.device)  # passes and lanes, by row
         self.work = torch.zeros(len(DECODERS), 3, dtype=torch.long, device=self.device)  # tokens, passes, lanes
@@ -179,7 +178,7 @@ class LaneSteps:
                 stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
                 fenced=params.structured_outputs is not None,
                 shown=name in self.num_prompt_logprobs,
-                greedy=self.sampler_of_lanes.greedy[row],
+                sampling=self.sampler_of_lanes.sampling[row],
                 wave=decoder.wave,
                 diffusion=decoder.diffusion,
             ),

@@ -164,12 +164,33 @@ def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):
     assert results["unseeded"][0]["tokens"] != results["unseeded"][1]["tokens"]
 
 
+def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, alone, tmp_path):
+    """Requests that come one after the other, so that rows of several kinds of sampling are in flight."""
+    fields = [{}, RANDOM, {"temperature": 0.8, "seed": 5}, {**RANDOM, "seed": 12}]
+    common = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "extra_args": {"trace": TRACE}}
+    asked = [{"prompt": PROMPT, "sampling": common | some, "arrive": n, "abort": -1} for n, some in enumerate(fields)]
+    case = {"folder": str(model[0]), "engine": {"max_model_len": 200}, "lanes": {"ticks": 4}, "requests": asked}
+    result = run([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_masked.py")[0]
+    assert "error" not in result, result["error"]
+    assert result["masked"] > 1
+    assert [done["tokens"] for done in result["rounds"][0]] == [alone(max_tokens=9, **some) for some in fields]
+
+
 def test_processors(results):
     new = results["repetition"][0]["tokens"]
     assert len({*new} - {*PROMPT}) == len(new) == 40
     assert set(results["bias"][0]["tokens"]) <= {65, 66}
     assert set(results["allowed"][0]["tokens"]) <= set(DIGITS)
     assert not set(results["bad-words"][0]["text"]) & {"a", "b"}
+
+
+def test_processors_of_a_users_own(model, tmp_path):
+    sampling = [{"temperature": temperature, "max_tokens": 5, "ignore_eos": True} for temperature in (0, 1)]
+    asked = [{"prompt": PROMPT, "sampling": some, "arrive": 0, "abort": -1} for some in sampling]
+    case = {"folder": str(model[0]), "engine": {"logits_processors": ["processors:Only"]}, "requests": asked}
+    result = run([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path)[0]
+    assert "error" not in result, result["error"]
+    assert [done["tokens"] for done in result["rounds"][0]] == [[65] * 5] * 2
 
 
 def test_grammars(results):

@@ -219,7 +219,7 @@ def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, 
                 if kind == "padded":
                     engine.loop.graphs = Graphs(engine.loop, record)
                 else:
-                    engine.loop.masked = Masked(engine.loop, record, samples=True)
+                    engine.loop.masked = Masked(engine.loop, record)
         answers.append([(c.tokens, c.depths) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert replays > 3
