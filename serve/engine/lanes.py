@@ -58,8 +58,8 @@ class Requests:
         self.refines, self.phase = zeros(rows, dtype=torch.bool), zeros(rows)  # diffusion, and where its step is
         self.ticks, self.items = zeros(rows), zeros(rows)  # passes since its prompt, and lanes in them
         self.stops = zeros(rows, MAX_STOPS)
-        self.fenced, self.shown, self.live, self.wild = (zeros(rows, dtype=torch.bool) for _ in range(4))
-        # wild: has had states that are not finite
+        self.fenced, self.shown, self.samples, self.live, self.wild = (zeros(rows, dtype=torch.bool) for _ in range(5))
+        # samples: does not take the likeliest token; wild: has had states that are not finite
         self.limit[-1] = NEVER
         self.script = zeros(rows, length + 1, dtype=torch.int32)  # tokens known beforehand, plus one; 0: to be sampled
         self.tokens, self.count = zeros(rows, room), zeros(rows)  # of this step
@@ -79,6 +79,7 @@ class Requests:
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
         self.fenced[row], self.shown[row] = request.fenced, request.shown
+        self.samples[row] = request.sampling != "argmax"
         self.live[row] = self.wild[row] = False
 
 

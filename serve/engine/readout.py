@@ -110,8 +110,11 @@ def sample(
     they start."""
     lanes, requests = loop.lanes, loop.requests
     following = position + 1
-    said, best = loop.head(loop.parts, x)
-    tokens = sampler(said, best, row, following)
+    said, tokens = loop.head(loop.parts, x)
+    if any(loop.in_use[name] for name in ("drawn", "cut", "host")):
+        some = requests.samples[row].nonzero().squeeze(1)
+        if len(some):
+            tokens[some] = sampler(said[some], tokens[some], row[some], following[some])
     if loop.in_use["script"]:
         known = requests.script[row, following].long()
         tokens = torch.where(known > 0, known - 1, tokens)
