@@ -255,7 +255,8 @@ class Engine:
             if not 1 <= len(tokens) <= self.length:
                 raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
         done = [Completion() for _ in prompts]
-        queue, running = list(range(len(prompts)))[::-1], {}  # running: row -> [request, prompt tokens brought in]
+        queue = [n for n in range(len(prompts)) if each[n].max_tokens][::-1]
+        running: dict[int, list[int]] = {}  # row -> [request, prompt tokens brought in]
         free = list(range(self.rows))[::-1]
         while queue or running:
             while queue and free:

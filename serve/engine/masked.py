@@ -98,12 +98,12 @@ class Masked:
             yield self.replays[key]
 
     def run(self, most: int) -> int:
-        """Up to `most` ticks. Returns how many; `most`, too, where nothing is left to do."""
+        """Up to `most` ticks. Returns how many; `most`, too, where the step is over before."""
         loop, rows = self.loop, self._rows()
         one, other = self.graphs(min(rows, padded(loop.width or rows)), rows)
         self.choose(self)
         known = Note(0, 0, *self.notes.now()[2:])
-        begun, age, ticks, live = False, 0, 0, known.live
+        begun, age, ticks, least = False, 0, 0, known.live if self.eager else 1
         while ticks < most and known.live and (begun or known.runs or known.waits):
             one()
             ticks += 1
@@ -118,12 +118,12 @@ class Masked:
                 other()
                 loop.counts.reads[rows] += 1
                 age = 0
-            if self.eager and known.live < live:
+            if known.live < least:
                 break
         while len(self.notes):
             known = self._learn()
         loop.order, loop.unread, loop.waited = None, True, 0
-        return ticks if known.live else most
+        return ticks if known.live >= least else most
 
     def _learn(self) -> Note:
         note, loop = self.notes.next(), self.loop
@@ -263,6 +263,7 @@ def _emit(
     known = requests.script[row, position + 1].long()
     tokens = torch.where(known > 0, known - 1, tokens)
     position, stopped = emit(loop, which, row, position, tokens)
+    requests.count[-1:].zero_()  # of the spare row, which puts out a token every time
     there = real & ~stopped
     where = torch.where(there, lanes.of(row, position), lanes.spare)
     row, position = torch.where(there, row, requests.rows), torch.where(there, position, 0)

@@ -374,6 +374,14 @@ def test_noise_of_a_diffusion_is_its_seeds_alone():
     assert len({tuple(c.tokens) for c in together}) > 1
 
 
+def test_no_tokens_are_none():
+    """Whatever else runs; and a prompt that is longer than a step has lanes for is left alone, too."""
+    engine = Engine(build(), rows=3, length=60, ticks=4, kv_policy="last-exited", prompt_lanes=8)
+    params = [Params(tokens, 4, ignore_eos=True) for tokens in (30, 0, 0)]
+    got = engine.generate([[5, 6], [7] * 3, [5] * 30], params)
+    assert [len(done.tokens) for done in got] == [30, 0, 0]
+
+
 def test_sampling_is_the_seeds_alone():
     prompts, params = requests(7, 8, "last-exited", ["latent-diff"])
     params = [replace(p, temperature=1.0, top_p=0.9, top_k=50, seed=n, max_tokens=12) for n, p in enumerate(params)]

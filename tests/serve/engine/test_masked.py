@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.costs import Costs
+from loopwise.serve.engine.costs import Costs, measure
 from tests.serve.engine.test_engine import RELAXED, build, requests
 from tests.serve.engine.test_graphs import record
 
@@ -85,3 +85,25 @@ def test_full_depth_reads_out_once_a_token():
     counts = engine.loop.counts
     assert counts.passes == {12: 4, 4: 80, 0: 2}
     assert sum(counts.reads.values()) == 21
+
+
+def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():
+    engine = Engine(build(), rows=8, length=60, ticks=1, kv_policy="last-exited", cuda_graphs=False)
+    with torch.inference_mode():
+        engine._record(record())
+    costs = measure(engine.loop)
+    assert set(costs.passes) == set(costs.reads) == {1, 2, 3, 4, 6, 8}
+    assert not engine.loop.requests.count.any()
+
+
+def test_a_step_ends_with_a_request_whose_place_others_wait_for():
+    engine = Engine(build(), rows=2, length=80, ticks=64, kv_policy="last-exited", cuda_graphs=False)
+    with torch.inference_mode():
+        engine._record(record())
+    steps: list[int] = []
+    step = engine.loop.step
+    engine.loop.step = lambda live: (step(live), steps.append(sum(engine.loop.counts.passes.values())))[0]
+    params = [Params(tokens, 4, ignore_eos=True) for tokens in (4, 15, 6)]
+    done = engine.generate([[5, 6, 7]] * 3, params)
+    assert [len(one.tokens) for one in done] == [4, 15, 6]
+    assert steps[0] < 20  # of 64, as the third request waits
