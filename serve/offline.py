@@ -255,8 +255,26 @@ class Engine:
             if not 1 <= len(tokens) <= self.length:
                 raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
         done = [Completion() for _ in prompts]
-        queue = [n for n in range(len(prompts)) if each[n].max_tokens][::-1]
         running: dict[int, list[int]] = {}  # row -> [request, prompt tokens brought in]
+        try:
+            self._run(running, ids, each, requests, done)
+        finally:
+            for row in running:  # of what was broken off
+                self.loop.release(row)
+        if self.tokenizer is not None:
+            for completion in done:
+                completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        return done
+
+    def _run(
+        self,
+        running: dict[int, list[int]],
+        ids: list[list[int]],
+        each: list[Params],
+        requests: list[Request],
+        done: list[Completion],
+    ) -> None:
+        queue = [n for n in range(len(ids)) if each[n].max_tokens][::-1]
         free = list(range(self.rows))[::-1]
         while queue or running:
             while queue and free:
@@ -277,10 +295,6 @@ class Engine:
                     self.loop.release(row)
                     free.append(row)
                     del running[row]
-        if self.tokenizer is not None:
-            for completion in done:
-                completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-        return done
 
     def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
         """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""

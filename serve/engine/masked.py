@@ -103,7 +103,7 @@ class Masked:
         one, other = self.graphs(min(rows, padded(loop.width or rows)), rows)
         self.choose(self)
         known = Note(0, 0, *self.notes.now()[2:])
-        begun, age, ticks, least = False, 0, 0, known.live if self.eager else 1
+        begun, age, ticks, least = False, loop.waited, 0, known.live if self.eager else 1
         while ticks < most and known.live and (begun or known.runs or known.waits):
             one()
             ticks += 1
@@ -122,7 +122,7 @@ class Masked:
                 break
         while len(self.notes):
             known = self._learn()
-        loop.order, loop.unread, loop.waited = None, True, 0
+        loop.order, loop.unread, loop.waited = None, True, age
         return ticks if known.live >= least else most
 
     def _learn(self) -> Note:
@@ -205,7 +205,8 @@ def _enter(masked: Masked, every: torch.Tensor) -> tuple[torch.Tensor, ...]:
     that it has, and whether it writes there; whether it leaves, if no rule ends it before [N]; its state and its input
     [N, D]."""
     loop, policy = masked.loop, masked.loop.policy
-    real = (every < masked.runs) & masked.real
+    runs = masked.runs.clamp(max=loop.width) if loop.width else masked.runs
+    real = (every < runs) & masked.real
     which = torch.where(real, masked.order[every], loop.lanes.spare)
     row, position, depth, _, _, s, _ = enter(loop, which)
     depth = torch.where(real, depth, 0)
@@ -289,7 +290,7 @@ class Notes:
     def add(self) -> None:
         self.room[self.at].copy_(self.note, non_blocking=True)
         if event := self.events[self.at]:
-            event.record()
+            event.record(torch.cuda.current_stream(self.note.device))
         self.queue.append(self.at)
         self.at = (self.at + 1) % len(self.room)
 

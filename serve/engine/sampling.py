@@ -46,6 +46,11 @@ def sample(
     return torch.where(temperature > 0, (p / noise).argmax(-1), best)
 
 
+def signed(seed: int) -> int:
+    """`seed` as 64 bits with a sign: vLLM counts seeds on for further choices, out of their range."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 class Draws:
     """Samples for the rows of an engine by parameters of each, which stand on the device: nothing waits for it."""
 
@@ -61,7 +66,7 @@ class Draws:
     ) -> str:
         """Returns the request's `sampling`."""
         self.temperature[row], self.top_p[row], self.min_p[row] = temperature, top_p, min_p
-        self.top_k[row], self.seed[row], self.choice[row] = top_k, seed, choice
+        self.top_k[row], self.seed[row], self.choice[row] = min(top_k, 1 << 62), signed(seed), signed(choice)
         if not temperature:
             return "argmax"
         return "cut" if top_k or top_p < 1 or min_p else "drawn"

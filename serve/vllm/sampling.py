@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from ..engine.sampling import Draws, waiting_times
+from ..engine.sampling import Draws, signed, waiting_times
 from .decoders import history
 
 
@@ -61,7 +61,7 @@ class LaneSampler:
         params = self.requests[name].sampling_params
         self.name_of[row], self.ahead[row] = name, decoder != "plain"
         digest = hashlib.sha256(name.encode()).digest()  # alike on all ranks, where none is given
-        seed = self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else params.seed
+        seed = self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else signed(params.seed)
         top_k = max(params.top_k, 0)
         sampling = self.draws.admit(row, params.temperature, top_k, params.top_p, params.min_p, seed)
         self.sampling[row] = "host" if self._needs_vllm(params) else sampling

@@ -382,6 +382,34 @@ def test_no_tokens_are_none():
     assert [len(done.tokens) for done in got] == [30, 0, 0]
 
 
+def test_what_breaks_off_leaves_nothing():
+    engine = Engine(build(), rows=2, length=60, ticks=4, wave=3, kv_policy="last-exited")
+    prompts, params = [[5] * 30, [6, 7]], Params(20, 4, ignore_eos=True, decoder="wave", wave=3, temperature=1.0)
+    want = engine.generate(prompts, params)
+    step, calls = engine.loop.step, []
+
+    def interrupted(live: torch.Tensor) -> None:
+        calls.append(step(live))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    engine.loop.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, params)
+    assert not engine.loop.in_use
+    assert engine.generate(prompts, params) == want
+
+
+def test_seeds_of_any_size():
+    engine = Engine(build(), rows=2, length=60)
+    seeds = (5, (1 << 64) + 5, 1 << 63, -(1 << 63))
+    same, again, high, low = (
+        engine.generate([[5, 6]], Params(9, temperature=1.0, seed=seed, ignore_eos=True))[0].tokens for seed in seeds
+    )
+    assert same == again
+    assert high == low != same
+
+
 def test_sampling_is_the_seeds_alone():
     prompts, params = requests(7, 8, "last-exited", ["latent-diff"])
     params = [replace(p, temperature=1.0, top_p=0.9, top_k=50, seed=n, max_tokens=12) for n, p in enumerate(params)]

@@ -107,3 +107,17 @@ def test_a_step_ends_with_a_request_whose_place_others_wait_for():
     done = engine.generate([[5, 6, 7]] * 3, params)
     assert [len(one.tokens) for one in done] == [4, 15, 6]
     assert steps[0] < 20  # of 64, as the third request waits
+
+
+def test_exits_wait_no_longer_over_several_steps_than_in_one():
+    """And passes are as narrow as they are to be."""
+    engine = Engine(
+        build(), rows=5, length=80, ticks=1, width=3, coda_wait=2, kv_policy="last-exited", cuda_graphs=False
+    )
+    with torch.inference_mode():
+        engine._record(record())
+    trace = [(4,) * 3 + (depth,) * 9 for depth in (1, 4, 4, 4, 4)]
+    done = engine.generate([[5, 6, 7]] * 5, [Params(9, 4, ignore_eos=True, trace=one) for one in trace])
+    assert max(n for n in engine.loop.counts.passes if n < 9) == 3
+    assert done[0].passes == 8
+    assert sum(engine.loop.counts.passes.values()) < 80
