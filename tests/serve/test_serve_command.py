@@ -678,15 +678,16 @@ def test_a_second_signal_cuts_the_drain_short(request, model):
     server = Server(model[0], "num_recurrences=8", "ticks=1", "drain_seconds=300", "--", "--enforce-eager")
     request.addfinalizer(server.kill)
     server.wait_until(server.healthy, 240)
-    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 8}
-    text = json.dumps({**body, "temperature": 1}).encode()
+    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 16}
+    slow = {"temperature": 1, "repetition_penalty": 1.1, "logprobs": 5}  # which the host looks at for every token
+    text = json.dumps(body | slow).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
     address = "127.0.0.1", urllib.parse.urlsplit(server.url).port
     with socket.create_connection(address, 60) as stuck, socket.create_connection(address, 60) as client:
         stuck.sendall(head.encode() + b"\r\n\r\n{")  # and no more
         client.sendall(head.encode() + b"\r\n\r\n" + text)
         heard = b""
-        while not all(b'"index":%d,' % n in heard for n in range(8)):
+        while not all(b'"index":%d,' % n in heard for n in range(16)):
             heard += client.recv(1 << 20)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
@@ -697,7 +698,7 @@ def test_a_second_signal_cuts_the_drain_short(request, model):
             heard += part
         assert server.wait_for_end() == 0
     assert time.monotonic() - start < 15
-    assert heard.count(b'"finish_reason":"abort"') == 8
+    assert heard.count(b'"finish_reason":"abort"') == 16
     assert b"data: [DONE]" in heard
     assert "Traceback" not in server.log.read_text()
 
