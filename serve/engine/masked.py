@@ -171,33 +171,31 @@ class Masked:
         self.choose(self)
 
 
-def _keep(masked: Masked, order: torch.Tensor, counts: torch.Tensor) -> None:
+def _keep(masked: Masked, order: torch.Tensor, *counts: torch.Tensor) -> torch.Tensor:
+    """Lanes run in this `order`; `counts` are the first four of a `Note`. Returns all of it."""
+    loop, runs = masked.loop, counts[3]
     masked.order[: len(order)].copy_(order)
-    masked.runs.copy_(counts[1])
+    masked.runs.copy_(runs)
+    lanes, number = loop.lanes, torch.arange(len(order), device=order.device)
+    running, left = number < runs, lanes.target[order] - lanes.depth[order]
+    soon = torch.where(lanes.free[order] > 0, 1, left)
+    next = running & (number < loop.width) if loop.width else running
+    ahead = (
+        torch.where(running, soon, NEVER).min(),
+        torch.where(running, left, 0).max(),
+        (next & (left <= 1)).sum(),
+        loop.requests.live.sum(),
+    )
+    note = torch.stack([*counts, *ahead])
+    masked.note.copy_(note)
+    return note
 
 
 def _choose(masked: Masked) -> torch.Tensor:
     """Which lanes run. Returns what `Note` says of them."""
     order, counts = choose(masked.loop)
-    _keep(masked, order, counts)
     zero = torch.zeros_like(masked.runs)
-    note = torch.stack([zero, zero, *counts, *_ahead(masked.loop, order, counts[1])])
-    masked.note.copy_(note)
-    return note
-
-
-def _ahead(loop: Loop, order: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `Note` says of the `count` lanes in `order` that run."""
-    lanes, number = loop.lanes, torch.arange(len(order), device=order.device)
-    runs, left = number < count, lanes.target[order] - lanes.depth[order]
-    soon = torch.where(lanes.free[order] > 0, 1, left)
-    next = runs & (number < loop.width) if loop.width else runs
-    return (
-        torch.where(runs, soon, NEVER).min(),
-        torch.where(runs, left, 0).max(),
-        (next & (left <= 1)).sum(),
-        loop.requests.live.sum(),
-    )
+    return _keep(masked, order, zero, zero, *counts)
 
 
 def _enter(masked: Masked, every: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -231,8 +229,8 @@ def _settle(
     loop = masked.loop
     after = torch.where(real[:, None], after, 0)
     counts, empty, order = settle(loop, which, row, position, depth, after, leaves)
-    _keep(masked, order, counts[2:])
-    masked.note.copy_(torch.stack([real.sum(), counts[0], *counts[2:], *_ahead(loop, order, counts[3])]))
+    exits, _, waits, runs = counts
+    _keep(masked, order, real.sum(), exits, waits, runs)
     return empty
 
 
