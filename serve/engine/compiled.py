@@ -57,6 +57,7 @@ def compiled(function: Callable, **options: Any) -> Callable:
     def call(owner: Any, *tensors: torch.Tensor) -> Any:
         if graph:
             return graph[0].again(tensors)
+        assert not torch.is_grad_enabled(), "autograd gives the code other tensors than the function's"
         assert len({id(tensor) for tensor in tensors}) == len(tensors), "one tensor for two is one input"
         for tensor in tensors:  # of others, a size that happens to be N, too, is none
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -91,6 +92,7 @@ class _Graph:
         of_length = {len(t): n for n, t in enumerate(tensors)}
         self.lengths = [(n, of_length.get(value)) for n, value in enumerate(self.inputs) if isinstance(value, int)]
         place = {id(value): n for n, value in enumerate(self.outputs)}
+        self.run = getattr(self.code, "current_callable", None) or self.code  # past what asks for profilers every time
         self.single = isinstance(out, torch.Tensor)
         self.results = [place.get(id(value)) for value in ((out,) if self.single else out)]
         if None in self.results or None in dict(self.lengths).values():
@@ -105,7 +107,7 @@ class _Graph:
             inputs[place] = tensors[n]
         for place, n in self.lengths:
             inputs[place] = len(tensors[n])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        outputs = self.code(inputs)
+        outputs = self.run(inputs)
         return outputs[self.results[0]] if self.single else [outputs[n] for n in self.results]
 
 

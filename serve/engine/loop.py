@@ -262,8 +262,10 @@ class Loop:
         waiting = ready(self, idle=not passes)
         ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
-            read(self, waiting, ahead)
             self.order = None
+            read(self, waiting, ahead)
+            if self.staggered:
+                self.order = None
         if self.waves:
             self._refine()
         return passes or int(len(waiting) > 0)
@@ -462,8 +464,11 @@ class Loop:
         whatever its rule."""
         x = self.prelude(tokens, row, position)
         may_exit = self.always[: len(where)] if may_exit is None else may_exit
-        self.steps.begin(self, where, row, position, tokens, may_exit, x, start(self.parts, x, position))
+        inputs = x, start(self.parts, x, position)
+        self.order, counts = self.steps.begin(self, where, row, position, tokens, may_exit, *inputs)
+        self.waits, self.runs = counts.tolist()
         if self.reading:
             self.rules.begin(where, self.reading)
         if self.routing:
             self.routing.begin(where)
+            self.order = None  # some may have left at once

@@ -24,7 +24,7 @@ from .exits import RULES
 from .graphs import MOST, Record, padded
 from .parts import start
 from .readout import coda
-from .tick import choose, emit, enter, fetch, settle
+from .tick import begin, choose, emit, enter, fetch, settle
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -63,8 +63,8 @@ class Masked:
         self.notes = Notes(self.note)
         self.replays: dict[tuple[Any, ...], Callable[[], Any]] = {}
         self.eager = False
-        steps = (_enter, _settle, _fetch, _emit, _choose)
-        self.enter, self.settle, self.fetch, self.emit, self.choose = (
+        steps = (_enter, _settle, _fetch, _emit, _begin, _choose)
+        self.enter, self.settle, self.fetch, self.emit, self.begin, self.choose = (
             (compiled(step, **ALONE) for step in steps) if compile else steps
         )
 
@@ -80,6 +80,7 @@ class Masked:
         """Of a read-out: every request that is live may have one."""
         return padded(max(self.loop.resident, 1))
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile what can be, on rows that are not real."""
         some = self.every[:3]
@@ -165,10 +166,9 @@ class Masked:
         tokens = loop.sampler(said, best, row, position + 1)
         where, there, row, position, tokens = self.emit(self, which, real, row, position, tokens)
         e = loop.prelude(tokens, row, position, there)
-        loop.steps.begin(loop, where, row, position, tokens, self.yes[: len(every)], e, start(loop.parts, e, position))
+        self.begin(self, where, row, position, tokens, self.yes[: len(every)], e, start(loop.parts, e, position))
         if loop.reading:
             loop.rules.begin(where, loop.reading)
-        self.choose(self)
 
 
 def _keep(masked: Masked, order: torch.Tensor, *counts: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,10 @@ def _keep(masked: Masked, order: torch.Tensor, *counts: torch.Tensor) -> torch.T
 
 def _choose(masked: Masked) -> torch.Tensor:
     """Which lanes run. Returns what `Note` says of them."""
-    order, counts = choose(masked.loop)
+    return _chosen(masked, *choose(masked.loop))
+
+
+def _chosen(masked: Masked, order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     zero = torch.zeros_like(masked.runs)
     return _keep(masked, order, zero, zero, *counts)
 
@@ -267,6 +270,11 @@ def _emit(
     where = torch.where(there, lanes.of(row, position), lanes.spare)
     row, position = torch.where(there, row, requests.rows), torch.where(there, position, 0)
     return where, there, row, position, tokens
+
+
+def _begin(masked: Masked, *of: torch.Tensor) -> torch.Tensor:
+    """As tick.begin. Returns what `Note` says of the lanes that then run."""
+    return _chosen(masked, *begin(masked.loop, *of))
 
 
 # ---- what the host learns -------------------------------------------------------------------------------------------

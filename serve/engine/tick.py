@@ -139,10 +139,9 @@ def begin(
     may_exit: torch.Tensor,
     e: torch.Tensor,
     s: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Start tokens [m], with inputs e and states s [m, D], at depth 0 in lanes `where` [m]. Those that may not exit
-    ([m]) run to their request's limit, whatever its rule. Returns the depth [m] at which each leaves, if no rule ends
-    it before."""
+    ([m]) run to their request's limit, whatever its rule. Returns what `choose` does then."""
     lanes, requests = loop.lanes, loop.requests
     if loop.keeps_input:
         lanes.e.index_put_((where,), e)
@@ -151,7 +150,7 @@ def begin(
     free = (requests.rule[row] != NUMBER["fixed"]) & (forced == 0) & may_exit
     target = torch.where(forced > 0, forced, requests.limit[row])
     lanes.begin(where, row, position, target, free.long(), tokens)
-    return target
+    return choose(loop)
 
 
 class Steps(NamedTuple):
