@@ -77,8 +77,8 @@ class PagedAttention:
             torch.cumsum(count, 0, out=starts[1:])
             request, shift, seen, most = request[first], shift[first], seen[first + count - 1], int(count.max())
         longest = rows.longest or int(seen.max())
-        tables = rows.tables[request, : (longest - 1) // self.block_size + 1]
-        tables = (tables if self.scale == 1 else tables * self.scale) + shift[:, None]
+        tables = rows.tables[:, : (longest - 1) // self.block_size + 1].index_select(0, request)
+        tables = (tables if self.scale == 1 else tables.mul_(self.scale)).add_(shift[:, None])
         common = CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.cpu(),
@@ -95,9 +95,11 @@ class PagedAttention:
         return self.current
 
     def _room(self, rows: Rows) -> torch.Tensor | None:
+        if not rows.fills:
+            return None
         of = self.layers[-1]
         shape = len(self.layer_shift), 2, len(rows.position), of.num_kv_heads, of.head_size
-        return torch.empty(shape, dtype=of.dtype, device=rows.position.device) if rows.fills else None
+        return torch.empty(shape, dtype=of.dtype, device=rows.position.device)
 
     def _moves(self, plan: Plan, slots: int) -> bool:
         """Move a plan so many slots further on, if the backend keeps the tensors that it was given."""
@@ -112,15 +114,24 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
         """`facts` are known to vLLM's layer."""
-        plan, of, cache = self.current, self.layers[layer], self.caches[layer]
+        plan = self.current
         assert plan is not None, "attention before a plan"
         if plan.kept is not None and layer >= self.outer:  # a copy, as compiled code writes over k and v
             room = plan.kept[layer - self.outer]
             room[0].copy_(k)
             room[1].copy_(v)
-        of.impl.do_kv_cache_update(of, k, v, cache, plan.write)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        of.impl.forward(of, q, k, v, cache, plan.metadata, out)
+        self.write(layer, k, v, plan.write)
+        return self.read(layer, q, k, v, plan.metadata)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
+        """Keys and values [n, K, C] to places [n] of a layer's cache; of layer -1, to those of all core layers'."""
+        of, cache = self.layers[layer], self.core if layer < 0 else self.caches[layer]
+        of.impl.do_kv_cache_update(of, k, v, cache, where)
+
+    def read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: Any) -> torch.Tensor:
+        """What queries [N, H, C] see in a layer's cache [N, H, C], which has their own keys and values, too."""
+        of, out = self.layers[layer], q.new_empty(q.shape)
+        of.impl.forward(of, q, k, v, self.caches[layer], metadata, out)
         return out
 
     def fill(self, plan: Plan, empty: torch.Tensor, count: int | None = None) -> None:
@@ -128,9 +139,7 @@ class PagedAttention:
         layers at once, as their caches are equally far apart, too."""
         assert plan.kept is not None, "rows that fills were not announced for"
         every = torch.arange(int(empty.sum()) if count is None else count, device=empty.device)
-        k, v, place = self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2))
-        of = self.layers[-1]
-        of.impl.do_kv_cache_update(of, k, v, self.core, place)
+        self.write(-1, *self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2)))
 
     def clean(self, table: torch.Tensor) -> None:
         for cache, slots in zip(self.caches, self.slots, strict=True):

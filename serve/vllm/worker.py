@@ -49,6 +49,7 @@ class LaneSteps:
     """What a model runner of vLLM's does instead of a forward pass. Mixed into the runners of each platform."""
 
     loop: Loop
+    paged: type[PagedAttention] = PagedAttention
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """One kind for all layers: positions behind the newest need blocks that a window has left."""
@@ -104,7 +105,7 @@ class LaneSteps:
 
     def _attention(self: Any, block_size: int) -> Attention:
         builder = self.attn_groups[0][0].get_metadata_builder()
-        return PagedAttention(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
+        return self.paged(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
 
     def _record(self: Any) -> None:
         """Let the loop run from CUDA graphs."""
@@ -369,8 +370,10 @@ if current_platform.is_cpu():  # these modules put what does nothing in the plac
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from .cpu_attention import PagedCPU
+
     class CpuLaneRunner(LaneSteps, CPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
-        pass
+        paged = PagedCPU
 
     class CpuLaneWorker(LaneWork, CPUWorker):
         runner = CpuLaneRunner

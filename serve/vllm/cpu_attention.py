@@ -1,0 +1,60 @@
+"""vLLM's attention on CPUs, by its operations themselves: what its backend does in Python around them, in every layer
+of every pass, takes a sixth of a small pass's attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers.attention import Attention as Layer
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from .attention import PagedAttention
+
+
+class Facts(NamedTuple):
+    """Of a layer: its keys and values in the cache, and what the operations are told beside the rows."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    isa: str
+    cache: tuple[float, float, str]  # scales of keys and values, and the cache's type
+    scale: float
+    slopes: torch.Tensor | None
+    window: int
+    softcap: float
+    sinks: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layer: Any, cache: torch.Tensor) -> Facts:
+        """As vLLM's backend has them, for `cache` [blocks, K, block size, 2 C]."""
+        blocks, heads, size, _ = cache.shape
+        keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        of, kind = layer.impl, (layer._k_scale_float, layer._v_scale_float, layer.impl.kv_cache_dtype)
+        sinks = of.sinks if of.sinks is None or of.sinks.dtype == torch.bfloat16 else of.sinks.float()
+        known = of.scale, of.alibi_slopes, of.sliding_window, of.logits_soft_cap, sinks
+        return cls(keys, values, layer.isa, kind, *known)
+
+
+class PagedCPU(PagedAttention):
+    def __init__(self, caches: list[list[Layer]], *args: Any):
+        """Raises ValueError for layers that attend by another backend."""
+        super().__init__(caches, *args)
+        if others := {type(layer.impl) for layer in self.layers} - {CPUAttentionBackendImpl}:
+            raise ValueError(f"layers that attend by {others}: on a CPU, lanes know {CPUAttentionBackendImpl.__name__}")
+        ops = torch.ops._C
+        self.update, self.attend = ops.cpu_attn_reshape_and_cache.default, ops.cpu_attention_with_kv_cache.default
+        of = [*self.layers, self.layers[-1]], [*self.caches, self.core]
+        self.facts = [Facts.of(*layer) for layer in zip(*of, strict=True)]
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
+        of = self.facts[layer]
+        self.update(k, v, of.keys, of.values, where, of.isa, *of.cache)
+
+    def read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: Any) -> torch.Tensor:
+        of, rows, out = self.facts[layer], metadata, q.new_empty(q.shape)
+        self.attend(
+            q, of.keys, of.values, out, rows.query_start_loc, rows.seq_lens, of.scale, rows.causal, of.slopes,
+            of.window, rows.block_table, of.softcap, rows.scheduler_metadata, of.sinks, rows.dynamic_causal, *of.cache,
+        )  # fmt: skip
+        return out
