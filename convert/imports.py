@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import config_fields, read_json
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from . import mor, reference
 from .architectures import SUPPORTED
@@ -79,8 +79,7 @@ def plan_import(
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"config.json: no {kind.name} model can be built from it ({reason})") from None
+        raise UserError(f"config.json: no {kind.name} model can be built from it ({reason(error)})") from None
     sources = {name for names, _ in imported.tensors.values() for name in names}
     if missing := sorted(sources - raw.names()):
         raise UserError(f"a {kind.name} checkpoint has a tensor {missing[0]}, and this one lacks it")

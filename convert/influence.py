@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..model.source_layers import layer_list_name
 from .source import SourceWeights, empty_model
 from .stream import streamed
@@ -53,7 +53,7 @@ def text_tokens(source: Path, config: Any, text: str, what: str) -> torch.Tensor
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers' many kinds
-        raise UserError(f"{source}: no tokenizer to read {what}{text} with ({str(error).split(chr(10))[0]})") from None
+        raise UserError(f"{source}: no tokenizer to read {what}{text} with ({reason(error)})") from None
     ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS])
     if len(ids) < block:
         raise UserError(f"{what}{text}: {len(ids)} tokens; at least one block of {block} is needed")

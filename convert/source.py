@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..checkpoint import config_fields, weight_files
-from ..errors import UserError
+from ..errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,9 +53,8 @@ def find_source(source: str, revision: str | None) -> Path:
         patterns = ["*.json", "*.safetensors", *CARRIED, "additional_chat_templates/*"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" at revision {revision!r}" if revision else ""
-        raise UserError(f"{source}: no such directory, and the hub does not give it{at} ({reason})") from None
+        raise UserError(f"{source}: no such directory, and the hub does not give it{at} ({reason(error)})") from None
 
 
 def read_config(path: Path) -> Any:
@@ -93,8 +92,9 @@ def read_config(path: Path) -> Any:
         with torch.device("meta"):
             empty_model(config)
     except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path / 'config.json'}: no {model_type} model can be built from it ({reason})") from None
+        raise UserError(
+            f"{path / 'config.json'}: no {model_type} model can be built from it ({reason(error)})"
+        ) from None
     return config
 
 

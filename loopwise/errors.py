@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -16,3 +17,8 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
+
+
+def reason(error: Exception) -> str:
+    """What another library's error says, in one line of bearable length."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

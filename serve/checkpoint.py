@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import config_fields, read_json, weight_files
-from ..errors import UserError
+from ..errors import UserError, reason
 from .vllm.architectures import vllm_architecture
 from .vllm.limits import check_model, refuse
 
@@ -157,7 +156,7 @@ def check_tensors(model: str | Path) -> None:
         completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
     except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
         raise UserError(
-            f"{folder / 'config.json'}: no recurrent-depth model can be built from it ({_reason(error)})"
+            f"{folder / 'config.json'}: no recurrent-depth model can be built from it ({reason(error)})"
         ) from None
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -189,9 +188,4 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
         where = f"{folder}: its tokenizer"
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers of transformers share no base class for what they find wrong with files
-        raise UserError(f"{where}: cannot be loaded ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line of bearable length."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise UserError(f"{where}: cannot be loaded ({reason(error)})") from None

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loopwise.checkpoint import config_fields, weight_files
-from loopwise.errors import UserError
+from loopwise.errors import UserError, reason
 from loopwise.model import RecurrentDepthConfig
 
 
@@ -62,8 +62,7 @@ def _told(model: str):
     except UserError:
         raise
     except Exception as error:  # transformers, the hub and safetensors share no base class
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{model}: cannot be loaded ({told[0].rstrip('.')})") from error
+        raise UserError(f"{model}: cannot be loaded ({reason(error).rstrip('.')})") from error
 
 
 def write_model(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopwise.errors import UserError
+from loopwise.errors import UserError, reason
 
 from .chat import messages_of
 
@@ -240,5 +240,4 @@ def told(source: str) -> Iterator[None]:
     except ImportError:
         raise UserError(f"{source}: needs the datasets library: pip install 'loopwise[train]'") from None
     except Exception as error:  # its own, pyarrow's, the hub's: they share no base class
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{source}: not readable as a file, a directory or a dataset ({told[0]})") from None
+        raise UserError(f"{source}: not readable as a file, a directory or a dataset ({reason(error)})") from None

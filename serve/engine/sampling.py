@@ -34,7 +34,8 @@ def sample(
 
     `noise` [n, V]: see `waiting_times`.
     """
-    p = (logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]).softmax(-1)
+    less = logits.double() - logits.amax(-1, keepdim=True)  # first, as a small temperature takes logits beyond double
+    p = (less / torch.where(temperature > 0, temperature, 1.0)[:, None]).softmax(-1)
     if cut:
         ordered, order = p.sort(-1, descending=True)
         rank = torch.arange(p.shape[-1], device=p.device)
