@@ -14,6 +14,7 @@ from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine import loop
+from loopwise.serve.engine.compiled import compiled
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
 from loopwise.serve.engine.loop import Prompt
@@ -410,6 +411,13 @@ def test_seeds_of_any_size():
     assert high == low != same
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-307, 5e-324])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    engine = Engine(build(), rows=2, length=60)
+    greedy = Params(9, ignore_eos=True)
+    assert engine.generate([[5, 6]], replace(greedy, temperature=temperature)) == engine.generate([[5, 6]], greedy)
+
+
 def test_sampling_is_the_seeds_alone():
     prompts, params = requests(7, 8, "last-exited", ["latent-diff"])
     params = [replace(p, temperature=1.0, top_p=0.9, top_k=50, seed=n, max_tokens=12) for n, p in enumerate(params)]
@@ -419,6 +427,11 @@ def test_sampling_is_the_seeds_alone():
         assert engine.generate([prompt], p)[0] == together[n]
     again = engine.generate(prompts[:1], replace(params[0], seed=99))
     assert again[0].tokens != together[0].tokens
+
+
+def test_what_is_compiled_with_autograd_on_is_refused():
+    with pytest.raises(AssertionError, match="autograd"):
+        compiled(lambda owner, x: x + 1)(None, torch.zeros(3))
 
 
 @pytest.mark.parametrize("rule", ["entropy-diff", "kl"])
