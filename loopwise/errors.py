@@ -1,4 +1,4 @@
-"""The one error type for bad input, and the wording helper that suggests a nearest valid name."""
+"""The one error type for bad input, and how its messages are worded: the nearest valid name, another error's reason."""
 
 from __future__ import annotations
 

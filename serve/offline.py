@@ -330,10 +330,7 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        in_use = self.loop.in_use
-        if not (in_use["drawn"] or in_use["cut"]):
-            return best
-        return self.draws(logits, best, row, position, in_use["cut"] > 0)
+        return self.draws(logits, best, row, position, self.loop.in_use)
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

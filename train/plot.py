@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopwise.arguments import Parser
-from loopwise.errors import UserError
+from loopwise.errors import UserError, reason
 from loopwise.recipe import read_recipe, settled, validate
 
 from .curriculum import Curriculum, capacities, curriculum_of
@@ -46,7 +46,7 @@ def draw(args: argparse.Namespace) -> Path:
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:  # a folder that is not there; a suffix that is no picture's
-        raise UserError(f"--out {file}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--out {file}: {reason(error)}") from None
     return file
 
 

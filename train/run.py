@@ -19,7 +19,7 @@ import yaml
 
 from loopwise import __version__
 from loopwise.directory import beside, restore, settle
-from loopwise.errors import UserError, unknown
+from loopwise.errors import UserError, reason, unknown
 from loopwise.quiet import quiet
 
 from . import data, stream
@@ -334,7 +334,7 @@ def _check_trackers(names: list[str]) -> None:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"report_to={name}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"report_to={name}: {reason(error)}") from None
 
 
 def _tokenise(recipe: Train, tokenizer: Any, directory: Path) -> data.Blocks:

@@ -264,8 +264,6 @@ class Loop:
         if len(waiting) or len(ahead):
             self.order = None
             read(self, waiting, ahead)
-            if self.staggered:
-                self.order = None
         if self.waves:
             self._refine()
         return passes or int(len(waiting) > 0)
@@ -465,10 +463,11 @@ class Loop:
         x = self.prelude(tokens, row, position)
         may_exit = self.always[: len(where)] if may_exit is None else may_exit
         inputs = x, start(self.parts, x, position)
-        self.order, counts = self.steps.begin(self, where, row, position, tokens, may_exit, *inputs)
+        order, counts = self.steps.begin(self, where, row, position, tokens, may_exit, *inputs)
         self.waits, self.runs = counts.tolist()
         if self.reading:
             self.rules.begin(where, self.reading)
         if self.routing:
             self.routing.begin(where)
-            self.order = None  # some may have left at once
+        # A router may end some at once, and waves start more lanes than these.
+        self.order = None if self.routing or self.staggered else order

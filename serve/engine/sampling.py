@@ -5,6 +5,8 @@ So a sample is the same whatever else is in the batch, and whichever decoder fou
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from ...model.initial_state import counter_bits
@@ -73,9 +75,17 @@ class Draws:
         return "cut" if top_k or top_p < 1 or min_p else "drawn"
 
     def __call__(
-        self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor, cut: bool
+        self,
+        logits: torch.Tensor,
+        best: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        in_use: Counter[str],
     ) -> torch.Tensor:
-        """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`."""
+        """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`. `in_use` counts the requests of each
+        `sampling`: what none has is not done."""
+        if not (in_use["drawn"] or in_use["cut"]):
+            return best
         noise = waiting_times(self.seed[row], self.choice[row], position, logits.shape[-1])
         cuts = self.top_k[row], self.top_p[row], self.min_p[row]
-        return sample(logits, best, self.temperature[row], *cuts, noise, cut)
+        return sample(logits, best, self.temperature[row], *cuts, noise, in_use["cut"] > 0)

@@ -84,10 +84,8 @@ class LaneSampler:
     ) -> torch.Tensor:
         """logits [m, V] of engine rows [m], of which `best` [m] are the likeliest, for the tokens at positions [m] ->
         tokens [m]. `mask` of a grammar changes logits [n, V] in place."""
-        tokens, in_use = best, self.in_use
-        if in_use["drawn"] or in_use["cut"]:
-            tokens = self.draws(logits, best, row, position, in_use["cut"] > 0)
-        if mask is None and not in_use["host"]:
+        tokens = self.draws(logits, best, row, position, self.in_use)
+        if mask is None and not self.in_use["host"]:
             return tokens
         rounds: list[list[int]] = []  # vLLM's sampler knows one token a request
         seen: dict[int, int] = {}

@@ -75,12 +75,17 @@ def test_read_outs_wait_as_costs_say(width):
     assert reads < 0.7 * sum(engine.loop.counts.passes.values())
 
 
+def masked(**options: Any) -> Engine:
+    engine = Engine(build(), kv_policy="last-exited", cuda_graphs=False, **options)
+    with torch.inference_mode():
+        engine._record(record())
+    return engine
+
+
 def test_full_depth_reads_out_once_a_token():
     """No pass and no read-out is in vain, but for the two passes that are started before it is known that the last
     request is done."""
-    engine = Engine(build(), rows=4, length=60, ticks=100, kv_policy="last-exited", cuda_graphs=False)
-    with torch.inference_mode():
-        engine._record(record())
+    engine = masked(rows=4, length=60, ticks=100)
     engine.generate([[5, 6, 7]] * 4, Params(21, 4, ignore_eos=True))
     counts = engine.loop.counts
     assert counts.passes == {12: 4, 4: 80, 0: 2}
@@ -88,18 +93,14 @@ def test_full_depth_reads_out_once_a_token():
 
 
 def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():
-    engine = Engine(build(), rows=8, length=60, ticks=1, kv_policy="last-exited", cuda_graphs=False)
-    with torch.inference_mode():
-        engine._record(record())
+    engine = masked(rows=8, length=60, ticks=1)
     costs = measure(engine.loop)
     assert set(costs.passes) == set(costs.reads) == {1, 2, 3, 4, 6, 8}
     assert not engine.loop.requests.count.any()
 
 
 def test_a_step_ends_with_a_request_whose_place_others_wait_for():
-    engine = Engine(build(), rows=2, length=80, ticks=64, kv_policy="last-exited", cuda_graphs=False)
-    with torch.inference_mode():
-        engine._record(record())
+    engine = masked(rows=2, length=80, ticks=64)
     steps: list[int] = []
     step = engine.loop.step
     engine.loop.step = lambda live: (step(live), steps.append(sum(engine.loop.counts.passes.values())))[0]
@@ -111,11 +112,7 @@ def test_a_step_ends_with_a_request_whose_place_others_wait_for():
 
 def test_exits_wait_no_longer_over_several_steps_than_in_one():
     """And passes are as narrow as they are to be."""
-    engine = Engine(
-        build(), rows=5, length=80, ticks=1, width=3, coda_wait=2, kv_policy="last-exited", cuda_graphs=False
-    )
-    with torch.inference_mode():
-        engine._record(record())
+    engine = masked(rows=5, length=80, ticks=1, width=3, coda_wait=2)
     trace = [(4,) * 3 + (depth,) * 9 for depth in (1, 4, 4, 4, 4)]
     done = engine.generate([[5, 6, 7]] * 5, [Params(9, 4, ignore_eos=True, trace=one) for one in trace])
     assert max(n for n in engine.loop.counts.passes if n < 9) == 3
