@@ -46,6 +46,7 @@ SAID = {
     bool: "true or false", None: "null",
 }  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # one of them is there, if a tokenizer is
 
 
 @dataclass
@@ -172,11 +173,14 @@ def check_tensors(model: str | Path) -> None:
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of checkpoint directory `model`. Raises UserError, naming the file, where there is none."""
+    """The tokenizer of checkpoint directory `model`; None if it brings none. Raises UserError, naming the file, for one
+    that cannot be loaded."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     folder = Path(model)
+    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        return None
     for name in TOKENIZER:
         if (folder / name).is_file():
             read_json(folder / name)

@@ -337,7 +337,7 @@ class Engine:
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise UserError(
-                "a prompt in words needs the model's tokenizer: give a directory as the model, or token ids"
+                "a prompt in words needs the model's tokenizer: give a directory that has one, or token ids"
             )
         return self.tokenizer(prompt)["input_ids"]
 

@@ -149,8 +149,12 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     except (TypeError, ValueError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
     own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
-    if own and not args.skip_tokenizer_init and not vars(args).get("tokens_only"):
-        load_tokenizer(model, args.trust_remote_code)
+    wanted = own and not args.skip_tokenizer_init and not vars(args).get("tokens_only")
+    if wanted and load_tokenizer(model, args.trust_remote_code) is None:
+        raise UserError(
+            f"{model}: has no tokenizer: name another's directory with '-- --tokenizer', or do without one with "
+            "'-- --skip-tokenizer-init'"
+        )
     return args
 
 

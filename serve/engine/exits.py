@@ -34,29 +34,34 @@ RULES = {
 }
 NAMES = tuple(RULES)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
+SOME = 256  # lanes whose logits are looked at together: those of a long prompt take gigabytes
 
 
 @dataclass
 class Readings:
-    """What the rules may look at: states before and after [n, D], and functions that compute exit-gate logits [n], and
-    next-token logits [m, V] for lanes `which` [m] of the n."""
+    """What the rules may look at: states before and after [n, D], and functions that compute exit-gate logits [n], what
+    the head reads [m, D] of lanes `which` [m] of the n, and next-token logits [m, V] of that."""
 
     before: torch.Tensor
     after: torch.Tensor
     gate: Callable[[], torch.Tensor]
+    read: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExitRules:
-    """The rules' memory of all lanes."""
+    """The rules' memory of all lanes. Each `ring` of the first `own` belong to a row, which has one at a time that is
+    to leave by a rule, unless it runs waves (`alone` is false)."""
 
-    def __init__(self, lanes: int, vocabulary: int, device: torch.device):
+    def __init__(self, lanes: int, own: int, ring: int, alone: bool, vocabulary: int, device: torch.device):
+        number, rows = torch.arange(lanes, device=device), own // ring
+        self.place = torch.where(number < own, number // ring, number - own + rows) if alone else number  # in _log_p
         self.vocabulary = vocabulary
         self.entropy = torch.zeros(lanes, device=device)
         self.best = torch.zeros(lanes, dtype=torch.long, device=device)
         self.stable = torch.zeros(lanes, dtype=torch.long, device=device)
         self.stays = torch.zeros(lanes, device=device)  # chance of not having left yet
-        self._log_p = torch.zeros(0, vocabulary, device=device)  # of lanes from 0 to the last that a rule read
+        self._log_p = torch.zeros(0, vocabulary, device=device)  # of places from 0 to the last that a rule compared
 
     def begin(self, lanes: torch.Tensor, in_use: set[str]) -> None:
         """Forget what was known of `lanes` by the rules `in_use`: a position starts there."""
@@ -66,7 +71,8 @@ class ExitRules:
             self.entropy.index_fill_(0, lanes, 100.0)
             self.best.index_fill_(0, lanes, -1)
             self.stable.index_fill_(0, lanes, 0)
-            self._log_p[lanes[lanes < len(self._log_p)]] = -math.log(self.vocabulary)
+            place = self.place[lanes]
+            self._log_p[place[place < len(self._log_p)]] = -math.log(self.vocabulary)
 
     def check(
         self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, readings: Readings
@@ -91,11 +97,13 @@ class ExitRules:
             reads = torch.tensor([RULES[name].reads == "logits" for name in NAMES], device=rule.device)
             which = reads[rule].nonzero().squeeze(1)
             if len(which):
-                converged[which] = self._by_logits(lanes[which], rule[which], threshold[which], readings.logits(which))
+                for some, x in zip(which.split(SOME), readings.read(which).split(SOME), strict=True):
+                    logits = readings.logits(x)
+                    converged[some] = self._by_logits(in_use, lanes[some], rule[some], threshold[some], logits)
         return converged
 
     def _by_logits(
-        self, lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, logits: torch.Tensor
+        self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         p = logits.float().softmax(-1)
         entropy = -(p * (p + 1e-10).log()).sum(-1)
@@ -106,19 +114,23 @@ class ExitRules:
         stable = torch.where(best == self.best[lanes], self.stable[lanes] + 1, 0)
         self.best[lanes], self.stable[lanes] = best, stable
 
+        converged = torch.where(rule == NUMBER["argmax-stability"], stable >= threshold, changed < threshold)
+        if not in_use & {"kl", "minp-kl"}:
+            return converged
         flat = rule == NUMBER["minp-kl"]
-        floored = torch.where(p < 0.1 * p.amax(-1, keepdim=True), 1 / self.vocabulary, p)
-        p = torch.where(flat[:, None], floored / floored.sum(-1, keepdim=True), p)
-        log_p = p.log()
-        more = int(lanes.max()) + 1 - len(self._log_p)
+        if "minp-kl" in in_use:
+            floored = torch.where(p < 0.1 * p.amax(-1, keepdim=True), 1 / self.vocabulary, p)
+            p = torch.where(flat[:, None], floored / floored.sum(-1, keepdim=True), p)
+        compares = flat | (rule == NUMBER["kl"])
+        return torch.where(compares, self._divergence(lanes, p) < threshold, converged)
+
+    def _divergence(self, lanes: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """KL [n] of distributions p [n, V] of lanes from those of the recurrence before."""
+        log_p, place = p.log(), self.place[lanes]
+        more = int(place.max()) + 1 - len(self._log_p)
         if more > 0:
             self._log_p = torch.cat([self._log_p, p.new_full((more, self.vocabulary), -math.log(self.vocabulary))])
-        old = self._log_p[lanes]
-        divergence = torch.where(old.exp() > 0, old.exp() * (old - log_p), 0).sum(-1)
-        self._log_p[lanes] = log_p
-
-        return torch.where(
-            rule == NUMBER["entropy-diff"],
-            changed < threshold,
-            torch.where(rule == NUMBER["argmax-stability"], stable >= threshold, divergence < threshold),
-        )
+        old = self._log_p[place]
+        self._log_p[place] = log_p
+        weight = old.exp()
+        return torch.where(weight > 0, weight * (old - log_p), 0).sum(-1)

@@ -113,7 +113,8 @@ class Loop:
         room = (ticks + policy.depths + 1) * wave  # tokens of a step: each tick puts out a whole wave at most
         self.requests = Requests(rows, length, blocks, room, self.device)
         self.lanes = Lanes(rows, ring, prompt_lanes, hidden, like.dtype, self.device)
-        self.rules = ExitRules(len(self.lanes.row), parts.config.vocab_size, self.device)
+        count, own = len(self.lanes.row), self.lanes.own
+        self.rules = ExitRules(count, own, ring, wave == 1, parts.config.vocab_size, self.device)
         self.features: dict[int, set[str]] = {}  # by row: its rule, and what else not every request has
         self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
         self.prompt_exit: dict[int, bool] = {}
@@ -398,7 +399,8 @@ class Loop:
             before,
             after,
             lambda: self.parts.gate(after),
-            lambda some: self.logits(self.parts, coda(self, after[some], row[some], position[some])),
+            lambda some: coda(self, after[some], row[some], position[some]),
+            lambda x: self.logits(self.parts, x),
         )
         converged = self.rules.check(rules, which, rule, self.requests.threshold[row], readings)
         return converged & (depth + 1 >= self.requests.minimum[row])

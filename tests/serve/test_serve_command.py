@@ -294,6 +294,9 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
     """In a process of their own, which imports vLLM once. So is the tokenizer, which they may replace."""
     broken = copy_of(model, tmp_path / "m") / "tokenizer.json"
     broken.write_text("{")
+    without = copy_of(model, tmp_path / "n")
+    for file in without.glob("tokenizer*"):
+        file.unlink()
     answers = {
         "--no-such-flag": "vLLM: unrecognized arguments: --no-such-flag",
         "--max-model-len many": "vLLM: argument --max-model-len: invalid",
@@ -312,8 +315,9 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
         answers["--block-size 16"] = "--block-size 16: vLLM's attention on CPUs needs a multiple of 32"
     program = "import sys; from loopwise.cli import main; [print(main(a.split(' '))) for a in sys.argv[1:]]"
     calls = [f"serve {model[0]} port={free_port()} -- {flags}" for flags in answers]
-    calls.append(f"serve {broken.parent} port={free_port()}")
+    calls += [f"serve {folder} port={free_port()}" for folder in (broken.parent, without)]
     answers["broken tokenizer"] = f"{broken}: not valid JSON"
+    answers["none"] = f"{without}: has no tokenizer: name another's directory with '-- --tokenizer'"
     done = subprocess.run([sys.executable, "-c", program, *calls], capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == ["2"] * len(answers)
     lines = [line for line in done.stderr.splitlines() if line.startswith("loopwise: error: ")]

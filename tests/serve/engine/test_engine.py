@@ -13,7 +13,7 @@ from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine import loop
+from loopwise.serve.engine import exits, loop
 from loopwise.serve.engine.compiled import compiled
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
@@ -121,6 +121,21 @@ def test_a_compiled_tick_narrower_than_the_lanes(policy, width):
 def test_every_rule(rule):
     want = check(build(), "last-exited", *requests(2, 12, "last-exited", [rule]))
     assert len({depth for answer in want for depth in answer.depths}) > 1
+
+
+@pytest.mark.parametrize(("policy", "rules"), [("per-depth", ["kl", "minp-kl"]), ("last-exited", [*RULES][4:])])
+def test_logits_of_many_lanes_are_looked_at_in_parts(policy, rules, monkeypatch):
+    """And the distributions that are kept are one a request, not one a lane; none, where no rule compares any."""
+    monkeypatch.setattr(exits, "SOME", 3)
+    model = build(core=[1, 2, 3], coda=[])
+    prompts, params = requests(5, 12, policy, rules)
+    params = [replace(p, prompt_exit=policy != "per-depth") for p in params]
+    check(model, policy, prompts, params)
+    engine = Engine(model, rows=12, length=100, kv_policy=policy)
+    for rule in ("argmax-stability", "kl"):
+        assert not len(engine.loop.rules._log_p)
+        engine.generate(prompts, [replace(p, exit_rule=rule, exit_threshold=None, prompt_exit=False) for p in params])
+    assert 0 < len(engine.loop.rules._log_p) <= 12
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 
 from loopwise.cli import main
+from loopwise.serve import Engine
 from tests.tiny import save_source
 
 
@@ -65,3 +67,13 @@ def test_bad_input_is_one_line(model, capsys, keys, told):
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_a_model_without_a_tokenizer_continues_ids(model, tmp_path, capsys):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    ids = [[5, 6, 7]]
+    (got,), (want,) = Engine(folder).generate(ids), Engine(model).generate(ids)
+    assert (got.tokens, got.depths, got.text) == (want.tokens, want.depths, "")
+    assert main(["generate", str(folder), "prompt=a"]) == 2
+    assert "a prompt in words needs the model's tokenizer" in capsys.readouterr().err
