@@ -134,6 +134,13 @@ class Loop:
         self.resident = 0  # requests of a step
         self.counts = Counts()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the state of lanes and requests, as it is before any of them has come."""
+        holders = (self, self.requests, self.lanes, self.rules, self.routing)
+        held = [part for holder in holders if holder for part in vars(holder).values()]
+        return sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Passes at the first position of block 0, so that what is compiled is compiled now."""

@@ -68,26 +68,9 @@ class LaneSteps:
         if [len(groups) for groups in self.attn_groups] != [1]:
             raise ValueError("lanes need one attention backend for all layers")
         parts.attention = self._attention(block_size)
-        scheduler = self.vllm_config.scheduler_config
-        rows, mode = scheduler.max_num_seqs, self.model_config.logprobs_mode
+        rows, mode = self.vllm_config.scheduler_config.max_num_seqs, self.model_config.logprobs_mode
         self.sampler_of_lanes = LaneSampler(mode, lambda: self.input_batch, self.requests, rows, self.device)
-        self.loop = Loop(
-            parts,
-            parts.attention,
-            policy_of(config),
-            self.sampler_of_lanes,
-            rows=rows,
-            length=self.max_model_len,
-            blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
-            prompt_lanes=scheduler.max_num_batched_tokens,
-            ticks=lanes.ticks,
-            like=torch.empty(0, dtype=self.dtype, device=self.device),
-            width=lanes.width,
-            coda_wait=max(lanes.coda_wait, 0),
-            wave=lanes.wave,
-            reader=self._read_prompt,
-            compile=lanes.compile,
-        )
+        self.loop = self._loop(self.device, parts.attention, self.sampler_of_lanes)
         if not isinstance(parts.attention, PagedAttention):  # which waits for the device
             self._record()
         self.sampler_of_lanes.script, self.sampler_of_lanes.in_use = self.loop.requests.script, self.loop.in_use
@@ -102,6 +85,30 @@ class LaneSteps:
         self.counted = torch.zeros(rows, 2, dtype=torch.long, device=self.device)  # passes and lanes, by row
         self.work = torch.zeros(len(DECODERS), 3, dtype=torch.long, device=self.device)  # tokens, passes, lanes
         self.parked: Any = None
+
+    def _loop(self: Any, device: Any, attention: Any, sampler: Any) -> Loop:
+        lanes, scheduler = LaneConfig.of(self.vllm_config), self.vllm_config.scheduler_config
+        return Loop(
+            self.model.parts,
+            attention,
+            policy_of(self.model.config),
+            sampler,
+            rows=scheduler.max_num_seqs,
+            length=self.max_model_len,
+            blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
+            prompt_lanes=scheduler.max_num_batched_tokens,
+            ticks=lanes.ticks,
+            like=torch.empty(0, dtype=self.dtype, device=device),
+            width=lanes.width,
+            coda_wait=max(lanes.coda_wait, 0),
+            wave=lanes.wave,
+            reader=self._read_prompt,
+            compile=lanes.compile,
+        )
+
+    def state_bytes(self: Any) -> int:
+        """Of the loop that there will be: of its lanes and requests."""
+        return self._loop("meta", None, None).nbytes
 
     def _attention(self: Any, block_size: int) -> Attention:
         builder = self.attn_groups[0][0].get_metadata_builder()
@@ -364,6 +371,11 @@ class GpuLaneWorker(LaneWork, Worker):
 
     def _make_model_runner(self: Any) -> GpuLaneRunner:
         return self.runner(self.vllm_config, self.device)
+
+    def determine_available_memory(self: Any) -> int:
+        """Bytes for keys and values; vLLM knows nothing of what lanes take, unless it is told the bytes themselves."""
+        free = super().determine_available_memory()
+        return free if self.cache_config.kv_cache_memory_bytes else free - self.model_runner.state_bytes()
 
 
 if current_platform.is_cpu():  # these modules put what does nothing in the place of torch's streams and events

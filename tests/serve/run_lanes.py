@@ -60,6 +60,10 @@ def run(case: dict) -> dict:
     pool = core.scheduler.kv_cache_manager.block_pool
     held = {"blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), "requests": len(core.scheduler.requests)}
     counts = llm.collective_rpc("recurrence_counts")[0]
+    if "tensor_parallel_size" not in case["engine"]:
+        runner = core.model_executor.driver_worker.worker.model_runner
+        real = runner._loop(runner.device, None, None).nbytes
+        assert runner.state_bytes() == real > 1 << 16  # what is kept free of keys and values on a GPU
     engine.engine_core.shutdown()
     return {
         "rounds": rounds,
