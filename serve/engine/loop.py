@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from . import diffusion
+from . import diffusion, passes
 from .admission import refusal, too_narrow
 from .attention import Attention, Rows
 from .compiled import ALONE, compiled
 from .costs import Costs
 from .diffusion import Diffusion, Wave, refine
-from .exits import NUMBER, RULES, ExitRules, Readings
+from .exits import NUMBER, RULES, ExitRules
 from .graphs import Graphs
 from .kv import KVPolicy
 from .lanes import Lanes, Request, Requests
@@ -23,9 +23,7 @@ from .parts import Parts, embed, head, logits, recur, recur_alike, start
 from .readout import Reader, Sampler, coda, read, ready, sample
 from .routing import Routing
 from .tick import STEPS, Steps
-from .wave import most, speculative
-
-PROMPT = 64  # prompt lanes, which are all at one depth, that are worth a pass of their own, without others' LoRA
+from .wave import speculative
 
 
 class Prompt(NamedTuple):
@@ -265,16 +263,16 @@ class Loop:
         where there was only something to read out; 0 where nothing is left to do."""
         if self.masked and self.masked.fits():
             return self.masked.run(most)
-        lanes = self._runnable()
-        passes = self._recur(lanes, most) if len(lanes) else 0
-        waiting = ready(self, idle=not passes)
+        lanes = passes.runnable(self)
+        done = passes.run(self, lanes, most) if len(lanes) else 0
+        waiting = ready(self, idle=not done)
         ahead = speculative(self) if self.in_use["wave"] else self.none
         if len(waiting) or len(ahead):
             self.order = None
             read(self, waiting, ahead)
         if self.waves:
             self._refine()
-        return passes or int(len(waiting) > 0)
+        return done or int(len(waiting) > 0)
 
     def _weigh(self) -> None:
         """How long exits wait in this step, by the load of the steps before."""
@@ -294,123 +292,6 @@ class Loop:
     def staggered(self) -> bool:
         """Whether rows may have several lanes in flight before their token: waves, or diffusions."""
         return bool(self.waves or self.in_use["wave"])
-
-    def _runnable(self) -> torch.Tensor:
-        lanes, live = self.lanes, self.requests.live
-        if self.order is None:
-            self.order, counts = self.steps.choose(self)
-            self.waits, self.runs = counts.tolist()
-        staggered = self.staggered
-        turns = 0 if staggered or self.policy.complete else self.width
-        which = own = self.order[: min(self.runs, turns or self.runs)]
-        if self.chunks:
-            rest = slice(lanes.own, self.chunks[-1].last)
-            of_prompts = (lanes.running[rest] & live[lanes.row[rest]]).nonzero().squeeze(1) + lanes.own
-            which = torch.cat([own, of_prompts])
-        width = self.width or (most(self, own) if self.budget and staggered else 0)
-        if not width or len(own) <= width:
-            return which
-        rows = self.requests.rows
-        row = lanes.row[own]
-        ahead = lanes.position[own] - self.requests.frontier[row]  # no position may overtake the one before it
-        together = self.requests.refines[row]
-        order = (ahead.masked_fill(together, 0) * rows + (row - self.turn[0]) % rows).argsort(stable=True)
-        chosen = own[order[:width]]
-        cut = lanes.row[own[order[width]]]  # a diffusion runs whole, or waits
-        if self.requests.refines[cut] and len(partial := (lanes.row[chosen] == cut).nonzero()):
-            chosen = chosen[: int(partial[0])] if int(partial[0]) else own[row == cut]
-        self.turn[1] = (lanes.row[chosen[-1]] + 1) % rows
-        return torch.cat([chosen.sort().values, which[len(own) :]])
-
-    def _recur(self, which: torch.Tensor, most: int) -> int:
-        """Run lanes `which` [n] to the first exit, in `most` passes at most. Returns how many."""
-        lanes, requests, policy = self.lanes, self.requests, self.policy
-        row, position, depth, begun, first, before, counts = self.steps.enter(self, which)
-        until, early, longest = counts.tolist()
-        rules = self.reading
-        special = rules or self.routing or self.staggered  # what looks at lanes after every pass
-        passes = 1 if special or self.unread else min(until, most)
-        pass_of = depth
-        if self.waves:  # each step of a diffusion goes through the same recurrences, and over their slots
-            pass_of = torch.where(requests.refines[row] & (which < lanes.own), requests.phase[row], depth)
-        place = position
-        if self.routing:
-            place, longest = self.routing.places(row, position, depth), 0
-        alone = not (self.chunks or self.staggered or policy.complete)
-        e = lanes.e.index_select(0, which) if self.keeps_input else None
-        own = int((which < lanes.own).sum()) if self.relaxed and self.chunks else len(which)
-        own = own if len(which) - own >= PROMPT else len(which)
-        fills = policy.fills and (bool(rules) or (early > 0 and passes == until))
-        after, plans = before, []
-        for last in range(passes - 1, -1, -1):
-            if plans:
-                begun, depth = self.always[: len(which)], depth + 1
-                pass_of, before = depth, after
-            slot, writes = policy.slot(pass_of), policy.writes(pass_of)
-            moved = (plans[0], policy.step) if len(plans) == 1 and policy.step is not None else None
-            rows = Rows(requests.table, row, place, slot, writes, alone, fills and not last, moved, longest)
-            plans, after = self._pass(rows, own, before, before if e is None else e, position, begun, pass_of)
-        leaves = first if passes == until else self.never[: len(which)]
-        if self.routing:
-            after, leaves = self.routing.combine(which, depth, before, after)
-        if rules:
-            leaves = leaves | self.converged(rules, which, row, position, depth, before, after)
-        counts, empty, self.order = self.steps.settle(self, which, row, position, depth, after, leaves)
-        exits, empties, self.waits, self.runs = counts.tolist()
-        self.unread |= exits > 0
-        if not self.chunks:
-            new = (passes, passes * len(which), exits)
-            self.load = [a + b for a, b in zip(self.load, new, strict=True)]
-        if exits and self.routing:
-            gone = which[leaves]
-            lanes.left[gone] = self.routing.recurrences(gone, lanes.depth[gone])
-        if empties:
-            parts = empty.split([n for n in (own, len(which) - own) if n])
-            slots = [empties] if len(parts) == 1 else torch.stack([some.sum() for some in parts]).tolist()
-            for plan, some, count in zip(plans, parts, slots, strict=True):
-                if count:
-                    self.attention.fill(plan, some, count)
-        return passes
-
-    def _pass(self, rows: Rows, own: int, *inputs: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
-        """A pass of the core over the first `own` of `rows`, and one over the others, which are at one depth; `inputs`
-        as in parts.recur. Returns attention's plan of each, and the new states [n, D]."""
-        n = len(rows.request)
-        if 0 < own < n:
-            first, rest = slice(0, own), slice(own, n)
-            plans, of_own = self._pass(rows.part(first), own, *(each[first] for each in inputs))
-            more, others = self._pass(rows.part(rest), 0, *(each[rest] for each in inputs))
-            return plans + more, torch.cat([of_own, others])
-        self.counts.passes[n] += 1
-        if own and self.graphs and self.graphs.fit(n):
-            plan, after = self.graphs(rows, *inputs)
-        else:
-            plan = self.attention.plan(rows)
-            after = (self.recur if own else self.recur_alike)(self.parts, *inputs)
-        return [plan], after
-
-    def converged(
-        self,
-        rules: set[str],
-        which: torch.Tensor,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        depth: torch.Tensor,
-        before: torch.Tensor,
-        after: torch.Tensor,
-    ) -> torch.Tensor:
-        """Whether lanes `which` [n] are to leave by their `rules`."""
-        free = (self.lanes.free[which] > 0) & ~self.lanes.exited[which]
-        rule = torch.where(free, self.requests.rule[row], NUMBER["fixed"])
-        readings = Readings(
-            before,
-            after,
-            lambda: self.parts.gate(after),
-            lambda some: coda(self, after[some], row[some], position[some]),
-            lambda x: self.logits(self.parts, x),
-        )
-        converged = self.rules.check(rules, which, rule, self.requests.threshold[row], readings)
-        return converged & (depth + 1 >= self.requests.minimum[row])
 
     def _refine(self) -> None:
         """Diffusions whose step is over go on to the next."""

@@ -23,6 +23,7 @@ from .diffusion import NEVER
 from .exits import RULES
 from .graphs import MOST, Record, padded
 from .parts import start
+from .passes import converged
 from .readout import coda
 from .tick import begin, choose, emit, enter, fetch, settle
 
@@ -154,7 +155,7 @@ class Masked:
         plan = loop.attention.plan(Rows(loop.requests.table, row, position, slot, write, True, loop.policy.fills))
         after = loop.recur(loop.parts, before, e, position, begun, depth)
         if loop.reading:
-            leaves = leaves | (real & loop.converged(loop.reading, which, row, position, depth, before, after))
+            leaves = leaves | (real & converged(loop, loop.reading, which, row, position, depth, before, after))
         empty = self.settle(self, which, real, row, position, depth, leaves, after)
         if loop.policy.fills:
             loop.attention.fill(plan, empty)

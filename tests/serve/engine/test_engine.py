@@ -13,7 +13,7 @@ from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine import exits, loop
+from loopwise.serve.engine import exits, passes
 from loopwise.serve.engine.compiled import compiled
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
@@ -171,7 +171,7 @@ def test_architectures(model_type, fields):
 @pytest.mark.parametrize(("dora", "prompts"), [(False, 4), (True, 4), (False, 1000)])
 def test_relaxation_at_mixed_depths(model_type, dora, prompts, monkeypatch):
     """Also where prompts, from so many lanes on, pass on their own."""
-    monkeypatch.setattr(loop, "PROMPT", prompts)
+    monkeypatch.setattr(passes, "PROMPT", prompts)
     model = test_relaxation.build(model_type, depths=3, dora=dora, num_recurrences=4)
     model.get_output_embeddings().weight.data *= 8  # fewer near-ties
     check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
