@@ -1,14 +1,15 @@
-"""How the server ends: open requests are drained, or, on a second signal, cut off."""
+"""How the server ends: open requests are drained, and cut off when the time for it is over, or on a second signal."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-GRACE = 3.0  # seconds between the second signal and the end of what still runs then
+GRACE = 3.0  # seconds between the cut and the end of what still runs then
 
 
 @dataclass
@@ -21,16 +22,20 @@ class Ending:
     app: Any = None
     cutting: asyncio.Task | None = None
 
-    def listen(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """From now on, a signal ends the requests of `engine`, an AsyncLLM whose own handlers ignore a second one."""
+    def listen(self, engine: Any, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """From now on, a signal ends the requests of `engine`, an AsyncLLM whose own handlers ignore a second one, as
+        does the end of `seconds`; it may say no longer that its engine ends."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._cut, engine, loop)
+            loop.add_signal_handler(number, self._cut, engine, loop, "a second signal")
+        if seconds:
+            loop.call_later(seconds, self._cut, engine, loop, f"drain_seconds={seconds} is over")
+        logging.getLogger(type(engine).__module__).addFilter(_is_news)
 
-    def _cut(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def _cut(self, engine: Any, loop: asyncio.AbstractEventLoop, why: str) -> None:
         """Abort all requests, whose replies end so; the engine ends after the step that it is in."""
         if self.cutting is not None:
             return
-        print("loopwise: a second signal: open requests are cut off", file=sys.stderr, flush=True)
+        print(f"loopwise: {why}: open requests are cut off", file=sys.stderr, flush=True)
         self.cutting = loop.create_task(engine.abort(list(engine.output_processor.request_states), internal=True))
         loop.call_later(GRACE, self._force, engine)
 
@@ -45,3 +50,7 @@ class Ending:
                 kill_process_tree(process.pid)
         for connection in list(self.app.state.server.server_state.connections):
             connection.transport.abort()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "output_handler failed" not in record.getMessage()

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from .ending import Ending
+from .ending import GRACE, Ending
 from .fields import FieldError, check, parse, take
 from .offered import check_request, offered
 
@@ -202,15 +202,15 @@ def install(metrics: Callable | None) -> Ending:
         spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
         return stream if spent is None else spent.follow(stream)
 
-    def end(self, *args, **kwargs):
+    def end(self, timeout=None):
         handler = getattr(self, "output_handler", None)
         loop = None if handler is None or handler.get_loop().is_closed() else handler.get_loop()
         if not ending.told:
             if loop is not None and ending.app is not None:
-                loop.call_soon_threadsafe(ending.listen, self, loop)
+                loop.call_soon_threadsafe(ending.listen, self, loop, timeout)
             ending.dead = hasattr(self, "engine_core") and self.errored  # which one that did not start has not
             ending.told = True
-        shutdown(self, *args, **kwargs)
+        shutdown(self, timeout and timeout + 2 * GRACE)  # when vLLM kills the engine: after the cut, if need be
         if loop is not None and not loop.is_closed():
             # The handler may have been cancelled before it heard that the engine ended, and streams that are open
             # would wait for ever, and the HTTP server for them.

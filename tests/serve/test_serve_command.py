@@ -677,9 +677,10 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
 
 
 @needs_vllm
-def test_a_second_signal_cuts_the_drain_short(request, model):
+@pytest.mark.parametrize("seconds", [300, 1])
+def test_a_second_signal_or_the_end_of_the_drain_cuts_it_short(request, model, seconds):
     """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
-    server = Server(model[0], "num_recurrences=8", "ticks=1", "drain_seconds=300", "--", "--enforce-eager")
+    server = Server(model[0], "num_recurrences=8", "ticks=1", f"drain_seconds={seconds}", "--", "--enforce-eager")
     request.addfinalizer(server.kill)
     server.wait_until(server.healthy, 240)
     body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 16}
@@ -697,14 +698,17 @@ def test_a_second_signal_cuts_the_drain_short(request, model):
         time.sleep(0.5)
         assert server.process.poll() is None
         start = time.monotonic()
-        server.process.send_signal(signal.SIGINT)
+        if seconds > 1:
+            server.process.send_signal(signal.SIGINT)
         while part := client.recv(1 << 20):
             heard += part
         assert server.wait_for_end() == 0
     assert time.monotonic() - start < 15
     assert heard.count(b'"finish_reason":"abort"') == 16
     assert b"data: [DONE]" in heard
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert ("a second signal: open requests are cut off" in log) == (seconds > 1)
+    assert "Traceback" not in log
 
 
 @needs_vllm
