@@ -70,11 +70,8 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     threshold = recipe.exit_threshold
     if threshold is None and rule == facts.exit.get("rule"):
         threshold = facts.exit.get("threshold")
-    exit = {
-        "rule": rule,
-        "threshold": threshold,
-        "min_recurrences": min(recipe.min_recurrences or facts.exit.get("min_recurrences", 1), depth),
-    }
+    least = recipe.min_recurrences or min(facts.exit.get("min_recurrences", 1), depth)
+    exit = {"rule": rule, "threshold": threshold, "min_recurrences": least}
     config = {"num_recurrences": depth, "max_recurrences": most, "kv_policy": policy, "exit": exit}
     engine, why = recipe.engine or "lanes", "as asked"
     if facts.sharing == "sequence":
@@ -92,8 +89,12 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; engine=lanes")
-        if recipe.decoder != "plain":
-            raise UserError(f"decoder={recipe.decoder}: the fixed engine has one position in flight; engine=lanes")
+        for name in ("decoder", "ticks", "wave", "width", "budget", "coda_wait"):
+            if (given := getattr(recipe, name)) != ServeRecipe.model_fields[name].default:
+                raise UserError(
+                    f"{name}={given}: the fixed engine has one position of a request in flight, and no "
+                    "ticks; engine=lanes"
+                )
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     from .engine.admission import too_narrow
 

@@ -13,18 +13,22 @@ from contextvars import ContextVar
 from typing import Any
 
 from .ending import GRACE, Ending
-from .fields import FieldError, check, parse, take
+from .fields import FIELDS, FieldError, check, parse, take
 from .offered import check_request, offered
 
 COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
 CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
-GENERATION = {  # what a body may be
+GENERATION = {  # what a body may be; of those at the end, none has a place for depth
     "/v1/completions": (COMPLETION,),
     "/v1/chat/completions": (CHAT,),
     "/v1/chat/completions/batch": (CHAT,),
     "/v1/responses": (("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),),
     "/v1/messages": (("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),),
     "/invocations": (COMPLETION, CHAT),
+    "/inference/v1/generate": (),
+    "/generative_scoring": (),
+    "/v1/systemone": (),
+    "/cohere/v2/chat": (),
 }
 SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
 
@@ -104,6 +108,9 @@ class DepthFields:
             return await self.app(scope, _replay(body, receive), send)
         limits = offered(scope["app"].state.engine_client.vllm_config)
         try:
+            if not GENERATION[path]:
+                _check_without(path, fields)
+                return await self.app(scope, _replay(body, receive), send)
             values = check(take(fields, _known(path)), limits)
             if values and fields.get("use_beam_search"):
                 name = next(iter(values))
@@ -226,6 +233,12 @@ def _route(scope: dict) -> str:
     """The path by which the application finds a route: a proxy may or may not have stripped its `--root-path`."""
     path, root = scope.get("path", ""), scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(root + "/") else path
+
+
+def _check_without(path: str, fields: dict[str, Any]) -> None:
+    if name := next((name for name in FIELDS if fields.get(name) is not None), None):
+        those = ", ".join(path for path, kinds in GENERATION.items() if kinds)
+        raise FieldError(name, f"{name}: {path} has no depth fields, and runs as the server was started; use {those}")
 
 
 def _known(path: str) -> set[str]:

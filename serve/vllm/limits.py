@@ -12,7 +12,7 @@ def check_depth(num_recurrences: int, limit: int) -> None:
     if not 1 <= num_recurrences <= limit:
         raise UserError(
             f"num_recurrences={num_recurrences}: this model is served at 1 to {limit} recurrences; "
-            'raise "max_recurrences" in its config.json for more'
+            "for more, say max_recurrences=N to `loopwise serve`, or in its config.json"
         )
 
 

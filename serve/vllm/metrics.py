@@ -31,7 +31,7 @@ class DepthMetrics(Collector):
         counter.add_metric([self.model], sum(self.counts["lanes"]))
         yield counter
         about = {
-            "decoded_tokens": "Tokens that were generated.",
+            "decoded_tokens": "Tokens that were generated, and those of the same step behind a stop string.",
             "sequential_passes": "Passes of the core that requests waited for, since their prompts.",
             "core_items": "Positions in these passes.",
         }

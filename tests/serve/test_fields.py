@@ -373,7 +373,7 @@ def test_streams_end_when_the_engine_is_stopped(monkeypatch):
     monkeypatch.setattr(
         AsyncLLM,
         "shutdown",
-        lambda self, **_: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
+        lambda self, _: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
     )
     install(None)
 

@@ -123,8 +123,13 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
         ({"router": {"kind": "token"}, "num_recurrences": 3, "max_recurrences": 3}, ["num_recurrences=2"], "has 3"),
         ({}, ["decoder=wave", "kv_policy=single"], "decoder='wave': a wave needs keys and values of every depth"),
         ({}, ["decoder=waves"], "decoder"),
-        ({}, ["engine=fixed", "decoder=wave"], "decoder=wave: the fixed engine has one position in flight"),
+        ({}, ["engine=fixed", "decoder=wave"], "decoder=wave: the fixed engine has one position of a"),
         ({"sharing": "sequence"}, ["engine=lanes"], "use engine=fixed"),
+        *(
+            ({}, ["engine=fixed", f"{name}=3"], f"{name}=3: the fixed engine has one position of a request in flight")
+            for name in ("ticks", "wave", "width", "budget", "coda_wait")
+        ),
+        ({"num_recurrences": 4}, ["min_recurrences=6"], "min_recurrences=6: at most num_recurrences, which is 4"),
         ({}, ["engine=fixed", "exit_rule=cosine"], "exit_rule=cosine: the fixed engine has no exits"),
         ({}, ["exit_rule=latent_diff"], "did you mean 'latent-diff'?"),
         ({}, ["exit_rule=gate"], "exit_rule='gate': choose from fixed, latent-diff"),
@@ -593,6 +598,26 @@ def test_other_routes_take_the_fields_too(server, path, place):
         post(exit_rule="nonsense")
     assert caught.value.code == 400
     assert "choose from fixed, latent-diff" in json.load(caught.value)["error"]["message"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("path", ["/generative_scoring", "/inference/v1/generate"])
+def test_routes_without_a_place_for_depth_say_so(server, path):
+    def post(**fields):
+        body = {"model": "tiny", "query": "a", "items": ["b"], "label_token_ids": [5, 6], **fields}
+        body |= {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2}}
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+        return json.load(urllib.request.urlopen(call, timeout=60))
+
+    if path == "/generative_scoring":  # the other one wants a server that was started for it
+        assert post(num_recurrences=None)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(num_recurrences=2)
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["param"]) == (400, "num_recurrences")
+    assert f"{path} has no depth fields" in error["message"]
+    assert "use /v1/completions, " in error["message"]
 
 
 @needs_vllm
