@@ -37,7 +37,10 @@ class GenerateRecipe(Section):
     top_k: Integer = Field(0, ge=0, description="tokens that are sampled from; 0: all")
     seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
     rows: Count = Field(16, description="prompts at once")
-    length: Count = Field(2048, description="greatest number of tokens of prompt and continuation")
+    length: Count | None = Field(
+        None,
+        description="greatest number of tokens of prompt and continuation (default: 1024, or all that the model has)",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and cache")
     details: bool = Field(False, description="print JSON lines: tokens, the depth of each, and core passes, too")
 

@@ -14,11 +14,11 @@ from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
 from .engine.costs import measure
-from .engine.diffusion import Diffusion
+from .engine.diffusion import NEVER, Diffusion
 from .engine.exits import RULES
 from .engine.graphs import Graphs, Record, on_cuda
 from .engine.kv import KVPolicy, policy_of
-from .engine.lanes import Request
+from .engine.lanes import MAX_STOPS, Request
 from .engine.loop import Counts, Loop, Prompt
 from .engine.masked import Masked
 from .engine.sampling import Draws
@@ -29,6 +29,7 @@ from .vllm.lanes import MEASURED
 from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
+POSITIONS = 1024  # of a request, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Params:
 
 @dataclass
 class Completion:
-    """`tokens` generated, their `text`, and the recurrences (`depths`) of the position that gave each."""
+    """`tokens` generated, their `text`, and the recurrences (`depths`) of the position that gave each; whether a token
+    that stops was the last ("stop"), or there was no room for more ("length")."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     text: str = ""
+    finish_reason: str = "length"
     passes: int = 0  # of the core, one after the other, since the prompt
     items: int = 0  # lanes in these passes; what is above the sum of the depths was in vain
 
@@ -75,9 +78,11 @@ class Completion:
 class Engine:
     """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
 
-    `rows` requests run at once, each of at most `length` positions; `kv_policy` and `max_recurrences` default to the
-    model's. A pass of the core has at most `width` lanes beside prompts', 0: one for every row; an exit waits at most
-    `coda_wait` ticks for others that are read out with it, -1: as many as the load makes worth while, measured now.
+    `rows` requests run at once, each of at most `length` positions (default 1024, or as many as the model has);
+    `kv_policy` and `max_recurrences` default to the model's. A pass of the core has at most `width` lanes beside
+    prompts', 0: one for every row; an exit waits at most `coda_wait` ticks for others that are read out with it, -1: as
+    many as the load makes worth while, measured now. `wave`: most positions of a request in flight, which the decoders
+    `wave` and `diffusion` need.
     `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
     starts at once; the first pass of a size records it, and they hold as much memory as the widest such pass needs, and
     a little for each size. Raises UserError for a model that cannot be served so.
@@ -88,7 +93,7 @@ class Engine:
         model: Any,
         *,
         rows: int = 16,
-        length: int = 1024,
+        length: int | None = None,
         kv_policy: str | None = None,
         max_recurrences: int | None = None,
         ticks: int = 16,
@@ -124,14 +129,16 @@ class Engine:
         if kv_policy is not None:
             self._check_policy(kv_policy)
         limit = getattr(config, "max_position_embeddings", None)
-        length = min(length, limit) if limit else length
+        room = min(length or POSITIONS, limit or NEVER)
+        if length and room < length:
+            raise UserError(f"length={length}: this model has {limit} positions")
         policy = policy_of(config, kv_policy, max_recurrences)
         if reason := too_narrow(width, policy):
             raise UserError(reason)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
-            parts = TransformersParts(model, length + 1)
-            blocks = -(-(length + 1) // BLOCK)
+            parts = TransformersParts(model, room + 1)
+            blocks = -(-(room + 1) // BLOCK)
             outer = len(config.prelude) + len(config.coda)
             parts.attention = attention = attention_for(like.device)(
                 parts.shapes(), outer, policy.slots, rows * blocks, BLOCK, like.detach()
@@ -142,9 +149,9 @@ class Engine:
                 policy,
                 self._sample,
                 rows=rows,
-                length=length,
+                length=room,
                 blocks=blocks,
-                prompt_lanes=max(prompt_lanes, length if policy.overwrites else 0),
+                prompt_lanes=max(prompt_lanes, room if policy.overwrites else 0),
                 ticks=ticks,
                 like=like.detach(),
                 width=width,
@@ -162,7 +169,7 @@ class Engine:
             if coda_wait == MEASURED:
                 self.loop.costs = measure(self.loop)
                 self.loop.counts = Counts()
-        self.length, self.rows, self.prompt_lanes = length, rows, prompt_lanes
+        self.length, self.rows, self.prompt_lanes = room, rows, prompt_lanes
 
     def _record(self, record: Record, compile: bool = False) -> None:
         """Let the loop run from graphs."""
@@ -183,6 +190,7 @@ class Engine:
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
         config, policy = self.config, self.loop.policy
+        _check_kinds(params)
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
         _check_least(1, **depths, wave=params.wave)
         _check_least(0, max_tokens=params.max_tokens, top_k=params.top_k)
@@ -222,6 +230,8 @@ class Engine:
         stops = set(params.stop_token_ids)
         if not params.ignore_eos and config.eos_token_id is not None:
             stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+        if len(stops) > MAX_STOPS:
+            raise UserError(f"stop_token_ids: {len(stops)} tokens that stop, with the model's own; at most {MAX_STOPS}")
         request = Request(
             limit=limit,
             minimum=least,
@@ -244,6 +254,8 @@ class Engine:
 
         Raises UserError for prompts that are empty or too long, and for params out of range, before any work.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts={prompts!r}: a list of texts, or of lists of token ids")
         each = params if isinstance(params, list) else [params or Params()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} params for {len(prompts)} prompts")
@@ -290,6 +302,8 @@ class Engine:
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 if remaining[row] == 0:
                     completion = done[running[row][0]]
+                    if completion.tokens and completion.tokens[-1] in requests[running[row][0]].stops:
+                        completion.finish_reason = "stop"
                     completion.passes = int(self.loop.requests.ticks[row])
                     completion.items = int(self.loop.requests.items[row])
                     self.loop.release(row)
@@ -334,12 +348,31 @@ class Engine:
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [int(token) for token in prompt]
+            except (TypeError, ValueError):
+                raise UserError(f"a prompt {prompt!r:.60}: a text, or a list of token ids") from None
         if self.tokenizer is None:
             raise UserError(
                 "a prompt in words needs the model's tokenizer: give a directory that has one, or token ids"
             )
         return self.tokenizer(prompt)["input_ids"]
+
+
+def _check_kinds(params: Params) -> None:
+    """Raises UserError where a field that is compared with numbers is of another kind."""
+    if not isinstance(params, Params):
+        raise UserError(f"params: {params!r:.60} is no Params")
+    for name in ("temperature", "top_p", "min_p"):
+        if type(value := getattr(params, name)) not in (int, float):
+            raise UserError(f"{name}={value!r}: a number")
+    for name in ("seed", "choice"):
+        if type(value := getattr(params, name)) is not int:
+            raise UserError(f"{name}={value!r}: an integer")
+    for name in ("trace", "stop_token_ids"):
+        for value in getattr(params, name):
+            if type(value) is not int:
+                raise UserError(f"{name}: {value!r} in it is no integer")
 
 
 def _check_least(least: int, **values: int | None) -> None:

@@ -170,6 +170,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
                 f"{', '.join(name for name, there in between.items() if there)} cannot"
             )
+        if self.router and self.recurrence_norm == "between":  # of all tokens, also of those that have stopped
+            raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
         if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
             raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
         if not 0 < self.halting_epsilon < 1:

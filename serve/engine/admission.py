@@ -51,7 +51,7 @@ def refusal(loop: Loop, request: Request) -> str | None:
     if loop.routing and (request.rule != "fixed" or request.trace):
         return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
     if not 1 <= request.wave <= loop.wave:
-        return f"wave={request.wave}: the engine was made for 1 to {loop.wave} positions in flight"
+        return f"wave={request.wave}: the engine was started with wave={loop.wave}, the most positions in flight"
     if (request.wave > 1 or diffusion) and request.fenced:
         return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
     if request.prompt_exit and request.rule not in (may := prompt_rules(loop.policy, loop.parts.config)):
@@ -60,7 +60,7 @@ def refusal(loop: Loop, request: Request) -> str | None:
     if reason := unfit(loop.policy, loop.parts.config).get(decoder):
         return reason
     if diffusion and diffusion.most(loop.wave) < 2:
-        return "diffusion needs at least 2 positions in flight: wave=2 or more"
+        return "diffusion needs at least 2 positions in flight: wave=2 or more, when the engine starts, too"
     if diffusion and diffusion.inner > request.limit:
         return f"inner={diffusion.inner}: at most num_recurrences={request.limit}, as deep as the prompt goes"
     return diffusion.mistake() if diffusion else None

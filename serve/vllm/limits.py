@@ -80,7 +80,7 @@ FLAGS: dict[str, tuple[tuple, str]] = {
     "speculative_config": ((), "no draft model proposes tokens for it"),
     "speculative_model": ((), "no draft model proposes tokens for it"),
     "quantization": ((), "quantised weights are not checked against the model; serve it in --dtype bfloat16"),
-    "kv_cache_dtype": (("auto", "float32", "bfloat16", "float16"), "a quantised cache is not checked at every depth"),
+    "kv_cache_dtype": (("auto",), "keys and values have the dtype of the model, which --dtype names"),
     "cpu_offload_gb": ((0,), "offloading replaces the layers that recurrences share"),
     "offload_group_size": ((0,), "offloading replaces the layers that recurrences share"),
     "runner": (("auto", "generate"), "it generates text only"),

@@ -107,7 +107,7 @@ class RecurrentDepthForCausalLM(nn.Module):
 
         def of_source():
             for name, tensor in weights:
-                completeness.see(name)
+                tensor = completeness.watch(name, tensor)
                 part, _, rest = name.partition(".")
                 if part in ("injection", "recurrence_norm", "exit_gate", "router"):
                     own = self.router.bias if name == "router.bias" else self.get_parameter(name)
@@ -121,6 +121,7 @@ class RecurrentDepthForCausalLM(nn.Module):
 
         loaded.update(f"source.{name}" for name in self.source.load_weights(of_source()))
         completeness.check()
+        completeness.check_read()
         for number, relaxation in enumerate(cast(Iterable[Relaxation], self.relaxation)):
             relaxation.finish()
             layer = f"source.{self.layers_name}.{len(self.config.prelude) + number}"

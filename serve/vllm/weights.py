@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,6 +27,20 @@ def source_name(name: str, config: RecurrentDepthConfig, layers: str) -> str:
     return rest
 
 
+class Watched(torch.Tensor):
+    """A tensor that calls `read` when something is done with it."""
+
+    read: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for each in args:
+            if isinstance(each, cls):
+                each.read()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class Completeness:
     """Counts off the tensors of a checkpoint against those that the transformers model of `config` saves."""
 
@@ -34,11 +49,20 @@ class Completeness:
             model = RecurrentDepthForCausalLM(config)
         self._tensors = dict(model.state_dict(keep_vars=True))
         self._seen: set[int] = set()
+        self._read: set[int] = set()
         # transformers has renamed modules since some architectures' files were first written, and saves the old names.
         self._changes = get_model_conversion_mapping(model)
 
-    def see(self, name: str, shape: Sequence[int] | None = None) -> None:
-        """Count off tensor `name`. Raises ValueError where the model has no such tensor, or one of another `shape`."""
+    def watch(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Count off tensor `name` once it is read: vLLM's models let biases lie that they have no place for."""
+        number = self.see(name)
+        watched = tensor.as_subclass(Watched)  # pyright: ignore[reportArgumentType]
+        watched.read = lambda: self._read.add(number)
+        return watched
+
+    def see(self, name: str, shape: Sequence[int] | None = None) -> int:
+        """Count off tensor `name`, whose number is returned, the same for tied ones. Raises ValueError where the model
+        has no such tensor, or one of another `shape`."""
         key, whole = name, True
         for change in self._changes:
             key, matched = change.rename_source_key(key)
@@ -48,11 +72,21 @@ class Completeness:
         wanted = list(self._tensors[key].shape)
         if shape is not None and whole and list(shape) != wanted:
             raise ValueError(f"tensor {name!r} has shape {list(shape)}; config.json says {wanted}")
-        self._seen.add(id(self._tensors[key]))  # of tied tensors, one suffices
+        number = id(self._tensors[key])  # of tied tensors, one suffices
+        self._seen.add(number)
+        return number
 
     def check(self) -> None:
         """Raises ValueError, naming tensors that did not come by."""
-        missing = sorted(name for name, tensor in self._tensors.items() if id(tensor) not in self._seen)
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}{more}")
+        if missing := self._but(self._seen):
+            raise ValueError(f"the checkpoint lacks {missing}")
+
+    def check_read(self) -> None:
+        """Raises ValueError, naming tensors that were not read, where all are watched."""
+        if unread := self._but(self._read):
+            raise ValueError(f"vLLM's model has no place for {unread}")
+
+    def _but(self, numbers: set[int]) -> str:
+        names = sorted(name for name, tensor in self._tensors.items() if id(tensor) not in numbers)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more

@@ -358,6 +358,7 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
         ({"sharing": "sequence", "injection": "linear"}, "nothing can stand between"),
         ({"exit": {"rule": "gate"}}, "no exit gate"),
+        ({"router": {"kind": "token"}, "recurrence_norm": "between"}, "goes with no router"),
         ({"exit": {"rule": "kl", "min_recurrences": 9}}, "1 to max_recurrences=8"),
     ],
 )

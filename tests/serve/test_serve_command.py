@@ -284,6 +284,7 @@ def test_refuses_a_port_in_use(capsys, model):
         ("speculative_config", {"method": "ngram"}),
         ("quantization", "fp8"),
         ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", "bfloat16"),
         ("cpu_offload_gb", 4.0),
         ("runner", "pooling"),
         ("headless", True),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -157,6 +158,16 @@ def test_equals_transformers(name, answers):
         print(f"{name}: {len(clear)} prompts equal, max |dlogprob| {error:.1e}")
         assert error < 1e-3
     assert result["prefix_hits"] > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+def test_what_vllm_has_no_place_for_is_refused(name, tmp_path):
+    """Its Qwen3 has biases in some of its projections, its Gemma in none; it loads checkpoints with more, and drops
+    what it lacks."""
+    save(tmp_path / "m", source_config(name, **GROUPED, attention_bias=True), **RETROFIT)
+    work = {"folder": str(tmp_path / "m"), "prompts": [[5]], "tokens": 1, "engine": {}, "environment": {}}
+    (result,) = run_engines([work], tmp_path)
+    assert re.search(r"vLLM's model has no place for coda.0.self_attn.\w_proj.bias, .* and \d+ more", result["error"])
 
 
 def test_near_ties_are_few(answers):

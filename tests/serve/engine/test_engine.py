@@ -352,6 +352,11 @@ def test_thresholds_and_traces_beyond_all_bounds():
         ({"temperature": float("nan")}, "temperature=nan, .* 0 or more"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0, .* above 0"),
         ({"exit_threshold": 0.1}, "exit_threshold=0.1: exit_rule='fixed' has no threshold"),
+        ({"temperature": "1"}, "temperature='1': a number"),
+        ({"seed": 1.0}, "seed=1.0: an integer"),
+        ({"trace": (1, "2")}, "trace: '2' in it is no integer"),
+        ({"stop_token_ids": tuple(range(17))}, "stop_token_ids: 17 tokens that stop"),
+        ({"decoder": "wave"}, "wave=8: the engine was started with wave=1"),
         ({"decoder": "diffusion", "exit_rule": "cosine"}, "exit_rule='cosine': decoder='diffusion' freezes"),
         ({"decoder": "diffusion", "exit_threshold": 0.0}, "exit_threshold=0.0: decoder='diffusion' freezes"),
         ({"decoder": "diffusion", "prompt_exit": True}, "prompt_exit=True: decoder='diffusion' freezes"),
@@ -360,6 +365,27 @@ def test_thresholds_and_traces_beyond_all_bounds():
 def test_params_out_of_range_are_refused(wrong, told):
     with pytest.raises(UserError, match=told):
         Engine(build(), rows=1, length=50).generate([[5]], Params(**wrong))
+
+
+@pytest.mark.parametrize(("prompts", "params"), [("hello", None), ([["a"]], None), ([5], None), ([[5]], {"seed": 1})])
+def test_what_is_no_prompt_and_no_params_is_refused(prompts, params):
+    with pytest.raises(UserError, match=r"prompts='hello': a list|a prompt .* or a list of token ids|is no Params"):
+        Engine(build(), rows=1, length=50).generate(prompts, params)
+
+
+def test_what_ends_a_text_is_said():
+    engine = Engine(build(), rows=2, length=20)
+    long, short = engine.generate([[5, 6]] * 2, [Params(99, ignore_eos=True), Params(3, ignore_eos=True)])
+    assert [(len(long.tokens), long.finish_reason), (len(short.tokens), short.finish_reason)] == [
+        (19, "length"),
+        (3, "length"),
+    ]
+    (stopped,) = engine.generate([[5, 6]], Params(99, ignore_eos=True, stop_token_ids=(long.tokens[4],)))
+    assert (stopped.tokens, stopped.finish_reason) == (long.tokens[: long.tokens.index(long.tokens[4]) + 1], "stop")
+    many = build().config.max_position_embeddings
+    assert Engine(build(), rows=1, length=many).length == Engine(build(), rows=1).length == min(many, 1024)
+    with pytest.raises(UserError, match=f"length={many + 1}: this model has {many} positions"):
+        Engine(build(), rows=1, length=many + 1)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
