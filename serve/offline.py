@@ -295,8 +295,7 @@ class Engine:
                 sampling = self.draws.admit(row, p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.choice)
                 self.loop.admit(row, replace(requests[number], sampling=sampling))
                 running[row] = [number, 0]
-            if self.loop.masked:
-                self.loop.masked.eager = bool(queue)
+            self.loop.eager = bool(queue)
             self._step(running, ids, done)
             remaining = self.loop.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:

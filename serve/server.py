@@ -21,6 +21,7 @@ from .checkpoint import Facts, check_config, check_tensors, load_tokenizer
 from .defaults import Defaults, choose
 from .recipe import ServeRecipe
 from .vllm import SERVER
+from .vllm.arrivals import ARRIVALS, share
 from .vllm.lanes import LANES
 from .vllm.limits import check_depth, refuse
 
@@ -195,6 +196,8 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     import uvloop
 
     os.environ[SERVER] = str(os.getpid())
+    if defaults.engine == "lanes" and sys.platform == "linux":
+        os.environ[ARRIVALS] = share()
     where = f"http://{args.host}:{args.port}/v1"
     print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}) will be at {where}", file=sys.stderr)
     print(f"loopwise: {replace(defaults, config=defaults.config | args.hf_overrides).line()}", file=sys.stderr)

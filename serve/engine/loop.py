@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,6 +124,9 @@ class Loop:
         self.never = torch.zeros(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
         self.unread = True  # whether a lane may wait to be read out
+        self.eager = False  # whether a step ends when a request does, as others wait for its place
+        self.somebody_waits: Callable[[], bool] | None = None  # asked after every tick: whether the step is to end
+        self.ended = False  # whether a request has ended in this step
         self.waits, self.runs = 0, 0  # rows' own lanes, after the last pass
         self.order: torch.Tensor | None = None  # those that run, chosen for the next one, unless lanes changed since
         self.turn = torch.zeros(2, dtype=torch.long, device=self.device)  # where passes without room for all begin
@@ -246,7 +250,8 @@ class Loop:
     # ---- a step -------------------------------------------------------------------------------------------------
     def step(self, live: torch.Tensor) -> None:
         """Run ticks with the rows `live` [m] (others pause), until all prompts of this step are through and `ticks` are
-        over, or nothing is left to do. What came of it: `requests.tokens`, `.depths` and `.count` of each row."""
+        over, or the step is, or nothing is left to do. What came of it: `requests.tokens`, `.depths` and `.count` of
+        each row."""
         requests = self.requests
         requests.count.zero_()
         requests.live.zero_()
@@ -254,9 +259,13 @@ class Loop:
         self.resident = len(live)
         self.unread, self.order = True, None
         self._weigh()
-        left = self.ticks
-        while (left > 0 or self.chunks) and (passes := self.tick(max(left, 1))):
-            left -= passes
+        self.ended, left = False, self.ticks
+        while (left > 0 or self.chunks) and (done := self.tick(max(left, 1))):
+            left = 0 if self.is_over() else left - done
+
+    def is_over(self) -> bool:
+        """Whether the step is to end before its ticks are over."""
+        return (self.eager and self.ended) or (self.somebody_waits is not None and self.somebody_waits())
 
     def tick(self, most: int) -> int:
         """Passes of the core, `most` at most, until a lane leaves, and what follows from it. Returns how many; 1, too,
@@ -310,6 +319,7 @@ class Loop:
         """Put out tokens of lanes `which`, of rows at positions [m], one a row at most, and start them."""
         position, stopped = self.steps.emit(self, which, row, position, tokens)
         if bool(stopped.any()):
+            self.ended = True
             row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
         self.begin_next(row, position, tokens)
 

@@ -48,8 +48,7 @@ class Note(NamedTuple):
 
 class Masked:
     """Runs a loop's ticks so, where all of its requests fit: for the same tokens and depths, in passes that may have
-    other lanes. `record` as in graphs.Graphs. `eager` (an attribute): a step ends when a request does, as others wait
-    for its place."""
+    other lanes. `record` as in graphs.Graphs."""
 
     def __init__(self, loop: Loop, record: Record, compile: bool = False):
         self.loop, self.record = loop, record
@@ -63,7 +62,6 @@ class Masked:
         self.note = torch.zeros(len(Note._fields), dtype=torch.long, device=device)
         self.notes = Notes(self.note)
         self.replays: dict[tuple[Any, ...], Callable[[], Any]] = {}
-        self.eager = False
         steps = (_enter, _settle, _fetch, _emit, _begin, _choose)
         self.enter, self.settle, self.fetch, self.emit, self.begin, self.choose = (
             (compiled(step, **ALONE) for step in steps) if compile else steps
@@ -100,12 +98,12 @@ class Masked:
             yield self.replays[key]
 
     def run(self, most: int) -> int:
-        """Up to `most` ticks. Returns how many; `most`, too, where the step is over before."""
+        """Up to `most` ticks. Returns how many; `most`, too, where no request is left before."""
         loop, rows = self.loop, self._rows()
         one, other = self.graphs(min(rows, padded(loop.width or rows)), rows)
         self.choose(self)
         known = Note(0, 0, *self.notes.now()[2:])
-        begun, age, ticks, least = False, loop.waited, 0, known.live if self.eager else 1
+        begun, age, ticks, least = False, loop.waited, 0, known.live if loop.eager else 1
         while ticks < most and known.live and (begun or known.runs or known.waits):
             one()
             ticks += 1
@@ -120,12 +118,13 @@ class Masked:
                 other()
                 loop.counts.reads[rows] += 1
                 age = 0
-            if known.live < least:
+            if known.live < least or loop.is_over():
                 break
         while len(self.notes):
             known = self._learn()
         loop.order, loop.unread, loop.waited = None, True, age
-        return ticks if known.live >= least else most
+        loop.ended |= known.live < least
+        return ticks if known.live else most
 
     def _learn(self) -> Note:
         note, loop = self.notes.next(), self.loop

@@ -15,6 +15,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from ..engine.kv import policy_of
+from .arrivals import arrivals, count_arrivals
 from .decoders import Decoder, decoder_of
 from .lanes import Depth, LaneConfig, depth_of
 from .output import LaneOutput
@@ -38,6 +39,7 @@ class LaneScheduler(Scheduler):
                 "a router's keys and values are packed, which no block can share: enable_prefix_caching=False"
             )
         self.lanes = LaneConfig.of(self.vllm_config)
+        count_arrivals()
         self.longest = max(self.lanes.ticks, config.max_recurrences) + 1  # ticks of a step: prompts run to their end
         self.num_lookahead_tokens = self.longest
         self.depths: dict[str, Depth] = {}
@@ -53,6 +55,11 @@ class LaneScheduler(Scheduler):
             return allocate(request, *args, **kwargs)
 
         self.kv_cache_manager.allocate_slots = allocate_slots
+
+    def schedule(self, *args, **kwargs) -> SchedulerOutput:
+        if shared := arrivals():
+            shared.begin_step()
+        return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params

@@ -29,6 +29,7 @@ from ..engine.kv import policy_of
 from ..engine.lanes import MAX_STOPS, Request
 from ..engine.loop import Counts, Loop, Prompt
 from ..engine.masked import Masked
+from .arrivals import arrivals
 from .attention import PagedAttention
 from .decoders import DECODERS, Decoder, decoder_of
 from .lanes import MEASURED, LaneConfig, depth_of
@@ -75,6 +76,10 @@ class LaneSteps:
             self._record()
         self.sampler_of_lanes.script, self.sampler_of_lanes.in_use = self.loop.requests.script, self.loop.in_use
         self.loop.budget = max(lanes.budget, 0)
+        if shared := arrivals():  # of a server, whose replies and newcomers are not to wait
+            self.loop.eager = True
+            if get_tp_group().world_size == 1:  # ranks would not hear of them in the same tick
+                self.loop.somebody_waits = shared.waiting
         self.free = list(range(rows))[::-1]
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from serve_tiny import GROUPED, RETROFIT, generate, save, source_config, tokenizer
-from test_serve_command import Server
+from serving import Server
 from test_soak import metric
 
 from loopwise.serve import Engine

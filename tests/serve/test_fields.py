@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -353,6 +355,38 @@ def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
         ):
             reply = client.post(path, content=body)
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+def test_who_comes_while_a_step_runs_is_heard_of(monkeypatch):
+    """By the worker, in another process, through the file that the server shares; until the next step is made."""
+    pytest.importorskip("vllm")
+    from vllm.v1.engine.core import EngineCore
+
+    from loopwise.serve.vllm.arrivals import ARRIVALS, Arrivals, arrivals, count_arrivals, share
+
+    monkeypatch.setenv(ARRIVALS, share())
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: (request, 0))
+    for cached in (arrivals, count_arrivals):
+        cached.cache_clear()
+    try:
+        count_arrivals()
+        program = "import os, sys; from loopwise.serve.vllm.arrivals import *; print(arrivals().waiting())"
+
+        def waiting() -> bool:
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+            return {"True": True, "False": False}[done.stdout.strip()]
+
+        assert not waiting()
+        assert EngineCore.preprocess_add_request(cast(Any, None), cast(Any, "a")) == ("a", 0)
+        assert waiting()
+        cast(Arrivals, arrivals()).begin_step()
+        assert not waiting()
+        monkeypatch.delenv(ARRIVALS)
+        arrivals.cache_clear()
+        assert arrivals() is None
+    finally:
+        for cached in (arrivals, count_arrivals):
+            cached.cache_clear()
 
 
 def test_streams_end_when_the_engine_is_stopped(monkeypatch):

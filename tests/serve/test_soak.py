@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from serve_tiny import GROUPED, RETROFIT, save, source_config
-from test_serve_command import Server
+from serving import Server
 
 pytestmark = [
     pytest.mark.slow,

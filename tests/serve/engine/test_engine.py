@@ -442,6 +442,45 @@ def test_what_breaks_off_leaves_nothing():
     assert engine.generate(prompts, params) == want
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_ends_when_somebody_waits(masked):
+    """Or, where places are wanted, when a request ends; tokens are the same, and prompts run to their end."""
+    engine = Engine(build(), rows=6, length=100, ticks=40, kv_policy="last-exited", cuda_graphs=False)
+    if masked:
+        with torch.inference_mode():
+            engine._record(lambda run: run)
+    prompts, params = requests(12, 6, "last-exited", ["fixed", "latent-diff"])
+    params = [replace(p, max_tokens=12, num_recurrences=4, min_recurrences=2) for p in params]
+    steps, tick, draw = [], engine.loop.tick, random.Random(1)
+
+    def step(live: torch.Tensor) -> None:
+        steps.append(0)
+        type(engine.loop).step(engine.loop, live)
+
+    def counted(most: int) -> int:
+        done = tick(most)
+        steps[-1] += done
+        return done
+
+    engine.loop.step, engine.loop.tick = step, counted
+    want = engine.generate(prompts, params)
+    assert len(steps) <= 3
+    engine.loop.somebody_waits = lambda: True
+    assert engine.generate(prompts, params) == want
+    assert len(steps) > 10
+    assert max(steps[-9:]) <= 4  # passes that run back to back; a prompt's are 4
+    steps.clear()
+    engine.loop.somebody_waits = lambda: draw.random() < 0.5
+    assert engine.generate(prompts, params) == want
+    assert len(steps) > 4
+    engine.loop.somebody_waits, params[0] = None, replace(params[0], max_tokens=2)
+    steps.clear()
+    engine.rows, engine.loop.eager = 2, False
+    short = engine.generate(prompts[:3], params[:3])  # the third waits for the place of the first
+    assert short[1:] == want[1:3]
+    assert steps[0] < 20
+
+
 def test_seeds_of_any_size():
     engine = Engine(build(), rows=2, length=60)
     seeds = (5, (1 << 64) + 5, 1 << 63, -(1 << 63))

@@ -1,0 +1,81 @@
+"""`loopwise serve` as a process, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A port below those that the kernel hands out, so that nobody else gets it while a server starts."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+
+
+class Server:
+    """A `loopwise serve` process in a session of its own."""
+
+    def __init__(self, folder: Path, *settings: str):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder.parent / f"{port}.log"
+        command = [sys.executable, "-m", "loopwise", "serve", folder, f"port={port}", "--recipe", "exact", *settings]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def wait_until(self, condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+
+    def healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(self.url + "/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes of the session that have not ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append((entry / "cmdline").read_text().replace("\0", " ").strip())
+            except (OSError, ValueError):  # not a process, or no longer one
+                continue
+        return found
+
+    def wait_for_end(self) -> int:
+        """The exit code, once no process of the session is left."""
+        code = self.process.wait(60)
+        end = time.monotonic() + 5
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not self.processes()
+        return code
+
+    def kill(self) -> None:
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()

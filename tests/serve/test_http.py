@@ -1,0 +1,376 @@
+"""A real server over HTTP, from its start to SIGTERM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+import torch
+from serve_tiny import generate, prompts
+from serving import Server
+
+pytestmark = [
+    pytest.mark.xdist_group("vllm"),  # one engine at a time
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """A server at R=3 in fp32. The last test of this file ends it."""
+    started = Server(model[0], "num_recurrences=3")
+    try:
+        started.wait_until(started.healthy, 240)
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+
+
+def test_completion_equals_transformers(client, model):
+    prompt = prompts()[4]
+    reply = client.completions.create(
+        **GREEDY, prompt=prompt, logprobs=1, extra_body={"ignore_eos": True, "return_token_ids": True}
+    )
+    want = generate(model[1], prompt, 3, 8)
+    assert reply.choices[0].token_ids == want.tokens
+    assert reply.choices[0].logprobs.token_logprobs == pytest.approx(want.logprobs, abs=1e-3)
+    assert reply.usage.completion_tokens == 8
+
+
+def test_streaming_says_the_same(client):
+    request = {**GREEDY, "prompt": "def f(x):", "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**request).choices[0].text
+    parts = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert len(parts) > 1
+    assert "".join(parts) == whole
+
+
+def test_chat_with_logprobs_and_streaming(client):
+    request = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "extra_body": {"ignore_eos": True}}
+    reply = client.chat.completions.create(**request, logprobs=True, top_logprobs=2)
+    assert reply.choices[0].message.role == "assistant"
+    assert len(reply.choices[0].logprobs.content) == 8
+    assert all(len(token.top_logprobs) == 2 for token in reply.choices[0].logprobs.content)
+    parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
+    assert "".join(parts) == reply.choices[0].message.content
+
+
+def test_models_and_metrics(client, server):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    client.completions.create(**GREEDY, prompt=[1, 2], extra_body={"ignore_eos": True, "num_recurrences": 5})
+    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(metrics['vllm:generation_tokens_total{engine="0",model_name="tiny"}']) >= 8
+    assert float(metrics['loopwise:core_passes_total{model_name="tiny"}']) >= 5 * 8
+    exits = [float(metrics[f'loopwise:exit_depth_bucket{{le="{n}.0",model_name="tiny"}}']) for n in (4, 5)]
+    assert exits[1] - exits[0] >= 8
+    assert float(metrics['loopwise:exit_depth_count{model_name="tiny"}']) >= 8
+    for name in ("lanes_per_tick", "coda_batch_size"):
+        assert float(metrics[f'loopwise:{name}_sum{{model_name="tiny"}}']) > 0
+
+
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+@pytest.mark.parametrize("depth", [1, 5])
+def test_a_request_chooses_its_depth(client, model, depth, place):
+    fields = {"num_recurrences": depth}
+    more = {"ignore_eos": True, "return_token_ids": True, "return_recurrences": True}
+    more |= fields if place == "body" else {"vllm_xargs": fields}
+    reply = client.completions.create(**GREEDY, prompt=prompts()[3], n=1, extra_body=more)
+    assert reply.choices[0].token_ids == generate(model[1], prompts()[3], depth, 8).tokens
+    assert reply.usage.recurrences == {"mean": depth, "total": 8 * depth, "per_token": [[depth] * 8]}
+
+
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_a_request_chooses_its_decoder(client, model, server, place):
+    """A wave gives the plain tokens in fewer passes, and so do parameters that read earlier tokens; usage tells."""
+    prompt, usage = prompts()[3], {}
+    want = generate(model[1], prompt, 3, 24).tokens
+    for decoder in ("plain", "wave", "diffusion"):
+        fields: dict = {"decoder": decoder} | ({"wave": 4} if decoder != "plain" else {})
+        fields |= {"diffusion": {"inner": 1, "threshold": 1e-5}} if decoder == "diffusion" else {}
+        more = {"ignore_eos": True, "return_token_ids": True, **(fields if place == "body" else {"vllm_xargs": fields})}
+        reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, extra_body=more)
+        usage[decoder] = reply.usage.passes
+        if decoder != "diffusion":
+            assert reply.choices[0].token_ids == want
+    plain = {"sequential": 69, "per_token": 3.0, "wave": 1.0, "items": 69, "wasted": 0}
+    assert usage["plain"] == plain
+    assert usage["wave"]["sequential"] < 69 <= usage["wave"]["items"] == 69 + usage["wave"]["wasted"]
+    assert usage["diffusion"]["wave"] > 1
+    more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave"}
+    reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, logprobs=1, extra_body=more)
+    assert reply.choices[0].token_ids == want
+    assert len(reply.choices[0].logprobs.tokens) == 24
+    assert reply.usage.passes == plain
+    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    name = 'loopwise:{}_total{{decoder="{}",model_name="tiny"}}'
+    assert float(metrics[name.format("sequential_passes", "wave")]) >= usage["wave"]["sequential"]
+    assert float(metrics[name.format("decoded_tokens", "diffusion")]) >= 24
+    assert "loopwise: waves fill a pass up to budget=" in server.log.read_text()
+
+
+def test_a_sampled_wave_is_the_plain_sample_in_every_choice(client):
+    request = {**GREEDY, "max_tokens": 24, "temperature": 1, "top_p": 0.9, "seed": 5, "n": 3, "prompt": prompts()[2]}
+    texts = []
+    for decoder in ("plain", "wave"):
+        reply = client.completions.create(**request, extra_body={"ignore_eos": True, "decoder": decoder})
+        parts = client.completions.create(
+            **{**request, "n": 1}, stream=True, extra_body={"ignore_eos": True, "decoder": decoder}
+        )
+        texts.append(([choice.text for choice in reply.choices], "".join(part.choices[0].text for part in parts)))
+    assert texts[0] == texts[1]
+    assert len(set(texts[0][0])) == 3
+
+
+def test_usage_counts_the_recurrences_of_every_choice(client):
+    prompt = prompts()[2]
+    trace = [3] * len(prompt) + [1, 2, 3, 1, 1, 2, 3]
+    depths = [3, *trace[len(prompt) :]]
+    trace += [1] * 1000  # for positions that do not come, some of which the model does not even have
+    more = {"ignore_eos": True, "trace": trace, "return_recurrences": True}
+    request = {**GREEDY, "temperature": 1, "n": 2}
+    usage = client.completions.create(**request, prompt=[prompt, prompt], extra_body=more).usage
+    assert usage.recurrences == {"mean": 2.0, "total": 4 * 16, "per_token": [depths] * 4}
+    assert usage.completion_tokens == 32
+    request = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "extra_body": {"num_recurrences": 2}}
+    assert client.chat.completions.create(**request).usage.recurrences["mean"] == 2
+
+
+def test_streamed_usage_counts_recurrences(client):
+    request = {**GREEDY, "stream": True, "stream_options": {"include_usage": True}}
+    request["extra_body"] = {"ignore_eos": True, "exit_rule": "latent-diff", "exit_threshold": 10.0}
+    chunks = list(client.completions.create(**request, prompt="abc"))
+    assert chunks[-1].usage.recurrences["total"] == 3 + 7  # the prompt's last position runs at full depth
+    assert chunks[-1].usage.completion_tokens == 8
+    request["messages"] = [{"role": "user", "content": "hello"}]
+    assert list(client.chat.completions.create(**request))[-1].usage.recurrences["total"] == 3 + 7
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_recurrences", 9, "an integer from 1 to 8"),
+        ("num_recurrences", True, "an integer from 1 to 8"),
+        ("num_recurrences", "3", "an integer from 1 to 8"),
+        ("min_recurrences", 4, "at most num_recurrences, which is 3"),
+        ("exit_rule", "latentdiff", "did you mean 'latent-diff'?"),
+        ("exit_rule", "gate", "choose from fixed, latent-diff"),
+        ("exit_threshold", float("nan"), "a finite number"),
+        ("prompt_exit", True, "kv_policy is 'per-depth'"),
+        ("trace", [0], "integers from 1 to num_recurrences, which is 3"),
+        ("num_recurences", 3, "did you mean 'num_recurrences'?"),
+        ("decoder", "waves", "did you mean 'wave'?"),
+        ("wave", 4, "decoder='plain' has one position in flight"),
+        ("diffusion", {"inner": 2}, "belongs to decoder='diffusion'"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_bad_depth_fields_are_400_and_named(server, path, place, field, value, said):
+    fields = {field: value}
+    body = {**GREEDY, "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    body |= fields if place == "body" else {"vllm_xargs": fields}
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["code"], error["param"], error["type"]) == (400, 400, field, "BadRequestError")
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"])
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_other_routes_take_the_fields_too(server, path, place):
+    def post(**fields):
+        body = {"model": "tiny", "input": "a", "messages": [{"role": "user", "content": "a"}]}
+        if path.endswith("batch"):
+            body["messages"] = [body["messages"]] * 3
+        body |= {
+            "max_output_tokens": 2,
+            "max_tokens": 2,
+            "ignore_eos": True,
+            **(fields if place == "body" else {"vllm_xargs": fields}),
+        }
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+        return json.load(urllib.request.urlopen(call, timeout=60))
+
+    usage = post(num_recurrences=2)["usage"]
+    tokens = 6 if path.endswith("batch") else 2
+    assert usage.get("output_tokens", usage.get("completion_tokens")) == tokens
+    assert usage["recurrences"] == {"mean": 2.0, "total": 2 * tokens}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(exit_rule="nonsense")
+    assert caught.value.code == 400
+    assert "choose from fixed, latent-diff" in json.load(caught.value)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/inference/v1/generate"])
+def test_routes_without_a_place_for_depth_say_so(server, path):
+    def post(**fields):
+        body = {"model": "tiny", "query": "a", "items": ["b"], "label_token_ids": [5, 6], **fields}
+        body |= {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2}}
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+        return json.load(urllib.request.urlopen(call, timeout=60))
+
+    if path == "/generative_scoring":  # the other one wants a server that was started for it
+        assert post(num_recurrences=None)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(num_recurrences=2)
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["param"]) == (400, "num_recurrences")
+    assert f"{path} has no depth fields" in error["message"]
+    assert "use /v1/completions, " in error["message"]
+
+
+def test_who_comes_shortens_the_step_that_runs(server, client):
+    """A step of 16 ticks gives a request of 3 recurrences 5 tokens or 6."""
+
+    def chunks() -> Iterator[int]:
+        body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        told = [0]
+        for chunk in client.completions.create(**body, stream=True, stream_options=options):
+            if chunk.usage.completion_tokens > told[-1]:
+                told.append(chunk.usage.completion_tokens)
+                yield told[-1] - told[-2]
+
+    assert {*list(chunks())[1:-1]} == {5, 6}
+    sizes = []
+    for size in chunks():
+        sizes.append(size)
+        client.completions.create(**{**GREEDY, "max_tokens": 1}, prompt=[4, 5])
+    assert sum(sizes) == 200
+    assert min(sizes[1:-1]) < 5
+
+
+def test_a_client_that_leaves_is_no_error(server):
+    body = json.dumps({**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(server.url).port)) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        time.sleep(0.3)
+
+    def ended() -> bool:
+        with urllib.request.urlopen(server.url + "/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        assert not [line for line in lines if line.startswith("http_requests_total") and 'status="5xx"' in line]
+        return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
+
+    server.wait_until(ended, 60)
+    assert ended()  # whatever the reply became is counted by now
+
+
+def test_prompts_are_scored(client, model):
+    """As evaluation by log-likelihood asks: echo the prompt with its log-probabilities."""
+    prompt = prompts()[3]
+    reply = client.completions.create(model="tiny", prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=1)
+    with torch.no_grad():
+        logits = model[1](torch.tensor([prompt]), num_recurrences=3).logits[0].log_softmax(-1)
+    want = logits[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    assert reply.choices[0].logprobs.token_logprobs[1 : len(prompt)] == pytest.approx(want.tolist(), abs=1e-3)
+
+
+def test_wrong_requests_are_4xx(client):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**{**GREEDY, "model": "other"}, prompt="a")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**{**GREEDY, "max_tokens": 10_000}, prompt="a")
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["sigterm", "ctrl-c"])
+def test_drains_and_leaves_no_process(request, to_group, server, model):
+    """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
+    if to_group:
+        server = Server(model[0], "engine=fixed")
+        request.addfinalizer(server.kill)
+        server.wait_until(server.healthy, 240)
+    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    call = urllib.request.Request(
+        server.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    lines, begun = [], threading.Event()
+
+    def read():
+        with urllib.request.urlopen(call, timeout=60) as reply:
+            for line in reply:
+                lines.append(line)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    assert any("EngineCore" in process for process in server.processes())
+    if to_group:
+        os.killpg(server.process.pid, signal.SIGINT)
+    else:
+        server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises(urllib.error.HTTPError) as refused:  # later ones are not
+        urllib.request.urlopen(call, timeout=60)
+    error = json.load(refused.value)["error"]
+    assert (refused.value.code, error["code"], error["message"]) == (503, 503, "the server is shutting down")
+    assert server.wait_for_end() == 0
+    reader.join()
+    events = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    usage = json.loads(events[-2])["usage"]
+    assert usage["completion_tokens"] == 400
+    assert usage["recurrences"]["mean"] == (1 if to_group else 3)  # the model's, and that of the first server
+
+
+@pytest.mark.parametrize("seconds", [300, 1])
+def test_a_second_signal_or_the_end_of_the_drain_cuts_it_short(request, model, seconds):
+    """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
+    server = Server(model[0], "num_recurrences=8", "ticks=1", f"drain_seconds={seconds}", "--", "--enforce-eager")
+    request.addfinalizer(server.kill)
+    server.wait_until(server.healthy, 240)
+    body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 16}
+    slow = {"temperature": 1, "repetition_penalty": 1.1, "logprobs": 5}  # which the host looks at for every token
+    text = json.dumps(body | slow).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    address = "127.0.0.1", urllib.parse.urlsplit(server.url).port
+    with socket.create_connection(address, 60) as stuck, socket.create_connection(address, 60) as client:
+        stuck.sendall(head.encode() + b"\r\n\r\n{")  # and no more
+        client.sendall(head.encode() + b"\r\n\r\n" + text)
+        heard = b""
+        while not all(b'"index":%d,' % n in heard for n in range(16)):
+            heard += client.recv(1 << 20)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        start = time.monotonic()
+        if seconds > 1:
+            server.process.send_signal(signal.SIGINT)
+        while part := client.recv(1 << 20):
+            heard += part
+        assert server.wait_for_end() == 0
+    assert time.monotonic() - start < 15
+    assert heard.count(b'"finish_reason":"abort"') == 16
+    assert b"data: [DONE]" in heard
+    log = server.log.read_text()
+    assert ("a second signal: open requests are cut off" in log) == (seconds > 1)
+    assert "Traceback" not in log
