@@ -300,8 +300,9 @@ class Engine:
             remaining = self.loop.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 if remaining[row] == 0:
-                    completion = done[running[row][0]]
-                    if completion.tokens and completion.tokens[-1] in requests[running[row][0]].stops:
+                    number, _ = running[row]
+                    completion = done[number]
+                    if completion.tokens and completion.tokens[-1] in requests[number].stops:
                         completion.finish_reason = "stop"
                     completion.passes = int(self.loop.requests.ticks[row])
                     completion.items = int(self.loop.requests.items[row])

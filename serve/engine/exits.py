@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .lanes import Lanes
+
 
 class Rule(NamedTuple):
     """`reads`: nothing, the state, the exit gate, or the logits. The last costs coda and head at every depth."""
@@ -50,17 +52,19 @@ class Readings:
 
 
 class ExitRules:
-    """The rules' memory of all lanes. Each `ring` of the first `own` belong to a row, which has one at a time that is
-    to leave by a rule, unless it runs waves (`alone` is false)."""
+    """The rules' memory of all `lanes`. A row has one at a time that is to leave by a rule, unless it runs waves
+    (`alone` is false)."""
 
-    def __init__(self, lanes: int, own: int, ring: int, alone: bool, vocabulary: int, device: torch.device):
-        number, rows = torch.arange(lanes, device=device), own // ring
-        self.place = torch.where(number < own, number // ring, number - own + rows) if alone else number  # in _log_p
+    def __init__(self, lanes: Lanes, alone: bool, vocabulary: int):
+        count, own, device = len(lanes.row), lanes.own, lanes.row.device
+        self.place = number = torch.arange(count, device=device)  # in _log_p
+        if alone:
+            self.place = torch.where(number < own, number // lanes.ring, number - own + own // lanes.ring)
         self.vocabulary = vocabulary
-        self.entropy = torch.zeros(lanes, device=device)
-        self.best = torch.zeros(lanes, dtype=torch.long, device=device)
-        self.stable = torch.zeros(lanes, dtype=torch.long, device=device)
-        self.stays = torch.zeros(lanes, device=device)  # chance of not having left yet
+        self.entropy = torch.zeros(count, device=device)
+        self.best = torch.zeros(count, dtype=torch.long, device=device)
+        self.stable = torch.zeros(count, dtype=torch.long, device=device)
+        self.stays = torch.zeros(count, device=device)  # chance of not having left yet
         self._log_p = torch.zeros(0, vocabulary, device=device)  # of places from 0 to the last that a rule compared
 
     def begin(self, lanes: torch.Tensor, in_use: set[str]) -> None:

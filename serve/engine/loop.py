@@ -112,8 +112,7 @@ class Loop:
         room = (ticks + policy.depths + 1) * wave  # tokens of a step: each tick puts out a whole wave at most
         self.requests = Requests(rows, length, blocks, room, self.device)
         self.lanes = Lanes(rows, ring, prompt_lanes, hidden, like.dtype, self.device)
-        count, own = len(self.lanes.row), self.lanes.own
-        self.rules = ExitRules(count, own, ring, wave == 1, parts.config.vocab_size, self.device)
+        self.rules = ExitRules(self.lanes, wave == 1, parts.config.vocab_size)
         self.features: dict[int, set[str]] = {}  # by row: its rule, and what else not every request has
         self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
         self.prompt_exit: dict[int, bool] = {}

@@ -103,13 +103,13 @@ class Masked:
         one, other = self.graphs(min(rows, padded(loop.width or rows)), rows)
         self.choose(self)
         known = Note(0, 0, *self.notes.now()[2:])
-        begun, age, ticks, least = False, loop.waited, 0, known.live if loop.eager else 1
+        begun, age, ticks, live = False, loop.waited, 0, known.live
         while ticks < most and known.live and (begun or known.runs or known.waits):
             one()
             ticks += 1
             self.notes.add()
             if ticks > 1:
-                known = self._learn()  # of the pass before the one that is under way
+                known = self._learn(live)  # of the pass before the one that is under way
             waits = known.waits and not begun
             age += bool(waits or known.soonest <= 1 or (begun and loop.in_use["shallow"]))
             idle = not begun and known.latest <= 1
@@ -118,16 +118,17 @@ class Masked:
                 other()
                 loop.counts.reads[rows] += 1
                 age = 0
-            if known.live < least or loop.is_over():
+            if loop.is_over():
                 break
         while len(self.notes):
-            known = self._learn()
+            known = self._learn(live)
         loop.order, loop.unread, loop.waited = None, True, age
-        loop.ended |= known.live < least
         return ticks if known.live else most
 
-    def _learn(self) -> Note:
+    def _learn(self, live: int) -> Note:
+        """What the next pass has done; `live` requests were there before."""
         note, loop = self.notes.next(), self.loop
+        loop.ended |= note.live < live
         loop.counts.passes[note.ran] += 1
         loop.load = [a + b for a, b in zip(loop.load, (1, note.ran, note.exits), strict=True)]
         return note

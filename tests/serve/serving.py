@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -79,3 +80,14 @@ class Server:
             except ProcessLookupError:
                 continue
         self.process.wait()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *settings: str) -> Iterator[Server]:
+    """A server that answers, until the end."""
+    server = Server(folder, *settings)
+    try:
+        server.wait_until(server.healthy, 240)
+        yield server
+    finally:
+        server.kill()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from serve_tiny import GROUPED, RETROFIT, generate, save, source_config, tokenizer
-from serving import Server
+from serving import Server, serving
 from test_soak import metric
 
 from loopwise.serve import Engine
@@ -51,12 +51,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model):
-    started = Server(model[0])
-    try:
-        started.wait_until(started.healthy, 240)
+    with serving(model[0]) as started:
         yield started
-    finally:
-        started.kill()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from serve_tiny import generate, prompts
-from serving import Server
+from serving import Server, serving
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time
@@ -28,12 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(model):
     """A server at R=3 in fp32. The last test of this file ends it."""
-    started = Server(model[0], "num_recurrences=3")
-    try:
-        started.wait_until(started.healthy, 240)
+    with serving(model[0], "num_recurrences=3") as started:
         yield started
-    finally:
-        started.kill()
 
 
 @pytest.fixture(scope="module")

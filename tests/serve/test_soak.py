@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from serve_tiny import GROUPED, RETROFIT, save, source_config
-from serving import Server
+from serving import Server, serving
 
 pytestmark = [
     pytest.mark.slow,
@@ -109,11 +109,8 @@ def metric(server: Server, name: str) -> float:
 def test_thousands_of_requests(policy, tmp_path):
     shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
     save(tmp_path / "tiny", source_config("llama", **GROUPED), **shape)
-    server = Server(
-        tmp_path / "tiny", "--", "--enforce-eager", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60"
-    )
-    try:
-        server.wait_until(server.healthy, 240)
+    flags = "--enforce-eager", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60"
+    with serving(tmp_path / "tiny", "--", *flags) as server:
         asyncio.run(load(server, REQUESTS // 4, 1))  # caches fill
         before = resident(server)
         statuses = asyncio.run(load(server, REQUESTS, 2))
@@ -126,23 +123,17 @@ def test_thousands_of_requests(policy, tmp_path):
         assert metric(server, "vllm:num_requests_waiting{") == 0
         assert metric(server, "vllm:kv_cache_usage_perc{") == 0
         assert resident(server) < before * 1.05 + (32 << 20)
-    finally:
-        server.kill()
 
 
 def test_a_killed_engine_ends_the_server(tmp_path):
     save(tmp_path / "tiny", source_config("llama", **GROUPED), **RETROFIT)
-    server = Server(tmp_path / "tiny", "--", "--enforce-eager")
-    try:
-        server.wait_until(server.healthy, 240)
+    with serving(tmp_path / "tiny", "--", "--enforce-eager") as server:
         engine = next(
             int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_engine_of(server, entry)
         )
         os.kill(engine, signal.SIGKILL)
         assert server.process.wait(60) == 1
         assert "loopwise: error: vLLM's engine died" in server.log.read_text()
-    finally:
-        server.kill()
 
 
 def is_engine_of(server: Server, entry: Path) -> bool:
