@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint import config_fields, read_json
 from ..errors import UserError, reason
+from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from . import mor, reference
 from .architectures import SUPPORTED
@@ -26,7 +27,7 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
     that say how to make one."""
     fields = config_fields(path)
     kind = fields["model_type"]
-    formats = [known for known in FORMATS if known.model_type == kind]
+    formats = [known for known in FORMATS if known.model_type == kind and not find_gguf(path)]
     if formats and kind in SUPPORTED:  # a plain checkpoint, unless its tensors say otherwise
         with RawTensors(path) as raw:
             formats = [known for known in formats if known.mismatch(fields, raw.names()) is None]

@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError, reason
+from ..gguf_source import find_gguf
+from .gguf_tensors import GgufTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +33,12 @@ CARRIED = (  # what travels from the source to the output beside the weights
 
 
 def find_source(source: str, revision: str | None) -> Path:
-    """The local directory of `source`, a directory or a hub id. Raises UserError where there is neither."""
+    """The local directory of `source`, a directory or a hub id; or the GGUF file that it names, as ID:FILE.gguf does.
+
+    Raises UserError where there is none of these.
+    """
     if not source:
-        raise UserError("SOURCE is empty; give the directory of a checkpoint, or a hub id")
+        raise UserError("SOURCE is empty; give the directory of a checkpoint, a GGUF file, or a hub id")
     path = Path(source).expanduser()
     try:
         path.is_dir()
@@ -44,7 +49,11 @@ def find_source(source: str, revision: str | None) -> Path:
             raise UserError(f"revision={revision!r} is for hub sources; {source} is a local directory")
         return path
     if path.exists():
-        raise UserError(f"{source} is a file; give the directory of a checkpoint, or a hub id")
+        if find_gguf(path) is None:
+            raise UserError(f"{source} is a file, and no GGUF; give the directory of a checkpoint, or a hub id")
+        if revision is not None:
+            raise UserError(f"revision={revision!r} is for hub sources; {source} is a local file")
+        return path
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such directory")
     from huggingface_hub import snapshot_download
@@ -152,7 +161,8 @@ class SourceWeights:
     """
 
     def __init__(self, path: Path, model: PreTrainedModel):
-        self.files = weight_files(path)
+        gguf = find_gguf(path)
+        self.files = [gguf] if gguf else weight_files(path)
         self._stack, self._model, self._stored = ExitStack(), model, {}
         self._expected = expected = model.state_dict()
         self._find_tensors(model, expected)
@@ -174,7 +184,12 @@ class SourceWeights:
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        handles = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        handles: list[Any] = [
+            GgufTensors(file, model)
+            if file.suffix == ".gguf"
+            else self._stack.enter_context(safe_open(file, framework="pt"))
+            for file in self.files
+        ]
         raws = [(raw, handle, file) for handle, file in zip(handles, self.files, strict=True) for raw in handle.keys()]  # noqa: SIM118
         for raw, handle, file in sorted(raws, key=lambda found: dot_natural_key(found[0])):
             (name, pattern), stored = rename_source_key(raw, renamings, converters), raw

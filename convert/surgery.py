@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import __version__
 from ..checkpoint import config_fields
 from ..errors import UserError
+from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from .architectures import layer_kinds
@@ -50,14 +51,13 @@ def convert(
     largest difference in logits (float32) between the written model, reloaded, and the source's own layers.
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
-    path = find_source(str(source), recipe.revision)
-    make = _import if is_recurrent(path, recipe) else _convert
-    with make(path, recipe) as made:
+    found = find_source(str(source), recipe.revision)
+    with unpacked(found) as path, _plan(path, recipe) as made:
         facts: dict[str, Any] = {
             "loopwise": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
-            "source": {"id": str(source), "revision": _revision(path, recipe)},
+            "source": {"id": str(source), "revision": _revision(found, recipe)},
             "recipe": recipe.model_dump(exclude_none=True),
             **made.facts,
             **({"router": made.config.router} if made.config.router else {}),
@@ -65,7 +65,7 @@ def convert(
         facts["parameters"]["unique"] = sum(torch.Size(t.shape).numel() for t in made.pending)
         if dry_run:
             return facts
-        with new_directory(Path(out), path, force) as directory:
+        with new_directory(Path(out), found, force) as directory:
             copy_carried(path, directory)
             with hashing(made.files) as hashes:
                 write_weights(made.pending, directory, show_progress)
@@ -88,6 +88,10 @@ class Made:
     facts: dict[str, Any]
     verify: Callable[[Path], float]
     finish: Callable[[Path, dict[str, Any]], None]  # adds to the directory and the facts what writing told
+
+
+def _plan(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Made]:
+    return _import(path, recipe) if is_recurrent(path, recipe) else _convert(path, recipe)
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""GGUF files as sources: which one a path means, and its config and tokenizer as a transformers directory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import INDEX, WEIGHTS
+from .errors import UserError, reason
+from .gguf_header import Header, read_header
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` means: itself, or the only one of a directory without safetensors; else None.
+
+    Raises UserError for a directory with several.
+    """
+    if path.is_file():
+        return path if path.suffix == ".gguf" or _is_gguf(path) else None
+    if (path / WEIGHTS).exists() or (path / INDEX).exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds {len(found)} GGUF files ({', '.join(file.name for file in found)}); "
+            f"give one of them, as {found[0]}"
+        )
+    return found[0] if found else None
+
+
+def _is_gguf(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """`path` itself; where it means a GGUF file, a temporary directory of what transformers saves beside the weights.
+
+    It holds config.json, generation_config.json, the tokenizer with its chat template, and a link to the file. Raises
+    UserError for a file that is no supported model; errors within the block name the file.
+    """
+    file = find_gguf(path)
+    if file is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="loopwise-") as name:
+        directory = Path(name)
+        try:
+            _unpack(file, directory)
+            yield directory
+        except UserError as error:
+            text = str(error).replace(str(directory / file.name), str(file)).replace(str(directory), str(file))
+            raise UserError(text) from error
+
+
+def _unpack(file: Path, directory: Path) -> None:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    from .gguf_config import build_config
+
+    header = read_header(file)
+    link = directory / file.name
+    link.symlink_to(file.resolve())
+    if not isinstance(header.fields.get("tokenizer.ggml.model"), str):
+        raise UserError(f"{file}: it holds no tokenizer; take the safetensors of the model")
+    config = build_config(header, lambda name: read_tensor(header, name).ravel().tolist())
+    try:
+        # The class that AutoTokenizer chooses, which would read the whole vocabulary once more to find it.
+        tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+        tokenizer = tokenizer_class.from_pretrained(directory, gguf_file=link.name, **_ends(header))
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # transformers' and tokenizers' many kinds
+        raise UserError(f"{file}: no tokenizer can be made of it ({reason(error)})") from None
+    config.save_pretrained(directory)
+    GenerationConfig.from_model_config(config).save_pretrained(directory)
+
+
+def _ends(header: Header) -> dict[str, bool]:
+    """The tokens that the tokenizer puts at either end of a text, which transformers' reader leaves out.
+
+    A SentencePiece vocabulary begins texts with bos where the file does not say, as in llama.cpp.
+    """
+    default = {"bos": header.fields["tokenizer.ggml.model"] == "llama", "eos": False}
+    found = {end: header.fields.get(f"tokenizer.ggml.add_{end}_token", default[end]) for end in default}
+    return {f"add_{end}_token": True for end, wanted in found.items() if wanted}
+
+
+def read_tensor(header: Header, name: str) -> Any:
+    """The values of tensor `name`, a float32 array of its shape. Only this tensor is read from the file."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    tensor = header.tensors[name]
+    kind = GGMLQuantizationType(tensor.type)
+    elements, size = GGML_QUANT_SIZES[kind]
+    rows = (*tensor.shape[:-1], tensor.shape[-1] // elements * size)
+    data = numpy.memmap(header.file, mode="r", dtype=numpy.uint8, offset=tensor.start, shape=rows)
+    values = dequantize(data, kind)
+    return values if values.flags.writeable else values.copy()  # a view of the mapped file, of float32
