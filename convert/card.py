@@ -18,8 +18,9 @@ def model_card(facts: dict[str, Any], config: Any) -> str:
         if facts["max_dlogit"] is None
         else f"Verified after writing: max |dlogit| {facts['max_dlogit']:.3g} (float32) against the source's layers."
     )
-    front = {"library_name": "transformers", "tags": ["recurrent-depth", "loopwise"], "base_model": source}
-    if source.startswith(("/", ".", "~")):
+    base, _, file = source.partition(":")  # of a GGUF file on the hub: ID:FILE
+    front = {"library_name": "transformers", "tags": ["recurrent-depth", "loopwise"], "base_model": base}
+    if source.startswith(("/", ".", "~")) or (source.endswith(".gguf") and not file):
         del front["base_model"]
     return f"""---
 {yaml.safe_dump(front).strip()}

@@ -54,16 +54,25 @@ def find_source(source: str, revision: str | None) -> Path:
         if revision is not None:
             raise UserError(f"revision={revision!r} is for hub sources; {source} is a local file")
         return path
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    repository, _, file = source.partition(":")
+    if source.startswith(("/", ".", "~")) or repository.count("/") > 1:
         raise UserError(f"{source}: no such directory")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
+        if file.endswith(".gguf"):
+            return Path(hf_hub_download(repository, file, revision=revision))
         patterns = ["*.json", "*.safetensors", *CARRIED, "additional_chat_templates/*"]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if any(path.glob("*.safetensors")):
+            return path
+        stored = HfApi().list_repo_files(source, revision=revision)
     except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(f"{source}: no such directory, and the hub does not give it{at} ({reason(error)})") from None
+    if files := [name for name in stored if name.endswith(".gguf")]:
+        raise UserError(f"{source} holds GGUF files; name the one to take: {', '.join(f'{source}:{n}' for n in files)}")
+    return path
 
 
 def read_config(path: Path) -> Any:

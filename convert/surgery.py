@@ -230,4 +230,7 @@ def _save_config(config: RecurrentDepthConfig, directory: Path) -> None:
 
 def _revision(path: Path, recipe: ConvertRecipe) -> str | None:
     """The commit of a hub snapshot, else the revision asked for."""
-    return path.name if path.parent.name == "snapshots" else recipe.revision
+    for folder in (path, *path.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.name
+    return recipe.revision

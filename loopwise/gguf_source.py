@@ -59,20 +59,18 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 def _unpack(file: Path, directory: Path) -> None:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from .gguf_config import build_config
 
     header = read_header(file)
     link = directory / file.name
     link.symlink_to(file.resolve())
+    config = build_config(header, lambda name: read_tensor(header, name).ravel().tolist())
     if not isinstance(header.fields.get("tokenizer.ggml.model"), str):
         raise UserError(f"{file}: it holds no tokenizer; take the safetensors of the model")
-    config = build_config(header, lambda name: read_tensor(header, name).ravel().tolist())
     try:
-        # The class that AutoTokenizer chooses, which would read the whole vocabulary once more to find it.
-        tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
-        tokenizer = tokenizer_class.from_pretrained(directory, gguf_file=link.name, **_ends(header))
+        # Of the class that keeps to tokenizer.json: an architecture's own, once loaded again, splits text its own way.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=link.name, **_ends(header))
         tokenizer.save_pretrained(directory)
     except Exception as error:  # transformers' and tokenizers' many kinds
         raise UserError(f"{file}: no tokenizer can be made of it ({reason(error)})") from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from loopwise.arguments import RecipeParser
 from loopwise.errors import UserError
+from loopwise.gguf_source import find_gguf, unpacked
 from loopwise.quiet import quiet
 from loopwise.recipe import load_recipe
 
@@ -17,9 +19,8 @@ from .recipe import Data, Evaluate
 
 def main(argv: list[str]) -> int:
     """Measure and print."""
-    parser = RecipeParser(
-        "eval", {"model": "model directory or hub id"}, Evaluate, "Held-out loss per token at several recurrences."
-    )
+    operands = {"model": "model directory, hub id, or GGUF file"}
+    parser = RecipeParser("eval", operands, Evaluate, "Held-out loss per token at several recurrences.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse(argv)
     recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
@@ -34,6 +35,14 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     Returns {"model", "parameters", "data", "tokens", "results": [{"num_recurrences", "loss", "perplexity"}]};
     `num_recurrences` is None for a plain model. Raises UserError for bad input.
     """
+    if find_gguf(Path(model)) is None:
+        return _evaluate(model, recipe)
+    quiet()
+    with unpacked(Path(model)) as directory:
+        return {**_evaluate(str(directory), recipe), "model": model}
+
+
+def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 

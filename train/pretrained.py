@@ -12,17 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
+from loopwise.gguf_source import find_gguf
 from loopwise.model import RecurrentDepthConfig
 
 
 def load_config(model: str, revision: str | None) -> Any:
-    """The config of `model`, a directory or a hub id. Raises UserError where it is neither, or holds no safetensors."""
+    """The config of `model`, a directory or a hub id. Raises UserError where it is neither, or holds no weights."""
     path = Path(model)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"revision={revision!r} is for hub models; {model} is a local directory")
         config_fields(path)
-        weight_files(path)
+        if find_gguf(path) is None:
+            weight_files(path)
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model}: no such model directory")
     with _told(model):
@@ -39,9 +41,13 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     """The causal language model in float32. Raises UserError for damaged or missing weights: none is left random."""
+    gguf = find_gguf(Path(model))
     with _told(model):
+        kind: dict[str, Any] = {"use_safetensors": True}
+        if gguf:
+            kind = {"gguf_file": gguf.name, "config": AutoConfig.from_pretrained(model)}
         result: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            model, revision=revision, dtype=torch.float32, output_loading_info=True, **kind
         )
     loaded, info = result
     if missing := sorted(info["missing_keys"]):

@@ -20,6 +20,7 @@ import yaml
 from loopwise import __version__
 from loopwise.directory import beside, restore, settle
 from loopwise.errors import UserError, reason, unknown
+from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
 
 from . import data, stream
@@ -83,6 +84,10 @@ def prepare(
     """
     from .pretrained import load_config, load_tokenizer
 
+    if gguf := find_gguf(Path(model)):
+        raise UserError(
+            f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
+        )
     quiet()
     if any(out.parent.glob(f".{glob.escape(out.name)}.old-*")) and not _begun(out):
         shutil.rmtree(out, ignore_errors=True)  # killed before it had anything to keep, and what it replaced is there
