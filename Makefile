@@ -1,5 +1,5 @@
-# Targets: setup, demo, test, test-slow, test-vllm, results-train, lint, wheel, clean. All but test-vllm work in .venv, which
-# the first of them creates.
+# Targets: setup, demo, test, test-slow, test-real, test-vllm, results-train, lint, wheel, clean. All but test-vllm work in
+# .venv, which the first of them creates.
 #
 # make demo TEXT=my/files OUT=folder    the main job, on your own text
 # make test ARGS="-k identity -x"       options for pytest
@@ -20,7 +20,7 @@ WORKERS ?= 2
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: deps setup demo test test-slow test-vllm results-train lint wheel clean
+.PHONY: deps setup demo test test-slow test-real test-vllm results-train lint wheel clean
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -62,6 +62,10 @@ test: lint
 # What takes minutes a test: every launcher, many kills.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+
+# What runs on a real model, SmolLM2-135M-Instruct: downloaded once into the user's cache, or LOOPWISE_SMOLLM2=its.gguf.
+test-real: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m real $(ARGS)
 
 # The comparisons with transformers on another release of vLLM, in an environment of its own: make test-vllm VLLM=0.31.0
 # It has the pinned packages, but for those of which that release wants other versions.
