@@ -14,7 +14,10 @@ from .recipe import ConvertRecipe
 
 def main(argv: list[str]) -> int:
     """Parse, convert, print the plan and what was verified. Returns the exit code."""
-    operands = {"source": "directory of a transformers checkpoint, or a hub id", "out": "directory to write"}
+    operands = {
+        "source": "directory of a transformers checkpoint, a GGUF file, or a hub id",
+        "out": "directory to write",
+    }
     parser = RecipeParser(
         "convert", operands, ConvertRecipe, "Convert a pretrained decoder into a recurrent-depth model."
     )

@@ -175,7 +175,7 @@ class ConvertRecipe(Section):
     )
     exit: Exit | None = Field(None, description="the exit rule that serving uses by default")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="of the weights (default: the source's)"
+        None, description="of the weights (default: the source's; of a GGUF file float32)"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
     seed: Integer = Field(

@@ -45,7 +45,7 @@ def convert(
     dry_run: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Convert the checkpoint `source` (a directory or a hub id) into a recurrent-depth checkpoint at `out`.
+    """Convert the checkpoint `source` (a directory, GGUF file or hub id) into a recurrent-depth checkpoint at `out`.
 
     `out` appears complete or not at all. Returns the facts that `loopwise.json` records, `max_dlogit` among them: the
     largest difference in logits (float32) between the written model, reloaded, and the source's own layers.
