@@ -65,6 +65,7 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
             "core": list(range(sizes[0], sizes[0] + sizes[1])),
             "coda": list(range(sizes[0] + sizes[1], sum(sizes))),
             "num_recurrences": fields["mean_recurrence"],
+            "trained_recurrences": _trained(fields),
             "injection": "linear",
             "state_init": "normal" if std else "zeros",
             "state_std": std * scale or 1.0,
@@ -110,6 +111,15 @@ def _raven(fields: dict[str, Any], norms: dict[str, str], source: Any, order: to
         imported.copy("source.lm_head.weight", "lm_head.weight")
     imported.ignored.add("freqs_cis")
     return imported
+
+
+def _trained(fields: dict[str, Any]) -> dict[str, int] | None:
+    """The recurrences of training, from the mean of Huginn's sampler: 99.9 % of its draws are within 4 times the mean.
+    Of another sampler nothing is known."""
+    if not str(fields.get("sampling_scheme", "poisson-lognormal")).startswith("poisson-lognormal"):
+        return None
+    mean = fields["mean_recurrence"]
+    return {"mean": mean, "min": 1, "max": max(8, 4 * mean)}
 
 
 def _sizes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +200,13 @@ def _ouro(fields: dict[str, Any], raw: RawTensors) -> Imported:
     source = SandwichConfig(
         **{key: fields[key] for key in keys if fields.get(key) is not None}, **tokens, rope_parameters=_rope(fields)
     )
+    steps = fields.get("total_ut_steps", 4)  # of training, too: its loss reads out every one of them
     imported = Imported(
         {
             "source_config": source,
             "core": list(range(source.num_hidden_layers)),
-            "num_recurrences": fields.get("total_ut_steps", 4),
+            "num_recurrences": steps,
+            "trained_recurrences": {"mean": steps, "min": 1, "max": steps},
             "recurrence_norm": "between",
             "exit_gate": True,
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
+from ..trained import trained_at
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
@@ -75,6 +76,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "router": config.router,
         "num_recurrences": config.num_recurrences,
         "max_recurrences": config.max_recurrences,
+        "trained_recurrences": config.trained_recurrences,
         "parameters": {
             "unique": total,
             **counts,
@@ -135,6 +137,7 @@ def table(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['model']}: recurrent-depth {facts['source']}, R={facts['num_recurrences']} by default, "
         f"served up to {facts['max_recurrences']}",
+        f"trained at {trained_at(trained) if (trained := facts['trained_recurrences']) else 'no recurrences known'}",
         *(
             f"{part:<9} layers {' '.join(map(str, facts[part])) or 'none':<28} {sizes[part]:>15,} parameters"
             for part in ("prelude", "core", "coda")

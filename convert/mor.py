@@ -95,6 +95,7 @@ def _layers(fields: dict[str, Any], raw: RawTensors, places: _Places) -> Importe
             "core": list(range(len(prelude), len(prelude) + width)),
             "coda": [source.num_hidden_layers - 1] * len(coda),
             "num_recurrences": depths,
+            "trained_recurrences": {"mean": depths, "min": depths, "max": depths},
         }
     )
     parts = [*_PARTS, *(part.replace("weight", "bias") for part in _PARTS if _has_bias(source, part))]

@@ -34,6 +34,7 @@ KINDS: dict[str, type | tuple] = {  # of config.json's fields; (kind, None): nul
     "router": (dict, None),
     "kv_policy": str,
     "exit": (dict, None),
+    "trained_recurrences": (dict, None),
     "quantization_config": (dict, None),
 }
 EXIT_KINDS: dict[str, type | tuple] = {"rule": str, "threshold": (float, None), "min_recurrences": int}

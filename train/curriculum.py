@@ -99,6 +99,12 @@ class Curriculum:
         most = None if self.backprop is None else min(self.backprop.top, self.cap)
         return Depth(self.cap, most)
 
+    def trained(self) -> dict[str, int]:
+        """`trained_recurrences` of the config of a model that was trained so: the last mean, and the bounds of R."""
+        fixed = self.sampler == "fixed"
+        least = min([self.mean.at(0), *(value for _, value in self.mean.values)]) if fixed else self.min
+        return {"mean": min(max(self.mean.end, least), self.cap), "min": least, "max": self.cap}
+
     def at(self, step: int) -> Depth:
         """R and the number of recurrences with gradient of optimiser step `step`, counted from 0."""
         depth = self._sample(self.mean.at(step), *uniforms(self.seed, step))

@@ -13,6 +13,7 @@ from loopwise.errors import UserError
 from loopwise.gguf_source import find_gguf, unpacked
 from loopwise.quiet import quiet
 from loopwise.recipe import load_recipe
+from loopwise.trained import beyond_trained
 
 from .recipe import Data, Evaluate
 
@@ -57,6 +58,8 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
             f"num_recurrences={recipe.num_recurrences}: {model} is a plain {config.model_type}, without recurrence"
         )
     depths = recipe.num_recurrences or [config.num_recurrences if is_recurrent(config) else None]
+    if is_recurrent(config) and (said := beyond_trained(config.trained_recurrences, depths)):
+        print(said, file=sys.stderr)
     check_length("sequence_length", recipe.sequence_length, model, config)
     blocks = _blocks(model, recipe)
     check_vocabulary(model, config, int(blocks.tokens.max()))

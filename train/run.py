@@ -205,6 +205,8 @@ def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: P
     shutil.rmtree(partial, ignore_errors=True)
     if trainer.recipe.adapters:
         state = adapters.merged(state, trainer.recipe.adapters)
+    if trainer.curriculum:
+        trainer.trained.config.trained_recurrences = trainer.curriculum.trained()
     with written(partial, "the trained model"):
         write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
         write_card(partial, model, trainer.recipe, trainer)

@@ -58,6 +58,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
             (its own; those of a position that left earlier are the last that it had), `single` (one slot, overwritten),
             `first` (those of the first recurrence) or `modulo-k` (depth mod k).
         exit (`dict`, *optional*): the exit rule that serving uses by default: `rule`, `threshold`, `min_recurrences`.
+        trained_recurrences (`dict`, *optional*): the numbers of recurrences that the model was trained at: `mean`,
+            `min`, `max`. None where nothing is known of it.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
     Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
@@ -92,6 +94,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     router: dict[str, Any] | None = None
     kv_policy: str = "per-depth"
     exit: dict[str, Any] | None = None
+    trained_recurrences: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -176,6 +179,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
             raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
         if not 0 < self.halting_epsilon < 1:
             raise ValueError(f"halting_epsilon={self.halting_epsilon}: a number between 0 and 1")
+        if self.trained_recurrences is not None:
+            _check_trained(self.trained_recurrences)
 
     def __getattr__(self, name):
         source = None if name.startswith("_") else self.__dict__.get("source_config")
@@ -248,3 +253,17 @@ class RecurrentDepthConfig(PreTrainedConfig):
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
         return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)
+
+
+def _check_trained(given: Any) -> None:
+    """Raise ValueError unless these are the numbers of recurrences that a model can have been trained at."""
+    rule = (
+        f"trained_recurrences={given!r}: null, or an object of numbers with 1 <= min <= mean <= max, min and max whole"
+    )
+    kinds = {"mean": (int, float), "min": (int,), "max": (int,)}
+    if not isinstance(given, dict) or given.keys() != kinds.keys():
+        raise ValueError(rule)
+    if any(type(given[name]) not in kind for name, kind in kinds.items()):
+        raise ValueError(rule)
+    if not 1 <= given["min"] <= given["mean"] <= given["max"]:
+        raise ValueError(rule)

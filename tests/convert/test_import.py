@@ -67,6 +67,7 @@ def test_ouro_has_its_exit_gates_and_the_right_special_tokens(tmp_path):
         out = model(want["ids"], num_recurrences=4, output_states=True)
     torch.testing.assert_close(out.exit_logits, want["gates_4"], rtol=0, atol=1e-5)
     assert model.config.exit == {"rule": "gate", "threshold": 0.75}
+    assert model.config.trained_recurrences == {"mean": 4, "min": 1, "max": 4}
     for found in (model.config, model.generation_config):
         assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
 
@@ -75,6 +76,7 @@ def test_what_the_checkpoint_says_is_kept(tmp_path):
     config = imported("huginn", tmp_path).config
     assert (config.num_recurrences, config.state_init, config.recurrence_norm) == (4, "normal", "last")
     assert config.state_std == pytest.approx((2 / 5) ** 0.5)  # sqrt(2 / (5 d)) times sqrt(d)
+    assert config.trained_recurrences == {"mean": 4, "min": 1, "max": 16}
     (tmp_path / "llama").mkdir()
     config = imported("llama", tmp_path / "llama").config
     assert config.source_config.rope_parameters["rope_theta"] == 500000.0  # not rope_base

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
-from loopwise.convert.inspection import inspect
+from loopwise.convert.inspection import inspect, table
 from loopwise.recipe import validate
 from tests.tiny import VOCAB, save_source
 
@@ -37,7 +37,13 @@ def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):
     once = sum(p.numel() for p in [*model.prelude.parameters(), *model.coda.parameters()]) + VOCAB * 64
     assert facts["flops_per_token"]["2"] == 2 * (once + 2 * core)
     assert main(["inspect", str(tmp_path / "model")]) == 0
-    assert "served up to 8" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "served up to 8" in shown
+    assert "trained at no recurrences known" in shown
+    fields = json.loads((tmp_path / "model" / "config.json").read_text())
+    fields["trained_recurrences"] = {"mean": 4.5, "min": 1, "max": 16}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    assert "trained at 1 to 16 recurrences (mean 4.5)" in table(inspect(tmp_path / "model"))
     assert main(["inspect", str(tmp_path / "source")]) == 2
 
 

@@ -360,6 +360,11 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"exit": {"rule": "gate"}}, "no exit gate"),
         ({"router": {"kind": "token"}, "recurrence_norm": "between"}, "goes with no router"),
         ({"exit": {"rule": "kl", "min_recurrences": 9}}, "1 to max_recurrences=8"),
+        ({"trained_recurrences": {"mean": 4, "max": 8}}, "1 <= min <= mean <= max"),
+        ({"trained_recurrences": {"mean": 9.0, "min": 1, "max": 8}}, "'mean': 9.0"),
+        ({"trained_recurrences": {"mean": 4, "min": 1.0, "max": 8}}, "min and max whole"),
+        ({"trained_recurrences": {"mean": True, "min": 1, "max": 8}}, "'mean': True"),
+        ({"trained_recurrences": 8}, "trained_recurrences=8"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(fields, said):

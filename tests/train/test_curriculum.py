@@ -53,6 +53,14 @@ def curricula(draw) -> Curriculum:
     )
 
 
+@given(curricula())
+def test_what_a_model_was_trained_at(curriculum):
+    trained = curriculum.trained()
+    assert 1 <= trained["min"] <= trained["mean"] <= trained["max"] == curriculum.cap
+    for step in range(0, curriculum.mean.steps, 97):
+        assert trained["min"] <= curriculum.at(step).num_recurrences <= trained["max"]
+
+
 @given(curricula(), st.data())
 def test_depth_is_pure_and_within_bounds(curriculum, data):
     step = data.draw(st.integers(0, curriculum.mean.steps - 1))

@@ -116,7 +116,8 @@ def test_the_model_that_a_run_leaves(recurrent, command, tmp_path, capsys):
     for read, dtype in ((config, "bfloat16"), (before, "float32")):
         assert read.pop("dtype") == dtype
         read["source_config"].pop("dtype")
-    assert config == before
+    trained = {"trained_recurrences": {"mean": 3, "min": 1, "max": 12}}
+    assert config == {**before, **trained}
     assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(recurrent).chat_template
     facts = json.loads((out / "loopwise.json").read_text())
     assert facts["held_out_loss"].keys() == {"eval_loss_r1", "eval_loss_r3"}
@@ -168,6 +169,19 @@ def test_eval_is_the_mean_loss_per_token(recurrent, corpus, tokenizer, capsys):
         logits = model(input_ids=batch, num_recurrences=3, use_cache=False).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     assert table.splitlines()[-1].split()[:2] == ["3", f"{expected:.4f}"]
+
+
+def test_eval_warns_once_beyond_the_trained_depths(tokenizer, corpus, tmp_path, capsys):
+    trained = {"mean": 3, "min": 1, "max": 4}
+    model = save_recurrent(tmp_path / "model", tokenizer, trained_recurrences=trained)
+    for depths, said in (
+        ("3,4", ""),
+        ("4,5,9", "warning: num_recurrences=5, 9: this model was trained at 1 to 4 recurrences (mean 3)"),
+    ):
+        run(["eval", str(model), f"data={corpus}", "sequence_length=32", f"num_recurrences={depths}"])
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "trained at" in line]
+        assert len(warnings) == bool(said)
+        assert all(line.startswith(said) for line in warnings)
 
 
 def test_a_plain_model_trains_too(plain, command, tmp_path, capsys):
