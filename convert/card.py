@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from .agreement import shown
 from .inspection import describe
 
 
@@ -13,10 +14,12 @@ def model_card(facts: dict[str, Any], config: Any) -> str:
     """README.md of a converted checkpoint, from the facts of loopwise.json."""
     source = facts["source"]["id"]
     plan, size = facts["plan"], facts["parameters"]
+    found = facts["max_dlogit_by_dtype"]
+    against = f"the formulas of {facts['format']}" if "format" in facts else "the source's layers"
     checked = (
-        "**Not verified**: converted with --no-verify."
-        if facts["max_dlogit"] is None
-        else f"Verified after writing: max |dlogit| {facts['max_dlogit']:.3g} (float32) against the source's layers."
+        f"Verified after writing, against {against}: {shown(found)}."
+        if found
+        else "**Not verified**: converted with --no-verify."
     )
     base, _, file = source.partition(":")  # of a GGUF file on the hub: ID:FILE
     front = {"library_name": "transformers", "tags": ["recurrent-depth", "loopwise"], "base_model": base}

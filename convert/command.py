@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
 
     from ..quiet import quiet
+    from .agreement import shown
     from .surgery import convert
 
     quiet()
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print("dry run: nothing written")
     else:
-        dlogit = facts["max_dlogit"]
-        verified = "not verified" if dlogit is None else f"verified, max |dlogit| {dlogit:.3g}"
+        found = facts["max_dlogit_by_dtype"]
+        verified = f"verified, {shown(found)}" if found else "not verified"
         print(f"written: {args.out} ({verified})")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def main(argv: list[str]) -> int:
 
     quiet()
     with ended_by_sigterm():
-        difference = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
-    verified = "not verified" if difference is None else f"verified, max |dlogit| {difference:.3g}"
+        found = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
+    from .agreement import shown
+
+    verified = f"verified, {shown(found)}" if found else "not verified"
     print(f"written: {args.out} ({verified})")
     return 0
 
@@ -42,12 +45,12 @@ def export(
     force: bool = False,
     check: bool = True,
     show_progress: bool = False,
-) -> float | None:
+) -> dict[str, float] | None:
     """Write `model` at R = `unroll` as layers prelude, R x core, coda of a plain model of the source architecture.
 
-    Returns the largest difference in logits between the written model, reloaded, and `model` at that R; None
-    without `check`. Raises UserError for what the source architecture cannot express: an injection, a state that does
-    not start as the input.
+    Returns the largest difference in logits between the written model, reloaded, and `model` at that R, by the dtype
+    in which both computed them; None without `check`. Raises UserError for what the source architecture cannot express:
+    an injection, a state that does not start as the input.
     """
     import torch
 
@@ -104,23 +107,57 @@ def export(
             copy_carried(path, directory)
             write_weights(tensors, directory, show_progress)
             target.save_pretrained(directory)
-            return _verify(path, directory, unroll, config) if check else None
+            return _verify(path, directory, unroll, config, target, layers) if check else None
 
 
-def _verify(path: Path, directory: Path, unroll: int, config: Any) -> float:
-    """Largest difference in logits between the two checkpoints. Raises UserError where it is more than rounding: with
-    LoRA, of the merged weights."""
+def _verify(path: Path, directory: Path, unroll: int, config: Any, target: Any, layers: str) -> dict[str, float]:
+    """Largest difference in logits between the two checkpoints, by the dtype in which it was computed.
+
+    Every tensor is compared with that of MODEL, a merged one with the merged weight rounded as on writing. Without LoRA
+    the logits are to agree as `agreement` says. With it they do before merged weights are rounded; what is returned
+    then is what that rounding does. Raises UserError where something else makes the two differ.
+    """
     import torch
 
-    from .verify import TOLERANCE, difference, reloaded, sample
+    from .agreement import Logits, agreement, in_double
+    from .double import Double
+    from .expected import check_equal
+    from .relax import at_depth
+    from .source import empty_model
+    from .stream import streamed
+    from .verify import reloaded, sample
 
-    dtype = torch.float32 if config.relaxation else None
-    with reloaded(path, dtype) as (want, _), reloaded(directory, dtype) as (got, _), torch.no_grad():
-        ids, mask = sample(config, seed=0)
-        a = want(ids, attention_mask=mask, num_recurrences=unroll, use_cache=False).logits
-        b = got(ids, attention_mask=mask, use_cache=False).logits
-        tolerance = 0.0
-        if config.relaxation:
-            rounding = 8 * torch.finfo(config.dtype).eps * a.abs().max().item()
-            tolerance = max(TOLERANCE, 0 if config.dtype == torch.float32 else rounding)
-        return difference(b, a, mask, "the plain model", tolerance)
+    ids, mask = sample(config, seed=0)
+    places, what = config.order(unroll), f"the plain model and MODEL at {unroll} recurrences"
+
+    def expected(weights: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if not name.startswith(f"{layers}."):
+            return weights.read(f"source.{name}")
+        number, _, suffix = name.removeprefix(f"{layers}.").partition(".")
+        part, n, depth = places[int(number)]
+        return at_depth(weights, part, n, suffix, depth, dtype)
+
+    def run(model: Any, **options: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, use_cache=False, **options).logits[mask.bool()]
+
+    def logits(dtype: torch.dtype) -> Iterator[Logits]:
+        with reloaded(path, dtype) as (model, _), reloaded(directory, dtype) as (plain, _):
+            yield Logits(what, run(plain), run(model, num_recurrences=unroll))
+
+    def unrounded(dtype: torch.dtype) -> Iterator[Logits]:
+        with reloaded(path, dtype) as (model, weights):
+            plain = streamed(lambda: empty_model(target), lambda name: expected(weights, name, dtype), dtype)
+            yield Logits(f"{what}, before rounding,", run(plain), run(model, num_recurrences=unroll))
+
+    with reloaded(path) as (_, weights), reloaded(directory) as (_, written):
+        for name in written.names():
+            want = expected(weights, name, torch.float32)
+            inside = name.startswith(f"{layers}.")
+            check_equal(name, written.read(name), want.to(config.dtype) if inside else want)
+    if not config.relaxation:
+        return agreement(logits, config.dtype)
+    in_double(unrounded)
+    with Double():
+        (pair,) = logits(torch.float64)
+    return {"float64": (pair.got - pair.want).abs().max().item()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from . import mor, reference
+from .agreement import Logits, in_double
 from .architectures import SUPPORTED
+from .double import Double
+from .expected import check_equal
 from .formats import FORMATS, Format
 from .raw import Imported, RawTensors, Transform
 from .recipe import ConvertRecipe
-from .verify import DEPTH, difference, reloaded, sample
+from .verify import DEPTH, reloaded, sample
 from .write import Pending
 
 
@@ -128,32 +132,47 @@ def _make(raw: RawTensors, sources: list[str], change: Transform) -> torch.Tenso
 
 
 def verify_import(
-    directory: Path, kind: Format, fields: dict[str, Any], raw: RawTensors, config: Any, dtype: torch.dtype | None
-) -> float:
+    directory: Path,
+    kind: Format,
+    fields: dict[str, Any],
+    raw: RawTensors,
+    config: Any,
+    pending: list[Pending],
+    dtype: torch.dtype | None,
+) -> dict[str, float]:
     """Largest difference between the logits of the written model, reloaded, and of the format's own formulas on the
-    checkpoint's own tensors, in float32, at one recurrence and at the model's R (at most DEPTH), from a random state;
-    with a router, at its R.
+    checkpoint's own tensors, both in float64, at one recurrence and at the model's R (at most DEPTH), from a random
+    state; with a router, at its R.
 
-    Raises UserError above the tolerance.
+    Raises UserError where the two differ by more than rounding, where logits are not finite in the checkpoint's dtype,
+    and where a tensor is not the one that was to be written.
     """
     ids, _ = sample(config, 0)
     ids = ids[:, :16]
-    state = torch.randn(*ids.shape, config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
-    state = state if config.injection != "none" else None
+    noise = torch.randn(*ids.shape, config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
+    depths = {config.num_recurrences} if config.router else {1, min(config.num_recurrences, DEPTH)}
 
     def read(name: str) -> torch.Tensor:
-        tensor = raw.read(name)
-        return (tensor.to(dtype) if dtype else tensor).float()
+        with Double.off():
+            tensor = raw.read(name)
+            return (tensor.to(dtype) if dtype else tensor).double()
 
-    worst = 0.0
-    with reloaded(directory, torch.float32) as (model, _), torch.no_grad():
-        depths = {config.num_recurrences} if config.router else {1, min(config.num_recurrences, DEPTH)}
-        for depth in sorted(depths):
-            if config.router:
-                want = mor.logits(config.source_config, config.router, raw.names(), read, ids)
-            else:
-                want = reference.logits(kind.name, config.source_config, fields, read, ids, depth, state)
-            got = model(ids, num_recurrences=depth, initial_state=state, use_cache=False).logits
-            what = f"at {depth} recurrences the imported model"
-            worst = max(worst, difference(got, want, torch.ones_like(ids), what))
-    return worst
+    with reloaded(directory) as (model, written), torch.no_grad():
+        for tensor in pending:
+            check_equal(tensor.name, written.read(tensor.name), tensor.make().to(tensor.dtype))
+        if not model(ids, num_recurrences=max(depths), use_cache=False).logits.isfinite().all():
+            raise UserError(f"verification failed: logits are not finite in {model.dtype}; nothing was written")
+
+    def logits(dtype: torch.dtype) -> Iterator[Logits]:
+        state = noise.to(dtype) if config.injection != "none" else None
+        with reloaded(directory, dtype) as (model, _), torch.no_grad():
+            for depth in sorted(depths):
+                if config.router:
+                    want = mor.logits(config.source_config, config.router, raw.names(), read, ids)
+                else:
+                    want = reference.logits(kind.name, config.source_config, fields, read, ids, depth, state)
+                got = model(ids, num_recurrences=depth, initial_state=state, use_cache=False).logits
+                what = f"at {depth} recurrences the imported model, reloaded, and the formulas of {kind.name}"
+                yield Logits(what, got.flatten(0, 1), want.flatten(0, 1))
+
+    return {"float64": max((pair.got - pair.want).abs().max().item() for pair in in_double(logits))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,35 +128,60 @@ class LowRank:
 
 
 def truncated_svd(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [out, r] = U_r S_r and A [r, in] = V_r^T of `change` [out, in]: the scale is exactly 1 (arXiv 2410.20672, 2.3).
+    """B [out, r] = U_r S_r = dW V_r and A [r, in] = V_r^T of dW = `change` [out, in]: the scale is exactly 1 (arXiv
+    2410.20672, section 2.3).
 
     Large matrices: randomized (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1), with 16 more directions than
     `rank` and four power iterations.
     """
     if min(change.shape) <= EXACT_UP_TO or 4 * rank > min(change.shape):
-        u, s, v = torch.linalg.svd(change, full_matrices=False)
-        return u[:, :rank] * s[:rank], v[:rank]
+        with one_thread():
+            a = torch.linalg.svd(change, full_matrices=False)[2][:rank]
+        return change @ a.T, a
     basis = change @ torch.randn(change.shape[1], rank + 16, generator=generator)
     for _ in range(4):
         basis = change @ torch.linalg.qr(change.T @ torch.linalg.qr(basis).Q).Q
     basis = torch.linalg.qr(basis).Q
-    u, s, v = torch.linalg.svd(basis.T @ change, full_matrices=False)
-    return basis @ u[:, :rank] * s[:rank], v[:rank]
+    a = torch.linalg.svd(basis.T @ change, full_matrices=False)[2][:rank]
+    return change @ a.T, a
 
 
-def merged(weights: SourceWeights, n: int, path: str, depth: int, matrix: torch.Tensor) -> torch.Tensor:
-    """The weight `matrix` of module `path` of core layer n, as it stands on disk, with its LoRA at `depth`, float32."""
-    a, b = (weights.read(f"relaxation.{n}.{path}.lora_{factor}")[depth].float() for factor in "AB")
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes in one thread. LAPACK gains little by more, and where another process holds a core,
+    threads that wait for each other at every step take several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_matrix(values: torch.Tensor, transposed: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight as the matrix [out, in] in `dtype`, which may stand on disk as [in, out]."""
+    return (values.T if transposed else values).to(dtype)
+
+
+def merged(
+    weights: SourceWeights, n: int, path: str, depth: int, matrix: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The weight `matrix` of module `path` of core layer n, as it stands on disk, with its LoRA at `depth`, computed
+    in `dtype`."""
+    a, b = (weights.read(f"relaxation.{n}.{path}.lora_{factor}")[depth].to(dtype) for factor in "AB")
     transposed = weights.is_transposed(f"core.{n}.{path}")
-    result = (matrix.T if transposed else matrix).float() + b @ a
+    result = as_matrix(matrix, transposed, dtype) + b @ a
     magnitude = f"relaxation.{n}.{path}.dora_magnitude"
     if magnitude in weights.names():
-        result = result * (weights.read(magnitude)[depth].float() / result.norm(dim=1))[:, None]
+        result = result * (weights.read(magnitude)[depth].to(dtype) / result.norm(dim=1))[:, None]
     return result.T if transposed else result
 
 
-def at_depth(weights: SourceWeights, part: str, n: int, suffix: str, depth: int) -> torch.Tensor:
-    """Parameter `suffix` of layer n of that part of a recurrent-depth checkpoint, as it is at `depth`."""
+def at_depth(
+    weights: SourceWeights, part: str, n: int, suffix: str, depth: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Parameter `suffix` of layer n of that part of a recurrent-depth checkpoint, as it is at `depth`; with its LoRA,
+    in `dtype`."""
     relaxation = weights.config.relaxation
     if part != "core" or not relaxation:
         return weights.read(f"{part}.{n}.{suffix}")
@@ -163,4 +189,4 @@ def at_depth(weights: SourceWeights, part: str, n: int, suffix: str, depth: int)
     if suffix in relaxation["own"]:
         return weights.read(f"relaxation.{n}.{suffix}")[depth]
     tied = weights.read(f"core.{n}.{suffix}")
-    return merged(weights, n, path, depth, tied) if path in relaxation["rank"] else tied
+    return merged(weights, n, path, depth, tied, dtype) if path in relaxation["rank"] else tied

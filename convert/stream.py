@@ -11,35 +11,45 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
+from .double import Double
+
 Read = Callable[[str], torch.Tensor]
 
 
 def streamed(make: Callable[[], Any], read: Read, dtype: torch.dtype) -> Any:
     """The model that `make()` builds, in eval mode and `dtype`, with weights `read(name)` module by module.
 
-    Buffers that are computed (rotary tables) stand in memory; those that are stored are read at once.
+    Buffers that are computed (rotary tables) stand in memory; those that are stored are read at once. In float64, which
+    is computed under `Double`, embeddings and head keep their stored dtype: they are the greatest tensors.
     """
+
+    def plain_read(name: str) -> torch.Tensor:
+        with Double.off():
+            return read(name)
+
     with _parameters_on_meta(), no_init_weights(), local_torch_dtype(dtype):
         model = make().eval()
     stored = set(model.state_dict())
+    head = model.get_output_embeddings()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name, buffer in module._buffers.items():
             if buffer is not None and prefix + name in stored:
-                module._buffers[name] = read(prefix + name).to(buffer.dtype)
+                module._buffers[name] = plain_read(prefix + name).to(buffer.dtype)
         if module._parameters and type(module).forward is nn.Module.forward:  # never runs: others use its parameters
             for name in module._parameters:
-                module._parameters[name] = _parameter(read(prefix + name), dtype)
+                module._parameters[name] = _parameter(plain_read(prefix + name), dtype)
         elif module._parameters:
-            _stream(module, prefix, read, dtype)
+            great = dtype == torch.float64 and (module is head or isinstance(module, nn.Embedding))
+            _stream(module, prefix, plain_read, None if great else dtype)
     return model
 
 
-def _parameter(values: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(values.to(dtype), requires_grad=False)
+def _parameter(values: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(values if dtype is None else values.to(dtype), requires_grad=False)
 
 
-def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype) -> None:
+def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype | None) -> None:
     empty = dict(module._parameters)
 
     def fetch(*_: object) -> None:

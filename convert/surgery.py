@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
+from .agreement import decisive
 from .architectures import layer_kinds
 from .card import model_card
 from .formats import recognise
@@ -47,8 +48,9 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the checkpoint `source` (a directory, GGUF file or hub id) into a recurrent-depth checkpoint at `out`.
 
-    `out` appears complete or not at all. Returns the facts that `loopwise.json` records, `max_dlogit` among them: the
-    largest difference in logits (float32) between the written model, reloaded, and the source's own layers.
+    `out` appears complete or not at all. Returns the facts that `loopwise.json` records. `max_dlogit` among them is the
+    largest difference in logits between the written model, reloaded, and the source's own layers: 0 where they are
+    equal bit for bit in the checkpoint's dtype, else in float64; `max_dlogit_by_dtype` names the dtypes.
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
     found = find_source(str(source), recipe.revision)
@@ -72,7 +74,9 @@ def convert(
             facts["source"]["sha256"] = hashes
             _save_config(made.config, directory)
             made.finish(directory, facts)
-            facts["max_dlogit"] = made.verify(directory) if check else None
+            found = made.verify(directory) if check else None
+            facts["max_dlogit"] = decisive(found) if found else None
+            facts["max_dlogit_by_dtype"] = found
             (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
             (directory / "README.md").write_text(model_card(facts, made.config))
     return facts
@@ -86,7 +90,7 @@ class Made:
     pending: list[Pending]
     files: list[Path]  # weight files of the source
     facts: dict[str, Any]
-    verify: Callable[[Path], float]
+    verify: Callable[[Path], dict[str, float]]
     finish: Callable[[Path, dict[str, Any]], None]  # adds to the directory and the facts what writing told
 
 
@@ -120,8 +124,9 @@ def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
         if influence:
             facts["influence"] = influence
 
-        def check(directory: Path) -> float:
-            return verify(directory, plan, source_config, weights, dtype, recipe.seed, relaxation is not None)
+        def check(directory: Path) -> dict[str, float]:
+            zero = any(factors.init == "zero" for factors in tensors.low_rank.values())
+            return verify(directory, plan, source_config, weights, tensors.pending, dtype, recipe.seed, zero)
 
         def finish(directory: Path, facts: dict[str, Any]) -> None:
             if tensors.low_rank:
@@ -158,7 +163,7 @@ def _import(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
             pending,
             raw.files,
             facts,
-            lambda directory: verify_import(directory, kind, fields, raw, config, dtype),
+            lambda directory: verify_import(directory, kind, fields, raw, config, pending, dtype),
             lambda directory, facts: fix_special_tokens(directory, config),
         )
 
