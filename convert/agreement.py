@@ -12,6 +12,7 @@ from .double import Double
 
 EXACT = 1e-10  # of the greatest logit, in float64: rounding was seen to do 1e-14 of it
 ROUNDINGS = 4  # of what rounding does to the reference, in the dtype of the checkpoint: it was seen to do 1.6
+WAY_OUT = "nothing was written (--no-verify writes it unchecked)"
 
 
 class Logits(NamedTuple):
@@ -43,9 +44,6 @@ def agreement(compute: Callable[[torch.dtype], Iterable[Logits]], dtype: torch.d
                 f"of the tokens), where rounding explains {ROUNDINGS} times {rounding:.3g}; {WAY_OUT}"
             )
     return {**found, "float64": max(_greatest(pair.got, pair.want) for pair in exact)}
-
-
-WAY_OUT = "nothing was written (--no-verify writes it unchecked)"
 
 
 def in_double(compute: Callable[[torch.dtype], Iterable[Logits]]) -> list[Logits]:

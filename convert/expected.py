@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UserError
+from .agreement import WAY_OUT
 from .plan import Plan
 from .relax import as_matrix
 from .source import SourceWeights
@@ -58,8 +59,8 @@ def check_tensors(written: SourceWeights, expected: Expected, pending: list[Pend
         elif head in expected.plan.parents:
             want = expected.tied(head, int(n), suffix)
         elif head == "relaxation" and suffix in relaxation["own"]:
-            depths = range(relaxation["depths"])
-            want = torch.stack([expected.own(int(n), suffix, depth) for depth in depths])
+            each = [expected.own(int(n), suffix, depth) for depth in range(relaxation["depths"])]
+            want = torch.stack(each).to(each[0].dtype)
         elif head == "relaxation":
             continue
         check_equal(name, written.read(name), made[name].make().to(made[name].dtype) if want is None else want)
@@ -104,4 +105,4 @@ def _check_factors(written: SourceWeights, expected: Expected, n: int, path: str
 
 
 def _wrong(name: str, what: str) -> UserError:
-    return UserError(f"verification failed: tensor {name}, read back, {what}; nothing was written")
+    return UserError(f"verification failed: tensor {name}, read back, {what}; {WAY_OUT}")

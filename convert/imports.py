@@ -15,7 +15,7 @@ from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from . import mor, reference
-from .agreement import Logits, in_double
+from .agreement import WAY_OUT, Logits, in_double
 from .architectures import SUPPORTED
 from .double import Double
 from .expected import check_equal
@@ -161,7 +161,7 @@ def verify_import(
         for tensor in pending:
             check_equal(tensor.name, written.read(tensor.name), tensor.make().to(tensor.dtype))
         if not model(ids, num_recurrences=max(depths), use_cache=False).logits.isfinite().all():
-            raise UserError(f"verification failed: logits are not finite in {model.dtype}; nothing was written")
+            raise UserError(f"verification failed: logits are not finite in {model.dtype}; {WAY_OUT}")
 
     def logits(dtype: torch.dtype) -> Iterator[Logits]:
         state = noise.to(dtype) if config.injection != "none" else None

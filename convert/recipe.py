@@ -130,9 +130,10 @@ class ConvertRecipe(Section):
         description="recursive, mor: tied layers run one after the other, B times (cycle), or each B times in a row "
         "(sequence); middle- leaves the first and the last layer untied (default: cycle, but mor middle-cycle)",
     )
-    init: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
-        "stepwise",
-        description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random",
+    init: Literal["stepwise", "average", "lower", "upper", "random"] | None = Field(
+        None,
+        description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random (default: "
+        "stepwise, but average with a LoRA by svd)",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
@@ -193,6 +194,8 @@ class ConvertRecipe(Section):
                 raise ValueError("method=universal ties all layers into one: leave loops out, num_recurrences is free")
             if self.loops is None and self.method != "universal":
                 raise ValueError(f"method={self.method} needs loops=B, the number of times that the tied layers run")
+            if self.init is None:
+                self.init = "average" if self.lora and self.lora.init != "zero" else "stepwise"
             for key in ("sizes", "layers", "influence"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=retrofit; method={self.method} takes loops and init")

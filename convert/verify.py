@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from ..errors import UserError
 from ..model.source_layers import layer_list_name
 from ..unroll import config_with_layers
-from .agreement import Logits, agreement
+from .agreement import WAY_OUT, Logits, agreement
 from .expected import Expected, check_tensors
 from .plan import Plan
 from .relax import merged
@@ -58,7 +58,7 @@ def verify(
         if not own[mask.bool()].isfinite().all():
             raise UserError(
                 f"verification failed: from its initial state ({plan.state_init}), at {at} recurrences, the model's "
-                f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; nothing was written"
+                f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; {WAY_OUT}"
             )
     plain = plan.injection == "none" and not plan.recurrence_residual and plan.halting == "none"
     from_input = plan.state_init == "input" and plan.injection != "add"

@@ -209,6 +209,40 @@ def test_low_rank_lora_is_the_best_of_its_rank(tmp_path):
     assert stated[key] == pytest.approx(max(errors), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("keys", "init"),
+    [
+        ({}, "stepwise"),
+        ({"lora": {"rank": 4}}, "average"),
+        ({"lora": {"rank": 4, "init": "zero"}}, "stepwise"),
+        ({"lora": {"rank": 4}, "init": "upper"}, "upper"),
+        ({"init": "average"}, "average"),
+    ],
+)
+def test_where_tied_layers_start_by_default(keys, init, tmp_path):
+    source = save_source(tmp_path / "source")
+    recipe = validate(ConvertRecipe, {"method": "recursive", "loops": 2, **keys})
+    facts = convert(source, tmp_path / "out", recipe, dry_run=True)
+    parents = {"stepwise": [[0], [2], [5]], "average": [[0, 3], [1, 4], [2, 5]], "upper": [[3], [4], [5]]}
+    assert facts["recipe"]["init"] == init
+    assert facts["plan"]["parents"]["core"] == parents[init]
+
+
+def test_small_matrices_are_decomposed_in_one_thread(monkeypatch):
+    """And the number of threads is what it was before."""
+    from loopwise.convert import relax
+
+    seen, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: (seen.append(torch.get_num_threads()), svd(*a, **k))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        relax.truncated_svd(torch.randn(8, 6), 2, torch.Generator())
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_randomised_svd_is_near_the_exact_one(monkeypatch):
     from loopwise.convert import relax
 
