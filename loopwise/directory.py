@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError
+
+RECORD = "loopwise.json"  # every command that makes a directory leaves one in it
+RUN_RECORD = "train_recipe.yaml"  # the record of a training run that has written no model yet
+RUN_HEADER = "# loopwise "  # its first line begins so, unlike that of a recipe written by hand
 
 
 @contextmanager
@@ -30,11 +37,40 @@ def beside(out: Path, kind: str) -> Path:
     return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether Loopwise made `directory`: its record stands in it. Only such a directory is ever replaced or removed."""
+    if (directory / RECORD).is_file():
+        return True
+    try:
+        with open(directory / RUN_RECORD, encoding="utf-8", errors="replace") as file:
+            return file.read(len(RUN_HEADER)) == RUN_HEADER
+    except OSError:
+        return False
+
+
+def check_replaceable(out: Path, force: bool) -> None:
+    """Raise UserError where a directory stands at `out` that may not be replaced.
+
+    Without `force` that is any directory but an empty one; with `force`, one that Loopwise did not make.
+    """
+    if not out.is_dir() or _empty(out):
+        return
+    ours = is_ours(out)
+    if not force:
+        choices = ", or replace it with --force" if ours else ""
+        raise UserError(f"{out} is not empty; choose another directory{choices}")
+    if not ours:
+        raise UserError(
+            f"{out}: --force replaces only what Loopwise wrote, and this directory has no {RECORD}; choose another one"
+        )
+
+
 def settle(out: Path) -> None:
     """Put back (`old`) or remove (`partial`) what killed processes left beside `out`; living ones keep their own."""
     for kind in ("old", "partial"):
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
-            if _alive(int(stale.name.rpartition("-")[2])):
+        for stale in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")):
+            pid = stale.name.rpartition("-")[2]
+            if not re.fullmatch("[0-9]+", pid) or _alive(int(pid)):  # no number: the name is not ours
                 continue
             if kind == "old":
                 restore(stale, out)
@@ -43,10 +79,17 @@ def settle(out: Path) -> None:
 
 
 def restore(old: Path, out: Path) -> None:
-    """`old` back to its place `out`, or away where something stands there."""
-    if old.is_dir() and not out.exists():
+    """`old` back to its place `out`; where something stands there, away, if it is ours or empty."""
+    if not old.is_dir():
+        return
+    if not out.exists():
         old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    elif is_ours(old) or _empty(old):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(directory: Path) -> bool:
+    return not any(directory.iterdir())
 
 
 def _alive(pid: int) -> bool:
