@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..directory import beside, restore, settle
+from ..directory import beside, check_replaceable, restore, settle
 from ..errors import UserError
 
 SHARD_BYTES = 5 * 1000**3
@@ -41,19 +41,19 @@ class Pending:
 def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    `source` is the directory that is read meanwhile. With `force`, what stood at `out` goes once the new directory is
-    complete; killed at any moment, one of the two is there, or is put back by the next call. Raises UserError where
-    `out` is in the way (without `force`, anything but an empty directory), or the disk is full.
+    `source` is the directory that is read meanwhile. With `force`, a directory of Loopwise's at `out` goes once the new
+    one is complete; killed at any moment, one of the two is there, or is put back by the next call. Raises UserError
+    where `out` is in the way (see `check_replaceable`), or the disk is full.
     """
     out = _place(out, source)
     partial, old = beside(out, "partial"), beside(out, "old")
     try:
         settle(out)  # first: it may put back what --force is to be asked for
-        if out.is_dir() and any(out.iterdir()) and not force:
-            raise UserError(f"{out} is not empty; choose another directory, or replace it with --force")
+        check_replaceable(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
+        check_replaceable(out, force)  # again: it may have been filled meanwhile
         if out.is_dir():
             out.rename(old)
         partial.rename(out)

@@ -39,6 +39,14 @@ def broken(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder / "broken"))
 
 
+def earlier_output(out: Path) -> Path:
+    """A directory with the record that Loopwise leaves, and a file `earlier`."""
+    out.mkdir()
+    (out / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
+    (out / "earlier").write_text("x")
+    return out
+
+
 def edit_config(path: Path, **fields: object) -> None:
     file = path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
@@ -121,20 +129,42 @@ def test_an_unsupported_architecture_lists_the_supported(capsys, tmp_path, sourc
 
 
 def test_a_full_output_needs_force(capsys, tmp_path, source):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("x")
+    out = earlier_output(tmp_path / "out")
     assert "--force" in refused(capsys, tmp_path, source, out, "sizes=1,2,1")
     assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 0
-    assert not (out / "precious").exists()
+    assert not (out / "earlier").exists()
     assert (out / "model.safetensors").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
+RECIPE = "train_recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    "files", [{"precious": "x"}, {"config.json": "{}", "model.safetensors": "x"}, {RECIPE: "steps: 3\n", "a": "x"}]
+)
+def test_force_replaces_nothing_but_what_loopwise_wrote(capsys, tmp_path, source, files):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").write_text("x")
+    for name, text in files.items():
+        (out / name).write_text(text)
+    line = refused(capsys, tmp_path, source, out, "sizes=1,2,1", "--force")
+    assert "no loopwise.json" in line
+    assert "--force replaces only what Loopwise wrote" in line
+    assert "--force" not in refused(capsys, tmp_path, source, out, "sizes=1,2,1")  # it would be refused
+    assert {file.name: file.read_text() for file in out.iterdir()} == files
+
+
+def test_force_replaces_a_run_that_wrote_no_model(tmp_path, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / RECIPE).write_text("# loopwise 0.1.0: loopwise train a b\nsteps: 3\n")
+    assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 0
+    assert not (out / RECIPE).exists()
+
+
+def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
+    out = earlier_output(tmp_path / "out")
     path = broken(source, tmp_path)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
@@ -258,9 +288,7 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path, source):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source, monkeypatch, again):
-    out, rename = tmp_path / "out", Path.rename
-    out.mkdir()
-    (out / "precious").write_text("x")
+    out, rename = earlier_output(tmp_path / "out"), Path.rename
     if again:  # killed there: the next call puts it back, though that call fails too
         out.rename(tmp_path / ".out.old-999999999")
 
@@ -271,7 +299,17 @@ def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source
 
     monkeypatch.setattr(Path, "rename", interrupted)
     assert main(["convert", str(source), str(out), "sizes=1,2,1", "--force"]) == 130
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["earlier", "loopwise.json", "out"]
+
+
+def test_only_what_is_ours_is_removed_beside_the_output(tmp_path, source):
+    kept = {".out.old-999999999": "precious", ".out.old-mine": "loopwise.json", ".out.partial-mine": "precious"}
+    for name, file in {**kept, ".out.old-999999998": "loopwise.json", ".out.partial-999999999": "a"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--force"]) == 0
+    # The first of the two numbered ones was put back where nothing stood, and replaced as it is ours.
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "out"])
 
 
 def test_what_a_killed_call_left_is_put_back_before_force_is_asked_for(capsys, tmp_path, source):
