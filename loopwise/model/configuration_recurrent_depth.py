@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from .configuration_fields import check_kinds, is_number
 from .configuration_router import router_fields
-from .configuration_sandwich import SandwichConfig  # noqa: F401  registers it
+from .configuration_source import declares, ours_alone, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
@@ -62,9 +63,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             `min`, `max`. None where nothing is known of it.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
-    Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
+    Attributes that this config lacks (`hidden_size`, `num_attention_heads`, ...) are those of `source_config`, as far
+    as its class declares them: what a source's config.json says of its own files stays there.
 
-    Raises ValueError, naming the value and the rule, where the fields contradict each other.
+    Raises ValueError, naming the value and the rule, where the fields contradict each other; `save_pretrained` too.
     """
 
     model_type = "recurrent_depth"
@@ -102,16 +104,13 @@ class RecurrentDepthConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         source, self.source_config = self.source_config, None  # so that the base class takes none of its fields as ours
         if isinstance(source, dict):
-            fields = dict(source)
-            source = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        if self.router:
-            self.router = router_fields({"depths": self.num_recurrences, **self.router})
-        if not self.max_recurrences:
-            self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
+            source = source_config_of(source)
+        self._complete()
         super().__post_init__(**kwargs)
         if source is None:  # transformers builds an empty config to compute differences
             return
         self.source_config = source
+        ours_alone(source)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # generation reads them from the saved fields
             if getattr(self, name) is None:
                 setattr(self, name, getattr(source, name, None))
@@ -119,7 +118,24 @@ class RecurrentDepthConfig(PreTrainedConfig):
             source._attn_implementation = self._attn_implementation
         self._check()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', once the fields are checked as on loading: nothing is saved that cannot be loaded.
+
+        Raises ValueError, naming the value and the rule."""
+        self._check()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _complete(self) -> None:
+        if self.router:
+            self.router = router_fields({"depths": self.num_recurrences, **self.router})
+        if not self.max_recurrences:
+            self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
+
     def _check(self) -> None:
+        if not isinstance(self.source_config, PreTrainedConfig):
+            raise ValueError(f"source_config={self.source_config!r}: the config of the source architecture")
+        check_kinds(self)
+        self._complete()
         count = self.source_config.num_hidden_layers
         for name in ("prelude", "core", "coda"):
             for layer in getattr(self, name):
@@ -159,7 +175,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 raise ValueError(f"exit={self.exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
             if self.exit["rule"] == "gate" and not self.exit_gate:
                 raise ValueError(f"exit={self.exit}: this model has no exit gate; choose another rule")
-            if not 1 <= self.exit.get("min_recurrences", 1) <= self.max_recurrences:
+            if not is_number(self.exit.get("threshold") or 0):
+                raise ValueError(f"exit={self.exit}: threshold is a finite number")
+            least = self.exit.get("min_recurrences", 1)
+            if not isinstance(least, int) or not 1 <= least <= self.max_recurrences:
                 raise ValueError(f"exit={self.exit}: min_recurrences is 1 to max_recurrences={self.max_recurrences}")
         between = {
             "injection": self.injection != "none",
@@ -184,7 +203,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     def __getattr__(self, name):
         source = None if name.startswith("_") else self.__dict__.get("source_config")
-        if source is None:
+        if source is None or not declares(type(source), name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
 

@@ -23,13 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .call import Call, check_call, logical_positions, real_tokens
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .injection import Injection
-from .modeling_sandwich import SandwichForCausalLM  # noqa: F401  registers it
+from .modeling_sandwich import causal_lm_class
 from .output import RecurrentDepthOutput
 from .recurrence import Recurrence
 from .recurrence_encoding import RecurrenceEncoding
@@ -49,7 +48,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         source_config = config.source_config
         source_config._attn_implementation = config._attn_implementation
-        self.source = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)])(source_config)
+        self.source = causal_lm_class(source_config)(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name))
         as_tuple = source_config.model_type in TUPLE_LAYERS
@@ -83,7 +82,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs):
-        source = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config.source_config)]  # it decides
+        source = causal_lm_class(self.config.source_config)  # it decides
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(source, name))
         if self.config.router:  # it writes out masks, as these two do not take them
@@ -170,12 +169,15 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             recurrence: to warm them up from 1 in training. Default: those of the config, in training and with
             `inference="topk"`; else thresholds decide.
 
-        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected).
+        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions and for router logits of
+        a mixture of experts (not collected).
         """
         config = self.config
         recurrences = config.num_recurrences if num_recurrences is None else num_recurrences
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        if kwargs.pop("output_router_logits", None):
+            raise ValueError("output_router_logits is not supported: a layer routes once for every recurrence")
         check_call(
             config,
             recurrences,
