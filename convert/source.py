@@ -81,10 +81,6 @@ def read_config(path: Path) -> Any:
 
     from .architectures import check_supported
 
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} is a PEFT adapter; merge it into its base model first (merge_and_unload), then convert"
-        )
     fields = config_fields(path)
     model_type = fields["model_type"]
     if model_type == "recurrent_depth":

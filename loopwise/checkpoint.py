@@ -8,11 +8,20 @@ from typing import Any
 
 from .errors import UserError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 
 def config_fields(path: Path) -> dict[str, Any]:
-    """The fields of config.json in the directory `path`. Raises UserError where there is none, or no model_type."""
+    """The fields of config.json in the directory `path`.
+
+    Raises UserError where there is none, or no model_type, and where a PEFT adapter lies beside the model:
+    transformers adds it to the weights without a word, and vLLM does not.
+    """
+    if (path / ADAPTER).is_file():
+        raise UserError(
+            f"{path} has an {ADAPTER}, a PEFT adapter: merge it into the model first (merge_and_unload), or move it "
+            "elsewhere if it does not belong here"
+        )
     fields = read_json(path / "config.json", f"{path} has no config.json; give the directory of a checkpoint")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
@@ -22,17 +31,19 @@ def config_fields(path: Path) -> dict[str, Any]:
 def weight_files(path: Path) -> list[Path]:
     """The weight files of the directory `path`, each whole (its header is read, its length compared).
 
-    Raises UserError for missing or truncated files, a bad index, and pickled weights, which can run code.
+    They are those that transformers loads: what `transformers_weights` in config.json names, else model.safetensors,
+    else the files of the index; others that lie there are left out. Raises UserError for missing or truncated files, a
+    bad index, and pickled weights, which can run code.
     """
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{path / INDEX}: not a safetensors index, which has a weight_map of tensor to file name")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        if missing := [file for file in files if not file.is_file()]:
-            raise UserError(f"{missing[0]}: missing, though {INDEX} names it")
+    named = read_json(path / "config.json").get("transformers_weights") if (path / "config.json").is_file() else None
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(f"{path / 'config.json'}: transformers_weights={named!r}: a safetensors file, or an index")
+        files = _indexed(path, named) if named.endswith(".json") else [_beside(path, named, "config.json")]
     elif (path / WEIGHTS).is_file():
         files = [path / WEIGHTS]
+    elif (path / INDEX).is_file():
+        files = _indexed(path, INDEX)
     elif pickled := sorted(p for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind)):
         raise UserError(
             f"{pickled[0]}: pickled weights can run code and are not read; load the model in transformers and "
@@ -43,6 +54,37 @@ def weight_files(path: Path) -> list[Path]:
     for file in files:
         _check_whole(file)
     return files
+
+
+def check_same_for_vllm(path: Path, files: list[Path]) -> None:
+    """Raise UserError where vLLM would load other weights from the directory `path` than `files`, transformers' choice.
+
+    vLLM loads every *.safetensors that the index names or, where there is no index, every one that lies there.
+    """
+    found = set(_indexed(path, INDEX) if (path / INDEX).is_file() else path.glob("*.safetensors"))
+    if found != set(files):
+        other = sorted(found ^ set(files))[0].name
+        raise UserError(
+            f"{path}: transformers loads {files[0].name}{' and others' if files[1:] else ''}, vLLM not the same files "
+            f"({other}): remove what is left over of another save ({INDEX}, or that file)"
+        )
+
+
+def _indexed(path: Path, index: str) -> list[Path]:
+    """The files that the index of the directory `path` names. Raises UserError for a bad index, or a missing file."""
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{path / index}: not a safetensors index, which has a weight_map of tensor to file name")
+    return [_beside(path, name, index) for name in sorted(set(weight_map.values()))]
+
+
+def _beside(path: Path, name: str, where: str) -> Path:
+    """The file `name` of the directory `path`, named in the file `where`. Raises UserError unless it lies there."""
+    if Path(name).name != name:
+        raise UserError(f"{path / where}: names {name!r}; weights lie in the same directory")
+    if not (path / name).is_file():
+        raise UserError(f"{path / name}: missing, though {where} names it")
+    return path / name
 
 
 def read_json(file: Path, absent: str = "") -> dict[str, Any]:

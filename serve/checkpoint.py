@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import config_fields, read_json, weight_files
+from ..checkpoint import check_same_for_vllm, config_fields, read_json, weight_files
 from ..errors import UserError, reason
 from .vllm.architectures import vllm_architecture
 from .vllm.limits import check_model, refuse
@@ -154,6 +154,7 @@ def check_tensors(model: str | Path) -> None:
 
     folder = Path(model)
     files = weight_files(folder)
+    check_same_for_vllm(folder, files)
     try:
         completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
     except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
