@@ -71,6 +71,7 @@ def _summary(facts: dict[str, Any]) -> str:
     if facts.get("lora_error"):
         shown = ", ".join(f"{target} {error:.3g}" for target, error in facts["lora_error"].items())
         lines.append(f"of what tying took away, the LoRA leaves out: {shown}")
+    lines += [f"note: {line}" for line in facts["notes"]]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
-from ..directory import ended_by_sigterm
+from ..directory import RECORD, ended_by_sigterm
 from ..errors import UserError
 
 
@@ -54,12 +55,17 @@ def export(
     """
     import torch
 
+    from .. import __version__
     from ..model import RecurrentDepthForCausalLM
     from ..model.source_layers import layer_list_name
     from ..unroll import config_with_layers
+    from .agreement import decisive
+    from .carried import copy_licences
+    from .generation import write_generation_config
     from .recipe import DEEPEST
     from .relax import at_depth
-    from .source import SourceWeights, copy_carried, empty_model, read_recurrent_config
+    from .source import SourceWeights, empty_model, read_recurrent_config
+    from .tokenizer import load_tokenizer, write_tokenizer
     from .write import Pending, new_directory, write_weights
 
     path = Path(model).expanduser()
@@ -81,6 +87,7 @@ def export(
             f"{path} has a router, which leaves tokens out of recurrences; a plain {kind} runs every layer on every "
             "token, so it cannot be exported"
         )
+    tokenizer = load_tokenizer(path)
     places = config.order(unroll)
     ids = [getattr(config, part)[n] for part, n, _ in places]
     target = config_with_layers(config.source_config, ids)
@@ -104,10 +111,23 @@ def export(
                 tensors.append(Pending(f"{layers}.{number}.{suffix}", config.dtype, list(tensor.shape), make))
         target.dtype, target.architectures = config.dtype, [type(plain).__name__]
         with new_directory(Path(out), path, force) as directory:
-            copy_carried(path, directory)
-            write_weights(tensors, directory, show_progress)
             target.save_pretrained(directory)
-            return _verify(path, directory, unroll, config, target, layers) if check else None
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, directory)
+            notes = write_generation_config(path, directory)
+            copy_licences(path, directory)
+            write_weights(tensors, directory, show_progress)
+            differences = _verify(path, directory, unroll, config, target, layers) if check else None
+            facts = {
+                "loopwise": __version__,
+                "source": {"id": str(model)},
+                "unroll": unroll,
+                "notes": notes,
+                "max_dlogit": decisive(differences) if differences else None,
+                "max_dlogit_by_dtype": differences,
+            }
+            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+    return differences
 
 
 def _verify(path: Path, directory: Path, unroll: int, config: Any, target: Any, layers: str) -> dict[str, float]:

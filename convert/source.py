@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,15 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
+from . import carried, tokenizer
 from .gguf_tensors import GgufTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CARRIED = (  # what travels from the source to the output beside the weights
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def find_source(source: str, revision: str | None) -> Path:
@@ -62,8 +57,8 @@ def find_source(source: str, revision: str | None) -> Path:
     try:
         if file.endswith(".gguf"):
             return Path(hf_hub_download(repository, file, revision=revision))
-        patterns = ["*.json", "*.safetensors", *CARRIED, "additional_chat_templates/*"]
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        patterns = ["*.json", "*.safetensors", *tokenizer.FILES, *tokenizer.ALSO, *carried.LICENCES]
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns="*.py"))
         if any(path.glob("*.safetensors")):
             return path
         stored = HfApi().list_repo_files(source, revision=revision)
@@ -129,16 +124,6 @@ def empty_model(config: Any) -> PreTrainedModel:
     if getattr(config, "attn_logit_softcapping", None):
         config._attn_implementation = "eager"  # transformers' sdpa leaves the cap out
     return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
-
-
-def copy_carried(path: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence."""
-    for pattern in CARRIED:
-        for file in sorted(path.glob(pattern)):
-            if file.is_dir():  # chat templates may stand in a folder
-                shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, directory / file.name)
 
 
 @dataclass

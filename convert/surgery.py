@@ -19,19 +19,23 @@ from ..checkpoint import config_fields
 from ..errors import UserError
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from ..model.configuration_source import COLLECTING, ours_alone
 from ..model.source_layers import layer_list_name
 from .agreement import decisive
 from .architectures import layer_kinds
 from .card import model_card
+from .carried import copy_licences
 from .formats import recognise
+from .generation import write_generation_config
 from .imports import fix_special_tokens, is_recurrent, plan_import, verify_import
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
 from .raw import RawTensors
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
-from .source import SourceWeights, copy_carried, empty_model, find_source, hashing, read_config
+from .source import SourceWeights, empty_model, find_source, hashing, read_config
 from .tensors import Tensors
+from .tokenizer import greatest_id, load_tokenizer, write_tokenizer
 from .verify import verify
 from .write import Pending, new_directory, write_weights
 
@@ -55,6 +59,7 @@ def convert(
     """
     found = find_source(str(source), recipe.revision)
     with unpacked(found) as path, _plan(path, recipe) as made:
+        tokenizer = load_tokenizer(path, str(source))
         facts: dict[str, Any] = {
             "loopwise": __version__,
             "transformers": transformers.__version__,
@@ -64,19 +69,23 @@ def convert(
             **made.facts,
             **({"router": made.config.router} if made.config.router else {}),
         }
+        facts["notes"] = _notes(path, made.config, tokenizer)
         facts["parameters"]["unique"] = sum(torch.Size(t.shape).numel() for t in made.pending)
         if dry_run:
             return facts
         with new_directory(Path(out), found, force) as directory:
-            copy_carried(path, directory)
+            _save_config(made.config, directory)
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, directory)
+            facts["notes"] += write_generation_config(path, directory)
+            copy_licences(path, directory)
             with hashing(made.files) as hashes:
                 write_weights(made.pending, directory, show_progress)
             facts["source"]["sha256"] = hashes
-            _save_config(made.config, directory)
             made.finish(directory, facts)
-            found = made.verify(directory) if check else None
-            facts["max_dlogit"] = decisive(found) if found else None
-            facts["max_dlogit_by_dtype"] = found
+            differences = made.verify(directory) if check else None
+            facts["max_dlogit"] = decisive(differences) if differences else None
+            facts["max_dlogit_by_dtype"] = differences
             (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
             (directory / "README.md").write_text(model_card(facts, made.config))
     return facts
@@ -101,6 +110,7 @@ def _plan(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Made]:
 @contextmanager
 def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
     source_config = read_config(path)
+    ours_alone(source_config)
     with torch.device("meta"):
         source_model = empty_model(source_config)
     with SourceWeights(path, source_model) as weights:
@@ -223,6 +233,23 @@ def _common_dtype(weights: SourceWeights) -> torch.dtype:
         dtype = weights.dtype(name)
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(weights.shape(name)).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _notes(path: Path, config: Any, tokenizer: Any) -> list[str]:
+    """A line on everything that the output does not take over from the source, or that a user should know of it."""
+    fields = config_fields(path)
+    notes = [
+        f"{name}=true of the source's config is left out: outputs of a layer that runs several times are not collected"
+        for name in COLLECTING
+        if fields.get(name)
+    ]
+    greatest = -1 if tokenizer is None else greatest_id(tokenizer)
+    if greatest >= config.vocab_size:
+        notes.append(
+            f"the tokenizer gives ids up to {greatest}, and the embeddings end at {config.vocab_size - 1}: text with "
+            f"{tokenizer.convert_ids_to_tokens(greatest)!r} cannot be computed"
+        )
+    return notes
 
 
 def _save_config(config: RecurrentDepthConfig, directory: Path) -> None:

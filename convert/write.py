@@ -120,9 +120,32 @@ def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
-            values = t.make().to(t.dtype).contiguous()
-            if values.numel() and not all(end.isfinite() for end in values.aminmax()):
-                raise UserError(f"{t.source or t.name} has values that are not finite (NaN or infinity)")
+            made = t.make()
+            values = made.to(t.dtype).contiguous()
+            if not _is_finite(values):
+                raise UserError(_why_not_finite(t, made))
             assert list(values.shape) == t.shape, f"{t.name}: {list(values.shape)} is not {t.shape}"
             file.write(values.flatten().view(torch.uint8).numpy().data)
             progress.update(t.bytes)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
+def _why_not_finite(tensor: Pending, made: torch.Tensor) -> str:
+    """Why `made`, in the type of `tensor`, is not finite: it was not before, or it leaves that type's range."""
+    name = tensor.source or tensor.name
+    if not _is_finite(made):
+        return f"{name} has values that are not finite (NaN or infinity)"
+    value = made.flatten()[made.abs().argmax()].item()
+    wide = [
+        f"dtype={str(kind).removeprefix('torch.')}"
+        for kind in (torch.float16, torch.bfloat16, torch.float32)
+        if kind != tensor.dtype and abs(value) <= torch.finfo(kind).max
+    ]
+    return (
+        f"{name} has a value of {value:.6g}, and {str(tensor.dtype).removeprefix('torch.')} ends at "
+        f"{torch.finfo(tensor.dtype).max:.6g}: "
+        + (f"use {' or '.join(wide)}" if wide else "no type of a model holds it")
+    )

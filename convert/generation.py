@@ -1,0 +1,74 @@
+"""The source's generation_config.json, in a form that transformers saves too."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_json
+from ..errors import UserError, reason
+from .carried import check_inside
+
+FILE = "generation_config.json"
+
+
+def write_generation_config(path: Path, directory: Path) -> list[str]:
+    """Carry generation_config.json of the source in the directory `path`; a line on each change that it needed.
+
+    transformers loads files that it refuses to save, so that a training run would end with an error at its first
+    checkpoint. Sampling settings without `do_sample` get it, as vLLM samples by them; settings that then are refused
+    are left out. Raises UserError for a file that is no generation config.
+    """
+    file = path / FILE
+    if not file.is_file():
+        return []
+    check_inside(file, path)
+    given = read_json(file)
+    try:
+        fields, notes = savable(given)
+    except Exception as error:  # transformers shares no base class for what it finds wrong with one
+        raise UserError(f"{file}: {reason(error)}") from None
+    text = file.read_text(encoding="utf-8") if fields == given else json.dumps(fields, indent=2) + "\n"
+    (directory / FILE).write_text(text, encoding="utf-8")
+    return notes
+
+
+def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a generation config that transformers saves, nearest to `given`; a line on each change."""
+    fields, notes = dict(given), []
+    if (refused := _refused(fields)) is None:
+        return fields, notes
+    sampling = {**fields, "do_sample": True}
+    if fields.get("do_sample") is None and _refused(sampling) != refused:
+        fields = sampling
+        notes.append(f"{FILE}: do_sample=true added, without which transformers refuses to save it ({_short(refused)})")
+    for name in sorted(given):
+        if (refused := _refused(fields)) is None:
+            break
+        without = {key: value for key, value in fields.items() if key != name}
+        if _refused(without) != refused:
+            fields = without
+            notes.append(
+                f"{FILE}: {name}={given[name]!r} left out, as transformers refuses to save it ({_short(refused)})"
+            )
+    if (refused := _refused(fields)) is not None:
+        raise ValueError(refused)
+    return fields, notes
+
+
+def _refused(fields: dict[str, Any]) -> str | None:
+    """Why transformers would not save a generation config of these fields, or None."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_dict(dict(fields)).validate(strict=True)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def _short(refused: str) -> str:
+    issues = refused.removeprefix("GenerationConfig is invalid: ").strip().splitlines()
+    return textwrap.shorten(issues[0].strip(" -"), 160, placeholder=" ...")
