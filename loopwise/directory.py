@@ -65,17 +65,19 @@ def check_replaceable(out: Path, force: bool) -> None:
         )
 
 
+def left_by_killed(out: Path, kind: str) -> list[Path]:
+    """The siblings of `out` that killed processes left; a name without a process's number is not ours."""
+    found = sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"))
+    pids = [path.name.rpartition("-")[2] for path in found]
+    return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
+
+
 def settle(out: Path) -> None:
     """Put back (`old`) or remove (`partial`) what killed processes left beside `out`; living ones keep their own."""
-    for kind in ("old", "partial"):
-        for stale in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")):
-            pid = stale.name.rpartition("-")[2]
-            if not re.fullmatch("[0-9]+", pid) or _alive(int(pid)):  # no number: the name is not ours
-                continue
-            if kind == "old":
-                restore(stale, out)
-            else:
-                shutil.rmtree(stale, ignore_errors=True)
+    for stale in left_by_killed(out, "old"):
+        restore(stale, out)
+    for stale in left_by_killed(out, "partial"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def restore(old: Path, out: Path) -> None:

@@ -108,7 +108,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from .run import discarded_unless_begun, prepare
+    from .output import discarded_unless_begun
+    from .run import prepare
 
     check(launcher, recipe)
     count = count_processes(processes)
@@ -169,8 +170,9 @@ def _prepare_as_first(
 
 def worker(model: str, out: Path, recipe: Train, resume: bool, force: bool, accept_changes: bool) -> int:
     """One process of a run. Under the user's own launcher (`accelerate launch -m loopwise`) the first prepares it."""
+    from .output import discarded_unless_begun
     from .progress import EndWithParent
-    from .run import discarded_unless_begun, work
+    from .run import work
 
     first = os.environ["RANK"] == "0"
     try:

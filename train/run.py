@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
@@ -18,21 +17,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loopwise import __version__
-from loopwise.directory import beside, restore, settle
+from loopwise.directory import RUN_HEADER, beside
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
 
 from . import data, stream
-from .checkpoint import DIGEST, RUN, check_same_run, checkpoints, last_sound, prune, sync, written
+from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, written
 from .curriculum import Curriculum, curriculum_of
+from .output import RECIPE, TOKENS, check_out, discarded_unless_begun, recover
 from .recipe import Recurrence, Train
 
 if TYPE_CHECKING:
     from .trainer import RecurrentTrainer
-
-TOKENS = "tokens"
-RECIPE = "train_recipe.yaml"
 
 
 def train(
@@ -51,21 +48,6 @@ def train(
     if prepare(model, out, recipe, resume, force, accept_changes=accept_changes):
         with discarded_unless_begun(out):
             work(model, out, recipe, resume)
-
-
-@contextmanager
-def discarded_unless_begun(out: Path) -> Iterator[None]:
-    """Where the run fails before it has left a checkpoint, `out` is as it was: absent, or what --force replaces."""
-    try:
-        yield
-    finally:
-        if not _begun(out):
-            shutil.rmtree(out, ignore_errors=True)
-        restore(beside(out, "old"), out)
-
-
-def _begun(out: Path) -> bool:
-    return bool(checkpoints(out)) or (out / "config.json").exists()
 
 
 def prepare(
@@ -89,10 +71,8 @@ def prepare(
             f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
         )
     quiet()
-    if any(out.parent.glob(f".{glob.escape(out.name)}.old-*")) and not _begun(out):
-        shutil.rmtree(out, ignore_errors=True)  # killed before it had anything to keep, and what it replaced is there
-    settle(out)
-    _check_out(model, out, resume, force)
+    recover(out)
+    check_out(model, out, resume, force)
     _check_sources(recipe, out)
     checkpoint, notes = last_sound(out, thorough=True) if resume else (None, [])
     for note in notes:
@@ -110,17 +90,19 @@ def prepare(
         return True  # the text as it was when the run began
     partial = beside(out, "partial")
     try:
-        blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial)
+        blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial / TOKENS)
         check_vocabulary(model, config, blocks.greatest)
         if checkpoint:
             check_same_run(checkpoint, describe(model, recipe, processes, layout, blocks.digest), accept_changes)
+        header = f"{RUN_HEADER}{__version__}: loopwise train {model} {out}\n"
+        text = header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (partial / RECIPE).write_text(text, encoding="utf-8")
         if force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has something to keep
         out.mkdir(parents=True, exist_ok=True)
-        header = f"# loopwise {__version__}: loopwise train {model} {out}\n"
-        (out / RECIPE).write_text(header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         shutil.rmtree(out / TOKENS, ignore_errors=True)
-        partial.replace(out / TOKENS)
+        for name in (RECIPE, TOKENS):  # the record first: what has none is not ours
+            (partial / name).replace(out / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
@@ -278,27 +260,6 @@ def describe(
     keys["checkpoint layout"] = f"{layout} on {processes} processes" if layout.startswith("zero") else layout
     run = {"MODEL": str(Path(model).resolve()) if Path(model).is_dir() else model, "recipe": keys}
     return run if digest is None else {**run, DIGEST: digest}
-
-
-def _check_out(model: str, out: Path, resume: bool, force: bool) -> None:
-    if resume and force:
-        raise UserError("--resume goes on with the run in OUT, --force deletes it: give one")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: OUT is a directory to be made, and this is a file")
-    if Path(model).is_dir() and Path(model).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: OUT would replace or hold MODEL ({model}); choose another directory")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    ours = (out / RECIPE).is_file()
-    if resume and not ours:
-        raise UserError(f"{out}: no run to resume in it (no {RECIPE})")
-    if force and not ours and not (out / "config.json").is_file():
-        raise UserError(
-            f"{out}: --force replaces an earlier run or a model, and this holds neither; choose another directory"
-        )
-    if not resume and not force:
-        choices = "--resume goes on with the run in it, --force replaces it" if ours else "--force replaces it"
-        raise UserError(f"{out}: not empty; {choices}, or choose another directory")
 
 
 def _check_sources(recipe: Train, out: Path) -> None:

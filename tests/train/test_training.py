@@ -316,6 +316,7 @@ def test_force_keeps_the_old_run_until_the_new_one_has_begun(recurrent, plain, c
     assert weights(out).keys() == before.keys()
     out.rename(tmp_path / ".out.old-999999999")  # killed before the new run had begun
     (out / "tokens").mkdir(parents=True)
+    (out / "train_recipe.yaml").write_text("# loopwise 0: loopwise train\n")
     assert main(command(recurrent, out, "steps=2")) == 2
     assert weights(out).keys() == before.keys()
     run(command(plain, out, "steps=2", "--force"))
@@ -365,7 +366,7 @@ def test_a_full_directory_is_left_alone(recurrent, command, tmp_path, capsys):
     for options in ([], ["--force"], ["--resume"]):
         assert main(command(recurrent, out, "steps=2", *options)) == 2
         assert (out / "precious").read_text() == "mine"
-    assert "--force replaces an earlier run or a model, and this holds neither" in capsys.readouterr().err
+    assert "--force replaces an earlier run or a model that Loopwise wrote, and this holds" in capsys.readouterr().err
     (out / "precious").unlink()
     run(command(recurrent, out, "steps=2"))
     assert main(command(recurrent, out, "steps=2")) == 2

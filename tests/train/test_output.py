@@ -1,0 +1,110 @@
+"""OUT of a run: nothing of the user's is removed, whatever stands there or beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_tiny import run
+
+from loopwise.cli import main
+
+HEADER = "# loopwise 0: loopwise train model out\n"
+
+
+def make(out: Path, kind: str) -> None:
+    """What stands at OUT: nothing, a directory of the user's, a run that was killed early, the same with a note."""
+    if kind == "absent":
+        return
+    out.mkdir()
+    if kind == "foreign":
+        (out / "precious").write_text("mine")
+    elif kind == "config alone":
+        (out / "config.json").write_text("{}")
+    elif kind == "copied recipe":
+        (out / "train_recipe.yaml").write_text(HEADER)
+        (out / "precious").write_text("mine")
+    elif kind.startswith("killed"):
+        (out / "train_recipe.yaml").write_text(HEADER)
+        (out / "tokens").mkdir()
+        (out / "tokens" / "train.npy").write_text("")
+        if kind == "killed, with a note":
+            (out / "precious").write_text("mine")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+STANDING = ["absent", "empty", "foreign", "config alone", "copied recipe", "killed", "killed, with a note"]
+# What --force replaces: what is absent or empty needs none.
+REPLACED = {"killed", "killed, with a note"}
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["", "force"])
+@pytest.mark.parametrize("sibling", ["living", "dead", "no number"])
+@pytest.mark.parametrize("standing", STANDING)
+def test_a_refused_run_removes_nothing_of_the_users(standing, sibling, options, dead, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    make(out, standing)
+    number = {"living": os.getppid(), "dead": dead, "no number": "mine"}[sibling]
+    old = tmp_path / f".out.old-{number}"
+    old.mkdir()
+    (old / "loopwise.json").write_text("{}")
+    (old / "weights").write_text("replaced")
+    before = files(tmp_path)
+    assert main(command(tmp_path / "missing", out, "steps=2", *options)) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    after = files(tmp_path)
+    if sibling == "dead" and standing in ("absent", "empty", "killed"):  # what it was to replace is back
+        assert after == {"out/loopwise.json": b"{}", "out/weights": b"replaced"}
+    elif sibling == "dead" and standing in ("copied recipe", "killed, with a note"):
+        assert after.items() >= {"out/precious": b"mine", f"{old.name}/weights": b"replaced"}.items()
+    else:
+        assert after == before
+
+
+@pytest.mark.parametrize("standing", STANDING)
+def test_force_replaces_what_is_ours_alone(standing, plain, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    make(out, standing)
+    before = files(out) if out.exists() else {}
+    replaced = standing in REPLACED or not before
+    assert main(command(plain, out, "steps=1", "--force")) == (0 if replaced else 2)
+    if replaced:
+        assert (out / "model.safetensors").is_file()
+    else:
+        assert files(out) == before
+        assert "--force replaces an earlier run or a model that Loopwise wrote" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_what_others_put_beside_it(plain, command, tmp_path, monkeypatch, capsys):
+    """Before its first checkpoint: what --force was to replace comes back, or stays beside the user's files."""
+    from loopwise.train import run as running
+
+    out = tmp_path / "out"
+    run(command(plain, out, "steps=1"))
+
+    def fail(*_, **__):
+        (out / "precious").write_text("mine")
+        raise RuntimeError("as the machine wills")
+
+    monkeypatch.setattr(running, "work", fail)
+    with pytest.raises(RuntimeError):
+        main(command(plain, out, "steps=1", "--force"))
+    assert files(out) == {"precious": b"mine"}
+    assert (tmp_path / f".out.old-{os.getpid()}" / "model.safetensors").is_file()
+    assert "what --force was to replace is in" in capsys.readouterr().err
+    shutil.rmtree(out)

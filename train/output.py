@@ -1,0 +1,94 @@
+"""OUT of a training run: when it may be replaced, and what of it goes where a run fails before it has left anything."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loopwise.directory import RECORD, beside, is_ours, left_by_killed, restore, settle
+from loopwise.directory import RUN_RECORD as RECIPE
+from loopwise.errors import UserError
+
+from .checkpoint import RUN, checkpoints
+
+TOKENS = "tokens"
+
+
+@contextmanager
+def discarded_unless_begun(out: Path) -> Iterator[None]:
+    """Where the run fails before it has left a checkpoint, `out` is as it was: absent, or what --force replaces."""
+    try:
+        yield
+    finally:
+        if not begun(out):
+            discard(out)
+        old = beside(out, "old")
+        if not out.exists() or begun(out):
+            restore(old, out)
+        elif old.is_dir():
+            print(f"{out} holds files of others and is left; what --force was to replace is in {old}", file=sys.stderr)
+
+
+def begun(out: Path) -> bool:
+    """Whether a run has left something in `out` that can be used."""
+    return bool(checkpoints(out)) or (out / "config.json").exists()
+
+
+def discard(out: Path) -> None:
+    """Remove from `out` what a run writes before its first checkpoint, and `out` itself where nothing else is in it."""
+    if is_ours(out):
+        shutil.rmtree(out / TOKENS, ignore_errors=True)
+        for partial in out.glob(".*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
+            events.unlink()
+        for folder in [*out.glob("runs/*"), out / "runs"]:
+            with suppress(OSError):
+                folder.rmdir()
+        (out / RECIPE).unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()  # refuses where something is left in it
+
+
+def recover(out: Path) -> None:
+    """Put back what a killed run was to replace, where that run has left nothing; `out` of a living run is left alone.
+
+    Nothing is removed but what runs wrote: a directory of another origin at `out` stays, and so does what is beside it.
+    """
+    if left_by_killed(out, "old") and not begun(out):
+        discard(out)
+    if not out.exists() or (begun(out) and is_ours(out)):
+        settle(out)
+
+
+def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
+    """Raises UserError where a run of `model` may not write into `out`."""
+    if resume and force:
+        raise UserError("--resume goes on with the run in OUT, --force deletes it: give one")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: OUT is a directory to be made, and this is a file")
+    if Path(model).is_dir() and Path(model).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: OUT would replace or hold MODEL ({model}); choose another directory")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    run = (out / RECIPE).is_file()
+    if resume and not run:
+        raise UserError(f"{out}: no run to resume in it (no {RECIPE})")
+    if force and not _replaceable(out):
+        raise UserError(
+            f"{out}: --force replaces an earlier run or a model that Loopwise wrote, and this holds neither; choose "
+            "another directory"
+        )
+    if not resume and not force:
+        choices = "--resume goes on with the run in it, --force replaces it, or " if run else ""
+        choices = "--force replaces it, or " if not run and _replaceable(out) else choices
+        raise UserError(f"{out}: not empty; {choices}choose another directory")
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether `out` is a run's or a model of ours; a copy of a run's recipe among other files does not make it so."""
+    written = any((out / name).exists() for name in (RECORD, RUN, TOKENS)) or bool(checkpoints(out))
+    return is_ours(out) and (written or {path.name for path in out.iterdir()} == {RECIPE})
