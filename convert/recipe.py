@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..recipe import Count, Integer, Integers, Number, Section, numbers
+from ..recipe import Count, Integer, Integers, Number, Section
+from ..unused import Unused
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-Targets = Annotated[
-    list[Literal["q", "k", "v", "o", "gate", "up", "down"]],
-    Field(min_length=1),
-    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
-]
-Capacities = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], BeforeValidator(numbers)]
-Thresholds = Annotated[list[Annotated[Number, Field(ge=0, le=1)]], BeforeValidator(numbers)]
+Targets = Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], Field(min_length=1)]
+Capacities = list[Annotated[Number, Field(gt=0, le=1)]]
+Thresholds = list[Annotated[Number, Field(ge=0, le=1)]]
 DEEPEST = 4096
 Depth = Annotated[Count, Field(le=DEEPEST)]
 
@@ -100,6 +98,10 @@ class Router(Section):
         None, description="expert: what the sigmoid of a router's logit must reach, for each recurrence (default: 0.5)"
     )
 
+    def unused(self) -> Iterator[Unused]:
+        if self.inference == "topk":
+            yield Unused("thresholds", ("inference",), "router.inference=topk takes the capacity, whatever they are")
+
     def fields(self, depths: int) -> dict[str, Any]:
         """As the model's config has them."""
         return {"kind": "expert", "depths": depths, **self.model_dump(exclude_none=True)}
@@ -113,6 +115,11 @@ class Exit(Section):
     )
     threshold: Number | None = Field(None, description="of the rule (default: the rule's own)")
     min_recurrences: Count = Field(1, description="before which the rule does not fire")
+
+    def unused(self) -> Iterator[Unused]:
+        if self.rule == "fixed":
+            for name in ("threshold", "min_recurrences"):
+                yield Unused(name, ("rule",), "exit.rule=fixed never fires; choose another rule")
 
 
 class ConvertRecipe(Section):
@@ -216,3 +223,14 @@ class ConvertRecipe(Section):
         if self.lora and self.lora.init == "svd" and self.init == "random":
             raise ValueError("lora.init=svd with init=random would approximate the source by noise; use lora.init=zero")
         return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.state_init != "normal":
+            yield Unused("state_std", ("state_init",), "it is the scale of state_init=normal, which is not asked for")
+        if self.exit:
+            if self.router:
+                why = "tokens of a model with a router have the depths of the router"
+                yield Unused("exit.rule", ("method", "router"), why)
+            elif self.sharing in ("sequence", "middle-sequence"):
+                why = f"sharing={self.sharing} has no recurrence of the whole core, after which to exit"
+                yield Unused("exit.rule", ("sharing",), why)

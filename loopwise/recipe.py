@@ -1,18 +1,32 @@
 """Recipes: YAML files and `key=value` settings, checked against one pydantic model a command.
 
-A setting given on the command line replaces the recipe's. Dots reach into sections: `recurrence.mean=8`.
+A setting given on the command line replaces the recipe's. Dots reach into sections: `recurrence.mean=8`. Lists may be
+written as `a,b`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
-from .errors import UserError, unknown
+from .errors import UserError, reason, shorten, unknown
+from .unused import Unused, refuse, waiting
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -21,6 +35,25 @@ class Section(BaseModel):
     """Base of every recipe section: unknown keys are refused, values are not coerced across kinds silently."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        """Lists may be written as a,b,c, which YAML reads as text, and a list of one as its item."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        lists = {key: items for key in values if key in fields and (items := list_items(fields[key].annotation))}
+        return {key: listed(key, x, lists[key] is not str) if key in lists else x for key, x in values.items()}
+
+    def unused(self) -> Iterator[Unused]:
+        """The keys of this section, by their names in it, that have no effect beside its other keys."""
+        yield from ()
+
+    def refuse_unused(self, keys: Iterable[Unused]) -> None:
+        """Raises UserError for the first of `keys` that this recipe sets, where that is known to have no effect."""
+        refuse(self, keys, self._given)
 
 
 def _number(value: object) -> object:
@@ -35,15 +68,30 @@ Count = Annotated[int, Strict(), Field(gt=0)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 
 
-def numbers(value: object) -> object:
-    """A validator's first step: lists of numbers may be written as 1,2,3, which YAML reads as text."""
+Integers = list[Integer]
+Counts = list[Count]
+
+
+def listed(key: str, value: object, numbers: bool) -> object:
+    """`value` as a list, where it is text `a,b` or a single number. Raises ValueError for nothing between commas.
+
+    Text that names a file as a whole is one item: a path may hold a comma.   numbers: whether 8 may be an integer.
+    """
     if isinstance(value, str):
-        return [int(part) if part.strip().isdigit() else part for part in value.split(",")]
-    return [value] if isinstance(value, int | float) else value
+        whole = "," not in value or Path(value).expanduser().exists()
+        parts = [value] if whole else [part.strip() for part in value.split(",")]
+        if not all(parts) and parts[1:]:
+            raise ValueError(f"{key}={value}: nothing stands between two commas, or at an end")
+        return [int(part) if numbers and re.fullmatch(r"[+-]?\d{1,18}", part) else part for part in parts]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Integers = Annotated[list[Integer], BeforeValidator(numbers)]
-Counts = Annotated[list[Count], BeforeValidator(numbers)]
+def list_items(annotation: Any) -> Any:
+    """The type of the items of a field that is a list or a tuple, or may be one; None for other fields."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return next(filter(None, map(list_items, get_args(annotation))), None)
+    return get_args(annotation)[0] if get_origin(annotation) in (list, tuple) else None
+
 
 R = TypeVar("R", bound=Section)
 
@@ -53,8 +101,18 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
 
     Raises UserError naming the key, the rule and the nearest valid key.
     """
-    values = read_recipe(kind, recipe) if recipe else {}
-    return validate(model, settled(model, values, settings))
+    values = settled(model, read_recipe(kind, recipe) if recipe else {}, settings)
+    given = frozenset(setting.partition("=")[0] for setting in settings)
+    checked = validate(model, values)
+    for key in waiting(checked, given):
+        *section, name = key.split(".")
+        holder = values
+        for part in section:
+            holder = holder[part]
+        del holder[name]
+        checked = validate(model, values)
+    checked._given = given
+    return checked
 
 
 def settled(model: type[BaseModel], values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -63,12 +121,36 @@ def settled(model: type[BaseModel], values: dict[str, Any], settings: list[str])
         key, eq, text = setting.partition("=")
         if not eq or not key:
             raise UserError(f"{setting!r} is not a setting: write key=value, for example {_example(model)}")
-        try:
-            value = text if _takes_text(model, key.split(".")) else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{setting!r}: the value is not valid YAML ({_first_line(error)})") from None
-        _put(values, key.split("."), value)
+        path = key.split(".")
+        plain = _takes_text(model, path) and not text.startswith(("[", "'", '"'))
+        _put(values, path, _text(model, path, text) if plain else _yaml(text, shorten(repr(setting), 80)))
     return values
+
+
+def _text(model: type[BaseModel], path: list[str], text: str) -> str | None:
+    """The value of a key that takes text alone; `null` where it may be left out."""
+    return None if text == "null" and _optional(model, path) else text
+
+
+class Loader(yaml.SafeLoader):
+    """YAML whose mappings name every key once: of two values one would have no effect."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1 and name != "<<"), None):
+            raise yaml.constructor.ConstructorError(problem=f"the key {twice!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, what: str) -> Any:
+    """The value that `text` says. Raises UserError, which begins with `what`, where it is no YAML."""
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise UserError(f"{what}: nested too deeply") from None
+    except Exception as error:  # for 2020-99-99, !!int abc or 0b_ PyYAML lets out what Python's constructors raise
+        told = str(error).strip().splitlines()[0] if isinstance(error, yaml.YAMLError) else reason(error)
+        raise UserError(f"{what}: not valid YAML ({told})") from None
 
 
 def validate(model: type[R], values: dict[str, Any]) -> R:
@@ -84,6 +166,7 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
             raise unknown("recipe key", key, _keys(model)) from None
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f"={first['input']!r}"
+        shown = shorten(shown, 200)
         raise UserError(f"{key}{shown}: {message}" if key else message) from None
 
 
@@ -96,9 +179,11 @@ def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
             raise unknown(f"{kind} recipe", recipe, (p.stem for p in (RECIPES / kind).glob("*.yaml")))
         path = named
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({_first_line(error)})") from None
+        values = _yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a YAML file in UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, not a {type(values).__name__}")
     return values or {}
@@ -126,24 +211,29 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
-def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
-    """Whether the key takes text alone: revision=0123 is no octal number, then, and revision=1e3 no float."""
+def _field(model: type[BaseModel], path: list[str]) -> Any:
+    """The type of a dotted key; None where there is no such key."""
     field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    if path[1:]:
-        return any(_takes_text(section, path[1:]) for section in _sections(field.annotation))
-    options = get_args(field.annotation) if get_origin(field.annotation) is UnionType else [field.annotation]
-    return all(kind in (str, NoneType) or get_origin(kind) is Literal for kind in options)
+    if field is None or not path[1:]:
+        return field and field.annotation
+    return next(filter(None, (_field(section, path[1:]) for section in _sections(field.annotation))), None)
+
+
+def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
+    """Whether the key takes text, or texts, alone: revision=0123 is no octal number, then, and 1e3 no float."""
+    annotation = _field(model, path)
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    bare = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options]
+    return all(kind in (str, NoneType, list[str]) or get_origin(kind) is Literal for kind in bare)
+
+
+def _optional(model: type[BaseModel], path: list[str]) -> bool:
+    return NoneType in get_args(_field(model, path))
 
 
 def _example(model: type[BaseModel]) -> str:
     name, field = next(iter(model.model_fields.items()))
     return f"{name}={field.default}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def describe(model: type[BaseModel], prefix: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ..checkpoint import weight_files
 from ..errors import UserError
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
+from ..unused import Unused
 from .checkpoint import read_fields
 
 
@@ -44,6 +46,23 @@ class GenerateRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and cache")
     details: bool = Field(False, description="print JSON lines: tokens, the depth of each, and core passes, too")
 
+    def unused(self) -> Iterator[Unused]:
+        if self.decoder == "plain":
+            yield Unused("wave", ("decoder",), "decoder=plain has one token in flight; choose wave or diffusion")
+        if self.temperature == 0:
+            for name in ("top_p", "top_k", "seed"):
+                yield Unused(name, ("temperature",), "temperature=0 draws nothing; set a temperature")
+        if self.exit_rule == "fixed":
+            yield from self.without_exits(("exit_rule",))
+
+    def without_exits(self, switches: tuple[str, ...] = ()) -> Iterator[Unused]:
+        """The keys without effect where all tokens run at the same depth."""
+        why = "exit_rule is fixed, so all tokens run at the same depth; choose an exit_rule"
+        for name in ("exit_threshold", "min_recurrences", "prompt_exit"):
+            yield Unused(name, switches, why)
+        if self.kv_policy == "last-exited":
+            yield Unused("kv_policy", switches, why)
+
 
 def main(argv: list[str]) -> int:
     """Read prompts, print continuations. Returns the exit code."""
@@ -52,7 +71,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     recipe = load_recipe(GenerateRecipe, "generate", args.recipe, args.settings)
     folder = Path(args.model).expanduser()
-    read_fields(folder)
+    fields = read_fields(folder)
+    if recipe.exit_rule is None and (fields.get("exit") or {}).get("rule", "fixed") == "fixed":
+        recipe.refuse_unused(recipe.without_exits())
     weight_files(folder)
     prompts = [recipe.prompt] if recipe.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
     if not prompts or not all(prompts):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from loopwise.recipe import Count, Counts, Integer, Number, Section
+from loopwise.unused import Unused
 
 from .curriculum import RAMPS
 from .recipe_objectives import Objectives
 
-Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Strings = list[str]
 COOLDOWN = 0.2
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Pair = Annotated[tuple[Number, Number], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Pair = tuple[Number, Number]
 
 
 def _levels(value: object) -> object:
@@ -108,6 +110,15 @@ class Data(Section):
                 raise ValueError("streaming: to mix streamed with other sources, name them in phases, with weights")
         return self
 
+    def unused(self) -> Iterator[Unused]:
+        if not self.streaming:
+            yield Unused("window", ("streaming",), "it belongs to streamed sources, and data.streaming names none")
+        if self.chat_field is not None:
+            why = f"data.chat_field={self.chat_field} is read instead; give one of the two"
+            yield Unused("text_field", ("chat_field",), why)
+        if all(self.streamed()):
+            yield Unused("cache", ("streaming",), "it keeps tokens of local files, and all sources are streamed")
+
     @property
     def field(self) -> str:
         return self.chat_field or self.text_field
@@ -176,28 +187,34 @@ class Recurrence(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recurrence:
-        for name in ("max", "min"):
-            if getattr(self, name) is not None and self.sampler == "fixed":
-                raise ValueError(
-                    f"{name} bounds a sampled R, and sampler=fixed samples none: drop {name}, or choose a sampler"
-                )
         if self.max is not None and self.mean is not None and self.max < self.mean:
             raise ValueError(f"max={self.max} is below mean={self.mean}")
         if self.min is not None and self.max is not None and self.max < self.min:
             raise ValueError(f"max={self.max} is below min={self.min}")
-        for prefix, value in (("", self.mean), ("backprop_", self.backprop)):
-            schedule, ramp, levels = (getattr(self, prefix + name) for name in ("schedule", "ramp", "levels"))
-            if ramp is not None and schedule in ("constant", "steps"):
-                raise ValueError(
-                    f"{prefix}ramp belongs to {prefix}schedule=linear or 1-sqrt; {prefix}schedule={schedule} has none"
-                )
-            if (levels is not None) != (schedule == "steps"):
-                raise ValueError(f"{prefix}levels and {prefix}schedule=steps belong together")
-            if levels is not None and value is not None:
-                raise ValueError(f"{prefix}levels already says the last {prefix.rstrip('_') or 'mean'}: give one")
+        for prefix in ("", "backprop_"):
+            if getattr(self, prefix + "schedule") == "steps" and getattr(self, prefix + "levels") is None:
+                raise ValueError(f"{prefix}schedule=steps needs {prefix}levels, as {{0: 2, 0.5: 4}}")
         if self.backprop is None and self.backprop_schedule in ("linear", "1-sqrt"):
             raise ValueError(f"backprop_schedule={self.backprop_schedule} needs backprop, its end")
         return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.sampler == "fixed":
+            for name in ("min", "max"):
+                yield Unused(name, ("sampler",), "it bounds a sampled R, and recurrence.sampler=fixed samples none")
+        for prefix, end in (("", "mean"), ("backprop_", "backprop")):
+            schedule = getattr(self, prefix + "schedule")
+            switches = (f"{prefix}schedule", f"{prefix}levels")
+            if schedule in ("constant", "steps"):
+                why = f"it belongs to recurrence.{prefix}schedule=linear or 1-sqrt, not to {schedule}"
+                yield Unused(f"{prefix}ramp", switches, why)
+            if schedule == "steps":
+                yield Unused(end, switches, f"recurrence.{prefix}levels says all values")
+            else:
+                why = f"it belongs to recurrence.{prefix}schedule=steps, not to {schedule}"
+                yield Unused(f"{prefix}levels", switches, why)
+        if self.backprop is None and self.backprop_levels is None:
+            yield Unused("backprop_schedule", ("backprop",), "recurrence.backprop is not set: all carry gradient")
 
 
 ROLES = (
@@ -206,7 +223,7 @@ ROLES = (
 Role = Literal[
     "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters"
 ]
-Roles = Annotated[list[Role], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Roles = list[Role]
 
 
 class Optimiser(Section):
@@ -245,17 +262,19 @@ class Optimiser(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimiser:
-        if self.cooldown is not None and self.schedule != "wsd":
-            raise ValueError(f"cooldown belongs to schedule=wsd, not to {self.schedule}")
-        if self.kind != "muon":
-            for name in ("muon_learning_rate", "muon_momentum", "muon_adjust"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} belongs to kind=muon, not to {self.kind}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas[0]},{self.betas[1]}: each at least 0 and below 1")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup={self.warmup} and cooldown={self.decay} together exceed the run")
         return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.schedule != "wsd":
+            why = f"it belongs to optimiser.schedule=wsd, not to {self.schedule}"
+            yield Unused("cooldown", ("schedule",), why)
+        if self.kind != "muon":
+            for name in ("muon_learning_rate", "muon_momentum", "muon_adjust"):
+                yield Unused(name, ("kind",), f"it belongs to optimiser.kind=muon, not to {self.kind}")
 
     @property
     def decay(self) -> float:
@@ -330,9 +349,17 @@ class Train(Section):
             raise ValueError(
                 "distillation.top_k computes the teacher before training, streaming reads the text then: drop one"
             )
-        if self.eval_every and not self.data.held_out:
-            raise ValueError("eval_every needs held-out text: set data.eval or data.eval_fraction")
         return self
+
+    def unused(self) -> Iterator[Unused]:
+        if not self.data.held_out:
+            why = "there is no held-out text; set data.eval or data.eval_fraction"
+            yield Unused("eval_every", ("data.eval", "data.eval_fraction"), why)
+            if self.recurrence:
+                yield Unused("recurrence.eval_at", ("data.eval", "data.eval_fraction"), why)
+        if self.objectives.exit_gate and self.objectives.exit_gate.stage == "gate" and self.optimiser.train != ["gate"]:
+            why = "with objectives.exit_gate.stage=gate only the gate learns"
+            yield Unused("optimiser.train", ("objectives.exit_gate.stage",), why)
 
 
 class Evaluate(Section):

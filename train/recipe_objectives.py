@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from loopwise.recipe import Count, Number, Section
+from loopwise.unused import Unused
 
 
 class Distillation(Section):
@@ -47,6 +49,11 @@ class Exits(Section):
         "(forward KL, without gradient through it)",
     )
 
+    def unused(self) -> Iterator[Unused]:
+        name, other = ("scale", "layerskip") if self.weights == "constant" else ("intermediate", "constant")
+        why = f"it belongs to objectives.exits.weights={other}, not to {self.weights}"
+        yield Unused(name, ("weights",), why)
+
 
 class ExitGate(Section):
     """The expected loss over the exit gate of a model that has one (Ouro)."""
@@ -60,6 +67,12 @@ class ExitGate(Section):
     entropy_end: Number | None = Field(default=None, ge=0, description="and at the end (default: the same)")
     slope: Number = Field(default=50.0, gt=0, description="k of sigmoid(k (improvement - threshold)), for gate")
     threshold: Number = Field(default=0.005, description="improvement worth another recurrence, for gate")
+
+    def unused(self) -> Iterator[Unused]:
+        joint = self.stage == "joint"
+        for name in ("slope", "threshold") if joint else ("entropy", "entropy_end"):
+            why = f"it belongs to objectives.exit_gate.stage={'gate' if joint else 'joint'}, not to {self.stage}"
+            yield Unused(name, ("stage",), why)
 
 
 class RouterLosses(Section):

@@ -21,6 +21,7 @@ from loopwise.directory import RUN_HEADER, beside
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
+from loopwise.unused import check_used
 
 from . import data, stream
 from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, written
@@ -71,6 +72,7 @@ def prepare(
             f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
         )
     quiet()
+    check_used(recipe)
     recover(out)
     check_out(model, out, resume, force)
     _check_sources(recipe, out)

@@ -25,6 +25,7 @@ from loopwise.train.curriculum import (
     uniforms,
 )
 from loopwise.train.recipe import Recurrence
+from loopwise.unused import check_used
 
 levels = st.dictionaries(st.floats(0, 1), st.integers(1, 64), max_size=4).map(
     lambda later: tuple(sorted({**later, 0.0: 1}.items()))
@@ -147,14 +148,17 @@ def test_the_recipe_is_read_whole():
     ("keys", "message"),
     [
         ({"schedule": "steps", "levels": {0.5: 2}}, "the first share is 0"),
-        ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "levels already says the last mean"),
+        ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "mean=2 has no effect: recurrence.levels says all"),
         ({"schedule": "steps", "levels": 3}, "a mapping from shares"),
-        ({"backprop_levels": {0: 2}}, "backprop_levels and backprop_schedule=steps belong together"),
+        (
+            {"backprop_levels": {0: 2}},
+            "backprop_levels=.* it belongs to recurrence.backprop_schedule=steps",
+        ),
     ],
 )
 def test_bad_levels(keys, message):
     with pytest.raises(ValueError, match=message):
-        Recurrence.model_validate(keys)
+        check_used(Recurrence.model_validate(keys))
 
 
 def samples(mean: int, draws: int, sampler: str, **bounds) -> list[int]:

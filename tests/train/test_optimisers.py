@@ -173,7 +173,7 @@ def test_adapters_beside_relaxation(relaxed, command, tmp_path):
 REFUSED = {
     "optimiser.train=cores": "optimiser.train",
     "optimiser.train=router": "optimiser.train=router: nothing of this model would learn; it has coda, core",
-    "optimiser.muon_learning_rate=0.1": "muon_learning_rate belongs to kind=muon",
+    "optimiser.muon_learning_rate=0.1": "muon_learning_rate=0.1 has no effect: it belongs to optimiser.kind=muon",
     "optimiser.multipliers={corr:0.5}": "optimiser.multipliers",
     "adapters.targets=nowhere_proj": "no such linear modules; choose from down_proj, gate_proj",
     "adapters.rank=0": "adapters.rank=0",
