@@ -14,6 +14,7 @@ import numpy as np
 from .recipe import Data
 from .sources import files_of
 
+FORMAT = 2  # of what is kept: goes up where the same files give other tokens or marks
 DONE = "done"  # written last: a killed run leaves no half of an entry that would be taken for whole
 
 
@@ -21,14 +22,14 @@ def entry(sources: list[str], data: Data, tokenizer: Any) -> Path | None:
     """Where the tokens of `sources` are kept: None without `data.cache`, or for a source that is no local file."""
     if data.cache is None:
         return None
-    files = [path for source in sources for path in files_of(source) or [None]]
+    files = [path for source in sources for path in files_of(source, data.split, data.subset) or [None]]
     if None in files:
         return None
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = backend.to_str() if backend is not None else repr(tokenizer)
     keys = [stats, data.field, data.chat_field is not None, data.bad_records, said, tokenizer.eos_token_id]
-    keys.append(getattr(tokenizer, "chat_template", None))
+    keys += [getattr(tokenizer, "chat_template", None), FORMAT]
     return Path(data.cache).expanduser() / hashlib.blake2b(json.dumps(keys).encode(), digest_size=16).hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from loopwise.errors import UserError
 
-from . import cache, chat
+from . import cache
 from .recipe import Data
 from .sources import Reader, documents
 
@@ -45,8 +45,8 @@ class Corpus:
 
 
 def tokenise(texts: Iterable[Any], tokenizer: Any, report: Report | None = None) -> Corpus:
-    """Token ids of every document, a text or a conversation: of a text what the tokenizer puts before it (BOS or
-    nothing), the text, EOS; of a conversation its chat template, EOS.
+    """Token ids of every document, a text or an encoded conversation: of a text what the tokenizer puts before it (BOS
+    or nothing), the text, EOS; of a conversation its chat template, EOS.
 
     Raises UserError where the tokenizer has no EOS token.
     """
@@ -59,14 +59,12 @@ def tokenise(texts: Iterable[Any], tokenizer: Any, report: Report | None = None)
     keys: list[int] = []
     total = 0
     for batch in _batches(texts):
-        for document, ids, said in _encoded(batch, tokenizer, prefix):
+        for text, ids, learned in _encoded(batch, tokenizer, prefix):
             parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
-            learned = np.ones(len(ids) + 1, np.uint8) if said is None else np.array([*said, False], np.uint8)
             learned[0] |= START
             marks.append(learned)
             total += len(parts[-1])
             ends.append(total)
-            text = document if isinstance(document, str) else json.dumps(document)
             keys.append(int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()))
         if report:
             report(len(ends), total)
@@ -78,16 +76,17 @@ def tokenise(texts: Iterable[Any], tokenizer: Any, report: Report | None = None)
     )
 
 
-def _encoded(batch: list[Any], tokenizer: Any, prefix: list[int]) -> Iterator[tuple[Any, list[int], list[bool] | None]]:
-    """(document, token ids, which of them are learned; None: all)."""
+def _encoded(batch: list[Any], tokenizer: Any, prefix: list[int]) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    """(text that tells the document from others, token ids, marks of these and of the EOS that follows)."""
     texts = [document for document in batch if isinstance(document, str)]
     encoded = iter(_encode(tokenizer, [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]))
     for document in batch:
         if isinstance(document, str):
             pieces = range(0, len(document), PIECE)
-            yield document, [*prefix, *(part for _ in pieces for part in next(encoded))], None
+            ids = [*prefix, *(part for _ in pieces for part in next(encoded))]
+            yield document, ids, np.full(len(ids) + 1, LEARN, np.uint8)
         else:
-            yield document, *chat.encode(document, tokenizer)
+            yield document.key, document.ids, np.array([*document.said, document.ended], np.uint8) * LEARN
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -101,7 +100,7 @@ def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        size += len(document) if isinstance(document, str) else len(document.key)
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -202,9 +201,15 @@ class Blocks:
     directory: Path
 
 
+def reader_of(data: Data, tokenizer: Any) -> Reader:
+    """What reads records as `data` says."""
+    skip = data.bad_records == "skip"
+    return Reader(data.field, data.split, data.subset, data.chat_field is not None, skip, tokenizer)
+
+
 def read(sources: list[str], data: Data, tokenizer: Any, report: Report | None = None) -> Corpus:
     """The documents of `sources`, read as `data` says and tokenised. Raises UserError where there is no text."""
-    reader = Reader(data.field, data.split, data.subset, data.chat_field is not None, data.bad_records == "skip")
+    reader = reader_of(data, tokenizer)
     kept = cache.entry(sources, data, tokenizer)
     if kept and (kept / cache.DONE).is_file():
         return Corpus(*(np.load(kept / f"{field.name}.npy", mmap_mode="r") for field in fields(Corpus)))

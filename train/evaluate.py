@@ -47,11 +47,13 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
+    from . import sources
     from .measure import held_out_loss
     from .pretrained import is_recurrent, load_config, load_model, parameters
     from .run import check_length, check_vocabulary
 
     quiet()
+    recipe.refuse_unused(sources.unused(recipe.data, recipe.split, recipe.subset))
     config = load_config(model, recipe.revision)
     if recipe.num_recurrences and not is_recurrent(config):
         raise UserError(

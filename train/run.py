@@ -23,7 +23,7 @@ from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
 from loopwise.unused import check_used
 
-from . import data, stream
+from . import data, sources, stream
 from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, written
 from .curriculum import Curriculum, curriculum_of
 from .output import RECIPE, TOKENS, check_out, discarded_unless_begun, recover
@@ -112,7 +112,7 @@ def prepare(
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
-    from . import adapters, launch, optimisers
+    from . import adapters, launch, optimisers, separation
     from .pretrained import load_config, load_model, load_tokenizer
     from .trainer import RecurrentTrainer, arguments, prepare_model
 
@@ -120,6 +120,8 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     blocks = data.load(out / TOKENS)
     checkpoint = last_sound(out)[0] if resume else None
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
+    if recipe.data.separate_documents:
+        separation.check(loaded, model)
     if recipe.adapters:
         adapters.inject(loaded, recipe.adapters, checkpoint)
     prepare_model(loaded, recipe)
@@ -265,9 +267,12 @@ def describe(
 
 
 def _check_sources(recipe: Train, out: Path) -> None:
-    for source in [*(s for part in recipe.data.parts() for s in part), *(recipe.data.eval or [])]:
+    given = recipe.data
+    named = [*(source for part in given.parts() for source in part), *(given.eval or [])]
+    for source in named:
         if Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise UserError(f"the text {source} lies in OUT ({out}), which the run replaces; choose another directory")
+    recipe.refuse_unused(sources.unused(named, given.split, given.subset, "data."))
 
 
 def check_length(key: str, length: int, model: str, config: Any) -> None:

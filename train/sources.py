@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import glob
 import json
+import lzma
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from loopwise.errors import UserError, reason
+from loopwise.errors import UserError, reason, shorten
+from loopwise.unused import Unused
 
-from .chat import messages_of
+from .chat import ARGUMENTS, conversation_of, encode
+from .snapshot import PACKED, RECORDS, files_of_split, is_snapshot, kind_of
 
 NAMED = 10  # skipped records that are named one by one
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -23,7 +28,7 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 @dataclass
 class Reader:
-    """How records become documents: the text in `field`, or with `chat` the conversation there.
+    """How records become documents: the text in `field`, or with `chat` the conversation there, encoded by `tokenizer`.
 
     skip: a bad record is named on stderr and left out, where it would stop the run otherwise.
     """
@@ -33,15 +38,21 @@ class Reader:
     subset: str | None = None
     chat: bool = False
     skip: bool = False
+    tokenizer: Any = None
     skipped: int = 0
 
+    @property
+    def columns(self) -> list[str]:
+        """What is read of a table."""
+        return [self.field, *(ARGUMENTS if self.chat else ())]
+
     def take(self, record: Any, where: str) -> Any:
-        """The document of a record: a text, a list of messages, or None where it was skipped."""
+        """The document of a record: a text, an encoded conversation, or None where it was skipped."""
         try:
             value = _value(record, where, self.field)
-            return (
-                messages_of(value, f"{where}: field {self.field!r}") if self.chat else _text(value, where, self.field)
-            )
+            if not self.chat:
+                return _text(value, where, self.field)
+            return encode(conversation_of(record, self.field, where), self.tokenizer, where)
         except UserError as error:
             self.bad(error)
             return None
@@ -71,7 +82,7 @@ def _documents(source: str, reader: Reader) -> Iterator[Any]:
     path = Path(source).expanduser()
     if path.is_file():
         return _file(path, reader, strict=True)
-    files = files_of(source)
+    files = files_of(source, reader.split, reader.subset)
     if files is not None:
         return _files(source, files, reader)
     check_exists(source, path)
@@ -84,16 +95,48 @@ def check_exists(source: str, path: Path) -> None:
         raise UserError(f"{source}: no such file or directory")
 
 
-def files_of(source: str) -> list[Path] | None:
-    """The local files of a source, or None where it is a dataset."""
+def files_of(source: str, split: str = "train", subset: str | None = None) -> list[Path] | None:
+    """The local files of a source, of one split where it has any, or None where it is a dataset."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir() and not is_dataset(path):
-        return sorted(_walk(path))
+        files = sorted(_walk(path))
+        if files and _has_splits(path, files):
+            with told(source):
+                return files_of_split(path, split, subset)
+        return files
     if any(character in source for character in "*?["):
         return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)]
     return None
+
+
+def _has_splits(path: Path, files: list[Path]) -> bool:
+    with told(str(path)):
+        return is_snapshot(path, files)
+
+
+def unused(sources: list[str], split: str, subset: str | None, prefix: str = "") -> Iterator[Unused]:
+    """The keys, behind `prefix`, that are of no use to `sources`. Raises UserError for those that cannot be read."""
+    splits = subsets = records = local = False
+    for source in sources:
+        path = Path(source).expanduser()
+        files = files_of(source, split, subset)
+        snapshot = path.is_dir() and not is_dataset(path) and _has_splits(path, sorted(_walk(path)))
+        hub = files is None and not path.exists()
+        splits |= hub or snapshot or (path / "dataset_dict.json").is_file()
+        subsets |= hub or snapshot
+        local |= files is not None
+        records |= files is None or any(kind_of(file, strict=False) in RECORDS for file in files)
+    plain = "files, folders of files without splits, and single saved datasets"
+    if not splits:
+        yield Unused(f"{prefix}split", (), f"{plain} have none; name the files of the split")
+    if not subsets:
+        yield Unused(f"{prefix}subset", (), "it belongs to datasets of the hub, or to folders with a dataset card")
+    if not records:
+        yield Unused(f"{prefix}text_field", (), "text files have no fields")
+    if prefix and not local:
+        yield Unused(f"{prefix}cache", (), "it keeps tokens of local files, and there are none")
 
 
 def _files(source: str, paths: list[Path], reader: Reader) -> Iterator[Any]:
@@ -109,66 +152,89 @@ def _walk(directory: Path) -> Iterator[Path]:
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked where its name says that it is compressed. Raises UserError where that fails."""
+    opener = PACKED.get(path.suffix)
+    try:
+        with path.open("rb") if opener is None else import_module(opener).open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or reason(error)}") from None
+
+
+def _text_of(path: Path) -> str:
+    with _opened(path) as file:
+        return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as Python's text files do
+
+
 def _file(path: Path, reader: Reader, strict: bool) -> Iterator[Any]:
-    if path.suffix in (".jsonl", ".ndjson"):
+    kind = kind_of(path, strict)
+    if kind in (".jsonl", ".ndjson"):
         yield from _jsonl(path, reader)
-    elif path.suffix == ".json":
+    elif kind == ".json":
         yield from _json(path, reader)
-    elif path.suffix in TABLES:
-        yield from _rows(_table(path), str(path), reader)
+    elif kind in TABLES:
+        yield from _rows(_table(path, reader), str(path), reader)
     elif reader.chat:
         if strict:
             raise UserError(f"{path}: conversations are read from .jsonl, .json, .parquet, .arrow and datasets")
     else:
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = _text_of(path)
         except UnicodeDecodeError as error:
             if strict:
                 raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
         else:
             if strict or "\0" not in text:
                 yield text
 
 
 def _jsonl(path: Path, reader: Reader) -> Iterator[Any]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if text.strip():
-                        yield reader.take(json.loads(text), where)
-                except json.JSONDecodeError as error:
-                    reader.bad(UserError(f"{where}: not JSON ({error.msg} at column {error.colno})"))
-                except UnicodeDecodeError as error:
-                    reader.bad(UserError(f"{where}: not UTF-8 ({error.reason})"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                record = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                reader.bad(UserError(f"{where}: not UTF-8 ({error.reason})"))
+            except (ValueError, RecursionError) as error:
+                reader.bad(UserError(f"{where}: {_not_json(error)}"))
+            else:
+                if text.strip():
+                    yield reader.take(record, where)
 
 
 def _json(path: Path, reader: Reader) -> Iterator[Any]:
     """The records of one array, or of one object a line, which some call .json too."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
-        yield from _jsonl(path, reader)
+        text = _text_of(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise UserError(f"{path}: {_not_json(error)}") from None
+        yield from _jsonl(path, reader)
     else:
         for number, record in enumerate(records if isinstance(records, list) else [records]):
             yield reader.take(record, f"{path} record {number}")
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at {f'line {error.lineno} ' if error.lineno > 1 else ''}column {error.colno})"
+    # Python refuses integers of more than 4,300 digits, and what nests deeper than its stack.
+    return "JSON that nests too deeply" if isinstance(error, RecursionError) else f"not JSON ({reason(error)})"
 
 
 def _value(record: Any, where: str, field: str) -> Any:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is an object with a field {field!r}, not a {type(record).__name__}")
     if field not in record:
-        fields = ", ".join(map(repr, record)) or "no fields"
+        fields = shorten(", ".join(map(repr, record)) or "no fields", 200)
         raise UserError(f"{where}: no field {field!r} among {fields}; text_field names the one to use")
     return record[field]
 
@@ -188,14 +254,24 @@ def is_dataset(directory: Path) -> bool:
     return any((directory / name).is_file() for name in saved)
 
 
-def _table(path: Path) -> Any:
+def options_of(kind: str, reader: Reader) -> dict[str, Any]:
+    """What a builder of `datasets` is told of the files that it reads."""
+    if kind == "csv":
+        return {
+            "converters": {reader.field: str},
+            "keep_default_na": False,
+        }  # NA, null and 007 stay text
+    return {"sample_by": "document"} if kind == "text" else {}
+
+
+def _table(path: Path, reader: Reader) -> Any:
     # Read straight from the file: a copy in the user's cache would outlive the run.
     with tempfile.TemporaryDirectory() as cache, told(str(path)):
         import datasets
 
-        return datasets.load_dataset(
-            TABLES[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-        )
+        kind = TABLES[kind_of(path)]
+        keys = {"split": "train", "cache_dir": cache, "keep_in_memory": True, **options_of(kind, reader)}
+        return datasets.load_dataset(kind, data_files=str(path), **keys)
 
 
 def _dataset(source: str, path: Path, split: str, subset: str | None) -> Any:
@@ -220,11 +296,13 @@ def saved(source: str, path: Path, split: str) -> Any:
 def _rows(dataset: Any, source: str, reader: Reader) -> Iterator[Any]:
     if reader.field not in dataset.column_names:
         _value(dict.fromkeys(dataset.column_names), source, reader.field)
+    present = [name for name in reader.columns if name in dataset.column_names]
     number = 0
-    for batch in dataset.select_columns(reader.field).iter(1000):
-        for value in batch[reader.field]:
-            yield reader.take({reader.field: value}, f"{source} row {number}")
-            number += 1
+    with told(source):  # what cannot be decoded shows when it is read
+        for batch in dataset.select_columns(present).iter(1000):
+            for values in zip(*(batch[name] for name in present), strict=True):
+                yield reader.take(dict(zip(present, values, strict=True)), f"{source} row {number}")
+                number += 1
 
 
 @contextmanager

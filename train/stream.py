@@ -17,19 +17,13 @@ import numpy as np
 
 from loopwise.errors import UserError
 
-from .data import Packed, tokenise
+from .data import Packed, reader_of, tokenise
 from .recipe import Data
-from .sources import Reader, check_exists, files_of, saved, told
+from .snapshot import kind_of
+from .sources import TABLES, Reader, check_exists, files_of, options_of, saved, told
 
 MARKS = "streams.json"
-BUILDERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-}
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", **TABLES}
 
 
 @dataclass
@@ -53,9 +47,7 @@ class Stream:
 
     def __init__(self, sources: list[str], data: Data, tokenizer: Any, seed: int, mark: Mark | None, behind: int = 0):
         self.sources, self.data, self.tokenizer, self.seed, self.behind = sources, data, tokenizer, seed, behind
-        self.reader = Reader(
-            data.field, data.split, data.subset, data.chat_field is not None, data.bad_records == "skip"
-        )
+        self.reader = reader_of(data, tokenizer)
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
@@ -174,14 +166,14 @@ def stream_of(source: str, reader: Reader) -> Any:
     """
     import datasets
 
-    files = files_of(source)
+    files = files_of(source, reader.split, reader.subset)
     if files is None:
         path = Path(source).expanduser()
         check_exists(source, path)
         if path.is_dir():
             return saved(source, path, reader.split).to_iterable_dataset()
         return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
-    kinds = {BUILDERS.get(file.suffix, "text") for file in files}
+    kinds = {BUILDERS.get(kind_of(file), "text") for file in files}
     if len(kinds) != 1:
         rule = (
             "no files there" if not kinds else f"a stream reads files of one kind, these are {', '.join(sorted(kinds))}"
@@ -190,6 +182,5 @@ def stream_of(source: str, reader: Reader) -> Any:
     kind = kinds.pop()
     if kind == "text" and reader.field != "text":
         raise UserError(f"{source}: text files have the field 'text', not {reader.field!r}")
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     paths = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=paths, split="train", streaming=True, **options)
+    return datasets.load_dataset(kind, data_files=paths, split="train", streaming=True, **options_of(kind, reader))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from loopwise.errors import UserError
 
+from . import separation
 from .pretrained import is_recurrent, load_config, load_model
 from .recipe_objectives import Distillation
 
@@ -45,8 +46,10 @@ def check(keys: Distillation, config: Any) -> None:
 class Teacher:
     """Gives the logits [B, T, V] for the inputs of a micro-batch, without gradient."""
 
-    def __init__(self, keys: Distillation, device: torch.device, precision: str):
+    def __init__(self, keys: Distillation, device: torch.device, precision: str, separate: bool = False):
         model: Any = load_model(keys.teacher, keys.revision).eval().requires_grad_(False)
+        if separate:
+            separation.check(model, f"objectives.distillation.teacher={keys.teacher}")
         self.model = model.to(device, getattr(torch, precision))
         self.recurrences = keys.num_recurrences
         self.recurrent = is_recurrent(self.model.config)
@@ -76,7 +79,7 @@ def precompute(
 
     Log-probabilities are at `keys.temperature`. The files exist with their full size when a rank calls this.
     """
-    teacher = Teacher(keys, device, precision)
+    teacher = Teacher(keys, device, precision, blocks.train.separate)
     ids, log_probs = (np.load(blocks.directory / name, mmap_mode="r+") for name in FILES)
     rank, ranks = shard
     starts = range(rank * batch_size, len(blocks.train), ranks * batch_size)

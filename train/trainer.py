@@ -150,7 +150,7 @@ class RecurrentTrainer(Trainer):
             given = teacher.kept
             beside = self._precomputed(distillation, blocks, recipe, args)
         elif distillation:
-            given = teacher.Teacher(distillation, device, recipe.precision)
+            given = teacher.Teacher(distillation, device, recipe.precision, recipe.data.separate_documents)
         warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * args.max_steps)
         self.objective = Objective(recipe.objectives, model.config, given, args.max_steps, recipe.seed, warmup)
         self.recipe, self.blocks, self.streams, self.curriculum, self.run = recipe, blocks, streams, curriculum, run

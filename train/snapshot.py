@@ -1,0 +1,56 @@
+"""Folders that `datasets` would read as a dataset with splits, as a download of one from the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from loopwise.errors import UserError
+
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv")
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+UNREAD = (".zst", ".zip", ".tar", ".tgz", ".7z", ".lz4")
+ABOUT = ("README", "LICENSE", "NOTICE", "dataset_infos.json")  # files beside the data
+
+
+def kind_of(path: Path, strict: bool = True) -> str:
+    """The ending that says what a file holds: `.jsonl` of `a.jsonl.gz`.
+
+    Raises UserError for other compressions; unless `strict`, for those of records alone.
+    """
+    inner = Path(path.stem).suffix
+    if path.suffix in UNREAD and (strict or inner in RECORDS):
+        raise UserError(f"{path}: {path.suffix} files are not read; unpack it, or compress it as .gz, .bz2 or .xz")
+    return inner if path.suffix in PACKED else path.suffix
+
+
+def is_snapshot(folder: Path, files: list[Path]) -> bool:
+    """Whether `files`, those of `folder`, are a dataset: tables and records alone, with a dataset card or splits."""
+    data = [path for path in files if not path.name.startswith(ABOUT) and path.suffix != ".md"]
+    if not data or any(kind_of(path, strict=False) not in RECORDS for path in data):
+        return False
+    card = folder / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---"):
+        return True
+    from datasets.data_files import EmptyDatasetError, get_data_patterns
+
+    try:
+        return {str(split) for split in get_data_patterns(str(folder))} != {"train"}
+    except EmptyDatasetError:
+        return False
+
+
+def files_of_split(folder: Path, split: str, subset: str | None) -> list[Path]:
+    """The files of one split, as `datasets.load_dataset` finds them. Raises UserError where there is no such split."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        if subset is None:
+            names = datasets.get_dataset_config_names(str(folder))
+            if len(names) > 1 and "default" not in names:
+                raise UserError(f"{folder}: choose a subset of it: {', '.join(names)}")
+        builder = datasets.load_dataset_builder(str(folder), subset, cache_dir=cache)
+    found = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if split not in found:
+        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(map(repr, found))}")
+    return [Path(file) for file in found[split]]
