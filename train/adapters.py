@@ -6,11 +6,13 @@ names, so that it loads as a model, and the adapters in a file beside them.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from loopwise.errors import UserError
 
@@ -22,11 +24,21 @@ FILE = "adapters.safetensors"
 def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
     """Put adapters beside the linear modules that `keys` name; with those of `checkpoint`, else new ones.
 
-    Raises UserError where the names match no module.
+    Raises UserError for a name that is no linear module of a layer: embeddings and the head may share their weights,
+    and experts whose matrices stand in one parameter are no modules.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = list(keys.targets or _linear_names(model))
+    linear = _linear(model)
+    for target in keys.targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f"adapters.targets={target}: no linear module of a layer has this name; choose from {choices}"
+            )
+    targets = list(keys.targets or {name.rpartition(".")[2] for name in linear})
+    if not targets:
+        raise UserError("adapters: this model has no linear modules in its layers; train it without")
     config = LoraConfig(
         r=keys.rank,
         lora_alpha=cast(Any, keys.rank if keys.alpha is None else keys.alpha),
@@ -34,13 +46,9 @@ def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
         target_modules=targets,
         exclude_modules=r"relaxation\..*|source\..*|router\..*",  # names of which are those of layers
     )
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D, which PEFT finds out by itself, and of nothing to exclude
         inject_adapter_in_model(config, model)
-    except ValueError:
-        choices = ", ".join(sorted(_linear_names(model)))
-        raise UserError(
-            f"adapters.targets={','.join(targets)}: no such linear modules; choose from {choices}"
-        ) from None
     if checkpoint:
         tensors = load_file(checkpoint / FILE)
         own = {name: p for name, p in model.named_parameters() if ".lora_" in name and name in tensors}
@@ -50,15 +58,24 @@ def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
                 parameter.copy_(tensors[name])
 
 
-def _linear_names(model: Any) -> set[str]:
-    """Names, within a layer, of the linear modules of the layers."""
-    parts = [getattr(model, name) for name in ("prelude", "core", "coda") if hasattr(model, name)] or [model]
+def _linear(model: Any) -> list[str]:
+    """Names of the linear modules of the layers. Conv1D, GPT-2's, is linear with its weight transposed."""
+    parts = [name for name in ("prelude", "core", "coda") if hasattr(model, name)] or [""]
     head = model.get_output_embeddings()
-    return {
-        name.rpartition(".")[2]
+    return [
+        f"{part}.{name}".lstrip(".")
         for part in parts
-        for name, module in part.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        for name, module in model.get_submodule(part).named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def transposed(model: Any) -> set[str]:
+    """Names of the weights, of a model with adapters, that stand transposed."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), Conv1D)
     }
 
 
@@ -72,14 +89,16 @@ def save(adapters: dict[str, torch.Tensor], directory: Path) -> None:
     save_file({name: x.contiguous().cpu() for name, x in adapters.items()}, directory / FILE)
 
 
-def merged(state: dict[str, torch.Tensor], keys: Adapters) -> dict[str, torch.Tensor]:
-    """The weights of the model without adapters that computes the same: W + alpha / rank B A."""
+def merged(state: dict[str, torch.Tensor], keys: Adapters, transposed: set[str]) -> dict[str, torch.Tensor]:
+    """The weights of the model without adapters that computes the same: W + alpha / rank B A.
+
+    transposed: names of the weights that are W^T.
+    """
     base, adapters = split(state)
     scale = (keys.rank if keys.alpha is None else keys.alpha) / keys.rank
     for name, a in adapters.items():
         if ".lora_A." in name:
             weight = name.replace(".lora_A.default.weight", ".weight")
             change = adapters[name.replace(".lora_A.", ".lora_B.")].float() @ a.float() * scale
-            # Conv1D (GPT-2) keeps its weight transposed
-            base[weight] = base[weight] + (change if change.shape == base[weight].shape else change.T).to(a.dtype)
+            base[weight] = base[weight] + (change.T if weight in transposed else change).to(a.dtype)
     return base

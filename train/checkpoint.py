@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from loopwise.errors import UserError
+from loopwise.errors import UserError, reason
 
 RUN = "run.json"
 DIGEST = "digest of the data"
@@ -59,9 +59,17 @@ def checksum(path: Path) -> int:
 @contextmanager
 def written(partial: Path, what: str) -> Iterator[None]:
     """Within it `what` is written to `partial`, which goes where that fails. Raises UserError for a full disk and the
-    like: what was complete before stays."""
+    like, and for what a library refuses to write: what was complete before stays."""
     try:
         yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{what} cannot be written ({reason(error)}): earlier checkpoints are as they were, and --resume goes on "
+            "from them"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save wraps what the system says
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("writ", "inline_container")):
             raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
@@ -75,11 +76,47 @@ def write_model(
     model: PreTrainedModel, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor], dtype: str = "float32"
 ) -> None:
     """What loads and serves: weights (`state`, of `dtype`), config, generation config, tokenizer, chat template, remote
-    code."""
-    model.save_pretrained(directory, state_dict=state)
+    code.
+
+    The generation config keeps the values that it was loaded with. transformers would refuse to save some that it
+    loads, as a temperature without do_sample, and engines read them.
+    """
+    generation = model.generation_config
+    try:
+        if generation is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
     config = directory / "config.json"  # which names the type of the model's own weights
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    fields = {**json.loads(config.read_text(encoding="utf-8")), "dtype": dtype}
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def smallest(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """The one tensor of `state` that takes least room, in `dtype`: to write what stands beside the weights alone."""
+    name = min(state, key=lambda name: (state[name].numel(), name))
+    return cast({name: state[name].detach().clone()}, dtype)
+
+
+def overflow(state: dict[str, torch.Tensor], dtype: str) -> str | None:
+    """What of `state` leaves the range of `dtype`, for people: the first such tensor, and its value; None for nothing.
+
+    Values that are not finite already are left to others.
+    """
+    most = torch.finfo(getattr(torch, dtype)).max
+    for name, x in state.items():
+        if not x.is_floating_point() or not x.numel():
+            continue
+        low, high = (end.item() for end in x.detach().aminmax())
+        worst = max(-low, high)
+        if most < worst < math.inf and torch.tensor(worst, dtype=x.dtype).to(getattr(torch, dtype)).isinf():
+            value = high if high == worst else low
+            return f"{name} holds {value:g}, and {dtype} ends at {most:g}"
+    return None
 
 
 def cast(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:

@@ -113,20 +113,23 @@ def prepare(
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:
     """Train in a prepared `out`: every process of a run calls this. The first one leaves the final model in `out`."""
     from . import adapters, launch, optimisers, separation
-    from .pretrained import load_config, load_model, load_tokenizer
+    from .pretrained import load_config, load_model, load_tokenizer, overflow
     from .trainer import RecurrentTrainer, arguments, prepare_model
 
     quiet()
     blocks = data.load(out / TOKENS)
     checkpoint = last_sound(out)[0] if resume else None
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(model, recipe.revision)
+    source_config = load_config(model, recipe.revision)
+    dtype = recipe.dtype or _stored_dtype(source_config)
+    if told := overflow(loaded.state_dict(), dtype):
+        raise UserError(f"dtype={dtype}: {told}; choose dtype=bfloat16 or float32")
     if recipe.data.separate_documents:
         separation.check(loaded, model)
     if recipe.adapters:
         adapters.inject(loaded, recipe.adapters, checkpoint)
     prepare_model(loaded, recipe)
     optimisers.freeze(loaded, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
-    source_config = load_config(model, recipe.revision)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = recipe.batch_size * recipe.gradient_accumulation * processes
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(blocks.train) / samples_per_step)
@@ -151,6 +154,7 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
         trainer.add_callback(callback)
     if trainer.args.should_save:
         prune(out, recipe.keep_checkpoints)
+        rehearse(trainer, model, out, dtype)
         print(_opening(trainer, checkpoint), flush=True)
     with stopped_by_sigterm(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -162,8 +166,16 @@ def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: 
     if recipe.data.held_out:
         trainer.evaluate()
     state = trainer.full_state()
+    if recipe.adapters:
+        state = adapters.merged(state, recipe.adapters, adapters.transposed(trainer.trained))
+    if told := trainer.told_all(overflow(state, dtype)):
+        trainer.keep()
+        raise UserError(
+            f"dtype={dtype}: after training, {told}; checkpoint-{trainer.state.global_step} is written: --resume with "
+            "dtype=bfloat16 or float32 writes the model of it"
+        )
     if trainer.args.should_save:
-        publish(trainer, state, model, out, recipe.dtype or _stored_dtype(source_config))
+        publish(trainer, state, model, out, dtype)
         shutil.rmtree(out / TOKENS)
         print(f"model written to {out}", flush=True)
 
@@ -183,25 +195,53 @@ def stopped_by_sigterm(trainer: RecurrentTrainer) -> Iterator[None]:
 
 def publish(trainer: RecurrentTrainer, state: dict[str, Any], model: str, out: Path, dtype: str) -> None:
     """Write the trained model, with the weights `state`, into `out`, config.json last: no half of it is loadable."""
-    from . import adapters
-    from .card import write_card
-    from .pretrained import cast, write_model
+    from .pretrained import cast
 
     partial = out / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    if trainer.recipe.adapters:
-        state = adapters.merged(state, trainer.recipe.adapters)
     if trainer.curriculum:
         trainer.trained.config.trained_recurrences = trainer.curriculum.trained()
     with written(partial, "the trained model"):
-        write_model(trainer.trained, trainer.tokenizer, partial, cast(state, dtype), dtype)
-        write_card(partial, model, trainer.recipe, trainer)
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        (partial / RUN).write_text(json.dumps({"run": trainer.run}, indent=1))
+        _write(trainer, cast(state, dtype), model, partial, dtype)
     for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         sync(path)
         path.replace(out / path.name)
     partial.rmdir()
+
+
+def _write(trainer: RecurrentTrainer, state: dict[str, Any], model: str, directory: Path, dtype: str) -> None:
+    from .card import write_card
+    from .pretrained import write_model
+
+    write_model(trainer.trained, trainer.tokenizer, directory, state, dtype)
+    write_card(directory, model, trainer.recipe, trainer)
+    trainer.state.save_to_json(str(directory / "trainer_state.json"))
+    (directory / RUN).write_text(json.dumps({"run": trainer.run}, indent=1), encoding="utf-8")
+
+
+def rehearse(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:
+    """Write all that `publish` will, but of the weights the smallest tensor, and remove it again.
+
+    Raises UserError for what could not be written at the end, when the whole run would be lost by it: also where the
+    disk has no room for the weights.
+    """
+    import torch
+
+    from . import adapters
+    from .pretrained import parameters, smallest
+
+    partial = out / ".rehearsal.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with written(partial, "the trained model"):
+        base, _ = adapters.split(trainer.trained.state_dict())
+        _write(trainer, smallest(base, dtype), model, partial, dtype)
+    shutil.rmtree(partial, ignore_errors=True)
+    needed = parameters(trainer.trained) * getattr(torch, dtype).itemsize
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise UserError(
+            f"{out}: the trained model will take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there; "
+            "make room first"
+        )
 
 
 def check_model(model: str, config: Any, recipe: Train) -> Curriculum | None:

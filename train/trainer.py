@@ -399,6 +399,18 @@ class RecurrentTrainer(Trainer):
             adapters.save(extra, directory)
         write_model(self.trained, self.tokenizer, directory, state)
 
+    def keep(self) -> None:
+        """Leave a checkpoint of this step, unless there is one; every process calls this."""
+        if not (self.out / f"checkpoint-{self.state.global_step}").is_dir():
+            self._save_checkpoint(self.model)
+
+    def told_all(self, said: str | None) -> str | None:
+        """What the first process says, in every process."""
+        told = [said]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(told)
+        return told[0]
+
     def full_state(self) -> dict[str, torch.Tensor]:
         """All weights in float32, in the first process (elsewhere nothing); every process calls this."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
