@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from loopwise.recipe import Count, Counts, Integer, Number, Section
 from loopwise.unused import Unused
 
+from . import tasks
 from .curriculum import RAMPS
 from .recipe_objectives import Objectives
 
 Strings = list[str]
+Training = AfterValidator(lambda sources: [tasks.placed(source, tasks.TRAIN) for source in sources])
+HeldOut = AfterValidator(lambda sources: [tasks.placed(source, tasks.HELD_OUT) for source in sources])
 COOLDOWN = 0.2
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = tuple[Number, Number]
@@ -36,16 +39,19 @@ class Phase(Section):
     """A part of the run with a mixture of its own."""
 
     share: Number = Field(gt=0, le=1, description="of the run's steps")
-    sources: dict[str, Annotated[Number, Field(gt=0)]] = Field(min_length=1, description="{source: weight}")
+    sources: Annotated[
+        dict[str, Annotated[Number, Field(gt=0)]],
+        AfterValidator(lambda given: {tasks.placed(source, tasks.TRAIN): weight for source, weight in given.items()}),
+    ] = Field(min_length=1, description="{source: weight}")
 
 
 class Data(Section):
     """Where the text comes from and how it is cut into blocks."""
 
-    train: Strings = Field(
+    train: Annotated[Strings, Training] = Field(
         default=[],
         description="source or list of sources: a .jsonl, .parquet or text file, a directory or glob of such files, "
-        "or a `datasets` hub id or saved directory",
+        "a `datasets` hub id or saved directory, or a generated task as task:hops?hops=1..8",
     )
     phases: list[Phase] | None = Field(
         default=None,
@@ -53,13 +59,13 @@ class Data(Section):
         description="instead of train: a list of {share: of the run, sources: {source: weight}}, in order; the shares "
         "sum to 1",
     )
-    eval: Strings | None = Field(default=None, description="held-out source or sources")
+    eval: Annotated[Strings, HeldOut] | None = Field(default=None, description="held-out source or sources")
     eval_fraction: Fraction = Field(
         default=0.0,
         lt=0.5,
         description="held-out share of data.train, split off by document, where data.eval is not given",
     )
-    streaming: bool | Strings = Field(
+    streaming: bool | Annotated[Strings, Training] = Field(
         default=False,
         description="training sources that are read while training, not before: true for all, or a list of them",
     )
@@ -363,7 +369,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """A measurement of held-out loss."""
+    """A measurement of held-out loss and of answers."""
 
     data: Strings = Field(min_length=1, description="source or list of sources, as data.train of loopwise train")
     eval_fraction: Fraction = Field(
@@ -372,12 +378,40 @@ class Evaluate(Section):
         description="measure only on the share that a training run with this data.eval_fraction holds out",
     )
     text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    chat_field: str | None = Field(
+        default=None,
+        description="field that holds a conversation, instead of text_field: each is measured by itself, and only what "
+        "the assistant says; generated tasks need no such field",
+    )
+    group: str | None = Field(
+        default=None,
+        description="field of a conversation's record by which right answers are counted: a value for all its answers, "
+        "or a list of one for each, as hops of task:hops",
+    )
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
-    sequence_length: Integer = Field(default=1024, ge=2, description="tokens in a block")
+    sequence_length: Integer = Field(
+        default=1024, ge=2, description="tokens in a block of text; most tokens of a conversation"
+    )
     num_recurrences: Counts | None = Field(
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
     batch_size: Count = Field(default=8, description="blocks in a batch")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Evaluate:
+        split = tasks.TRAIN if self.eval_fraction else tasks.HELD_OUT
+        self.data = [tasks.placed(source, split) for source in self.data]
+        generated = [source for source in self.data if tasks.is_task(source)]
+        if generated and len(generated) < len(self.data) and self.chat_field is None:
+            raise ValueError(f"{generated[0]} asks for answers, and the other data is text: measure them one by one")
+        if self.group is not None and not self.asks:
+            raise ValueError(f"group={self.group} counts right answers, which text has not: give chat_field")
+        return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether conversations are measured, and not text."""
+        return self.chat_field is not None or tasks.is_task(self.data[0])

@@ -28,6 +28,7 @@ from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, wr
 from .curriculum import Curriculum, curriculum_of
 from .output import RECIPE, TOKENS, check_out, discarded_unless_begun, recover
 from .recipe import Recurrence, Train
+from .tasks import is_task
 
 if TYPE_CHECKING:
     from .trainer import RecurrentTrainer
@@ -310,7 +311,7 @@ def _check_sources(recipe: Train, out: Path) -> None:
     given = recipe.data
     named = [*(source for part in given.parts() for source in part), *(given.eval or [])]
     for source in named:
-        if Path(source).expanduser().resolve().is_relative_to(out.resolve()):
+        if not is_task(source) and Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise UserError(f"the text {source} lies in OUT ({out}), which the run replaces; choose another directory")
     recipe.refuse_unused(sources.unused(named, given.split, given.subset, "data."))
 

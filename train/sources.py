@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from typing import IO, Any
 from loopwise.errors import UserError, reason, shorten
 from loopwise.unused import Unused
 
+from . import tasks
 from .chat import ARGUMENTS, conversation_of, encode
 from .snapshot import PACKED, RECORDS, files_of_split, is_snapshot, kind_of
 
@@ -79,6 +80,8 @@ def documents(sources: list[str], reader: Reader) -> Iterator[Any]:
 
 
 def _documents(source: str, reader: Reader) -> Iterator[Any]:
+    if tasks.is_task(source):
+        return _generated(source, of_source(source, reader))
     path = Path(source).expanduser()
     if path.is_file():
         return _file(path, reader, strict=True)
@@ -89,6 +92,16 @@ def _documents(source: str, reader: Reader) -> Iterator[Any]:
     return _rows(_dataset(source, path, reader.split, reader.subset), source, reader)
 
 
+def of_source(source: str, reader: Reader) -> Reader:
+    """`reader`, or of a generated task one that reads its conversations whatever the other sources are read for."""
+    return replace(reader, field=tasks.MESSAGES, chat=True) if tasks.is_task(source) else reader
+
+
+def _generated(source: str, reader: Reader) -> Iterator[Any]:
+    for number, record in enumerate(tasks.parse(source).records()):
+        yield reader.take(record, f"{source} record {number}")
+
+
 def check_exists(source: str, path: Path) -> None:
     """Raises UserError for what looks like a path, and is not there, rather than ask the hub for it."""
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix):
@@ -96,7 +109,9 @@ def check_exists(source: str, path: Path) -> None:
 
 
 def files_of(source: str, split: str = "train", subset: str | None = None) -> list[Path] | None:
-    """The local files of a source, of one split where it has any, or None where it is a dataset."""
+    """The local files of a source, of one split where it has any, or None where it is a dataset or a generated task."""
+    if tasks.is_task(source):
+        return None
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -120,6 +135,8 @@ def unused(sources: list[str], split: str, subset: str | None, prefix: str = "")
     """The keys, behind `prefix`, that are of no use to `sources`. Raises UserError for those that cannot be read."""
     splits = subsets = records = local = False
     for source in sources:
+        if tasks.is_task(source):  # its parameters say all
+            continue
         path = Path(source).expanduser()
         files = files_of(source, split, subset)
         snapshot = path.is_dir() and not is_dataset(path) and _has_splits(path, sorted(_walk(path)))
@@ -134,7 +151,7 @@ def unused(sources: list[str], split: str, subset: str | None, prefix: str = "")
     if not subsets:
         yield Unused(f"{prefix}subset", (), "it belongs to datasets of the hub, or to folders with a dataset card")
     if not records:
-        yield Unused(f"{prefix}text_field", (), "text files have no fields")
+        yield Unused(f"{prefix}text_field", (), "text files and generated tasks have no fields")
     if prefix and not local:
         yield Unused(f"{prefix}cache", (), "it keeps tokens of local files, and there are none")
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from loopwise.errors import UserError
 
+from . import tasks
 from .data import Packed, reader_of, tokenise
 from .recipe import Data
 from .snapshot import kind_of
-from .sources import TABLES, Reader, check_exists, files_of, options_of, saved, told
+from .sources import TABLES, Reader, check_exists, files_of, of_source, options_of, saved, told
 
 MARKS = "streams.json"
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", **TABLES}
@@ -117,7 +118,8 @@ class Stream:
                 continue
             number = self.number
             self.number += 1
-            document = self.reader.take(record, f"{self.sources[self.place]} row {number}")
+            source = self.sources[self.place]
+            document = of_source(source, self.reader).take(record, f"{source} row {number}")
             if document:
                 passes, found = 0, found + 1
                 yield document
@@ -160,10 +162,12 @@ def _told_rows(dataset: Any, source: str) -> Iterator[Any]:
 
 
 def stream_of(source: str, reader: Reader) -> Any:
-    """The `datasets` stream of a source: a hub id, a saved dataset, or local files of one kind.
+    """The stream of a source: a generated task, or of `datasets` a hub id, a saved dataset, local files of one kind.
 
     Raises UserError where it is none of these.
     """
+    if tasks.is_task(source):
+        return tasks.Rows(source)
     import datasets
 
     files = files_of(source, reader.split, reader.subset)
