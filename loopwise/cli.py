@@ -13,6 +13,7 @@ from .errors import UserError, unknown
 
 # verb -> (module with `main(argv) -> int`, what it does). The order is the order of the main job.
 VERBS = {
+    "init": ("loopwise.train.init", "write an untrained model, to train from scratch"),
     "convert": ("loopwise.convert.command", "turn a pretrained decoder into a recurrent-depth model"),
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
     "plot": ("loopwise.train.plot", "draw a recipe's curriculum, or what a training run measured"),

@@ -1,0 +1,102 @@
+"""`loopwise init TOKENIZER OUT`: an untrained plain Llama, to train from scratch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from loopwise import __version__
+from loopwise.arguments import RecipeParser
+from loopwise.directory import beside, settle
+from loopwise.errors import UserError
+from loopwise.quiet import quiet
+from loopwise.recipe import Count, Integer, Number, Section, load_recipe
+
+from . import tasks
+
+FACTS = "loopwise.json"
+
+
+class Init(Section):
+    """Sizes and start of an untrained Llama, named as in its transformers config."""
+
+    num_hidden_layers: Count = Field(default=2, description="layers")
+    hidden_size: Count = Field(default=128, description="width")
+    intermediate_size: Count | None = Field(default=None, description="width of the MLP (default: 2 x hidden_size)")
+    num_attention_heads: Count = Field(default=4, description="attention heads")
+    num_key_value_heads: Count | None = Field(default=None, description="heads of keys and values (default: all)")
+    max_position_embeddings: Count = Field(default=256, description="longest sequence in tokens")
+    tie_word_embeddings: bool = Field(default=True, description="whether the head is the embeddings' matrix")
+    initializer_range: Number = Field(default=0.08, gt=0, description="standard deviation of the weights")
+    embedding_range: Number = Field(default=0.3, gt=0, description="standard deviation of the embeddings")
+    revision: str | None = Field(default=None, description="revision of TOKENIZER when it is a hub id")
+    seed: Integer = Field(default=0, ge=0, lt=2**32, description="of the weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Init:
+        heads, shared = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size={self.hidden_size} is not 2 x num_attention_heads={heads} x a whole number")
+        if heads % shared:
+            raise ValueError(f"num_key_value_heads={shared} does not divide num_attention_heads={heads}")
+        return self
+
+
+def main(argv: list[str]) -> int:
+    """Make the model."""
+    operands = {
+        "tokenizer": "task:NAME for the tokenizer of a generated task; or a directory or hub id that has one",
+        "out": "directory for the model",
+    }
+    parser = RecipeParser("init", operands, Init, "Write an untrained plain Llama with a tokenizer.")
+    args = parser.parse(argv)
+    count = init(args.tokenizer, Path(args.out).expanduser(), load_recipe(Init, "init", args.recipe, args.settings))
+    print(f"untrained model of {count:,} parameters written to {args.out}")
+    return 0
+
+
+def init(tokenizer: str, out: Path, recipe: Init) -> int:
+    """Write the model into `out`; returns its number of parameters.
+
+    Raises UserError for a tokenizer that cannot be loaded or has no EOS token, and where `out` is in the way.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .pretrained import load_tokenizer, parameters
+
+    quiet()
+    settle(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: there is something already; choose another directory")
+    if tasks.is_task(tokenizer):
+        loaded = tasks.tokenizer(tasks.parse(tokenizer).name)
+    else:
+        loaded = load_tokenizer(tokenizer, recipe.revision)
+    if loaded.eos_token_id is None:
+        raise UserError(f"{tokenizer}: the tokenizer has no EOS token, which ends every document; set its eos_token")
+    fields = recipe.model_dump(exclude={"embedding_range", "revision", "seed"})
+    fields["intermediate_size"] = recipe.intermediate_size or 2 * recipe.hidden_size
+    fields["num_key_value_heads"] = recipe.num_key_value_heads or recipe.num_attention_heads
+    special = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(loaded), **fields, **special))
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_range)
+    partial = beside(out, "partial")
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        loaded.save_pretrained(partial)
+        facts = {"loopwise": __version__, "tokenizer": tokenizer, "init": recipe.model_dump()}
+        (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return parameters(model)
