@@ -1,0 +1,100 @@
+"""Conversations to measure: each a sequence of its own, with its answers and the groups that they belong to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loopwise.errors import UserError
+
+from .data import LEARN, split, tokenise
+from .recipe import Evaluate
+from .sources import Reader, documents
+
+
+class Answer(NamedTuple):
+    """Tokens `first` to `last`, counted from 0, of sequence `sequence`: what the assistant says at once."""
+
+    sequence: int
+    first: int
+    last: int
+    group: str | None
+
+
+@dataclass
+class Sequences:
+    """What is measured. ids: token ids int64 of each sequence.   learned: which of them count, likewise."""
+
+    ids: list[np.ndarray]
+    learned: list[np.ndarray]
+    answers: list[Answer]
+
+
+@dataclass
+class Grouped(Reader):
+    """Reads pairs: the conversation, and the record's field `group` where that is named."""
+
+    group: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.field, *([self.group] if self.group else [])]
+
+    def take(self, record: Any, where: str) -> Any:
+        messages = super().take(record, where)
+        if messages is None or self.group is None:
+            return messages and (messages, None)
+        if self.group not in record:
+            raise UserError(f"{where}: no field {self.group!r} to group by among {', '.join(map(repr, record))}")
+        return messages, record[self.group]
+
+
+def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
+    """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough."""
+    reader = Grouped(recipe.chat_field or "", recipe.split, recipe.subset, chat=True, group=recipe.group)
+    groups: list[Any] = []
+
+    def kept() -> Iterator[Any]:
+        for messages, group in documents(recipe.data, reader):
+            groups.append(group)
+            yield messages
+
+    corpus = tokenise(kept(), tokenizer)
+    held_out = split(corpus, recipe.eval_fraction)[1] if recipe.eval_fraction else np.ones(len(corpus.tokens), bool)
+    found = Sequences([], [], [])
+    long = begin = 0
+    for number, (end, group) in enumerate(zip(corpus.ends.tolist(), groups, strict=True)):
+        own = slice(begin, end - 1)  # without EOS, which only separates documents
+        begin = end
+        if not held_out[own].all():
+            continue
+        if end - 1 - own.start > recipe.sequence_length:
+            long += 1
+            continue
+        learned = (corpus.marks[own] & LEARN) > 0
+        found.answers += _answers(len(found.ids), learned, group, f"record {number} of {', '.join(recipe.data)}")
+        found.ids.append(corpus.tokens[own].astype(np.int64))
+        found.learned.append(learned)
+    if long:
+        print(f"left out: {long} records of over sequence_length={recipe.sequence_length} tokens", file=sys.stderr)
+    if not found.answers:
+        raise UserError(f"{', '.join(recipe.data)}: no answers to measure in it")
+    return found
+
+
+def _answers(sequence: int, learned: np.ndarray, group: Any, where: str) -> list[Answer]:
+    """The runs of learned tokens. A list of groups has one for each."""
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
+    runs = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
+    groups = group if isinstance(group, list) else [group] * len(runs)
+    if len(groups) != len(runs):
+        raise UserError(f"{where}: {len(groups)} groups for {len(runs)} answers; give one for all, or one for each")
+    return [
+        Answer(sequence, first, last, None if value is None else str(value))
+        for (first, last), value in zip(runs, groups, strict=True)
+        if first  # nothing predicts the first token
+    ]

@@ -1,0 +1,148 @@
+"""Losses, right answers and states of a model at several depths, out of one pass where the model allows it.
+
+Shapes: B batch, T tokens, K kept positions, D width, R recurrences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .answers import Sequences
+from .losses import cross_entropy, shifted
+
+
+@dataclass
+class Measured:
+    """What `measure` found. losses: {depth: sum over each sequence [n] float64}.   tokens: learned tokens of each [n].
+    right: {depth: whether each answer is right [answers]}.   norm, change: |s_r| and |s_r - s_{r-1}| / |s_r| for
+    r = 1, 2, .. (change from r = 2), means over tokens; None where the model has no states of all tokens."""
+
+    losses: dict[int | None, np.ndarray]
+    tokens: np.ndarray
+    right: dict[int | None, np.ndarray]
+    norm: list[float] | None
+    change: list[float] | None
+
+
+def in_one_pass(config: Any) -> bool:
+    """Whether a run at R is, up to every depth below, the run at that depth, and can be read out there."""
+    return not config.router and config.sharing != "sequence"
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    sequences: Sequences,
+    depths: list[int] | None,
+    tokens_per_batch: int,
+    report: Callable[[int], object] | None = None,
+) -> Measured:
+    """Measure `model`, at `depths` or, for a plain one, with None.
+
+    tokens_per_batch: padding counted.   report: told the number of sequences after each batch.
+    """
+    model.eval()
+    count = len(sequences.ids)
+    keys: list[int | None] = [None] if depths is None else [*depths]
+    losses = {key: np.zeros(count) for key in keys}
+    hits = {key: [np.zeros(0, bool)] * count for key in keys}
+    sizes = torch.zeros(0, dtype=torch.float64)
+    moves, seen = sizes, 0
+    for rows in _batches(sequences, tokens_per_batch):
+        batch, labels = _batch(sequences, rows, model.device)
+        real = labels != _PADDING
+        targets = shifted(labels.masked_fill(~real, -100))
+        places = (targets != -100).any(0).nonzero().squeeze(1)
+        if len(places) < targets.shape[1]:  # an answer is a small part of its record
+            batch["logits_to_keep"] = places
+        kept = targets[:, places]
+        found, states = _run(model, batch, kept, depths)
+        for key, (loss, right) in found.items():
+            losses[key][rows] = loss.double().sum(1).cpu().numpy()
+            whole = torch.ones_like(targets, dtype=torch.bool)
+            whole[:, places] = right
+            for row, of_row in zip(rows, whole.cpu().numpy(), strict=True):
+                hits[key][row] = of_row
+        if states is not None:
+            norm = states.float().norm(dim=-1)[:, real].double()
+            move = (states[1:] - states[:-1]).float().norm(dim=-1)[:, real].double() / norm[1:].clamp(min=1e-30)
+            sizes, moves = (
+                (new if seen == 0 else old + new)
+                for old, new in ((sizes, norm.sum(1).cpu()), (moves, move.sum(1).cpu()))
+            )
+            seen += int(real.sum())
+        if report:
+            report(len(rows))
+    right = {
+        # The logits at a position say its successor.
+        key: np.array([bool(of_key[a.sequence][a.first - 1 : a.last].all()) for a in sequences.answers], bool)
+        for key, of_key in hits.items()
+    }
+    tokens = np.array([int(learned[1:].sum()) for learned in sequences.learned])
+    norm, change = ((sizes / seen).tolist(), (moves / seen).tolist()) if seen else (None, None)
+    return Measured(losses, tokens, right, norm, change)
+
+
+_PADDING = -101
+
+
+def _batches(sequences: Sequences, tokens: int) -> list[list[int]]:
+    """Numbers of sequences that run together, those of like length beside each other."""
+    order = sorted(range(len(sequences.ids)), key=lambda i: len(sequences.ids[i]))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(sequences.ids[i]) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _batch(sequences: Sequences, rows: list[int], device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the model is called with, and labels [B, T]: -100 where nothing is learned, `_PADDING` at the end."""
+    length = max(len(sequences.ids[i]) for i in rows)
+    ids, labels = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), _PADDING, np.int64)
+    for place, i in enumerate(rows):
+        own = sequences.ids[i]
+        ids[place, : len(own)] = own
+        labels[place, : len(own)] = np.where(sequences.learned[i], own, -100)
+    marked = torch.from_numpy(labels).to(device)
+    batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+    if (labels == _PADDING).any():
+        batch["attention_mask"] = (marked != _PADDING).long()
+    batch["sequence_ids"] = torch.tensor(rows, device=device)
+    return batch, marked
+
+
+def _read(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[2, B, K] of logits [B, K, V]: losses of the targets; 1 where a target is the likeliest token, or is none."""
+    right = (logits.argmax(-1) == targets) | (targets == -100)
+    return torch.stack([cross_entropy(logits, targets), right.float()])
+
+
+def _run(
+    model: Any, batch: dict[str, Any], targets: torch.Tensor, depths: list[int] | None
+) -> tuple[dict[int | None, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+    """{depth: (losses [B, K], right [B, K])}, and the states [R, B, T, D] where all recurrences ran in one pass."""
+    if depths is None:
+        del batch["sequence_ids"]
+        read = {None: _read(model(**batch).logits, targets)}
+        states = None
+    elif in_one_pass(model.config):
+        out = model(
+            **batch,
+            num_recurrences=max(depths),
+            depth_loss=lambda _, logits: _read(logits, targets),
+            depth_loss_at=depths,
+            output_states=True,
+        )
+        read, states = dict(zip(depths, out.depth_losses, strict=True)), out.states
+    else:
+        read = {depth: _read(model(**batch, num_recurrences=depth).logits, targets) for depth in depths}
+        states = None
+    return {key: (both[0], both[1].bool()) for key, both in read.items()}, states
