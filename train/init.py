@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 from pydantic import Field, model_validator
 
@@ -84,7 +85,7 @@ def init(tokenizer: str, out: Path, recipe: Init) -> int:
     special = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(loaded), **fields, **special))
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_range)
+    torch.nn.init.normal_(cast(Any, model.get_input_embeddings()).weight, std=recipe.embedding_range)
     partial = beside(out, "partial")
     try:
         partial.mkdir(parents=True)

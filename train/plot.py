@@ -1,4 +1,4 @@
-"""`loopwise plot curriculum RECIPE` and `loopwise plot run OUT`: pictures of what a run will do, and of what it did."""
+"""`loopwise plot`: pictures of what a run will do, of what it did, and of what was measured."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ SHOWN_STEPS = 1000  # of a run whose recipe names no number of steps
 
 def main(argv: list[str]) -> int:
     """Draw, into a file."""
-    parser = Parser("loopwise plot", description="Pictures of a curriculum, or of a training run.")
-    parser.add_argument("what", choices=["curriculum", "run"], help="a recipe's curriculum, or a run's log")
-    parser.add_argument("source", metavar="RECIPE|OUT", help="a recipe (name or file), or the directory of a run")
+    parser = Parser("loopwise plot", description="Pictures of a curriculum, of a training run, or of a measurement.")
+    parser.add_argument(
+        "what",
+        choices=["curriculum", "run", "eval", "depth"],
+        help="a recipe's curriculum; a run's log; right answers (or loss) by recurrences; recurrences by group",
+    )
+    parser.add_argument(
+        "source",
+        metavar="RECIPE|OUT|FILE",
+        help="a recipe (name or file); the directory of a run; for eval the file of loopwise eval --out; for depth a "
+        'JSON file {"group": name, "groups": {group: {"mean_recurrences": number, "accuracy": share}}}',
+    )
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    parser.add_argument("--out", metavar="FILE", help="picture to write (default: curriculum.png, or OUT/run.png)")
+    parser.add_argument("--out", metavar="FILE", help="picture (default: curriculum.png, OUT/run.png, FILE.png)")
     args = parser.parse_intermixed_args(argv)
     file = draw(args)
     print(f"picture written to {file}")
@@ -36,13 +45,20 @@ def draw(args: argparse.Namespace) -> Path:
     if args.what == "curriculum":
         file = Path(args.out or "curriculum.png")
         figure = curriculum_figure(*curriculum_of_recipe(args.source, args.settings))
-    else:
+    elif args.settings:
+        raise UserError(
+            f"{args.settings[0]!r}: what was measured has its settings; they belong to loopwise plot curriculum"
+        )
+    elif args.what == "run":
         from .plot_run import run_figure
 
-        if args.settings:
-            raise UserError(f"{args.settings[0]!r}: a run has its recipe; settings belong to loopwise plot curriculum")
         file = Path(args.out or Path(args.source) / "run.png")
         figure = run_figure(Path(args.source))
+    else:
+        from .plot_eval import depth_figure, eval_figure
+
+        file = Path(args.out or Path(args.source).expanduser().with_suffix(".png"))
+        figure = (eval_figure if args.what == "eval" else depth_figure)(Path(args.source))
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:  # a folder that is not there; a suffix that is no picture's

@@ -1,0 +1,107 @@
+"""Pictures of what `loopwise eval` measured, and of the recurrences that answers took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopwise.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises UserError where there is none."""
+    try:
+        found = json.loads(file.expanduser().read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({reason(error)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a result is a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def eval_figure(file: Path) -> Figure:
+    """Of a result of `loopwise eval --out`: right answers by group and R, or where none are grouped the loss by R.
+
+    Raises UserError for another file.
+    """
+    result = read(file)
+    try:
+        rows = result["results"]
+        groups = list(rows[0].get("groups") or {})
+        if groups:
+            shares = [[row["groups"][name]["accuracy"] for name in groups] for row in rows]
+            return _heat_map(result["group"] or "", groups, [_depth(row) for row in rows], shares)
+        return _loss([_depth(row) for row in rows], [row["loss"] for row in rows], [row["loss_error"] for row in rows])
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f"{file}: not a result of loopwise eval (write one with --out)") from None
+
+
+def depth_figure(file: Path) -> Figure:
+    """Of {"group": name, "groups": {group: {"mean_recurrences": .., "accuracy": .. or absent}}}: both by group.
+
+    Raises UserError for another file.
+    """
+    result = read(file)
+    from matplotlib.figure import Figure
+
+    try:
+        groups = list(result["groups"])
+        depths = [float(result["groups"][name]["mean_recurrences"]) for name in groups]
+        shares = [result["groups"][name].get("accuracy") for name in groups]
+        name = str(result["group"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f'{file}: not {{"group": name, "groups": {{group: {{"mean_recurrences": number, "accuracy": share}}}}}}'
+        ) from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(groups, depths, color="0.75")
+    axes.bar_label(bars, [f"{depth:.1f}" for depth in depths])
+    axes.set_xlabel(name)
+    axes.set_ylabel("mean recurrences")
+    if any(share is not None for share in shares):
+        right = axes.twinx()
+        measured = [(group, 100 * share) for group, share in zip(groups, shares, strict=True) if share is not None]
+        right.plot(*zip(*measured, strict=True), "o-", color="C3")
+        right.set_ylim(0, 105)
+        right.set_ylabel("right answers in %", color="C3")
+    return figure
+
+
+def _depth(row: dict[str, Any]) -> str:
+    return "-" if row["num_recurrences"] is None else str(row["num_recurrences"])
+
+
+def _heat_map(group: str, groups: list[str], depths: list[str], shares: list[list[float]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 0.55 * len(groups), 1.6 + 0.4 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    percent = [[100 * share for share in row] for row in shares]
+    image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", origin="lower", aspect="auto")
+    for y, row in enumerate(percent):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_yticks(range(len(depths)), depths)
+    axes.set_xlabel(group)
+    axes.set_ylabel("recurrences")
+    figure.colorbar(image, label="right answers in %")
+    return figure
+
+
+def _loss(depths: list[str], losses: list[float], errors: list[float | None]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(depths, losses, [error or 0.0 for error in errors], fmt="o-", color="C3", capsize=3)
+    axes.set_xlabel("recurrences")
+    axes.set_ylabel("held-out loss")
+    return figure
