@@ -14,6 +14,7 @@ from loopwise.recipe import RECIPES
 RELAXED = {"relaxation": {"depths": 2, "rank": {"self_attn.q_proj": 4}, "own": ["input_layernorm.weight"]}}
 BODY = ("core", "source", "prelude", "coda")
 GATED = {"exit_gate": True, "recurrence_norm": "between"}
+OWN_DATA = ["data.window=20"]  # of a recipe that names its sources itself
 NO_INJECTION = {"injection": "none", "num_recurrences": 2}
 # recipe -> the model, what the user sets beside data and steps, and the roles of what must have moved.
 KINDS: dict[str, tuple[dict[str, Any] | None, list[str], set[str]]] = {
@@ -24,6 +25,8 @@ KINDS: dict[str, tuple[dict[str, Any] | None, list[str], set[str]]] = {
         ["objectives.distillation.teacher=PLAIN"],
         {"relaxation", *BODY},
     ),
+    "hops": ({}, OWN_DATA, {"injection", *BODY}),
+    "hops-base": (None, OWN_DATA, {"model"}),
     "lora-healing": ({**RELAXED, **NO_INJECTION}, [], {"relaxation", *BODY}),
     "mor-expert": (
         {"router": {"kind": "expert", "depths": 2, "auxiliary": True}, **NO_INJECTION},
@@ -73,7 +76,7 @@ def test_recipe(recipe, plain, texts, tokenizer, tmp_path, capsys):
     model = plain if changes is None else save_recurrent(tmp_path / "model", tokenizer, **changes)
     for name, path in {**texts, "PLAIN": str(plain)}.items():
         settings = [setting.replace(name, path) for setting in settings]
-    if not any(setting.startswith(("data.train", "data.phases")) for setting in settings):
+    if not any(setting.startswith(("data.train", "data.phases")) for setting in settings) and settings != OWN_DATA:
         settings = [*settings, f"data.train={texts['TEXT']}"]
     run(["train", str(model), str(tmp_path / "out"), "--recipe", recipe, *FEW, *settings])
     losses = history(tmp_path / "out")
