@@ -20,10 +20,11 @@ from .parameters import Draws, Parameter, choice, integer
 PREFIX = "task:"
 MESSAGES = "messages"  # the field that holds a record's conversation
 TRAIN, HELD_OUT = "train", "held-out"
+RECORDS = {TRAIN: 60_000, HELD_OUT: 2000}
 HELD_OUT_SHARE = 1 / 8  # of all problems
 
 COMMON = {
-    "records": Parameter(integer(1), 60_000, "records of the source"),
+    "records": Parameter(integer(1), None, "records of the source (default: 60000, held out 2000)"),
     "seed": Parameter(integer(0), 0, "another seed, other records"),
     "split": Parameter(
         choice(TRAIN, HELD_OUT), None, "train or held-out, which share no problem (default: by where the source stands)"
@@ -106,6 +107,7 @@ def parse(source: str) -> Source:
             values[key] = known[key].read(value)
         except ValueError as error:
             raise UserError(f"{source}: {key}={value}: {error}") from None
+    values["records"] = values["records"] or RECORDS[values["split"] or TRAIN]
     try:
         return Source(name, TASKS[name].settle(values))
     except ValueError as error:

@@ -1,0 +1,291 @@
+"""`loopwise eval`: losses and right answers by depth and group, and the loop that does nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from train_tiny import run, save_recurrent
+
+from loopwise.cli import main
+from loopwise.train import depths, tasks
+from loopwise.train.answers import Answer, Sequences
+from loopwise.train.pretrained import load_model
+from loopwise.train.recipe import Evaluate
+
+PLAIN_MODES = {"injection": "none", "num_recurrences": 2}
+MODELS = {
+    "recurrent": {},
+    "norm and random state": {"recurrence_norm": "each", "state_init": "normal"},
+    "exit gate": {"exit_gate": True, "recurrence_norm": "between"},
+    "expert choice": {"router": {"kind": "expert", "depths": 3, "auxiliary": True}, **PLAIN_MODES},
+    "token choice": {"router": {"kind": "token", "depths": 2}, **PLAIN_MODES},
+    "sequence": {"sharing": "sequence", **PLAIN_MODES},
+}
+
+
+def said(arguments: list[str], capsys) -> dict:
+    capsys.readouterr()
+    run([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def sequences(lengths: list[int], learned: int) -> Sequences:
+    """Random ids, of each the last `learned` an answer."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 272, length) for length in lengths]
+    marks = [np.arange(length) >= length - learned for length in lengths]
+    return Sequences(ids, marks, [Answer(i, n - learned, n - 1, None) for i, n in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_pass_measures_what_runs_at_each_depth_do(name, tokenizer, tmp_path):
+    """Bit for bit; and what a run gives by itself, without padding or neighbours, up to rounding."""
+    model = load_model(str(save_recurrent(tmp_path / "model", tokenizer, **MODELS[name])))
+    asked = [2] if name == "token choice" else [1, 2, 3]
+    found = sequences([9, 17, 12, 9, 30], learned=4)
+    together = depths.measure(model, found, asked, tokens_per_batch=64)
+    assert (together.norm is None) == (not depths.in_one_pass(model.config)) == ("choice" in name or name == "sequence")
+    for depth in asked:
+        alone = depths.measure(model, found, [depth], tokens_per_batch=64)
+        assert np.array_equal(together.losses[depth], alone.losses[depth])
+        assert np.array_equal(together.right[depth], alone.right[depth])
+        for i, ids in enumerate(found.ids):
+            with torch.no_grad():
+                keys = {"num_recurrences": depth, "sequence_ids": torch.tensor([i]), "use_cache": False}
+                logits = model(input_ids=torch.tensor(ids)[None], **keys).logits[0]
+            loss = F.cross_entropy(logits[-5:-1], torch.tensor(ids[-4:]), reduction="sum")
+            assert together.losses[depth][i] == pytest.approx(loss.item(), rel=1e-5)
+    assert together.tokens.tolist() == [4] * 5
+
+
+def test_an_answer_is_right_where_all_its_tokens_are_the_likeliest(recurrent):
+    model = load_model(str(recurrent)).eval()
+    found = sequences([9, 17, 12, 9, 30], learned=3)
+    for i, ids in enumerate(found.ids):
+        for place in range(len(ids) - 3, len(ids)):
+            logits = model(input_ids=torch.tensor(ids[:place])[None], num_recurrences=2, use_cache=False).logits
+            ids[place] = int(logits[0, -1].argmax())
+        if i in (1, 4):  # wrong in the first, or in the last token
+            place = {1: -3, 4: -1}[i]
+            ids[place] = (ids[place] + 1) % 272
+    measured = depths.measure(model, found, [2], tokens_per_batch=64)
+    assert measured.right[2].tolist() == [True, False, True, True, False]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """An untrained recurrent-depth model of the task's tokens."""
+    from loopwise.train.init import Init, init
+
+    folder = tmp_path_factory.mktemp("small")
+    init("task:hops", folder / "empty", Init(hidden_size=32, num_attention_heads=2))
+    run(["convert", str(folder / "empty"), str(folder / "model"), "sizes=1,1,0", "injection=linear"])
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, text):
+    """A file of a few documents."""
+    path = tmp_path_factory.mktemp("texts") / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in text[:10]))
+    return path
+
+
+TASK = "task:hops?hops=0+1+6+10&questions=1&lookups=0&records=40"
+
+
+def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
+    arguments = ["eval", str(small), f"data={TASK}", "group=hops", "num_recurrences=1,3"]
+    result = said([*arguments, "--out", str(tmp_path / "result.json")], capsys)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert (result["records"], result["answers"], result["tokens"], result["group"]) == (40, 40, 40, "hops")
+    model, tokenizer = load_model(str(small)).eval(), tasks.tokenizer("hops")
+    records = list(tasks.parse(f"{TASK}&split=held-out").records())
+    asked = [tokenizer(record["messages"][0]["content"])["input_ids"] for record in records]
+    answers = torch.tensor([tokenizer(record["messages"][1]["content"])["input_ids"][0] for record in records])
+    for row, depth in zip(result["results"], (1, 3), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(asked), num_recurrences=depth, use_cache=False).logits[:, -1]
+        losses, right = F.cross_entropy(logits, answers, reduction="none"), logits.argmax(-1) == answers
+        assert row["num_recurrences"] == depth
+        assert row["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+        assert row["loss_error"] == pytest.approx(losses.std().item() / math.sqrt(40), abs=1e-5)
+        assert row["accuracy"] == right.float().mean().item()
+        assert list(row["groups"]) == ["0", "1", "6", "10"]
+        for number, group in enumerate(row["groups"].values()):
+            p = right[number::4].float().mean().item()
+            assert group["answers"] == 10
+            assert group["accuracy"] == pytest.approx(p)
+            assert group["accuracy_error"] == pytest.approx(math.sqrt(p * (1 - p) / 9))
+    run(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "right answers in %, by hops"
+    assert lines[2].split() == ["recurrences", "loss", "perplexity", "0", "1", "6", "10", "all"]
+    shares = [*(group["accuracy"] for group in result["results"][1]["groups"].values()), row["accuracy"]]
+    assert lines[4].split()[3:] == [f"{100 * share:.1f}" for share in shares]
+
+
+def test_conversations_of_a_file(recurrent, tmp_path, capsys):
+    """Each answer counts; groups are a value for all answers of a record, or a list of one for each."""
+    chat = [
+        {"role": "user", "content": "why"},
+        {"role": "assistant", "content": "because"},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": "so"},
+    ]
+    long = [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}]
+    records = [
+        {"chat": chat, "level": "easy", "each": [1, 2]},
+        {"chat": chat[:2], "level": "hard", "each": 2},
+        {"chat": long, "level": "hard", "each": 2},
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["eval", str(recurrent), f"data={file}", "chat_field=chat", "sequence_length=64"]
+    capsys.readouterr()
+    assert main([*arguments, "group=level", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert "left out: 1 records of over sequence_length=64 tokens" in error
+    result = json.loads(out)
+    assert (result["records"], result["answers"], result["tokens"]) == (2, 3, 2 * len("because") + len("so"))
+    by_level = result["results"][0]["groups"]
+    assert {name: group["answers"] for name, group in by_level.items()} == {"easy": 2, "hard": 1}
+    by_answer = said([*arguments, "group=each"], capsys)["results"][0]["groups"]
+    assert {name: group["answers"] for name, group in by_answer.items()} == {"1": 1, "2": 2}
+    import datasets
+
+    datasets.Dataset.from_list([{**r, "each": "one"} for r in records]).to_parquet(tmp_path / "chats.parquet")
+    arguments[2] = f"data={tmp_path / 'chats.parquet'}"
+    assert said([*arguments, "group=level"], capsys)["results"][0]["groups"] == by_level
+    assert said(arguments, capsys)["results"][0]["groups"] == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data=task:hops?records=20", "group=hop"], "no field 'hop' to group by among 'messages', 'hops', 'kind'"),
+        (["data=CORPUS", "group=hops"], "group=hops counts right answers, which text has not: give chat_field"),
+        (["data=['task:hops', CORPUS]"], "asks for answers, and the other data is text: measure them one by one"),
+        (["data=task:hops?records=20", "sequence_length=9"], "no answers to measure in it"),
+        (["data=task:hops?hop=3"], "unknown parameter of task:hops 'hop'"),
+        (["data=task:hops", "num_recurrences=0"], "num_recurrences"),
+        (["data=task:hops", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: no such directory"),
+    ],
+)
+def test_what_cannot_be_measured(settings, message, small, corpus, capsys):
+    assert main(["eval", str(small), *(setting.replace("CORPUS", str(corpus)) for setting in settings)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+
+
+def test_held_out_conversations_are_those_that_training_leaves_out(small, tmp_path, capsys):
+    """eval_fraction takes what a training run with it holds out; the loss is the one that the run measures."""
+    source, data = "task:hops?records=60", ["data.eval_fraction=0.2", "data.sequence_length=64"]
+    settings = ["steps=1", "optimiser.learning_rate=1e-9", "batch_size=4", "recurrence.eval_at=2"]
+    run(["train", str(small), str(tmp_path / "out"), f"data.train={source}", *data, *settings])
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    trained = next(record["eval_loss_r2"] for record in log if "eval_loss_r2" in record)
+    keys = [f"data={source}", "eval_fraction=0.2", "sequence_length=64", "num_recurrences=2"]
+    result = said(["eval", str(small), *keys], capsys)
+    assert 10 <= result["records"] <= 13
+    # A record does not see the ones before it here.
+    assert result["results"][0]["loss"] == pytest.approx(trained, rel=0.2)
+
+
+def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path, capsys):
+    """Its states do not move: the layers of the core add nothing."""
+    from safetensors.torch import load_file, save_file
+
+    still = save_recurrent(tmp_path / "still", tokenizer, injection="none")
+    tensors = load_file(still / "model.safetensors")
+    for name in tensors:
+        if name.startswith("core.") and name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, still / "model.safetensors", {"format": "pt"})
+    text = [f"data={short}", "sequence_length=32", "num_recurrences=8"]
+    loop = said(["eval", str(still), *text], capsys)["loop"]
+    assert loop["changes_nothing"] is True
+    assert (loop["num_recurrences"], loop["gain"], loop["gain_error"]) == (8, 0, 0)
+    assert loop["state_change"] == [0] * 7
+    assert len({*loop["state_norm"]}) == 1
+    run(["eval", str(still), *text])
+    line = "the recurrences change nothing: R=1 and R=8 agree within noise; this model supports no claim about depth, "
+    assert capsys.readouterr().out.splitlines()[-1] == line + "exits or waves"
+    moving = said(["eval", str(recurrent), *text], capsys)["loop"]
+    assert moving["changes_nothing"] is False
+    model = load_model(str(recurrent)).eval()
+    one = said(["eval", str(recurrent), *text[:2], "num_recurrences=1"], capsys)
+    assert (one["loop"]["gain"], one["loop"]["changes_nothing"], one["loop"]["state_change"]) == (None, None, [])
+    deep = said(["eval", str(recurrent), *text], capsys)["results"][0]["loss"]
+    assert moving["gain"] == pytest.approx(one["results"][0]["loss"] - deep, abs=1e-6)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        states = model(input_ids=ids, num_recurrences=8, output_states=True, use_cache=False).states
+    by_hand = Sequences([ids[0].numpy()], [np.ones(4, bool)], [])
+    measured = depths.measure(model, by_hand, [8], tokens_per_batch=64)
+    norm = states.norm(dim=-1)
+    assert measured.norm == pytest.approx(norm.mean((1, 2)).tolist(), rel=1e-5)
+    change = ((states[1:] - states[:-1]).norm(dim=-1) / norm[1:]).mean((1, 2))
+    assert measured.change == pytest.approx(change.tolist(), rel=1e-5)
+
+
+def test_the_noise_is_paired_over_blocks():
+    """A gain of 0.01 a token is within noise where blocks differ by more, and is not where each has it."""
+    from loopwise.train.evaluate import _loop
+
+    rng = np.random.default_rng(0)
+    base, tokens = 100 + 30 * rng.standard_normal(50), np.full(50, 100)
+    for spread, nothing in ((0.2, False), (20.0, True)):
+        losses = {1: base, 4: base - 1 + spread * rng.standard_normal(50)}
+        found = _loop(depths.Measured(losses, tokens, {}, None, None))
+        assert found["changes_nothing"] is nothing
+        assert found["gain_error"] == pytest.approx(spread / 100 / math.sqrt(50), rel=0.3)
+    alone = _loop(depths.Measured({1: base[:1], 4: base[:1]}, tokens[:1], {}, None, None))
+    assert (alone["gain"], alone["gain_error"], alone["changes_nothing"]) == (0, None, None)
+
+
+def test_a_plain_model_and_its_answers(tmp_path, capsys):
+    from loopwise.train.init import Init, init
+
+    init("task:hops", tmp_path / "plain", Init(hidden_size=32, num_attention_heads=2))
+    result = said(["eval", str(tmp_path / "plain"), f"data={TASK}", "group=kind"], capsys)
+    assert result["loop"] is None
+    assert [row["num_recurrences"] for row in result["results"]] == [None]
+    groups = result["results"][0]["groups"]
+    assert {name: group["answers"] for name, group in groups.items()} == {"chain": 30, "lookup": 10}
+
+
+def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
+    from matplotlib.image import imread
+
+    from loopwise.train.plot_eval import eval_figure
+
+    run(["eval", str(small), f"data={TASK}", "group=hops", "num_recurrences=1,2,4", "--out", f"{tmp_path}/hops.json"])
+    text = ["eval", str(recurrent), f"data={short}", "sequence_length=32", "num_recurrences=1,2"]
+    run([*text, "--out", f"{tmp_path}/text.json"])
+    for name in ("hops", "text"):
+        run(["plot", "eval", str(tmp_path / f"{name}.json")])
+        assert np.ptp(imread(tmp_path / f"{name}.png")) > 0.5
+    result = json.loads((tmp_path / "hops.json").read_text())
+    axes = eval_figure(tmp_path / "hops.json").axes[0]
+    shares = [[100 * group["accuracy"] for group in row["groups"].values()] for row in result["results"]]
+    assert np.allclose(axes.images[0].get_array(), shares)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
+    (tmp_path / "other.json").write_text("{}")
+    for file in ("other.json", "nowhere.json"):
+        assert main(["plot", "eval", str(tmp_path / file)]) == 2
+    assert main(["plot", "eval", str(tmp_path / "hops.json"), "steps=3"]) == 2
+    error = capsys.readouterr().err
+    assert "other.json: not a result of loopwise eval (write one with --out)" in error
+    assert "nowhere.json: No such file or directory" in error
+
+
+def test_what_is_measured_is_checked():
+    with pytest.raises(ValueError, match="group=hops counts right answers"):
+        Evaluate(data=["x.txt"], group="hops")
+    assert Evaluate(data=["x.jsonl"], chat_field="messages", group="hops").asks
