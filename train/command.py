@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loopwise.arguments import RecipeParser
-from loopwise.errors import UserError
+from loopwise.errors import UserError, missing
 from loopwise.recipe import load_recipe
 
 from .recipe import Train
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--processes {args.processes} needs --launcher")
     if args.accept_changes and not args.resume:
         raise UserError("--accept-changes belongs to --resume")
-    if find_spec("accelerate") is None:
-        raise UserError("training needs accelerate and datasets: pip install 'loopwise[train]'")
+    if absent := [name for name in ("accelerate", "datasets", "peft") if find_spec(name) is None]:
+        raise missing("training", " and ".join(absent), "train")
     from . import launch
 
     if not args.model or not args.out:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loopwise.errors import UserError
+from loopwise.errors import UserError, missing
 from loopwise.recipe import RECIPES
 
 from .checkpoint import checkpoints
@@ -88,7 +88,7 @@ def check(launcher: str, recipe: Train) -> None:
             f"optimiser.kind=muon needs whole matrices, which {launcher} flattens and splits: use ddp or fsdp2"
         )
     if launcher.startswith("zero") and find_spec("deepspeed") is None:
-        raise UserError(f"--launcher {launcher} needs deepspeed: pip install 'loopwise[train]'")
+        raise missing(f"--launcher {launcher}", "deepspeed", "train")
 
 
 def launch(

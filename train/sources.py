@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from loopwise.errors import UserError, reason, shorten
+from loopwise.errors import UserError, missing, reason, shorten
 from loopwise.unused import Unused
 
 from . import tasks
@@ -333,6 +333,6 @@ def told(source: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError:
-        raise UserError(f"{source}: needs the datasets library: pip install 'loopwise[train]'") from None
+        raise missing(source, "the datasets library", "train") from None
     except Exception as error:  # its own, pyarrow's, the hub's: they share no base class
         raise UserError(f"{source}: not readable as a file, a directory or a dataset ({reason(error)})") from None
