@@ -14,8 +14,8 @@ EXPOSE 8000
 ENTRYPOINT ["/opt/loopwise/.venv/bin/loopwise", "serve", "/model", "host=0.0.0.0"]
 
 FROM base AS cpu
-# Where pip finds torch's CPU build, see constraints.txt: --build-arg PIP_EXTRA_INDEX_URL=...
-ARG PIP_EXTRA_INDEX_URL
+# Where torch's CPU build stands, if not on PyTorch's own index: --build-arg TORCH_INDEX=...
+ARG TORCH_INDEX
 COPY Makefile constraints.txt ./
 RUN make deps
 COPY . .

@@ -43,7 +43,7 @@ define suitable
 	@version=$$("$(PYTHON)" -c '$(VERSION)' 2>/dev/null) || version="no Python that runs"; \
 	case "$$version" in (3.11|3.12|3.13) ;; (*) \
 		echo "Loopwise needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),python3) is $$version:" \
-			"make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; exit 1;; esac
+			"name one with PYTHON=/path/to/python3.11" >&2; exit 1;; esac
 endef
 
 # An environment that is only out of date is brought up to date. One that is half-made, of the other kind or of another
@@ -69,14 +69,14 @@ define torch
 	pip="$(1)/bin/pip install --no-deps -r $(1)/torch.txt"; echo "$$pip"; \
 	$$pip 2>/dev/null || { echo "$$pip --index-url $(TORCH_INDEX)"; $$pip --index-url "$(TORCH_INDEX)"; } || { \
 		echo "torch's CPU build is neither where pip looks by itself nor at $(TORCH_INDEX): check the network, or name" \
-			"an index that has it: make $(or $(MAKECMDGOALS),setup) TORCH_INDEX=address" >&2; exit 1; }
+			"an index that has it with TORCH_INDEX=address" >&2; exit 1; }
 	$(1)/bin/pip install --no-deps $$(grep '^setuptools==' constraints.txt)
 endef
 
 # Runs pip; where it fails, the last line says what to do.
 define install
 	@echo "$(1)"; $(1) || { \
-		echo "Not every package was installed, pip says why above; make $(or $(MAKECMDGOALS),setup) begins anew" >&2; exit 1; }
+		echo "Not every package could be installed, pip says why above: the same make again begins anew" >&2; exit 1; }
 endef
 
 $(VENV)/.deps-cpu: constraints.txt

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if args.accept_changes and not args.resume:
         raise UserError("--accept-changes belongs to --resume")
     if absent := [name for name in ("accelerate", "datasets", "peft") if find_spec(name) is None]:
-        raise missing("training", " and ".join(absent), "train")
+        raise missing("training", ", ".join(absent), "train")
     from . import launch
 
     if not args.model or not args.out:
