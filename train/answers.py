@@ -42,7 +42,7 @@ class Grouped(Reader):
 
     @property
     def columns(self) -> list[str]:
-        return [self.field, *([self.group] if self.group else [])]
+        return [*super().columns, *([self.group] if self.group else [])]
 
     def take(self, record: Any, where: str) -> Any:
         messages = super().take(record, where)

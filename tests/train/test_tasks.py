@@ -87,6 +87,8 @@ def test_records_of_the_defaults_fill_a_block_of_64_tokens(tmp_path):
         assert (blocks.tokens[:, :-1] != tokenizer.eos_token_id).all()
         questions = tasks.parse(source).values["questions"]
         learned = (blocks.marks & LEARN) > 0
+        assert learned[:, -1].all()  # the EOS, as the assistant has the last word
+        learned[:, -1] = False
         assert (learned.sum(1) == questions).all()
         for record, ids, said in zip(taken(source, 40), blocks.tokens, learned, strict=True):
             assert tokenizer.decode(ids[said]) == "".join(m["content"] for m in record["messages"][1::2])
@@ -164,7 +166,7 @@ def test_a_task_stands_beside_text(corpus, tokenizer, tmp_path):
     keys = {"phases": [{"share": 1, "sources": {source: 1, str(corpus): 1}}], "sequence_length": 32}
     blocks = build(Data.model_validate(keys), tokenizer, tmp_path / "tokens")
     learned = (blocks.train.marks & LEARN) > 0
-    answers = sum(len(record["hops"]) for record in taken(source, 20))
+    answers = sum(len(record["hops"]) + 1 for record in taken(source, 20))  # and the EOS of each record
     # A block of byte-level tokens that is left over at the end is dropped.
     assert answers - 8 < learned[: blocks.parts[0]].sum() <= answers
     assert learned[blocks.parts[0] :].all()
