@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +35,22 @@ def write_generation_config(path: Path, directory: Path) -> list[str]:
 
 
 def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a generation config that transformers saves, nearest to `given`; a line on each change."""
+    """The fields of a generation config that transformers saves, nearest to `given`; a line on each change.
+
+    Raises ValueError where nothing helps.
+    """
     fields, notes = dict(given), []
-    if (refused := _refused(fields)) is None:
-        return fields, notes
-    sampling = {**fields, "do_sample": True}
-    if fields.get("do_sample") is None and _refused(sampling) != refused:
-        fields = sampling
-        notes.append(f"{FILE}: do_sample=true added, without which transformers refuses to save it ({_short(refused)})")
+    refused = _refused(fields)
+    if refused and fields.get("do_sample") is None and _refused({**fields, "do_sample": True}) != refused:
+        fields["do_sample"] = True
+        notes.append(f"{FILE}: do_sample=true added: its sampling settings cannot be saved without")
     for name in sorted(given):
         if (refused := _refused(fields)) is None:
             break
         without = {key: value for key, value in fields.items() if key != name}
         if _refused(without) != refused:
             fields = without
-            notes.append(
-                f"{FILE}: {name}={given[name]!r} left out, as transformers refuses to save it ({_short(refused)})"
-            )
+            notes.append(f"{FILE}: {name}={given[name]!r} left out: transformers refuses to save it")
     if (refused := _refused(fields)) is not None:
         raise ValueError(refused)
     return fields, notes
@@ -67,8 +65,3 @@ def _refused(fields: dict[str, Any]) -> str | None:
     except Exception as error:
         return str(error)
     return None
-
-
-def _short(refused: str) -> str:
-    issues = refused.removeprefix("GenerationConfig is invalid: ").strip().splitlines()
-    return textwrap.shorten(issues[0].strip(" -"), 160, placeholder=" ...")

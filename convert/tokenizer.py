@@ -97,8 +97,8 @@ def _compared(tokenizer: Any, directory: Path) -> str | None:
 def difference(a: Any, b: Any) -> str | None:
     """The first thing in which tokenizer `b` differs from `a`, in words; None where they are equal.
 
-    Compared are special tokens, ids and decoded text of a sample with every added token, spaces, newlines, digits,
-    non-Latin text and emoji, and what the chat template makes of a conversation.
+    Compared are special tokens, vocabularies, ids and decoded text of a sample with every added token, spaces,
+    newlines, digits, non-Latin text and emoji, and what the chat template makes of a conversation.
     """
     if a.special_tokens_map != b.special_tokens_map:
         names = sorted({*a.special_tokens_map, *b.special_tokens_map})
@@ -107,6 +107,12 @@ def difference(a: Any, b: Any) -> str | None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "all_special_ids", *INPUTS):
         if getattr(a, name) != getattr(b, name):
             return f"{name} is {getattr(b, name)!r}, not {getattr(a, name)!r}"
+    vocabularies = a.get_vocab(), b.get_vocab()
+    if wrong := sorted(token for token, _ in vocabularies[0].items() ^ vocabularies[1].items()):
+        ids = [vocabulary.get(wrong[0]) for vocabulary in vocabularies]
+        return f"{wrong[0]!r} is {ids[1]}, not {ids[0]}"
+    if a.chat_template != b.chat_template:
+        return "its chat template is another one"
     for text in _texts(a):
         for special in (True, False):
             ids, other = (_tried(_ids, t, text, special) for t in (a, b))

@@ -87,6 +87,7 @@ def test_a_missing_shard(capsys, tmp_path):
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_a_bad_index(capsys, tmp_path, source, index):
     path = broken(source, tmp_path)
+    (path / "model.safetensors").rename(path / "other.safetensors")
     (path / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
@@ -254,6 +255,8 @@ def test_adapters_and_files(capsys, tmp_path, source):
     path = broken(source, tmp_path)
     (path / "adapter_config.json").write_text("{}")
     assert "merge" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    (path / "config.json").unlink()  # an adapter's own directory has none
+    assert "merge" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
     assert "is a file" in refused(capsys, tmp_path, source / "config.json", tmp_path / "out", "sizes=1,2,1")
 
 
@@ -352,6 +355,21 @@ def test_weights_that_are_not_finite(capsys, tmp_path, source, value, dtype):
     save_file(tensors, path / "model.safetensors")
     line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
     assert "model.layers.4.mlp.up_proj.weight has values that are not finite" in line
+
+
+@pytest.mark.parametrize("method", [["sizes=1,2,1"], ["method=recursive", "loops=2", "init=average"]])
+def test_a_value_beyond_the_range_of_the_dtype(capsys, tmp_path, source, method):
+    from safetensors.torch import load_file, save_file
+
+    path = broken(source, tmp_path)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path / "model.safetensors").items()}
+    for layer in (0, 3):  # the average of both is as large
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"][0, 0] = -1e5
+    save_file(tensors, path / "model.safetensors")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", *method, "dtype=float16")
+    assert "model.layers.0.mlp.up_proj.weight has a value of -99840, and float16 ends at 65504" in line
+    assert "use dtype=bfloat16 or dtype=float32" in line
+    assert main(["convert", str(path), str(tmp_path / "out"), *method]) == 0
 
 
 def test_gpt2_scaled_by_the_place_of_a_layer(capsys, tmp_path):
