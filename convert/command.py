@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = RecipeParser(
         "convert", operands, ConvertRecipe, "Convert a pretrained decoder into a recurrent-depth model."
     )
-    parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
+    parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--seed", metavar="N", help="the same as seed=N")

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument("--unroll", metavar="R", type=int, required=True, help="recurrences to write out as layers")
-    parser.add_argument("--force", action="store_true", help="replace a non-empty OUT")
+    parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against MODEL")
     args = parser.parse_args(argv)
 

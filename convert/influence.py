@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..model.source_layers import layer_list_name
 from .source import SourceWeights, empty_model
 from .stream import streamed
+from .tokenizer import load_tokenizer
 
 TOKENS, BLOCK = 8192, 512
 
@@ -50,10 +50,9 @@ def text_tokens(source: Path, config: Any, text: str, what: str) -> torch.Tensor
         raise UserError(f"{what}{text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{what}{text}: {error.strerror}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers' many kinds
-        raise UserError(f"{source}: no tokenizer to read {what}{text} with ({reason(error)})") from None
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(f"{source}: no tokenizer to read {what}{text} with")
     ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS])
     if len(ids) < block:
         raise UserError(f"{what}{text}: {len(ids)} tokens; at least one block of {block} is needed")

@@ -151,3 +151,26 @@ def test_a_source_that_collects_router_logits(capsys, tmp_path):
     assert model(ids).logits.shape == (1, 3, 320)
     with pytest.raises(ValueError, match="output_router_logits is not supported"):
         model(ids, output_router_logits=True)
+
+
+def test_an_adapter_beside_a_model_is_refused_by_every_verb(capsys, two, tmp_path):
+    """transformers would add it to the weights without a word, and vLLM would not."""
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    assert main(["convert", str(two / "one"), str(out), "sizes=1,2,1", "--no-verify"]) == 0
+    (out / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    text.write_text("the cat sat on the mat\n" * 50)
+    capsys.readouterr()
+    for argv in (
+        ["generate", out, "prompt=the"],
+        ["eval", out, f"data={text}"],
+        ["train", out, tmp_path / "run", f"data.train={text}", "steps=1"],
+        ["serve", out, "--recipe", "exact"],
+        ["export", out, tmp_path / "plain", "--unroll", "1"],
+        ["inspect", out],
+        ["calibrate", out, text],
+    ):
+        assert main([str(word) for word in argv]) == 2, argv
+        said = capsys.readouterr().err
+        assert "has an adapter_config.json, a PEFT adapter" in said, argv
+        assert said.count("\n") == 1, argv
+    assert not (tmp_path / "run").exists()
