@@ -243,8 +243,7 @@ def _notes(path: Path, config: Any, tokenizer: Any) -> list[str]:
         for name in COLLECTING
         if fields.get(name)
     ]
-    greatest = -1 if tokenizer is None else greatest_id(tokenizer)
-    if greatest >= config.vocab_size:
+    if tokenizer is not None and (greatest := greatest_id(tokenizer)) >= config.vocab_size:
         notes.append(
             f"the tokenizer gives ids up to {greatest}, and the embeddings end at {config.vocab_size - 1}: text with "
             f"{tokenizer.convert_ids_to_tokens(greatest)!r} cannot be computed"

@@ -91,8 +91,15 @@ def both(directory: Path, model_type: str, family: str, settings: dict[str, Any]
     return AutoTokenizer.from_pretrained(source, mistral_format=False), AutoTokenizer.from_pretrained(out)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gpt2", "gemma2", "phi3"])
+PAIRS = [  # transformers makes nothing of vocab.json beside a config of mistral or phi3
+    (model_type, family)
+    for model_type in ("llama", "qwen2", "mistral", "gpt2", "gemma2", "phi3")
+    for family in FAMILIES
+    if family != "vocab.json and merges.txt" or model_type not in ("mistral", "phi3")
+]
+
+
+@pytest.mark.parametrize(("model_type", "family"), PAIRS)
 def test_ids_are_the_sources(tmp_path, model_type, family):
     """With every class that a tokenizer_config.json may name: some of them rebuild the tokenizer in their own way."""
     classes: list[str | None] = [
