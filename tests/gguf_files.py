@@ -43,7 +43,7 @@ _MODERN = {
 def family_model(family: str, **fields: Any) -> Any:
     """The tiny transformers model of a family, with the tokens' ids of its tokenizer."""
     _, model_type, own, _ = FAMILIES[family]
-    return source_model(model_type, **{"num_hidden_layers": 6, **own, **fields} if model_type != "gpt2" else own)
+    return source_model(model_type, **{**own, **fields})
 
 
 def write_gguf(

@@ -86,6 +86,21 @@ def test_a_float_file_is_the_model_that_was_written(family, tmp_path):
         assert torch.equal(logits(made), logits(model))
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt2", {"n_positions": 64}),
+        ("qwen3", {"head_dim": 32}),
+        ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 32}),  # 27B: hidden_size / heads
+        ("gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32}),
+    ],
+)
+def test_what_transformers_reader_leaves_at_its_defaults_is_read(family, fields, tmp_path):
+    model = family_model(family, **fields)
+    file = write_gguf(tmp_path / "model.gguf", model, family)
+    assert (logits(read(file)) - logits(model)).abs().max() < 1e-4
+
+
 def rope_tensors(file: Path, model: Any, family: str, **tensors: list[float]) -> Path:
     """The file of `model` with more tensors: their names with `_weight`."""
     original = gguf.GGUFWriter.write_header_to_file
@@ -266,7 +281,7 @@ def test_what_is_no_supported_model_is_one_line(file, tmp_path, capsys):
         ({"split.count": 3}, "llama-gguf-split --merge"),
         ({"llama.rope.scaling.type": "su", "llama.rope.scaling.factor": 2.0}, "'su'"),
         ({"tokenizer.ggml.model": "bert"}, "no tokenizer can be made"),
-        ({"llama.vocab_size": 400}, "[320, 64]"),
+        ({"llama.vocab_size": 400}, f"{path}: model.embed_tokens.weight has shape [320, 64]"),
         ({"llama.embedding_length": 63}, "63"),
     ):
         assert said in line(write_gguf(path, model, "llama", metadata=metadata))
@@ -314,7 +329,9 @@ def test_a_type_that_cannot_be_dequantised_is_named(file, tmp_path, capsys):
 def test_tensors_that_the_model_has_no_place_for_or_lacks(file, tmp_path, capsys):
     path = edited(file, tmp_path / "model.gguf", (b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
-    assert "blk.1.ffn_xx.weight" in line
+    assert f"{path}: tensor blk.1.ffn_xx.weight" in line
+    path = edited(file, tmp_path / "model.gguf", (b"rms_epsilon", b"xxx_epsilon"))
+    assert "layer_norm_rms_epsilon" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
 
 def test_random_damage_never_shows_a_traceback(file, tmp_path, capsys):
