@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_tokenizer_and_chat_template(converted, smollm2):
 def test_it_answers(converted):
     """At one recurrence; it ends its turn by the file's end token."""
     tokenizer = AutoTokenizer.from_pretrained(converted[0])
-    model = AutoModelForCausalLM.from_pretrained(converted[0], trust_remote_code=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(converted[0], trust_remote_code=True).eval()
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     out = model.generate(**asked, max_new_tokens=20, do_sample=False, num_recurrences=1)
