@@ -24,7 +24,8 @@ class TransformersParts:
     """
 
     def __init__(self, model: Any, length: int):
-        """`length`: greatest position that will be asked for, plus one."""
+        """`length`: positions that will be asked for. A model of learned positions may have one less: the token that
+        fills it up never runs, but a wave may guess beyond it, at the last position then."""
         self.model, self.config, self.injection = model, model.config, model.injection
         self.router = getattr(model, "router", None)
         source = model.source
@@ -47,8 +48,10 @@ class TransformersParts:
             tap.visit = self._visited
         self._relax()
         self.device = model.get_input_embeddings().weight.device
-        self.length = length
-        self.arguments = self._arguments(torch.arange(length, device=self.device))
+        has = getattr(self.config, "max_position_embeddings", None) or length
+        self.length = min(length, has)
+        self.clamps = has < length
+        self.arguments = self._arguments(torch.arange(self.length, device=self.device))
 
     def shapes(self) -> list[tuple[int, int]]:
         """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where
@@ -117,8 +120,11 @@ class TransformersParts:
                 first.append(x)
             return x
 
-        self._through(tokens, positions, note)
+        self._through(tokens, self._within(positions), note)
         return first[0][0]
+
+    def _within(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions.clamp(max=self.length - 1) if self.clamps else positions
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         last = len(self.taps) - 1
@@ -141,7 +147,7 @@ class TransformersParts:
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depths is not None:
             self.depths = depths
-        x = x[None]
+        x, positions = x[None], self._within(positions)
         passed: dict[int, tuple[tuple, dict]] = {}
         for n, (layer, source) in enumerate(zip(getattr(self.model, part), getattr(config, part), strict=True)):
             if source not in passed:
