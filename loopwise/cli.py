@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import os
@@ -31,8 +32,23 @@ USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit code."""
-    return guarded(_run, sys.argv[1:] if argv is None else argv)
+    """Run one verb. Returns the exit code; the command itself (`argv` None), once it has been a server, ends here."""
+    if argv is not None or sys.argv[1:2] != ["serve"]:
+        return guarded(_run, sys.argv[1:] if argv is None else argv)
+    try:
+        code = guarded(_run, sys.argv[1:])
+    except SystemExit as end:  # a signal
+        code = end.code if isinstance(end.code, int) else 1
+    return _leave(code)
+
+
+def _leave(code: int) -> int:
+    """End the process with `code` as the interpreter would, but without its clean-up of modules: threads of vLLM's that
+    never end keep Triton's alive, and Triton prints 27 lines about each of its types and functions that are left."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
