@@ -9,7 +9,8 @@ from typing import Any
 from ..checkpoint import check_same_for_vllm, config_fields, read_json, weight_files
 from ..errors import UserError, reason
 from .vllm.architectures import vllm_architecture
-from .vllm.limits import check_model, refuse
+from .vllm.arguments import refuse
+from .vllm.limits import check_model
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
 KINDS: dict[str, type | tuple] = {  # of config.json's fields; (kind, None): null, too
@@ -64,6 +65,7 @@ class Facts:
     injection: str = "none"
     router: dict[str, Any] | None = None
     coda: list[int] | None = None
+    trained_recurrences: dict[str, Any] | None = None
 
 
 def read_fields(model: str | Path) -> dict[str, Any]:
@@ -73,8 +75,12 @@ def read_fields(model: str | Path) -> dict[str, Any]:
     Raises UserError, naming file and field, for no directory, no config, another kind of model, and wrong values.
     """
     folder = Path(model)
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise UserError(f"{model}: a GGUF file; turn it into a recurrent-depth model with `loopwise convert`")
     if not folder.is_dir():
         raise UserError(f"{model}: no such directory; {WANTED}")
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise UserError(f"{files[0]}: a GGUF file; turn it into a recurrent-depth model with `loopwise convert`")
     fields = config_fields(folder)
     kind = fields["model_type"]
     if kind != "recurrent_depth":
@@ -132,6 +138,7 @@ def check_config(model: str) -> Facts:
         injection=config.get("injection", "none"),
         router=_router(Path(model) / "config.json", config.get("router"), depth),
         coda=config.get("coda"),
+        trained_recurrences=config.get("trained_recurrences"),
     )
 
 

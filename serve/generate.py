@@ -17,14 +17,20 @@ from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..unused import Unused
 from .checkpoint import read_fields
+from .generation_config import FILE, fields_of
 
 
 class GenerateRecipe(Section):
     """What to continue, and how."""
 
     prompt: str | None = Field(None, description="one prompt; without, every line of the standard input is one")
-    max_tokens: Count = Field(64, description="tokens to generate")
+    max_tokens: Count | None = Field(
+        None, description="tokens to generate (default: max_new_tokens of generation_config.json, or 64)"
+    )
     num_recurrences: Count | None = Field(None, description="R (default: the model's)")
+    max_recurrences: Count | None = Field(
+        None, description="greatest R, for which keys and values get memory (default: the model's)"
+    )
     min_recurrences: Count | None = Field(None, description="recurrences before the exit rule may fire")
     exit_rule: str | None = Field(None, description="when a token has recurred enough (default: the model's, or fixed)")
     exit_threshold: Number | None = Field(None, description="of the exit rule (default: the rule's own)")
@@ -34,9 +40,12 @@ class GenerateRecipe(Section):
         "plain", description="wave: several tokens in flight, the same text; diffusion: refined together"
     )
     wave: Count = Field(8, description="most tokens in flight of wave and diffusion")
-    temperature: Number = Field(0.0, ge=0, description="0 is greedy")
-    top_p: Number = Field(1.0, gt=0, le=1, description="share of the probability that is sampled from")
-    top_k: Integer = Field(0, ge=0, description="tokens that are sampled from; 0: all")
+    temperature: Number | None = Field(
+        None, ge=0, description="0 is greedy (default: generation_config.json's, as for the next three; or 0)"
+    )
+    top_p: Number | None = Field(None, gt=0, le=1, description="share of the probability that is sampled from")
+    top_k: Integer | None = Field(None, ge=0, description="tokens that are sampled from; 0: all")
+    min_p: Number | None = Field(None, ge=0, le=1, description="least probability, as a share of the likeliest token's")
     seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
     rows: Count = Field(16, description="prompts at once")
     length: Count | None = Field(
@@ -75,11 +84,15 @@ def main(argv: list[str]) -> int:
     if recipe.exit_rule is None and (fields.get("exit") or {}).get("rule", "fixed") == "fixed":
         recipe.refuse_unused(recipe.without_exits())
     weight_files(folder)
+    fields_of(folder)
     prompts = [recipe.prompt] if recipe.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty: give prompt=..., or one prompt a line on the standard input")
     quiet()
     from .offline import Engine, Params
+
+    def tell(line: str) -> None:
+        print(f"loopwise: {line}", file=sys.stderr, flush=True)
 
     names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
     params = Params(**{name: getattr(recipe, name) for name in names})
@@ -88,10 +101,17 @@ def main(argv: list[str]) -> int:
         rows=min(recipe.rows, len(prompts)),
         length=recipe.length,
         kv_policy=recipe.kv_policy,
+        max_recurrences=recipe.max_recurrences,
         wave=recipe.wave if recipe.decoder != "plain" else 1,
         dtype=recipe.dtype,
+        tell=tell,
     )
+    if taken := [n for n in engine.defaults if getattr(recipe, n) is None]:
+        what = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)
+        tell(f"{FILE}: {what} (keys of the command win; temperature=0 is greedy)")
+    used = params.filled(engine.defaults)
+    sampling = {name: getattr(used, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")}
     for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):
-        facts: dict[str, Any] = {"prompt": prompt, **vars(done)}
+        facts: dict[str, Any] = {"prompt": prompt, **vars(done), "sampling": sampling}
         print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
+from ..trained import beyond_trained
 from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
 from .engine.costs import measure
-from .engine.diffusion import NEVER, Diffusion
+from .engine.diffusion import NEVER
 from .engine.exits import RULES
 from .engine.graphs import Graphs, Record, on_cuda
 from .engine.kv import KVPolicy, policy_of
@@ -23,6 +26,9 @@ from .engine.loop import Counts, Loop, Prompt
 from .engine.masked import Masked
 from .engine.sampling import Draws
 from .engine.transformers import TransformersParts
+from .generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
+from .memory import check_room, slot_bytes
+from .params import Completion, Params, check_kinds
 from .vllm.decoders import DECODERS
 from .vllm.fields import FieldError, check_frozen, check_threshold
 from .vllm.lanes import MEASURED
@@ -32,60 +38,20 @@ BLOCK = 16  # positions in a block of the KV cache
 POSITIONS = 1024  # of a request, unless told otherwise
 
 
-@dataclass(frozen=True)
-class Params:
-    """How one prompt is to be continued.
-
-    Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
-    `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
-    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. `decoder="wave"` has
-    up to `wave` positions in flight, for the same tokens; "diffusion" refines them together, as `diffusion` says.
-    """
-
-    max_tokens: int = 64
-    num_recurrences: int | None = None
-    min_recurrences: int | None = None
-    exit_rule: str | None = None
-    exit_threshold: float | None = None
-    prompt_exit: bool = False
-    trace: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    choice: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    decoder: str = "plain"
-    wave: int = 8
-    diffusion: Diffusion = field(default_factory=Diffusion)
-
-
-@dataclass
-class Completion:
-    """`tokens` generated, their `text`, and the recurrences (`depths`) of the position that gave each; whether a token
-    that stops was the last ("stop"), or there was no room for more ("length")."""
-
-    tokens: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "length"
-    passes: int = 0  # of the core, one after the other, since the prompt
-    items: int = 0  # lanes in these passes; what is above the sum of the depths was in vain
-
-
 class Engine:
     """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
 
     `rows` requests run at once, each of at most `length` positions (default 1024, or as many as the model has);
-    `kv_policy` and `max_recurrences` default to the model's. A pass of the core has at most `width` lanes beside
+    `kv_policy` and `max_recurrences`, the greatest depth of a request, default to the model's; keys and values take
+    memory for all of it. A pass of the core has at most `width` lanes beside
     prompts', 0: one for every row; an exit waits at most `coda_wait` ticks for others that are read out with it, -1: as
     many as the load makes worth while, measured now. `wave`: most positions of a request in flight, which the decoders
     `wave` and `diffusion` need.
     `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
     starts at once; the first pass of a size records it, and they hold as much memory as the widest such pass needs, and
-    a little for each size. Raises UserError for a model that cannot be served so.
+    a little for each size. `tell` gets, once each, what generation_config.json says and the engine does not do, and
+    depths beyond those that the model was trained at. Raises UserError for a model that cannot be served so, and where
+    memory lacks for its keys and values.
     """
 
     def __init__(
@@ -104,6 +70,7 @@ class Engine:
         dtype: str | None = None,
         compile: bool = False,
         cuda_graphs: bool = True,
+        tell: Callable[[str], Any] = warnings.warn,
     ):
         _check_least(
             1, rows=rows, length=length, max_recurrences=max_recurrences, ticks=ticks, prompt_lanes=prompt_lanes
@@ -111,10 +78,13 @@ class Engine:
         _check_least(0, width=width)
         _check_least(MEASURED, coda_wait=coda_wait)
         self.tokenizer = None
+        self.tell, self.told = tell, set[str]()
+        said: dict[str, Any] | None = None
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM
 
             read_fields(model)
+            said = fields_of(model)
             check_tensors(model)
             self.tokenizer = load_tokenizer(model)
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
@@ -128,10 +98,16 @@ class Engine:
             check_packed(config.router, config.source_config)
         if kv_policy is not None:
             self._check_policy(kv_policy)
+        said = given(model.generation_config.to_diff_dict()) if said is None else said
+        self._defaults(said)
         limit = getattr(config, "max_position_embeddings", None)
         room = min(length or POSITIONS, limit or NEVER)
         if length and room < length:
             raise UserError(f"length={length}: this model has {limit} positions")
+        if config.router and max_recurrences not in (None, config.max_recurrences):
+            raise UserError(
+                f"max_recurrences={max_recurrences}: this model's router has {config.max_recurrences} recurrences"
+            )
         policy = policy_of(config, kv_policy, max_recurrences)
         if reason := too_narrow(width, policy):
             raise UserError(reason)
@@ -140,8 +116,10 @@ class Engine:
             parts = TransformersParts(model, room + 1)
             blocks = -(-(room + 1) // BLOCK)
             outer = len(config.prelude) + len(config.coda)
+            shapes = parts.shapes()
+            check_room(slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize), policy, rows, room, like.device)
             parts.attention = attention = attention_for(like.device)(
-                parts.shapes(), outer, policy.slots, rows * blocks, BLOCK, like.detach()
+                shapes, outer, policy.slots, rows * blocks, BLOCK, like.detach()
             )
             self.loop = Loop(
                 parts,
@@ -171,6 +149,20 @@ class Engine:
                 self.loop.counts = Counts()
         self.length, self.rows, self.prompt_lanes = room, rows, prompt_lanes
 
+    def _defaults(self, said: dict[str, Any]) -> None:
+        """Take what generation_config.json `said`: `defaults` of Params, and the `stops` of every text."""
+        self.defaults = sampling_of(said)
+        self.stops = stop_ids(said)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:  # as vLLM does
+            self.stops.add(self.tokenizer.eos_token_id)
+        self.stops = self.stops or stop_ids({"eos_token_id": self.config.eos_token_id})
+        self._warn(warning(said, APPLIED))
+
+    def _warn(self, line: str | None) -> None:
+        if line and line not in self.told:
+            self.told.add(line)
+            self.tell(line)
+
     def _record(self, record: Record, compile: bool = False) -> None:
         """Let the loop run from graphs."""
         self.loop.graphs = Graphs(self.loop, record)
@@ -190,7 +182,9 @@ class Engine:
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
         config, policy = self.config, self.loop.policy
-        _check_kinds(params)
+        if isinstance(params, Params):
+            params = params.filled(self.defaults)
+        check_kinds(params)
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
         _check_least(1, **depths, wave=params.wave)
         _check_least(0, max_tokens=params.max_tokens, top_k=params.top_k)
@@ -203,7 +197,8 @@ class Engine:
             raise unknown("decoder", params.decoder, DECODERS)
         limit = params.num_recurrences or config.num_recurrences
         if not 1 <= limit <= policy.depths:
-            raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}")
+            more = "" if config.router or limit < 1 else f"; max_recurrences={limit} makes room for more"
+            raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}{more}")
         default = config.exit or {}
         rule = params.exit_rule or default.get("rule", "fixed")
         if rule not in RULES:
@@ -227,9 +222,9 @@ class Engine:
             raise UserError(f"trace: depths are 1 to num_recurrences={limit}, or 0 where the rule decides")
         if params.prompt_exit and policy.complete:
             raise UserError("prompt_exit saves nothing with kv_policy='per-depth', which needs every depth")
-        stops = set(params.stop_token_ids)
-        if not params.ignore_eos and config.eos_token_id is not None:
-            stops |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+        self._warn(beyond_trained(config.trained_recurrences, [limit]))
+        self._check_tokens(params.stop_token_ids, "in stop_token_ids")
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.stops)
         if len(stops) > MAX_STOPS:
             raise UserError(f"stop_token_ids: {len(stops)} tokens that stop, with the model's own; at most {MAX_STOPS}")
         request = Request(
@@ -261,9 +256,9 @@ class Engine:
             raise UserError(f"{len(each)} params for {len(prompts)} prompts")
         ids = [self._ids(prompt) for prompt in prompts]
         requests = [self.request(p) for p in each]
+        each = [p.filled(self.defaults) for p in each]
         for tokens in ids:
-            if wrong := [token for token in tokens if not 0 <= token < self.config.vocab_size]:
-                raise UserError(f"token id {wrong[0]} in a prompt: the model has 0 to {self.config.vocab_size - 1}")
+            self._check_tokens(tokens, "in a prompt")
             if not 1 <= len(tokens) <= self.length:
                 raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
         done = [Completion() for _ in prompts]
@@ -277,6 +272,14 @@ class Engine:
             for completion in done:
                 completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
         return done
+
+    def _check_tokens(self, tokens: Any, where: str) -> None:
+        """Raises UserError for the first of `tokens` that the model has no embedding for."""
+        count = self.config.vocab_size
+        if wrong := [token for token in tokens if not 0 <= token < count]:
+            raise UserError(
+                f"token id {wrong[0]} {where}: the model has 0 to {count - 1}, a vocabulary of {count} tokens"
+            )
 
     def _run(
         self,
@@ -357,22 +360,6 @@ class Engine:
                 "a prompt in words needs the model's tokenizer: give a directory that has one, or token ids"
             )
         return self.tokenizer(prompt)["input_ids"]
-
-
-def _check_kinds(params: Params) -> None:
-    """Raises UserError where a field that is compared with numbers is of another kind."""
-    if not isinstance(params, Params):
-        raise UserError(f"params: {params!r:.60} is no Params")
-    for name in ("temperature", "top_p", "min_p"):
-        if type(value := getattr(params, name)) not in (int, float):
-            raise UserError(f"{name}={value!r}: a number")
-    for name in ("seed", "choice"):
-        if type(value := getattr(params, name)) is not int:
-            raise UserError(f"{name}={value!r}: an integer")
-    for name in ("trace", "stop_token_ids"):
-        for value in getattr(params, name):
-            if type(value) is not int:
-                raise UserError(f"{name}: {value!r} in it is no integer")
 
 
 def _check_least(least: int, **values: int | None) -> None:

@@ -20,8 +20,9 @@ from ...model.router import Router
 from ...unroll import config_with_layers
 from ..engine.kv import policy_of
 from .architectures import vllm_architecture
+from .arguments import check_vllm_config
 from .lanes import is_lanes
-from .limits import check_depth, check_model, check_packed, check_router, check_vllm_config
+from .limits import check_depth, check_model, check_packed, check_router
 from .parts import VllmParts
 from .recurrence import Recurrence, hand_on
 from .relaxation import Relaxation
@@ -41,7 +42,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         super().__init__()
         config = cast(RecurrentDepthConfig, vllm_config.model_config.hf_config)
         check_depth(config.num_recurrences, config.max_recurrences)
-        check_vllm_config(vllm_config)
+        check_vllm_config(vllm_config, is_lanes(vllm_config))
         check_model(vars(config), routed=is_lanes(vllm_config))
         if config.router:
             check_router(config.router)

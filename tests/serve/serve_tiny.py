@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,14 @@ RECURSIVE = {"prelude": [], "core": [0, 2, 5], "coda": []}
 
 SANDWICH = {**GROUPED, "initializer_range": 0.1}  # norms after every sublayer amplify differences of rounding
 HUGINN = {**SANDWICH, "norm_after_residual": True, "qk_bias": True, "embedding_scale": 8.0, "tie_word_embeddings": True}
+# Arguments of vLLM's that are passed on and no other case has; `newer` ones are left out where a release lacks them.
+SCHEDULING = {
+    "scheduling_policy": "priority", "long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False,
+    "prefix_caching_hash_algo": "sha256_cbor", "stream_interval": 2, "distributed_executor_backend": "uni",
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    "newer": {"max_num_active_seqs": 3, "long_prefill_token_threshold_adaptive": True, "max_num_queued_reqs": 500,
+              "max_num_queued_tokens": 50_000},
+}  # fmt: skip
 LORA = {"self_attn.q_proj": 4, "self_attn.v_proj": 3, "self_attn.o_proj": 5, "mlp.up_proj": 6, "mlp.down_proj": 2}
 NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
 
@@ -61,6 +70,12 @@ def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCaus
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
+
+
+def change_config(folder: Path, **fields) -> None:
+    """Replace fields of a checkpoint's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,121 @@
+"""A checkpoint's generation_config.json, which says the same in every engine: `generate`, `Engine` and the server.
+
+Both engines read it as vLLM does (`--generation-config auto`), and `do_sample` as transformers does. Imports nothing
+heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_json
+from ..errors import UserError
+
+FILE = "generation_config.json"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# What both engines do.
+APPLIED = frozenset({*SAMPLING, "do_sample", "max_new_tokens", "eos_token_id"})
+# What vLLM does beyond that, with the same meaning as transformers.
+SERVED = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
+# Fields that say nothing about the text of a continuation: names of tokens, what is returned, and how it is computed.
+SILENT = frozenset({
+    "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "max_length",
+    "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "prefill_chunk_size", "is_assistant",
+    "low_memory", "max_time", "continuous_batching_config", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
+    "assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp",
+    "remove_invalid_values", "trust_remote_code",
+})  # fmt: skip
+# Values of the others that change nothing: transformers' own defaults.
+NEUTRAL: dict[str, tuple] = {
+    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "length_penalty": (1,), "diversity_penalty": (0,),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "num_beams": (1,), "num_beam_groups": (1,),
+    "num_return_sequences": (1,), "early_stopping": (False,), "typical_p": (1,), "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
+    "min_new_tokens": (0,), "renormalize_logits": (False,), "guidance_scale": (1,), "penalty_alpha": (0,),
+    "token_healing": (False,),
+}  # fmt: skip
+
+
+def fields_of(folder: str | Path) -> dict[str, Any]:
+    """The fields of generation_config.json in checkpoint directory `folder` that have a value; none without the file.
+
+    Raises UserError, naming the file, for one that is no JSON object, and for values that are no numbers.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return {}
+    fields = given(read_json(file))
+    try:
+        sampling_of(fields)
+        stop_ids(fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return fields
+
+
+def given(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` without those that have no value, or that are transformers' own notes."""
+    return {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
+
+
+def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `fields` say in the words of a request: temperature, top_k, top_p, min_p, max_tokens.
+
+    `do_sample=false` is temperature 0, as in transformers; `do_sample=true` without a temperature is temperature 1. A
+    temperature without `do_sample` samples, as in vLLM. Raises UserError for values out of range.
+    """
+    said: dict[str, Any] = {}
+    for name in SAMPLING:
+        if fields.get(name) is not None:
+            said[name] = _number(name, fields[name])
+    if "top_k" in said:
+        said["top_k"] = max(int(said["top_k"]), 0)  # vLLM's -1: all
+    if fields.get("do_sample") is False:
+        said["temperature"] = 0.0
+    elif fields.get("do_sample"):
+        said.setdefault("temperature", 1.0)
+    if fields.get("max_new_tokens") is not None:
+        said["max_tokens"] = _integer("max_new_tokens", fields["max_new_tokens"])
+    return said
+
+
+def stop_ids(fields: dict[str, Any]) -> set[int]:
+    """The tokens of `eos_token_id`, one or a list; a negative one is none. Raises UserError for what is no integer."""
+    ids = fields.get("eos_token_id")
+    each = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    if wrong := [token for token in each if type(token) is not int]:
+        raise UserError(f"eos_token_id={wrong[0]!r}: an integer, or a list of them")
+    return {token for token in each if token >= 0}
+
+
+def unapplied(fields: dict[str, Any], applied: Iterable[str]) -> list[str]:
+    """Those of `fields`, as "name=value", that change a text and that an engine with the `applied` names ignores."""
+    return [
+        f"{name}={value!r}"
+        for name, value in fields.items()
+        if name not in applied and name not in SILENT and value not in NEUTRAL.get(name, ()) and value not in ([], {})
+    ]
+
+
+def warning(fields: dict[str, Any], applied: Iterable[str]) -> str | None:
+    """One line that names what an engine with the `applied` names does not do; None where it does all."""
+    if not (left := unapplied(fields, applied)):
+        return None
+    return f"warning: {FILE} says {', '.join(left)}, which this engine does not do"
+
+
+def _number(name: str, value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name}={value!r}: a number")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{name}={value!r}: an integer of 0 or more")
+    return value
