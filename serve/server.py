@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import socket
@@ -17,15 +18,30 @@ from typing import Any
 from ..arguments import RecipeParser
 from ..errors import UserError, missing
 from ..recipe import load_recipe
+from ..trained import beyond_trained
 from .checkpoint import Facts, check_config, check_tensors, load_tokenizer
 from .defaults import Defaults, choose
+from .generation_config import fields_of
 from .recipe import ServeRecipe
+from .startup import (
+    SPACE,
+    check_block_size,
+    check_memory,
+    compare_vocabularies,
+    lacks_compiler,
+    share_cores,
+    take_generation_config,
+)
 from .vllm import SERVER
+from .vllm.arguments import check_arguments, check_environment
 from .vllm.arrivals import ARRIVALS, share
 from .vllm.lanes import LANES
-from .vllm.limits import check_depth, refuse
+from .vllm.limits import check_depth
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
+# Modules of vLLM 0.33, and where they were before.
+ARGUMENTS = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")
+STARTUP = ("vllm.entrypoints.common.startup", "vllm.entrypoints.serve.utils.api_utils")
 
 
 def main(argv: list[str]) -> int:
@@ -38,11 +54,14 @@ def main(argv: list[str]) -> int:
     parser.epilog = f"{parser.epilog}\n\nvLLM's flags, which win over keys: loopwise serve MODEL -- --help=all"
     args = parser.parse(argv)
     recipe = load_recipe(ServeRecipe, "serve", args.recipe, args.settings)
+    args.model = str(Path(args.model).expanduser())
     facts = check_config(args.model)
     defaults = choose(facts, recipe)
     if find_spec("vllm") is None:
         raise missing("serving", "vLLM on Linux", "serve", " with an NVIDIA GPU, or make setup without one")
     elsewhere = any(flag.startswith(("--host", "--port", "--uds")) for flag in flags)
+    check_environment(os.environ)
+    fields_of(args.model)
     claim = None if elsewhere else _claim_port(recipe.host, recipe.port)
     with claim or nullcontext():
         check_tensors(args.model)
@@ -86,8 +105,6 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     Raises UserError for a flag that vLLM does not know or that does not fit a recurrent-depth model.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -95,25 +112,27 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         def error(self, message):
             raise UserError(f"vLLM: {message}; its flags: loopwise serve MODEL -- --help=all")
 
-    cli_env_setup()
-    parser = make_arg_parser(Parser(prog="loopwise serve MODEL --"))
+    arguments = first_module(*ARGUMENTS)
+    first_module(*STARTUP).cli_env_setup()
+    parser = arguments.make_arg_parser(Parser(prog="loopwise serve MODEL --"))
+    usual = {action.dest: action.default for action in parser._actions}
     parser.set_defaults(
         model=model,
         host=recipe.host,
         port=recipe.port,
         dtype=recipe.dtype,
-        served_model_name=[recipe.name or Path(model).resolve().name],
+        served_model_name=list(dict.fromkeys([recipe.name or Path(model).resolve().name, model])),
         shutdown_timeout=recipe.drain_seconds,
     )
     lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
     if current_platform.is_cpu():
         # Of lanes one recurrence is compiled; all of a fixed depth takes minutes at every start, if asked for.
-        parser.set_defaults(enforce_eager=not lanes or _lacks_compiler())
-        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        parser.set_defaults(enforce_eager=not lanes or lacks_compiler())
+        if not os.environ.get(SPACE):
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
     if lanes and os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
         raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
-    parser.set_defaults(**lanes)
+    parser.set_defaults(**{name: value for name, value in lanes.items() if name != "additional_config"})
     unfit = []
     if lanes:
         policy = defaults.policy
@@ -121,6 +140,8 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         unfit = [name for name, no in does_not.items() if no]
     parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
+    if LANES in (args.additional_config or {}):
+        raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as ticks=16")
     if lanes:  # whose core is compiled, instead of vLLM's own forward
         lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager).flags()
         args.enforce_eager = True
@@ -138,57 +159,47 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
     if args.model != model or args.model_tag is not None:
         raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
+    for name in args.hf_overrides or {}:
+        if name not in ("num_recurrences", "max_recurrences"):
+            raise UserError(
+                f"--hf-overrides {name}: it replaces num_recurrences and max_recurrences alone; kv_policy and exits "
+                "are keys of `loopwise serve`, and all else stands in the model's config.json"
+            )
     args.hf_overrides = defaults.config | (args.hf_overrides or {})
     check_depth(args.hf_overrides["num_recurrences"], args.hf_overrides["max_recurrences"])
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(args.tensor_parallel_size))
-    refuse(vars(args))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(args.tensor_parallel_size))
+    check_arguments({n: v for n, v in vars(args).items() if n not in lanes}, usual, bool(lanes))
+    take_generation_config(args)
     if current_platform.is_cpu() and args.block_size is not None:
-        _check_block_size(args.block_size)
+        check_block_size(args.block_size)
     try:
-        validate_parsed_serve_args(args)
+        arguments.validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
     own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
     wanted = own and not args.skip_tokenizer_init and not vars(args).get("tokens_only")
-    if wanted and load_tokenizer(model, args.trust_remote_code) is None:
+    tokenizer = load_tokenizer(model, args.trust_remote_code) if wanted else None
+    if wanted and tokenizer is None:
         raise UserError(
             f"{model}: has no tokenizer: name another's directory with '-- --tokenizer', or do without one with "
             "'-- --skip-tokenizer-init'"
         )
+    if tokenizer is not None:
+        compare_vocabularies(model, tokenizer)
+    check_memory(args, defaults)
     return args
 
 
-def _check_block_size(size: int) -> None:
-    """Raises UserError for a `size` that vLLM's attention on CPUs cannot have, of which its engine would die."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    if not CPUAttentionBackend.supports_block_size(size):
-        bases = [getattr(kind, "base", kind) for kind in CPUAttentionBackend.get_supported_kernel_block_sizes()]
-        rule = " or ".join(map(str, bases))
-        raise UserError(f"--block-size {size}: vLLM's attention on CPUs needs a multiple of {rule}")
-
-
-def _lacks_compiler() -> bool:
-    """Whether torch.compile would find no C++ compiler; that is said."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        print("loopwise: no C++ compiler (g++): the core is not compiled", file=sys.stderr)
-        return True
-    return False
-
-
-def _share_cores(ranks: int) -> str:
-    """This process's cores for the tensor-parallel ranks, as `0,1|2,3`: vLLM's own binding wants a NUMA node each."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < ranks:
-        raise UserError(f"--tensor-parallel-size {ranks}: needs a core for each rank, this process has {len(cores)}")
-    each = len(cores) // ranks
-    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
+def first_module(*names: str) -> Any:
+    """The first of the modules `names` that this release of vLLM has. Raises ModuleNotFoundError without any."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not (error.name and name.startswith(error.name)) or name == names[-1]:
+                raise
+    raise ModuleNotFoundError(", ".join(names))
 
 
 def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
@@ -201,6 +212,8 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     where = f"http://{args.host}:{args.port}/v1"
     print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}) will be at {where}", file=sys.stderr)
     print(f"loopwise: {replace(defaults, config=defaults.config | args.hf_overrides).line()}", file=sys.stderr)
+    if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
+        print(f"loopwise: {line}", file=sys.stderr)
     try:
         if uvloop.run(_run(args)):
             print("loopwise: error: vLLM's engine died; the lines above tell why", file=sys.stderr)

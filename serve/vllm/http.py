@@ -15,6 +15,7 @@ from typing import Any
 from .ending import GRACE, Ending
 from .fields import FIELDS, FieldError, check, parse, take
 from .offered import check_request, offered
+from .requests import check_body
 
 COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
 CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
@@ -108,6 +109,7 @@ class DepthFields:
             return await self.app(scope, _replay(body, receive), send)
         limits = offered(scope["app"].state.engine_client.vllm_config)
         try:
+            check_body(fields, _known(path))
             if not GENERATION[path]:
                 _check_without(path, fields)
                 return await self.app(scope, _replay(body, receive), send)
@@ -205,7 +207,7 @@ def install(metrics: Callable | None) -> Ending:
         app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
-        check_request(sampling_params, self.vllm_config)
+        check_request(sampling_params, self.vllm_config, prompt)
         spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
         return stream if spent is None else spent.follow(stream)
 

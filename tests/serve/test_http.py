@@ -13,11 +13,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from serve_tiny import generate, prompts
+from serve_tiny import VOCABULARY, change_config, generate, prompts
 from serving import Server, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loopwise.serve import Engine, Params
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time
@@ -25,11 +29,35 @@ pytestmark = [
 ]
 
 
+ENDING = prompts()[5]  # which a token ends that generation_config.json alone names
+
+
 @pytest.fixture(scope="module")
 def server(model):
-    """A server at R=3 in fp32. The last test of this file ends it."""
-    with serving(model[0], "num_recurrences=3") as started:
+    """A server at R=3 in fp32. The last test of this file ends it. Its tokenizer knows more tokens than its model:
+    `<extra0>` has a row in vLLM's padding, `<extra70>` has none; it was trained at up to 4 recurrences."""
+    folder = model[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(71)])
+    tokenizer.save_pretrained(folder)
+    change_config(folder, trained_recurrences={"mean": 3, "min": 1, "max": 4})
+    ends = [257, generate(model[1], ENDING, 3, 6).tokens[5]]
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": ends}))
+    with serving(folder, "num_recurrences=3") as started:
         yield started
+
+
+def post(server, path: str, **body) -> dict:
+    call = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(call, timeout=60))
+
+
+def refusal(server, path: str, **body) -> dict:
+    """The error object of a request that is answered with 400."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(server, path, **body)
+    assert caught.value.code == 400
+    return json.load(caught.value)["error"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +99,7 @@ def test_chat_with_logprobs_and_streaming(client):
 
 
 def test_models_and_metrics(client, server):
-    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert next(m.id for m in client.models.list()) == "tiny"
     client.completions.create(**GREEDY, prompt=[1, 2], extra_body={"ignore_eos": True, "num_recurrences": 5})
     lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
     metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -296,6 +324,93 @@ def test_wrong_requests_are_4xx(client):
         client.completions.create(**{**GREEDY, "max_tokens": 10_000}, prompt="a")
 
 
+def test_a_model_may_be_named_by_its_path(client, model):
+    assert [m.id for m in client.models.list()] == ["tiny", str(model[0])]
+    assert client.completions.create(**{**GREEDY, "model": str(model[0])}, prompt="a").choices[0].text
+
+
+def test_generation_config_means_the_same_on_every_path(server, model):
+    """Stop tokens that it alone names, and `do_sample=false`: the server, the offline engine and transformers."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model[0], dtype=torch.float32).eval()
+    out = loaded.generate(torch.tensor([ENDING]), max_new_tokens=20, num_recurrences=3, pad_token_id=258)
+    want = out[0, len(ENDING) :].tolist()
+    assert len(want) <= 6
+    (offline,) = Engine(model[0], dtype="float32").generate([ENDING], Params(20, 3))
+    body = {"model": "tiny", "prompt": ENDING, "max_tokens": 20, "return_token_ids": True}
+    (served,) = post(server, "/v1/completions", **body)["choices"]
+    assert served["token_ids"] == offline.tokens == want
+    assert served["finish_reason"] == offline.finish_reason == "stop"
+    (on,) = post(server, "/v1/completions", **body, ignore_eos=True)["choices"]
+    assert on["token_ids"] == generate(model[1], ENDING, 3, 20).tokens
+
+
+def check_tokens_beyond_the_model(server) -> None:
+    """Whatever names a token without an embedding is a 400 that says so, and the next request is answered."""
+    small = {"model": "tiny", "max_tokens": 2, "temperature": 0}
+    several: dict = {"n": 2, "stream": True, "temperature": 1}
+    chat = [{"role": "user", "content": "the <extra70> cat"}]
+    asked = [
+        *(("/v1/completions", {"prompt": f"the <extra{n}> cat"}, VOCABULARY + n) for n in (0, 70)),
+        *(("/v1/completions", {"prompt": [5, token]}, token) for token in (VOCABULARY, 329, 10_000)),
+        ("/v1/completions", {"prompt": ["a", "<extra0>"], **several}, VOCABULARY),
+        ("/v1/completions", {"prompt": "a<extra1>", "echo": True, "logprobs": 1}, VOCABULARY + 1),
+        ("/v1/chat/completions", {"messages": chat}, VOCABULARY + 70),
+        ("/v1/chat/completions", {"messages": chat, **several}, VOCABULARY + 70),
+        ("/v1/messages", {"messages": chat}, VOCABULARY + 70),
+        ("/v1/responses", {"input": "<extra0>"}, VOCABULARY),
+        *(
+            ("/v1/completions", {"prompt": "a", name: [VOCABULARY], "logprobs": 1}, VOCABULARY)
+            for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+        ),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [329], "min_tokens": 2}, 329),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(VOCABULARY): 5}}, VOCABULARY),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["<extra70>"]}, 329),
+    ]
+    for path, fields, token in asked:
+        error = refusal(server, path, **(small | fields))
+        message = error["error"]["message"] if "error" in error else error["message"]
+        assert f"token id {token} in " in message, (path, fields, message)
+        assert f"a vocabulary of {VOCABULARY} tokens" in message
+        assert post(server, "/v1/completions", **small, prompt="a")["usage"]["completion_tokens"] <= 2
+
+
+def test_no_token_beyond_the_embeddings_reaches_the_engine(server):
+    assert f"the tokenizer has ids up to 329, the model a vocabulary of {VOCABULARY} tokens" in server.log.read_text()
+    check_tokens_beyond_the_model(server)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_embeds", "AAAA"),
+        ("kv_transfer_params", {"do_remote_decode": True}),
+        ("thinking_token_budget", 3),
+        ("watermarking", True),
+        ("routed_experts_prompt_start", 1),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_fields_that_no_engine_follows_are_400_and_named(server, path, field, value):
+    error = refusal(server, path, **GREEDY, prompt="a", messages=[{"role": "user", "content": "a"}], **{field: value})
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}=")
+
+
+def test_a_text_that_repeats_itself_ends(server):
+    """Though the step that it repeats itself in gives it more tokens."""
+    more = {"ignore_eos": True, "return_token_ids": True, "allowed_token_ids": [65], "max_tokens": 30}
+    more["repetition_detection"] = {"max_pattern_size": 1, "min_count": 3}
+    (choice,) = post(server, "/v1/completions", **(GREEDY | more), prompt="a")["choices"]
+    assert (choice["token_ids"], choice["finish_reason"]) == ([65] * 3, "repetition")
+
+
+def test_depths_beyond_training_are_warned_of_once(server):
+    for _ in range(2):
+        post(server, "/v1/completions", **GREEDY, prompt="a", num_recurrences=6)
+    said = "loopwise: warning: num_recurrences=6: this model was trained at 1 to 4 recurrences (mean 3), and not beyond"
+    assert server.log.read_text().count(said) == 1
+
+
 @pytest.mark.parametrize("to_group", [False, True], ids=["sigterm", "ctrl-c"])
 def test_drains_and_leaves_no_process(request, to_group, server, model):
     """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
@@ -303,6 +418,7 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
         server = Server(model[0], "engine=fixed")
         request.addfinalizer(server.kill)
         server.wait_until(server.healthy, 240)
+        check_tokens_beyond_the_model(server)
     body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
     call = urllib.request.Request(
@@ -336,14 +452,27 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
     usage = json.loads(events[-2])["usage"]
     assert usage["completion_tokens"] == 400
     assert usage["recurrences"]["mean"] == (1 if to_group else 3)  # the model's, and that of the first server
+    assert "leaked" not in server.log.read_text()
+
+
+def check_deeper_than_the_config(server, model) -> None:
+    """A request at 13 recurrences of a model whose config says 8, on a server that has room for 16."""
+    loaded = AutoModelForCausalLM.from_pretrained(model[0], dtype=torch.float32, max_recurrences=16).eval()
+    body = {"ignore_eos": True, "return_token_ids": True, "num_recurrences": 13}
+    (served,) = post(server, "/v1/completions", **GREEDY, prompt=prompts()[3], **body)["choices"]
+    assert served["token_ids"] == generate(loaded, prompts()[3], 13, 8).tokens
+    each = (3 + 2 * 16) * 2 * 2 * 32 * 4  # slots, keys and values, heads, head size, bytes of a float32
+    assert f"{each / 1024:.3g} KiB of keys and values a token at max_recurrences=16" in server.log.read_text()
 
 
 @pytest.mark.parametrize("seconds", [300, 1])
 def test_a_second_signal_or_the_end_of_the_drain_cuts_it_short(request, model, seconds):
     """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
-    server = Server(model[0], "num_recurrences=8", "ticks=1", f"drain_seconds={seconds}", "--", "--enforce-eager")
+    deep = ["num_recurrences=8", "max_recurrences=16", "ticks=1"]
+    server = Server(model[0], *deep, f"drain_seconds={seconds}", "--", "--enforce-eager")
     request.addfinalizer(server.kill)
     server.wait_until(server.healthy, 240)
+    check_deeper_than_the_config(server, model)
     body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 16}
     slow = {"temperature": 1, "repetition_penalty": 1.1, "logprobs": 5}  # which the host looks at for every token
     text = json.dumps(body | slow).encode()

@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_tiny import GROUPED, HUGINN, LORA, NORMS, RECURSIVE, RETROFIT, SANDWICH, generate, save, source_config
+from serve_tiny import (
+    GROUPED,
+    HUGINN,
+    LORA,
+    NORMS,
+    RECURSIVE,
+    RETROFIT,
+    SANDWICH,
+    SCHEDULING,
+    generate,
+    save,
+    source_config,
+)
 
 from loopwise.serve import Params
 from loopwise.serve.engine.diffusion import Diffusion
@@ -105,6 +117,7 @@ CASES = {
         engine=WHOLE_PROMPTS,
         lanes={"width": 3, "compile": True},
     ),
+    "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
     "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40, "compile": True}, decoders=ALL),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serve_tiny import change_config
 from serving import Server, free_port
 
 from loopwise.cli import main
@@ -20,7 +21,7 @@ from loopwise.errors import UserError
 from loopwise.serve.checkpoint import Facts
 from loopwise.serve.defaults import choose
 from loopwise.serve.recipe import ServeRecipe
-from loopwise.serve.vllm.limits import refuse
+from loopwise.serve.vllm.arguments import refuse
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -29,11 +30,6 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def copy_of(model, to: Path) -> Path:
     shutil.copytree(model[0], to)
     return to
-
-
-def change_config(folder: Path, **fields) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
 
 
 def refusal(capsys, folder: Path, *settings: str) -> str:
@@ -292,6 +288,23 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
         "--cpu-offload-gb 4": "--cpu-offload-gb 4.0 does not fit",
         "--runner pooling": "--runner pooling does not fit",
         "--api-server-count 2": "--api-server-count 2 does not fit",
+        '--kv-transfer-config {"kv_connector":"ExampleConnector","kv_role":"kv_both"}': "no connector moves the keys",
+        "--kv-offloading-size 1": "--kv-offloading-size 1.0 does not fit a recurrent-depth model: no connector",
+        "--enable-return-routed-experts": "the depths of tokens travel in the field that it fills",
+        "--decode-context-parallel-size 2": "are not cut among ranks",
+        "--enable-dbo": "--enable-dbo does not fit a recurrent-depth model: a pass of the core is not cut",
+        "--watermark 0.1": "--watermark 0.1 does not fit",
+        "--enable-prompt-embeds": "--enable-prompt-embeds does not fit",
+        "--enable-sleep-mode": "--enable-sleep-mode does not fit",
+        "--data-parallel-size 2": "--data-parallel-size 2 does not fit",
+        "--distributed-executor-backend external_launcher": "one process on one machine serves it",
+        "--load-format dummy": "--load-format dummy does not fit",
+        "--optimization-level 3": "the lane engine compiles and records its own passes",
+        "-ac.flash_attn_version 2": "--attention-config.flash-attn-version 2 does not fit",
+        '--hf-overrides {"kv_policy":"single"}': "--hf-overrides kv_policy: it replaces num_recurrences and",
+        '--additional-config {"loopwise_lanes":{"ticks":2}}': "--additional-config loopwise_lanes: the keys of",
+        "--kv-cache-memory-bytes 2000000": "at max_recurrences=8, and the cache has 1.91 MiB; choose '-- "
+        "--max-model-len 256', or max_recurrences=4, or VLLM_CPU_KVCACHE_SPACE=1",
     }
     if not torch.cuda.is_available():
         answers["--block-size 16"] = "--block-size 16: vLLM's attention on CPUs needs a multiple of 32"

@@ -27,6 +27,7 @@ from serve_tiny import (
     RECURSIVE,
     RETROFIT,
     SANDWICH,
+    SCHEDULING,
     Answer,
     generate,
     prompts,
@@ -98,6 +99,7 @@ CASES = {
     "zeros-linear": Case("llama", shape={**RETROFIT, "state_init": "zeros"}),
     "input-add": Case("llama", shape={**RECURSIVE, "injection": "add"}),
     "input-none": Case("llama", shape={**RETROFIT, "injection": "none"}),
+    "scheduling": Case("llama", engine=SCHEDULING),
     "traced": Case("gemma3_text", 2, NORMAL, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),  # Dynamo, no inductor
     **{t: Case(t) for t in OTHERS},
     "input-gated": Case("llama", shape={**RETROFIT, "injection": "gated", "exit_gate": True}),

@@ -1,0 +1,118 @@
+"""What `loopwise serve` checks and says before vLLM's engine starts. Its callers have imported vLLM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import config_fields
+from ..errors import UserError
+from .defaults import Defaults
+from .generation_config import APPLIED, SERVED, fields_of, sampling_of, warning
+from .memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
+
+SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
+
+
+def take_generation_config(args: Any) -> None:
+    """Let `do_sample` of the model's generation_config.json mean what it does in transformers, unless flags say
+    otherwise, and say what vLLM does not do of it."""
+    if args.generation_config == "vllm":
+        return
+    fields = fields_of(args.model if args.generation_config == "auto" else args.generation_config)
+    if sampling_of(fields).get("temperature") == 0:
+        args.override_generation_config = {"temperature": 0.0} | (args.override_generation_config or {})
+    if line := warning(fields, APPLIED | SERVED):
+        print(f"loopwise: {line}", file=sys.stderr)
+
+
+def compare_vocabularies(model: str, tokenizer: Any) -> None:
+    """Say it where the tokenizer has ids without embeddings, which requests are then refused for."""
+    fields = config_fields(Path(model))
+    count = fields.get("vocab_size") or fields["source_config"].get("vocab_size")
+    greatest = max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(count, int) and greatest >= count:
+        print(
+            f"loopwise: warning: the tokenizer has ids up to {greatest}, the model a vocabulary of {count} tokens: "
+            "requests with others are refused",
+            file=sys.stderr,
+        )
+
+
+def check_memory(args: Any, defaults: Defaults) -> None:
+    """Say what keys and values take. Raises UserError where a request of the greatest length has no room in the cache,
+    as far as that can be told before the engine is up."""
+    from vllm.platforms import current_platform
+
+    from ..model import RecurrentDepthConfig
+
+    config = RecurrentDepthConfig.from_pretrained(args.model)
+    depth, most = (args.hf_overrides[name] for name in ("num_recurrences", "max_recurrences"))
+    size = 4 if args.dtype in ("float32", "float") else 2
+    ranks = args.tensor_parallel_size
+
+    def each(depths: int) -> int:
+        policy = replace(defaults.policy, depths=depths) if defaults.engine == "lanes" else None
+        config.num_recurrences = depths
+        return serving_bytes(config, policy, size, ranks)
+
+    deep = most if defaults.engine == "lanes" else depth
+    name = "max_recurrences" if defaults.engine == "lanes" else "num_recurrences"
+    budget, cpu = args.kv_cache_memory_bytes, current_platform.is_cpu()
+    if cpu and os.environ.get(SPACE):
+        if not os.environ[SPACE].isdecimal():
+            raise UserError(f"{SPACE}={os.environ[SPACE]}: a whole number of GiB")
+        budget = int(os.environ[SPACE]) * GIB  # as vLLM: it wins
+    length = args.max_model_len or getattr(config, "max_position_embeddings", None)
+    free = available() if cpu else None
+    if budget and free is not None and budget > free:
+        raise UserError(f"{shown(budget)} for keys and values: {shown(free)} can be had; {SPACE}={free // GIB}")
+    if budget is None and not cpu:
+        budget = int(current_platform.get_device_total_memory() * args.gpu_memory_utilization)
+    if not budget:
+        return
+    if length and length > 0:
+        advice = [f"{name}={d}" for d in range(deep - 1, 0, -1) if each(d) * (length + BLOCK) <= budget][:1]
+        space = -(-each(deep) * (length + BLOCK) // GIB)
+        if cpu and (free is None or space * GIB < free):
+            advice.append(f"{SPACE}={space}")
+        check_cache(each(deep), length, budget, f"{name}={deep}", [] if defaults.router else advice)
+    said = f"{shown(each(deep))} of keys and values a token at {name}={deep}"
+    if cpu or args.kv_cache_memory_bytes:
+        said += f", in a cache of {shown(budget)}: {budget // each(deep):,} tokens of all requests"
+    print(f"loopwise: {said}", file=sys.stderr)
+
+
+def check_block_size(size: int) -> None:
+    """Raises UserError for a `size` that vLLM's attention on CPUs cannot have, of which its engine would die."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if not CPUAttentionBackend.supports_block_size(size):
+        bases = [getattr(kind, "base", kind) for kind in CPUAttentionBackend.get_supported_kernel_block_sizes()]
+        rule = " or ".join(map(str, bases))
+        raise UserError(f"--block-size {size}: vLLM's attention on CPUs needs a multiple of {rule}")
+
+
+def lacks_compiler() -> bool:
+    """Whether torch.compile would find no C++ compiler; that is said."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("loopwise: no C++ compiler (g++): the core is not compiled", file=sys.stderr)
+        return True
+    return False
+
+
+def share_cores(ranks: int) -> str:
+    """This process's cores for the tensor-parallel ranks, as `0,1|2,3`: vLLM's own binding wants a NUMA node each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        raise UserError(f"--tensor-parallel-size {ranks}: needs a core for each rank, this process has {len(cores)}")
+    each = len(cores) // ranks
+    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))

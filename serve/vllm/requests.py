@@ -1,0 +1,106 @@
+"""Every field of vLLM's requests, in two groups: an allow list, for fields of later releases too.
+
+`SAMPLING` and `REFUSED_SAMPLING` are fields of `SamplingParams`; `BODY` and `REFUSED_BODY` are fields of HTTP bodies. A
+field that stands in no group is refused, where it is set, until somebody tries it and gives it a place here. Tests walk
+them. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .arguments import names
+from .fields import FieldError
+
+SAMPLING = names("""
+    n temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty
+    max_tokens min_tokens stop stop_token_ids ignore_eos include_stop_str_in_output repetition_detection
+    logit_bias allowed_token_ids bad_words structured_outputs extra_args
+    logprobs prompt_logprobs logprob_token_ids flat_logprobs
+    detokenize skip_special_tokens spaces_between_special_tokens output_kind stream_interval output_text_buffer_length
+    skip_clone skip_reading_prefix_cache
+    _eos_token_id _all_stop_token_ids _bad_words_token_ids _watermarking_skipped
+""")
+BODY = names("""
+    model prompt messages input instructions system suffix documents
+    n temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty
+    max_tokens max_completion_tokens max_output_tokens min_tokens stop stop_sequences stop_token_ids ignore_eos
+    include_stop_str_in_output repetition_detection length_penalty use_beam_search
+    logit_bias allowed_token_ids bad_words structured_outputs response_format output_config text vllm_xargs
+    logprobs top_logprobs prompt_logprobs logprob_token_ids echo
+    stream stream_options stream_interval skip_special_tokens spaces_between_special_tokens
+    return_tokens_as_token_ids return_token_ids return_token_offsets return_prompt_text
+    truncate_prompt_tokens truncation_side truncation add_special_tokens
+    chat_template chat_template_kwargs add_generation_prompt continue_final_message
+    tools tool_choice parallel_tool_calls max_tool_calls reasoning reasoning_effort include_reasoning thinking include
+    user metadata request_id session_id priority cache_salt prompt_cache_key service_tier
+    background store previous_response_id previous_input_messages enable_response_messages
+""")
+
+# name -> (values that say nothing, why no others do); None says nothing anywhere.
+CONNECTOR = "no connector moves the keys and values of every depth"
+TEXT = "this model reads text only"
+REFUSED_SAMPLING: dict[str, tuple[tuple, str]] = {
+    "watermarking": ((False,), "no watermark is made by this server"),
+    "thinking_token_budget": ((), "a budget of thoughts is counted once a step, which may give several tokens"),
+    "routed_experts_prompt_start": ((0,), "this model has no experts"),
+    "trace_decode_token_ids": ((), "tokens are sampled; depths can be replayed, by `trace`"),
+    "prompt_logprob_token_ids": ((), "prompt_logprobs gives the likeliest tokens alone"),
+    "prompt_logprob_start": ((0,), "prompt_logprobs starts with the prompt"),
+}
+REFUSED_BODY: dict[str, tuple[tuple, str]] = {
+    **{n: REFUSED_SAMPLING[n] for n in ("watermarking", "thinking_token_budget", "routed_experts_prompt_start")},
+    "prompt_embeds": (([],), "a prompt is text, or token ids"),
+    "kv_transfer_params": ((), CONNECTOR),
+    "ec_transfer_params": ((), CONNECTOR),
+    "mm_payload": ((), TEXT),
+    "return_mm_kwargs": ((False,), TEXT),
+    "media_io_kwargs": (({},), TEXT),
+    "mm_processor_kwargs": (({},), TEXT),
+}
+UNKNOWN = "it is not known to work with Loopwise yet"
+
+
+def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
+    """Raises FieldError for a field of `body` that this server cannot follow; `known` are those that vLLM reads."""
+    for name, value in body.items():
+        if name in REFUSED_BODY:
+            _refuse(name, value, *REFUSED_BODY[name])
+        elif name not in BODY and name in known:
+            _refuse(name, value, (), UNKNOWN)
+
+
+def check_sampling(params: Any, usual: Any) -> None:
+    """Raises FieldError for a field of vLLM's sampling `params` that no engine follows; `usual` has all defaults."""
+    for name in type(usual).__struct_fields__:
+        if name not in SAMPLING and (value := getattr(params, name, None)) != getattr(usual, name):
+            _refuse(name, value, *REFUSED_SAMPLING.get(name, ((), UNKNOWN)))
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        _refuse(name, (getattr(params, "extra_args", None) or {}).get(name), (), CONNECTOR)
+
+
+def check_tokens(named: dict[str, Iterable[int] | None], count: int) -> None:
+    """Raises FieldError for a token id, of those that fields have `named`, beyond a vocabulary of `count` tokens: there
+    is no embedding for it, and no probability."""
+    for name, tokens in named.items():
+        for token in tokens or ():
+            if not 0 <= token < count:
+                raise FieldError(
+                    name, f"token id {token} in {name}: this model has 0 to {count - 1}, a vocabulary of {count} tokens"
+                )
+
+
+def tokens_of(params: Any) -> dict[str, Iterable[int] | None]:
+    """The token ids that vLLM's sampling `params` name, by field."""
+    fields = ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids")
+    words = getattr(params, "_bad_words_token_ids", None) or ()
+    return {
+        "bad_words": [token for word in words for token in word],
+        **{name: getattr(params, name, None) for name in fields},
+    }
+
+
+def _refuse(name: str, value: Any, accepted: tuple, why: str) -> None:
+    if value is not None and not any(type(value) is type(one) and value == one for one in accepted):
+        raise FieldError(name, f"{name}={value!r:.60}: {why}")
