@@ -113,7 +113,7 @@ def difference(a: Any, b: Any) -> str | None:
         return f"{wrong[0]!r} is {ids[1]}, not {ids[0]}"
     if a.chat_template != b.chat_template:
         return "its chat template is another one"
-    for text in _texts(a):
+    for text in _texts(a, b):
         for special in (True, False):
             ids, other = (_tried(_ids, t, text, special) for t in (a, b))
             if ids != other:
@@ -138,9 +138,9 @@ def greatest_id(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
-def _texts(tokenizer: Any) -> Iterator[str]:
+def _texts(a: Any, b: Any) -> Iterator[str]:
     yield from SAMPLE
-    added = sorted(tokenizer.get_added_vocab())
+    added = sorted({*a.get_added_vocab(), *b.get_added_vocab()})
     for start in range(0, len(added), 64):
         part = added[start : start + 64]
         yield "".join(f"a{token} {token}\n{token}1" for token in part)

@@ -158,7 +158,8 @@ def test_a_hub_id_that_transformers_knows_to_name_the_wrong_class(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.add_tokens(["mat"]), "'mat' is 267, not None"),
+        (lambda t: t.add_tokens(["mat"]), "becomes"),  # a token that was there already
+        (lambda t: t.add_tokens(["<new>"]), "'<new>' is 287, not None"),
         (lambda t: setattr(t, "eos_token", "<s>"), "eos_token is '<s>', not '</s>'"),
         (lambda t: setattr(t, "chat_template", "{{ messages }}"), "chat template"),
         (lambda t: setattr(t, "padding_side", "left"), "padding_side"),
