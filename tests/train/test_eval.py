@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,11 +242,12 @@ def test_the_noise_is_paired_over_blocks():
     rng = np.random.default_rng(0)
     base, tokens = 100 + 30 * rng.standard_normal(50), np.full(50, 100)
     for spread, nothing in ((0.2, False), (20.0, True)):
-        losses = {1: base, 4: base - 1 + spread * rng.standard_normal(50)}
+        losses: dict[int | None, np.ndarray] = {1: base, 4: base - 1 + spread * rng.standard_normal(50)}
         found = _loop(depths.Measured(losses, tokens, {}, None, None))
         assert found["changes_nothing"] is nothing
         assert found["gain_error"] == pytest.approx(spread / 100 / math.sqrt(50), rel=0.3)
-    alone = _loop(depths.Measured({1: base[:1], 4: base[:1]}, tokens[:1], {}, None, None))
+    one: dict[int | None, np.ndarray] = {1: base[:1], 4: base[:1]}
+    alone = _loop(depths.Measured(one, tokens[:1], {}, None, None))
     assert (alone["gain"], alone["gain_error"], alone["changes_nothing"]) == (0, None, None)
 
 
@@ -274,7 +276,8 @@ def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
     result = json.loads((tmp_path / "hops.json").read_text())
     axes = eval_figure(tmp_path / "hops.json").axes[0]
     shares = [[100 * group["accuracy"] for group in row["groups"].values()] for row in result["results"]]
-    assert np.allclose(axes.images[0].get_array(), shares)
+    drawn: Any = axes.images[0].get_array()
+    assert np.allclose(drawn, shares)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
     (tmp_path / "other.json").write_text("{}")
     for file in ("other.json", "nowhere.json"):
