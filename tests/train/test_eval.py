@@ -127,7 +127,8 @@ def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "right answers in %, by hops"
     assert lines[2].split() == ["recurrences", "loss", "perplexity", "0", "1", "6", "10", "all"]
-    shares = [*(group["accuracy"] for group in result["results"][1]["groups"].values()), row["accuracy"]]
+    last = result["results"][1]
+    shares = [*(group["accuracy"] for group in last["groups"].values()), last["accuracy"]]
     assert lines[4].split()[3:] == [f"{100 * share:.1f}" for share in shares]
 
 
