@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
+from ..hub import not_found
 from . import carried, tokenizer
 from .gguf_tensors import GgufTensors
 
@@ -63,8 +64,7 @@ def find_source(source: str, revision: str | None) -> Path:
             return path
         stored = HfApi().list_repo_files(source, revision=revision)
     except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
-        at = f" at revision {revision!r}" if revision else ""
-        raise UserError(f"{source}: no such directory, and the hub does not give it{at} ({reason(error)})") from None
+        raise not_found(source, error, revision) from None
     if files := [name for name in stored if name.endswith(".gguf")]:
         raise UserError(f"{source} holds GGUF files; name the one to take: {', '.join(f'{source}:{n}' for n in files)}")
     return path

@@ -39,7 +39,7 @@ def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     partial.mkdir(parents=True)
     for name, array in arrays.items():
         np.save(partial / f"{name}.npy", array)
-    (partial / DONE).write_text("")
+    (partial / DONE).write_text("", encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)

@@ -35,9 +35,9 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
     }
     if (source / FACTS).is_file():  # how the model that was trained came about
-        facts["source"]["facts"] = json.loads((source / FACTS).read_text())
-    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    (directory / "README.md").write_text(_card(facts, trainer))
+        facts["source"]["facts"] = json.loads((source / FACTS).read_text(encoding="utf-8"))
+    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
     for licence in [*source.glob("LICENSE*"), *source.glob("NOTICE*")] if source.is_dir() else []:
         shutil.copy(licence, directory)
 

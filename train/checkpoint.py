@@ -37,7 +37,7 @@ def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
     files = {
         str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
     }
-    (written / RUN).write_text(json.dumps({"files": files, "run": run}, indent=1))
+    (written / RUN).write_text(json.dumps({"files": files, "run": run}, indent=1), encoding="utf-8")
     for path in written.rglob("*"):
         sync(path)
     sync(written)
@@ -100,7 +100,7 @@ def checkpoints(out: Path) -> list[Path]:
 def damage(checkpoint: Path, thorough: bool) -> str | None:
     """What is wrong with a checkpoint, or None. thorough: read all of it, not the sizes alone."""
     try:
-        files = json.loads((checkpoint / RUN).read_text())["files"]
+        files = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {RUN}"
     for name, (size, crc) in files.items():
@@ -140,7 +140,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
 
     `run` may lack the digest of the data, where that is not known yet.
     """
-    old, new = _flat(json.loads((checkpoint / RUN).read_text())["run"]), _flat(run)
+    old, new = _flat(json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["run"]), _flat(run)
     compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)

@@ -269,13 +269,13 @@ def build(
         digest.update(np.ascontiguousarray(part).data)
     greatest = max(int(x.max()) for x in (*tokens, *held, *(blocks.tokens for blocks in streamed)) if x.size)
     facts = {"digest": digest.hexdigest(), "parts": parts, "separate": data.separate_documents, "greatest": greatest}
-    (directory / FACTS).write_text(json.dumps(facts))
+    (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     return load(directory)
 
 
 def load(directory: Path) -> Blocks:
     """What `build` left under `directory`, memory-mapped: the processes of one machine share it."""
-    facts = json.loads((directory / FACTS).read_text())
+    facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
 
     def packed(name: str) -> Packed:
         files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))

@@ -30,7 +30,7 @@ def run_figure(out: Path) -> Figure:
     folder = next((path for path in (out, *checkpoints(out)) if (path / STATE).is_file()), None)
     if folder is None:
         raise UserError(f"{out}: no training run in it that has ended or left a checkpoint (no {STATE})")
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     log = state["log_history"]
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, held_out), (depth, convergence) = figure.subplots(2, 2)
@@ -41,7 +41,7 @@ def run_figure(out: Path) -> Figure:
         held_out.plot(*series(log, name), marker="o", markersize=3, label=label)
     held_out.set_xlabel("step")
     held_out.set_ylabel("held-out loss")
-    sampled = sampled_recurrences(json.loads((folder / RUN).read_text())["run"], state)
+    sampled = sampled_recurrences(json.loads((folder / RUN).read_text(encoding="utf-8"))["run"], state)
     if sampled:
         histogram(depth, sampled)
     for record in log:

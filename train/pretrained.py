@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
 from loopwise.gguf_source import find_gguf
+from loopwise.hub import check_may_be_hub_id, not_found
 from loopwise.model import RecurrentDepthConfig
 
 
@@ -26,8 +27,7 @@ def load_config(model: str, revision: str | None) -> Any:
         config_fields(path)
         if find_gguf(path) is None:
             weight_files(path)
-    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"{model}: no such model directory")
+    check_may_be_hub_id(model)
     with _told(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
     if getattr(config, "quantization_config", None) is not None:
@@ -69,6 +69,8 @@ def _told(model: str):
     except UserError:
         raise
     except Exception as error:  # transformers, the hub and safetensors share no base class
+        if not Path(model).exists():
+            raise not_found(model, error) from error
         raise UserError(f"{model}: cannot be loaded ({reason(error).rstrip('.')})") from error
 
 

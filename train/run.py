@@ -23,7 +23,7 @@ from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
 from loopwise.unused import check_used
 
-from . import data, sources, stream
+from . import data, fitting, sources, stream
 from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, written
 from .curriculum import Curriculum, curriculum_of
 from .output import RECIPE, TOKENS, check_out, discarded_unless_begun, recover
@@ -247,8 +247,11 @@ def rehearse(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> No
 
 def check_model(model: str, config: Any, recipe: Train) -> Curriculum | None:
     """The curriculum. Raises UserError where `recipe` asks for what `model`, with its `config`, does not have."""
+    from .pretrained import is_recurrent
+
     chosen = curriculum(config, recipe, steps=recipe.steps or 1)
     _check_objectives(config, recipe)
+    fitting.check(recipe, config, is_recurrent(config))
     check_length("data.sequence_length", recipe.data.sequence_length, model, config)
     return chosen
 

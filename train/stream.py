@@ -142,7 +142,7 @@ def first_blocks(data: Data, tokenizer: Any) -> list[Packed]:
 def open_all(data: Data, tokenizer: Any, seed: int, checkpoint: Path | None, behind: int) -> dict[int, Stream]:
     """The streams of `data` by their place among its parts, where `checkpoint` has left them."""
     file = checkpoint / MARKS if checkpoint else None
-    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
     return {
         i: Stream(sources, data, tokenizer, seed + i, Mark(**kept[str(i)]) if str(i) in kept else None, behind)
         for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True))
@@ -153,7 +153,9 @@ def open_all(data: Data, tokenizer: Any, seed: int, checkpoint: Path | None, beh
 def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) -> None:
     """Leave in `directory` where the streams go on after so many blocks of each source."""
     if streams:
-        (directory / MARKS).write_text(json.dumps({i: asdict(x.mark(taken[i])) for i, x in streams.items()}))
+        (directory / MARKS).write_text(
+            json.dumps({i: asdict(x.mark(taken[i])) for i, x in streams.items()}), encoding="utf-8"
+        )
 
 
 def _told_rows(dataset: Any, source: str) -> Iterator[Any]:

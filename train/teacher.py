@@ -104,7 +104,7 @@ def begin(keys: Distillation, blocks: Blocks) -> None:
 
 def finish(blocks: Blocks) -> None:
     """Mark the files as whole. Called by one process, after all have filled their share."""
-    (blocks.directory / DONE).write_text("")
+    (blocks.directory / DONE).write_text("", encoding="utf-8")
 
 
 def load(blocks: Blocks) -> dict[str, np.ndarray]:

@@ -382,3 +382,46 @@ def test_accumulation_changes_no_objective(gated, command, tmp_path):
     run(command(gated, tmp_path / "three", *settings, "gradient_checkpointing=recurrence"))
     assert history(tmp_path / "three") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
     assert not same(tmp_path / "one", gated)
+
+
+ROUTED = {"injection": "none", "num_recurrences": 2}
+# What a model is made with: settings, and what they are refused with, before a token is read.
+UNFIT = {
+    "expert": (
+        {**ROUTED, "router": {"kind": "expert", "depths": 2}},
+        {
+            "objectives.router.balancing=0.1": "balancing=0.1 has no effect: this model's router is e",
+            "objectives.router.bias_step=0.1": "objectives.router.bias_step=0.1 has no effect",
+            "recurrence.eval_at=1,3 data.eval_fraction=0.1": "recurrence.eval_at=3: this model's expert-choice router",
+        },
+    ),
+    "token": (
+        {**ROUTED, "router": {"kind": "token", "depths": 2, "kv": "first-recursion"}},
+        {
+            "objectives.router.auxiliary=0.001": "objectives.router.auxiliary=0.001 has no effect",
+            "recurrence.eval_at=1 data.eval_fraction=0.1": "router runs exactly 2 recurrences",
+            "gradient_checkpointing=layer": "this model's router.kv=first-recursion reads what the first",
+        },
+    ),
+    "first": (
+        {"kv_policy": "first"},
+        {
+            "gradient_checkpointing=recurrence": "this model's kv_policy=first reads what the first",
+            "gradient_checkpointing=true": "gradient_checkpointing=layer: this model's kv_policy=first reads",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_a_model_has_no_use_for_is_refused(kind, tokenizer, plain, command, tmp_path, capsys):
+    changes, refused = UNFIT[kind]
+    model = save_recurrent(tmp_path / "model", tokenizer, **changes)
+    for settings, message in refused.items():
+        assert main(command(model, tmp_path / "out", "steps=1", *settings.split())) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+    assert main(command(plain, tmp_path / "out", "steps=1", "gradient_checkpointing=recurrence")) == 2
+    assert "this is a plain llama: use gradient_checkpointing=layer" in capsys.readouterr().err

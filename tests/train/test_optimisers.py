@@ -172,10 +172,16 @@ def test_adapters_beside_relaxation(relaxed, command, tmp_path):
 
 REFUSED = {
     "optimiser.train=cores": "optimiser.train",
-    "optimiser.train=router": "optimiser.train=router: nothing of this model would learn; it has coda, core",
+    "optimiser.train=router": "optimiser.train=router: this model has no router; it has coda, core",
+    "optimiser.train=core,lora": "optimiser.train=core,lora: this model has no lora; it has",
+    "optimiser.train=core,adapters": "this model has no adapters",
+    'optimiser.multipliers={"lora":0.5}': "optimiser.multipliers.lora has no effect: of this model learn coda, core",
+    'optimiser.train=core optimiser.multipliers={"coda":0.5}': "optimiser.multipliers.coda has no effect: of",
+    "optimiser.kind=muon optimiser.train=norms": "optimiser.kind=muon has no effect: what learns has no matrix",
+    "optimiser.kind=muon adapters.rank=2": "optimiser.kind=muon has no effect: what learns has no matrix",
     "optimiser.muon_learning_rate=0.1": "muon_learning_rate=0.1 has no effect: it belongs to optimiser.kind=muon",
     "optimiser.multipliers={corr:0.5}": "optimiser.multipliers",
-    "adapters.targets=nowhere_proj": "no such linear modules; choose from down_proj, gate_proj",
+    "adapters.targets=nowhere_proj": "no linear module of a layer has this name; choose from down_proj, gate_proj",
     "adapters.rank=0": "adapters.rank=0",
 }
 

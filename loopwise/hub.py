@@ -1,0 +1,59 @@
+"""What the hub's client says of a model or a dataset that it does not give, in words that need no host."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import UserError, reason
+
+# Classes of the hub's client, requests and httpx, of which none needs to be installed to be named.
+SAID = {
+    "GatedRepoError": "it is gated: ask for access, and log in with `hf auth login`",
+    "RepositoryNotFoundError": "the hub has none of this name, or it needs `hf auth login`",
+    "RevisionNotFoundError": "the hub has no such revision of it",
+    "EntryNotFoundError": "the hub has it, but not the files of a model",
+    "HFValidationError": "nor is it an id, OWNER/NAME, of the hub",
+}
+UNREACHED = (
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "ConnectionError",
+    "ConnectError",
+    "Timeout",
+    "MaxRetry",
+)
+
+
+def why_not(error: BaseException) -> str:
+    """Why the hub does not give what `error` is about: the first known cause in its chain, else its own words."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    names = [name for one in chain for name in (kind.__name__ for kind in type(one).__mro__)]
+    known = next((SAID[name] for name in names if name in SAID and name != "EntryNotFoundError"), None)
+    if known:
+        return known
+    if any(name.endswith(UNREACHED) for name in names) or _offline():
+        return "the hub is not asked offline" if _offline() else "the hub cannot be reached"
+    return re.sub(r"https?://\S+", "the hub", reason(chain[0])).rstrip(".")  # pyright: ignore[reportArgumentType]
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def check_may_be_hub_id(model: str) -> None:
+    """Raises UserError for what is no directory, and looks like a path rather than like the hub's OWNER/NAME."""
+    if Path(model).is_file():
+        raise UserError(f"{model} is a file; give the directory of a model, or a hub id")
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")):
+        raise UserError(f"{model}: no such model directory")
+
+
+def not_found(model: str, error: BaseException, revision: str | None = None) -> UserError:
+    """The error for a `model` that is no directory and that the hub does not give."""
+    at = f" at revision {revision!r}" if revision else ""
+    return UserError(f"{model}: no such directory, and no model of the hub{at} ({why_not(error)})")
