@@ -17,7 +17,7 @@ from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..unused import Unused
 from .checkpoint import read_fields
-from .generation_config import FILE, fields_of
+from .generation_config import FILE, fields_of, sampling_of
 
 
 class GenerateRecipe(Section):
@@ -59,10 +59,14 @@ class GenerateRecipe(Section):
         if self.decoder == "plain":
             yield Unused("wave", ("decoder",), "decoder=plain has one token in flight; choose wave or diffusion")
         if self.temperature == 0:
-            for name in ("top_p", "top_k", "seed"):
-                yield Unused(name, ("temperature",), "temperature=0 draws nothing; set a temperature")
+            yield from self.without_draws(("temperature",))
         if self.exit_rule == "fixed":
             yield from self.without_exits(("exit_rule",))
+
+    def without_draws(self, switches: tuple[str, ...] = ()) -> Iterator[Unused]:
+        """The keys without effect where the likeliest token is taken."""
+        for name in ("top_p", "top_k", "min_p", "seed"):
+            yield Unused(name, switches, "temperature=0 draws nothing; set a temperature")
 
     def without_exits(self, switches: tuple[str, ...] = ()) -> Iterator[Unused]:
         """The keys without effect where all tokens run at the same depth."""
@@ -84,7 +88,8 @@ def main(argv: list[str]) -> int:
     if recipe.exit_rule is None and (fields.get("exit") or {}).get("rule", "fixed") == "fixed":
         recipe.refuse_unused(recipe.without_exits())
     weight_files(folder)
-    fields_of(folder)
+    if recipe.temperature is None and not sampling_of(fields_of(folder)).get("temperature"):
+        recipe.refuse_unused(recipe.without_draws())
     prompts = [recipe.prompt] if recipe.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty: give prompt=..., or one prompt a line on the standard input")

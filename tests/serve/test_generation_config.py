@@ -167,6 +167,14 @@ def test_a_damaged_file_is_one_line(capsys, monkeypatch, folder, verb, text, sai
     assert said in line
 
 
+def test_a_key_of_sampling_is_refused_where_nothing_is_drawn_and_taken_where_the_file_draws(capsys, folder):
+    keys = ["prompt=abc", "max_tokens=2", "top_p=0.5"]
+    assert main(["generate", str(folder), *keys]) == 2
+    assert "temperature=0 draws nothing; set a temperature" in capsys.readouterr().err
+    write(folder, do_sample=True)
+    assert main(["generate", str(folder), *keys]) == 0
+
+
 def test_stop_ids():
     assert stop_ids({"eos_token_id": [5, -1]}) == {5}
     assert stop_ids({"eos_token_id": 0}) == {0}
