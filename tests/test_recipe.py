@@ -159,6 +159,7 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("generate", "wave", [], "8", ["decoder=wave"]),
     ("generate", "top_p", ["temperature=0"], "0.9", ["temperature=1"]),
     ("generate", "top_k", ["temperature=0"], "5", ["temperature=1"]),
+    ("generate", "min_p", ["temperature=0"], "0.1", ["temperature=1"]),
     ("generate", "seed", ["temperature=0"], "1", ["temperature=1"]),
     ("generate", "exit_threshold", ["exit_rule=fixed"], "0.1", ["exit_rule=cosine"]),
     ("generate", "min_recurrences", ["exit_rule=fixed"], "2", ["exit_rule=cosine"]),
@@ -184,7 +185,8 @@ WITH_EFFECT = {
         router.gate router.network router.auxiliary router.kv router.inference injection recurrence_norm
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
         kv_policy dtype revision seed""",
-    "generate": "prompt max_tokens num_recurrences exit_rule decoder temperature rows length dtype details",
+    "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature rows length dtype
+        details""",
 }
 
 
