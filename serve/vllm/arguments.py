@@ -175,7 +175,7 @@ REFUSED: dict[str, frozenset[str]] = {
         attention_config.flex_attn_kv_block_size
     """),
 }
-REASONS = {name: reason for reason, group in REFUSED.items() for name in group}
+REASONS = {name: reason for reason, group in REFUSED.items() for name in sorted(group)}
 
 # Passed on, or refused but harmless, at some values alone: name -> (these values, why no others). None always works.
 VALUES: dict[str, tuple[tuple, str]] = {
