@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class Sequences:
     learned: list[np.ndarray]
     answers: list[Answer]
 
+    def spread(self, most: int) -> Sequences:
+        """At most so many of the sequences, evenly spread."""
+        count = len(self.ids)
+        kept = range(count) if count <= most else [i * count // most for i in range(most)]
+        place = {old: new for new, old in enumerate(kept)}
+        answers = [a._replace(sequence=place[a.sequence]) for a in self.answers if a.sequence in place]
+        return Sequences([self.ids[i] for i in kept], [self.learned[i] for i in kept], answers)
+
 
 @dataclass
 class Grouped(Reader):
@@ -55,7 +64,9 @@ class Grouped(Reader):
 
 def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
     """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough."""
-    reader = Grouped(recipe.chat_field or "", recipe.split, recipe.subset, chat=True, group=recipe.group)
+    reader = Grouped(
+        recipe.chat_field or "", recipe.split, recipe.subset, chat=True, tokenizer=tokenizer, group=recipe.group
+    )
     groups: list[Any] = []
 
     def kept() -> Iterator[Any]:
@@ -98,3 +109,32 @@ def _answers(sequence: int, learned: np.ndarray, group: Any, where: str) -> list
         for (first, last), value in zip(runs, groups, strict=True)
         if first  # nothing predicts the first token
     ]
+
+
+def accuracy(sequences: Sequences, right: list[bool]) -> dict[str, Any]:
+    """Share of right answers with its standard error, in all and of each group.
+
+    Returns {"accuracy", "accuracy_error", "groups": {name: {"answers", "accuracy", "accuracy_error"}}}.
+    """
+    of_group: dict[str, list[bool]] = {}
+    for answer, good in zip(sequences.answers, right, strict=True):
+        if answer.group is not None:
+            of_group.setdefault(answer.group, []).append(good)
+    groups = {
+        name: {"answers": len(of_group[name]), **_share(of_group[name])}
+        for name in sorted(of_group, key=_numbers_first)
+    }
+    return {**_share(right), "groups": groups}
+
+
+def _share(right: list[bool]) -> dict[str, float | None]:
+    count = len(right)
+    p = sum(right) / count
+    return {"accuracy": p, "accuracy_error": math.sqrt(p * (1 - p) / (count - 1)) if count > 1 else None}
+
+
+def _numbers_first(name: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(name), name
+    except ValueError:
+        return True, 0.0, name

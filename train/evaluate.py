@@ -74,6 +74,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     from tqdm import tqdm
 
     from . import depths, sources
+    from .answers import accuracy
     from .pretrained import is_recurrent, load_config, load_model, load_tokenizer, parameters
     from .run import check_length, check_vocabulary
 
@@ -88,14 +89,21 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     asked = (recipe.num_recurrences or [config.num_recurrences]) if recurrent else None
     if recurrent and (said := beyond_trained(config.trained_recurrences, asked)):
         print(said, file=sys.stderr)
+    tokenizer = load_tokenizer(model, recipe.revision)
     if recipe.asks:
         from .answers import conversations
 
-        sequences = conversations(recipe, load_tokenizer(model, recipe.revision))
+        sequences = conversations(recipe, tokenizer)
         check_length("data", max(map(len, sequences.ids)), model, config)
     else:
         check_length("sequence_length", recipe.sequence_length, model, config)
-        sequences = _text(recipe, load_tokenizer(model, recipe.revision))
+        sequences = _text(recipe, tokenizer)
+    if recipe.limit:
+        sequences = sequences.spread(recipe.limit)
+    if recipe.endpoint:
+        from .endpoint import evaluate as ask
+
+        return ask(model, recipe, sequences, tokenizer)
     check_vocabulary(model, config, max(int(ids.max()) for ids in sequences.ids))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded: Any = load_model(model, recipe.revision).to(device)  # pyright: ignore[reportArgumentType]
@@ -115,7 +123,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
         {
             "num_recurrences": depth,
             **_loss(found.losses[depth], found.tokens),
-            **(_accuracy(sequences, found.right[depth]) if recipe.asks else {}),
+            **(accuracy(sequences, found.right[depth].tolist()) if recipe.asks else {}),
         }
         for depth in asked or [None]
     ]
@@ -163,31 +171,6 @@ def _standard_error(sums: np.ndarray, tokens: np.ndarray) -> float | None:
     return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / tokens.sum())
 
 
-def _accuracy(sequences: Sequences, right: np.ndarray) -> dict[str, Any]:
-    of_group: dict[str, list[bool]] = {}
-    for answer, good in zip(sequences.answers, right.tolist(), strict=True):
-        if answer.group is not None:
-            of_group.setdefault(answer.group, []).append(good)
-    groups = {
-        name: {"answers": len(of_group[name]), **_share(of_group[name])}
-        for name in sorted(of_group, key=_numbers_first)
-    }
-    return {**_share(right.tolist()), "groups": groups}
-
-
-def _share(right: list[bool]) -> dict[str, float | None]:
-    count = len(right)
-    p = sum(right) / count
-    return {"accuracy": p, "accuracy_error": math.sqrt(p * (1 - p) / (count - 1)) if count > 1 else None}
-
-
-def _numbers_first(name: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(name), name
-    except ValueError:
-        return True, 0.0, name
-
-
 def _loop(found: Measured) -> dict[str, Any]:
     """What the recurrences change: {"num_recurrences": the most that were measured, "gain": loss at R=1 less that at
     it, "gain_error": its standard error, paired, "changes_nothing": whether the gain is within two of these (None where
@@ -212,6 +195,10 @@ def _loop(found: Measured) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result of `evaluate` for people."""
+    if "endpoint" in result:
+        from .endpoint import table as asked
+
+        return asked(result)
     asks = "answers" in result
     counted = (
         f"{result['answers']:,} answers, {result['tokens']:,} tokens"

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "source",
         metavar="RECIPE|OUT|FILE",
-        help="a recipe (name or file); the directory of a run; for eval the file of loopwise eval --out; for depth a "
-        'JSON file {"group": name, "groups": {group: {"mean_recurrences": number, "accuracy": share}}}',
+        help="a recipe (name or file); the directory of a run; the file of loopwise eval --out (for depth, of a "
+        "measurement with endpoint and group)",
     )
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that replace the recipe's")
     parser.add_argument("--out", metavar="FILE", help="picture (default: curriculum.png, OUT/run.png, FILE.png)")

@@ -43,7 +43,8 @@ def eval_figure(file: Path) -> Figure:
 
 
 def depth_figure(file: Path) -> Figure:
-    """Of {"group": name, "groups": {group: {"mean_recurrences": .., "accuracy": .. or absent}}}: both by group.
+    """Of a result of `loopwise eval endpoint=.. group=.. --out`: recurrences and right answers by group, at the last of
+    its depths.
 
     Raises UserError for another file.
     """
@@ -51,13 +52,13 @@ def depth_figure(file: Path) -> Figure:
     from matplotlib.figure import Figure
 
     try:
-        groups = list(result["groups"])
-        depths = [float(result["groups"][name]["mean_recurrences"]) for name in groups]
-        shares = [result["groups"][name].get("accuracy") for name in groups]
-        name = str(result["group"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        cells = result["results"][-1]["groups"]
+        groups, name = list(cells), str(result["group"])
+        depths = [float(cells[group]["mean_recurrences"]) for group in groups]
+        shares = [100 * cells[group]["accuracy"] for group in groups]
+    except (KeyError, TypeError, IndexError):
         raise UserError(
-            f'{file}: not {{"group": name, "groups": {{group: {{"mean_recurrences": number, "accuracy": share}}}}}}'
+            f"{file}: no recurrences of groups in it (loopwise eval with endpoint, group and --out)"
         ) from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -65,12 +66,10 @@ def depth_figure(file: Path) -> Figure:
     axes.bar_label(bars, [f"{depth:.1f}" for depth in depths])
     axes.set_xlabel(name)
     axes.set_ylabel("mean recurrences")
-    if any(share is not None for share in shares):
-        right = axes.twinx()
-        measured = [(group, 100 * share) for group, share in zip(groups, shares, strict=True) if share is not None]
-        right.plot(*zip(*measured, strict=True), "o-", color="C3")
-        right.set_ylim(0, 105)
-        right.set_ylabel("right answers in %", color="C3")
+    right = axes.twinx()
+    right.plot(groups, shares, "o-", color="C3")
+    right.set_ylim(0, 105)
+    right.set_ylabel("right answers in %", color="C3")
     return figure
 
 

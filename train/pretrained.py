@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
@@ -46,6 +55,7 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     with _told(model):
         kind: dict[str, Any] = {"use_safetensors": True}
         if gguf:
+            modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # it heeds no switch of transformers
             kind = {"gguf_file": gguf.name, "config": AutoConfig.from_pretrained(model)}
         result: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=torch.float32, output_loading_info=True, **kind

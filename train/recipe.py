@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -396,9 +396,20 @@ class Evaluate(Section):
     num_recurrences: Counts | None = Field(
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
-    batch_size: Count = Field(default=8, description="blocks in a batch")
+    limit: Count | None = Field(
+        default=None, description="measure at most so many blocks or conversations, evenly spread over the data"
+    )
+    batch_size: Count = Field(default=8, description="blocks in a batch; with endpoint, requests at once")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
+    endpoint: str | None = Field(
+        default=None,
+        description="a running server of MODEL, as http://127.0.0.1:8000/v1: right answers are those that it gives, "
+        "and num_recurrences stands in every request",
+    )
+    request: dict[str, Any] = Field(
+        default={}, description="with endpoint: further fields of every request, as request.exit_rule=cosine"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
@@ -409,7 +420,17 @@ class Evaluate(Section):
             raise ValueError(f"{generated[0]} asks for answers, and the other data is text: measure them one by one")
         if self.group is not None and not self.asks:
             raise ValueError(f"group={self.group} counts right answers, which text has not: give chat_field")
+        if self.endpoint and not self.asks:
+            raise ValueError(f"endpoint={self.endpoint} is asked for answers, which text has not: give chat_field")
+        if "num_recurrences" in self.request:
+            raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
         return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.endpoint:
+            yield Unused("precision", ("endpoint",), "a server has its own; start it with dtype")
+        else:
+            yield Unused("request", ("endpoint",), "its fields are a server's, and endpoint names none")
 
     @property
     def asks(self) -> bool:
