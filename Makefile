@@ -1,7 +1,7 @@
 # Targets: setup, demo, test, test-slow, test-real, test-vllm, results-train, lint, wheel, clean. All but test-vllm work in
 # .venv, which the first of them creates.
 #
-# make demo TEXT=my/files OUT=folder    the main job, on your own text
+# make demo MODEL=model.gguf TEXT=my/files OUT=folder    the main job, on your own model and text
 # make test ARGS="-k identity -x"       options for pytest
 # make setup GPU=1                      vLLM's CUDA build instead of the pinned CPU set; .venv remembers which it holds
 # make setup PYTHON=/path/to/python3.12 another Python than the first of 3.11, 3.12 and 3.13 that runs; .venv remembers it
@@ -96,7 +96,8 @@ $(VENV)/.setup-$(KIND): pyproject.toml $(VENV)/.deps-$(KIND)
 
 # The values reach the command through the environment, so that a path may hold spaces and quotes.
 demo: setup
-	$(BIN)/python -m loopwise.demo $(if $(TEXT),--text "$$TEXT") $(if $(OUT),--out "$$OUT")
+	$(BIN)/python -m loopwise.demo \
+		$(if $(MODEL),--model "$$MODEL") $(if $(TEXT),--text "$$TEXT") $(if $(OUT),--out "$$OUT")
 
 lint: setup
 	$(BIN)/ruff check .

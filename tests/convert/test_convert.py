@@ -320,7 +320,6 @@ def test_the_core_is_chosen_by_influence(tmp_path, capsys):
 
 
 RECIPES_AND_PLANS = {
-    "demo": (6, [0, 1], [2, 3], [4, 5]),
     "tinyllama": (22, [0, 1, 2, 3], list(range(10, 18)), [18, 19, 20, 21]),
     "olmo2-1b": (16, [0, 1, 2, 3], list(range(6, 12)), [12, 13, 14, 15]),
     "llama3.2-1b": (16, [0, 1], [10, 11, 12, 13], [14, 15]),

