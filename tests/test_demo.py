@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from loopwise.demo import processes
+from loopwise.demo import chains, processes
 from loopwise.demo.__main__ import OURS, main
 
 # A step that starts a process of its own, tells both ids, and heeds no SIGINT.
@@ -24,7 +24,7 @@ time.sleep(600)
 RUNNER = """
 import sys
 from loopwise.cli import guarded
-from loopwise.demo import processes
+from loopwise.demo import chains, processes
 from loopwise.demo.__main__ import stop_by_signals
 processes.STEP_SECONDS = 0.5
 stop_by_signals()
@@ -89,3 +89,15 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert guarded(main, ["--out", str(tmp_path / "run"), "--model", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == f"loopwise: error: {tmp_path / 'none'}: no such directory\n"
     assert (tmp_path / "run" / "old").exists()  # a demo that cannot start replaces none
+
+
+def test_the_plain_model_s_figure_is_the_recorded_one(tmp_path):
+    file = tmp_path / "results.md"
+    assert chains.recorded(file) is None
+    file.write_text("## (a)\n\n| plain | 1.0 |\n\n## (c) Chains of assignments\n\n| hops | 0 | all |\n|---|---|---|\n")
+    assert chains.recorded(file) is None
+    with file.open("a") as more:
+        more.write(
+            "| the base | 94.5 | 19.4 |\n| plain, about 4191 steps more | 100.0 ± 0.1 | 52.3 ± 0.4 |\n\n## (d)\n"
+        )
+    assert chains.recorded(file) == 52.3
