@@ -12,6 +12,7 @@ import numpy as np
 
 from loopwise.errors import UserError
 
+from . import tasks
 from .data import LEARN, split, tokenise
 from .recipe import Evaluate
 from .sources import Reader, documents
@@ -54,25 +55,24 @@ class Grouped(Reader):
         return [*super().columns, *([self.group] if self.group else [])]
 
     def take(self, record: Any, where: str) -> Any:
-        messages = super().take(record, where)
-        if messages is None or self.group is None:
-            return messages and (messages, None)
+        conversation = super().take(record, where)
+        if conversation is None or self.group is None:
+            return conversation and (conversation, None)
         if self.group not in record:
             raise UserError(f"{where}: no field {self.group!r} to group by among {', '.join(map(repr, record))}")
-        return messages, record[self.group]
+        return conversation, record[self.group]
 
 
 def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
     """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough."""
-    reader = Grouped(
-        recipe.chat_field or "", recipe.split, recipe.subset, chat=True, tokenizer=tokenizer, group=recipe.group
-    )
+    field = recipe.chat_field or tasks.MESSAGES
+    reader = Grouped(field, recipe.split, recipe.subset, chat=True, tokenizer=tokenizer, group=recipe.group)
     groups: list[Any] = []
 
     def kept() -> Iterator[Any]:
-        for messages, group in documents(recipe.data, reader):
+        for conversation, group in documents(recipe.data, reader):
             groups.append(group)
-            yield messages
+            yield conversation
 
     corpus = tokenise(kept(), tokenizer)
     held_out = split(corpus, recipe.eval_fraction)[1] if recipe.eval_fraction else np.ones(len(corpus.tokens), bool)

@@ -222,7 +222,7 @@ def test_init_writes_an_untrained_model_that_trains(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["task:hop", "OUT"], "unknown task 'hop'"),
-        (["nowhere/x/y", "OUT"], "nowhere/x/y: cannot be loaded"),
+        (["nowhere/x/y", "OUT"], "nowhere/x/y: no such directory, and no model of the hub"),
         (["task:hops", "."], ".: there is something already; choose another directory"),
         (["task:hops", "OUT", "hidden_size=100"], "hidden_size=100 is not 2 x num_attention_heads=4 x a whole number"),
         (["task:hops", "OUT", "num_key_value_heads=3"], "num_key_value_heads=3 does not divide num_attention_heads=4"),
