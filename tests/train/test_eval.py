@@ -71,9 +71,8 @@ def test_an_answer_is_right_where_all_its_tokens_are_the_likeliest(recurrent):
         for place in range(len(ids) - 3, len(ids)):
             logits = model(input_ids=torch.tensor(ids[:place])[None], num_recurrences=2, use_cache=False).logits
             ids[place] = int(logits[0, -1].argmax())
-        if i in (1, 4):  # wrong in the first, or in the last token
-            place = {1: -3, 4: -1}[i]
-            ids[place] = (ids[place] + 1) % 272
+            if (i, place - len(ids)) in ((1, -3), (4, -1)):  # wrong in the first token alone, or in the last
+                ids[place] = (ids[place] + 1) % 272
     measured = depths.measure(model, found, [2], tokens_per_batch=64)
     assert measured.right[2].tolist() == [True, False, True, True, False]
 
