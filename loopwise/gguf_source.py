@@ -78,7 +78,7 @@ def _unpack(file: Path, directory: Path) -> None:
     GenerationConfig.from_model_config(config).save_pretrained(directory)
 
 
-def _ends(header: Header) -> dict[str, bool]:
+def _ends(header: Header) -> dict[str, Any]:
     """The tokens that the tokenizer puts at either end of a text, which transformers' reader leaves out.
 
     A SentencePiece vocabulary begins texts with bos where the file does not say, as in llama.cpp.

@@ -87,7 +87,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
             f"num_recurrences={recipe.num_recurrences}: {model} is a plain {config.model_type}, without recurrence"
         )
     asked = (recipe.num_recurrences or [config.num_recurrences]) if recurrent else None
-    if recurrent and (said := beyond_trained(config.trained_recurrences, asked)):
+    if asked and (said := beyond_trained(config.trained_recurrences, asked)):
         print(said, file=sys.stderr)
     tokenizer = load_tokenizer(model, recipe.revision)
     if recipe.asks:

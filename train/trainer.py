@@ -402,7 +402,7 @@ class RecurrentTrainer(Trainer):
     def keep(self) -> None:
         """Leave a checkpoint of this step, unless there is one; every process calls this."""
         if not (self.out / f"checkpoint-{self.state.global_step}").is_dir():
-            self._save_checkpoint(self.model)
+            self._save_checkpoint(cast(Any, self.model))
 
     def told_all(self, said: str | None) -> str | None:
         """What the first process says, in every process."""
