@@ -111,6 +111,7 @@ def main(argv: list[str]) -> int:
         dtype=recipe.dtype,
         tell=tell,
     )
+    engine.request(params)  # what is wrong with them is said alone
     if taken := [n for n in engine.defaults if getattr(recipe, n) is None]:
         what = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)
         tell(f"{FILE}: {what} (keys of the command win; temperature=0 is greedy)")

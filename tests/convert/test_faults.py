@@ -138,13 +138,13 @@ def test_faults_of_an_export_are_found(tmp_path):
 
 @pytest.mark.parametrize(("name", "tensor"), [("olmo", "core.0.mlp.up_proj.weight"), ("mor-token", "router.bias")])
 def test_faults_of_an_import_are_found(name, tensor, capsys, tmp_path):
-    save = surgery._save_config
+    write = surgery.write_weights
 
-    def damaged(config: Any, directory: Path) -> None:
-        save(config, directory)
+    def damaged(tensors: Any, directory: Path, show_progress: bool) -> None:
+        write(tensors, directory, show_progress)
         put(directory, tensor, one_more(read(directory, tensor)))
 
-    with mock.patch.object(surgery, "_save_config", damaged):
+    with mock.patch.object(surgery, "write_weights", damaged):
         assert main(["convert", str(source(name, tmp_path / "source")), str(tmp_path / "out")]) == 2
     assert f"verification failed: tensor {tensor}" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from loopwise.cli import main
         ("own/er", "no such directory, and no model of the hub (the hub is not asked offline)"),
         ("./missing", "./missing: no such"),
         ("a/b/c", "a/b/c: no such"),
-        ("text.txt", "text.txt is a file; give the directory of a"),
+        ("text.txt", "; give the directory of a"),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "eval", "convert", "teacher"])

@@ -90,7 +90,7 @@ def test_folders_with_names_of_splits(tmp_path):
     [
         ("text.txt", "data.split=train", "have none"),
         ("text.txt", "data.subset=en", "it belongs to datasets of the hub"),
-        ("text.txt", "data.text_field=body", "text files have no fields"),
+        ("text.txt", "data.text_field=body", "text files and generated tasks have no fields"),
         ("plain", "data.split=test", "have none"),
         ("plain", "data.subset=en", "it belongs to datasets of the hub"),
         ("saved", "data.split=test", "have none"),
@@ -105,6 +105,7 @@ def test_settings_that_a_source_has_no_use_for(source, setting, rule, plain, tmp
     write(tmp_path / "plain" / "one.jsonl", TRAIN * 20)
     datasets.Dataset.from_dict({"text": TRAIN * 20}).save_to_disk(tmp_path / "saved")
     keys = [f"data.train={tmp_path / source}", "data.sequence_length=16", "steps=1"]
+    capsys.readouterr()  # the progress of datasets
     assert main(["train", str(plain), str(tmp_path / "out"), *keys, setting]) == 2
     error = capsys.readouterr().err
     key = setting.partition("=")[0]
