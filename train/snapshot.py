@@ -18,20 +18,24 @@ def kind_of(path: Path, strict: bool = True) -> str:
 
     Raises UserError for other compressions; unless `strict`, for those of records alone.
     """
-    inner = Path(path.stem).suffix
-    if path.suffix in UNREAD and (strict or inner in RECORDS):
-        raise UserError(f"{path}: {path.suffix} files are not read; unpack it, or compress it as .gz, .bz2 or .xz")
-    return inner if path.suffix in PACKED else path.suffix
+    inner, outer = Path(path.stem).suffix.lower(), path.suffix.lower()
+    if outer in UNREAD and (strict or inner in RECORDS):
+        raise UserError(f"{path}: {outer} files are not read; unpack it, or compress it as .gz, .bz2 or .xz")
+    return inner if outer in PACKED else outer
 
 
 def is_snapshot(folder: Path, files: list[Path]) -> bool:
-    """Whether `files`, those of `folder`, are a dataset: tables and records alone, with a dataset card or splits."""
-    data = [path for path in files if not path.name.startswith(ABOUT) and path.suffix != ".md"]
-    if not data or any(kind_of(path, strict=False) not in RECORDS for path in data):
-        return False
+    """Whether `files`, those of `folder`, are a dataset: with a dataset card, or with tables or records in splits.
+
+    Scripts and pictures beside the data change nothing. A folder of texts alone needs the card: train.py and test.py
+    are no splits.
+    """
     card = folder / "README.md"
-    if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---"):
+    data = [path for path in files if not path.name.startswith(ABOUT) and path.suffix != ".md"]
+    if data and card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---"):
         return True
+    if not any(kind_of(path, strict=False) in RECORDS for path in data):
+        return False
     from datasets.data_files import EmptyDatasetError, get_data_patterns
 
     try:

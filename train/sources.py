@@ -134,6 +134,8 @@ def _has_splits(path: Path, files: list[Path]) -> bool:
 def unused(sources: list[str], split: str, subset: str | None, prefix: str = "") -> Iterator[Unused]:
     """The keys, behind `prefix`, that are of no use to `sources`. Raises UserError for those that cannot be read."""
     splits = subsets = records = local = False
+    if prefix and all(map(tasks.is_task, sources)):
+        yield Unused(f"{prefix}chat_field", (), "records of generated tasks are conversations in any case")
     for source in sources:
         if tasks.is_task(source):  # its parameters say all
             continue
@@ -172,7 +174,7 @@ def _walk(directory: Path) -> Iterator[Path]:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked where its name says that it is compressed. Raises UserError where that fails."""
-    opener = PACKED.get(path.suffix)
+    opener = PACKED.get(path.suffix.lower())
     try:
         with path.open("rb") if opener is None else import_module(opener).open(path, "rb") as file:
             yield file
@@ -208,8 +210,17 @@ def _file(path: Path, reader: Reader, strict: bool) -> Iterator[Any]:
 
 
 def _jsonl(path: Path, reader: Reader) -> Iterator[Any]:
+    for number, record in json_lines(path, reader):
+        yield reader.take(record, f"{path}:{number}")
+
+
+def json_lines(path: Path, reader: Reader, after: int = 0) -> Iterator[tuple[int, Any]]:
+    """The records behind line `after` of a file with one a line, each with its line's number; bad lines are the
+    reader's."""
     with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
+            if number <= after:
+                continue
             where = f"{path}:{number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -220,7 +231,7 @@ def _jsonl(path: Path, reader: Reader) -> Iterator[Any]:
                 reader.bad(UserError(f"{where}: {_not_json(error)}"))
             else:
                 if text.strip():
-                    yield reader.take(record, where)
+                    yield number, record
 
 
 def _json(path: Path, reader: Reader) -> Iterator[Any]:

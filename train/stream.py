@@ -21,9 +21,10 @@ from . import tasks
 from .data import Packed, reader_of, tokenise
 from .recipe import Data
 from .snapshot import kind_of
-from .sources import TABLES, Reader, check_exists, files_of, of_source, options_of, saved, told
+from .sources import TABLES, Reader, check_exists, files_of, json_lines, of_source, options_of, saved, told
 
 MARKS = "streams.json"
+LINES = (".jsonl", ".ndjson")
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", **TABLES}
 
 
@@ -158,6 +159,31 @@ def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) ->
         )
 
 
+class JsonLines:
+    """The records of `files`, one a line, as a stream that goes on where its state says.
+
+    `datasets` ends at the first bad line of a file. Here the reader names it, and goes on if bad records are skipped.
+    """
+
+    def __init__(self, files: list[Path], reader: Reader):
+        self.files, self.reader, self.file, self.line = files, reader, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.file < len(self.files):
+            for line, record in json_lines(self.files[self.file], self.reader, after=self.line):
+                self.line = line
+                yield record
+            self.file, self.line = self.file + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"file": self.file, "line": self.line}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if set(state) != {"file", "line"}:
+            raise UserError("the checkpoint is of an earlier release, which read this stream otherwise; start anew")
+        self.file, self.line = state["file"], state["line"]
+
+
 def _told_rows(dataset: Any, source: str) -> Iterator[Any]:
     with told(source):
         yield from dataset
@@ -186,6 +212,8 @@ def stream_of(source: str, reader: Reader) -> Any:
         )
         raise UserError(f"{source}: {rule}")
     kind = kinds.pop()
+    if all(kind_of(file) in LINES for file in files):
+        return JsonLines(files, reader)
     if kind == "text" and reader.field != "text":
         raise UserError(f"{source}: text files have the field 'text', not {reader.field!r}")
     paths = [str(file) for file in files]

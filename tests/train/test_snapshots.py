@@ -85,6 +85,29 @@ def test_folders_with_names_of_splits(tmp_path):
     assert read(tmp_path / "plain") == [*TRAIN, *TEST]
 
 
+@pytest.mark.parametrize("other", ["load.py", "fig.png", "notes.txt"])
+def test_other_files_beside_the_splits_change_nothing(tmp_path, other):
+    write(tmp_path / "train.jsonl", TRAIN)
+    write(tmp_path / "test.jsonl", TEST)
+    (tmp_path / other).write_text("words that are no data")
+    assert read(tmp_path) == TRAIN
+    assert read(tmp_path, split="test") == TEST
+
+
+def test_texts_with_a_card_have_splits(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "train.txt").write_text("one text")
+    (tmp_path / "test.txt").write_text("another")
+    assert read(tmp_path) == ["one text"]
+    (tmp_path / "README.md").unlink()
+    assert sorted(read(tmp_path)) == ["another", "one text"]
+
+
+def test_endings_may_be_capitals(tmp_path):
+    write(tmp_path / "UP.JSONL", TRAIN)
+    assert read(tmp_path / "UP.JSONL") == TRAIN
+
+
 @pytest.mark.parametrize(
     ("source", "setting", "rule"),
     [

@@ -11,6 +11,7 @@ import pytest
 from train_tiny import RECURRENCE, run, same
 
 from loopwise.cli import main
+from loopwise.errors import UserError
 from loopwise.train.recipe import Data
 from loopwise.train.stream import Mark, Stream
 
@@ -77,6 +78,28 @@ def test_a_mark_says_where_to_go_on(folder, tokenizer):
     ranks = [opened(folder, tokenizer) for _ in range(2)]
     assert [ranks[i % 2].row(i)["input_ids"].tolist() for i in range(80)] == expected
     assert ranks[0].row(2)["input_ids"].tolist() == expected[2]  # going back reads anew
+
+
+def test_bad_lines_are_named_and_skipped_or_end_the_run(folder, tokenizer, tmp_path, capsys):
+    """Also by a stream that goes on from a mark in the middle of a file."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    lines = (broken / "1.jsonl").read_bytes().splitlines(keepends=True)
+    bad = [b'{"text": "a\n', b'{"text": "\xe9"}\n', b'{"text": "\\ud800"}\n', b'{"text": null}\n', b"[]\n"]
+    (broken / "1.jsonl").write_bytes(b"".join([*lines[:5], *bad, *lines[5:]]))
+    expected = blocks(opened(folder, tokenizer), 60)
+    stream = opened(broken, tokenizer, bad_records="skip")
+    assert blocks(stream, 60) == expected
+    named = capsys.readouterr().err
+    assert f"skipped {broken / '1.jsonl'}:6: not JSON" in named
+    assert f"skipped {broken / '1.jsonl'}:7: not UTF-8" in named
+    for place in (13, 22, 31):
+        first = opened(broken, tokenizer, bad_records="skip")
+        first.row(place)
+        later = opened(broken, tokenizer, Mark(**asdict(first.mark(place))), bad_records="skip")
+        assert [later.row(i)["input_ids"].tolist() for i in range(place, 60)] == expected[place:]
+    with pytest.raises(UserError, match=r"1\.jsonl:6: not JSON"):
+        blocks(opened(broken, tokenizer), 60)
 
 
 @pytest.fixture(scope="module")
