@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,19 @@ from ..errors import UserError, reason
 from .carried import check_inside
 
 FILE = "generation_config.json"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+# Settings that the engines sample by: whether a value will do, and the rule.
+SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0"),
+    "top_p": (lambda x: _is_number(x) and 0 < x <= 1, "a number above 0, up to 1,"),
+    "min_p": (lambda x: _is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "top_k": (lambda x: type(x) is int and x >= 0, "an integer from 0"),
+}
 
 
 def write_generation_config(path: Path, directory: Path) -> list[str]:
@@ -37,9 +52,18 @@ def write_generation_config(path: Path, directory: Path) -> list[str]:
 def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields of a generation config that transformers saves, nearest to `given`; a line on each change.
 
-    Raises ValueError where nothing helps.
+    Raises ValueError for end tokens that are no ids, and where nothing helps.
     """
+    ends = given.get("eos_token_id")
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]) if token is not None):
+        raise ValueError(f"eos_token_id={ends!r}: a token id, or a list of them")
     fields, notes = dict(given), []
+    for name, (holds, rule) in SAMPLING.items():
+        if (value := fields.get(name)) is not None and not holds(value):
+            del fields[name]
+            notes.append(f"{FILE}: {name}={value!r} left out: {rule} can be sampled with")
+            if name == "temperature" and value == 0:  # which means the likeliest token
+                fields["do_sample"] = False
     refused = _refused(fields)
     if refused and fields.get("do_sample") is None and _refused({**fields, "do_sample": True}) != refused:
         fields["do_sample"] = True

@@ -6,7 +6,8 @@ heavy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from ..checkpoint import read_json
 from ..errors import UserError
 
 FILE = "generation_config.json"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# Settings that a token is drawn by: whether a number will do, and the rule.
+SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+    "top_k": (lambda x: isinstance(x, int) and x >= -1, "an integer of 0 or more; -1: all"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+}
 # What both engines do.
 APPLIED = frozenset({*SAMPLING, "do_sample", "max_new_tokens", "eos_token_id"})
 # What vLLM does beyond that, with the same meaning as transformers.
@@ -70,11 +77,15 @@ def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
     temperature without `do_sample` samples, as in vLLM. Raises UserError for values out of range.
     """
     said: dict[str, Any] = {}
-    for name in SAMPLING:
-        if fields.get(name) is not None:
-            said[name] = _number(name, fields[name])
+    for name, (holds, rule) in SAMPLING.items():
+        if (value := fields.get(name)) is not None:
+            if type(value) not in (int, float) or not holds(value):
+                raise UserError(f"{name}={value!r}: {rule}")
+            said[name] = value
     if "top_k" in said:
-        said["top_k"] = max(int(said["top_k"]), 0)  # vLLM's -1: all
+        said["top_k"] = max(said["top_k"], 0)  # vLLM's -1: all
+    if (value := fields.get("do_sample")) is not None and not isinstance(value, bool):
+        raise UserError(f"do_sample={value!r}: true or false")
     if fields.get("do_sample") is False:
         said["temperature"] = 0.0
     elif fields.get("do_sample"):
@@ -109,13 +120,7 @@ def warning(fields: dict[str, Any], applied: Iterable[str]) -> str | None:
     return f"warning: {FILE} says {', '.join(left)}, which this engine does not do"
 
 
-def _number(name: str, value: Any) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{name}={value!r}: a number")
-    return value
-
-
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError(f"{name}={value!r}: an integer of 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value!r}: an integer above 0")
     return value

@@ -105,6 +105,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     Raises UserError for a flag that vLLM does not know or that does not fit a recurrent-depth model.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -175,7 +176,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         check_block_size(args.block_size)
     try:
         arguments.validate_parsed_serve_args(args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, VLLMValidationError) as error:
         raise UserError(f"vLLM: {_first_line(error)}") from None
     own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
     wanted = own and not args.skip_tokenizer_init and not vars(args).get("tokens_only")

@@ -97,6 +97,9 @@ def test_an_index_names_files_beside_it(two, tmp_path, name):
         ({"num_return_sequences": 2}, {"num_return_sequences": 2, "do_sample": True}),
         ({"max_new_tokens": 0, "eos_token_id": 1}, {"eos_token_id": 1}),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"temperature": -1, "do_sample": True}, {"do_sample": True}),
+        ({"top_p": 1.5, "top_k": "50", "min_p": 2}, {}),
         ({}, {}),
     ],
 )
@@ -105,6 +108,12 @@ def test_a_generation_config_that_transformers_refuses_to_save(tmp_path, given, 
     assert fields == kept
     assert bool(notes) == (given != kept)
     GenerationConfig.from_dict(fields).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["</s>", 1.0, [[1]], True])
+def test_end_tokens_are_ids(ends):
+    with pytest.raises(ValueError, match="a token id, or a list of them"):
+        savable({"eos_token_id": ends})
 
 
 def test_an_output_can_be_saved_again(capsys, two, tmp_path):

@@ -268,3 +268,23 @@ def test_what_is_no_recurrent_depth_model_is_one_line(capsys, tmp_path, verb):
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"loopwise: error: {tmp_path / place}")
         assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"temperature": -1}, "temperature=-1: a number of 0 or more"),
+        ({"temperature": "hot"}, "temperature='hot': a number of 0 or more"),
+        ({"top_p": 0}, "top_p=0: a number above 0, up to 1"),
+        ({"min_p": 2}, "min_p=2: a number from 0 to 1"),
+        ({"top_k": 2.5}, "top_k=2.5: an integer of 0 or more; -1: all"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: an integer above 0"),
+        ({"do_sample": "false"}, "do_sample='false': true or false"),
+    ],
+)
+def test_values_out_of_range_name_the_file(fields, rule, tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UserError) as told:
+        fields_of(tmp_path)
+    assert str(told.value) == f"{file}: {rule}"
