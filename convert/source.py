@@ -82,7 +82,7 @@ def read_config(path: Path) -> Any:
         raise UserError(f"{path} is a recurrent-depth model already")
     if fields.get("quantization_config") is not None:
         raise UserError(f"{path} is quantised; convert the unquantised checkpoint, and quantise the result")
-    if "text_config" in fields:
+    if fields.get("text_config") is not None:
         raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
     if "auto_map" in fields and model_type not in CONFIG_MAPPING:
         raise UserError(

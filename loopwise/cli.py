@@ -26,6 +26,12 @@ VERBS = {
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
 }
 
+# Errors of a file or a disk that the user can mend: no room, no such place, no permission, a name that cannot be.
+FILES = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
+    errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
 USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".join(
     f"  {verb:<11}{text}" for verb, (_, text) in VERBS.items()
 )
@@ -68,10 +74,11 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         _forget_stdout()
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FILES:
             raise
         print(f"loopwise: error: {error.filename or 'what was to be printed'}: {error.strerror}", file=sys.stderr)
-        _forget_stdout()
+        if not error.filename:  # what was to be printed: the file it goes to is full
+            _forget_stdout()
         return 2
 
 

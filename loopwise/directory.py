@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
 
 RECORD = "loopwise.json"  # every command that makes a directory leaves one in it
 RUN_RECORD = "train_recipe.yaml"  # the record of a training run that has written no model yet
-RUN_HEADER = "# loopwise "  # its first line begins so, unlike that of a recipe written by hand
+RUN_HEADER = "# loopwise "  # its first line goes on with the release and the command, unlike a recipe written by hand
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def beside(out: Path, kind: str) -> Path:
 
 def is_ours(directory: Path) -> bool:
     """Whether Loopwise made `directory`: its record stands in it. Only such a directory is ever replaced or removed."""
-    if (directory / RECORD).is_file():
-        return True
-    try:
-        with open(directory / RUN_RECORD, encoding="utf-8", errors="replace") as file:
-            return file.read(len(RUN_HEADER)) == RUN_HEADER
-    except OSError:
-        return False
+    with suppress(OSError, ValueError, RecursionError):
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and "loopwise" in record:
+            return True
+    with suppress(OSError), open(directory / RUN_RECORD, encoding="utf-8", errors="replace") as file:
+        return re.match(rf"{RUN_HEADER}\S+: loopwise train ", file.readline(300)) is not None
+    return False
 
 
 def check_replaceable(out: Path, force: bool) -> None:

@@ -53,8 +53,13 @@ def unpacked(path: Path) -> Iterator[Path]:
             _unpack(file, directory)
             yield directory
         except UserError as error:
-            text = str(error).replace(str(directory / file.name), str(file)).replace(str(directory), str(file))
+            text = str(error).replace(str(directory / _linked(file)), str(file)).replace(str(directory), str(file))
             raise UserError(text) from error
+
+
+def _linked(file: Path) -> str:
+    """The name that the file has beside its config: some caches name files by a hash, without an ending."""
+    return file.name if file.suffix == ".gguf" else f"{file.name}.gguf"
 
 
 def _unpack(file: Path, directory: Path) -> None:
@@ -63,7 +68,7 @@ def _unpack(file: Path, directory: Path) -> None:
     from .gguf_config import build_config
 
     header = read_header(file)
-    link = directory / file.name
+    link = directory / _linked(file)
     link.symlink_to(file.resolve())
     config = build_config(header, lambda name: read_tensor(header, name).ravel().tolist())
     if not isinstance(header.fields.get("tokenizer.ggml.model"), str):

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         raise UserError("MODEL and OUT may not be empty: give a model directory or hub id, and a directory to make")
     args.model = os.path.expanduser(args.model)
     out = Path(args.out).expanduser()
+    if out.is_symlink():  # what stands behind it is replaced, not the link
+        out = out.resolve()
     if args.dry_run:
         return dry_run(args.model, recipe, args.launcher, args.processes, argv)
     if launch.is_worker():

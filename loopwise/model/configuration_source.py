@@ -32,6 +32,7 @@ def ours_alone(source: Any) -> None:
     for name in COLLECTING:
         if getattr(source, name, None):
             setattr(source, name, False)
+    source.return_dict = True  # without, a forward gives bare tuples
 
 
 def declares(kind: type[PreTrainedConfig], name: str) -> bool:

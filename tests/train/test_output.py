@@ -12,6 +12,7 @@ import pytest
 from train_tiny import run
 
 from loopwise.cli import main
+from loopwise.directory import is_ours
 
 HEADER = "# loopwise 0: loopwise train model out\n"
 
@@ -108,3 +109,31 @@ def test_a_run_that_fails_leaves_what_others_put_beside_it(plain, command, tmp_p
     assert (tmp_path / f".out.old-{os.getpid()}" / "model.safetensors").is_file()
     assert "what --force was to replace is in" in capsys.readouterr().err
     shutil.rmtree(out)
+
+
+def test_a_link_at_out_is_followed(plain, command, tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    run(command(plain, tmp_path / "link", "steps=1"))
+    run([*command(plain, tmp_path / "link", "steps=1"), "--force"])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "run" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("out", ["file/run", "n" * 300])
+def test_an_out_that_cannot_be_made_is_one_line(out, plain, command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(command(plain, tmp_path / out, "steps=1")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loopwise: error: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "records", [{"loopwise.json": "notes to myself"}, {"train_recipe.yaml": "# loopwise recipe of mine\n"}]
+)
+def test_what_only_looks_like_a_record_is_none(records, tmp_path):
+    for name, text in records.items():
+        (tmp_path / name).write_text(text)
+    assert not is_ours(tmp_path)
