@@ -50,8 +50,7 @@ class Endpoint:
     ) -> Replies:
         """One greedy completion for every answer of `sequences`, given the true tokens before it, of as many tokens.
 
-        `fields` stand in the body of every request, so a server says which of them it does not know. `report` is called
-        after each reply.
+        `fields` stand in the body of every request. `report` is called after each reply.
         """
         with ThreadPoolExecutor(at_once) as pool:
             start = time.monotonic()
@@ -117,7 +116,13 @@ def evaluate(model: str, recipe: Evaluate, sequences: Sequences, tokenizer: Any)
                 group["mean_recurrences"] = _mean(own)
             result |= {"seconds": replies.seconds, "tokens_per_second": replies.tokens / replies.seconds}
             results.append(result)
-    told = {"endpoint": recipe.endpoint, "request": recipe.request, "data": recipe.data, "group": recipe.group}
+    told = {
+        "endpoint": recipe.endpoint,
+        "served": server.name,
+        "request": recipe.request,
+        "data": recipe.data,
+        "group": recipe.group,
+    }
     counted = {"records": len(sequences.ids), "answers": len(sequences.answers)}
     return {"model": model, **told, **counted, "results": results}
 
@@ -134,7 +139,8 @@ def table(result: dict[str, Any]) -> str:
     names = " ".join(f"{name:>{width}}" for name in [*groups, "all"])
     by = f", by {result['group']}" if groups else ""
     lines = [
-        f"{result['model']} at {result['endpoint']}: {result['answers']:,} answers",
+        f"{result['served']} at {result['endpoint']}, with the tokenizer of {result['model']}: "
+        f"{result['answers']:,} answers",
         f"{'':>11}  right answers in %{by}, and the recurrences spent on a token",
         f"{'recurrences':>11}  {names}  {names}  {'tokens/s':>8}",
     ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .answers import Sequences
     from .depths import Measured
 
+FEW = 8  # sequences: with fewer, a standard error says little
 NO_CHANGE = (
     "the recurrences change nothing: R=1 and R={} agree within noise; this model supports no claim about depth, exits "
     "or waves"
@@ -182,7 +183,7 @@ def _loop(found: Measured) -> dict[str, Any]:
         difference = found.losses[1] - found.losses[top]
         gain = float(difference.sum() / found.tokens.sum())
         error = _standard_error(difference, found.tokens)
-        nothing = None if error is None else abs(gain) <= 2 * error
+        nothing = None if error is None or len(difference) < FEW else abs(gain) <= 2 * error
     return {
         "num_recurrences": top,
         "gain": gain,

@@ -57,7 +57,8 @@ def draw(args: argparse.Namespace) -> Path:
     else:
         from .plot_eval import depth_figure, eval_figure
 
-        file = Path(args.out or Path(args.source).expanduser().with_suffix(".png"))
+        ending = ".depth.png" if args.what == "depth" else ".png"
+        file = Path(args.out or Path(args.source).expanduser().with_suffix(ending))
         figure = (eval_figure if args.what == "eval" else depth_figure)(Path(args.source))
     try:
         figure.savefig(file, dpi=150)

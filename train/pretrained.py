@@ -61,11 +61,20 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
             model, revision=revision, dtype=torch.float32, output_loading_info=True, **kind
         )
     loaded, info = result
+    if not is_recurrent(loaded.config):
+        _ours_alone(loaded.config)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{model}: no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     return loaded
+
+
+def _ours_alone(config: Any) -> None:
+    """Take from a plain model's config what names code of its checkpoint, and what collects or reshapes outputs."""
+    config.__dict__.pop("auto_map", None)
+    config.output_attentions = config.output_hidden_states = False
+    config.return_dict = True
 
 
 def is_recurrent(config: Any) -> bool:

@@ -14,9 +14,18 @@ from . import tasks
 from .curriculum import RAMPS
 from .recipe_objectives import Objectives
 
-Strings = list[str]
+
+def _named(values: list[str]) -> list[str]:
+    if "" in values:
+        raise ValueError("an empty name; the empty path would be the current directory")
+    return values
+
+
+Strings = Annotated[list[str], AfterValidator(_named)]
 Training = AfterValidator(lambda sources: [tasks.placed(source, tasks.TRAIN) for source in sources])
 HeldOut = AfterValidator(lambda sources: [tasks.placed(source, tasks.HELD_OUT) for source in sources])
+# Fields of a request that change how deep a server goes; eval sets all others itself.
+REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave", "diffusion")
 COOLDOWN = 0.2
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = tuple[Number, Number]
@@ -424,6 +433,8 @@ class Evaluate(Section):
             raise ValueError(f"endpoint={self.endpoint} is asked for answers, which text has not: give chat_field")
         if "num_recurrences" in self.request:
             raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
+        if wrong := [name for name in self.request if name not in REQUEST]:
+            raise ValueError(f"request.{wrong[0]}: choose from {', '.join(REQUEST)}")
         return self
 
     def unused(self) -> Iterator[Unused]:

@@ -227,6 +227,10 @@ class RecurrentTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert num_items_in_batch is not None, "the Trainer counts the labels of a step"
         assert not return_outputs, "held-out losses are measured by `evaluate`"
+        if isinstance(num_items_in_batch, torch.Tensor):  # 0 where no block of the step has a label: its loss is 0
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        else:
+            num_items_in_batch = max(num_items_in_batch, 1)
         step = self.state.global_step
         depth = self.curriculum.at(step) if self.curriculum else None
         # Gradients are averaged over ranks where they have to be summed. The factor is exact for 2, 4, 8, ... ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_a_directory_with_one(file, tmp_path, capsys):
     line = refused(capsys, tmp_path, folder, tmp_path / "two", "sizes=1,2,1")
     assert "2 GGUF files (a.gguf, b.gguf)" in line
     assert str(folder / "a.gguf") in line
+
+
+@pytest.mark.parametrize("name", ["sha256-abc", "m.bin", "m.GGUF"])
+def test_a_file_of_another_name(name, file, tmp_path):
+    """Caches name files by hashes."""
+    shutil.copy(file, tmp_path / name)
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "out"), "sizes=1,2,1"]) == 0
 
 
 def test_the_output_may_lie_beside_the_file_but_not_around_it(tmp_path, file, capsys):

@@ -111,8 +111,9 @@ def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["endpoint=URL", "request.temprature=1"], "HTTP 400: temprature: did you mean temperature?"),
+        (["endpoint=URL", "request.temprature=1"], "request.temprature: choose from min_recurrences, "),
         (["endpoint=http://127.0.0.1:9/v1"], "no OpenAI-compatible server answers there"),
+        (["endpoint=URL", "request.stream=true"], "request.stream: choose from min_recurrences, "),
         (["request.exit_rule=cosine"], "has no effect: its fields are a server's, and endpoint names none"),
         (["endpoint=URL", "precision=bfloat16"], "precision=bfloat16 has no effect: a server has its own"),
         (["endpoint=URL", "request.num_recurrences=3"], "give num_recurrences, which takes several"),

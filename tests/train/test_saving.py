@@ -129,3 +129,14 @@ def test_overflow_is_what_rounds_to_infinity():
     assert overflow(state, "bfloat16") is None
     assert overflow({"c": torch.tensor([3.4e38])}, "bfloat16") is not None
     assert overflow({"d": torch.tensor([float("inf")])}, "float16") is None
+
+
+def test_fields_that_need_code_or_reshape_outputs_do_not_reach_a_plain_model(plain, command, tmp_path):
+    """A checkpoint's auto_map names files that it does not bring along; return_dict=false would end the first step."""
+    model = copy(plain, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "configuration_x.XConfig"}, "return_dict": False, "output_attentions": True}
+    (model / "config.json").write_text(json.dumps(config))
+    run(command(model, tmp_path / "out", "steps=1"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    load_model(str(tmp_path / "out"))

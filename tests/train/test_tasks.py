@@ -245,3 +245,15 @@ def test_lookups_and_hops_are_drawn_as_asked():
     shares = np.bincount(hops, minlength=5) / len(hops)
     assert shares[0] == pytest.approx(0.27, abs=0.03)
     assert shares[1:] == pytest.approx([0.195, 0.19, 0.18, 0.165], abs=0.03)
+
+
+def test_a_step_without_an_answer_has_no_loss(tmp_path):
+    """Half of the blocks of 32 tokens hold statements alone, of which nothing is learned."""
+    out = tmp_path / "out"
+    run(["init", "task:hops", str(tmp_path / "empty"), "hidden_size=32", "num_attention_heads=2"])
+    keys = ["data.train=task:hops?records=50", "data.sequence_length=32", "batch_size=1", "steps=6", "log_every=1"]
+    run(["train", str(tmp_path / "empty"), str(out), *keys])
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == 6
+    assert min(losses) == 0 < max(losses) < 10
