@@ -64,6 +64,7 @@ def depth_figure(file: Path) -> Figure:
     axes = figure.subplots()
     bars = axes.bar(groups, depths, color="0.75")
     axes.bar_label(bars, [f"{depth:.1f}" for depth in depths])
+    axes.set_ylim(0, 1.15 * max(depths))  # room for the labels
     axes.set_xlabel(name)
     axes.set_ylabel("mean recurrences")
     right = axes.twinx()
