@@ -309,7 +309,7 @@ def test_only_what_is_ours_is_removed_beside_the_output(tmp_path, source):
     kept = {".out.old-999999999": "precious", ".out.old-mine": "loopwise.json", ".out.partial-mine": "precious"}
     for name, file in {**kept, ".out.old-999999998": "loopwise.json", ".out.partial-999999999": "a"}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text("{}")
+        (tmp_path / name / file).write_text('{"loopwise": "0.1.0"}')
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--force"]) == 0
     # The first of the two numbered ones was put back where nothing stood, and replaced as it is ours.
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "out"])
