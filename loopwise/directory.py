@@ -45,7 +45,7 @@ def is_ours(directory: Path) -> bool:
         if isinstance(record, dict) and "loopwise" in record:
             return True
     with suppress(OSError), open(directory / RUN_RECORD, encoding="utf-8", errors="replace") as file:
-        return re.match(rf"{RUN_HEADER}\S+: loopwise train ", file.readline(300)) is not None
+        return re.match(rf"{RUN_HEADER}\S+: loopwise train\b", file.readline(300)) is not None
     return False
 
 

@@ -22,11 +22,13 @@ print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
 RUNNER = """
-import sys
+import signal, sys
 from loopwise.cli import guarded
 from loopwise.demo import chains, processes
 from loopwise.demo.__main__ import stop_by_signals
 processes.STEP_SECONDS = 0.5
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever this test's own start ignores, as nohup does
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 stop_by_signals()
 sys.exit(guarded(lambda _: processes.step("stubborn", [sys.executable, "-c", sys.argv[1]]), []))
 """
