@@ -47,7 +47,7 @@ def agreement(compute: Callable[[torch.dtype], Iterable[Logits]], dtype: torch.d
 
 
 def in_double(compute: Callable[[torch.dtype], Iterable[Logits]]) -> list[Logits]:
-    """What `compute` gives in float64. Raises UserError where two ways differ by more than rounding there."""
+    """The logits that `compute` gives in float64. Raises UserError for a difference beyond rounding there."""
     with Double():
         found = list(compute(torch.float64))
     for pair in found:
@@ -66,7 +66,7 @@ def decisive(found: dict[str, float]) -> float:
 
 
 def shown(found: dict[str, float]) -> str:
-    """What was found, in words."""
+    """The differences `found` in words."""
     return "max |dlogit| " + ", ".join(f"{value:.3g} ({dtype})" for dtype, value in found.items())
 
 

@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .. import __version__
 from ..checkpoint import config_fields
+from ..directory import RECORD
 from ..errors import UserError
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
@@ -86,7 +87,7 @@ def convert(
             differences = made.verify(directory) if check else None
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
-            (directory / "loopwise.json").write_text(json.dumps(facts, indent=2) + "\n")
+            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
             (directory / "README.md").write_text(model_card(facts, made.config))
     return facts
 

@@ -39,7 +39,7 @@ def beside(out: Path, kind: str) -> Path:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether Loopwise made `directory`: its record stands in it. Only such a directory is ever replaced or removed."""
+    """True where Loopwise made `directory`: its record stands in it. Nothing else is ever replaced or removed."""
     with suppress(OSError, ValueError, RecursionError):
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         if isinstance(record, dict) and "loopwise" in record:

@@ -74,7 +74,7 @@ def _unpack(file: Path, directory: Path) -> None:
     if not isinstance(header.fields.get("tokenizer.ggml.model"), str):
         raise UserError(f"{file}: it holds no tokenizer; take the safetensors of the model")
     try:
-        # Of the class that keeps to tokenizer.json: an architecture's own, once loaded again, splits text its own way.
+        # This class keeps to tokenizer.json. An architecture's own class, once loaded again, splits text its own way.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=link.name, **_ends(header))
         tokenizer.save_pretrained(directory)
     except Exception as error:  # transformers' and tokenizers' many kinds

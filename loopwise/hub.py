@@ -1,4 +1,4 @@
-"""What the hub's client says of a model or a dataset that it does not give, in words that need no host."""
+"""Errors of the hub's client for a model or a dataset that it does not give, in words that need no host."""
 
 from __future__ import annotations
 

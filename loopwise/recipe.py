@@ -220,7 +220,7 @@ def _field(model: type[BaseModel], path: list[str]) -> Any:
 
 
 def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
-    """Whether the key takes text, or texts, alone: revision=0123 is no octal number, then, and 1e3 no float."""
+    """True where the key takes text, or texts, alone: revision=0123 is no octal number, then, and 1e3 no float."""
     annotation = _field(model, path)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     bare = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options]

@@ -58,7 +58,7 @@ def check_used(recipe: BaseModel) -> None:
 
 
 def covers(given: Iterable[str], key: str) -> bool:
-    """Whether `given` has the dotted `key`, its section, or a part of it."""
+    """True where `given` has the dotted `key`, its section, or a part of it."""
     return any(key == one or one.startswith(key + ".") or key.startswith(one + ".") for one in given)
 
 

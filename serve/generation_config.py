@@ -22,9 +22,9 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda x: 0 < x <= 1, "a number above 0, up to 1"),
     "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
 }
-# What both engines do.
+# Fields that both engines apply.
 APPLIED = frozenset({*SAMPLING, "do_sample", "max_new_tokens", "eos_token_id"})
-# What vLLM does beyond that, with the same meaning as transformers.
+# Fields that vLLM applies beyond these, with the same meaning as transformers.
 SERVED = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
 # Fields that say nothing about the text of a continuation: names of tokens, what is returned, and how it is computed.
 SILENT = frozenset({
@@ -71,7 +71,7 @@ def given(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
-    """What `fields` say in the words of a request: temperature, top_k, top_p, min_p, max_tokens.
+    """The sampling that `fields` ask for, in the words of a request: temperature, top_k, top_p, min_p, max_tokens.
 
     `do_sample=false` is temperature 0, as in transformers; `do_sample=true` without a temperature is temperature 1. A
     temperature without `do_sample` samples, as in vLLM. Raises UserError for values out of range.

@@ -1,4 +1,4 @@
-"""What `loopwise serve` checks and says before vLLM's engine starts. Its callers have imported vLLM."""
+"""Checks and lines of `loopwise serve` before vLLM's engine starts. Its callers have imported vLLM."""
 
 from __future__ import annotations
 

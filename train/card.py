@@ -12,13 +12,12 @@ import transformers
 import yaml
 
 from loopwise import __version__
+from loopwise.directory import RECORD
 
 from .recipe import Train
 
 if TYPE_CHECKING:
     from .trainer import RecurrentTrainer
-
-FACTS = "loopwise.json"
 
 
 def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTrainer) -> None:
@@ -34,9 +33,9 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.recipe.data.sequence_length,
         "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
     }
-    if (source / FACTS).is_file():  # how the model that was trained came about
-        facts["source"]["facts"] = json.loads((source / FACTS).read_text(encoding="utf-8"))
-    (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if (source / RECORD).is_file():  # how the model that was trained came about
+        facts["source"]["facts"] = json.loads((source / RECORD).read_text(encoding="utf-8"))
+    (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
     for licence in [*source.glob("LICENSE*"), *source.glob("NOTICE*")] if source.is_dir() else []:
         shutil.copy(licence, directory)

@@ -202,7 +202,7 @@ class Blocks:
 
 
 def reader_of(data: Data, tokenizer: Any) -> Reader:
-    """What reads records as `data` says."""
+    """The reader of records that `data` asks for."""
     skip = data.bad_records == "skip"
     return Reader(data.field, data.split, data.subset, data.chat_field is not None, skip, tokenizer)
 

@@ -75,7 +75,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     from tqdm import tqdm
 
     from . import depths, sources
-    from .answers import accuracy
+    from .answers import accuracy, conversations
     from .pretrained import is_recurrent, load_config, load_model, load_tokenizer, parameters
     from .run import check_length, check_vocabulary
 
@@ -92,8 +92,6 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
         print(said, file=sys.stderr)
     tokenizer = load_tokenizer(model, recipe.revision)
     if recipe.asks:
-        from .answers import conversations
-
         sequences = conversations(recipe, tokenizer)
         check_length("data", max(map(len, sequences.ids)), model, config)
     else:
@@ -173,8 +171,8 @@ def _standard_error(sums: np.ndarray, tokens: np.ndarray) -> float | None:
 
 
 def _loop(found: Measured) -> dict[str, Any]:
-    """What the recurrences change: {"num_recurrences": the most that were measured, "gain": loss at R=1 less that at
-    it, "gain_error": its standard error, paired, "changes_nothing": whether the gain is within two of these (None where
+    """The change by recurrences: {"num_recurrences": the most that were measured, "gain": loss at R=1 less that at it,
+    "gain_error": its standard error, paired, "changes_nothing": whether the gain is within two of these (None where
     that cannot be told), "state_norm": |s_r| from r = 1 on, "state_change": |s_r - s_{r-1}| / |s_r| from r = 2 on}."""
     depths = [depth for depth in found.losses if depth is not None]
     top = max(depths)

@@ -11,14 +11,12 @@ from pydantic import Field, model_validator
 
 from loopwise import __version__
 from loopwise.arguments import RecipeParser
-from loopwise.directory import beside, settle
+from loopwise.directory import RECORD, beside, settle
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import Count, Integer, Number, Section, load_recipe
 
 from . import tasks
-
-FACTS = "loopwise.json"
 
 
 class Init(Section):
@@ -92,7 +90,7 @@ def init(tokenizer: str, out: Path, recipe: Init) -> int:
         model.save_pretrained(partial)
         loaded.save_pretrained(partial)
         facts = {"loopwise": __version__, "tokenizer": tokenizer, "init": recipe.model_dump()}
-        (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        (partial / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
         if out.is_dir():
             out.rmdir()
         partial.rename(out)

@@ -33,7 +33,7 @@ def discarded_unless_begun(out: Path) -> Iterator[None]:
 
 
 def begun(out: Path) -> bool:
-    """Whether a run has left something in `out` that can be used."""
+    """True where a run has left something in `out` that can be used."""
     return bool(checkpoints(out)) or (out / "config.json").exists()
 
 
@@ -89,6 +89,6 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
 
 
 def _replaceable(out: Path) -> bool:
-    """Whether `out` is a run's or a model of ours; a copy of a run's recipe among other files does not make it so."""
+    """True where `out` is a run's or a model of ours; a copy of a run's recipe among other files is none."""
     written = any((out / name).exists() for name in (RECORD, RUN, TOKENS)) or bool(checkpoints(out))
     return is_ours(out) and (written or {path.name for path in out.iterdir()} == {RECIPE})

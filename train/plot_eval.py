@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwise.errors import UserError, reason
+from loopwise.checkpoint import read_json
+from loopwise.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,19 +14,11 @@ if TYPE_CHECKING:
 
 def read(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError where there is none."""
-    try:
-        found = json.loads(file.expanduser().read_text())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({reason(error)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: a result is a JSON object, not a {type(found).__name__}")
-    return found
+    return read_json(file.expanduser(), f"{file}: No such file or directory")
 
 
 def eval_figure(file: Path) -> Figure:
-    """Of a result of `loopwise eval --out`: right answers by group and R, or where none are grouped the loss by R.
+    """Right answers of a result of `loopwise eval --out` by group and R, or where none are grouped the loss by R.
 
     Raises UserError for another file.
     """

@@ -445,5 +445,5 @@ class Evaluate(Section):
 
     @property
     def asks(self) -> bool:
-        """Whether conversations are measured, and not text."""
+        """True where conversations are measured, and not text."""
         return self.chat_field is not None or tasks.is_task(self.data[0])

@@ -1,4 +1,4 @@
-"""Whether documents that are packed into one block attend to themselves alone: measured, not hoped for."""
+"""Documents that are packed into one block attend to themselves alone: measured, not hoped for."""
 
 from __future__ import annotations
 

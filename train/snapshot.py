@@ -25,7 +25,7 @@ def kind_of(path: Path, strict: bool = True) -> str:
 
 
 def is_snapshot(folder: Path, files: list[Path]) -> bool:
-    """Whether `files`, those of `folder`, are a dataset: with a dataset card, or with tables or records in splits.
+    """True where `files`, those of `folder`, are a dataset: with a dataset card, or with tables or records in splits.
 
     Scripts and pictures beside the data change nothing. A folder of texts alone needs the card: train.py and test.py
     are no splits.

@@ -44,7 +44,7 @@ class Reader:
 
     @property
     def columns(self) -> list[str]:
-        """What is read of a table."""
+        """The columns that are read of a table."""
         return [self.field, *(ARGUMENTS if self.chat else ())]
 
     def take(self, record: Any, where: str) -> Any:
@@ -283,7 +283,7 @@ def is_dataset(directory: Path) -> bool:
 
 
 def options_of(kind: str, reader: Reader) -> dict[str, Any]:
-    """What a builder of `datasets` is told of the files that it reads."""
+    """The options of a builder of `datasets` for the files that it reads."""
     if kind == "csv":
         return {
             "converters": {reader.field: str},

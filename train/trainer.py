@@ -409,7 +409,7 @@ class RecurrentTrainer(Trainer):
             self._save_checkpoint(cast(Any, self.model))
 
     def told_all(self, said: str | None) -> str | None:
-        """What the first process says, in every process."""
+        """The message of the first process, in every process."""
         told = [said]
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(told)

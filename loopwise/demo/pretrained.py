@@ -91,7 +91,7 @@ def readmes() -> str:
 
 
 def measure(model: object, data: str, result: Path, *settings: str) -> dict[str, Any]:
-    """What `loopwise eval` says of `model` on the held-out share of `data`."""
+    """The result of `loopwise eval` for `model` on the held-out share of `data`."""
     loopwise(
         "eval", model, f"data={data}", f"eval_fraction={HELD_OUT}", f"sequence_length={LENGTH}", f"limit={SEQUENCES}",
         *settings, "--out", result,

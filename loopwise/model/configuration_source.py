@@ -36,7 +36,7 @@ def ours_alone(source: Any) -> None:
 
 
 def declares(kind: type[PreTrainedConfig], name: str) -> bool:
-    """Whether class `kind` of a source's config has the attribute `name`, rather than one config.json that was read."""
+    """True where class `kind` of a source's config has the attribute `name`, and not one config.json alone."""
     if name == "head_dim":  # modules ask every config for it, declared or not
         return True
     return name in kind.attribute_map or hasattr(kind, name) or any(name == field.name for field in fields(kind))
