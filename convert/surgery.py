@@ -240,7 +240,12 @@ def _notes(path: Path, config: Any, tokenizer: Any) -> list[str]:
     """A line on everything that the output does not take over from the source, or that a user should know of it."""
     fields = config_fields(path)
     notes = [
-        f"{name}=true of the source's config is left out: outputs of a layer that runs several times are not collected"
+        f"{name}=true of the source's config is left out: "
+        + (
+            "objectives.experts of loopwise train balances experts"
+            if "router" in name
+            else "a layer runs several times"
+        )
         for name in COLLECTING
         if fields.get(name)
     ]

@@ -28,6 +28,11 @@ def check(recipe: Train, config: Any, recurrent: bool) -> None:
             f"gradient_checkpointing={recipe.gradient_checkpointing}: this model's {name} reads what the first "
             "recurrence wrote, which a second run of a recurrence does not have; set gradient_checkpointing=none"
         )
+    if router and recipe.objectives.experts:
+        raise UserError(
+            f"objectives.experts={recipe.objectives.experts:g}: this model's router leaves tokens out of recurrences, "
+            "and the load of its experts is balanced over whole sequences only"
+        )
     for depth in (recipe.recurrence and recipe.recurrence.eval_at) or ():
         if router and (depth > router["depths"] or (router["kind"] == "token" and depth != router["depths"])):
             rule = "exactly" if router["kind"] == "token" else "at most"
@@ -38,11 +43,22 @@ def check(recipe: Train, config: Any, recurrent: bool) -> None:
 
 
 def _unused(recipe: Train, config: Any) -> Iterator[Unused]:
+    import torch
+
+    from loopwise.model.experts import balances_experts
+    from loopwise.model.modeling_sandwich import causal_lm_class
+
     router = getattr(config, "router", None)
     if recipe.objectives.router and router:
         others = {"expert": ("balancing", "bias_step"), "token": ("auxiliary",)}[router["kind"]]
         for name in others:
             yield Unused(f"objectives.router.{name}", (), f"this model's router is {router['kind']}-choice")
+    if recipe.objectives.experts:
+        source_config = getattr(config, "source_config", config)
+        with torch.device("meta"):
+            source = causal_lm_class(source_config)(source_config)
+        if not balances_experts(source, [source]):
+            yield Unused("objectives.experts", (), f"this {source_config.model_type} has no experts to balance")
 
 
 def _check_roles(recipe: Train, config: Any) -> None:

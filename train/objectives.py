@@ -49,9 +49,12 @@ class Objective:
         valid = targets != -100
         given = self._teacher_of(inputs)
         keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
+        if self.objectives.experts:
+            keys["output_router_logits"] = True
         if depth is None:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
-            return self._plain(logits, targets, given).sum() / targets_of_step
+            outputs = model(input_ids=inputs["input_ids"], use_cache=False, **keys)
+            total = self._plain(outputs.logits, targets, given).sum() + self._experts(outputs, valid)
+            return total / targets_of_step
         at = self.depths(step, depth.num_recurrences)
         recurrences = at[-1]
         if depth.grad_recurrences is not None:
@@ -135,7 +138,11 @@ class Objective:
             total = wanted.ponder.weight * outputs.ponder[valid].sum()
         if wanted.router and self.router:
             total = total + valid.sum() * self._routing(outputs.router_outputs)
-        return total
+        return total + self._experts(outputs, valid)
+
+    def _experts(self, outputs: Any, valid: torch.Tensor) -> Any:
+        weight = self.objectives.experts
+        return weight * valid.sum() * outputs.aux_loss if weight else 0.0
 
     def _routing(self, routed: Any) -> Any:
         weights = self.objectives.router

@@ -105,6 +105,12 @@ class Objectives(Section):
     )
     router: RouterLosses | None = None
     ponder: Ponder | None = None
+    experts: Number = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the source's load-balancing loss of a mixture of experts (transformers' "
+        "router_aux_loss_coef), over the layers of all recurrences",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Objectives:

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .call import Call, check_call, logical_positions, real_tokens
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .experts import collect_router_logits
 from .injection import Injection
 from .modeling_sandwich import causal_lm_class
 from .output import RecurrentDepthOutput
@@ -78,6 +79,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
         self._call: Call | None = None
+        self._collects_router_logits = False
         self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
         self.post_init()
 
@@ -147,6 +149,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         output_states: bool = False,
         output_depth_logits: bool = False,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool = False,
         depth_loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         depth_loss_at: Sequence[int] = (),
         router_capacity: Sequence[float] | None = None,
@@ -161,6 +164,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
         output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
             runs the coda at every depth and so needs `use_cache=False`.
+        output_router_logits (`bool`): of a mixture of experts, return `router_logits`, a tuple of [B T, experts] of
+            every layer that ran, in order, and `aux_loss`, the source's load-balancing loss of them; with `labels` the
+            loss includes it by the config's `router_aux_loss_coef`, as the source's does. Whole sequences only.
         depth_loss (`Callable`, *optional*), depth_loss_at (`Sequence[int]`): `depth_losses` becomes `depth_loss(r,
             logits [B, T, V])` for every r of these depths, at most R. R is read out first; the logits of the others are
             made one depth after the other, and again in the backward pass, so that they are never held together. With
@@ -169,15 +175,13 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             recurrence: to warm them up from 1 in training. Default: those of the config, in training and with
             `inference="topk"`; else thresholds decide.
 
-        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions and for router logits of
-        a mixture of experts (not collected).
+        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected), and for
+        router logits of a source without experts, of routed recurrences or of part of a sequence.
         """
         config = self.config
         recurrences = config.num_recurrences if num_recurrences is None else num_recurrences
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
-        if kwargs.pop("output_router_logits", None):
-            raise ValueError("output_router_logits is not supported: a layer routes once for every recurrence")
         check_call(
             config,
             recurrences,
@@ -213,6 +217,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             prepare_cache(past_key_values, config, recurrences)
         tokens = input_ids if input_ids is not None else inputs_embeds
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if output_router_logits:
+            self._collect_router_logits(read_depths=output_depth_logits, past=past)
         if isinstance(past, torch.Tensor):  # of a static cache, which adds to this very tensor as layers write into it
             past = past.clone() if torch.compiler.is_compiling() else int(past)
         self._call = call = Call(
@@ -244,6 +250,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             use_cache=use_cache or past_key_values is not None,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **({"output_router_logits": True} if output_router_logits else {}),
             **kwargs,
         )
         try:
@@ -262,6 +269,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
+            if output_router_logits:
+                loss = loss + config.router_aux_loss_coef * out.aux_loss.to(loss.device)
         return RecurrentDepthOutput(
             loss=loss,
             logits=logits,
@@ -274,7 +283,20 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             depth_losses=depth_losses,
             ponder=ponder,
             router_outputs=call.routing.outputs() if call.routing else None,
+            router_logits=out.router_logits if output_router_logits else None,
+            aux_loss=out.aux_loss if output_router_logits else None,
         )
+
+    def _collect_router_logits(self, read_depths: bool, past: Any) -> None:
+        """Prepare a call that returns router logits of experts. Raises ValueError where it cannot."""
+        if self.config.router or read_depths or (not isinstance(past, torch.Tensor) and past):
+            raise ValueError(
+                "output_router_logits goes with whole sequences through all layers: not with a router that leaves "
+                "tokens out, with output_depth_logits, or behind cached tokens"
+            )
+        if not self._collects_router_logits:
+            collect_router_logits(self.source, [*self.prelude, *self.core, *self.coda])
+            self._collects_router_logits = True
 
     def _depth_losses(
         self, logits: torch.Tensor, call: Call, source_arguments: dict[str, Any], loss: Callable, at: Sequence[int]
@@ -282,11 +304,12 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         """`loss` of the logits at every depth of `at`; `logits` are those at the last."""
         last = call.num_recurrences
         losses = {last: loss(last, logits)} if last in at else {}
+        arguments = {k: v for k, v in source_arguments.items() if k not in ("past_key_values", "output_router_logits")}
 
         def read_out(state: torch.Tensor, depth: int) -> torch.Tensor:
             self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False, cache=None)
             try:
-                return loss(depth, self.source(**{**source_arguments, "past_key_values": None}).logits)
+                return loss(depth, self.source(**arguments).logits)
             finally:
                 self._call = None
 

@@ -19,7 +19,8 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
     `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end.
     `router_outputs` tell what a router scored and chose. With halting, `ponder` [B, T] is each token's ponder cost, and
-    `state` the mean that is read out."""
+    `state` the mean that is read out. Of a mixture of experts, `router_logits` are those of every layer that ran, each
+    [B T, experts], and `aux_loss` the load-balancing loss of them."""
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
@@ -28,6 +29,8 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     depth_losses: tuple[torch.Tensor, ...] | None = None
     router_outputs: RouterOutputs | None = None
     ponder: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
 
     @property
     def state(self) -> torch.Tensor | None:

@@ -158,8 +158,7 @@ def test_a_source_that_collects_router_logits(capsys, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[3, 4, 5]])
     assert model(ids).logits.shape == (1, 3, 320)
-    with pytest.raises(ValueError, match="output_router_logits is not supported"):
-        model(ids, output_router_logits=True)
+    assert len(model(ids, output_router_logits=True, num_recurrences=3).router_logits) == 8
 
 
 def test_an_adapter_beside_a_model_is_refused_by_every_verb(capsys, two, tmp_path):

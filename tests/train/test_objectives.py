@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from train_tiny import history, run, same, save_recurrent
 
 from loopwise.cli import main
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train import losses
 from loopwise.train.curriculum import Depth, nested_depths
 from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe_objectives import Objectives
+from tests.tiny import source_config
 
 B, T, V, R = 2, 5, 7, 4
 
@@ -255,6 +257,26 @@ def test_ponder_of_a_model_that_halts(tokenizer, inputs, tmp_path):
     check_same(model, own + 0.5 * out.ponder[:, :-1][keep].sum(), found)
 
 
+def test_balanced_experts(inputs):
+    """transformers' load-balancing loss over all recurrences, at each of several depths and of a plain model."""
+    torch.manual_seed(0)
+    layers = {"prelude": [0], "core": [1, 2], "coda": [3], "injection": "linear"}
+    config = RecurrentDepthConfig(source_config=source_config("mixtral"), num_recurrences=3, **layers)
+    model, depth = RecurrentDepthForCausalLM(config).train(), Depth(3, None)
+    found = loss_and_gradients(model, {"experts": 0.1, "exits": {"intermediate": 0.5}}, inputs, depth)
+    losses = depth_losses(model, inputs, depth)
+    out = model(input_ids=inputs["input_ids"], num_recurrences=3, use_cache=False, output_router_logits=True)
+    assert len(out.router_logits) == 8
+    total = sum(0.5 * x.sum() for x in losses[:2]) + losses[2].sum()
+    check_same(model, total + 0.1 * len(losses[0]) * out.aux_loss, found)
+    plain = type(model.source)(config.source_config).train()
+    wanted = plain(input_ids=inputs["input_ids"], labels=inputs["labels"], output_router_logits=True, use_cache=False)
+    objective = Objective(Objectives.model_validate({"experts": 0.02}), plain.config, None, 11, 0, 0)
+    assert plain.config.router_aux_loss_coef == 0.001
+    loss = objective(plain, inputs, 3, None, len(losses[0]))
+    assert close(loss, wanted.loss + (0.02 - 0.001) * wanted.aux_loss)
+
+
 def test_distillation_at_every_depth(recurrent, inputs):
     model = load_model(str(recurrent)).train()
     wanted = random(2, 12, 272, seed=4)
@@ -350,6 +372,7 @@ REFUSED = {
     "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
     "objectives.ponder.weight=0.1": "objectives.ponder: this model's tokens do not halt",
     "objectives.router.z_loss=0.1": "objectives.router: this model has no router",
+    "objectives.experts=0.1": "objectives.experts=0.1 has no effect: this llama has no experts to balance",
     "recurrence.capacity_warmup=0.1": "recurrence.capacity_warmup: this model has no expert-choice router",
     "objectives.distillation.weight=1": "objectives.distillation.teacher: Field required",
     "objectives.distillation.teacher=nowhere/at/all": "nowhere/at/all: no such model directory",
