@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
-from ..directory import RECORD, ended_by_sigterm
+from ..directory import RECORD, ended_by_sigterm, new_directory
 from ..errors import UserError
 
 
@@ -66,7 +66,7 @@ def export(
     from .relax import at_depth
     from .source import SourceWeights, empty_model, read_recurrent_config
     from .tokenizer import load_tokenizer, write_tokenizer
-    from .write import Pending, new_directory, write_weights
+    from .write import Pending, write_weights
 
     path = Path(model).expanduser()
     config = read_recurrent_config(path)

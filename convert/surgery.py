@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .. import __version__
 from ..checkpoint import config_fields
-from ..directory import RECORD
+from ..directory import RECORD, check_new, new_directory
 from ..errors import UserError
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
@@ -38,7 +38,7 @@ from .source import SourceWeights, empty_model, find_source, hashing, read_confi
 from .tensors import Tensors
 from .tokenizer import greatest_id, load_tokenizer, write_tokenizer
 from .verify import verify
-from .write import Pending, new_directory, write_weights
+from .write import Pending, write_weights
 
 
 def convert(
@@ -73,6 +73,7 @@ def convert(
         facts["notes"] = _notes(path, made.config, tokenizer)
         facts["parameters"]["unique"] = sum(torch.Size(t.shape).numel() for t in made.pending)
         if dry_run:
+            check_new(Path(out), found, force)
             return facts
         with new_directory(Path(out), found, force) as directory:
             _save_config(made.config, directory)

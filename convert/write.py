@@ -1,18 +1,15 @@
-"""Writing a checkpoint: one tensor after another into safetensors shards, in a directory that appears whole or not."""
+"""Writing a checkpoint: one tensor after another into safetensors shards."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..directory import beside, check_replaceable, restore, settle
 from ..errors import UserError
 
 SHARD_BYTES = 5 * 1000**3
@@ -35,55 +32,6 @@ class Pending:
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-@contextlib.contextmanager
-def new_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    `source` is the directory that is read meanwhile. With `force`, a directory of Loopwise's at `out` goes once the new
-    one is complete; killed at any moment, one of the two is there, or is put back by the next call. Raises UserError
-    where `out` is in the way (see `check_replaceable`), or the disk is full.
-    """
-    out = _place(out, source)
-    partial, old = beside(out, "partial"), beside(out, "old")
-    try:
-        settle(out)  # first: it may put back what --force is to be asked for
-        check_replaceable(out, force)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        check_replaceable(out, force)  # again: it may have been filled meanwhile
-        if out.is_dir():
-            out.rename(old)
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        restore(old, out)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _place(out: Path, source: Path) -> Path:
-    """Where `out` really stands, links followed. Raises UserError where it may not be written."""
-    if str(out) in ("", "."):
-        raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
-    try:
-        place, source = out.expanduser().resolve(), source.resolve()
-        beside(
-            place, "partial"
-        ).exists()  # raises for a name that is too long, as do the lines above for a loop of links
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{out} is a file; give a directory for the output")
-    if place.is_relative_to(source):
-        raise UserError(f"the output {out} lies in the source {source}; choose another directory")
-    if source.is_relative_to(place):
-        raise UserError(f"the output {out} holds the source {source} and would replace it; choose another directory")
-    if Path.cwd().is_relative_to(place):
-        raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
-    return place
 
 
 def write_weights(tensors: list[Pending], directory: Path, show_progress: bool, shard_bytes: int = SHARD_BYTES) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import __version__
 from .errors import UserError
 
 RECORD = "loopwise.json"  # every command that makes a directory leaves one in it
@@ -73,12 +74,18 @@ def left_by_killed(out: Path, kind: str) -> list[Path]:
     return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
 
 
+def begin(partial: Path) -> None:
+    """Make the directory `partial`, with a record: should this process be killed, a later one may remove it."""
+    partial.mkdir(parents=True)
+    (partial / RECORD).write_text(json.dumps({"loopwise": __version__, "unfinished": True}) + "\n", encoding="utf-8")
+
+
 def settle(out: Path) -> None:
     """Put back (`old`) or remove (`partial`) what killed processes left beside `out`; living ones keep their own."""
     for stale in left_by_killed(out, "old"):
         restore(stale, out)
     for stale in left_by_killed(out, "partial"):
-        shutil.rmtree(stale, ignore_errors=True)
+        remove(stale)
 
 
 def restore(old: Path, out: Path) -> None:
@@ -87,8 +94,80 @@ def restore(old: Path, out: Path) -> None:
         return
     if not out.exists():
         old.rename(out)
-    elif is_ours(old) or _empty(old):
-        shutil.rmtree(old, ignore_errors=True)
+    else:
+        remove(old)
+
+
+def remove(directory: Path) -> None:
+    """Remove `directory` where it is ours or empty, and no link; its record goes last, should this be interrupted."""
+    if directory.is_symlink() or not directory.is_dir() or not (is_ours(directory) or _empty(directory)):
+        return
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in (RECORD, RUN_RECORD):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def place(out: Path, source: Path | None = None) -> Path:
+    """The place of `out`, links followed. Raises UserError where no directory can be made there, and where it lies in
+    the directory `source`, which is read meanwhile, or holds it."""
+    if str(out) in ("", "."):
+        raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
+    try:
+        found, source = out.expanduser().resolve(), source and source.expanduser().resolve()
+        # The name of a sibling may be too long, and a loop of links has no place.
+        beside(found, "partial").exists()
+        above = next(path for path in found.parents if path.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
+    if found.exists() and not found.is_dir():
+        raise UserError(f"{out} is a file; give a directory for the output")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        rule = "nothing may be written there" if above.is_dir() else "that is no directory"
+        raise UserError(f"the output {out} would be made in {above}, and {rule}; choose another directory")
+    if source is None or not source.exists():  # a hub id
+        return found
+    if source.is_dir() and found.is_relative_to(source):
+        raise UserError(f"the output {out} lies in the source {source}; choose another directory")
+    if source.is_relative_to(found):
+        raise UserError(f"the output {out} holds the source {source} and would replace it; choose another directory")
+    return found
+
+
+def check_new(out: Path, source: Path | None, force: bool) -> Path:
+    """The place of `out`. Raises UserError where a new directory may not be made there, see `new_directory`."""
+    found = place(out, source)
+    if Path.cwd().is_relative_to(found):
+        raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
+    check_replaceable(found, force)
+    return found
+
+
+@contextmanager
+def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    `source` is the file or directory that is read meanwhile. With `force`, a directory of Loopwise's at `out` goes once
+    the new one is complete; killed at any moment, one of the two is there, or is put back by the next call. Raises
+    UserError where `out` is in the way (see `place` and `check_replaceable`), or the disk is full.
+    """
+    settle(place(out, source))  # first: it may put back what --force is to be asked for
+    out = check_new(out, source, force)
+    partial, old = beside(out, "partial"), beside(out, "old")
+    try:
+        begin(partial)
+        yield partial
+        check_replaceable(out, force)  # again: it may have been filled meanwhile
+        if out.is_dir():
+            out.rename(old)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        restore(old, out)
+        remove(partial)
 
 
 def _empty(directory: Path) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from loopwise.directory import begin, beside, remove, settle
+from loopwise.errors import UserError
 
 from .recipe import Data
 from .sources import files_of
@@ -34,12 +35,17 @@ def entry(sources: list[str], data: Data, tokenizer: Any) -> Path | None:
 
 
 def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Leave `arrays` in `folder`, whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
-    (partial / DONE).write_text("", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+    """Leave `arrays` in `folder`, whole or not at all. Raises UserError where they cannot be written there."""
+    partial = beside(folder, "partial")
+    try:
+        settle(folder)
+        begin(partial)
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        (partial / DONE).write_text("", encoding="utf-8")
+        if not (folder / DONE).is_file():  # else another run has kept the same meanwhile
+            partial.replace(folder)
+    except OSError as error:
+        raise UserError(f"data.cache={folder.parent}: cannot be written ({error.strerror or error})") from None
+    finally:
+        remove(partial)

@@ -32,6 +32,12 @@ def partial_directory(out: Path, step: int) -> Path:
     return out / f".checkpoint-{step}.partial"
 
 
+def partials(out: Path) -> list[Path]:
+    """What killed writers left in `out` of checkpoints, of the final model and of its rehearsal."""
+    name = r"\.(checkpoint-\d+|final|rehearsal)\.partial"
+    return [path for path in out.glob(".*.partial") if re.fullmatch(name, path.name)]
+
+
 def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
     """Turn the directory `written` into the checkpoint `target`, in one rename."""
     files = {
@@ -130,7 +136,7 @@ def last_sound(out: Path, thorough: bool = False) -> tuple[Path | None, list[str
 def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` sound checkpoints, and what killed writers left behind."""
     sound = [path for path in checkpoints(out) if damage(path, thorough=False) is None]
-    for old in {*checkpoints(out), *out.glob(".*.partial")} - {*sound[:keep]}:
+    for old in {*checkpoints(out), *partials(out)} - {*sound[:keep]}:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
         "--accept-changes", action="store_true", help="with --resume: go on although settings have changed"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the launch command and the memory a process needs, and stop"
+        "--dry-run",
+        action="store_true",
+        help="check settings, sources and OUT, print the launch command and the memory a process needs, and stop",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier run in OUT")
     args = parser.parse(argv)
@@ -54,6 +56,9 @@ def main(argv: list[str]) -> int:
     if out.is_symlink():  # what stands behind it is replaced, not the link
         out = out.resolve()
     if args.dry_run:
+        from .run import check
+
+        check(args.model, out, recipe, args.resume, args.force)
         return dry_run(args.model, recipe, args.launcher, args.processes, argv)
     if launch.is_worker():
         return launch.worker(args.model, out, recipe, args.resume, args.force, args.accept_changes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 
 from loopwise import __version__
 from loopwise.arguments import RecipeParser
-from loopwise.directory import RECORD, beside, settle
+from loopwise.directory import RECORD, new_directory
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import Count, Integer, Number, Section, load_recipe
@@ -51,13 +50,15 @@ def main(argv: list[str]) -> int:
         "out": "directory for the model",
     }
     parser = RecipeParser("init", operands, Init, "Write an untrained plain Llama with a tokenizer.")
+    parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     args = parser.parse(argv)
-    count = init(args.tokenizer, Path(args.out).expanduser(), load_recipe(Init, "init", args.recipe, args.settings))
+    recipe = load_recipe(Init, "init", args.recipe, args.settings)
+    count = init(args.tokenizer, Path(args.out).expanduser(), recipe, args.force)
     print(f"untrained model of {count:,} parameters written to {args.out}")
     return 0
 
 
-def init(tokenizer: str, out: Path, recipe: Init) -> int:
+def init(tokenizer: str, out: Path, recipe: Init, force: bool = False) -> int:
     """Write the model into `out`; returns its number of parameters.
 
     Raises UserError for a tokenizer that cannot be loaded or has no EOS token, and where `out` is in the way.
@@ -68,9 +69,6 @@ def init(tokenizer: str, out: Path, recipe: Init) -> int:
     from .pretrained import load_tokenizer, parameters
 
     quiet()
-    settle(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: there is something already; choose another directory")
     if tasks.is_task(tokenizer):
         loaded = tasks.tokenizer(tasks.parse(tokenizer).name)
     else:
@@ -81,21 +79,13 @@ def init(tokenizer: str, out: Path, recipe: Init) -> int:
     fields["intermediate_size"] = recipe.intermediate_size or 2 * recipe.hidden_size
     fields["num_key_value_heads"] = recipe.num_key_value_heads or recipe.num_attention_heads
     special = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(loaded), **fields, **special))
-    torch.nn.init.normal_(cast(Any, model.get_input_embeddings()).weight, std=recipe.embedding_range)
-    partial = beside(out, "partial")
-    try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        loaded.save_pretrained(partial)
+    source = None if tasks.is_task(tokenizer) else Path(tokenizer)
+    with new_directory(out, source, force) as directory:
+        torch.manual_seed(recipe.seed)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(loaded), **fields, **special))
+        torch.nn.init.normal_(cast(Any, model.get_input_embeddings()).weight, std=recipe.embedding_range)
+        model.save_pretrained(directory)
+        loaded.save_pretrained(directory)
         facts = {"loopwise": __version__, "tokenizer": tokenizer, "init": recipe.model_dump()}
-        (partial / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
     return parameters(model)

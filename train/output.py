@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loopwise.directory import RECORD, beside, is_ours, left_by_killed, restore, settle
+from loopwise.directory import RECORD, beside, is_ours, left_by_killed, place, restore, settle
 from loopwise.directory import RUN_RECORD as RECIPE
 from loopwise.errors import UserError
 
-from .checkpoint import RUN, checkpoints
+from .checkpoint import RUN, checkpoints, partials
 
 TOKENS = "tokens"
 
@@ -41,7 +41,7 @@ def discard(out: Path) -> None:
     """Remove from `out` what a run writes before its first checkpoint, and `out` itself where nothing else is in it."""
     if is_ours(out):
         shutil.rmtree(out / TOKENS, ignore_errors=True)
-        for partial in out.glob(".*.partial"):
+        for partial in partials(out):
             shutil.rmtree(partial, ignore_errors=True)
         for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
             events.unlink()
@@ -68,10 +68,7 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
     """Raises UserError where a run of `model` may not write into `out`."""
     if resume and force:
         raise UserError("--resume goes on with the run in OUT, --force deletes it: give one")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: OUT is a directory to be made, and this is a file")
-    if Path(model).is_dir() and Path(model).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: OUT would replace or hold MODEL ({model}); choose another directory")
+    place(out, Path(model))
     if not out.exists() or not any(out.iterdir()):
         return
     run = (out / RECIPE).is_file()

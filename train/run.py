@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loopwise import __version__
-from loopwise.directory import RUN_HEADER, beside
+from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
@@ -68,15 +68,10 @@ def prepare(
     """
     from .pretrained import load_config, load_tokenizer
 
-    if gguf := find_gguf(Path(model)):
-        raise UserError(
-            f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
-        )
     quiet()
-    check_used(recipe)
+    place(out, Path(model))
     recover(out)
-    check_out(model, out, resume, force)
-    _check_sources(recipe, out)
+    check(model, out, recipe, resume, force)
     checkpoint, notes = last_sound(out, thorough=True) if resume else (None, [])
     for note in notes:
         print(note, file=sys.stderr)
@@ -92,6 +87,7 @@ def prepare(
     if checkpoint and (out / TOKENS / data.FACTS).is_file():
         return True  # the text as it was when the run began
     partial = beside(out, "partial")
+    begin(partial)
     try:
         blocks = _tokenise(recipe, load_tokenizer(model, recipe.revision), partial / TOKENS)
         check_vocabulary(model, config, blocks.greatest)
@@ -107,8 +103,19 @@ def prepare(
         for name in (RECIPE, TOKENS):  # the record first: what has none is not ours
             (partial / name).replace(out / name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     return True
+
+
+def check(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> None:
+    """Raises UserError for what can be told without reading the model: for settings, for sources, and for `out`."""
+    if gguf := find_gguf(Path(model)):
+        raise UserError(
+            f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
+        )
+    check_used(recipe)
+    check_out(model, out, resume, force)
+    _check_sources(recipe, out)
 
 
 def work(model: str, out: Path, recipe: Train, resume: bool = False, callbacks: Sequence[Any] = ()) -> None:

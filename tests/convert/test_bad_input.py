@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from loopwise.cli import main
+from loopwise.directory import is_ours
 from tests.tiny import save_source
 
 
@@ -306,13 +307,55 @@ def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source
 
 
 def test_only_what_is_ours_is_removed_beside_the_output(tmp_path, source):
-    kept = {".out.old-999999999": "precious", ".out.old-mine": "loopwise.json", ".out.partial-mine": "precious"}
-    for name, file in {**kept, ".out.old-999999998": "loopwise.json", ".out.partial-999999999": "a"}.items():
+    kept = {".out.old-999999999": "precious", ".out.old-mine": "loopwise.json", ".out.partial-mine": "loopwise.json"}
+    kept |= {".out.partial-999999999": "precious"}
+    gone = {".out.old-999999998": "loopwise.json", ".out.partial-999999998": "loopwise.json"}
+    for name, file in {**kept, **gone}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text('{"loopwise": "0.1.0"}')
+    (tmp_path / ".out.partial-999999997").symlink_to(tmp_path / ".out.partial-mine")
+    kept |= {".out.partial-999999997": "loopwise.json"}
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--force"]) == 0
     # The first of the two numbered ones was put back where nothing stood, and replaced as it is ours.
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "out"])
+
+
+def test_what_is_being_made_has_a_record_from_the_start(tmp_path, source, monkeypatch):
+    """So that the next call may remove what a killed one left, and nothing that looks like it."""
+    import loopwise.convert.surgery as surgery
+
+    def killed(config, directory):
+        assert is_ours(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, "_save_config", killed)
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]) == 130
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("standing", ["theirs", "ours", "in the source", "below a file"])
+def test_a_dry_run_says_what_would_refuse_the_output(standing, capsys, tmp_path, source):
+    out, message = (
+        tmp_path / "out",
+        {
+            "theirs": "out is not empty; choose another directory",
+            "ours": "replace it with --force",
+            "in the source": "lies in the source",
+            "below a file": "that is no directory",
+        }[standing],
+    )
+    if standing == "ours":
+        earlier_output(out)
+    elif standing == "theirs":
+        out.mkdir()
+        (out / "precious").touch()
+    elif standing == "in the source":
+        out = source / "out"
+    else:
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" / "out"
+    assert main(["convert", str(source), str(out), "sizes=1,2,1", "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_a_killed_call_left_is_put_back_before_force_is_asked_for(capsys, tmp_path, source):

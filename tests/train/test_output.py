@@ -77,6 +77,79 @@ def test_a_refused_run_removes_nothing_of_the_users(standing, sibling, options, 
         assert after == before
 
 
+def test_what_is_only_named_as_ours_is_left(dead, plain, command, corpus, tmp_path):
+    """Beside OUT, in it, and among kept tokens: what a killed run left has a record, or one of its names in OUT."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    run(command(plain, out, "steps=1", "save_every=1", f"data.cache={kept}"))
+    [entry] = kept.iterdir()
+    shutil.rmtree(entry)
+    folders = [f"{place}.partial-{dead}" for place in (tmp_path / ".out", kept / f".{entry.name}")]
+    number = dead + 1  # of another process that has ended
+    while Path(f"/proc/{number}").exists():
+        number += 1
+    theirs, ours = folders, [f"{folder.rpartition('-')[0]}-{number}" for folder in folders]
+    for folder in (*theirs, *ours):
+        Path(folder).mkdir()
+        (Path(folder) / "precious").touch()
+    for folder in ours:
+        (Path(folder) / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
+    (out / ".mine.partial").mkdir()
+    (out / ".checkpoint-7.partial").mkdir()
+    (out / "config.json").unlink()  # there is a run to go on with
+    run([*command(plain, out, "steps=1", "save_every=1", f"data.cache={kept}"), "--resume"])
+    assert [Path(folder).exists() for folder in theirs] == [True, True]
+    assert [Path(folder).exists() for folder in ours] == [False, False]
+    assert (out / ".mine.partial").is_dir()
+    assert not (out / ".checkpoint-7.partial").exists()
+
+
+def test_tokens_that_cannot_be_kept_are_one_line(plain, command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(command(plain, tmp_path / "out", "steps=1", f"data.cache={tmp_path / 'file'}")) == 2
+    assert f"data.cache={tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("out", "settings", "message"),
+    [
+        ("theirs", [], "theirs: not empty; choose another directory"),
+        ("theirs", ["--force"], "--force replaces an earlier run or a model that Loopwise wrote"),
+        ("theirs", ["--resume"], "theirs: no run to resume in it"),
+        ("ours", [], "--force replaces it, or choose another directory"),
+        ("file", [], "file is a file; give a directory for the output"),
+        ("file/out", [], "file, and that is no directory; choose another directory"),
+        ("model/out", [], "lies in the source"),
+        ("model", ["--force"], "lies in the source"),
+        ("", [], "holds the source"),
+        (".", [], "OUT is '.'; name a directory to be made"),
+        ("closed/out", [], "closed, and nothing may be written there; choose another directory"),
+        ("out", ["data.train=out/text.jsonl"], "lies in OUT"),
+    ],
+)
+def test_a_dry_run_says_what_would_refuse_the_run(
+    out, settings, message, options, plain, command, tmp_path, monkeypatch, capsys
+):
+    here = tmp_path / "here"
+    for name in ("theirs", "ours", "closed"):
+        (here / name).mkdir(parents=True)
+        (here / name / "precious").touch()
+    (here / "ours" / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
+    (here / "file").touch()
+    shutil.copytree(plain, here / "model")
+    monkeypatch.chdir(here)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode))
+    before = files(tmp_path)
+    place = here / out if out != "." else Path(out)
+    assert main([*command(here / "model", place, "steps=1"), *settings, *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("standing", STANDING)
 def test_force_replaces_what_is_ours_alone(standing, plain, command, tmp_path, capsys):
     out = tmp_path / "out"

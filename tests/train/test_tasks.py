@@ -223,20 +223,46 @@ def test_init_writes_an_untrained_model_that_trains(tmp_path, capsys):
     [
         (["task:hop", "OUT"], "unknown task 'hop'"),
         (["nowhere/x/y", "OUT"], "nowhere/x/y: no such directory, and no model of the hub"),
-        (["task:hops", "."], ".: there is something already; choose another directory"),
+        (["task:hops", "."], "OUT is '.'; name a directory to be made"),
+        (["task:hops", "mine"], "mine is a file; give a directory for the output"),
+        (["task:hops", "mine/out"], "mine, and that is no directory; choose another directory"),
+        (["task:hops", "../here"], "here holds the current directory and would replace it"),
         (["task:hops", "OUT", "hidden_size=100"], "hidden_size=100 is not 2 x num_attention_heads=4 x a whole number"),
         (["task:hops", "OUT", "num_key_value_heads=3"], "num_key_value_heads=3 does not divide num_attention_heads=4"),
         (["task:hops", "OUT", "layers=3"], "unknown recipe key 'layers'"),
     ],
 )
 def test_init_says_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").touch()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine").touch()
     assert main(["init", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in here.iterdir()] == ["mine"]
+
+
+def test_init_replaces_what_is_ours_alone(tmp_path, capsys):
+    """By the rule of convert: never without --force, with it what has a record, never a folder that it reads."""
+    sizes = ["hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1"]
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    run(["init", "task:hops", str(out), *sizes])
+    mine.mkdir()
+    (mine / "precious").touch()
+    for arguments, message in (
+        ([out], "out is not empty; choose another directory, or replace it with --force"),
+        ([mine, "--force"], "--force replaces only what Loopwise wrote"),
+        ([out / "deeper", str(out)], "lies in the source"),
+    ):
+        source = arguments[1] if arguments[1:] and arguments[1] != "--force" else "task:hops"
+        options = [x for x in arguments[1:] if x == "--force"]
+        assert main(["init", source, str(arguments[0]), *sizes, *options]) == 2
+        assert message in capsys.readouterr().err
+    run(["init", "task:hops", str(out), *sizes, "seed=3", "--force"])
+    assert json.loads((out / "loopwise.json").read_text())["init"]["seed"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
 def test_lookups_and_hops_are_drawn_as_asked():
