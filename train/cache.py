@@ -15,7 +15,7 @@ from loopwise.errors import UserError
 from .recipe import Data
 from .sources import files_of
 
-FORMAT = 2  # of what is kept: goes up where the same files give other tokens or marks
+FORMAT = 3  # of what is kept: goes up where the same files give other tokens or marks
 DONE = "done"  # written last: a killed run leaves no half of an entry that would be taken for whole
 
 
@@ -44,6 +44,7 @@ def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
             np.save(partial / f"{name}.npy", array)
         (partial / DONE).write_text("", encoding="utf-8")
         if not (folder / DONE).is_file():  # else another run has kept the same meanwhile
+            remove(folder)
             partial.replace(folder)
     except OSError as error:
         raise UserError(f"data.cache={folder.parent}: cannot be written ({error.strerror or error})") from None

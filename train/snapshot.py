@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loopwise.errors import UserError
 
-RECORDS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv")
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 UNREAD = (".zst", ".zip", ".tar", ".tgz", ".7z", ".lz4")
 ABOUT = ("README", "LICENSE", "NOTICE", "dataset_infos.json")  # files beside the data

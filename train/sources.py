@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import glob
-import json
-import lzma
 import os
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from loopwise.errors import UserError, missing, reason, shorten
+from loopwise.errors import UserError, missing, reason
 from loopwise.unused import Unused
 
 from . import tasks
 from .chat import ARGUMENTS, conversation_of, encode
-from .snapshot import PACKED, RECORDS, files_of_split, is_snapshot, kind_of
+from .files import no_field, records
+from .snapshot import RECORDS, files_of_split, is_snapshot, kind_of
 
 NAMED = 10  # skipped records that are named one by one
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # which `datasets` reads
 
 
 @dataclass
@@ -50,7 +47,7 @@ class Reader:
     def take(self, record: Any, where: str) -> Any:
         """The document of a record: a text, an encoded conversation, or None where it was skipped."""
         try:
-            value = _value(record, where, self.field)
+            value = _value(record, where, self.field, self.chat)
             if not self.chat:
                 return _text(value, where, self.field)
             return encode(conversation_of(record, self.field, where), self.tokenizer, where)
@@ -70,8 +67,9 @@ class Reader:
 def documents(sources: list[str], reader: Reader) -> Iterator[Any]:
     """The documents of all `sources`, in their order; empty ones are left out.
 
-    Raises UserError for a source that does not exist, a file that is not UTF-8 text, a bad line (with file and line).
-    Directories and globs leave out files that are not UTF-8 text: they often hold images or caches.
+    Raises UserError for a source that does not exist and, unless the reader skips them, for a file that is not UTF-8
+    text, and a bad line (with file and line). Directories and globs leave out files that are not UTF-8 text: they often
+    hold images or caches.
     """
     for source in sources:
         for document in _documents(source, reader):
@@ -133,7 +131,7 @@ def _has_splits(path: Path, files: list[Path]) -> bool:
 
 def unused(sources: list[str], split: str, subset: str | None, prefix: str = "") -> Iterator[Unused]:
     """The keys, behind `prefix`, that are of no use to `sources`. Raises UserError for those that cannot be read."""
-    splits = subsets = records = local = False
+    splits = subsets = fields = named = local = False
     if prefix and all(map(tasks.is_task, sources)):
         yield Unused(f"{prefix}chat_field", (), "records of generated tasks are conversations in any case")
     for source in sources:
@@ -146,14 +144,18 @@ def unused(sources: list[str], split: str, subset: str | None, prefix: str = "")
         splits |= hub or snapshot or (path / "dataset_dict.json").is_file()
         subsets |= hub or snapshot
         local |= files is not None
-        records |= files is None or any(kind_of(file, strict=False) in RECORDS for file in files)
+        fields |= files is None or any(kind_of(file, strict=False) in RECORDS for file in files)
+        named |= path.is_file()
     plain = "files, folders of files without splits, and single saved datasets"
     if not splits:
         yield Unused(f"{prefix}split", (), f"{plain} have none; name the files of the split")
     if not subsets:
         yield Unused(f"{prefix}subset", (), "it belongs to datasets of the hub, or to folders with a dataset card")
-    if not records:
+    if not fields:
         yield Unused(f"{prefix}text_field", (), "text files and generated tasks have no fields")
+    if not fields and not named:
+        why = "texts of a folder that are not UTF-8 are left out in any case, and generated tasks have no bad records"
+        yield Unused(f"{prefix}bad_records", (), why)
     if prefix and not local:
         yield Unused(f"{prefix}cache", (), "it keeps tokens of local files, and there are none")
 
@@ -171,99 +173,19 @@ def _walk(directory: Path) -> Iterator[Path]:
         yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked where its name says that it is compressed. Raises UserError where that fails."""
-    opener = PACKED.get(path.suffix.lower())
-    try:
-        with path.open("rb") if opener is None else import_module(opener).open(path, "rb") as file:
-            yield file
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or reason(error)}") from None
-
-
-def _text_of(path: Path) -> str:
-    with _opened(path) as file:
-        return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # as Python's text files do
-
-
 def _file(path: Path, reader: Reader, strict: bool) -> Iterator[Any]:
-    kind = kind_of(path, strict)
-    if kind in (".jsonl", ".ndjson"):
-        yield from _jsonl(path, reader)
-    elif kind == ".json":
-        yield from _json(path, reader)
-    elif kind in TABLES:
-        yield from _rows(_table(path, reader), str(path), reader)
-    elif reader.chat:
-        if strict:
-            raise UserError(f"{path}: conversations are read from .jsonl, .json, .parquet, .arrow and datasets")
-    else:
-        try:
-            text = _text_of(path)
-        except UnicodeDecodeError as error:
-            if strict:
-                raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        else:
-            if strict or "\0" not in text:
-                yield text
+    if kind_of(path, strict) in TABLES:
+        yield from _rows(_table(path), str(path), reader)
+        return
+    for _, where, record in records(path, reader.field, reader.chat, strict, reader.bad):
+        yield reader.take(record, where)
 
 
-def _jsonl(path: Path, reader: Reader) -> Iterator[Any]:
-    for number, record in json_lines(path, reader):
-        yield reader.take(record, f"{path}:{number}")
-
-
-def json_lines(path: Path, reader: Reader, after: int = 0) -> Iterator[tuple[int, Any]]:
-    """The records behind line `after` of a file with one a line, each with its line's number; bad lines are the
-    reader's."""
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if number <= after:
-                continue
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                record = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                reader.bad(UserError(f"{where}: not UTF-8 ({error.reason})"))
-            except (ValueError, RecursionError) as error:
-                reader.bad(UserError(f"{where}: {_not_json(error)}"))
-            else:
-                if text.strip():
-                    yield number, record
-
-
-def _json(path: Path, reader: Reader) -> Iterator[Any]:
-    """The records of one array, or of one object a line, which some call .json too."""
-    try:
-        text = _text_of(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise UserError(f"{path}: {_not_json(error)}") from None
-        yield from _jsonl(path, reader)
-    else:
-        for number, record in enumerate(records if isinstance(records, list) else [records]):
-            yield reader.take(record, f"{path} record {number}")
-
-
-def _not_json(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg} at {f'line {error.lineno} ' if error.lineno > 1 else ''}column {error.colno})"
-    # Python refuses integers of more than 4,300 digits, and what nests deeper than its stack.
-    return "JSON that nests too deeply" if isinstance(error, RecursionError) else f"not JSON ({reason(error)})"
-
-
-def _value(record: Any, where: str, field: str) -> Any:
+def _value(record: Any, where: str, field: str, chat: bool) -> Any:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is an object with a field {field!r}, not a {type(record).__name__}")
     if field not in record:
-        fields = shorten(", ".join(map(repr, record)) or "no fields", 200)
-        raise UserError(f"{where}: no field {field!r} among {fields}; text_field names the one to use")
+        raise no_field(where, field, record, chat)
     return record[field]
 
 
@@ -282,24 +204,13 @@ def is_dataset(directory: Path) -> bool:
     return any((directory / name).is_file() for name in saved)
 
 
-def options_of(kind: str, reader: Reader) -> dict[str, Any]:
-    """The options of a builder of `datasets` for the files that it reads."""
-    if kind == "csv":
-        return {
-            "converters": {reader.field: str},
-            "keep_default_na": False,
-        }  # NA, null and 007 stay text
-    return {"sample_by": "document"} if kind == "text" else {}
-
-
-def _table(path: Path, reader: Reader) -> Any:
+def _table(path: Path) -> Any:
     # Read straight from the file: a copy in the user's cache would outlive the run.
     with tempfile.TemporaryDirectory() as cache, told(str(path)):
         import datasets
 
-        kind = TABLES[kind_of(path)]
-        keys = {"split": "train", "cache_dir": cache, "keep_in_memory": True, **options_of(kind, reader)}
-        return datasets.load_dataset(kind, data_files=str(path), **keys)
+        keys: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+        return datasets.load_dataset(TABLES[kind_of(path)], data_files=str(path), **keys)
 
 
 def _dataset(source: str, path: Path, split: str, subset: str | None) -> Any:
@@ -323,7 +234,7 @@ def saved(source: str, path: Path, split: str) -> Any:
 
 def _rows(dataset: Any, source: str, reader: Reader) -> Iterator[Any]:
     if reader.field not in dataset.column_names:
-        _value(dict.fromkeys(dataset.column_names), source, reader.field)
+        raise no_field(source, reader.field, dataset.column_names, reader.chat)
     present = [name for name in reader.columns if name in dataset.column_names]
     number = 0
     with told(source):  # what cannot be decoded shows when it is read

@@ -19,13 +19,12 @@ from loopwise.errors import UserError
 
 from . import tasks
 from .data import Packed, reader_of, tokenise
+from .files import records
 from .recipe import Data
 from .snapshot import kind_of
-from .sources import TABLES, Reader, check_exists, files_of, json_lines, of_source, options_of, saved, told
+from .sources import TABLES, Reader, check_exists, files_of, of_source, saved, told
 
 MARKS = "streams.json"
-LINES = (".jsonl", ".ndjson")
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", **TABLES}
 
 
 @dataclass
@@ -120,7 +119,8 @@ class Stream:
             number = self.number
             self.number += 1
             source = self.sources[self.place]
-            document = of_source(source, self.reader).take(record, f"{source} row {number}")
+            where = self.dataset.where if isinstance(self.dataset, Files) else f"{source} row {number}"
+            document = of_source(source, self.reader).take(record, where)
             if document:
                 passes, found = 0, found + 1
                 yield document
@@ -159,20 +159,22 @@ def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) ->
         )
 
 
-class JsonLines:
-    """The records of `files`, one a line, as a stream that goes on where its state says.
+class Files:
+    """The records of `files` as a stream that goes on where its state says.
 
-    `datasets` ends at the first bad line of a file. Here the reader names it, and goes on if bad records are skipped.
+    They are those that `files.records` finds, as for a source that is read before training. where: place of the last.
     """
 
-    def __init__(self, files: list[Path], reader: Reader):
-        self.files, self.reader, self.file, self.line = files, reader, 0, 0
+    def __init__(self, files: list[Path], reader: Reader, strict: bool):
+        self.files, self.reader, self.strict = files, reader, strict
+        self.file, self.line, self.where = 0, 0, ""
 
     def __iter__(self) -> Iterator[Any]:
+        options = (self.reader.field, self.reader.chat, self.strict, self.reader.bad)
         while self.file < len(self.files):
-            for line, record in json_lines(self.files[self.file], self.reader, after=self.line):
-                self.line = line
-                yield record
+            for found in records(self.files[self.file], *options, after=self.line):
+                self.line, self.where = found.number, found.where
+                yield found.record
             self.file, self.line = self.file + 1, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -190,7 +192,7 @@ def _told_rows(dataset: Any, source: str) -> Iterator[Any]:
 
 
 def stream_of(source: str, reader: Reader) -> Any:
-    """The stream of a source: a generated task, or of `datasets` a hub id, a saved dataset, local files of one kind.
+    """The stream of a source: a generated task, local files, or of `datasets` a hub id, a saved dataset.
 
     Raises UserError where it is none of these.
     """
@@ -205,16 +207,13 @@ def stream_of(source: str, reader: Reader) -> Any:
         if path.is_dir():
             return saved(source, path, reader.split).to_iterable_dataset()
         return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
-    kinds = {BUILDERS.get(kind_of(file), "text") for file in files}
+    if not files:
+        raise UserError(f"{source}: no files there")
+    kinds = {TABLES.get(kind_of(file, strict=False)) for file in files}
+    if kinds == {None}:
+        return Files(files, reader, strict=Path(source).expanduser().is_file())
     if len(kinds) != 1:
-        rule = (
-            "no files there" if not kinds else f"a stream reads files of one kind, these are {', '.join(sorted(kinds))}"
-        )
-        raise UserError(f"{source}: {rule}")
-    kind = kinds.pop()
-    if all(kind_of(file) in LINES for file in files):
-        return JsonLines(files, reader)
-    if kind == "text" and reader.field != "text":
-        raise UserError(f"{source}: text files have the field 'text', not {reader.field!r}")
+        found = ", ".join(sorted({kind_of(file, strict=False) or file.name for file in files}))
+        raise UserError(f"{source}: a stream reads parquet or arrow files alone, no other files beside them: {found}")
     paths = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=paths, split="train", streaming=True, **options_of(kind, reader))
+    return datasets.load_dataset(kinds.pop(), data_files=paths, split="train", streaming=True)

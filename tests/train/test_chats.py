@@ -83,7 +83,7 @@ def test_a_conversation_that_the_template_refuses(recurrent, chatting, tmp_path,
     for streamed in ("data.bad_records=skip", "data.bad_records=stop"):
         code = main(["train", str(model), str(tmp_path / streamed), *keys, "data.streaming=true", streamed])
         assert code == (0 if streamed.endswith("skip") else 2)
-        assert "row 20: the chat template refuses it (System role not supported)" in capsys.readouterr().err
+        assert "c10.jsonl:21: the chat template refuses it (System role not supported)" in capsys.readouterr().err
 
 
 ASSISTANT = {"role": "assistant", "content": "x"}

@@ -126,6 +126,7 @@ def test_tokens_that_cannot_be_kept_are_one_line(plain, command, tmp_path, capsy
         (".", [], "OUT is '.'; name a directory to be made"),
         ("closed/out", [], "closed, and nothing may be written there; choose another directory"),
         ("out", ["data.train=out/text.jsonl"], "lies in OUT"),
+        ("out", ["data.bad_records=skip", "data.train=task:hops"], "data.bad_records=skip has no effect"),
     ],
 )
 def test_a_dry_run_says_what_would_refuse_the_run(

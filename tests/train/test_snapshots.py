@@ -182,7 +182,7 @@ def test_cells_of_tables(tokenizer, tmp_path, capsys):
     assert read(tmp_path / "a.parquet", skip=True) == ["one", "two"]
     assert "a.parquet row 1: field 'text' holds a NoneType, not text" in capsys.readouterr().err
     (tmp_path / "latin.csv").write_bytes("text\nschön\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.csv: not readable"):
+    with pytest.raises(UserError, match=r"latin\.csv:2: not UTF-8"):
         read(tmp_path / "latin.csv")
 
 

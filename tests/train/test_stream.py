@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 from dataclasses import asdict
 
@@ -13,6 +15,7 @@ from train_tiny import RECURRENCE, run, same
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.train.recipe import Data
+from loopwise.train.sources import Reader, documents
 from loopwise.train.stream import Mark, Stream
 
 LENGTH, WINDOW = 16, 7
@@ -102,6 +105,72 @@ def test_bad_lines_are_named_and_skipped_or_end_the_run(folder, tokenizer, tmp_p
         blocks(opened(broken, tokenizer), 60)
 
 
+BAD = {
+    "latin.txt": ("schön\n".encode("latin-1"), [], ["latin.txt: not UTF-8 text"]),
+    "marked.txt": (b"\xef\xbb\xbfone\r\ntwo", ["one\ntwo"], []),
+    "ragged.csv": (
+        b'text,n\none,1\ntwo,2,3\n\n"three\nlines",3\nshort\n"quo"ted,4\nNA,4\n"open',
+        ["one", "three\nlines", "short", "NA"],
+        ["ragged.csv:3: 3 cells, and the header has 2", "ragged.csv:8: no row", "ragged.csv:10: no row"],
+    ),
+    "latin.csv": ("n,text\n1,one\n2,schön\n3,two\n".encode("latin-1"), ["one", "two"], ["latin.csv:3: not UTF-8"]),
+    "few.csv": (b"n,text\n1\n2,two\n", ["two"], ["few.csv:2: no field 'text' among 'n'; text_field names"]),
+    "tabs.tsv": (b"n\ttext\n1\tone, two\n2\t007\n3\tNA\t\n", ["one, two", "007"], ["tabs.tsv:4: 3 cells"]),
+    "packed.tsv.gz": (gzip.compress(b"text\tn\none\t1\n"), ["one"], []),
+    "long.csv": (b"text\n" + b"x" * 200_000 + b"\n", ["x" * 200_000], []),
+    "array.json": (b'[{"text": "one"}, {"text": 5}, {"text": "two"}]', ["one", "two"], ["array.json record 1: field"]),
+    "latin.json": ('[{"text": "schön"}]'.encode("latin-1"), [], ["latin.json: not UTF-8 text"]),
+    "cut.json": (b'[{"text": "one"}, {"te', [], ["cut.json: not JSON"]),
+    "lines.jsonl": (b'{"text": "one"}\n{"te\n{"text": "two"}\n', ["one", "two"], ["lines.jsonl:2: not JSON"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_stream_reads_what_is_read_before_training(name, tokenizer, tmp_path, capsys):
+    """The same documents, and of bad ones the same lines: skipped, or ending the run."""
+    content, expected, told = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "more.jsonl").write_text('{"text": "more"}\n')
+    sources = [str(tmp_path / name), str(tmp_path / "more.jsonl")]
+    assert list(documents(sources, Reader(skip=True))) == [*expected, "more"]
+    named = capsys.readouterr().err.splitlines()
+    assert len(named) == len(told)
+    assert all(part in line for part, line in zip(told, named, strict=True))
+    data = Data.model_validate(
+        {"train": sources, "streaming": True, "window": len(expected) + 1, "bad_records": "skip"}
+    )
+    stream = Stream(sources, data, tokenizer, 0, None)
+    assert [*stream._documents()] == [*expected, "more"]
+    assert capsys.readouterr().err.splitlines() == named
+    if told:
+        for read in (
+            lambda: list(documents(sources, Reader())),
+            lambda: list(
+                Stream(sources, data.model_copy(update={"bad_records": "stop"}), tokenizer, 0, None)._documents()
+            ),
+        ):
+            with pytest.raises(UserError, match=re.escape(told[0])):
+                read()
+
+
+def test_a_stream_of_a_folder_reads_what_its_files_hold(tokenizer, tmp_path):
+    """Files of several kinds, as a folder that is read before training; a mark in a table says where to go on."""
+    (tmp_path / "a.csv").write_text("text,n\n" + "".join(f'"row\n{i}",{i}\n' for i in range(12)))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": f"entry {i}"} for i in range(12)]))
+    (tmp_path / "c.txt").write_text("text")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe no text")
+    expected = list(documents([str(tmp_path)], Reader()))
+    assert len(expected) == 25
+    assert [*opened(tmp_path, tokenizer, window=25)._documents()] == expected
+    found = blocks(opened(tmp_path, tokenizer), 60)
+    for place in (3, 14, 29, 41):
+        first = opened(tmp_path, tokenizer)
+        first.row(place)
+        mark = json.loads(json.dumps(asdict(first.mark(place))))
+        second = opened(tmp_path, tokenizer, Mark(**mark))
+        assert [second.row(i)["input_ids"].tolist() for i in range(place, 60)] == found[place:]
+
+
 @pytest.fixture(scope="module")
 def mixed(folder, corpus):
     phases = [
@@ -132,7 +201,7 @@ def test_resumed_run_ends_the_same(noisy, mixed, tmp_path, capsys):
 
 def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
     (tmp_path / "kinds").mkdir()
-    (tmp_path / "kinds" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "kinds" / "a.parquet").write_bytes(b"PAR1")
     (tmp_path / "kinds" / "b.txt").write_text("b")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "some words to begin with"}\n' * 9 + '{"text": 5}\n')
@@ -142,7 +211,7 @@ def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
         (f"data.train={folder}", "data.streaming=true", "steps=2", "data.eval_fraction=0.1"): "use eval",
         (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): "'elsewhere' is none of the training sources",
         (f"data.train=[{folder}, {corpus}]", f"data.streaming={folder}", "steps=2"): "name them in phases",
-        (f"data.train={tmp_path / 'kinds'}", "data.streaming=true", "steps=2"): "files of one kind, these are json, te",
+        (f"data.train={tmp_path / 'kinds'}", "data.streaming=true", "steps=2"): "files beside them: .parquet, .txt",
         (f"data.train={tmp_path / 'nowhere'}", "data.streaming=true", "steps=2"): "no such file or directory",
         (f"data.train={tmp_path / 'empty.jsonl'}", "data.streaming=true", "steps=2"): "no text in it",
         (f"data.train={tmp_path / 'other.jsonl'}", "data.streaming=true", "steps=2"): "no field 'text' among 'body'",
