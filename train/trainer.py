@@ -7,10 +7,12 @@ Shapes: B blocks of a micro-batch, T tokens of a block, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -213,6 +215,31 @@ class RecurrentTrainer(Trainer):
         """That of AdamW without a multiplier, whatever stands in the first group."""
         scheduler = cast(Any, self.lr_scheduler)
         return scheduler.get_last_lr()[0] / scheduler.base_lrs[0] * self.recipe.optimiser.learning_rate
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.streams:
+            epoch_iterator = iter(self._read(epoch_iterator, num_batches))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _read(self, micro_batches: Iterator[Any], count: int) -> list[Any]:
+        """Those of the next step, read by all ranks before one computes. Raises UserError, in all of them, where a
+        stream of one cannot be read on: after a checkpoint of the steps that are done, which took long."""
+        found, told = [], None
+        try:
+            found = list(itertools.islice(micro_batches, count))
+        except UserError as error:
+            told = str(error)
+        failed = torch.tensor(int(told is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            failed = cast(torch.Tensor, self.accelerator.reduce(failed))
+        if not failed:
+            return found
+        step = self.state.global_step
+        if step:
+            self.keep()
+        told = told or "a stream of another process cannot be read on"
+        kept = f"; checkpoint-{step} is written: mend the source, and --resume goes on from it" if step else ""
+        raise UserError(f"{told}{kept}")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step

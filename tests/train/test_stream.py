@@ -6,6 +6,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -197,6 +199,49 @@ def test_resumed_run_ends_the_same(noisy, mixed, tmp_path, capsys):
     marks = [json.loads((out / "checkpoint-15" / "streams.json").read_text()) for out in (cut, tmp_path / "whole")]
     assert marks[0] == marks[1]
     assert marks[0]["0"]["first"] > 0
+
+
+def test_a_stream_that_cannot_be_read_on_loses_no_step(noisy, tmp_path, capsys):
+    """The steps that are done are in a checkpoint, and --resume goes on as if the source had never been bad."""
+    source, settings = tmp_path / "text.jsonl", ["data.streaming=true", "data.window=8", "batch_size=4", "steps=8"]
+    good = [json.dumps({"text": f"document {i} of them all"}) for i in range(64)]
+    source.write_text("\n".join(good))
+
+    def arguments(out: str) -> list[str]:
+        return ["train", str(noisy), str(tmp_path / out), f"data.train={source}", "data.sequence_length=32", *settings]
+
+    run(arguments("whole"))
+    source.write_text("\n".join([*good[:24], '{"text": 5}', *good[25:]]))
+    assert main(arguments("cut")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    made = [path.name for path in (tmp_path / "cut").glob("checkpoint-*")]
+    assert f"{source}:25: field 'text' holds a int, not text; {made[0]} is written: mend the source, and" in error
+    assert len(made) == 1
+    source.write_text("\n".join(good))
+    run([*arguments("cut"), "--resume"])
+    assert f"from {made[0]}" in capsys.readouterr().out
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    source.write_text('{"text": 5}')  # before the first step there is nothing to keep
+    assert main(arguments("none")) == 2
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_a_stream_of_one_cannot_be_read_on(noisy, tmp_path):
+    source = tmp_path / "text.jsonl"
+    good = [json.dumps({"text": f"document {i} of them all"}) for i in range(64)]
+    source.write_text("\n".join([*good[:40], '{"text": 5}', *good[41:]]))
+    settings = [f"data.train={source}", "data.streaming=true", "data.window=8", "data.sequence_length=32", "steps=12"]
+    command = [sys.executable, "-m", "loopwise", "train", str(noisy), str(tmp_path / "out"), *settings, "batch_size=2"]
+    command += ["--launcher", "ddp", "--processes", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    [made] = (path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert ended.returncode == 2
+    assert f"text.jsonl:41: field 'text' holds a int, not text; {made} is written" in ended.stderr
+    source.write_text("\n".join(good))
+    ended = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert f"from {made}" in ended.stdout
 
 
 def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
