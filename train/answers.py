@@ -15,7 +15,7 @@ from loopwise.errors import UserError
 from . import tasks
 from .data import LEARN, split, tokenise
 from .recipe import Evaluate
-from .sources import Reader, documents
+from .sources import Reader, documents, some_generated, spread
 
 
 class Answer(NamedTuple):
@@ -38,7 +38,7 @@ class Sequences:
     def spread(self, most: int) -> Sequences:
         """At most so many of the sequences, evenly spread."""
         count = len(self.ids)
-        kept = range(count) if count <= most else [i * count // most for i in range(most)]
+        kept = spread(count, most)
         place = {old: new for new, old in enumerate(kept)}
         answers = [a._replace(sequence=place[a.sequence]) for a in self.answers if a.sequence in place]
         return Sequences([self.ids[i] for i in kept], [self.learned[i] for i in kept], answers)
@@ -59,18 +59,27 @@ class Grouped(Reader):
         if conversation is None or self.group is None:
             return conversation and (conversation, None)
         if self.group not in record:
-            raise UserError(f"{where}: no field {self.group!r} to group by among {', '.join(map(repr, record))}")
+            fields = ", ".join(map(repr, record))
+            self.bad(UserError(f"{where}: no field {self.group!r} to group by among {fields}"))
+            return None
         return conversation, record[self.group]
 
 
 def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
-    """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough."""
+    """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough.
+
+    Of generated tasks with a limit only so many records are drawn. Of files all are read: how many there are, which the
+    split holds out, and which are too long, nothing tells before.
+    """
     field = recipe.chat_field or tasks.MESSAGES
-    reader = Grouped(field, recipe.split, recipe.subset, chat=True, tokenizer=tokenizer, group=recipe.group)
+    skip = recipe.bad_records == "skip"
+    reader = Grouped(field, recipe.split, recipe.subset, chat=True, skip=skip, tokenizer=tokenizer, group=recipe.group)
+    drawn = recipe.limit and all(map(tasks.is_task, recipe.data)) and not recipe.eval_fraction
     groups: list[Any] = []
 
     def kept() -> Iterator[Any]:
-        for conversation, group in documents(recipe.data, reader):
+        read = some_generated(recipe.data, reader, recipe.limit or 0) if drawn else documents(recipe.data, reader)
+        for conversation, group in read:
             groups.append(group)
             yield conversation
 
@@ -87,11 +96,17 @@ def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
             long += 1
             continue
         learned = (corpus.marks[own] & LEARN) > 0
-        found.answers += _answers(len(found.ids), learned, group, f"record {number} of {', '.join(recipe.data)}")
+        try:
+            found.answers += _answers(len(found.ids), learned, group, f"record {number} of {', '.join(recipe.data)}")
+        except UserError as error:
+            reader.bad(error)
+            continue
         found.ids.append(corpus.tokens[own].astype(np.int64))
         found.learned.append(learned)
     if long:
         print(f"left out: {long} records of over sequence_length={recipe.sequence_length} tokens", file=sys.stderr)
+    if reader.skipped:
+        print(f"{', '.join(recipe.data)}: {reader.skipped} bad records were skipped", file=sys.stderr)
     if not found.answers:
         raise UserError(f"{', '.join(recipe.data)}: no answers to measure in it")
     return found

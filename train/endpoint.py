@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from loopwise.errors import UserError, reason
 
@@ -42,6 +43,7 @@ class Endpoint:
         except ImportError:
             raise UserError("endpoint: asking a server needs the openai package: pip install openai") from None
         self.url, self.errors = url, openai
+        self._hint = "" if urlsplit(url).path.strip("/") else f"; its address mostly ends in /v1: {url.rstrip('/')}/v1"
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=SECONDS)
         self.name = self._call(self.client.models.list).data[0].id
 
@@ -88,10 +90,11 @@ class Endpoint:
             return function(**arguments)
         except self.errors.APIStatusError as error:
             told = error.body.get("message") if isinstance(error.body, dict) else None
-            raise UserError(f"endpoint={self.url}: HTTP {error.status_code}: {told or reason(error)}") from None
+            hint = self._hint if error.status_code == 404 else ""
+            raise UserError(f"endpoint={self.url}: HTTP {error.status_code}: {told or reason(error)}{hint}") from None
         except (self.errors.APIConnectionError, self.errors.APIResponseValidationError) as error:
             raise UserError(
-                f"endpoint={self.url}: no OpenAI-compatible server answers there ({reason(error)})"
+                f"endpoint={self.url}: no OpenAI-compatible server answers there ({reason(error)}){self._hint}"
             ) from None
 
 

@@ -137,7 +137,7 @@ def _text(recipe: Evaluate, tokenizer: Any) -> Sequences:
     from . import data
     from .answers import Sequences
 
-    keys = {key: getattr(recipe, key) for key in ("text_field", "split", "subset", "sequence_length")}
+    keys = {key: getattr(recipe, key) for key in ("text_field", "split", "subset", "bad_records", "sequence_length")}
     corpus = data.read(recipe.data, Data(train=recipe.data, **keys), tokenizer)
     tokens = corpus.tokens[data.split(corpus, recipe.eval_fraction)[1]] if recipe.eval_fraction else corpus.tokens
     blocks = list(data.pack(tokens, recipe.sequence_length, "data").astype(np.int64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -18,15 +20,31 @@ from .recipe_objectives import Objectives
 def _named(values: list[str]) -> list[str]:
     if "" in values:
         raise ValueError("an empty name; the empty path would be the current directory")
+    for source, rest in itertools.pairwise(values):  # task:hops?hops=1,2 is two items
+        if tasks.is_task(source) and "=" in source and re.fullmatch(r"[\d.+]+(&.*)?", rest):
+            raise ValueError(
+                f"{source},{rest}: a comma ends a source; numbers of a task's parameter are joined by +, or a range: "
+                "hops=1+2, hops=1..4"
+            )
+    return values
+
+
+def _once(values: list[Any]) -> list[Any]:
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise ValueError(f"{twice} stands twice; once is enough")
     return values
 
 
 Strings = Annotated[list[str], AfterValidator(_named)]
+Names = Annotated[Strings, AfterValidator(_once)]
+Depths = Annotated[Counts, AfterValidator(_once)]
 Training = AfterValidator(lambda sources: [tasks.placed(source, tasks.TRAIN) for source in sources])
 HeldOut = AfterValidator(lambda sources: [tasks.placed(source, tasks.HELD_OUT) for source in sources])
 # Fields of a request that change how deep a server goes; eval sets all others itself.
 REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave", "diffusion")
 COOLDOWN = 0.2
+BadRecords = Literal["stop", "skip"]
+BAD = "a record without what is asked for, or a named file that is not UTF-8"
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = tuple[Number, Number]
 
@@ -96,9 +114,8 @@ class Data(Section):
     separate_documents: bool = Field(
         default=False, description="whether documents packed into one block attend to themselves alone"
     )
-    bad_records: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="a record without what is asked for: stop the run, or skip it; it is named either way",
+    bad_records: BadRecords = Field(
+        default="stop", description=f"{BAD}: stop the run, or skip it; it is named either way"
     )
     cache: str | None = Field(
         default=None, description="directory in which the tokens of local files are kept for later runs"
@@ -196,7 +213,7 @@ class Recurrence(Section):
         default=None,
         description="share of the steps in which the capacities of an expert-choice router fall from 1 along a cosine",
     )
-    eval_at: Counts | None = Field(
+    eval_at: Depths | None = Field(
         default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
     )
 
@@ -238,7 +255,7 @@ ROLES = (
 Role = Literal[
     "embeddings", "head", "norms", "prelude", "core", "coda", "injection", "lora", "router", "gate", "adapters"
 ]
-Roles = list[Role]
+Roles = Annotated[list[Role], AfterValidator(_once)]
 
 
 class Optimiser(Section):
@@ -305,7 +322,7 @@ class Adapters(Section):
     rank: Count = Field(default=8, description="rank of the adapters")
     alpha: Number | None = Field(default=None, gt=0, description="their scale is alpha / rank (default: alpha = rank)")
     dropout: Number = Field(default=0.0, ge=0, lt=1, description="on their input")
-    targets: Strings | None = Field(
+    targets: Names | None = Field(
         default=None, min_length=1, description="names of linear modules (default: all of the layers)"
     )
 
@@ -352,7 +369,7 @@ class Train(Section):
     save_every: Count | None = Field(default=None, description="steps between checkpoints (default: none)")
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
     eval_every: Count | None = Field(default=None, description="steps between held-out evaluations (default: none)")
-    report_to: Strings = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
+    report_to: Names = Field(default=[], description="trackers of transformers: tensorboard, wandb, trackio, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
@@ -399,10 +416,11 @@ class Evaluate(Section):
     )
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    bad_records: BadRecords = Field(default="stop", description=f"{BAD}: stop, or skip it; it is named either way")
     sequence_length: Integer = Field(
         default=1024, ge=2, description="tokens in a block of text; most tokens of a conversation"
     )
-    num_recurrences: Counts | None = Field(
+    num_recurrences: Depths | None = Field(
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
     limit: Count | None = Field(

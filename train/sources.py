@@ -6,9 +6,11 @@ import glob
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,21 @@ def _generated(source: str, reader: Reader) -> Iterator[Any]:
         yield reader.take(record, f"{source} record {number}")
 
 
+def spread(count: int, most: int) -> Sequence[int]:
+    """At most `most` of the numbers below `count`, evenly spread."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]
+
+
+def some_generated(sources: list[str], reader: Reader, most: int) -> Iterator[Any]:
+    """At most `most` records of generated tasks, evenly spread over all of them, as documents."""
+    parsed = [tasks.parse(source) for source in sources]
+    ends = list(accumulate(task.values["records"] for task in parsed))
+    for place in spread(ends[-1], most):
+        i = bisect_right(ends, place)
+        number = place - (ends[i - 1] if i else 0)
+        yield of_source(sources[i], reader).take(parsed[i].record(number), f"{sources[i]} record {number}")
+
+
 def check_exists(source: str, path: Path) -> None:
     """Raises UserError for what looks like a path, and is not there, rather than ask the hub for it."""
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix):
@@ -146,8 +163,10 @@ def unused(sources: list[str], split: str, subset: str | None, prefix: str = "")
         local |= files is not None
         fields |= files is None or any(kind_of(file, strict=False) in RECORDS for file in files)
         named |= path.is_file()
-    plain = "files, folders of files without splits, and single saved datasets"
-    if not splits:
+    if not splits and all(map(tasks.is_task, sources)):
+        yield Unused(f"{prefix}split", (), f"a generated task's stands in its source, as {sources[0]}")
+    elif not splits:
+        plain = "files, folders of files without splits, and single saved datasets"
         yield Unused(f"{prefix}split", (), f"{plain} have none; name the files of the split")
     if not subsets:
         yield Unused(f"{prefix}subset", (), "it belongs to datasets of the hub, or to folders with a dataset card")

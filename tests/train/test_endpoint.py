@@ -12,8 +12,9 @@ import pytest
 from train_tiny import run, save_recurrent
 
 from loopwise.cli import main
-from loopwise.train.answers import Answer, Sequences
-from loopwise.train.tasks import parse, tokenizer
+from loopwise.train.answers import Answer, Sequences, conversations
+from loopwise.train.recipe import Evaluate
+from loopwise.train.tasks import Source, parse, tokenizer
 
 SOURCE = "task:hops?hops=1+2+4&lookups=0&questions=1&records=30"
 
@@ -39,6 +40,9 @@ def server():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path != "/v1/models":
+                self.reply(404, {"error": {"message": "Not Found"}})
+                return
             self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
         def do_POST(self):
@@ -113,6 +117,8 @@ def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_p
     [
         (["endpoint=URL", "request.temprature=1"], "request.temprature: choose from min_recurrences, "),
         (["endpoint=http://127.0.0.1:9/v1"], "no OpenAI-compatible server answers there"),
+        (["endpoint=BARE"], "HTTP 404: Not Found; its address mostly ends in /v1: http://127.0.0.1:"),
+        (["endpoint=http://127.0.0.1:9/"], "; its address mostly ends in /v1: http://127.0.0.1:9/v1"),
         (["endpoint=URL", "request.stream=true"], "request.stream: choose from min_recurrences, "),
         (["request.exit_rule=cosine"], "has no effect: its fields are a server's, and endpoint names none"),
         (["endpoint=URL", "precision=bfloat16"], "precision=bfloat16 has no effect: a server has its own"),
@@ -123,6 +129,7 @@ def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_p
 def test_what_cannot_be_asked_is_one_line(settings, message, model, server, tmp_path, capsys):
     pytest.importorskip("openai")
     (tmp_path / "text.txt").write_text("a=1;" * 40)
+    settings = [s.replace("BARE", server[0].removesuffix("/v1")) for s in settings]
     settings = [s.replace("URL", server[0]).replace("TEXT", str(tmp_path / "text.txt")) for s in settings]
     assert main(["eval", str(model), f"data={SOURCE}", *settings]) == 2
     told = capsys.readouterr().err.strip().splitlines()
@@ -145,3 +152,17 @@ def test_a_limit_spreads_over_the_data():
     assert [of_one[0] for of_one in some.ids] == [0, 2, 5, 7]
     assert [(answer.sequence, answer.group) for answer in some.answers] == [(0, "0"), (1, "2"), (2, "5"), (3, "7")]
     assert len(some.spread(9).ids) == 4
+
+
+def test_a_limit_of_a_generated_task_draws_no_more(model, tmp_path, monkeypatch, capsys):
+    """The records are those that a spread over all of them keeps; a file is read whole."""
+    sources = [SOURCE, f"{SOURCE}&seed=5&lookups=1".replace("lookups=0&", "")]
+    recipe = Evaluate(data=sources, group="hops")
+    whole = conversations(recipe, tokenizer("hops")).spread(7)
+    drawn = []
+    draw = Source.record
+    monkeypatch.setattr(Source, "record", lambda self, number: drawn.append(number) or draw(self, number))
+    some = conversations(recipe.model_copy(update={"limit": 7}), tokenizer("hops"))
+    assert [ids.tolist() for ids in some.ids] == [ids.tolist() for ids in whole.ids]
+    assert some.answers == whole.answers
+    assert drawn == [0, 8, 17, 25, 4, 12, 21]

@@ -166,6 +166,42 @@ def test_conversations_of_a_file(recurrent, tmp_path, capsys):
     assert said(arguments, capsys)["results"][0]["groups"] == {}
 
 
+def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
+    """As in training: of texts, of conversations, of their groups; without, the first one is named, and ends it."""
+    chat = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+    bad = [
+        '{"chat": ',
+        '{"chat": 5, "each": 1}',
+        json.dumps({"chat": chat}),
+        json.dumps({"chat": chat, "each": [1, 2]}),
+    ]
+    good = json.dumps({"chat": chat, "each": 1, "text": "because it is so"})
+    chats, texts, latin = tmp_path / "chats.jsonl", tmp_path / "texts.jsonl", tmp_path / "latin.txt"
+    chats.write_text("\n".join([good, *bad, good]))
+    texts.write_text("\n".join([good, '{"text": 5}', good]))
+    latin.write_bytes("schön".encode("latin-1"))
+    for data, settings, named in (
+        (
+            f"data={chats}",
+            ["chat_field=chat", "group=each"],
+            ["jsonl:2: ", "jsonl:3: ", "jsonl:4: ", "2 groups"],
+        ),
+        (f"data={texts},{latin}", ["sequence_length=8"], ["texts.jsonl:2", "latin.txt: not UTF-8"]),
+    ):
+        arguments = ["eval", str(recurrent), data, *settings, "num_recurrences=2"]
+        capsys.readouterr()
+        assert main([*arguments, "bad_records=skip", "--json"]) == 0
+        out, error = capsys.readouterr()
+        lines = [line for line in error.splitlines() if line.startswith("skipped")]
+        assert len(lines) == len(named)
+        assert all(name in line for name, line in zip(named, lines, strict=True))
+        assert f"{len(named)} bad records were skipped" in error
+        result = json.loads(out)
+        assert result["tokens"] == 2 * len("because") if "chats" in data else 32
+        assert main(arguments) == 2
+        assert named[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -175,6 +211,19 @@ def test_conversations_of_a_file(recurrent, tmp_path, capsys):
         (["data=task:hops?records=20", "sequence_length=9"], "no answers to measure in it"),
         (["data=task:hops?hop=3"], "unknown parameter of task:hops 'hop'"),
         (["data=task:hops", "num_recurrences=0"], "num_recurrences"),
+        (["data=task:hops", "num_recurrences=2,1,2"], "num_recurrences=[2, 1, 2]: 2 stands twice; once is enough"),
+        (["data=task:hops?hops=1,2&records=9"], "a comma ends a source; numbers of a task's parameter are joined by +"),
+        (["data=task:hops", "split=train"], "a generated task's stands in its source, as task:hops?split=held-out"),
+        (["data=CORPUS", "split=train"], "have none; name the files of the split"),
+        (
+            ["data=task:hops", "bad_records=skip"],
+            "bad_records=skip has no effect: texts of a folder that are not UTF-8",
+        ),
+        (["data=CORPUS", "chat_field=chat"], "no field 'chat' among 'text'; chat_field names the one to use"),
+        (
+            ["data=CORPUS", "text_field=body", "sequence_length=64"],
+            "no field 'body' among 'text'; text_field names the one to use",
+        ),
         (["data=task:hops", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: no such directory"),
     ],
 )

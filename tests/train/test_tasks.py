@@ -131,6 +131,24 @@ def test_the_split_is_that_of_the_place(corpus, tmp_path, capsys):
         assert "is not trained on; split=held-out is for data.eval and eval" in capsys.readouterr().err
 
 
+def test_lists_name_nothing_twice_and_no_part_of_a_task(tmp_path, capsys):
+    for settings, message in (
+        (["data.train=task:hops?hops=1,2..4"], "hops=1,2..4: a comma ends a source; numbers of a task's parameter are"),
+        (["data.train=task:hops", "recurrence.eval_at=1,3,1"], "recurrence.eval_at=[1, 3, 1]: 1 stands twice"),
+        (["data.train=task:hops", "optimiser.train=core,core"], "optimiser.train=['core', 'core']: core stands twice"),
+        (["data.train=task:hops", "report_to=wandb,wandb"], "report_to=['wandb', 'wandb']: wandb stands twice"),
+        (["data.train=task:hops", "adapters.targets=q,q"], "adapters.targets=['q', 'q']: q stands twice"),
+        (
+            ["data.train=task:hops", "data.split=train"],
+            "a generated task's stands in its source, as task:hops?sp",
+        ),
+    ):
+        assert main(["train", "model", str(tmp_path / "out"), *settings, "steps=1"]) == 2
+        assert message in capsys.readouterr().err
+    recipe = {"train": ["task:hops?hops=1", "task:hops?hops=2"]}
+    assert Data.model_validate(recipe).train == [f"{source}&split=train" for source in recipe["train"]]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
