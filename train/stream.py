@@ -209,8 +209,8 @@ def stream_of(source: str, reader: Reader) -> Any:
         return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
     if not files:
         raise UserError(f"{source}: no files there")
-    kinds = {TABLES.get(kind_of(file, strict=False)) for file in files}
-    if kinds == {None}:
+    kinds = {TABLES.get(kind_of(file, strict=False), "") for file in files}
+    if kinds == {""}:
         return Files(files, reader, strict=Path(source).expanduser().is_file())
     if len(kinds) != 1:
         found = ", ".join(sorted({kind_of(file, strict=False) or file.name for file in files}))
