@@ -56,11 +56,11 @@ def export(
     import torch
 
     from .. import __version__
+    from ..carried import copy_licences
     from ..model import RecurrentDepthForCausalLM
     from ..model.source_layers import layer_list_name
     from ..unroll import config_with_layers
     from .agreement import decisive
-    from .carried import copy_licences
     from .generation import write_generation_config
     from .recipe import DEEPEST
     from .relax import at_depth

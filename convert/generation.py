@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..carried import check_inside
 from ..checkpoint import read_json
 from ..errors import UserError, reason
-from .carried import check_inside
 
 FILE = "generation_config.json"
 

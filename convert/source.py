@@ -17,11 +17,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..carried import LICENCES, TOKENIZER_FILES
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..hub import not_found
-from . import carried, tokenizer
 from .gguf_tensors import GgufTensors
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def find_source(source: str, revision: str | None) -> Path:
     try:
         if file.endswith(".gguf"):
             return Path(hf_hub_download(repository, file, revision=revision))
-        patterns = ["*.json", "*.safetensors", *tokenizer.FILES, *tokenizer.ALSO, *carried.LICENCES]
+        patterns = ["*.json", "*.safetensors", *TOKENIZER_FILES, *LICENCES]
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns="*.py"))
         if any(path.glob("*.safetensors")):
             return path

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import __version__
+from ..carried import copy_licences
 from ..checkpoint import config_fields
 from ..directory import RECORD, check_new, new_directory
 from ..errors import UserError
@@ -25,7 +26,6 @@ from ..model.source_layers import layer_list_name
 from .agreement import decisive
 from .architectures import layer_kinds
 from .card import model_card
-from .carried import copy_licences
 from .formats import recognise
 from .generation import write_generation_config
 from .imports import fix_special_tokens, is_recurrent, plan_import, verify_import

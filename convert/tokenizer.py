@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..carried import SETTINGS, VOCABULARY, check_tokenizer_inside, refuse_code
 from ..checkpoint import read_json
 from ..errors import UserError, reason
-from .carried import check_inside
 
-FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken*.json", "spiece*", "*.bpe")
-ALSO = ("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")
 SAMPLE = (
     "The quick  brown fox\tjumps over 3 lazy dogs.\n\n  It's 10:45, isn't it? 1234567890 3.14159e-10 \r\n",
     " leading, trailing and   many    spaces ",
@@ -38,20 +36,11 @@ def load_tokenizer(path: Path, name: str = "") -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-    files = [file for pattern in FILES for file in path.glob(pattern) if file.suffix != ".py"]
-    if not files:
+    if all(file.suffix == ".py" for pattern in VOCABULARY for file in path.glob(pattern)):
         return None
-    for file in [*files, *(file for pattern in ALSO for file in path.glob(pattern))]:
-        check_inside(file, path)
-    settings = path / "tokenizer_config.json"
-    code = (read_json(settings) if settings.is_file() else {}).get("auto_map")
-    if code:
-        named = (code.get("AutoTokenizer") if isinstance(code, dict) else code) or code
-        named = next((part for part in named if part), named) if isinstance(named, list | tuple) else named
-        raise UserError(
-            f"{settings}: the tokenizer needs code of its own (auto_map: {named}), which is not run; save it as a "
-            "tokenizer of transformers (tokenizer.json), or remove auto_map if transformers has its class"
-        )
+    check_tokenizer_inside(path)
+    settings = path / SETTINGS
+    refuse_code(read_json(settings) if settings.is_file() else {}, path)
     try:
         try:
             config: Any = AutoConfig.from_pretrained(path)
@@ -73,7 +62,7 @@ def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     """
     tokenizer.save_pretrained(directory)
     if (differs := _compared(tokenizer, directory)) and hasattr(tokenizer, "backend_tokenizer"):
-        settings = directory / "tokenizer_config.json"
+        settings = directory / SETTINGS
         generic = {"tokenizer_class": "TokenizersBackend"}
         generic |= {name: getattr(tokenizer, name) for name in ("model_input_names", "padding_side")}
         settings.write_text(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import transformers
 import yaml
 
 from loopwise import __version__
+from loopwise.carried import copy_licences
 from loopwise.directory import RECORD
 
 from .recipe import Train
@@ -37,8 +37,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         facts["source"]["facts"] = json.loads((source / RECORD).read_text(encoding="utf-8"))
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
-    for licence in [*source.glob("LICENSE*"), *source.glob("NOTICE*")] if source.is_dir() else []:
-        shutil.copy(licence, directory)
+    copy_licences(source, directory)
 
 
 def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from loopwise import __version__
 from loopwise.arguments import RecipeParser
+from loopwise.carried import check_tokenizer_inside
 from loopwise.directory import RECORD, new_directory
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
@@ -72,6 +73,7 @@ def init(tokenizer: str, out: Path, recipe: Init, force: bool = False) -> int:
     if tasks.is_task(tokenizer):
         loaded = tasks.tokenizer(tasks.parse(tokenizer).name)
     else:
+        check_tokenizer_inside(Path(tokenizer))
         loaded = load_tokenizer(tokenizer, recipe.revision)
     if loaded.eos_token_id is None:
         raise UserError(f"{tokenizer}: the tokenizer has no EOS token, which ends every document; set its eos_token")

@@ -19,12 +19,15 @@ from transformers import (
     PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from loopwise.carried import refuse_code
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
 from loopwise.gguf_source import find_gguf
 from loopwise.hub import check_may_be_hub_id, not_found
 from loopwise.model import RecurrentDepthConfig
+from loopwise.model.configuration_source import ours_alone
 
 
 def load_config(model: str, revision: str | None) -> Any:
@@ -45,7 +48,9 @@ def load_config(model: str, revision: str | None) -> Any:
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
+    """The tokenizer of `model`, a directory or a hub id. Raises UserError where it needs code of its own."""
     with _told(model):
+        refuse_code(get_tokenizer_config(model, revision=revision), Path(model))
         return AutoTokenizer.from_pretrained(model, revision=revision)
 
 
@@ -62,19 +67,13 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
         )
     loaded, info = result
     if not is_recurrent(loaded.config):
-        _ours_alone(loaded.config)
+        # output_router_logits stays as it is: a plain mixture can run under it, and another trainer may want it.
+        ours_alone(loaded.config, collecting=("output_attentions", "output_hidden_states"))
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{model}: no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     return loaded
-
-
-def _ours_alone(config: Any) -> None:
-    """Take from a plain model's config what names code of its checkpoint, and what collects or reshapes outputs."""
-    config.__dict__.pop("auto_map", None)
-    config.output_attentions = config.output_hidden_states = False
-    config.return_dict = True
 
 
 def is_recurrent(config: Any) -> bool:

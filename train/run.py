@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loopwise import __version__
+from loopwise.carried import check_tokenizer_inside
 from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
@@ -114,6 +115,7 @@ def check(model: str, out: Path, recipe: Train, resume: bool, force: bool) -> No
             f"{gguf}: a GGUF file cannot be trained as it is; make a checkpoint of it first: loopwise convert {gguf}"
         )
     check_used(recipe)
+    check_tokenizer_inside(Path(model))
     check_out(model, out, resume, force)
     _check_sources(recipe, out)
 

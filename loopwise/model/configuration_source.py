@@ -25,11 +25,12 @@ def source_config_of(given: dict[str, Any]) -> Any:
     return AutoConfig.for_model(kind, **rest)
 
 
-def ours_alone(source: Any) -> None:
-    """Take from a source's config what would load its own files, and what would collect the outputs of its layers."""
+def ours_alone(source: Any, collecting: tuple[str, ...] = COLLECTING) -> None:
+    """Take from a source's config, or a plain model's that is written anew, what would load its own files, and what
+    would collect the outputs of its layers."""
     for name in LOADING:
         source.__dict__.pop(name, None)
-    for name in COLLECTING:
+    for name in collecting:
         if getattr(source, name, None):
             setattr(source, name, False)
     source.return_dict = True  # without, a forward gives bare tuples

@@ -132,11 +132,52 @@ def test_overflow_is_what_rounds_to_infinity():
 
 
 def test_fields_that_need_code_or_reshape_outputs_do_not_reach_a_plain_model(plain, command, tmp_path):
-    """A checkpoint's auto_map names files that it does not bring along; return_dict=false would end the first step."""
+    """A checkpoint's auto_map and processor_class name files that it does not bring along; return_dict=false would end
+    the first step. The rest of the config is the user's."""
     model = copy(plain, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "configuration_x.XConfig"}, "return_dict": False, "output_attentions": True}
+    config |= {"processor_class": "XProcessor", "output_router_logits": True}
     (model / "config.json").write_text(json.dumps(config))
     run(command(model, tmp_path / "out", "steps=1"))
-    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"auto_map", "processor_class"} & {*written}
+    assert written["output_router_logits"] is True
     load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "init"])
+def test_a_tokenizer_with_code_of_its_own_is_refused_as_in_conversion(verb, plain, corpus, command, tmp_path, capsys):
+    model = copy(plain, tmp_path / "model")
+    settings = model / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **named}))
+    own = command(model, tmp_path / "out", "steps=1")
+    arguments = {"train": own, "eval": ["eval", str(model), f"data={corpus}", "sequence_length=32"]}
+    arguments["init"] = ["init", str(model), str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main(arguments[verb]) == 2
+    told = capsys.readouterr().err
+    assert f"{settings}: the tokenizer needs code of its own (auto_map: tokenization_own.OwnTokenizer)" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "tokenizer.json"])
+def test_a_link_out_of_the_source_is_not_carried(name, plain, command, tmp_path, capsys):
+    """It would be published with the output."""
+    model = copy(plain, tmp_path / "model")
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    if (model / name).exists():
+        (model / name).rename(outside)
+    (model / name).symlink_to(outside)
+    assert main(command(model, tmp_path / "out", "steps=1")) == 2
+    told = capsys.readouterr().err
+    assert f"{model / name} is a link to {outside}, outside of the source" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    (model / name).unlink()
+    outside.rename(model / name)
+    run(command(model, tmp_path / "out", "steps=1"))
+    assert (tmp_path / "out" / name).is_file()

@@ -1,0 +1,58 @@
+"""Files that travel from a source to the output beside weights, config and tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+VOCABULARY = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken*.json", "spiece*", "*.bpe")
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")
+TOKENIZER_FILES = (*VOCABULARY, *BESIDE)
+SETTINGS = "tokenizer_config.json"
+
+
+def copy_licences(path: Path, directory: Path) -> None:
+    """Copy the licence files of the source in the directory `path`. Raises UserError for a link out of it."""
+    for pattern in LICENCES:
+        for file in sorted(path.glob(pattern)):
+            check_inside(file, path)
+            if file.is_file() and file.suffix != ".py":
+                shutil.copyfile(file, directory / file.name)
+
+
+def check_inside(file: Path, path: Path) -> None:
+    """Raise UserError where `file` of the checkpoint in the directory `path` is a link to somewhere else: it would be
+    published with the output. Links into the hub's cache are how the hub keeps files."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    target, root = file.resolve(), path.resolve()
+    homes = [root, Path(HF_HUB_CACHE).expanduser().resolve()]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent)
+    if not any(target.is_relative_to(home) for home in homes):
+        raise UserError(f"{file} is a link to {target}, outside of the source; put the file itself there")
+
+
+def check_tokenizer_inside(path: Path) -> None:
+    """Raise UserError where a file of the tokenizer in the directory `path` is a link out of it."""
+    for pattern in TOKENIZER_FILES:
+        for file in path.glob(pattern):
+            if file.suffix != ".py":
+                check_inside(file, path)
+
+
+def refuse_code(settings: dict[str, Any], path: Path) -> None:
+    """Raise UserError where `settings`, tokenizer_config.json of the checkpoint `path`, name code of its own."""
+    code = settings.get("auto_map")
+    if not code:
+        return
+    named = (code.get("AutoTokenizer") if isinstance(code, dict) else code) or code
+    named = next((part for part in named if part), named) if isinstance(named, list | tuple) else named
+    raise UserError(
+        f"{path / SETTINGS}: the tokenizer needs code of its own (auto_map: {named}), which is not run; save it as a "
+        "tokenizer of transformers (tokenizer.json), or remove auto_map if transformers has its class"
+    )
