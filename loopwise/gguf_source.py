@@ -12,6 +12,9 @@ from .checkpoint import INDEX, WEIGHTS
 from .errors import UserError, reason
 from .gguf_header import Header, read_header
 
+# Tokens that end a turn or a message, of the families that are read: Llama 3, ChatML, Phi 3, Gemma.
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` means: itself, or the only one of a directory without safetensors; else None.
@@ -80,7 +83,20 @@ def _unpack(file: Path, directory: Path) -> None:
     except Exception as error:  # transformers' and tokenizers' many kinds
         raise UserError(f"{file}: no tokenizer can be made of it ({reason(error)})") from None
     config.save_pretrained(directory)
-    GenerationConfig.from_model_config(config).save_pretrained(directory)
+    generation = GenerationConfig.from_model_config(config)
+    ends = _text_ends(header, tokenizer.get_vocab())
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    generation.save_pretrained(directory)
+
+
+def _text_ends(header: Header, vocabulary: dict[str, int]) -> list[int]:
+    """The tokens that end a text: eos, then those that end a turn or a message, by their key or by their name.
+
+    An instruct model ends its turn with the latter, and many files name it by no key; llama.cpp knows it by its name.
+    """
+    ids = [header.fields.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    found = dict.fromkeys([*ids, *(vocabulary.get(token) for token in TURN_ENDS)])
+    return [token for token in found if isinstance(token, int) and 0 <= token < len(vocabulary)]
 
 
 def _ends(header: Header) -> dict[str, Any]:

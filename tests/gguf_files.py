@@ -52,11 +52,15 @@ def write_gguf(
     family: str = "llama",
     kinds: str | list[str] = "F32",
     metadata: dict[str, Any] | None = None,
+    names: dict[int, str] | None = None,
 ) -> Path:
-    """Write `model` to `file`. Matrices are of the types `kinds`, in turn; vectors of F32. `metadata` is added."""
+    """Write `model` to `file`. Matrices are of the types `kinds`, in turn; vectors of F32. `metadata` is added; `names`
+    replaces tokens, by their ids, by control tokens of other names."""
     architecture, _, _, vocabulary = FAMILIES[family]
-    writer = GGUFWriter(file, architecture)
-    for key, value in {**_metadata(architecture, model), **_vocabulary(vocabulary), **(metadata or {})}.items():
+    writer, tokens = GGUFWriter(file, architecture), _vocabulary(vocabulary)
+    for token, name in (names or {}).items():
+        tokens["tokenizer.ggml.tokens"][token], tokens["tokenizer.ggml.token_type"][token] = name, 3
+    for key, value in {**_metadata(architecture, model), **tokens, **(metadata or {})}.items():
         _add(writer, key, value)
     kinds = [kinds] if isinstance(kinds, str) else kinds
     matrices = 0

@@ -18,7 +18,7 @@ from loopwise.gguf_source import unpacked
 from tests.convert.test_bad_input import refused
 from tests.convert.test_convert import tokens
 from tests.gguf_files import CHAT, FAMILIES, family_model, write_gguf
-from tests.tiny import attention
+from tests.tiny import VOCAB, attention
 
 EVERY_LAYER = ("sizes=1,3,2", "injection=none", "num_recurrences=1")
 TEXT = "the cat sat\n\n  on 12345 Größe 漢字 🎉 <s></s><pad> f(x): +1"
@@ -203,6 +203,31 @@ def test_every_method_takes_it(settings, tmp_path, capsys):
     assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"][0] == 0
     assert not list((tmp_path / "out").glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends"),
+    [
+        ({}, 1),
+        ({"eot_token_id": 1}, 1),
+        ({"eot_token_id": 7}, [1, 7]),
+        ({"eot_token_id": 7, "eom_token_id": 9}, [1, 7, 9]),
+        ({"eot_token_id": 2**32 - 1}, 1),  # llama.cpp's -1: none
+        ({"<end_of_turn>": VOCAB - 1}, [1, VOCAB - 1]),  # which files of Gemma name by no key
+        ({"<|im_end|>": 1}, 1),
+        ({"eot_token_id": VOCAB - 1, "<|eot_id|>": VOCAB - 1, "<|eom_id|>": VOCAB - 2}, [1, VOCAB - 1, VOCAB - 2]),
+    ],
+)
+def test_a_turn_ends_a_text_too(metadata, ends, tmp_path):
+    """An instruct model ends its turn with another token than its eos: generate and serve stop at both."""
+    keys = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if key.endswith("_id")}
+    names = {value: key for key, value in metadata.items() if not key.endswith("_id")}
+    file = write_gguf(tmp_path / "model.gguf", family_model("llama"), "llama", metadata=keys, names=names)
+    assert main(["convert", str(file), str(tmp_path / "out"), *EVERY_LAYER, "--no-verify"]) == 0
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.generation_config.eos_token_id == ends
+    assert made.config.eos_token_id == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 1
 
 
 def test_more_embeddings_than_tokens(tmp_path):
