@@ -15,22 +15,9 @@ from typing import Any
 from .ending import GRACE, Ending
 from .fields import FIELDS, FieldError, check, parse, take
 from .offered import check_request, offered
-from .requests import check_body
+from .requests import check_beams, check_body
+from .routes import GENERATION, REFUSED
 
-COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
-CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
-GENERATION = {  # what a body may be; of those at the end, none has a place for depth
-    "/v1/completions": (COMPLETION,),
-    "/v1/chat/completions": (CHAT,),
-    "/v1/chat/completions/batch": (CHAT,),
-    "/v1/responses": (("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),),
-    "/v1/messages": (("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),),
-    "/invocations": (COMPLETION, CHAT),
-    "/inference/v1/generate": (),
-    "/generative_scoring": (),
-    "/v1/systemone": (),
-    "/cohere/v2/chat": (),
-}
 SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
 
 
@@ -96,6 +83,8 @@ class DepthFields:
         path = _route(scope)
         if scope["type"] == "http" and path == "/metrics" and self.metrics:
             await self.metrics(scope["app"].state.engine_client)
+        if scope["type"] == "http" and path in REFUSED:
+            return await _refuse(400, "BadRequestError", f"{path}: {REFUSED[path]}", None, send)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
             return await self.app(scope, receive, send)
         if self.ending.told and not self.ending.dead:  # the engine would answer nothing, and with 200
@@ -114,9 +103,7 @@ class DepthFields:
                 _check_without(path, fields)
                 return await self.app(scope, _replay(body, receive), send)
             values = check(take(fields, _known(path)), limits)
-            if values and fields.get("use_beam_search"):
-                name = next(iter(values))
-                raise FieldError(name, f"{name} cannot be given with use_beam_search, whose requests carry no fields")
+            check_beams(fields, values)
         except FieldError as error:
             return await _refuse(400, "BadRequestError", str(error), error.field, send)
         spent = Spent(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
@@ -208,8 +195,8 @@ def install(metrics: Callable | None) -> Ending:
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         check_request(sampling_params, self.vllm_config, prompt)
-        spent, stream = SPENT.get(), generate(self, prompt, sampling_params, request_id, **kwargs)
-        return stream if spent is None else spent.follow(stream)
+        spent = SPENT.get() or Spent(None, False)  # no reply shows the field that the work travels in
+        return spent.follow(generate(self, prompt, sampling_params, request_id, **kwargs))
 
     def end(self, timeout=None):
         handler = getattr(self, "output_handler", None)

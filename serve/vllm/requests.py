@@ -59,6 +59,13 @@ REFUSED_BODY: dict[str, tuple[tuple, str]] = {
     "media_io_kwargs": (({},), TEXT),
     "mm_processor_kwargs": (({},), TEXT),
 }
+# Fields of a body that vLLM's beam search does not read: the values that say nothing.
+UNREAD_BY_BEAMS: dict[str, tuple] = {
+    "stop": ([], ""), "stop_token_ids": ([],), "logit_bias": ({},), "allowed_token_ids": ([],), "bad_words": ([],),
+    "min_tokens": (0,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "seed": (),
+    "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_detection": (),
+    "structured_outputs": (), "response_format": ({"type": "text"},),
+}  # fmt: skip
 UNKNOWN = "it is not known to work with Loopwise yet"
 
 
@@ -69,6 +76,19 @@ def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
             _refuse(name, value, *REFUSED_BODY[name])
         elif name not in BODY and name in known:
             _refuse(name, value, (), UNKNOWN)
+
+
+def check_beams(body: dict[str, Any], depth: Iterable[str]) -> None:
+    """Raises FieldError for a field of a `body` with use_beam_search that beam search would ignore, one of the fields
+    of `depth` in it among them."""
+    if not body.get("use_beam_search"):
+        return
+    for name in depth:
+        raise FieldError(name, f"{name} cannot be given with use_beam_search, whose requests carry no fields")
+    for name, nothing in UNREAD_BY_BEAMS.items():
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or value not in nothing):
+            raise FieldError(name, f"{name}={value!r:.60}: cannot be given with use_beam_search, which ignores it")
 
 
 def check_sampling(params: Any, usual: Any) -> None:

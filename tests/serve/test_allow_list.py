@@ -31,17 +31,21 @@ from loopwise.serve.vllm.arguments import (
     parts,
 )
 from loopwise.serve.vllm.fields import FieldError
-from loopwise.serve.vllm.http import GENERATION
 from loopwise.serve.vllm.requests import (
     BODY,
     REFUSED_BODY,
     REFUSED_SAMPLING,
     SAMPLING,
+    UNREAD_BY_BEAMS,
+    check_beams,
     check_body,
     check_sampling,
     check_tokens,
     tokens_of,
 )
+from loopwise.serve.vllm.routes import GENERATION
+from loopwise.serve.vllm.routes import HARMLESS as HARMLESS_ROUTES
+from loopwise.serve.vllm.routes import REFUSED as REFUSED_ROUTES
 
 pytestmark = pytest.mark.xdist_group("vllm")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -225,6 +229,46 @@ def test_no_parameter_names_a_token_beyond_the_embeddings(name, token):
     with pytest.raises(FieldError, match=f"token id {token} in {name}: this model has 0 to 258, a vocabulary of 259"):
         check_tokens(tokens_of(params), 259)
     check_tokens({"prompt": [0, 258], **tokens_of(SamplingParams(bad_words=["a"]))}, 259)
+
+
+@needs_vllm
+def test_beam_search_ignores_no_field():
+    """Every field of `SamplingParams` in a body is read by vLLM's beam search, about the reply alone, or refused."""
+    from vllm import SamplingParams
+
+    read = {"n", "max_tokens", "ignore_eos", "temperature", "include_stop_str_in_output", "skip_special_tokens"}
+    reply = {"logprobs", "prompt_logprobs", "logprob_token_ids", "spaces_between_special_tokens", "stream_interval"}
+    known = set(SamplingParams.__struct_fields__) & BODY
+    assert known - read - reply == set(UNREAD_BY_BEAMS) - {"response_format"}
+
+
+@pytest.mark.parametrize("name", UNREAD_BY_BEAMS)
+def test_what_beam_search_would_ignore_is_refused(name):
+    for value in (None, *UNREAD_BY_BEAMS[name]):
+        check_beams({"use_beam_search": True, name: value}, [])
+    check_beams({name: 7}, ["exit_rule"])
+    check_beams({"use_beam_search": False, name: 7}, ["exit_rule"])
+    with pytest.raises(FieldError, match=f"{name}=.*: cannot be given with use_beam_search, which ignores it") as told:
+        check_beams({"use_beam_search": True, name: 7}, [])
+    assert told.value.field == name
+
+
+@needs_vllm
+def test_every_route_of_vllm_has_one_place(monkeypatch):
+    """A route of a new release fails here by name, until it is tried and has a place in `routes`."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    flags = ["--enable-scale-out", "--tokens-only", "--enable-tokenizer-info-endpoint"]
+    found = set()
+    for more in ([], ["--enable-offline-docs"]):
+        args = first_module(*ARGUMENTS).make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, *more])
+        found |= {route.path for route in build_app(args, ("generate",)).routes}
+    assert {"/v1/completions", "/inference/v1/generate", "/sleep", "/v1/completions/render", "/tokenizer_info"} <= found
+    assert found - set(GENERATION) - HARMLESS_ROUTES - set(REFUSED_ROUTES) == set()
+    counts = Counter(chain(GENERATION, HARMLESS_ROUTES, REFUSED_ROUTES))
+    assert [route for route, count in counts.items() if count > 1] == []
 
 
 # ---- releases -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def server(model):
     change_config(folder, trained_recurrences={"mean": 3, "min": 1, "max": 4})
     ends = [257, generate(model[1], ENDING, 3, 6).tokens[5]]
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": ends}))
-    with serving(folder, "num_recurrences=3") as started:
+    with serving(folder, "num_recurrences=3", "--", "--enable-scale-out") as started:
         yield started
 
 
@@ -258,14 +258,43 @@ def test_routes_without_a_place_for_depth_say_so(server, path):
         call = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
         return json.load(urllib.request.urlopen(call, timeout=60))
 
-    if path == "/generative_scoring":  # the other one wants a server that was started for it
-        assert post(num_recurrences=None)
+    assert post(num_recurrences=None)
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(num_recurrences=2)
     error = json.load(caught.value)["error"]
     assert (caught.value.code, error["param"]) == (400, "num_recurrences")
     assert f"{path} has no depth fields" in error["message"]
     assert "use /v1/completions, " in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_reply_shows_the_field_that_depths_travel_in(server, stream):
+    """vLLM answers with `routed_experts` of models that have experts, on every route that has a place for it."""
+    sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    body = {"token_ids": [1, 2, 3], "sampling_params": sampling, "stream": stream}
+    headers = {"Content-Type": "application/json"}
+    call = urllib.request.Request(server.url + "/inference/v1/generate", json.dumps(body).encode(), headers)
+    said = urllib.request.urlopen(call, timeout=60).read().decode()
+    lines = [line.removeprefix("data: ") for line in said.splitlines() if line.startswith("data: {")]
+    choices = [choice for part in (lines if stream else [said]) for choice in json.loads(part)["choices"]]
+    assert sum(len(choice["token_ids"]) for choice in choices) == 4
+    assert {choice.get("routed_experts") for choice in choices} == {None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("stop_token_ids", [9999]), ("logit_bias", {"9999": 1.0}), ("stop", ["a"]), ("top_k", 5)]
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_beam_search_ignores_is_400_and_named(server, path, field, value):
+    beams = {**GREEDY, "use_beam_search": True, "n": 2, "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    assert len(post(server, path, **beams)["choices"]) == 2
+    error = refusal(server, path, **beams, **{field: value})
+    assert error["param"] == field
+    assert error["message"].endswith("cannot be given with use_beam_search, which ignores it")
+
+
+def test_a_route_that_would_harm_the_engine_is_400(server):
+    assert refusal(server, "/scale_elastic_ep", new_data_parallel_size=2)["message"].startswith("/scale_elastic_ep: ")
 
 
 def test_who_comes_shortens_the_step_that_runs(server, client):
