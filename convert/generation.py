@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..carried import check_inside
 from ..checkpoint import read_json
 from ..errors import UserError, reason
+from ..sampling import SETTINGS, check_setting, end_tokens, respelt
 
 FILE = "generation_config.json"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-# Settings that the engines sample by: whether a value will do, and the rule.
-SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0"),
-    "top_p": (lambda x: _is_number(x) and 0 < x <= 1, "a number above 0, up to 1,"),
-    "min_p": (lambda x: _is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
-    "top_k": (lambda x: type(x) is int and x >= 0, "an integer from 0"),
-}
 
 
 def write_generation_config(path: Path, directory: Path) -> list[str]:
@@ -44,7 +30,7 @@ def write_generation_config(path: Path, directory: Path) -> list[str]:
         fields, notes = savable(given)
     except Exception as error:  # transformers shares no base class for what it finds wrong with one
         raise UserError(f"{file}: {reason(error)}") from None
-    text = file.read_text(encoding="utf-8") if fields == given else json.dumps(fields, indent=2) + "\n"
+    text = file.read_text(encoding="utf-8") if not notes else json.dumps(fields, indent=2) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")
     return notes
 
@@ -54,16 +40,21 @@ def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Raises ValueError for end tokens that are no ids, and where nothing helps.
     """
-    ends = given.get("eos_token_id")
-    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]) if token is not None):
-        raise ValueError(f"eos_token_id={ends!r}: a token id, or a list of them")
+    end_tokens(given.get("eos_token_id"))
     fields, notes = dict(given), []
-    for name, (holds, rule) in SAMPLING.items():
-        if (value := fields.get(name)) is not None and not holds(value):
-            del fields[name]
-            notes.append(f"{FILE}: {name}={value!r} left out: {rule} can be sampled with")
-            if name == "temperature" and value == 0:  # which means the likeliest token
-                fields["do_sample"] = False
+    for name in SETTINGS:
+        if (value := fields.get(name)) is not None:
+            try:
+                check_setting(name, value)
+            except UserError as error:
+                del fields[name]
+                notes.append(f"{FILE}: {name} left out: {error}")
+    spelt = respelt(fields)
+    for name, value in fields.items():
+        if name in SETTINGS and (name not in spelt or type(value) is not type(spelt[name]) or value != spelt[name]):
+            said = ", ".join(f"{n}={spelt[n]!r}" for n in (name, "do_sample") if n in spelt)
+            notes.append(f"{FILE}: {name}={value!r} becomes {said}, which means the same to transformers")
+    fields = spelt
     refused = _refused(fields)
     if refused and fields.get("do_sample") is None and _refused({**fields, "do_sample": True}) != refused:
         fields["do_sample"] = True

@@ -23,6 +23,7 @@ from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.configuration_source import COLLECTING, ours_alone
 from ..model.source_layers import layer_list_name
+from ..sampling import greatest_id
 from .agreement import decisive
 from .architectures import layer_kinds
 from .card import model_card
@@ -36,7 +37,7 @@ from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
 from .source import SourceWeights, empty_model, find_source, hashing, read_config
 from .tensors import Tensors
-from .tokenizer import greatest_id, load_tokenizer, write_tokenizer
+from .tokenizer import load_tokenizer, write_tokenizer
 from .verify import verify
 from .write import Pending, write_weights
 

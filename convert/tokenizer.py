@@ -122,11 +122,6 @@ def difference(a: Any, b: Any) -> str | None:
     return None
 
 
-def greatest_id(tokenizer: Any) -> int:
-    """The greatest id that `tokenizer` gives."""
-    return max(tokenizer.get_vocab().values(), default=-1)
-
-
 def _texts(a: Any, b: Any) -> Iterator[str]:
     yield from SAMPLE
     added = sorted({*a.get_added_vocab(), *b.get_added_vocab()})

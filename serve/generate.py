@@ -15,6 +15,7 @@ from ..checkpoint import weight_files
 from ..errors import UserError
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
+from ..sampling import SETTINGS
 from ..unused import Unused
 from .checkpoint import read_fields
 from .generation_config import FILE, fields_of, sampling_of
@@ -46,6 +47,15 @@ class GenerateRecipe(Section):
     top_p: Number | None = Field(None, gt=0, le=1, description="share of the probability that is sampled from")
     top_k: Integer | None = Field(None, ge=0, description="tokens that are sampled from; 0: all")
     min_p: Number | None = Field(None, ge=0, le=1, description="least probability, as a share of the likeliest token's")
+    repetition_penalty: Number | None = Field(
+        None, gt=0, description="above 1: against tokens of prompt and text (default: generation_config.json's, or 1)"
+    )
+    presence_penalty: Number | None = Field(
+        None, ge=-2, le=2, description="above 0: against tokens of the text (default as before, or 0)"
+    )
+    frequency_penalty: Number | None = Field(
+        None, ge=-2, le=2, description="above 0: against tokens of the text, each time (default as before, or 0)"
+    )
     seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
     rows: Count = Field(16, description="prompts at once")
     length: Count | None = Field(
@@ -116,7 +126,7 @@ def main(argv: list[str]) -> int:
         what = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)
         tell(f"{FILE}: {what} (keys of the command win; temperature=0 is greedy)")
     used = params.filled(engine.defaults)
-    sampling = {name: getattr(used, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")}
+    sampling = {name: getattr(used, name) for name in (*SETTINGS, "seed", "max_tokens")}
     for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):
         facts: dict[str, Any] = {"prompt": prompt, **vars(done), "sampling": sampling}
         print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)

@@ -6,26 +6,17 @@ heavy.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import read_json
 from ..errors import UserError
+from ..sampling import SETTINGS, check_setting, end_tokens
 
 FILE = "generation_config.json"
-# Settings that a token is drawn by: whether a number will do, and the rule.
-SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-    "top_k": (lambda x: isinstance(x, int) and x >= -1, "an integer of 0 or more; -1: all"),
-    "top_p": (lambda x: 0 < x <= 1, "a number above 0, up to 1"),
-    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
-}
-# Fields that both engines apply.
-APPLIED = frozenset({*SAMPLING, "do_sample", "max_new_tokens", "eos_token_id"})
-# Fields that vLLM applies beyond these, with the same meaning as transformers.
-SERVED = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
+# Fields that both engines apply. transformers has no presence_penalty and no frequency_penalty, vLLM has.
+APPLIED = frozenset({*SETTINGS, "do_sample", "max_new_tokens", "eos_token_id"})
 # Fields that say nothing about the text of a continuation: names of tokens, what is returned, and how it is computed.
 SILENT = frozenset({
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "max_length",
@@ -39,8 +30,8 @@ SILENT = frozenset({
 })  # fmt: skip
 # Values of the others that change nothing: transformers' own defaults.
 NEUTRAL: dict[str, tuple] = {
-    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "length_penalty": (1,), "diversity_penalty": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "num_beams": (1,), "num_beam_groups": (1,),
+    "encoder_repetition_penalty": (1,), "length_penalty": (1,), "diversity_penalty": (0,),
+    "num_beams": (1,), "num_beam_groups": (1,),
     "num_return_sequences": (1,), "early_stopping": (False,), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
     "min_new_tokens": (0,), "renormalize_logits": (False,), "guidance_scale": (1,), "penalty_alpha": (0,),
@@ -77,10 +68,9 @@ def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
     temperature without `do_sample` samples, as in vLLM. Raises UserError for values out of range.
     """
     said: dict[str, Any] = {}
-    for name, (holds, rule) in SAMPLING.items():
+    for name in SETTINGS:
         if (value := fields.get(name)) is not None:
-            if type(value) not in (int, float) or not holds(value):
-                raise UserError(f"{name}={value!r}: {rule}")
+            check_setting(name, value)
             said[name] = value
     if "top_k" in said:
         said["top_k"] = max(said["top_k"], 0)  # vLLM's -1: all
@@ -97,11 +87,7 @@ def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 def stop_ids(fields: dict[str, Any]) -> set[int]:
     """The tokens of `eos_token_id`, one or a list; a negative one is none. Raises UserError for what is no integer."""
-    ids = fields.get("eos_token_id")
-    each = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
-    if wrong := [token for token in each if type(token) is not int]:
-        raise UserError(f"eos_token_id={wrong[0]!r}: an integer, or a list of them")
-    return {token for token in each if token >= 0}
+    return {token for token in end_tokens(fields.get("eos_token_id")) if token >= 0}
 
 
 def unapplied(fields: dict[str, Any], applied: Iterable[str]) -> list[str]:

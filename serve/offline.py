@@ -28,7 +28,7 @@ from .engine.sampling import Draws
 from .engine.transformers import TransformersParts
 from .generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
 from .memory import check_room, slot_bytes
-from .params import Completion, Params, check_kinds
+from .params import NEUTRAL, PENALTIES, Completion, Params, check_kinds
 from .vllm.decoders import DECODERS
 from .vllm.fields import FieldError, check_frozen, check_threshold
 from .vllm.lanes import MEASURED
@@ -187,12 +187,7 @@ class Engine:
         check_kinds(params)
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
         _check_least(1, **depths, wave=params.wave)
-        _check_least(0, max_tokens=params.max_tokens, top_k=params.top_k)
-        if not params.temperature >= 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
-            raise UserError(
-                f"temperature={params.temperature}, top_p={params.top_p}, min_p={params.min_p}: temperature is 0 or "
-                "more, top_p above 0 and up to 1, min_p from 0 to 1"
-            )
+        _check_least(0, max_tokens=params.max_tokens)
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
         limit = params.num_recurrences or config.num_recurrences
@@ -238,6 +233,7 @@ class Engine:
             stops=tuple(sorted(stops)),
             wave=params.wave if params.decoder == "wave" else 1,
             diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
+            penalised=any(getattr(params, name) != NEUTRAL[name] for name in PENALTIES),
         )
         if reason := refusal(self.loop, request):
             raise UserError(reason)
@@ -295,7 +291,9 @@ class Engine:
             while queue and free:
                 row, number = free.pop(), queue.pop()
                 p = each[number]
-                sampling = self.draws.admit(row, p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.choice)
+                sampling = self.draws.admit(row, p.temperature, max(p.top_k, 0), p.top_p, p.min_p, p.seed, p.choice)
+                if requests[number].penalised:
+                    self.draws.penalise(row, ids[number], self.length, *(getattr(p, name) for name in PENALTIES))
                 self.loop.admit(row, replace(requests[number], sampling=sampling))
                 running[row] = [number, 0]
             self.loop.eager = bool(queue)

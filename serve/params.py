@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
+from ..sampling import SETTINGS, check_setting
 from .engine.diffusion import Diffusion
 
 UNSAID: Any = None
@@ -17,9 +18,11 @@ class Params:
 
     Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
     `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
-    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. What of `max_tokens`,
-    `temperature`, `top_k`, `top_p` and `min_p` is None, the model's generation_config.json says; where it says nothing,
-    64 tokens, greedy, nothing cut. `decoder="wave"` has up to `wave` positions in flight, for the same tokens;
+    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. Penalties are vLLM's:
+    `repetition_penalty` (1 is none) is on tokens of prompt and text, and transformers', too; `presence_penalty` and
+    `frequency_penalty` (0) are on tokens of the text alone. What of these, of `max_tokens`, `temperature`, `top_k`,
+    `top_p` and `min_p` is None, the model's generation_config.json says; where it says nothing, 64 tokens, greedy,
+    nothing cut, no penalty. `decoder="wave"` has up to `wave` positions in flight, for the same tokens;
     "diffusion" refines them together, as `diffusion` says.
     """
 
@@ -34,6 +37,9 @@ class Params:
     top_k: int = UNSAID
     top_p: float = UNSAID
     min_p: float = UNSAID
+    repetition_penalty: float = UNSAID
+    presence_penalty: float = UNSAID
+    frequency_penalty: float = UNSAID
     seed: int = 0
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -47,7 +53,11 @@ class Params:
         return replace(self, **{n: v for n, v in (NEUTRAL | defaults).items() if getattr(self, n) is None})
 
 
-NEUTRAL: dict[str, Any] = {"max_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+NEUTRAL: dict[str, Any] = {
+    "max_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
 
 
 @dataclass
@@ -64,12 +74,12 @@ class Completion:
 
 
 def check_kinds(params: Params) -> None:
-    """Raises UserError where a field that is compared with numbers is of another kind."""
+    """Raises UserError where a setting of the sampling is out of range, or a field that is compared with numbers is of
+    another kind."""
     if not isinstance(params, Params):
         raise UserError(f"params: {params!r:.60} is no Params")
-    for name in ("temperature", "top_p", "min_p"):
-        if type(value := getattr(params, name)) not in (int, float):
-            raise UserError(f"{name}={value!r}: a number")
+    for name in SETTINGS:
+        check_setting(name, getattr(params, name))
     for name in ("seed", "choice"):
         if type(value := getattr(params, name)) is not int:
             raise UserError(f"{name}={value!r}: an integer")

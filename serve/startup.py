@@ -10,8 +10,9 @@ from typing import Any
 
 from ..checkpoint import config_fields
 from ..errors import UserError
+from ..sampling import greatest_id
 from .defaults import Defaults
-from .generation_config import APPLIED, SERVED, fields_of, sampling_of, warning
+from .generation_config import APPLIED, fields_of, sampling_of, warning
 from .memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
 
 SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
@@ -25,7 +26,7 @@ def take_generation_config(args: Any) -> None:
     fields = fields_of(args.model if args.generation_config == "auto" else args.generation_config)
     if sampling_of(fields).get("temperature") == 0:
         args.override_generation_config = {"temperature": 0.0} | (args.override_generation_config or {})
-    if line := warning(fields, APPLIED | SERVED):
+    if line := warning(fields, APPLIED):
         print(f"loopwise: {line}", file=sys.stderr)
 
 
@@ -33,8 +34,7 @@ def compare_vocabularies(model: str, tokenizer: Any) -> None:
     """Say it where the tokenizer has ids without embeddings, which requests are then refused for."""
     fields = config_fields(Path(model))
     count = fields.get("vocab_size") or fields["source_config"].get("vocab_size")
-    greatest = max(tokenizer.get_vocab().values(), default=-1)
-    if isinstance(count, int) and greatest >= count:
+    if isinstance(count, int) and (greatest := greatest_id(tokenizer)) >= count:
         print(
             f"loopwise: warning: the tokenizer has ids up to {greatest}, the model a vocabulary of {count} tokens: "
             "requests with others are refused",

@@ -56,6 +56,8 @@ def refusal(loop: Loop, request: Request) -> str | None:
         return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
     if request.prompt_exit and request.rule not in (may := prompt_rules(loop.policy, loop.parts.config)):
         return f"prompt_exit with exit_rule={request.rule!r} reads logits through a coda: choose from {', '.join(may)}"
+    if diffusion and request.penalised:
+        return "a penalty needs the tokens before, which decoder 'diffusion' still changes: choose 'plain' or 'wave'"
     decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
     if reason := unfit(loop.policy, loop.parts.config).get(decoder):
         return reason

@@ -21,7 +21,7 @@ class Request:
     A `fenced` request has every token sampled by the caller, between steps. `wave` positions of it may be in flight,
     which are exact, or refined by `diffusion`. Of a `shown` one, the loop's reader gets what the head reads at every
     prompt position. `sampling`: how its tokens are sampled: "argmax", "drawn" on the device, or drawn and "cut" there,
-    or by what the "host" must look at.
+    or by what the "host" must look at; `penalised`: by logits that depend on the tokens before.
     """
 
     limit: int
@@ -37,6 +37,7 @@ class Request:
     diffusion: Diffusion | None = None
     shown: bool = False
     sampling: str = "host"
+    penalised: bool = False
 
 
 class Requests:
@@ -79,7 +80,7 @@ class Requests:
         self.stops[row] = -1
         self.stops[row, : len(request.stops)] = torch.tensor(request.stops, dtype=torch.long)
         self.fenced[row], self.shown[row] = request.fenced, request.shown
-        self.samples[row] = request.sampling != "argmax"
+        self.samples[row] = request.sampling != "argmax" or request.penalised
         self.live[row] = self.wild[row] = False
 
 

@@ -181,6 +181,7 @@ class Loop:
             "wave": request.wave > 1,
             "fenced": request.fenced,
             "shown": request.shown,
+            "penalised": request.penalised,
             "shallow": (request.minimum == 1 and (rule != "fixed" or request.limit == 1)) or bool(request.trace),
         }
         self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}

@@ -91,7 +91,7 @@ class Masked:
     def graphs(self, width: int, rows: int) -> Iterator[Callable[[], Any]]:
         """A pass of `width` rows, and a read-out of `rows`, for the requests that there are."""
         rules = frozenset(self.loop.reading)
-        sampling = tuple(self.loop.in_use[name] > 0 for name in ("drawn", "cut"))
+        sampling = tuple(self.loop.in_use[name] > 0 for name in ("drawn", "cut", "penalised"))
         for key, function in ((("pass", width, rules), self._pass), (("read", rows, rules, *sampling), self._read)):
             if key not in self.replays:
                 self._add(key, function, self.every[: key[1]])

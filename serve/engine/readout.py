@@ -111,7 +111,7 @@ def sample(
     lanes, requests = loop.lanes, loop.requests
     following = position + 1
     said, tokens = loop.head(loop.parts, x)
-    if any(loop.in_use[name] for name in ("drawn", "cut", "host")):
+    if any(loop.in_use[name] for name in ("drawn", "cut", "penalised", "host")):
         some = requests.samples[row].nonzero().squeeze(1)
         if len(some):
             tokens[some] = sampler(said[some], tokens[some], row[some], following[some])

@@ -54,6 +54,24 @@ def signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+def penalise(
+    logits: torch.Tensor,
+    before: torch.Tensor,
+    generated: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> torch.Tensor:
+    """Logits [n, V] with penalties [n], float32 or wider. A token that was there `before`, in the prompt or after it,
+    has its logit divided by `repetition`, or multiplied if it is negative; one that was generated has `presence`
+    subtracted, and `frequency` for each time. `before`, `generated` [n, V]: how often tokens were there. As vLLM; the
+    first is transformers' RepetitionPenaltyLogitsProcessor."""
+    wide = logits.float() if logits.element_size() < 4 else logits
+    repeated = torch.where(wide < 0, wide * repetition[:, None], wide / repetition[:, None])
+    wide = torch.where(before > 0, repeated, wide)
+    return wide - frequency[:, None] * generated - presence[:, None] * (generated > 0)
+
+
 class Draws:
     """Samples for the rows of an engine by parameters of each, which stand on the device: nothing waits for it."""
 
@@ -63,16 +81,31 @@ class Draws:
 
         self.temperature, self.top_p, self.min_p = (zeros(torch.double) for _ in range(3))
         self.top_k, self.seed, self.choice = (zeros(torch.long) for _ in range(3))
+        self.repetition, self.presence, self.frequency = (zeros(torch.float32) for _ in range(3))
+        self.penalised, self.prompt = zeros(torch.bool), zeros(torch.long)  # prompt: how long it is
+        self.tokens = torch.empty(0, dtype=torch.long, device=device)  # [rows + 1, positions] once somebody needs it
 
     def admit(
         self, row: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, choice: int = 0
     ) -> str:
         """Returns the request's `sampling`."""
+        self.penalised[row] = False
         self.temperature[row], self.top_p[row], self.min_p[row] = temperature, top_p, min_p
         self.top_k[row], self.seed[row], self.choice[row] = min(top_k, 1 << 62), signed(seed), signed(choice)
         if not temperature:
             return "argmax"
         return "cut" if top_k or top_p < 1 or min_p else "drawn"
+
+    def penalise(
+        self, row: int, prompt: list[int], length: int, repetition: float, presence: float, frequency: float
+    ) -> None:
+        """Let the request that was admitted to `row` have penalties. Its `prompt` goes on to `length` positions at
+        most, the same for all rows."""
+        if not len(self.tokens):
+            self.tokens = self.prompt.new_zeros(len(self.prompt), length + 1)
+        self.penalised[row], self.prompt[row] = True, len(prompt)
+        self.repetition[row], self.presence[row], self.frequency[row] = repetition, presence, frequency
+        self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
 
     def __call__(
         self,
@@ -83,9 +116,29 @@ class Draws:
         in_use: Counter[str],
     ) -> torch.Tensor:
         """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`. `in_use` counts the requests of each
-        `sampling`: what none has is not done."""
-        if not (in_use["drawn"] or in_use["cut"]):
-            return best
-        noise = waiting_times(self.seed[row], self.choice[row], position, logits.shape[-1])
-        cuts = self.top_k[row], self.top_p[row], self.min_p[row]
-        return sample(logits, best, self.temperature[row], *cuts, noise, in_use["cut"] > 0)
+        `sampling`, and those that are `penalised`: what none has is not done."""
+        if in_use["penalised"]:
+            logits, best = self._penalised(logits, best, row, position)
+        if in_use["drawn"] or in_use["cut"]:
+            noise = waiting_times(self.seed[row], self.choice[row], position, logits.shape[-1])
+            cuts = self.top_k[row], self.top_p[row], self.min_p[row]
+            best = sample(logits, best, self.temperature[row], *cuts, noise, in_use["cut"] > 0)
+        if in_use["penalised"]:
+            self.tokens.index_put_((row, position), best)
+        return best
+
+    def _penalised(
+        self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, V] as penalties leave them, and the likeliest tokens [n] by them. A guess beyond `position`, of a
+        wave, is none of the tokens before it."""
+        tokens, place = self.tokens[row], torch.arange(self.tokens.shape[1], device=row.device)
+        before = (place < position[:, None]).float()
+        generated = before * (place >= self.prompt[row][:, None])
+        before, generated = (
+            torch.zeros(logits.shape, device=row.device).scatter_add(1, tokens, each) for each in (before, generated)
+        )
+        changed = penalise(logits, before, generated, self.repetition[row], self.presence[row], self.frequency[row])
+        penalised = self.penalised[row]
+        changed = torch.where(penalised[:, None], changed, logits)
+        return changed, torch.where(penalised, changed.argmax(-1), best)

@@ -17,7 +17,8 @@ import loopwise.model  # noqa: F401
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params, memory
-from loopwise.serve.generation_config import APPLIED, SERVED, fields_of, sampling_of, stop_ids, unapplied
+from loopwise.serve.generation_config import APPLIED, fields_of, sampling_of, stop_ids, unapplied
+from loopwise.serve.params import NEUTRAL
 from tests import tiny
 
 PROMPT = [3, 5, 7, 11]
@@ -80,7 +81,7 @@ def test_generate_stops_as_transformers_does_and_says_how_it_sampled(capsys, fol
     said = capsys.readouterr()
     done = json.loads(said.out)
     assert (done["tokens"], done["finish_reason"]) == (want, "stop")
-    assert done["sampling"] == {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "max_tokens": 12}
+    assert done["sampling"] == {**NEUTRAL, "seed": 0, "max_tokens": 12}
     assert "loopwise: generation_config.json: max_tokens=12 (keys of the command win" in said.err
     assert main(["generate", str(folder), "prompt=abc", *keys, "max_tokens=2"]) == 0
     said = capsys.readouterr()
@@ -89,15 +90,17 @@ def test_generate_stops_as_transformers_does_and_says_how_it_sampled(capsys, fol
 
 
 def test_every_default_of_sampling_is_taken_and_keys_win(folder):
-    write(folder, do_sample=True, temperature=0.7, top_k=9, top_p=0.8, min_p=0.01, max_new_tokens=7)
+    said = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.2}
+    said |= {"presence_penalty": 0.1, "frequency_penalty": -0.1, "max_tokens": 7}
+    write(folder, do_sample=True, max_new_tokens=7, **{n: v for n, v in said.items() if n != "max_tokens"})
     engine = Engine(folder)
-    said = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "max_tokens": 7}
     assert engine.defaults == said
     explicit = Params(ignore_eos=True, seed=3, **said)
     (want,), (got,) = (engine.generate([PROMPT], params) for params in (explicit, Params(ignore_eos=True, seed=3)))
     assert got.tokens == want.tokens
     assert len(got.tokens) == 7
-    (greedy,) = engine.generate([PROMPT], Params(7, ignore_eos=True, temperature=0))
+    none = dict.fromkeys(("presence_penalty", "frequency_penalty"), 0) | {"repetition_penalty": 1}
+    (greedy,) = engine.generate([PROMPT], Params(7, ignore_eos=True, temperature=0, **none))
     write(folder)
     assert Engine(folder).generate([PROMPT], Params(7, ignore_eos=True))[0].tokens == greedy.tokens != got.tokens
 
@@ -117,20 +120,19 @@ def test_what_the_fields_mean(fields, said):
 
 
 def test_what_an_engine_does_not_do_is_named_once(folder):
-    write(folder, repetition_penalty=1.2, num_beams=4, bad_words_ids=[[5]], typical_p=1.0, pad_token_id=-1, top_k=None)
+    write(folder, length_penalty=1.2, num_beams=4, bad_words_ids=[[5]], typical_p=1.0, pad_token_id=-1, top_k=None)
     told: list[str] = []
     engine = Engine(folder, tell=told.append)
     for _ in range(2):
         engine.generate([PROMPT], Params(2))
     (line,) = told
     assert line == (
-        "warning: generation_config.json says repetition_penalty=1.2, num_beams=4, bad_words_ids=[[5]], which this "
+        "warning: generation_config.json says length_penalty=1.2, num_beams=4, bad_words_ids=[[5]], which this "
         "engine does not do"
     )
     with pytest.warns(UserWarning, match="num_beams=4"):
         Engine(folder)
-    fields = fields_of(folder)
-    assert unapplied(fields, APPLIED | SERVED) == ["num_beams=4", "bad_words_ids=[[5]]"]
+    assert unapplied(fields_of(folder), APPLIED) == ["length_penalty=1.2", "num_beams=4", "bad_words_ids=[[5]]"]
 
 
 def test_every_field_of_transformers_is_applied_named_or_says_nothing():
@@ -153,7 +155,7 @@ def test_every_field_of_transformers_is_applied_named_or_says_nothing():
     [
         ("{", "not valid JSON"),
         ('{"temperature": "warm"}', "temperature='warm': a number"),
-        ('{"eos_token_id": ["</s>"]}', "eos_token_id='</s>': an integer"),
+        ('{"eos_token_id": ["</s>"]}', "eos_token_id='</s>': a token id, or a list of them"),
         ('{"max_new_tokens": 2.5}', "max_new_tokens=2.5: an integer"),
     ],
 )

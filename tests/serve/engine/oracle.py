@@ -6,10 +6,12 @@ Keys and values stand in one plain tensor for every layer and slot; exits, rules
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from loopwise.model.initial_state import initial_state
 
@@ -174,7 +176,7 @@ class Oracle:
             forced = [depth or params.num_recurrences for depth in forced]
         x = self.positions(ids, 0, store, answer, params, forced)
         while True:
-            best = self.logits(x[None])[0].topk(2)
+            best = penalised(self.logits(x[None])[0], ids, len(prompt), params).topk(2)
             answer.margin = min(answer.margin, float(best.values[0] - best.values[1]))
             answer.tokens.append(int(best.indices[0]))
             ids.append(answer.tokens[-1])
@@ -262,6 +264,17 @@ class Oracle:
     def below(values: torch.Tensor, threshold: float, answer: Answer) -> list[bool]:
         answer.margin = min(answer.margin, float(((values - threshold) / threshold).abs().min()))
         return (values < threshold).tolist()
+
+
+def penalised(logits: torch.Tensor, ids: list[int], prompt: int, params: Any) -> torch.Tensor:
+    """Logits [V] after tokens `ids`, of which `prompt` were given: transformers' repetition penalty, then OpenAI's
+    two."""
+    if params.repetition_penalty not in (None, 1):
+        process = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
+        logits = process(torch.tensor([ids]), logits[None].float())[0]  # pyright: ignore[reportArgumentType]
+    for token, count in Counter(ids[prompt:]).items():
+        logits[token] -= count * (params.frequency_penalty or 0) + (params.presence_penalty or 0)
+    return logits
 
 
 class Rule:
