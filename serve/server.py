@@ -35,6 +35,7 @@ from .startup import (
 from .vllm import SERVER
 from .vllm.arguments import check_arguments, check_environment
 from .vllm.arrivals import ARRIVALS, share
+from .vllm.explained import check_values, explained, parsed
 from .vllm.lanes import LANES
 from .vllm.limits import check_depth
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     claim = None if elsewhere else _claim_port(recipe.host, recipe.port)
     with claim or nullcontext():
         check_tensors(args.model)
-        return _serve(_vllm_arguments(args.model, defaults, recipe, flags), facts, defaults)
+        return _serve(*_vllm_arguments(args.model, defaults, recipe, flags), facts, defaults)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -99,8 +100,11 @@ def _address_error(host: str, port: int, error: OSError) -> UserError:
     return UserError(f"cannot listen on {host}:{port} ({error.strerror or error})")
 
 
-def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: list[str]) -> argparse.Namespace:
-    """vLLM's own arguments: its `flags` win over the recipe, and the recipe over vLLM's defaults.
+def _vllm_arguments(
+    model: str, defaults: Defaults, recipe: ServeRecipe, flags: list[str]
+) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    """vLLM's own arguments: its `flags` win over the recipe, and the recipe over vLLM's defaults. Those of them that
+    the flags name, and what there is to say when the server starts, stand beside them.
 
     Raises UserError for a flag that vLLM does not know or that does not fit a recurrent-depth model.
     """
@@ -111,7 +115,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
 
     class Parser(FlexibleArgumentParser):
         def error(self, message):
-            raise UserError(f"vLLM: {message}; its flags: loopwise serve MODEL -- --help=all")
+            raise UserError(f"vLLM: {parsed(message)}; its flags: loopwise serve MODEL -- --help=all")
 
     arguments = first_module(*ARGUMENTS)
     first_module(*STARTUP).cli_env_setup()
@@ -141,6 +145,7 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         unfit = [name for name, no in does_not.items() if no]
     parser.set_defaults(**dict.fromkeys(unfit, False))
     args: Any = parser.parse_args(flags)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if LANES in (args.additional_config or {}):
         raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as ticks=16")
     if lanes:  # whose core is compiled, instead of vLLM's own forward
@@ -171,13 +176,14 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(args.tensor_parallel_size))
     check_arguments({n: v for n, v in vars(args).items() if n not in lanes}, usual, bool(lanes))
+    check_values(given)
     take_generation_config(args)
     if current_platform.is_cpu() and args.block_size is not None:
         check_block_size(args.block_size)
     try:
         arguments.validate_parsed_serve_args(args)
     except (TypeError, ValueError, VLLMValidationError) as error:
-        raise UserError(f"vLLM: {_first_line(error)}") from None
+        raise UserError(explained(error, given)) from None
     own = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
     wanted = own and not args.skip_tokenizer_init and not vars(args).get("tokens_only")
     tokenizer = load_tokenizer(model, args.trust_remote_code) if wanted else None
@@ -188,8 +194,8 @@ def _vllm_arguments(model: str, defaults: Defaults, recipe: ServeRecipe, flags: 
         )
     if tokenizer is not None:
         compare_vocabularies(model, tokenizer)
-    check_memory(args, defaults)
-    return args
+    memory = check_memory(args, defaults)
+    return args, given, [memory] if memory else []
 
 
 def first_module(*names: str) -> Any:
@@ -203,20 +209,21 @@ def first_module(*names: str) -> Any:
     raise ModuleNotFoundError(", ".join(names))
 
 
-def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
-    """Run vLLM's server to its end. Returns the exit code; raises UserError for what vLLM finds wrong with `args`."""
+def _serve(args: argparse.Namespace, given: dict[str, Any], lines: list[str], facts: Facts, defaults: Defaults) -> int:
+    """Run vLLM's server to its end; `lines`, and where it will be, are said once vLLM has taken all of `args`. Returns
+    the exit code; raises UserError for what vLLM finds wrong with them, naming the one of `given` that is at fault."""
     import uvloop
 
     os.environ[SERVER] = str(os.getpid())
     if defaults.engine == "lanes" and sys.platform == "linux":
         os.environ[ARRIVALS] = share()
     where = f"http://{args.host}:{args.port}/v1"
-    print(f"loopwise: {args.served_model_name[0]} ({facts.architecture}) will be at {where}", file=sys.stderr)
-    print(f"loopwise: {replace(defaults, config=defaults.config | args.hf_overrides).line()}", file=sys.stderr)
+    lines.append(f"{args.served_model_name[0]} ({facts.architecture}) will be at {where}")
+    lines.append(replace(defaults, config=defaults.config | args.hf_overrides).line())
     if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
-        print(f"loopwise: {line}", file=sys.stderr)
+        lines.append(line)
     try:
-        if uvloop.run(_run(args)):
+        if uvloop.run(_run(args, lines)):
             print("loopwise: error: vLLM's engine died; the lines above tell why", file=sys.stderr)
             return 1
     except OSError as error:
@@ -224,7 +231,7 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
             raise
         raise _address_error(args.host, args.port, error) from None
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
-        raise UserError(f"vLLM: {_first_line(error)}") from error
+        raise UserError(explained(error, given)) from error
     except RuntimeError as error:
         if "Engine core initialization failed" not in str(error):
             raise
@@ -233,9 +240,9 @@ def _serve(args: argparse.Namespace, facts: Facts, defaults: Defaults) -> int:
     return 0
 
 
-async def _run(args: argparse.Namespace) -> bool:
-    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts. Returns
-    whether it ended because the engine died.
+async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
+    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts. `lines`
+    are said before that. Returns whether it ended because the engine died.
 
     The `vllm` command itself cannot be used: it asks for the version of a distribution named "vllm", and the wheel for
     CPUs has another name.
@@ -245,6 +252,7 @@ async def _run(args: argparse.Namespace) -> bool:
 
     from .vllm.http import install
     from .vllm.metrics import DepthMetrics
+    from .vllm.starting import say_first
 
     def stop(number, frame):
         # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
@@ -252,16 +260,10 @@ async def _run(args: argparse.Namespace) -> bool:
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
     ending = install(metrics)
+    say_first(lines)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server runs and brings handlers that drain
         signal.signal(number, stop)
     # Once the engine has ended, only clients that do not read, or do not end their requests, can keep the server.
     await run_server_worker(address, listener, args, timeout_graceful_shutdown=max(args.shutdown_timeout, 1))
     return ending.dead
-
-
-def _first_line(error: Exception) -> str:
-    """The sentence of an error: of pydantic's the first message, of others the first line."""
-    pydantic: Any = getattr(error, "errors", None)
-    text = pydantic()[0]["msg"].removeprefix("Value error, ") if pydantic else str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -42,9 +42,9 @@ def compare_vocabularies(model: str, tokenizer: Any) -> None:
         )
 
 
-def check_memory(args: Any, defaults: Defaults) -> None:
-    """Say what keys and values take. Raises UserError where a request of the greatest length has no room in the cache,
-    as far as that can be told before the engine is up."""
+def check_memory(args: Any, defaults: Defaults) -> str | None:
+    """A line on what keys and values take, where that can be told. Raises UserError where a request of the greatest
+    length has no room in the cache, as far as that can be told before the engine is up."""
     from vllm.platforms import current_platform
 
     from ..model import RecurrentDepthConfig
@@ -73,7 +73,7 @@ def check_memory(args: Any, defaults: Defaults) -> None:
     if budget is None and not cpu:
         budget = int(current_platform.get_device_total_memory() * args.gpu_memory_utilization)
     if not budget:
-        return
+        return None
     if length and length > 0:
         advice = [f"{name}={d}" for d in range(deep - 1, 0, -1) if each(d) * (length + BLOCK) <= budget][:1]
         space = -(-each(deep) * (length + BLOCK) // GIB)
@@ -83,7 +83,7 @@ def check_memory(args: Any, defaults: Defaults) -> None:
     said = f"{shown(each(deep))} of keys and values a token at {name}={deep}"
     if cpu or args.kv_cache_memory_bytes:
         said += f", in a cache of {shown(budget)}: {budget // each(deep):,} tokens of all requests"
-    print(f"loopwise: {said}", file=sys.stderr)
+    return said
 
 
 def check_block_size(size: int) -> None:

@@ -276,7 +276,7 @@ def check_value(name: str, value: Any, lanes: bool) -> None:
     if value in accepted or (not why and group in ("passed", "harmless")):
         return
     why = why or REASONS.get(name) or FIXED.get(name) or "it is not known to work with Loopwise yet"
-    raise UserError(f"{_flag(name, value)} does not fit a recurrent-depth model: {why}")
+    raise UserError(f"{flag(name, value)} does not fit a recurrent-depth model: {why}")
 
 
 def check_environment(environment: Any) -> None:
@@ -306,7 +306,7 @@ def check_vllm_config(config: Any, lanes: bool) -> None:
             check_value(name, value, lanes)
 
 
-def _flag(name: str, value: Any) -> str:
+def flag(name: str, value: Any) -> str:
     shown = "" if value is True else f" {value}" if isinstance(value, str | int | float) else ""
     flag = "--" + name.replace("_", "-")
     return f"--no-{flag.removeprefix('--')}" if value is False else flag + shown

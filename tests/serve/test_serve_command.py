@@ -22,6 +22,7 @@ from loopwise.serve.checkpoint import Facts
 from loopwise.serve.defaults import choose
 from loopwise.serve.recipe import ServeRecipe
 from loopwise.serve.vllm.arguments import refuse
+from loopwise.serve.vllm.explained import explained
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -115,6 +116,70 @@ def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path,
     folder = copy_of(model, tmp_path / "m")
     change_config(folder, **fields)
     assert said in refusal(capsys, folder, *settings)
+
+
+class OfPydantic(ValueError):
+    """As much of a ValidationError as is looked at."""
+
+    def __init__(self, loc: str, msg: str, given: object):
+        self.details = {"loc": (loc,), "msg": msg, "input": given}
+
+    def errors(self) -> list[dict]:
+        return [self.details]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OfPydantic("max_num_seqs", "Input should be above 0", 0), "--max-num-seqs 0: Input should be above 0"),
+        (OfPydantic("max_seqs_of_ticks", "Input should be above 0", 0), "--max-num-seqs 0: Input should be above 0"),
+        (OfPydantic("a", "Value error, No dtype. Try b.", 3), "vLLM: No dtype"),
+        (ValueError("User-specified max_model_len (9) is\ngreater. To allow"), "--max-model-len 9: User-specified "
+         "max_model_len (9) is greater"),
+        (KeyError("invalid tool call parser: nope (chose from { a })"), "--tool-call-parser nope: invalid tool call "
+         "parser: nope (chose from { a })"),
+        (ValueError("Unknown backend: 'NOPE'"), "--tool-call-parser nope: Unknown backend: 'NOPE'"),
+        (ValueError("Only enabled. V2"), "vLLM: Only enabled"),
+        (ValueError(""), "vLLM: ValueError"),
+    ],
+)  # fmt: skip
+def test_an_error_of_vllm_names_the_flag_at_fault(error, line):
+    assert explained(error, {"tool_call_parser": "nope", "max_num_seqs": 0, "max_model_len": 9}) == line
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-gpu-blocks-override", "-3"], "--num-gpu-blocks-override -3: an integer above 0"),
+        (["--kv-cache-memory-bytes", "-5"], "--kv-cache-memory-bytes -5: an integer above 0"),
+        (["--tokenizer", "/nowhere"], "--tokenizer /nowhere: no such file or directory"),
+        (["--ssl-keyfile", "/nowhere"], "--ssl-keyfile /nowhere: no such file or directory"),
+        (["--structured-outputs-config", '{"backend": 3}'], "argument --structured-outputs-config: backend: Input "
+         "should be 'auto', "),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_of_vllm_s_is_one_line(capsys, model, flags, said):
+    assert said in refusal(capsys, model[0], "--", *flags)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs 0: Input should be greater than or equal to 1"),
+        (["--max-model-len", "9999"], "--max-model-len 9999: User-specified max_model_len (9999) is greater than the "
+         "derived max_model_len (max_position_embeddings=512"),
+    ],
+)  # fmt: skip
+def test_what_vllm_refuses_itself_is_said_before_the_start(model, flags, said):
+    """In a process of its own, as vLLM's socket is open by then."""
+    command = [sys.executable, "-m", "loopwise", "serve", str(model[0]), f"port={free_port()}", "--", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("loopwise")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"loopwise: error: {said}")
 
 
 def test_says_what_it_picked():
