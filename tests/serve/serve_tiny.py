@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
+Case = TypeVar("Case")
 VOCABULARY = 259  # bytes and three special tokens
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 SMALL = {
@@ -44,6 +49,30 @@ SCHEDULING = {
 }  # fmt: skip
 LORA = {"self_attn.q_proj": 4, "self_attn.v_proj": 3, "self_attn.o_proj": 5, "mlp.up_proj": 6, "mlp.down_proj": 2}
 NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+OWN = {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}
+RELAXED = {**RETROFIT, "relaxation": OWN}
+BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
+BIASED = {**RETROFIT, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
+WIDE = {"hidden_size": 128, "num_key_value_heads": 2}  # for architectures without a head_dim of their own
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+def tested(request: Any, cases: dict[str, Case]) -> dict[str, Case]:
+    """Those of `cases` that this session tests, by the parameter `name` of its tests."""
+    names = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    return {name: case for name, case in cases.items() if name in names}
+
+
+def run_cases(work: list[dict], folder: Path, program: str) -> list[dict]:
+    """The results of a `program` of this folder that runs an engine for each case of `work`."""
+    (folder / "cases.json").write_text(json.dumps(work))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    settings |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, Path(__file__).with_name(program), folder / "cases.json", folder / "results.json"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "results.json").read_text())
 
 
 def source_config(model_type: str, **fields):

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import GROUPED, RETROFIT, prompts, save, source_config, tokenizer
-from test_lanes import run
+from serve_tiny import GROUPED, RETROFIT, prompts, run_cases, save, source_config, tokenizer
 
 from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
@@ -109,7 +108,7 @@ def ran(model, greedy) -> dict[str, Any]:
         "refused": [{"extra_args": fields} for fields, _ in BAD.values()],
     }
     case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
-    result = run([case], model[0].parent)[0]
+    result = run_cases([case], model[0].parent, "run_lanes.py")[0]
     assert "error" not in result, result["error"]
     return result | {"names": [*REQUESTS, *more]}
 
@@ -170,7 +169,7 @@ def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, al
     common = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "extra_args": {"trace": TRACE}}
     asked = [{"prompt": PROMPT, "sampling": common | some, "arrive": n, "abort": -1} for n, some in enumerate(fields)]
     case = {"folder": str(model[0]), "engine": {"max_model_len": 200}, "lanes": {"ticks": 4}, "requests": asked}
-    result = run([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_masked.py")[0]
+    result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_masked.py")[0]
     assert "error" not in result, result["error"]
     assert result["masked"] > 1
     assert [done["tokens"] for done in result["rounds"][0]] == [alone(max_tokens=9, **some) for some in fields]
@@ -188,7 +187,7 @@ def test_processors_of_a_users_own(model, tmp_path):
     sampling = [{"temperature": temperature, "max_tokens": 5, "ignore_eos": True} for temperature in (0, 1)]
     asked = [{"prompt": PROMPT, "sampling": some, "arrive": 0, "abort": -1} for some in sampling]
     case = {"folder": str(model[0]), "engine": {"logits_processors": ["processors:Only"]}, "requests": asked}
-    result = run([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path)[0]
+    result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_lanes.py")[0]
     assert "error" not in result, result["error"]
     assert [done["tokens"] for done in result["rounds"][0]] == [[65] * 5] * 2
 

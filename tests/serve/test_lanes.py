@@ -7,7 +7,6 @@ aborted, many preempted. The oracle is tests/serve/engine's: one request, one po
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import subprocess
@@ -18,17 +17,25 @@ from typing import Any
 
 import pytest
 from serve_tiny import (
+    BIASED,
     GROUPED,
     HUGINN,
-    LORA,
+    MIXED,
     NORMS,
+    ON_TWO_CORES,
+    OWN,
     RECURSIVE,
+    RELAXED,
     RETROFIT,
     SANDWICH,
     SCHEDULING,
+    TWO_RANKS,
+    WIDE,
     generate,
+    run_cases,
     save,
     source_config,
+    tested,
 )
 
 from loopwise.serve import Params
@@ -42,12 +49,8 @@ pytestmark = [
 
 NEAR = 1e-4  # kernels round differently: answers that come closer to a tie are dropped, at most one in ten
 CALM = {**GROUPED, "initializer_range": 0.12}
-WINDOWS = {**CALM, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
-OWN = {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}
-RELAXED = {**RETROFIT, "relaxation": OWN}
-WIDE = {"hidden_size": 128, "num_key_value_heads": 2, "initializer_range": 0.12}
-BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
-BIASED = {**RETROFIT, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
+WINDOWS = {**CALM, **MIXED}
+CALM_WIDE = {**WIDE, "initializer_range": 0.12}
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
 EXPERT = {"kind": "expert", "thresholds": [0.35, 0.5, 0.5, 0.5], "alpha": 0.7}
 TOKEN = {"kind": "token", "gate": "sigmoid", "network": "mlp"}
@@ -78,7 +81,7 @@ class Case:
 WHOLE_PROMPTS = {**FEW_BLOCKS, "enable_chunked_prefill": False, "enable_prefix_caching": False}
 WHOLE_PROMPTS |= {"max_num_batched_tokens": 128}
 MANY_AT_ONCE = {**FEW_BLOCKS, "max_num_batched_tokens": 160}  # prompts that pass on their own, in relaxed models
-TWO_RANKS = {"engine": {**MANY_AT_ONCE, "tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+RANKS = {"engine": {**MANY_AT_ONCE, **TWO_RANKS}, "environment": ON_TWO_CORES}
 ALL = ("plain", "plain", "wave", "wave", "diffusion")
 POLICIES = ("per-depth", "last-exited")
 SEEDS = {f"seed-{n}": Case(policy=POLICIES[n % 2], count=64, seed=100 + n, decoders=ALL) for n in range(20)}
@@ -133,7 +136,7 @@ CASES = {
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     "two-ranks": Case(
-        "qwen2", "last-exited", BIASED, WIDE, **TWO_RANKS, lanes={"compile": True}, decoders=("plain", "wave")
+        "qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, lanes={"compile": True}, decoders=("plain", "wave")
     ),
 }
 
@@ -253,26 +256,13 @@ def test_the_worker_of_a_gpu_leaves_torch_its_streams():
     assert done.returncode == 0, done.stderr
 
 
-def run(work: list[dict], folder: Path, program: str = "run_lanes.py") -> list[dict]:
-    (folder / "cases.json").write_text(json.dumps(work))
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    settings |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, Path(__file__).with_name(program), folder / "cases.json", folder / "results.json"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dict], dict]]:
     """name -> (the oracle's answers, when requests come and go, what vLLM gave), for the cases that are tested."""
-    chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     folder = tmp_path_factory.mktemp("lanes")
     wanted: dict[str, tuple[list[Answer], list[dict]]] = {}
     work: dict[str, dict[str, dict]] = {}  # by program, by name
-    for name, case in (CASES | SEEDS).items():
-        if name not in chosen:
-            continue
+    for name, case in tested(request, CASES | SEEDS).items():
         shape = {"num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy, **case.shape}
         model = save(folder / name, source_config(case.model_type, **case.source), **shape)
         prompts, params, times = requests(case, case.seed)
@@ -286,7 +276,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     return {
         name: (*wanted[name], result)
         for program, tasks in work.items()
-        for name, result in zip(tasks, run(list(tasks.values()), folder, program), strict=True)
+        for name, result in zip(tasks, run_cases(list(tasks.values()), folder, program), strict=True)
     }
 
 

@@ -9,30 +9,31 @@ ids. Each engine answers the same 8 prompts twice, the second time from its pref
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from serve_tiny import (
+    BIASED,
     GROUPED,
     HUGINN,
-    LORA,
-    NORMS,
+    MIXED,
+    ON_TWO_CORES,
     RECURSIVE,
+    RELAXED,
     RETROFIT,
     SANDWICH,
     SCHEDULING,
+    TWO_RANKS,
+    WIDE,
     Answer,
     generate,
     prompts,
+    run_cases,
     save,
     source_config,
+    tested,
 )
 
 from loopwise.serve.vllm.architectures import ARCHITECTURES
@@ -44,8 +45,6 @@ pytestmark = [
 
 TOKENS = 12
 TIE = 1e-4  # kernels round differently: prompts that come closer to a tie are dropped, at most one in ten
-WIDE = {"hidden_size": 128, "num_key_value_heads": 2}  # for architectures without a head_dim of their own
-MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 REQUIRED = {
     "llama": GROUPED,
@@ -72,12 +71,7 @@ OTHERS = {
     "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "starcoder2": {**WIDE, "sliding_window": 8},
 }
-RELAXED = {**RETROFIT, "relaxation": {"depths": 3, "rank": LORA, "own": NORMS, "dora": False}}
-BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
-BIASED = {**RELAXED, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
 NORMAL = {**RETROFIT, "state_init": "normal", "state_std": 0.7, "state_seed": 5}
-
-TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @dataclass
@@ -122,8 +116,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
     """name -> (transformers' answers to the prompts, vLLM's), for the cases that this session tests."""
-    chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
-    cases = {name: case for name, case in CASES.items() if name in chosen}
+    cases = tested(request, CASES)
     folder = tmp_path_factory.mktemp("engines")
     wanted, work = {}, []
     for name, case in cases.items():
@@ -133,18 +126,10 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
         engine = {"hf_overrides": {"num_recurrences": case.num_recurrences}, **case.engine}
         work.append({"folder": str(folder / name), "prompts": prompts(), "tokens": TOKENS, "engine": engine})
         work[-1]["environment"] = {"VLLM_CPU_CI_ENV": "0", "VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
-    return {name: (wanted[name], result) for name, result in zip(cases, run_engines(work, folder), strict=True)}
-
-
-def run_engines(work: list[dict], folder: Path) -> list[dict]:
-    (folder / "cases.json").write_text(json.dumps(work))
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    settings |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    program = Path(__file__).with_name("run_engines.py")
-    command = [sys.executable, program, folder / "cases.json", folder / "results.json"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "results.json").read_text())
+    return {
+        name: (wanted[name], result)
+        for name, result in zip(cases, run_cases(work, folder, "run_engines.py"), strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -168,7 +153,7 @@ def test_what_vllm_has_no_place_for_is_refused(name, tmp_path):
     what it lacks."""
     save(tmp_path / "m", source_config(name, **GROUPED, attention_bias=True), **RETROFIT)
     work = {"folder": str(tmp_path / "m"), "prompts": [[5]], "tokens": 1, "engine": {}, "environment": {}}
-    (result,) = run_engines([work], tmp_path)
+    (result,) = run_cases([work], tmp_path, "run_engines.py")
     assert re.search(r"vLLM's model has no place for coda.0.self_attn.\w_proj.bias, .* and \d+ more", result["error"])
 
 
