@@ -30,9 +30,9 @@ def check_values(given: dict[str, Any]) -> None:
 def explained(error: Exception, given: dict[str, Any]) -> str:
     """One line on an `error` that vLLM found in its arguments: flag and value of the argument at fault, of those that
     the user has `given`, and the first sentence of the error's text. "vLLM:" where it tells none."""
-    found: Any = getattr(error, "errors", None)  # pydantic's, of which the first is told
+    found: Any = getattr(error, "errors", lambda: [])()  # pydantic's, of which the first is told
     said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    details = found()[0] if callable(found) else {"msg": str(said), "loc": ()}
+    details: dict[str, Any] = found[0] if found else {"msg": str(said), "loc": ()}
     text = " ".join(details["msg"].removeprefix("Value error, ").split()) or type(error).__name__
     name = next((str(part) for part in details["loc"] if part in given), None) or _named(text, given)
     if name is None and "input" in details:  # vLLM has handed the value on, under another name

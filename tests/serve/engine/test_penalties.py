@@ -96,7 +96,7 @@ def test_the_arithmetic_is_that_of_vllm():
     prompt, generated = (torch.randint(VOCAB, (len(KINDS), n)) for n in (30, 50))
     zero = torch.zeros(len(KINDS), VOCAB)
     counts = [zero.scatter_add(1, ids, torch.ones(ids.shape)) for ids in (prompt, generated)]
-    got = penalise(logits, sum(counts), counts[1], *values)
+    got = penalise(logits, counts[0] + counts[1], counts[1], *values)
     want = apply_penalties(logits.clone(), prompt, generated, values[1], values[2], values[0])
     torch.testing.assert_close(got, want)
     assert not torch.equal(got[0], logits[0])
