@@ -21,8 +21,8 @@ from ..carried import LICENCES, TOKENIZER_FILES
 from ..checkpoint import config_fields, weight_files
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
+from ..gguf_tensors import GgufTensors
 from ..hub import not_found
-from .gguf_tensors import GgufTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

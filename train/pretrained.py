@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    modeling_gguf_pytorch_utils,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from loopwise.carried import refuse_code
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
 from loopwise.gguf_source import find_gguf
+from loopwise.gguf_tensors import GgufTensors
 from loopwise.hub import check_may_be_hub_id, not_found
 from loopwise.model import RecurrentDepthConfig
 from loopwise.model.configuration_source import ours_alone
@@ -56,15 +48,18 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     """The causal language model in float32. Raises UserError for damaged or missing weights: none is left random."""
-    gguf = find_gguf(Path(model))
+    file = find_gguf(Path(model))
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     with _told(model):
-        kind: dict[str, Any] = {"use_safetensors": True}
-        if gguf:
-            modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # it heeds no switch of transformers
-            kind = {"gguf_file": gguf.name, "config": AutoConfig.from_pretrained(model)}
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=torch.float32, output_loading_info=True, **kind
-        )
+        if file:
+            config = AutoConfig.from_pretrained(model)
+            with torch.device("meta"):
+                empty: Any = AutoModelForCausalLM.from_config(config)
+            tensors = GgufTensors(file, empty)
+            values = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            result: Any = type(empty).from_pretrained(None, config=config, state_dict=values, **options)
+        else:
+            result = AutoModelForCausalLM.from_pretrained(model, revision=revision, use_safetensors=True, **options)
     loaded, info = result
     if not is_recurrent(loaded.config):
         # output_router_logits stays as it is: a plain mixture can run under it, and another trainer may want it.

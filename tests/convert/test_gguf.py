@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loopwise.cli import main
 from loopwise.convert.source import SourceWeights, empty_model, read_config
 from loopwise.gguf_source import unpacked
+from loopwise.train.pretrained import load_model
 from tests.convert.test_bad_input import refused
 from tests.convert.test_convert import tokens
 from tests.gguf_files import CHAT, FAMILIES, family_model, write_gguf
@@ -55,9 +56,13 @@ def read(file: Path) -> Any:
 
 
 def assert_reads_as(file: Path, wanted: Any) -> None:
-    found, values = read(file).state_dict(), wanted.state_dict()
-    assert found.keys() == values.keys()
-    assert [name for name in found if not torch.equal(found[name], values[name])] == []
+    """By a conversion, and by `loopwise eval`."""
+    with unpacked(file) as directory:
+        loaded = load_model(str(directory))
+    values = wanted.state_dict()
+    for found in (read(file).state_dict(), loaded.state_dict()):
+        assert found.keys() == values.keys()
+        assert [name for name in found if not torch.equal(found[name], values[name])] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

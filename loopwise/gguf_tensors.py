@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..gguf_config import ROPE_TABLES
-from ..gguf_header import read_header
-from ..gguf_source import read_tensor
+from .gguf_config import ROPE_TABLES
+from .gguf_header import read_header
+from .gguf_source import read_tensor
 
 _TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # GPT-2's Conv1D
 
