@@ -50,7 +50,7 @@ def test_verification_finds_no_difference(smollm2, tmp_path, capsys):
     from loopwise.cli import main
 
     assert main(["convert", str(smollm2), str(tmp_path / "out"), "sizes=10,10,10"]) == 0
-    assert "max |dlogit| 0)" in capsys.readouterr().out
+    assert "max |dlogit| 0 (float32))" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())
     assert list(facts["source"]["sha256"]) == [smollm2.name]
 
