@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .errors import UserError, reason
-from .gguf_header import Header
+from .gguf_header import Header, check_kind
 
 _COMMON = {
     "block_count": "num_hidden_layers",
@@ -37,6 +37,11 @@ FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "phi3": ("phi3", _COMMON, {"attention.sliding_window": "sliding_window"}),
     "gpt2": ("gpt2", _GPT2, {}),
 }
+# Further numbers that are read, of every architecture.
+_NUMBERS = (
+    "vocab_size", "attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+)  # fmt: skip
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -59,6 +64,7 @@ def build_config(header: Header, read: Any) -> Any:
     model_type, needed, optional = FAMILIES[architecture]
     if missing := [key for key in needed if header.value(key) is None]:
         raise UserError(f"{file}: its metadata lack {architecture}.{missing[0]}")
+    _check_kinds(header, (*needed, *optional, *_NUMBERS))
     fields = {field: header.value(key) for key, field in needed.items()}
     fields |= {field: header.value(key) for key, field in optional.items() if header.value(key) is not None}
     fields |= {
@@ -85,6 +91,18 @@ def build_config(header: Header, read: Any) -> Any:
     return config
 
 
+def _check_kinds(header: Header, numbers: tuple[str, ...]) -> None:
+    """Raise UserError for metadata of another kind, as are numbers for every layer of its own: no model here has them."""
+    for key in numbers:
+        if (value := header.value(key)) is not None:
+            check_kind(header.file, f"{header.architecture}.{key}", value, int, float)
+    if (kind := header.value("rope.scaling.type")) is not None:
+        check_kind(header.file, f"{header.architecture}.rope.scaling.type", kind, str)
+    for key in ("attention.head_count", "rope.scaling.factor"):  # which something is divided by
+        if (value := header.value(key, 1)) <= 0:
+            raise UserError(f"{header.file}: its metadata say {header.architecture}.{key} = {value}: more than 0")
+
+
 def _gemma_scale(header: Header) -> float:
     """query_pre_attn_scalar, which files do not have: a head's width, but in the 27B models hidden_size / heads.
 
@@ -103,7 +121,12 @@ def _rotary_scaling(header: Header, fields: dict[str, Any], read: Any) -> dict[s
     rotary = header.value("rope.dimension_count", width)
     kind, factor = header.value("rope.scaling.type", "none"), header.value("rope.scaling.factor", 1.0)
     original = header.value("rope.scaling.original_context_length")
-    if header.architecture == "phi3" and rotary != width:
+    if rotary != width:
+        if header.architecture != "phi3":
+            raise UserError(
+                f"{header.file}: {header.architecture}.rope.dimension_count = {rotary} of a head's {width}: only phi3 "
+                "models may rotate a part of it; take the safetensors of the model"
+            )
         made["partial_rotary_factor"] = rotary / width
     long, short = ("rope_factors_long.weight" in header.tensors, "rope_factors_short.weight" in header.tensors)
     if "rope_freqs.weight" in header.tensors:

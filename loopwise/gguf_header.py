@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, reason
+from .errors import UserError, reason, shorten
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -21,6 +21,8 @@ TYPES_ELSEWHERE = {  # general.type of files that are no model
     "imatrix": "an importance matrix of a quantisation; give the file of the model",
     "vocab": "a vocabulary without a model; give the file of the model",
 }
+TEXTS = ("general.architecture", "general.type", "tokenizer.ggml.model", "tokenizer.chat_template")
+WHOLE = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")  # numbers without a fraction
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,22 @@ def _known(number: int) -> Any:
     return next((kind for kind in GGMLQuantizationType if kind == number), None)
 
 
+def check_kind(file: Path, key: str, value: Any, *kinds: type) -> None:
+    """Raise UserError unless the metadata `value` is of one of these kinds (str, int, float)."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = "a text" if str in kinds else "a number" if float in kinds else "a whole number"
+        raise UserError(f"{file}: its metadata say {key} = {shorten(repr(value), 60)}, where {wanted} belongs")
+
+
 def _check_model(header: Header) -> None:
     """Raise UserError for a file that holds something else than one whole model."""
     file, fields = header.file, header.fields
-    if not isinstance(fields.get("general.architecture"), str):
+    for key, value in fields.items():
+        if key in TEXTS:
+            check_kind(file, key, value, str)
+        elif WHOLE.fullmatch(key):
+            check_kind(file, key, value, int)
+    if "general.architecture" not in fields:
         raise UserError(f"{file}: its metadata name no general.architecture, so it is no model")
     if (kind := fields.get("general.type", "model")) != "model":
         raise UserError(f"{file}: {TYPES_ELSEWHERE.get(kind, f'a GGUF file of type {kind!r}, not a model')}")

@@ -321,6 +321,15 @@ def test_what_is_no_supported_model_is_one_line(file, tmp_path, capsys):
         ({"tokenizer.ggml.model": "bert"}, "no tokenizer can be made"),
         ({"llama.vocab_size": 400}, f"{path}: model.embed_tokens.weight has shape [320, 64]"),
         ({"llama.embedding_length": 63}, "63"),
+        ({"split.count": "2"}, "split.count = '2', where a whole number"),
+        ({"general.type": [1, 2]}, "general.type = [1, 2], where a text"),
+        ({"tokenizer.ggml.eot_token_id": [1, 2]}, "eot_token_id = [1, 2], where a whole number"),
+        ({"llama.attention.head_count_kv": [1] * 6}, "head_count_kv = [1, 1, 1, 1, 1, 1], where a number"),
+        ({"llama.rope.freq_base": "x"}, "rope.freq_base = 'x', where a number"),
+        ({"llama.rope.scaling.type": 2}, "rope.scaling.type = 2, where a text"),
+        ({"llama.attention.head_count": 0}, "head_count = 0: more than 0"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": -2.0}, "factor = -2.0: more than 0"),
+        ({"llama.rope.dimension_count": 16}, "rope.dimension_count = 16 of a head's 32"),
     ):
         assert said in line(write_gguf(path, model, "llama", metadata=metadata))
     split = write_gguf(tmp_path / "x-00002-of-00003.gguf", model, "llama")
