@@ -111,8 +111,11 @@ def read_recurrent_config(path: Path) -> Any:
     """The config of a recurrent-depth checkpoint. Raises UserError for anything else."""
     from ..model import RecurrentDepthConfig
 
+    if (file := find_gguf(path) if path.exists() else None) and not (path / "config.json").exists():
+        raise UserError(f"{file}: a GGUF file; turn it into a recurrent-depth model with `loopwise convert`")
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a recurrent-depth checkpoint")
+        what = "a file" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {what}; give the directory of a recurrent-depth checkpoint")
     kind = config_fields(path).get("model_type")
     if kind != "recurrent_depth":
         raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")

@@ -412,6 +412,20 @@ def test_eval_takes_it_and_train_says_what_to_do(file, tmp_path, capsys):
     assert "loopwise convert" in printed
 
 
+@pytest.mark.parametrize("verb", [["inspect"], ["export", "--unroll=2"], ["calibrate"]])
+def test_other_verbs_say_what_to_do(verb, file, tmp_path, capsys):
+    """Of the file, of a folder with it, and of a file that is none."""
+    folder, text = tmp_path / "folder", tmp_path / "text.txt"
+    folder.mkdir()
+    shutil.copy(file, folder / "model.gguf")
+    text.write_text("x")
+    more = {"inspect": [], "export": [tmp_path / "out"], "calibrate": [text]}[verb[0]]
+    for given, said in ((file, "a GGUF file; "), (folder, f"{folder / 'model.gguf'}: a GGUF file; "), (text, "a file; ")):
+        assert main([verb[0], *map(str, (given, *more)), *verb[1:]]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_file_of_a_hub_repository(file, tmp_path, monkeypatch, capsys):
     """ID:FILE.gguf, through the hub client's cache; ID alone names what the repository holds."""
     import huggingface_hub
