@@ -66,16 +66,52 @@ UNREAD_BY_BEAMS: dict[str, tuple] = {
     "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_detection": (),
     "structured_outputs": (), "response_format": ({"type": "text"},),
 }  # fmt: skip
+SMALLEST, LARGEST = -(2**63), 2**64 - 1  # whole numbers that a message between vLLM's processes can hold
+OBJECTS = ("structured_outputs",)  # which vLLM looks into before it checks that they are objects
 UNKNOWN = "it is not known to work with Loopwise yet"
 
 
 def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises FieldError for a field of `body` that this server cannot follow; `known` are those that vLLM reads."""
+    """Raises FieldError for a field of `body` that this server cannot follow; `known` are those that vLLM reads.
+
+    And for values at which vLLM fails with status 500: what its messages cannot hold, and parts that are no objects.
+    """
     for name, value in body.items():
+        _check_holdable(name, value)
+        if name in OBJECTS and value is not None and not isinstance(value, dict):
+            raise FieldError(name, f"{name}={value!r:.60}: an object")
+        if name == "tools" and isinstance(choice := body.get("tool_choice"), dict) and "function" in choice:
+            _check_named(value)
         if name in REFUSED_BODY:
             _refuse(name, value, *REFUSED_BODY[name])
         elif name not in BODY and name in known:
             _refuse(name, value, (), UNKNOWN)
+
+
+def _check_named(tools: Any) -> None:
+    """Raises FieldError for one of `tools` that is no function with a name, among which vLLM looks for the chosen one."""
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise FieldError("tools", f"tools: {tool!r:.60} is no function with a name, and tool_choice names one")
+
+
+def _check_holdable(name: str, value: Any) -> None:
+    """Raises FieldError for a number of more than 64 bits, and for half a surrogate, anywhere in the field `name`."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list):
+            parts += part
+        elif isinstance(part, int) and not SMALLEST <= part <= LARGEST:
+            raise FieldError(name, f"{part:.3g} in {name}: a whole number of at most 64 bits")
+        elif isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                raise FieldError(name, f"{name} is not text: half a surrogate at {error.start}") from None
 
 
 def check_beams(body: dict[str, Any], depth: Iterable[str]) -> None:

@@ -420,7 +420,11 @@ def test_other_verbs_say_what_to_do(verb, file, tmp_path, capsys):
     shutil.copy(file, folder / "model.gguf")
     text.write_text("x")
     more = {"inspect": [], "export": [tmp_path / "out"], "calibrate": [text]}[verb[0]]
-    for given, said in ((file, "a GGUF file; "), (folder, f"{folder / 'model.gguf'}: a GGUF file; "), (text, "a file; ")):
+    for given, said in (
+        (file, "a GGUF file; "),
+        (folder, f"{folder / 'model.gguf'}: a GGUF file; "),
+        (text, "a file; "),
+    ):
         assert main([verb[0], *map(str, (given, *more)), *verb[1:]]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

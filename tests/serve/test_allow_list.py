@@ -218,6 +218,31 @@ def test_a_field_of_a_body_that_nobody_knows_is_refused():
         check_body({"brand_new": 1}, {"brand_new", "temperature"})
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"top_k": 2**64}, "1.84e+19 in top_k: a whole number of at most 64 bits"),
+        ({"repetition_detection": {"min_count": 2, "max_pattern_size": -(2**70)}}, "-1.18e+21 in repetition_detection"),
+        ({"bad_words": ["cat", "\ud800"]}, "bad_words is not text: half a surrogate at 0"),
+        ({"logit_bias": {"1\udfff": 1}}, "logit_bias is not text: half a surrogate at 1"),
+        ({"structured_outputs": "x"}, "structured_outputs='x': an object"),
+        ({"structured_outputs": [1]}, "structured_outputs=[1]: an object"),
+        ({"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools: {} is no function"),
+    ],
+)
+def test_a_value_at_which_vllm_fails_is_named(body, said):
+    """With status 500, and no word or one about Python, where the client is at fault."""
+    with pytest.raises(FieldError) as told:
+        check_body(body, body)
+    assert str(told.value).startswith(said)
+    assert told.value.field == next(iter(body))
+
+
+def test_the_greatest_values_are_left_alone():
+    check_body({"seed": 2**64 - 1, "priority": -(2**63), "prompt": "caf\u00e9", "structured_outputs": {}}, {"seed"})
+    check_body({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}}, {"tools"})
+
+
 @needs_vllm
 @pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"])
 @pytest.mark.parametrize("token", [259, -1])
