@@ -92,7 +92,7 @@ def build_config(header: Header, read: Any) -> Any:
 
 
 def _check_kinds(header: Header, numbers: tuple[str, ...]) -> None:
-    """Raise UserError for metadata of another kind, as are numbers for every layer of its own: no model here has them."""
+    """Raise UserError for metadata of another kind. Lists of numbers, one for every layer, are of no model here."""
     for key in numbers:
         if (value := header.value(key)) is not None:
             check_kind(header.file, f"{header.architecture}.{key}", value, int, float)

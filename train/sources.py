@@ -194,6 +194,8 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 def _file(path: Path, reader: Reader, strict: bool) -> Iterator[Any]:
     if kind_of(path, strict) in TABLES:
+        if is_empty(path):
+            return
         yield from _rows(_table(path), str(path), reader)
         return
     for _, where, record in records(path, reader.field, reader.chat, strict, reader.bad):
@@ -221,6 +223,16 @@ def _text(value: Any, where: str, field: str) -> str:
 def is_dataset(directory: Path) -> bool:
     saved = ("dataset_info.json", "state.json", "dataset_dict.json")
     return any((directory / name).is_file() for name in saved)
+
+
+def is_empty(path: Path) -> bool:
+    """True for a parquet file without rows, as the last part of a table may be: `datasets` fails on it."""
+    if kind_of(path, strict=False) != ".parquet":
+        return False
+    with told(str(path)):
+        from pyarrow import parquet
+
+        return parquet.read_metadata(path).num_rows == 0
 
 
 def _table(path: Path) -> Any:

@@ -22,7 +22,7 @@ from .data import Packed, reader_of, tokenise
 from .files import records
 from .recipe import Data
 from .snapshot import kind_of
-from .sources import TABLES, Reader, check_exists, files_of, of_source, saved, told
+from .sources import TABLES, Reader, check_exists, files_of, is_empty, of_source, saved, told
 
 MARKS = "streams.json"
 
@@ -215,5 +215,7 @@ def stream_of(source: str, reader: Reader) -> Any:
     if len(kinds) != 1:
         found = ", ".join(sorted({kind_of(file, strict=False) or file.name for file in files}))
         raise UserError(f"{source}: a stream reads parquet or arrow files alone, no other files beside them: {found}")
-    paths = [str(file) for file in files]
+    paths = [str(file) for file in files if not is_empty(file)]
+    if not paths:
+        raise UserError(f"{source}: no text in it")
     return datasets.load_dataset(kinds.pop(), data_files=paths, split="train", streaming=True)

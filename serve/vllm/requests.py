@@ -89,7 +89,7 @@ def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def _check_named(tools: Any) -> None:
-    """Raises FieldError for one of `tools` that is no function with a name, among which vLLM looks for the chosen one."""
+    """Raises FieldError for one of `tools` that is no function with a name: vLLM looks for the chosen one there."""
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or "name" not in function:

@@ -53,6 +53,22 @@ def test_datasets_sources(tmp_path):
         read(tmp_path / "table.parquet", field="body")
 
 
+def test_a_table_without_rows_ends_nothing(tmp_path):
+    """As the last part of a dataset may be; read whole or as a stream."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from loopwise.train.stream import stream_of
+
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    for name, texts in (("a", []), ("b", ["one", "two"]), ("c", [])):
+        parquet.write_table(pyarrow.table({"text": texts}, schema), tmp_path / f"{name}.parquet")
+    assert read(tmp_path) == ["one", "two"]
+    assert [row["text"] for row in stream_of(str(tmp_path), Reader())] == ["one", "two"]
+    assert read(tmp_path / "a.parquet") == []
+    with pytest.raises(UserError, match=r"a\.parquet: no text in it"):
+        stream_of(str(tmp_path / "a.parquet"), Reader())
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
