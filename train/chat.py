@@ -68,7 +68,8 @@ def messages_of(value: Any, where: str) -> Messages:
     Text in parts is joined, and a field without a value left out, as tables have it for every field of any message.
     """
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: a conversation is a list of messages, not {type(value).__name__}")
+        what = "an empty one" if value == [] else type(value).__name__
+        raise UserError(f"{where}: a conversation is a list of messages, not {what}")
     found = []
     for number, message in enumerate(value):
         fields = without_nulls(message) if isinstance(message, dict) else {}

@@ -132,6 +132,7 @@ def test_bad_lines_of_every_kind_are_skipped_and_named(chatting, tmp_path, capsy
         b"null": "a record is an object",
         b'{"other": 1}': "no field 'messages'",
         b'{"messages": 3}': "a conversation is a list of messages, not int",
+        b'{"messages": []}': "a conversation is a list of messages, not an empty one",
         b'{"messages": ': "not JSON",
     }
     file = tmp_path / "c.jsonl"
