@@ -101,7 +101,7 @@ class LowRank:
 
     def take(self, name: str) -> torch.Tensor:
         """lora_A [depths, r, in], lora_B [depths, out, r] or dora_magnitude [depths, out]; each is handed out once."""
-        if not self._made:
+        if name not in self._made:
             self._make()
         return self._made.pop(name)
 

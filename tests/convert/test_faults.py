@@ -68,6 +68,12 @@ def test_faults_are_found(fault, relaxed):
             "relaxation.0.mlp.up_proj.dora_magnitude",
             scaled(1e-4),
         ),
+        (
+            "llama",
+            {**RELAXED, "lora": {"rank": 8, "init": "zero"}},
+            "relaxation.0.mlp.up_proj.lora_A",
+            torch.zeros_like,  # from which nothing is ever learned
+        ),
         ("qwen2", {"method": "recursive", "loops": 2}, "core.0.self_attn.q_proj.bias", torch.zeros_like),
         ("mixtral", {"sizes": [1, 3, 2]}, "core.0.mlp.experts.down_proj", one_more),
         ("gpt2", {**RELAXED, "lora": {"rank": 8, "targets": ["o"]}}, "relaxation.0.attn.c_proj.lora_B", scaled(1e-4)),
@@ -99,7 +105,18 @@ def test_factors_of_wrong_code_are_found(capsys, tmp_path):
     folder = save_source(tmp_path / "source")
     argv = ["convert", str(folder), str(tmp_path / "out"), "method=recursive", "loops=2", "init=average", "lora.rank=8"]
     svd = relax.truncated_svd
+
+    def least(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.linalg.svd(change, full_matrices=False)[2][-rank:]
+        return change @ a.T, a
+
+    def any_rows(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.linalg.qr(torch.randn(change.shape[1], rank, generator=generator)).Q.T
+        return change @ a.T, a
+
     wrong = [
+        mock.patch.object(relax, "truncated_svd", least),
+        mock.patch.object(relax, "truncated_svd", any_rows),
         mock.patch.object(relax, "truncated_svd", lambda *given: (svd(*given)[0] * 1.0001, svd(*given)[1])),
         mock.patch("loopwise.convert.tensors._mean", lambda weights, names: weights.read(names[0])),
     ]
