@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from transformers import AutoConfig
 
 from ..errors import UserError
 from .agreement import WAY_OUT
@@ -18,6 +22,26 @@ STORED_EPS = 1
 # The greatest singular value of what LoRA factors leave out, over the smallest of what they hold: at most 1 by SVD, and
 # 1.04 was seen by random projections.
 LEFT_OUT = 1.25
+
+
+def check_config(directory: Path, config: Any) -> None:
+    """Raise UserError unless config.json in `directory`, read back, says in every field what `config` says."""
+    pairs = [AutoConfig.from_pretrained(directory).to_dict(), config.to_dict()]
+    found, wanted = (_flat({**fields, "_name_or_path": None}) for fields in pairs)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"verification failed: {name} of config.json, read back, is {found.get(name)!r}, not "
+                f"{wanted.get(name)!r}; {WAY_OUT}"
+            )
+
+
+def _flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The fields, those of sections by their names with dots."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+    return flat
 
 
 class Expected:

@@ -141,12 +141,13 @@ def _verify(path: Path, directory: Path, unroll: int, config: Any, target: Any, 
 
     from .agreement import Logits, agreement, in_double
     from .double import Double
-    from .expected import check_equal
+    from .expected import check_config, check_equal
     from .relax import at_depth
     from .source import empty_model
     from .stream import streamed
     from .verify import reloaded, sample
 
+    check_config(directory, target)
     ids, mask = sample(config, seed=0)
     places, what = config.order(unroll), f"the plain model and MODEL at {unroll} recurrences"
 

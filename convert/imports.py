@@ -18,7 +18,7 @@ from . import mor, reference
 from .agreement import WAY_OUT, Logits, in_double
 from .architectures import SUPPORTED
 from .double import Double
-from .expected import check_equal
+from .expected import check_config, check_equal
 from .formats import FORMATS, Format
 from .raw import Imported, RawTensors, Transform
 from .recipe import ConvertRecipe
@@ -145,8 +145,9 @@ def verify_import(
     state; with a router, at its R.
 
     Raises UserError where the two differ by more than rounding, where logits are not finite in the checkpoint's dtype,
-    and where a tensor is not the one that was to be written.
+    and where a tensor, or a field of config.json, is not the one that was to be written.
     """
+    check_config(directory, config)
     ids, _ = sample(config, 0)
     ids = ids[:, :16]
     noise = torch.randn(*ids.shape, config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1

@@ -27,6 +27,7 @@ from ..sampling import greatest_id
 from .agreement import decisive
 from .architectures import layer_kinds
 from .card import model_card
+from .expected import check_config
 from .formats import recognise
 from .generation import write_generation_config
 from .imports import fix_special_tokens, is_recurrent, plan_import, verify_import
@@ -138,6 +139,7 @@ def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
             facts["influence"] = influence
 
         def check(directory: Path) -> dict[str, float]:
+            check_config(directory, config)
             zero = any(factors.init == "zero" for factors in tensors.low_rank.values())
             return verify(directory, plan, source_config, weights, tensors.pending, dtype, recipe.seed, zero)
 

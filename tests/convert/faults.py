@@ -117,6 +117,13 @@ def theta(by: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def says(section: str | None = None, **values: Any) -> Callable[[dict[str, Any]], None]:
+    def change(fields: dict[str, Any]) -> None:
+        (fields[section] if section else fields).update(values)
+
+    return change
+
+
 def eps(by: float) -> Callable[[dict[str, Any]], None]:
     def change(fields: dict[str, Any]) -> None:
         fields["source_config"]["rms_norm_eps"] *= 1 + by
@@ -180,6 +187,11 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "one value of the final norm": lambda d: changed(d, "source.model.norm.weight", one_more),
     "rope_theta, by 1e-7": lambda d: configured(d, theta(1e-7)),
     "rms_norm_eps, by 1e-3": lambda d: configured(d, eps(1e-3)),
+    "a window that no sample fills": lambda d: configured(d, says("source_config", sliding_window=64)),
+    "the depth of requests": lambda d: configured(d, says(num_recurrences=3)),
+    "the greatest depth": lambda d: configured(d, says(max_recurrences=9)),
+    "the dtype": lambda d: configured(d, says(dtype="bfloat16")),
+    "the token that ends a text": lambda d: configured(d, says(eos_token_id=5)),
     "the scale of LoRA at one depth, by 1e-8": patched(relaxation.Factors, "_add", scale_at_one_depth(1e-8)),
     "LoRA rounded in float32 alone": patched(relaxation.Factors, "_add", rounded_in_float32),
     "parameters of another depth": patched(relaxation.Relaxation, "_enter", next_depth),

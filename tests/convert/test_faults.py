@@ -17,7 +17,7 @@ from loopwise.convert.surgery import _convert, _save_config
 from loopwise.convert.write import write_weights
 from loopwise.errors import UserError
 from loopwise.recipe import validate
-from tests.convert.faults import FAULTS, changed, one_more, put, read, scaled
+from tests.convert.faults import FAULTS, changed, configured, one_more, put, read, says, scaled
 from tests.convert.test_import import source
 from tests.tiny import save_source
 
@@ -87,6 +87,24 @@ def test_faults_of_other_methods_and_sources_are_found(model_type, keys, name, c
             pytest.raises(UserError, match=f"verification failed: tensor {name}"),
         ):
             made.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "change", "named"),
+    [
+        ({"method": "mor", "loops": 2}, says("router", alpha=0.9), "router.alpha"),
+        ({"method": "mor", "loops": 2}, says("router", capacity=[1.0, 0.9]), "router.capacity"),
+        ({"sizes": [1, 3, 2], "state_init": "zeros"}, says(state_init="input"), "state_init"),
+    ],
+)
+def test_fields_that_the_comparison_replaces_are_read_back(keys, change, named, tmp_path):
+    """It runs without the router, and from a state of its own."""
+    with (
+        written(save_source(tmp_path / "source"), tmp_path / "out", **keys) as made,
+        configured(tmp_path / "out", change),
+        pytest.raises(UserError, match=rf"failed: {named} of config\.json"),
+    ):
+        made.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
