@@ -68,8 +68,8 @@ def check_replaceable(out: Path, force: bool) -> None:
 
 
 def left_by_killed(out: Path, kind: str) -> list[Path]:
-    """The siblings of `out` that killed processes left; a name without a process's number is not ours."""
-    found = sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"))
+    """The siblings of `out` that killed processes left: ours or empty, and with a process's number in their names."""
+    found = [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")) if _removable(path)]
     pids = [path.name.rpartition("-")[2] for path in found]
     return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
 
@@ -100,7 +100,7 @@ def restore(old: Path, out: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Remove `directory` where it is ours or empty, and no link; its record goes last, should this be interrupted."""
-    if directory.is_symlink() or not directory.is_dir() or not (is_ours(directory) or _empty(directory)):
+    if not _removable(directory):
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -168,6 +168,10 @@ def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]
     finally:
         restore(old, out)
         remove(partial)
+
+
+def _removable(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and (is_ours(path) or _empty(path))
 
 
 def _empty(directory: Path) -> bool:

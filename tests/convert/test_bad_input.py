@@ -359,11 +359,21 @@ def test_a_dry_run_says_what_would_refuse_the_output(standing, capsys, tmp_path,
 
 
 def test_what_a_killed_call_left_is_put_back_before_force_is_asked_for(capsys, tmp_path, source):
-    (tmp_path / ".out.old-999999999").mkdir()
-    (tmp_path / ".out.old-999999999" / "precious").write_text("x")
+    earlier_output(tmp_path / "out").rename(tmp_path / ".out.old-999999999")
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["earlier", "loopwise.json", "out"]
+
+
+def test_what_is_only_named_as_a_killed_call_s_stays_where_it_is(tmp_path, source):
+    (tmp_path / ".out.old-999999999").mkdir()
+    (tmp_path / ".out.old-999999999" / "precious").write_text("x")
+    (tmp_path / ".out.old-999999998").symlink_to(earlier_output(tmp_path / "mine"))
+    beside = sorted(tmp_path.iterdir())
+    assert main(["train", str(tmp_path / "nothing"), str(tmp_path / "out"), "data.train=nothing", "steps=1"]) == 2
+    assert sorted(tmp_path.iterdir()) == beside
+    assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--no-verify"]) == 0
+    assert sorted(tmp_path.iterdir()) == [*beside, tmp_path / "out"]
 
 
 def test_a_source_file_that_cannot_be_read_again(capsys, tmp_path, source, monkeypatch):

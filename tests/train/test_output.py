@@ -14,6 +14,7 @@ from train_tiny import run
 from loopwise.cli import main
 from loopwise.directory import is_ours
 
+RECORD = '{"loopwise": "0.1.0"}'
 HEADER = "# loopwise 0: loopwise train model out\n"
 
 
@@ -63,14 +64,14 @@ def test_a_refused_run_removes_nothing_of_the_users(standing, sibling, options, 
     number = {"living": os.getppid(), "dead": dead, "no number": "mine"}[sibling]
     old = tmp_path / f".out.old-{number}"
     old.mkdir()
-    (old / "loopwise.json").write_text("{}")
+    (old / "loopwise.json").write_text(RECORD)
     (old / "weights").write_text("replaced")
     before = files(tmp_path)
     assert main(command(tmp_path / "missing", out, "steps=2", *options)) == 2
     assert "Traceback" not in capsys.readouterr().err
     after = files(tmp_path)
     if sibling == "dead" and standing in ("absent", "empty", "killed"):  # what it was to replace is back
-        assert after == {"out/loopwise.json": b"{}", "out/weights": b"replaced"}
+        assert after == {"out/loopwise.json": RECORD.encode(), "out/weights": b"replaced"}
     elif sibling == "dead" and standing in ("copied recipe", "killed, with a note"):
         assert after.items() >= {"out/precious": b"mine", f"{old.name}/weights": b"replaced"}.items()
     else:
