@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
+from ..directory import new_file
 from ..errors import UserError
 
 
@@ -64,11 +64,10 @@ def calibrate(model: str | Path, text: str) -> dict[str, Any]:
             router["thresholds"][r] = between if taken < len(scores) else 0.0
     fields = json.loads((path / "config.json").read_text())
     fields["router"] = router
-    beside = path / ".config.json.new"
+    file = path / "config.json"
     try:
-        beside.write_text(json.dumps(fields, indent=2) + "\n")
-        os.replace(beside, path / "config.json")
+        with new_file(file) as partial:
+            partial.write_text(json.dumps(fields, indent=2) + "\n")
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path / 'config.json'}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     return router

@@ -69,7 +69,7 @@ def check_replaceable(out: Path, force: bool) -> None:
 
 def left_by_killed(out: Path, kind: str) -> list[Path]:
     """The siblings of `out` that killed processes left: ours or empty, and with a process's number in their names."""
-    found = [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")) if _removable(path)]
+    found = [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")) if removable(path)]
     pids = [path.name.rpartition("-")[2] for path in found]
     return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
 
@@ -100,7 +100,7 @@ def restore(old: Path, out: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Remove `directory` where it is ours or empty, and no link; its record goes last, should this be interrupted."""
-    if not _removable(directory):
+    if not removable(directory):
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -145,6 +145,33 @@ def check_new(out: Path, source: Path | None, force: bool) -> Path:
     return found
 
 
+def check_file(file: Path) -> None:
+    """Raise UserError where `file` cannot be written, so that nobody measures for an hour to be told so."""
+    file = file.expanduser()
+    if file.is_dir():
+        raise UserError(f"--out {file} is a directory; name a file")
+    if not file.parent.is_dir():
+        raise UserError(f"--out {file}: no such directory")
+    if not os.access(file.parent if not file.exists() else file, os.W_OK):
+        raise UserError(f"--out {file}: nothing may be written there")
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A temporary sibling of `file` that becomes `file` when the block ends well, and vanishes when it does not: a full
+    disk leaves what stood there. What is no regular file, as /dev/stdout, is written to itself."""
+    found = file.expanduser().resolve()
+    if found.exists() and not found.is_file():
+        yield file
+        return
+    partial = beside(found, "partial")
+    try:
+        yield partial
+        partial.replace(found)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
@@ -170,7 +197,8 @@ def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]
         remove(partial)
 
 
-def _removable(path: Path) -> bool:
+def removable(path: Path) -> bool:
+    """True for a directory that is ours or empty, and no link."""
     return path.is_dir() and not path.is_symlink() and (is_ours(path) or _empty(path))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopwise.arguments import RecipeParser
+from loopwise.directory import check_file, new_file
 from loopwise.errors import UserError
 from loopwise.gguf_source import find_gguf, unpacked
 from loopwise.quiet import quiet
@@ -42,16 +44,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE", help="write the JSON object there, too: loopwise plot eval draws it")
     args = parser.parse(argv)
     recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
-    if args.out and not Path(args.out).expanduser().parent.is_dir():
-        raise UserError(f"--out {args.out}: no such directory")
+    out = Path(args.out).expanduser() if args.out else None
+    if out:
+        check_file(out)
+        _check_result(out)
     result = evaluate(args.model, recipe)
-    if args.out:
+    print(json.dumps(result) if args.json else table(result), flush=True)  # first: it is not lost where FILE cannot be
+    if out:
         try:
-            Path(args.out).expanduser().write_text(json.dumps(result, indent=1) + "\n")
+            with new_file(out) as partial:
+                partial.write_text(json.dumps(result, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}") from None
-    print(json.dumps(result) if args.json else table(result))
     return 0
+
+
+def _check_result(file: Path) -> None:
+    """Raise UserError where `file` holds something else than a result: the data, for one, or a model's config.json."""
+    if not file.is_file() or not file.stat().st_size:
+        return
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "results" in found:
+            return
+    raise UserError(f"--out {file} is there and holds no result of loopwise eval; name another file")
 
 
 def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopwise.arguments import Parser
+from loopwise.directory import new_file
 from loopwise.errors import UserError, reason
 from loopwise.recipe import read_recipe, settled, validate
 
@@ -61,7 +62,8 @@ def draw(args: argparse.Namespace) -> Path:
         file = Path(args.out or Path(args.source).expanduser().with_suffix(ending))
         figure = (eval_figure if args.what == "eval" else depth_figure)(Path(args.source))
     try:
-        figure.savefig(file, dpi=150)
+        with new_file(file) as partial:
+            figure.savefig(partial, dpi=150, format=file.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # a folder that is not there; a suffix that is no picture's
         raise UserError(f"--out {file}: {reason(error)}") from None
     return file

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,12 +228,36 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
             "no field 'body' among 'text'; text_field names the one to use",
         ),
         (["data=task:hops", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: no such directory"),
+        (["data=task:hops", "--out", "/"], "--out / is a directory"),
+        (["data=CORPUS", "--out", "CORPUS"], "is there and holds no result of loopwise eval; name another file"),
     ],
 )
 def test_what_cannot_be_measured(settings, message, small, corpus, capsys):
     assert main(["eval", str(small), *(setting.replace("CORPUS", str(corpus)) for setting in settings)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert message in said[-1]
+
+
+def test_a_full_disk_costs_neither_the_result_nor_an_earlier_one(small, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "result.json"
+    measure = ["eval", str(small), f"data={TASK}", "num_recurrences=1", "--out", str(file)]
+    run(measure)
+    capsys.readouterr()
+    before, write = file.read_bytes(), Path.write_text
+
+    def full(self, text, *more, **named):
+        write(self, text[: len(text) // 2], *more, **named)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert main(measure) == 2
+    said = capsys.readouterr()
+    assert "recurrences" in said.out
+    assert said.err.splitlines()[-1] == f"loopwise: error: --out {file}: No space left on device"
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("result.json", before)]
+    assert main([*measure[:-1], "/dev/null"]) == 0
+    assert not Path("/dev/null").is_file()
 
 
 def test_held_out_conversations_are_those_that_training_leaves_out(small, tmp_path, capsys):
