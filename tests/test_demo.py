@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from loopwise.demo import chains, processes
-from loopwise.demo.__main__ import OURS, main
+from loopwise.cli import guarded
+from loopwise.demo import chains, pretrained, processes, serving
+from loopwise.demo.__main__ import FILES, MODELS, OURS, check_out, main, prepare
 
 # A step that starts a process of its own, tells both ids, and heeds no SIGINT.
 STUBBORN = """
@@ -75,22 +78,82 @@ def test_a_step_that_fails_ends_the_demo(capfd):
 def test_a_directory_that_is_no_demo_s_stays(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    from loopwise.cli import guarded
-
     assert guarded(main, ["--out", str(tmp_path / "mine")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
-    from loopwise.cli import guarded
+@pytest.mark.parametrize(
+    ("standing", "options", "message"),
+    [
+        ("run/thesis.tex", [], "holds thesis.tex, which no demo left"),
+        ("run/my-model/loopwise.json", [], "holds my-model, which no demo left"),
+        ("run/converted/thesis.tex", [], "holds converted, which no demo left"),
+        ("run/text/thesis.txt", ["--text", "run/text/thesis.txt"], "thesis.txt lies in run, which the demo replaces"),
+        ("run/retrained/loopwise.json", ["--text", "run/retrained"], "run/retrained lies in run"),
+        ("run/retrained/loopwise.json", ["--text", "link"], "link lies in run"),
+    ],
+)
+def test_what_no_demo_left_and_what_it_reads_stay(standing, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / standing
+    file.parent.mkdir(parents=True)
+    file.write_text('{"loopwise": "0.1.0"}')
+    (tmp_path / "run" / OURS).touch()
+    (tmp_path / "link").symlink_to("run/retrained")
+    assert guarded(main, ["--out", "run", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert file.exists()
 
+
+def test_an_earlier_demo_is_replaced_and_a_link_to_it_kept(tmp_path):
+    killed = (".chains.json.partial-7", ".retrained.old-7/loopwise.json", "chains-base/.checkpoint-1.partial/x")
+    (tmp_path / "run" / "chains-base").mkdir(parents=True)
+    (tmp_path / "run" / "chains-base" / "train_recipe.yaml").write_text("# loopwise 0: loopwise train model out\n")
+    for name in (OURS, "chains.json", "converted/loopwise.json", "converted/model.safetensors", *killed):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text('{"loopwise": "0.1.0"}')
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "empty").mkdir()
+    for name in ("link", "empty", "new/below"):
+        prepare(check_out(tmp_path / name))
+        assert [path.name for path in (tmp_path / name).iterdir()] == [OURS]
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
+def test_a_place_where_no_demo_can_write_is_one_line(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert guarded(main, ["--out", str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_the_demo_writes_is_what_it_may_replace(tmp_path, monkeypatch):
+    """Every name below its folder, in the commands that it runs."""
+    ran: list[str] = []
+    monkeypatch.setattr(chains, "loopwise", lambda *words: ran.extend(map(str, words)))
+    monkeypatch.setattr(pretrained, "loopwise", lambda *words: ran.extend(map(str, words)))
+    monkeypatch.setattr(pretrained, "sizes", lambda source: (1, 1, 1))
+    monkeypatch.setattr(
+        pretrained, "measure", lambda model, data, result, *_: ran.append(str(result)) or {"results": []}
+    )
+    pretrained.part(tmp_path, "model", "text")
+    chains.part(tmp_path)
+    written = {str(Path(word).relative_to(tmp_path)) for word in ran if word.startswith(str(tmp_path))}
+    source = Path(serving.__file__).read_text()
+    written |= set(re.findall(r'out / "([^"]+)"', source))
+    assert written == (MODELS | FILES) - {OURS}
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / OURS).touch()
-    (tmp_path / "run" / "old").touch()
+    (tmp_path / "run" / "chains.json").touch()
     assert guarded(main, ["--out", str(tmp_path / "run"), "--model", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == f"loopwise: error: {tmp_path / 'none'}: no such directory\n"
-    assert (tmp_path / "run" / "old").exists()  # a demo that cannot start replaces none
+    assert (tmp_path / "run" / "chains.json").exists()  # a demo that cannot start replaces none
 
 
 def test_the_plain_model_s_figure_is_the_recorded_one(tmp_path):

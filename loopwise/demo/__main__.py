@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import signal
 import sys
 import time
@@ -10,9 +10,14 @@ from pathlib import Path
 
 from ..arguments import Parser
 from ..cli import guarded
+from ..directory import place, removable, remove
 from ..errors import UserError
 
 OURS = ".loopwise-demo"  # stands in a directory that the demo may replace
+# What a demo leaves there: models, whose record says so, and files.
+MODELS = {"converted", "retrained", "chains-empty", "chains-base", "chains-converted", "chains-trained"}
+FILES = {"source.json", "converted.json", "retrained.json", "chains.json", "served.json", "served-by-rule.json"}
+FILES |= {"accuracy.png", "depth.png", "serve-chat.log", "serve-chains.log", OURS}
 
 
 def main(argv: list[str]) -> int:
@@ -43,15 +48,35 @@ def stop_by_signals() -> None:
             signal.signal(number, interrupt)
 
 
+def check_out(out: Path, *read: str | None) -> Path:
+    """The place of `out`, links followed.
+
+    Raises UserError where something stands there that no demo left, and where the demo would remove what it is to
+    `read`.
+    """
+    found = place(out)
+    if found.exists() and any(found.iterdir()) and not (found / OURS).is_file():
+        raise UserError(f"{out} exists and is not a demo's; choose another directory with --out")
+    for given in filter(None, read):
+        if Path(given).expanduser().resolve().is_relative_to(found):
+            raise UserError(f"{given} lies in {out}, which the demo replaces; choose another directory with --out")
+    for path in sorted(found.iterdir()) if found.exists() else []:
+        name = re.sub(r"^\.(.+)\.(partial|old)-[0-9]+$", r"\1", path.name)  # of a demo that was killed
+        if not (removable(path) if path.is_dir() else path.is_file()) or name not in MODELS | FILES:
+            raise UserError(f"{out} holds {path.name}, which no demo left: move it, or choose another with --out")
+    return found
+
+
 def prepare(out: Path) -> None:
-    """Make an empty directory `out`. Raises UserError where something stands there that is no demo's."""
-    if out.exists():
-        if not (out / OURS).is_file():
-            raise UserError(f"{out} exists and is not a demo's; choose another directory with --out")
-        shutil.rmtree(out)
+    """Make `out`, which `check_out` has passed, an empty directory of the demo's. Raises UserError where it cannot."""
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / OURS).touch()
+        for path in out.iterdir():
+            if path.is_dir():
+                remove(path)
+            elif path.name != OURS:
+                path.unlink()
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from None
 
@@ -61,7 +86,7 @@ def demo(out: Path, model: str | None, text: str | None) -> None:
     from . import chains, pretrained, serving
 
     pretrained.check(model, text)
-    prepare(out)
+    prepare(check_out(out, model, text))
     start = last = time.monotonic()
     times = []
 
