@@ -172,6 +172,17 @@ def new_file(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def system_error(error: Exception) -> str | None:
+    """The system's reason for `error`, as a full disk; None for another error.
+
+    The libraries in Rust that write weights and tokenizers raise errors of their own, which quote it.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"\(os error ([0-9]+)\)", str(error))
+    return os.strerror(int(found[1])) if found else None
+
+
 @contextmanager
 def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
@@ -190,8 +201,10 @@ def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]
         if out.is_dir():
             out.rename(old)
         partial.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not (told := system_error(error)):
+            raise
+        raise UserError(f"cannot write {out}: {told}") from error
     finally:
         restore(old, out)
         remove(partial)

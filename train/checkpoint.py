@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from loopwise.directory import system_error
 from loopwise.errors import UserError, reason
 
 RUN = "run.json"
@@ -76,11 +75,13 @@ def written(partial: Path, what: str) -> Iterator[None]:
             f"{what} cannot be written ({reason(error)}): earlier checkpoints are as they were, and --resume goes on "
             "from them"
         ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save wraps what the system says
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("writ", "inline_container")):
+    except Exception as error:
+        # torch.save wraps what the system says.
+        wrapped = isinstance(error, RuntimeError) and any(word in str(error) for word in ("writ", "inline_container"))
+        told = str(error).strip().splitlines()[0] if wrapped else system_error(error)
+        if told is None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        told = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
         free = shutil.disk_usage(partial.parent).free / 2**30
         raise UserError(
             f"{what} cannot be written to {partial.parent} ({told}; {free:.1f} GiB are free there): earlier "

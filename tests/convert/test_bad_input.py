@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast, modeling_utils
 
 from loopwise.cli import main
 from loopwise.directory import is_ours
@@ -363,6 +365,42 @@ def test_what_a_killed_call_left_is_put_back_before_force_is_asked_for(capsys, t
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["earlier", "loopwise.json", "out"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "file"),
+    [(verb, "tokenizer.json") for verb in ("init", "convert", "export", "train")]
+    + [(verb, "model.safetensors") for verb in ("init", "train")],
+)
+def test_a_disk_that_fills_in_a_library_in_rust_is_one_line(verb, file, tmp_path, source, monkeypatch, capsys):
+    """tokenizers raises a bare Exception, safetensors one of its own; convert and export write weights themselves."""
+    model = source
+    if verb in ("export", "train"):
+        model = tmp_path / "model"
+        assert main(["convert", str(source), str(model), "method=recursive", "loops=2", "--no-verify"]) == 0
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 100)
+    before = sorted(tmp_path.iterdir())
+    error = Exception if file == "tokenizer.json" else SafetensorError
+
+    def full(*given: object, **named: object) -> None:
+        raise error("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    if file == "tokenizer.json":
+        monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    else:
+        monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+    options = {
+        "init": [],
+        "convert": ["sizes=1,2,1"],
+        "export": ["--unroll", "2"],
+        "train": [f"data.train={tmp_path / 'text.txt'}", "steps=1", "data.sequence_length=8"],
+    }[verb]
+    capsys.readouterr()
+    assert main([verb, str(model), str(tmp_path / "out"), *options]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in told[-1]
+    assert told[-1].startswith("loopwise: error: ")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_is_only_named_as_a_killed_call_s_stays_where_it_is(tmp_path, source):
