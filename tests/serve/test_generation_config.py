@@ -99,7 +99,7 @@ def test_every_default_of_sampling_is_taken_and_keys_win(folder):
     (want,), (got,) = (engine.generate([PROMPT], params) for params in (explicit, Params(ignore_eos=True, seed=3)))
     assert got.tokens == want.tokens
     assert len(got.tokens) == 7
-    none = dict.fromkeys(("presence_penalty", "frequency_penalty"), 0) | {"repetition_penalty": 1}
+    none: dict[str, Any] = dict.fromkeys(("presence_penalty", "frequency_penalty"), 0) | {"repetition_penalty": 1}
     (greedy,) = engine.generate([PROMPT], Params(7, ignore_eos=True, temperature=0, **none))
     write(folder)
     assert Engine(folder).generate([PROMPT], Params(7, ignore_eos=True))[0].tokens == greedy.tokens != got.tokens
