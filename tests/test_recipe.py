@@ -176,6 +176,7 @@ WITH_EFFECT = {
         objectives.distillation.divergence objectives.distillation.temperature objectives.distillation.top_k
         objectives.exits.weights objectives.exits.target objectives.exit_gate.stage objectives.router.auxiliary
         objectives.router.balancing objectives.router.z_loss objectives.router.bias_step objectives.ponder.weight
+        objectives.experts
         adapters.rank adapters.alpha adapters.dropout adapters.targets optimiser.kind optimiser.multipliers
         optimiser.learning_rate optimiser.schedule optimiser.warmup optimiser.weight_decay optimiser.betas
         optimiser.clip revision steps epochs batch_size gradient_accumulation precision gradient_checkpointing compile
@@ -186,6 +187,7 @@ WITH_EFFECT = {
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
         kv_policy dtype revision seed""",
     "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature rows length dtype
+        repetition_penalty presence_penalty frequency_penalty
         details""",
 }
 

@@ -58,7 +58,7 @@ MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attenti
 TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def tested(request: Any, cases: dict[str, Case]) -> dict[str, Case]:
+def cases_run(request: Any, cases: dict[str, Case]) -> dict[str, Case]:
     """Those of `cases` that this session tests, by the parameter `name` of its tests."""
     names = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     return {name: case for name, case in cases.items() if name in names}

@@ -31,11 +31,11 @@ from serve_tiny import (
     SCHEDULING,
     TWO_RANKS,
     WIDE,
+    cases_run,
     generate,
     run_cases,
     save,
     source_config,
-    tested,
 )
 
 from loopwise.serve import Params
@@ -262,7 +262,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     folder = tmp_path_factory.mktemp("lanes")
     wanted: dict[str, tuple[list[Answer], list[dict]]] = {}
     work: dict[str, dict[str, dict]] = {}  # by program, by name
-    for name, case in tested(request, CASES | SEEDS).items():
+    for name, case in cases_run(request, CASES | SEEDS).items():
         shape = {"num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy, **case.shape}
         model = save(folder / name, source_config(case.model_type, **case.source), **shape)
         prompts, params, times = requests(case, case.seed)

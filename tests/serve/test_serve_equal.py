@@ -28,12 +28,12 @@ from serve_tiny import (
     TWO_RANKS,
     WIDE,
     Answer,
+    cases_run,
     generate,
     prompts,
     run_cases,
     save,
     source_config,
-    tested,
 )
 
 from loopwise.serve.vllm.architectures import ARCHITECTURES
@@ -116,7 +116,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
     """name -> (transformers' answers to the prompts, vLLM's), for the cases that this session tests."""
-    cases = tested(request, CASES)
+    cases = cases_run(request, CASES)
     folder = tmp_path_factory.mktemp("engines")
     wanted, work = {}, []
     for name, case in cases.items():
