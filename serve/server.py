@@ -241,8 +241,8 @@ def _serve(args: argparse.Namespace, given: dict[str, Any], lines: list[str], fa
 
 
 async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
-    """What `vllm serve` runs once it has parsed its arguments, but it can be stopped while the engine starts. `lines`
-    are said before that. Returns whether it ended because the engine died.
+    """Run the server as `vllm serve` does once it has parsed its arguments; this one can be stopped while the engine
+    starts. `lines` are printed before that. Returns True where it ended because the engine died.
 
     The `vllm` command itself cannot be used: it asks for the version of a distribution named "vllm", and the wheel for
     CPUs has another name.

@@ -32,7 +32,7 @@ def partial_directory(out: Path, step: int) -> Path:
 
 
 def partials(out: Path) -> list[Path]:
-    """What killed writers left in `out` of checkpoints, of the final model and of its rehearsal."""
+    """Partial checkpoints, final models and rehearsals that killed writers left in `out`."""
     name = r"\.(checkpoint-\d+|final|rehearsal)\.partial"
     return [path for path in out.glob(".*.partial") if re.fullmatch(name, path.name)]
 

@@ -14,7 +14,7 @@ from ..directory import place, removable, remove
 from ..errors import UserError
 
 OURS = ".loopwise-demo"  # stands in a directory that the demo may replace
-# What a demo leaves there: models, whose record says so, and files.
+# A demo leaves these there: models, which have Loopwise's record, and files.
 MODELS = {"converted", "retrained", "chains-empty", "chains-base", "chains-converted", "chains-trained"}
 FILES = {"source.json", "converted.json", "retrained.json", "chains.json", "served.json", "served-by-rule.json"}
 FILES |= {"accuracy.png", "depth.png", "serve-chat.log", "serve-chains.log", OURS}

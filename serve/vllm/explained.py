@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UserError
 from .arguments import flag, names
 
-# What vLLM itself does not check before its engine starts: files and directories that exist, and numbers above 0.
+# vLLM does not check these before its engine starts: that files and directories exist, and that numbers are above 0.
 PATHS = names("""
     tokenizer generation_config chat_template log_config_file ssl_keyfile ssl_certfile ssl_ca_certs
     tool_parser_plugin reasoning_parser_plugin

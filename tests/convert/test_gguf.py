@@ -414,7 +414,7 @@ def test_eval_takes_it_and_train_says_what_to_do(file, tmp_path, capsys):
 
 @pytest.mark.parametrize("verb", [["inspect"], ["export", "--unroll=2"], ["calibrate"]])
 def test_other_verbs_say_what_to_do(verb, file, tmp_path, capsys):
-    """Of the file, of a folder with it, and of a file that is none."""
+    """The answer is one for the file and for a folder with it, and another for a file that is none."""
     folder, text = tmp_path / "folder", tmp_path / "text.txt"
     folder.mkdir()
     shutil.copy(file, folder / "model.gguf")

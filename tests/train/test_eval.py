@@ -170,7 +170,7 @@ def test_conversations_of_a_file(recurrent, tmp_path, capsys):
 
 
 def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
-    """As in training: of texts, of conversations, of their groups; without, the first one is named, and ends it."""
+    """Bad texts, conversations and groups are skipped as in training; without `skip` the first one is named."""
     chat = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
     bad = [
         '{"chat": ',
