@@ -52,7 +52,7 @@ def find_source(source: str, revision: str | None) -> Path:
         return path
     repository, _, file = source.partition(":")
     if source.startswith(("/", ".", "~")) or repository.count("/") > 1:
-        raise UserError(f"{source}: no such directory")
+        raise UserError(f"{source}: no such {'file' if source.endswith('.gguf') else 'directory'}")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:

@@ -161,7 +161,10 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
         errors = error.errors()
         # A key that is none comes first: of `lora.rnk=4`, it is no news that `lora.rank` is missing.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        key = ".".join(str(part) for part in first["loc"])
+        place = list(first["loc"])
+        while place and isinstance(place[-1], int):
+            place.pop()  # an item is named by its value
+        key = ".".join(map(str, place))
         if first["type"] == "extra_forbidden":
             raise unknown("recipe key", key, _keys(model)) from None
         message = first["msg"].removeprefix("Value error, ")

@@ -19,7 +19,7 @@ FILE = "generation_config.json"
 APPLIED = frozenset({*SETTINGS, "do_sample", "max_new_tokens", "eos_token_id"})
 # Fields that say nothing about the text of a continuation: names of tokens, what is returned, and how it is computed.
 SILENT = frozenset({
-    "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "max_length",
+    "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
     "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
     "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "prefill_chunk_size", "is_assistant",
@@ -32,7 +32,7 @@ SILENT = frozenset({
 NEUTRAL: dict[str, tuple] = {
     "encoder_repetition_penalty": (1,), "length_penalty": (1,), "diversity_penalty": (0,),
     "num_beams": (1,), "num_beam_groups": (1,),
-    "num_return_sequences": (1,), "early_stopping": (False,), "typical_p": (1,), "epsilon_cutoff": (0,),
+    "num_return_sequences": (1,), "max_length": (20,), "early_stopping": (False,), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
     "min_new_tokens": (0,), "renormalize_logits": (False,), "guidance_scale": (1,), "penalty_alpha": (0,),
     "token_healing": (False,),

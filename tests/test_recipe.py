@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,6 +266,19 @@ def test_values_that_are_no_yaml_are_one_line(value, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"seed: {value}\n")
     with pytest.raises(UserError, match=r"recipe\.yaml: "):
         read_recipe("train", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("recurrence.eval_at=1,0", "recurrence.eval_at=0: Input should be greater than 0"),
+        ("recurrence.levels={0: 1, 0.5: x}", "recurrence.levels='x': Input should be a valid integer"),
+        ("data.phases=[{share: x, sources: {a: 1}}]", "data.phases.0.share='x': Input should be a valid number"),
+    ],
+)
+def test_a_wrong_item_of_a_list_is_named_by_its_value(setting, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        load("train", "data.train=text.txt", setting)
 
 
 def test_recipes_in_other_encodings_are_named(tmp_path):

@@ -58,6 +58,7 @@ def edit_config(path: Path, **fields: object) -> None:
 def test_missing_directory(capsys, tmp_path):
     assert "no such directory" in refused(capsys, tmp_path, tmp_path / "none", tmp_path / "out", "sizes=1,2,1")
     assert "no such directory" in refused(capsys, tmp_path, "no/such-model", tmp_path / "out", "sizes=1,2,1")
+    assert "no such file" in refused(capsys, tmp_path, tmp_path / "none.gguf", tmp_path / "out", "sizes=1,2,1")
 
 
 def test_a_config_without_weights(capsys, tmp_path, source):

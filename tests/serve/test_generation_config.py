@@ -133,6 +133,8 @@ def test_what_an_engine_does_not_do_is_named_once(folder):
     with pytest.warns(UserWarning, match="num_beams=4"):
         Engine(folder)
     assert unapplied(fields_of(folder), APPLIED) == ["length_penalty=1.2", "num_beams=4", "bad_words_ids=[[5]]"]
+    assert unapplied({"max_length": 20}, APPLIED) == []  # transformers' default
+    assert unapplied({"max_length": 4096}, APPLIED) == ["max_length=4096"]
 
 
 def test_every_field_of_transformers_is_applied_named_or_says_nothing():
