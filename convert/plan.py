@@ -94,7 +94,7 @@ def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
         core = [group[0] for group in groups]
         parents = groups if recipe.init == "average" else [[] for _ in groups]
     else:
-        assert recipe.init is not None, "the recipe's default depends on its method"
+        assert recipe.init is not None, "settle_init has set it"
         core = [_start(recipe.init, n, width, tied, kinds, kinds[group[0]]) for n, group in enumerate(groups)]
         parents = [[layer] for layer in core]
     ends = {"prelude": [0] if middle else [], "coda": [len(kinds) - 1] if middle else []}

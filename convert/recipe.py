@@ -15,6 +15,7 @@ Targets = Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], Fie
 Capacities = list[Annotated[Number, Field(gt=0, le=1)]]
 Thresholds = list[Annotated[Number, Field(ge=0, le=1)]]
 DEEPEST = 4096
+AVERAGE_FROM = 1 / 4  # of hidden_size: the rank from which tied layers start lower, and end lower, as averages
 Depth = Annotated[Count, Field(le=DEEPEST)]
 
 
@@ -140,7 +141,7 @@ class ConvertRecipe(Section):
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = Field(
         None,
         description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random (default: "
-        "stepwise, but average with a LoRA by svd)",
+        "stepwise, but average with a LoRA by svd of a quarter of hidden_size or more)",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
@@ -201,8 +202,6 @@ class ConvertRecipe(Section):
                 raise ValueError("method=universal ties all layers into one: leave loops out, num_recurrences is free")
             if self.loops is None and self.method != "universal":
                 raise ValueError(f"method={self.method} needs loops=B, the number of times that the tied layers run")
-            if self.init is None:
-                self.init = "average" if self.lora and self.lora.init != "zero" else "stepwise"
             for key in ("sizes", "layers", "influence"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to method=retrofit; method={self.method} takes loops and init")
@@ -223,6 +222,13 @@ class ConvertRecipe(Section):
         if self.lora and self.lora.init == "svd" and self.init == "random":
             raise ValueError("lora.init=svd with init=random would approximate the source by noise; use lora.init=zero")
         return self
+
+    def settle_init(self, hidden_size: int) -> None:
+        """Set `init` of tied layers where it is left out, by the rank of what the SVD puts back (docs/convert.md)."""
+        if self.method == "retrofit" or self.init is not None:
+            return
+        rank = max(self.lora.ranks().values()) if self.lora and self.lora.init != "zero" else 0
+        self.init = "average" if rank >= AVERAGE_FROM * hidden_size else "stepwise"
 
     def unused(self) -> Iterator[Unused]:
         if self.state_init != "normal":

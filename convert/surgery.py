@@ -124,6 +124,7 @@ def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
             influence[:] = block_influence(path, weights, str(recipe.influence), _common_dtype(weights))
             return influence
 
+        recipe.settle_init(source_config.hidden_size)
         plan = make_plan(recipe, layer_kinds(source_model), measure)
         if weights.untied:
             source_config.tie_word_embeddings = False

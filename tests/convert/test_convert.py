@@ -213,8 +213,10 @@ def test_low_rank_lora_is_the_best_of_its_rank(tmp_path):
     ("keys", "init"),
     [
         ({}, "stepwise"),
-        ({"lora": {"rank": 4}}, "average"),
-        ({"lora": {"rank": 4, "init": "zero"}}, "stepwise"),
+        ({"lora": {"rank": 15}}, "stepwise"),
+        ({"lora": {"rank": 16}}, "average"),  # a quarter of 64
+        ({"lora": {"rank": {"q": 4, "down": 16}}}, "average"),
+        ({"lora": {"rank": 16, "init": "zero"}}, "stepwise"),
         ({"lora": {"rank": 4}, "init": "upper"}, "upper"),
         ({"init": "average"}, "average"),
     ],
