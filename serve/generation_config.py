@@ -32,10 +32,10 @@ SILENT = frozenset({
 NEUTRAL: dict[str, tuple] = {
     "encoder_repetition_penalty": (1,), "length_penalty": (1,), "diversity_penalty": (0,),
     "num_beams": (1,), "num_beam_groups": (1,),
-    "num_return_sequences": (1,), "max_length": (20,), "early_stopping": (False,), "typical_p": (1,), "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
-    "min_new_tokens": (0,), "renormalize_logits": (False,), "guidance_scale": (1,), "penalty_alpha": (0,),
-    "token_healing": (False,),
+    "num_return_sequences": (1,), "max_length": (20,), "early_stopping": (False,), "typical_p": (1,),
+    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,), "min_new_tokens": (0,), "renormalize_logits": (False,), "guidance_scale": (1,),
+    "penalty_alpha": (0,), "token_healing": (False,),
 }  # fmt: skip
 
 
