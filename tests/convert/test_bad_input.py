@@ -219,7 +219,7 @@ def test_failure_under_force_keeps_the_old_output(capsys, tmp_path, source):
         (["method=recursive", "loops=2", "lora.rnk=4"], "unknown recipe key 'lora.rnk': did you mean 'lora.rank'?"),
         (["method=recursive", "loops=2", "lora.rank={}"], "one for each target of q, k, v"),
         (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=[]"], "lora.targets=[]"),
-        (["method=mor", "loops=2", "router.thresholds=[-0.1,1]"], "router.thresholds.0=-0.1"),
+        (["method=mor", "loops=2", "router.thresholds=[-0.1,1]"], "router.thresholds=-0.1"),
         (["sizes=1,2,1", "exit.rule=gate"], "no exit gate"),
         (["sizes=1,2,1", "num_recurrences=99999999999999999999"], "less than or equal to 4096"),
         (["method=recursive", "loops=2", "lora.rank=4", "lora.targets=q,x"], "lora.targets"),

@@ -185,8 +185,8 @@ def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["router.capacity=1,1.5"], "router.capacity.1='1.5': Input should be less than or equal to 1"),
-        (["router.capacity=1,0"], "router.capacity.1=0: Input should be greater than 0"),
+        (["router.capacity=1,1.5"], "router.capacity='1.5': Input should be less than or equal to 1"),
+        (["router.capacity=1,0"], "router.capacity=0: Input should be greater than 0"),
         (["router.capacity=0.4,0.5"], "none is above the one before"),
         (["router.capacity=1,0.7,0.3"], "router.capacity=[1.0, 0.7, 0.3]: 2 numbers, one for each recurrence"),
         (["router.kind=token", "router.capacity=1,0.5"], "router.capacity is no field of a router of kind 'token'"),
