@@ -60,6 +60,7 @@ def convert(
     equal bit for bit in the checkpoint's dtype, else in float64; `max_dlogit_by_dtype` names the dtypes.
     `dry_run` writes nothing. Raises UserError for a source, recipe or output that will not do.
     """
+    recipe = recipe.model_copy()  # for settle_init, which goes by the source
     found = find_source(str(source), recipe.revision)
     with unpacked(found) as path, _plan(path, recipe) as made:
         tokenizer = load_tokenizer(path, str(source))

@@ -98,7 +98,7 @@ def _run(argv: list[str]) -> int:
         raise unknown("verb", argv[0], VERBS)
     if argv[0] != "serve":
         # OpenMP's threads spin while they wait; beside any other work on the machine that cost a factor of 10 to 30. A
-        # short spin costs nothing there, and on a machine of its own it makes small models a quarter faster.
+        # short spin costs at most a tenth there, and makes small models on idle cores a fifth faster.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])

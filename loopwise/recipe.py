@@ -161,16 +161,15 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
         errors = error.errors()
         # A key that is none comes first: of `lora.rnk=4`, it is no news that `lora.rank` is missing.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+        shown = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f"={first['input']!r}"
         place = list(first["loc"])
-        while place and isinstance(place[-1], int):
+        while shown and place and isinstance(place[-1], int):
             place.pop()  # an item is named by its value
         key = ".".join(map(str, place))
         if first["type"] == "extra_forbidden":
             raise unknown("recipe key", key, _keys(model)) from None
         message = first["msg"].removeprefix("Value error, ")
-        shown = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f"={first['input']!r}"
-        shown = shorten(shown, 200)
-        raise UserError(f"{key}{shown}: {message}" if key else message) from None
+        raise UserError(f"{key}{shorten(shown, 200)}: {message}" if key else message) from None
 
 
 def read_recipe(kind: str, recipe: str) -> dict[str, Any]:

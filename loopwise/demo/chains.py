@@ -16,7 +16,7 @@ def part(out: Path) -> tuple[Path, Path]:
     loopwise("init", "task:hops", empty)
     loopwise("train", empty, base, "--recipe", "hops-base", "seed=1")
     loopwise("convert", base, converted, "sizes=1,1,0", "injection=linear", "num_recurrences=8")
-    # On two cores two processes take two thirds of the time that two threads of one do.
+    # On two cores two processes take four fifths of the time that two threads of one do.
     loopwise(
         "train", converted, chains, "--recipe", "hops", "seed=1", "batch_size=16", "--launcher", "ddp", "--processes", 2
     )

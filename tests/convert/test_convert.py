@@ -227,6 +227,7 @@ def test_where_tied_layers_start_by_default(keys, init, tmp_path):
     facts = convert(source, tmp_path / "out", recipe, dry_run=True)
     parents = {"stepwise": [[0], [2], [5]], "average": [[0, 3], [1, 4], [2, 5]], "upper": [[3], [4], [5]]}
     assert facts["recipe"]["init"] == init
+    assert recipe.init == keys.get("init")  # the caller's stays: another source may get another
     assert facts["plan"]["parents"]["core"] == parents[init]
 
 
