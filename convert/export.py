@@ -55,7 +55,8 @@ def export(
     """
     import torch
 
-    from .. import __version__
+    from loopwise.version import __version__
+
     from ..carried import copy_licences
     from ..model import RecurrentDepthForCausalLM
     from ..model.source_layers import layer_list_name

@@ -14,7 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .. import __version__
+from loopwise.version import __version__
+
 from ..carried import copy_licences
 from ..checkpoint import config_fields
 from ..directory import RECORD, check_new, new_directory

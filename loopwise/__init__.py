@@ -5,7 +5,8 @@ Importing `loopwise` is cheap; the model classes load torch and transformers on 
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
+
 __all__ = ["RecurrentDepthConfig", "RecurrentDepthForCausalLM", "__version__"]
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from . import __version__
 from .errors import UserError, unknown
+from .version import __version__
 
 # verb -> (module with `main(argv) -> int`, what it does). The order is the order of the main job.
 VERBS = {

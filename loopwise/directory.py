@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import __version__
 from .errors import UserError
+from .version import __version__
 
 RECORD = "loopwise.json"  # every command that makes a directory leaves one in it
 RUN_RECORD = "train_recipe.yaml"  # the record of a training run that has written no model yet

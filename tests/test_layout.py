@@ -13,41 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from docs.code_map import LINKED, circles, imported, imports, sources
+
 ROOT = Path(__file__).parent.parent
-LINKED = ("convert", "train", "serve", "recipes")
 VERBS = ("convert", "train", "serve")
 # The clients at the top may import everything; nothing may import them.
 CLIENTS = ("loopwise.cli", "loopwise.demo", "loopwise.__main__")
 # What a checkpoint that travels may count on, beside the standard library.
 TRAVELS_WITH = ("torch", "transformers")
-
-
-def module_name(path: Path) -> str:
-    """`convert/plan.py` -> `loopwise.convert.plan`; a package goes by its `__init__`."""
-    parts = path.with_suffix("").parts
-    return ".".join(("loopwise", *parts) if parts[0] in LINKED else parts)
-
-
-def sources(root: Path, *folders: str) -> Iterator[tuple[str, ast.Module]]:
-    """Module name and syntax tree of every Python file in `folders`, each file once, where it really stands."""
-    for folder in folders:
-        for directory, _, names in os.walk(root / folder):  # does not follow links
-            for name in sorted(names):
-                path = Path(directory, name)
-                if path.suffix == ".py":
-                    yield module_name(path.relative_to(root)), ast.parse(path.read_text(), str(path))
-
-
-def imported(module: str, tree: ast.Module) -> Iterator[str]:
-    """Absolute names of all that a module imports anywhere in it; `from a import b` gives `a.b`."""
-    package = module.split(".")[:-1]  # of a file and of an __init__ alike
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base += node.module.split(".") if node.module else []
-            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
 def named(tree: ast.Module) -> Iterator[str]:
@@ -111,7 +84,12 @@ def imports_that_do_not_travel(root: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("violations", [wrong_way_imports, bare_imports, imports_that_do_not_travel])
+def circular_imports(root: Path) -> list[str]:
+    """Groups of our files that import each other in a circle, type-only imports included."""
+    return [" <-> ".join(circle) for circle in circles(imports(root))]
+
+
+@pytest.mark.parametrize("violations", [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports])
 def test_imports(violations):
     assert violations(ROOT) == []
 
@@ -129,6 +107,8 @@ def test_imports(violations):
         (wrong_way_imports, "convert/a.py", "from ..cli import main"),
         (wrong_way_imports, "recipes/__init__.py", "from loopwise.train import data"),
         (wrong_way_imports, "loopwise/cli.py", "from .train import command"),
+        (circular_imports, "convert/recipe.py", "from .plan import Plan"),
+        (circular_imports, "loopwise/errors.py", "if TYPE_CHECKING:\n    from .unused import check_used"),
         (bare_imports, "tests/a.py", "import train"),
         (bare_imports, "bench/a.py", "from convert.plan import Plan"),
         (bare_imports, "serve/a.py", "def f():\n    from recipes import x"),

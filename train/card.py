@@ -10,9 +10,9 @@ import torch
 import transformers
 import yaml
 
-from loopwise import __version__
 from loopwise.carried import copy_licences
 from loopwise.directory import RECORD
+from loopwise.version import __version__
 
 from .recipe import Train
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from pydantic import Field, model_validator
 
-from loopwise import __version__
 from loopwise.arguments import RecipeParser
 from loopwise.carried import check_tokenizer_inside
 from loopwise.directory import RECORD, new_directory
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import Count, Integer, Number, Section, load_recipe
+from loopwise.version import __version__
 
 from . import tasks
 

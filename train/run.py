@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from loopwise import __version__
 from loopwise.carried import check_tokenizer_inside
 from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
 from loopwise.quiet import quiet
 from loopwise.unused import check_used
+from loopwise.version import __version__
 
 from . import data, fitting, sources, stream
 from .checkpoint import DIGEST, RUN, check_same_run, last_sound, prune, sync, written
