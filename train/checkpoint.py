@@ -19,9 +19,13 @@ from typing import Any
 
 from loopwise.directory import system_error
 from loopwise.errors import UserError, reason
+from loopwise.recipe import validate
+
+from .recipe import Train
 
 RUN = "run.json"
 DIGEST = "digest of the data"
+DERIVED = ("gradient_accumulation x processes", "checkpoint layout")  # keys of the record that are no recipe keys
 # Keys that change what a run shows or keeps, never what it computes.
 FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
 
@@ -147,7 +151,8 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
 
     `run` may lack the digest of the data, where that is not known yet.
     """
-    old, new = _flat(json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["run"]), _flat(run)
+    old = _flat(_as_today(json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["run"]))
+    new = _flat(run)
     compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
@@ -159,6 +164,21 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
             f"{checkpoint} was written by another run ({'; '.join(changed)}): resume with the same settings, start "
             "anew in another directory, or go on as it now is with --accept-changes"
         )
+
+
+def _as_today(run: dict[str, Any]) -> dict[str, Any]:
+    """The record `run` of an earlier release, with the keys of today's recipe: added keys at their defaults.
+
+    A recipe that today's rules refuse stays as it is, so that the comparison names its keys.
+    """
+    derived = {key: run["recipe"][key] for key in DERIVED if key in run["recipe"]}
+    try:
+        recipe = validate(Train, {key: value for key, value in run["recipe"].items() if key not in DERIVED})
+    except UserError:
+        return run
+    keys = recipe.model_dump(mode="json")
+    del keys["gradient_accumulation"]
+    return {**run, "recipe": keys | derived}
 
 
 def _flat(run: dict[str, Any], prefix: str = "") -> dict[str, Any]:

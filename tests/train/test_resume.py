@@ -101,6 +101,26 @@ def test_resume_refuses_another_run(stopped, noisy, recurrent, corpus, command, 
         (tmp_path / "aside").replace(corpus)
 
 
+def test_resume_of_a_run_from_before_a_key_was_added(stopped, noisy, command, tmp_path, capsys):
+    """The added key counts as its default; a section that was left out then is no section of defaults."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-20")
+    file = out / "checkpoint-10" / "run.json"
+    record = json.loads(file.read_text())
+    del record["run"]["recipe"]["optimiser"]["clip"], record["run"]["recipe"]["seed"]
+    file.write_text(json.dumps(record))
+    arguments = command(noisy, out, "steps=20", "save_every=10", *RECURRENCE, "--resume")
+    for setting, named in {
+        "optimiser.clip=0.5": "(optimiser.clip was 1.0, now 0.5)",
+        "seed=1": "(seed was 0, now 1)",
+        "objectives.exits={}": "objectives.exits.weights was None, now 'constant'",
+    }.items():
+        assert main([*arguments, setting]) == 2
+        assert named in capsys.readouterr().err
+    run(arguments)
+    assert "from checkpoint-10" in capsys.readouterr().out
+
+
 def test_damaged_checkpoints_are_left_out(stopped, noisy, command, tmp_path, capsys):
     settings = ["steps=20", "save_every=10", *RECURRENCE, "--resume", "log_every=5"]
     ends = []
