@@ -1,0 +1,250 @@
+"""Configuration of a recurrent-depth model: the source's own config, and which of its layers recur."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from .configuration_router import router_fields
+from .configuration_sandwich import SandwichConfig  # noqa: F401  registers it
+
+STATE_INITS = ("input", "zeros", "normal")
+INJECTIONS = ("none", "add", "linear", "gated")
+SHARINGS = ("cycle", "sequence")
+NORMS = ("none", "each", "between", "last")
+ENCODINGS = ("none", "sinusoidal")
+HALTINGS = ("none", "act")
+EXIT_RULES = (
+    "fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability",
+)  # fmt: skip
+KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as modulo-4")
+
+
+class RecurrentDepthConfig(PreTrainedConfig):
+    r"""
+    Args:
+        source_config (`PreTrainedConfig` or `dict`): configuration of the source architecture, all its layers counted.
+        prelude, core, coda (`list[int]`): source-layer ids, each naming the layer whose structure (attention type,
+            window, rotary variant) stands at that place. The prelude and the coda run once, the core runs R times.
+        num_recurrences (`int`): R when a call names none.
+        max_recurrences (`int`): depth for which a served key-value cache has slots; 0 means max(8, num_recurrences).
+        state_init (`str`): `input` (s_0 = e, the prelude's output), `zeros`, or `normal` (truncated normal noise that
+            depends on seed, sequence, position and channel alone).
+        state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
+        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]) or
+            `gated` (g s + (1 - g) e).
+        sharing (`str`): order in which the core's layers run: `cycle` (all layers, R times) or `sequence` (each layer
+            R times, then the next; without injection only).
+        recurrence_norm (`str`): `none`; `each` (an RMS norm of its own after every recurrence); `between` (the
+            source's final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last
+            one, before the coda, as in Huginn).
+        recurrence_residual (`bool`): whether every recurrence but the first adds its input to its output (AbbIE-D,
+            arXiv 2507.08567).
+        recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
+            Universal Transformers).
+        halting (`str`): `none`, or `act`: what is read out is the mean of the states, weighted by a gate under which
+            tokens halt one by one (adaptive computation time). See `halting.py`.
+        halting_epsilon (`float`): a token halts once its halting probabilities sum to one less this.
+        exit_gate (`bool`): whether a linear gate on the normed state says where to exit (Ouro).
+        relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
+            `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
+            (`bool`). See `relaxation.py`.
+        router (`dict`, *optional*): Mixture-of-Recursions: which tokens take part in a recurrence. See `router_fields`;
+            `depths` defaults to num_recurrences.
+        kv_policy (`str`): which keys and values a recurrence reads and writes: `per-depth` (its own), `last-exited`
+            (its own; those of a position that left earlier are the last that it had), `single` (one slot, overwritten),
+            `first` (those of the first recurrence) or `modulo-k` (depth mod k).
+        exit (`dict`, *optional*): the exit rule that serving uses by default: `rule`, `threshold`, `min_recurrences`.
+        bos_token_id, eos_token_id, pad_token_id: default to the source's.
+
+    Attributes that this config lacks (`vocab_size`, `hidden_size`, ...) are those of `source_config`.
+
+    Raises ValueError, naming the value and the rule, where the fields contradict each other.
+    """
+
+    model_type = "recurrent_depth"
+    sub_configs: ClassVar[dict[str, Any]] = {"source_config": AutoConfig}
+    keys_to_ignore_at_inference = [
+        "past_key_values", "last_state", "states", "depth_logits", "depth_losses", "router_outputs",
+    ]  # fmt: skip
+
+    source_config: Any = None
+    prelude: list[int] = field(default_factory=list)
+    core: list[int] = field(default_factory=list)
+    coda: list[int] = field(default_factory=list)
+    num_recurrences: int = 1
+    max_recurrences: int = 0
+    state_init: str = "input"
+    state_std: float = 0.0087
+    state_seed: int = 0
+    injection: str = "none"
+    sharing: str = "cycle"
+    recurrence_norm: str = "none"
+    recurrence_residual: bool = False
+    recurrence_encoding: str = "none"
+    halting: str = "none"
+    halting_epsilon: float = 0.01
+    exit_gate: bool = False
+    relaxation: dict[str, Any] | None = None
+    router: dict[str, Any] | None = None
+    kv_policy: str = "per-depth"
+    exit: dict[str, Any] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        source, self.source_config = self.source_config, None  # so that the base class takes none of its fields as ours
+        if isinstance(source, dict):
+            fields = dict(source)
+            source = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if self.router:
+            self.router = router_fields({"depths": self.num_recurrences, **self.router})
+        if not self.max_recurrences:
+            self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
+        super().__post_init__(**kwargs)
+        if source is None:  # transformers builds an empty config to compute differences
+            return
+        self.source_config = source
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # generation reads them from the saved fields
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(source, name, None))
+        if self._attn_implementation is not None:
+            source._attn_implementation = self._attn_implementation
+        self._check()
+
+    def _check(self) -> None:
+        count = self.source_config.num_hidden_layers
+        for name in ("prelude", "core", "coda"):
+            for layer in getattr(self, name):
+                if not 0 <= layer < count:
+                    raise ValueError(f"{name} names source layer {layer}; the source has layers 0 to {count - 1}")
+        if not self.core:
+            raise ValueError("core is empty; name at least one source layer to recur")
+        if self.num_recurrences < 1 or self.max_recurrences < self.num_recurrences:
+            raise ValueError(
+                f"num_recurrences={self.num_recurrences}, max_recurrences={self.max_recurrences}: "
+                "need 1 <= num_recurrences <= max_recurrences"
+            )
+        named = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
+        named |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
+        for name, choices in named.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if self.injection == "none" and self.state_init != "input":
+            raise ValueError(
+                f"state_init={self.state_init!r} with injection='none' never shows the input to the core; "
+                "use state_init='input', or injection 'add' or 'linear'"
+            )
+        if self.router and (self.sharing == "sequence" or self.max_recurrences != self.router["depths"]):
+            raise ValueError(
+                f"sharing={self.sharing!r}, max_recurrences={self.max_recurrences} with a router of "
+                f"{self.router['depths']} recurrences: it needs sharing='cycle', and serves no other number of them"
+            )
+
+        self.kv_slots(1)
+        if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r}: with a router (see router.kv) or sharing='sequence' it is 'per-depth'"
+            )
+        if self.exit is not None:
+            unknown = sorted(set(self.exit) - {"rule", "threshold", "min_recurrences"})
+            if unknown or self.exit.get("rule") not in EXIT_RULES:
+                raise ValueError(f"exit={self.exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
+            if self.exit["rule"] == "gate" and not self.exit_gate:
+                raise ValueError(f"exit={self.exit}: this model has no exit gate; choose another rule")
+            if not 1 <= self.exit.get("min_recurrences", 1) <= self.max_recurrences:
+                raise ValueError(f"exit={self.exit}: min_recurrences is 1 to max_recurrences={self.max_recurrences}")
+        between = {
+            "injection": self.injection != "none",
+            "recurrence_norm": self.recurrence_norm != "none",
+            "recurrence_residual": self.recurrence_residual,
+            "recurrence_encoding": self.recurrence_encoding != "none",
+            "halting": self.halting != "none",
+        }
+        if self.sharing == "sequence" and any(between.values()):
+            raise ValueError(
+                "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
+                f"{', '.join(name for name, there in between.items() if there)} cannot"
+            )
+        if self.router and self.recurrence_norm == "between":  # of all tokens, also of those that have stopped
+            raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
+        if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
+            raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        if not 0 < self.halting_epsilon < 1:
+            raise ValueError(f"halting_epsilon={self.halting_epsilon}: a number between 0 and 1")
+
+    def __getattr__(self, name):
+        source = None if name.startswith("_") else self.__dict__.get("source_config")
+        if source is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(source, name)
+
+    def kv_slots(self, num_recurrences: int) -> int:
+        """Number of key-value slots of a core layer at this depth. Raises ValueError for an unknown `kv_policy`."""
+        if self.router and self.router["kv"] == "first-recursion":
+            return 1
+        if self.kv_policy in ("per-depth", "last-exited"):
+            return num_recurrences
+        if self.kv_policy in ("single", "first"):
+            return 1
+        name, _, count = str(self.kv_policy).partition("-")
+        if name != "modulo" or not count.isdecimal() or not int(count):
+            raise ValueError(f"kv_policy={self.kv_policy!r}: choose from {', '.join(KV_POLICIES)}")
+        return min(int(count), num_recurrences)
+
+    @property
+    def vocab_size(self) -> int:
+        """As the source's; settable, as `resize_token_embeddings` does."""
+        return self.source_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.source_config.vocab_size = value
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the recurrence norm: the source's."""
+        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+        return next((eps for name in names if (eps := getattr(self.source_config, name, None))), 1e-6)
+
+    @property
+    def initializer_std(self) -> float:
+        """Of a router: the source's."""
+        return getattr(self.source_config, "initializer_range", None) or 0.02
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of key-value slots: prelude, coda, then the core once for each of `max_recurrences` depths."""
+        return len(self.slots(self.max_recurrences)) + self.has_choice_slot
+
+    @property
+    def has_choice_slot(self) -> bool:
+        """Whether a cache holds, in one slot after all others, at which depths every token has keys and values."""
+        return bool(self.router) and self.router["kv"] == "recursion-wise"
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Attention type of each key-value slot, where there are several types (else AttributeError)."""
+        types = self.source_config.layer_types if not self.has_choice_slot else None
+        if types is None:
+            types = get_layer_types_and_kwargs(self.source_config)[0]
+        return [types[layer] for layer in self.slots(self.max_recurrences)] + ["full_attention"] * self.has_choice_slot
+
+    def order(self, num_recurrences: int) -> list[tuple[str, int, int]]:
+        """(part, layer of it, depth counted from 0) of every layer that runs, in order."""
+        core = [("core", n, depth) for depth in range(num_recurrences) for n in range(len(self.core))]
+        if self.sharing == "sequence":
+            core.sort(key=lambda place: place[1])
+        prelude, coda = ([(part, n, 0) for n in range(len(getattr(self, part)))] for part in ("prelude", "coda"))
+        return [*prelude, *core, *coda]
+
+    def slots(self, num_recurrences: int) -> list[int]:
+        """The source-layer id of every key-value slot: prelude, coda, then core by depth.
+
+        The core comes last, so a call at another depth finds every shallower slot at the same place.
+        """
+        return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)

@@ -1,0 +1,84 @@
+"""Configuration of the router of Mixture-of-Recursions (arXiv 2507.10524)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KINDS = ("expert", "token")
+GATES = {"expert": ("sigmoid", "tanh"), "token": ("softmax", "sigmoid")}
+NETWORKS = ("linear", "mlp")
+INFERENCES = ("threshold", "topk")
+KEYS_AND_VALUES = ("recursion-wise", "first-recursion")
+ALPHA = {"expert": 0.1, "token": 1.0}
+
+
+def router_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """A complete description of a router, checked:
+
+    kind: `expert` (every recurrence chooses among the tokens of the recurrence before) or `token` (every token chooses
+        its depth once, before the first recurrence).
+    depths: recurrences R that it routes.
+    alpha, temperature, gate: the weight of a recurrence's output is alpha * gate(W x / temperature).
+    network: `linear` (W x), or `mlp` (W2 gelu(W1 x), twice as wide inside).
+    kv: keys and values that a recurrence attends to: `recursion-wise` (of the tokens that it was chosen for) or
+        `first-recursion` (those of the first recurrence, of all tokens).
+    Of expert-choice alone:
+    capacity: share of the sequence that each recurrence takes, R numbers in (0, 1], none above the one before.
+    inference: how tokens are chosen outside of training: `threshold` (where sigmoid of the logit reaches the
+        recurrence's threshold: causal) or `topk` (the capacity, of the whole sequence: not causal, as in the paper).
+    thresholds: R numbers in [0, 1].
+    auxiliary: whether routers of their own learn to predict the choice, and their logits decide at `threshold`.
+
+    Raises ValueError, naming the value and the rule.
+    """
+    kind = given.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"router.kind={kind!r}: choose from {', '.join(KINDS)}")
+    depths = given.get("depths")
+    if not isinstance(depths, int) or isinstance(depths, bool) or depths < 1:
+        raise ValueError(f"router.depths={depths!r}: an integer, at least 1")
+    fields: dict[str, Any] = {
+        "kind": kind,
+        "depths": depths,
+        "alpha": ALPHA[kind],
+        "temperature": 1.0,
+        "gate": GATES[kind][0],
+        "network": "linear",
+        "kv": "recursion-wise",
+    }
+    if kind == "expert":
+        fields |= {
+            "capacity": [(depths - r) / depths for r in range(depths)],
+            "inference": "threshold",
+            "thresholds": [0.5] * depths,
+            "auxiliary": False,
+        }
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise ValueError(f"router.{unknown[0]} is no field of a router of kind {kind!r}: it has {', '.join(fields)}")
+    fields |= {name: value for name, value in given.items() if value is not None}
+    choices = {"gate": GATES[kind], "network": NETWORKS, "kv": KEYS_AND_VALUES, "inference": INFERENCES}
+    for name, allowed in choices.items():
+        if name in fields and fields[name] not in allowed:
+            raise ValueError(f"router.{name}={fields[name]!r}: choose from {', '.join(allowed)}")
+    for name in ("alpha", "temperature"):
+        if not 0 < fields[name] < float("inf"):
+            raise ValueError(f"router.{name}={fields[name]}: a finite number above 0")
+    if kind == "expert":
+        check_capacity(fields["capacity"], depths)
+        thresholds = fields["thresholds"]
+        if len(thresholds) != depths or not all(0 <= t <= 1 for t in thresholds):
+            raise ValueError(f"router.thresholds={thresholds}: {depths} numbers in [0, 1], one for each recurrence")
+    return fields
+
+
+def check_capacity(capacity: list[float], depths: int) -> None:
+    """Raise ValueError unless there is one capacity for each recurrence, in (0, 1], none above the one before."""
+    if len(capacity) != depths:
+        raise ValueError(f"router.capacity={list(capacity)}: {depths} numbers, one for each recurrence")
+    if not all(0 < share <= 1 for share in capacity):
+        raise ValueError(f"router.capacity={list(capacity)}: every capacity is in (0, 1]")
+    if sorted(capacity, reverse=True) != list(capacity):
+        raise ValueError(
+            f"router.capacity={list(capacity)}: a recurrence chooses among the tokens of the one before, so none is "
+            "above the one before"
+        )

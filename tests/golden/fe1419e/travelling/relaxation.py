@@ -1,0 +1,104 @@
+"""Relaxation: what a tied layer has of its own at every depth (relaxed recursive transformers, arXiv 2410.20672)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class Factors(nn.Module):
+    """LoRA of one linear module for every depth: at depth d it computes W x + B_d (A_d x). The scale is exactly 1.
+
+    lora_A [depths, r, in] and lora_B [depths, out, r] hold all depths in one tensor each: so every parameter takes part
+    in every step, and a batch of mixed depths can gather its factors. With `dora` (arXiv 2402.09353) the rows of
+    W + B_d A_d have the lengths dora_magnitude [depths, out].
+    """
+
+    def __init__(self, linear: Any, depths: int, rank: int, dora: bool):
+        super().__init__()
+        out, width = matrix(linear).shape
+        self.lora_A = nn.Parameter(linear.weight.new_empty(depths, rank, width))
+        self.lora_B = nn.Parameter(linear.weight.new_empty(depths, out, rank))
+        self.dora_magnitude = nn.Parameter(linear.weight.new_empty(depths, out)) if dora else None
+        self.depth = 0
+        self._linear = (linear,)  # not a module of this one
+        linear.register_forward_hook(self._add)
+
+    def start(self) -> None:
+        """The factors of a model that was not trained with any: random A and zero B, so that nothing changes yet."""
+        weight = None if self._linear[0].weight.is_meta else matrix(self._linear[0])
+        init.normal_(self.lora_A, std=self.lora_A.shape[-1] ** -0.5)
+        init.zeros_(self.lora_B)
+        if self.dora_magnitude is not None and weight is not None:
+            init.copy_(self.dora_magnitude, torch.linalg.vector_norm(weight, dim=1).expand_as(self.dora_magnitude))
+
+    def _add(self, linear: Any, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        a, b = self.lora_A[self.depth], self.lora_B[self.depth]
+        added = nn.functional.linear(nn.functional.linear(args[0], a), b)
+        if self.dora_magnitude is None:
+            return out + added
+        bias = 0 if linear.bias is None else linear.bias
+        length = torch.linalg.vector_norm((matrix(linear) + b @ a).detach(), dim=1)  # as in PEFT, without gradient
+        return (out - bias + added) * (self.dora_magnitude[self.depth] / length) + bias
+
+
+class Relaxation(nn.Module):
+    """Makes the core layer `layer` a different one at every depth: LoRA factors, and parameters that are not shared.
+
+    rank: name of a linear module inside the layer -> rank of its `Factors`, which stand here under the same name.
+    own: names of the layer's parameters that every depth has for itself; they stand here as [depths, *shape], and the
+    layer loses its own.
+
+    The layer is called with an argument `depth`; beyond the last depth, the last one's are used. A hook takes the
+    argument off, so that it reaches every architecture's layers, and again when gradient checkpointing recomputes.
+    """
+
+    def __init__(self, layer: nn.Module, depths: int, rank: dict[str, int], own: list[str], dora: bool = False):
+        super().__init__()
+        self.depths = depths
+        self._factors: list[tuple[Factors, Any]] = []
+        for path, r in rank.items():
+            linear = layer.get_submodule(path)
+            factors = Factors(linear, depths, r, dora)
+            parent, _, name = path.rpartition(".")
+            self._branch(parent).add_module(name, factors)
+            self._factors.append((factors, linear))
+        self._own: list[tuple[nn.Module, nn.Module, str]] = []  # (module of the layer, module here, parameter)
+        for path in own:
+            parent, _, name = path.rpartition(".")
+            module, here = layer.get_submodule(parent), self._branch(parent)
+            shared: Any = module._parameters.pop(name)
+            here.register_parameter(name, nn.Parameter(shared.detach().expand(depths, *shared.shape).clone()))
+            self._own.append((module, here, name))
+        self._leave()
+        layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        layer.register_forward_hook(self._leave)
+
+    def _branch(self, path: str) -> nn.Module:
+        """The module at `path` of this one, made where it does not exist yet."""
+        module: nn.Module = self
+        for name in path.split(".") if path else []:
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        return module
+
+    def _enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        depth = min(kwargs.pop("depth"), self.depths - 1)
+        for factors, _ in self._factors:
+            factors.depth = depth
+        for module, here, name in self._own:
+            object.__setattr__(module, name, getattr(here, name)[depth])
+        return args, kwargs
+
+    def _leave(self, *_: object) -> None:
+        for module, here, name in self._own:  # something to copy, and to ask for a dtype
+            object.__setattr__(module, name, getattr(here, name).detach()[0])
+
+
+def matrix(linear: Any) -> torch.Tensor:
+    """The weight [out, in] of a linear module. GPT-2's Conv1D keeps it transposed."""
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T

@@ -1,0 +1,195 @@
+"""Mixture-of-Recursions (arXiv 2507.10524): routers that choose which tokens take part in a recurrence.
+
+Expert-choice: s_r = s_{r-1} + w_r(s_{r-1}) core(s_{r-1}) for the tokens chosen for recurrence r, w_r(s) =
+alpha gate(W_r s). Token-choice: s_R = s_0 + w_d(s_0) h_d with h_0 = s_0, h_r = core(h_{r-1}) for a token of depth d,
+the argmax of W s_0. A token that is not chosen keeps its state. Tokens that were chosen attend to each other (or, with
+`kv="first-recursion"`, to the first recurrence's keys and values of all tokens).
+
+Shapes: B batch, T tokens of this call, D width, R recurrences, N chosen tokens (of the fullest sequence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_router import check_capacity
+from .routed_rows import Rows
+
+
+@dataclass
+class RouterOutputs(ModelOutput):
+    """What objectives for routers need; float32 and bool, entries that are no candidates mean nothing.
+
+    logits [B, T, R]: of each recurrence's router (expert), or of the router of all depths (token).
+    auxiliary_logits [B, T, R]: of the auxiliary routers, if there are any; their input carries no gradient.
+    candidates [B, T, R]: the tokens that the recurrence chose among. Padding never is one.
+    selected [B, T, R]: the tokens that it ran.
+
+    So the choice is predicted by binary cross-entropy of `logits[c]` (or `auxiliary_logits[c]`) and `selected[c]`, with
+    c = candidates; a token's depth is `selected.sum(-1)`.
+    """
+
+    logits: torch.Tensor | None = None
+    auxiliary_logits: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+
+
+def _network(kind: str, width: int, out: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(width, out, bias=False)
+    return nn.Sequential(nn.Linear(width, 2 * width, bias=False), nn.GELU(), nn.Linear(2 * width, out, bias=False))
+
+
+class Router(nn.Module):
+    """The networks of `config.router` (see `router_fields`): one for each recurrence (expert), or one for all (token).
+
+    A token-choice router also holds `bias` [R], added to the probabilities where a depth is chosen and nowhere else:
+    balancing without a loss moves it (arXiv 2408.15664).
+    """
+
+    def __init__(self, width: int, fields: dict[str, Any]):
+        super().__init__()
+        self.fields = fields
+        expert = fields["kind"] == "expert"
+        count, out = (fields["depths"], 1) if expert else (1, fields["depths"])
+        self.networks = nn.ModuleList(_network(fields["network"], width, out) for _ in range(count))
+        if fields.get("auxiliary"):
+            self.auxiliary = nn.ModuleList(_network(fields["network"], width, out) for _ in range(count))
+        if not expert:
+            self.bias: torch.Tensor
+            self.register_buffer("bias", torch.zeros(out))
+
+    def start(self, std: float) -> None:
+        for parameter in self.parameters():
+            init.normal_(parameter, std=std)
+        if self.fields["kind"] == "token":
+            init.zeros_(self.bias)
+
+    def begin(self, s: torch.Tensor, real: torch.Tensor, topk: Sequence[float] | None) -> Routing:
+        """The routing of one call from s_0 [B, T, D], for tokens that are no padding where real [B, T]. With `topk`,
+        the capacity of every recurrence, expert-choice takes the best of the sequence, else what passes a threshold."""
+        if self.fields["kind"] == "token":
+            return TokenChoice(self, s, real)
+        return ExpertChoice(self, s, real, topk)
+
+    def logits(self, network: nn.Module, s: torch.Tensor) -> torch.Tensor:
+        """[B, T, R or 1], in the type of the weights whatever autocast says: a choice amplifies rounding."""
+        with torch.autocast(s.device.type, enabled=False):
+            return network((s / self.fields["temperature"]).to(next(network.parameters()).dtype)).float()
+
+
+class Routing:
+    """One call's choices, recurrence after recurrence: `select`, run the core on the chosen rows, `combine`."""
+
+    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor):
+        self.router, self.start, self.real = router, s, real
+        self.candidates: list[torch.Tensor] = []
+        self.selected: list[torch.Tensor] = []
+
+    def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
+        """Which tokens [B, T] recurrence r, counted from 0, takes from s [B, T, D]."""
+        raise NotImplementedError
+
+    def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The new states of `rows`, which had the states x and for which the core gave y, [B, N, D]."""
+        raise NotImplementedError
+
+    def outputs(self) -> RouterOutputs:
+        raise NotImplementedError
+
+
+class ExpertChoice(Routing):
+    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor, topk: Sequence[float] | None):
+        super().__init__(router, s, real)
+        self.topk = topk
+        self.logits: list[torch.Tensor] = []
+        self.auxiliary: list[torch.Tensor] = []
+
+    def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
+        router, fields = self.router, self.router.fields
+        candidates = self.selected[-1] if self.selected else self.real
+        logits = router.logits(router.networks[r], s).squeeze(-1)
+        self.logits.append(logits)
+        deciding = logits
+        if fields["auxiliary"]:
+            self.auxiliary.append(router.logits(router.auxiliary[r], s.detach()).squeeze(-1))
+        if self.topk is not None:
+            counts = (self.real.sum(1).double() * self.topk[r]).long().clamp(min=1)
+            chosen = _best(logits.masked_fill(~candidates, -torch.inf), counts)
+        else:
+            deciding = self.auxiliary[-1] if self.auxiliary else logits
+            chosen = torch.sigmoid(deciding) >= fields["thresholds"][r]
+        self.candidates.append(candidates)
+        self.selected.append(chosen & candidates)
+        return self.selected[-1]
+
+    def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+        gate = getattr(torch, self.router.fields["gate"])(self.logits[r]) * self.router.fields["alpha"]
+        return x + rows.take(gate[..., None]).to(y.dtype) * y
+
+    def outputs(self) -> RouterOutputs:
+        return RouterOutputs(
+            logits=torch.stack(self.logits, -1),
+            auxiliary_logits=torch.stack(self.auxiliary, -1) if self.auxiliary else None,
+            candidates=torch.stack(self.candidates, -1),
+            selected=torch.stack(self.selected, -1),
+        )
+
+
+class TokenChoice(Routing):
+    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor):
+        super().__init__(router, s, real)
+        self.logits = router.logits(router.networks[0], s)
+        gate = self.logits.softmax(-1) if router.fields["gate"] == "softmax" else self.logits.sigmoid()
+        gate = gate * router.fields["alpha"]
+        self.depth = (gate + router.bias.float()).argmax(-1)  # recurrences but one
+        self.weight = gate.gather(-1, self.depth[..., None])
+
+    def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
+        self.candidates.append(self.real)
+        self.selected.append(self.real & (self.depth >= r))
+        return self.selected[-1]
+
+    def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ends = rows.take(self.depth[..., None]) == r
+        return torch.where(ends, rows.take(self.start) + rows.take(self.weight).to(y.dtype) * y, y)
+
+    def outputs(self) -> RouterOutputs:
+        return RouterOutputs(
+            logits=self.logits, candidates=torch.stack(self.candidates, -1), selected=torch.stack(self.selected, -1)
+        )
+
+
+def _best(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Where [B, T] the `counts` [B] greatest of scores [B, T] stand; of equal ones the first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    among = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(among).scatter(1, order, among)
+
+
+def capacities(
+    fields: dict[str, Any], recurrences: int, given: Sequence[float] | None, training: bool
+) -> Sequence[float] | None:
+    """The capacities of a call that takes the best of the sequence, None for one that goes by thresholds, or by tokens.
+
+    Raises ValueError for a number of recurrences that the router does not have, and for capacities that will not do.
+    """
+    expert = fields["kind"] == "expert"
+    if recurrences > fields["depths"] or (recurrences < fields["depths"] and not expert):
+        raise ValueError(
+            f"num_recurrences={recurrences}: this model's {fields['kind']}-choice router has {fields['depths']}"
+        )
+    if given is not None:
+        if not expert:
+            raise ValueError("router_capacity is for expert-choice; every token of a token-choice router has its depth")
+        check_capacity(list(given), fields["depths"])
+        return given
+    return fields["capacity"] if expert and (training or fields["inference"] == "topk") else None

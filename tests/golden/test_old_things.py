@@ -1,0 +1,320 @@
+"""What commit fe1419e wrote: its checkpoints, a stopped run, recipes and request bodies keep their meaning.
+
+`fe1419e/README.md` names the files and how they were made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loopwise.cli import main
+from loopwise.model import RecurrentDepthForCausalLM
+from loopwise.recipe import load_recipe
+
+OLD = Path(__file__).parent / "fe1419e"
+CHECKPOINTS = ("recursive", "retrofit", "mor")
+# Recipe keys whose default has changed on purpose: (then, now). Left out, they mean what docs/ says today.
+DEFAULTS = {
+    "convert.init": ("stepwise", None),  # None: stepwise, but average with a LoRA of high rank
+    "generate.max_tokens": (64, None),  # None: of generation_config.json, or 64; the next three likewise
+    "generate.temperature": (0.0, None),
+    "generate.top_p": (1.0, None),
+    "generate.top_k": (0, None),
+}
+# The old commit's own files of the model compute the logits, in a process without loopwise.
+STRANGER = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "loopwise":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+    expected = load_file(f"expected/{name}.safetensors")
+    with torch.no_grad():
+        made = {
+            key: model(expected["ids"], num_recurrences=int(key.removeprefix("logits_"))).logits
+            for key in expected if key != "ids"
+        }
+    save_file(made, f"{name}.stranger.safetensors")
+assert "loopwise" not in sys.modules
+"""
+
+pytestmark = pytest.mark.xdist_group("golden")  # the tests share what a stranger computed
+
+
+def copy_files(to: Path) -> Path:
+    """The golden files in the directory `to`, with the model's files in every checkpoint, as they were written."""
+    shutil.copytree(OLD, to)
+    for directory in (*CHECKPOINTS, "run/checkpoint-4"):
+        shutil.copytree(to / "travelling", to / directory, dirs_exist_ok=True)
+    return to
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch) -> Path:
+    """A copy of the files, as the current directory: recipes name files beside it."""
+    copy = copy_files(tmp_path / "old")
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> Path:
+    """A copy of the files, and in it the logits that the old model files compute on this machine."""
+    folder = copy_files(tmp_path_factory.mktemp("stranger") / "old")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", STRANGER, *CHECKPOINTS]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def same_machine(stranger: Path) -> bool:
+    """True where the old files compute the golden bits: the machine sums in the order of the one that kept them."""
+    made = ((stranger / f"{name}.stranger.safetensors", OLD / f"expected/{name}.safetensors") for name in CHECKPOINTS)
+    return all(torch.equal(x, load_file(kept)[key]) for here, kept in made for key, x in load_file(here).items())
+
+
+def compute_logits(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """Logits [B, T, V] of the golden ids, at every depth that the golden file has."""
+    expected = load_file(OLD / f"expected/{name}.safetensors")
+    keys = expected.keys() - {"ids"}
+    with torch.no_grad():
+        return {k: model(expected["ids"], num_recurrences=int(k.removeprefix("logits_"))).logits for k in sorted(keys)}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_computes_what_it_did(stranger, name):
+    """By its own old files and by ours the same bits; the golden ones up to the order in which a machine sums."""
+    theirs = load_file(stranger / f"{name}.stranger.safetensors")
+    ours = compute_logits(RecurrentDepthForCausalLM.from_pretrained(stranger / name).eval(), name)
+    golden = load_file(OLD / f"expected/{name}.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert len(ours) >= 1
+    for key, logits in ours.items():
+        assert torch.equal(logits, theirs[key]), key
+        torch.testing.assert_close(logits, golden[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_generates_the_same_tokens(old, name, capsys):
+    for expected in json.loads((old / "expected/generated.json").read_text())[name]:
+        arguments = ["--recipe", f"recipes/generate-{name}.yaml", f"prompt={expected['prompt']}"]
+        assert main(["generate", name, *arguments]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        kept = ("prompt", "tokens", "depths", "text", "finish_reason")
+        assert {key: answer[key] for key in kept} == {key: expected[key] for key in kept}
+
+
+@pytest.mark.parametrize("name", ["retrofit", "mor"])
+def test_a_checkpoint_trains_on(old, name):
+    settings = ["data.train=corpus.jsonl", "data.sequence_length=16", "batch_size=4", "steps=6", "log_every=1"]
+    assert main(["train", name, "out", *settings, "optimiser.learning_rate=3e-3"]) == 0
+    records = json.loads((old / "out/trainer_state.json").read_text())["log_history"]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    before, after = (load_file(old / folder / "model.safetensors") for folder in (name, "out"))
+    assert before.keys() == after.keys()
+    assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+def resume(*options: str) -> int:
+    return main(["train", "recursive", "run", "--recipe", "recipes/train-run.yaml", "--resume", *options])
+
+
+def move_run(folder: Path) -> None:
+    """Let the run have been started in `folder`: it recorded the path of its model."""
+    record = folder / "run/checkpoint-4/run.json"
+    record.write_text(record.read_text().replace('"/golden/recursive"', json.dumps(str(folder / "recursive"))))
+
+
+def test_a_stopped_run_ends_as_the_uninterrupted_one(old, stranger, capsys):
+    move_run(old)
+    assert resume() == 0
+    assert "from checkpoint-4" in capsys.readouterr().out
+    ours, golden = load_file(old / "run/model.safetensors"), load_file(old / "expected/run.safetensors")
+    assert ours.keys() == golden.keys()
+    exact = same_machine(stranger)
+    for key, x in ours.items():  # Adam divides by the root of small squares, which enlarges a difference of rounding
+        torch.testing.assert_close(x, golden[key], atol=0.0 if exact else 1e-3, rtol=0)
+
+
+def test_a_stopped_run_that_was_changed_is_refused_by_name(old, capsys):
+    assert resume() == 2
+    error = capsys.readouterr().err
+    assert f"MODEL was '/golden/recursive', now '{old / 'recursive'}'" in error
+    assert len(error.splitlines()) == 1
+    move_run(old)
+    assert resume("optimiser.learning_rate=1e-3") == 2
+    assert "optimiser.learning_rate was 0.003, now 0.001)" in capsys.readouterr().err
+
+
+def recipe_kinds() -> dict[str, Any]:
+    """The recipe class of every verb."""
+    from loopwise.convert.recipe import ConvertRecipe
+    from loopwise.serve.generate import GenerateRecipe
+    from loopwise.serve.recipe import ServeRecipe
+    from loopwise.train.recipe import Evaluate, Train
+
+    verbs = ("convert", "train", "eval", "generate", "serve")
+    return dict(zip(verbs, (ConvertRecipe, Train, Evaluate, GenerateRecipe, ServeRecipe), strict=True))
+
+
+def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Settings by dotted key."""
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+        made |= inner or {f"{prefix}.{key}": {}}
+    return made
+
+
+def assert_same_settings(kind: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Every setting of then has today the same name and value, but for the defaults that have changed on purpose."""
+    old, new = flat(then, kind), flat(now, kind)
+    changed = {key: (value, new.get(key, "absent")) for key, value in old.items() if new.get(key, "absent") != value}
+    assert {key: pair for key, pair in changed.items() if DEFAULTS.get(key) != pair} == {}
+
+
+OLD_SETTINGS = json.loads((OLD / "expected/settings.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in OLD_SETTINGS if name.endswith(".yaml")])
+def test_a_recipe_means_the_same(old, name):
+    kind = name.partition("-")[0]
+    recipe = load_recipe(recipe_kinds()[kind], kind, f"recipes/{name}", [])
+    assert_same_settings(kind, OLD_SETTINGS[name], recipe.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(("kind", "settings"), json.loads((OLD / "command-lines.json").read_text()).items())
+def test_a_command_line_means_the_same(kind, settings):
+    recipe = load_recipe(recipe_kinds()[kind], kind, None, settings)
+    assert_same_settings(kind, OLD_SETTINGS[kind], recipe.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("name", ["retrofit", "recursive"])
+def test_a_convert_recipe_makes_the_same_model(old, name):
+    assert main(["convert", "source", "out", "--recipe", f"recipes/convert-{name}.yaml"]) == 0
+    ours, golden = (load_file(old / folder / "model.safetensors") for folder in ("out", name))
+    assert ours.keys() == golden.keys()
+    for key, x in ours.items():  # a singular value decomposition rounds otherwise on another machine
+        torch.testing.assert_close(x, golden[key], atol=1e-5, rtol=0)
+    then, now = (json.loads((old / folder / "config.json").read_text()) for folder in (name, "out"))
+    del then["source_config"], now["source_config"], then["transformers_version"]
+    assert {key: now.get(key) for key in then} == then
+
+
+REQUESTS = json.loads((OLD / "requests.json").read_text())
+MEANINGS = json.loads((OLD / "expected/meanings.json").read_text())
+
+
+def parse_request(body: dict[str, Any]) -> dict[str, Any]:
+    """The depth fields of a request's body, as the server reads them. Raises FieldError."""
+    from loopwise.serve.vllm.fields import Limits, check, take
+
+    rules = ("fixed", "latent-diff", "cosine", "entropy-diff", "kl", "minp-kl", "argmax-stability")
+    limits = Limits(num_recurrences=3, max_recurrences=8, rules=rules, prompt_exit=True)
+    return check(take(body, ("model", "prompt", "max_tokens", "temperature", "vllm_xargs")), limits)
+
+
+def request_names(refused: bool) -> list[str]:
+    return [name for name in REQUESTS if ("refused" in MEANINGS[name]) == refused]
+
+
+@pytest.mark.parametrize("name", request_names(refused=False))
+def test_a_request_body_means_the_same(name):
+    assert parse_request(deepcopy(REQUESTS[name])) == MEANINGS[name]["values"]
+
+
+@pytest.mark.parametrize("name", request_names(refused=True))
+def test_a_request_body_is_refused_for_the_same_field(name):
+    from loopwise.serve.vllm.fields import FieldError
+
+    with pytest.raises(FieldError) as error:
+        parse_request(deepcopy(REQUESTS[name]))
+    assert error.value.field == MEANINGS[name]["refused"]
+
+
+def test_every_request_field_of_then_is_asked_for():
+    fields = {
+        "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace",
+        "return_recurrences", "decoder", "wave", "diffusion",
+    }  # fmt: skip
+    assert {name for meaning in MEANINGS.values() for name in meaning.get("values", {})} == fields
+
+
+def test_the_offline_engine_gives_the_same_answers(old):
+    """By keywords of the engine and of its parameters that are named as then."""
+    from loopwise.serve.engine.diffusion import Diffusion
+    from loopwise.serve.offline import Engine, Params
+
+    engine = Engine("retrofit", rows=2, length=48, wave=8)
+    for name, meaning in MEANINGS.items():
+        if "refused" in meaning:
+            continue
+        values = {key: value for key, value in meaning["values"].items() if key != "return_recurrences"}
+        if "prompt_exit" in values:
+            values["prompt_exit"] = bool(values["prompt_exit"])
+        if "diffusion" in values:
+            values["diffusion"] = replace(Diffusion(), **json.loads(values["diffusion"]))
+        if "trace" in values:
+            values["trace"] = tuple(values["trace"])
+        (done,) = engine.generate([REQUESTS[name]["prompt"]], Params(max_tokens=REQUESTS[name]["max_tokens"], **values))
+        assert (done.tokens, done.depths) == (meaning["tokens"], meaning["depths"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_a_server_gives_the_same_answers(old):
+    """vLLM's server, in float32. Tokens of a diffusion depend on which steps the server runs together."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "serve"))
+    from serving import serving
+
+    vocabulary = json.loads((old / "retrofit/tokenizer.json").read_text())["model"]["vocab"]
+    characters = {number: text for text, number in vocabulary.items() if number}  # 0 ends a text
+    with serving(old / "retrofit", "name=tiny", "wave=8", "--", "--max-model-len", "48") as server:
+        for name in request_names(refused=True):
+            status, answer = post(server.url + "/v1/completions", REQUESTS[name])
+            assert status == 400, name
+            assert MEANINGS[name]["refused"] in answer["error"]["message"]
+        for name in request_names(refused=False):
+            status, answer = post(server.url + "/v1/completions", REQUESTS[name])
+            assert status == 200, answer
+            text = "".join(characters.get(token, "") for token in MEANINGS[name]["tokens"])
+            if "diffusion" not in REQUESTS[name]:
+                assert answer["choices"][0]["text"] == text, name
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and body of the answer."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
