@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from .deprecated import RECIPE_KEYS, current_name, rename
 from .errors import UserError, reason, shorten, unknown
 from .unused import Unused, refuse, waiting
 
@@ -40,10 +41,12 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, values: Any) -> Any:
-        """Lists may be written as a,b,c, which YAML reads as text, and a list of one as its item."""
+        """Keys may have old names. Lists may be written as a,b,c, which YAML reads as text, and a list of one as its
+        item."""
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields
+        values = rename(values, RECIPE_KEYS, fields, "recipe key")
         lists = {key: items for key in values if key in fields and (items := list_items(fields[key].annotation))}
         return {key: listed(key, x, lists[key] is not str) if key in lists else x for key, x in values.items()}
 
@@ -102,7 +105,7 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
     Raises UserError naming the key, the rule and the nearest valid key.
     """
     values = settled(model, read_recipe(kind, recipe) if recipe else {}, settings)
-    given = frozenset(setting.partition("=")[0] for setting in settings)
+    given = frozenset(".".join(_path(model, setting.partition("=")[0])) for setting in settings)
     checked = validate(model, values)
     for key in waiting(checked, given):
         *section, name = key.split(".")
@@ -116,15 +119,44 @@ def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[st
 
 
 def settled(model: type[BaseModel], values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """`values` with `key=value` settings put into them. Raises UserError for what is no setting."""
+    """`values`, by today's names of their keys, with `key=value` settings put into them.
+
+    Raises UserError for text that is no setting, and for a key that is given by its old and its new name.
+    """
+    values = _renamed(model, values)
+    spellings: dict[tuple[str, ...], str] = {}
     for setting in settings:
         key, eq, text = setting.partition("=")
         if not eq or not key:
             raise UserError(f"{setting!r} is not a setting: write key=value, for example {_example(model)}")
-        path = key.split(".")
+        path = _path(model, key)
+        if (other := spellings.setdefault(tuple(path), key)) != key:
+            raise UserError(f"{other} and {key} are two names of one recipe key: give {'.'.join(path)} alone")
         plain = _takes_text(model, path) and not text.startswith(("[", "'", '"'))
         _put(values, path, _text(model, path, text) if plain else _yaml(text, shorten(repr(setting), 80)))
     return values
+
+
+def _renamed(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` and the sections in them by today's names of their keys."""
+    values = rename(values, RECIPE_KEYS, model.model_fields, "recipe key")
+    for key, value in values.items():
+        sections = _sections(model.model_fields[key].annotation) if key in model.model_fields else []
+        if sections and isinstance(value, dict):
+            values[key] = _renamed(sections[0], value)
+    return values
+
+
+def _path(model: type[BaseModel], key: str) -> list[str]:
+    """The parts of a dotted key by today's names. Parts of an unknown key stay as they are."""
+    path: list[str] = []
+    section: type[BaseModel] | None = model
+    for part in key.split("."):
+        fields = section.model_fields if section else {}
+        path.append(current_name(part, RECIPE_KEYS, fields, "recipe key"))
+        sections = _sections(fields[path[-1]].annotation) if path[-1] in fields else []
+        section = sections[0] if sections else None
+    return path
 
 
 def _text(model: type[BaseModel], path: list[str], text: str) -> str | None:

@@ -298,7 +298,7 @@ def test_recipes_in_other_encodings_are_named(tmp_path):
         ("learning_rate", "optimiser.learning_rate"),
         ("data.trian", "data.train"),
         ("recurrence.men", "recurrence.mean"),
-        ("optimizer", "optimiser"),
+        ("optimizr", "optimiser"),
         ("stesp", "steps"),
     ],
 )
