@@ -22,7 +22,7 @@ from ..directory import RECORD, check_new, new_directory
 from ..errors import UserError
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from ..model.configuration_source import COLLECTING, ours_alone
+from ..model.configuration_source import COLLECTING, clear_source_settings
 from ..model.source_layers import layer_list_name
 from ..sampling import greatest_id
 from .agreement import decisive
@@ -116,7 +116,7 @@ def _plan(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Made]:
 @contextmanager
 def _convert(path: Path, recipe: ConvertRecipe) -> Iterator[Made]:
     source_config = read_config(path)
-    ours_alone(source_config)
+    clear_source_settings(source_config)
     with torch.device("meta"):
         source_model = empty_model(source_config)
     with SourceWeights(path, source_model) as weights:

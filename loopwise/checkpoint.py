@@ -14,8 +14,8 @@ WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "
 def config_fields(path: Path) -> dict[str, Any]:
     """The fields of config.json in the directory `path`.
 
-    Raises UserError where there is none, or no model_type, and where a PEFT adapter lies beside the model:
-    transformers adds it to the weights without a word, and vLLM does not.
+    Raises UserError where there is none, or no model_type; for a recurrent-depth model of a newer format version; and
+    where a PEFT adapter lies beside the model: transformers adds it to the weights without a word, and vLLM does not.
     """
     if (path / ADAPTER).is_file():
         raise UserError(
@@ -25,6 +25,13 @@ def config_fields(path: Path) -> dict[str, Any]:
     fields = read_json(path / "config.json", f"{path} has no config.json; give the directory of a checkpoint")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
+    if fields["model_type"] == "recurrent_depth" and fields.get("format_version", 1) != 1:  # the first is always known
+        from .model.configuration_fields import check_version
+
+        try:
+            check_version(fields["format_version"])
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'}: {error}") from None
     return fields
 
 

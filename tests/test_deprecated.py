@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import Field
 
 from loopwise import deprecated
 from loopwise.deprecated import RECIPE_KEYS, Renamed, rename
@@ -23,14 +22,14 @@ def _nothing_warned(monkeypatch):
 
 
 class Lanes(Section):
-    max_in_flight: int = Field(8)
-    color: str = Field("red")
+    max_in_flight: int = 8
+    color: str = "red"
 
 
 class Command(Section):
     lanes: Lanes = Lanes()
-    more: list[Lanes] = Field([])
-    wave: str = Field("a decoder of that name")
+    more: list[Lanes] = []
+    wave: str = "a decoder of that name"
 
 
 def test_old_names_become_todays_in_order_and_warn_once(capsys):

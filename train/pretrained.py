@@ -19,7 +19,7 @@ from loopwise.gguf_source import find_gguf
 from loopwise.gguf_tensors import GgufTensors
 from loopwise.hub import check_may_be_hub_id, not_found
 from loopwise.model import RecurrentDepthConfig
-from loopwise.model.configuration_source import ours_alone
+from loopwise.model.configuration_source import clear_source_settings
 
 
 def load_config(model: str, revision: str | None) -> Any:
@@ -63,7 +63,7 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     loaded, info = result
     if not is_recurrent(loaded.config):
         # output_router_logits stays as it is: a plain mixture can run under it, and another trainer may want it.
-        ours_alone(loaded.config, collecting=("output_attentions", "output_hidden_states"))
+        clear_source_settings(loaded.config, collecting=("output_attentions", "output_hidden_states"))
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{model}: no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")

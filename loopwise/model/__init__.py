@@ -2,6 +2,26 @@
 
 The files beside this one are flat and import only torch, transformers and each other: they travel with every saved
 checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not installed.
+
+    configuration_fields.py           format version and types of the config's fields
+    configuration_sandwich.py         config of the source architecture of Huginn and Ouro
+    configuration_source.py           the source's config inside ours
+    configuration_router.py           fields of a Mixture-of-Recursions router
+    configuration_recurrent_depth.py  the config: layers that recur, and all that is between two recurrences
+    modeling_sandwich.py              model of the source architecture of Huginn and Ouro
+    source_layers.py                  the source's layers, run one by one with their masks and cache slots
+    experts.py                        router logits and load-balancing loss of a mixture of experts
+    initial_state.py                  s_0 and its counter-based noise
+    injection.py                      the prelude's output, injected into each recurrence
+    recurrence_encoding.py            position and depth, added before each recurrence
+    halting.py                        adaptive computation time
+    relaxation.py                     LoRA, norms and biases of each depth
+    routed_rows.py                    a layer that runs some of the tokens
+    router.py                         the router: the choice of the tokens of each recurrence
+    output.py                         the output of a call
+    call.py                           the state of one call
+    recurrence.py                     the loop over recurrences
+    modeling_recurrent_depth.py       the model
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,11 +1,14 @@
-"""Kinds of the fields of a recurrent-depth config, checked on loading and on saving."""
+"""Format version and types of the fields of a recurrent-depth config, checked on loading and on saving."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard, cast
 
-# By the annotation of a field: accepted types, and how the error describes them.
+FORMAT_VERSION = 1  # written into config.json; a config without a version has the first
+
+# Annotation of a field -> accepted types, and their description in errors.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a string"),
     "int": ((int,), "an integer"),
@@ -18,8 +21,19 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
+def check_version(version: object) -> None:
+    """Raise ValueError for a `format_version` of config.json that this code does not know."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version={version!r}: an integer of 1 or more")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version}: a newer loopwise wrote this config, and this one reads versions up to "
+            f"{FORMAT_VERSION}; upgrade loopwise"
+        )
+
+
 def check_kinds(config: Any) -> None:
-    """Raise ValueError, naming the value and the rule, for the first field of `config` that is not of its kind."""
+    """Raise ValueError, naming the value and the rule, for the first field of `config` that has another type."""
     for name, annotation in type(config).__annotations__.items():
         if annotation in KINDS:
             kinds, wanted = KINDS[annotation]
@@ -30,38 +44,67 @@ def check_kinds(config: Any) -> None:
         raise ValueError(f"state_std={config.state_std}: a number of 0 or more")
     if not _fits(config.vocab_size, (int,)) or config.vocab_size < 1:
         raise ValueError(f"vocab_size={config.vocab_size!r}: an integer, at least 1")
+    if not 0 < config.halting_epsilon < 1:
+        raise ValueError(f"halting_epsilon={config.halting_epsilon}: a number between 0 and 1")
     if config.relaxation is not None:
         _check_relaxation(config.relaxation)
+    if config.trained_recurrences is not None:
+        _check_trained(config.trained_recurrences)
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number; True and False are none."""
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True for a finite number. True and False are no numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+def _fits(value: object, kinds: tuple[type, ...]) -> bool:
+    """True for a value of one of these types. Numbers are finite, lists hold integers alone."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return False
     if isinstance(value, list | tuple):
-        return all(_fits(part, (int,)) for part in value)
+        parts: list[object] = [*value]
+        return all(_fits(part, (int,)) for part in parts)
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _check_relaxation(given: dict[str, Any]) -> None:
-    """The fields that `Relaxation` takes, see `relaxation.py`."""
-    rank, own = given.get("rank"), given.get("own")
-    rules = {
-        "depths": (_fits(given.get("depths"), (int,)) and given["depths"] >= 1, "an integer, at least 1"),
-        "rank": (
-            isinstance(rank, dict)
-            and all(_fits(name, (str,)) and _fits(r, (int,)) and r > 0 for name, r in rank.items()),
-            "a dict from names of linear modules to integers above 0",
-        ),
-        "own": (isinstance(own, list) and all(isinstance(name, str) for name in own), "a list of names of parameters"),
-        "dora": (isinstance(given.get("dora", False), bool), "True or False"),
-    }
-    for name in sorted(given.keys() - rules.keys()):
-        raise ValueError(f"relaxation.{name} is no field of a relaxation: it has {', '.join(rules)}")
-    for name, (right, wanted) in rules.items():
-        if not right:
+def _is_rank(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    ranks = cast("dict[object, Any]", value)
+    return all(_fits(name, (str,)) and _fits(rank, (int,)) and rank > 0 for name, rank in ranks.items())
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in cast("list[object]", value))
+
+
+# Field of `relaxation` -> check, rule, and the value of a field that is left out.
+RELAXATION: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "depths": (lambda value: _fits(value, (int,)) and value >= 1, "an integer, at least 1", None),
+    "rank": (_is_rank, "a dict from names of linear modules to integers above 0", None),
+    "own": (_is_names, "a list of names of parameters", None),
+    "dora": (lambda value: isinstance(value, bool), "True or False", False),
+}
+
+
+def _check_relaxation(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are the fields of `Relaxation`, see `relaxation.py`."""
+    for name in sorted(given.keys() - RELAXATION.keys()):
+        raise ValueError(f"relaxation.{name} is no field of a relaxation: it has {', '.join(RELAXATION)}")
+    for name, (fits, wanted, default) in RELAXATION.items():
+        if not fits(given.get(name, default)):
             raise ValueError(f"relaxation.{name}={given.get(name)!r}: {wanted}")
+
+
+def _check_trained(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are the numbers of recurrences of a training: `mean`, `min` and `max`."""
+    kinds: dict[str, tuple[type, ...]] = {"mean": (int, float), "min": (int,), "max": (int,)}
+    if (
+        given.keys() != kinds.keys()
+        or any(type(given[name]) not in kind for name, kind in kinds.items())
+        or not 1 <= given["min"] <= given["mean"] <= given["max"]
+    ):
+        raise ValueError(
+            f"trained_recurrences={given!r}: null, or an object of numbers with 1 <= min <= mean <= max, min and max "
+            "whole"
+        )

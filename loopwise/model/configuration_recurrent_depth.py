@@ -1,16 +1,17 @@
-"""Configuration of a recurrent-depth model: the source's own config, and which of its layers recur."""
+"""Configuration of a recurrent-depth model: the source's own config, and the layers of it that recur."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import get_layer_types_and_kwargs  # pyright: ignore[reportUnknownVariableType]
 
-from .configuration_fields import check_kinds, is_number
+from .configuration_fields import FORMAT_VERSION, check_kinds, check_version, is_number
 from .configuration_router import router_fields
-from .configuration_source import declares, ours_alone, source_config_of
+from .configuration_source import clear_source_settings, declares, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
@@ -27,44 +28,46 @@ KV_POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-k, such as
 class RecurrentDepthConfig(PreTrainedConfig):
     r"""
     Args:
-        source_config (`PreTrainedConfig` or `dict`): configuration of the source architecture, all its layers counted.
-        prelude, core, coda (`list[int]`): source-layer ids, each naming the layer whose structure (attention type,
+        source_config (`PreTrainedConfig` or `dict`): configuration of the source architecture, with all its layers.
+        format_version (`int`): version of the format of these fields. A config without it has version 1. ValueError
+            for a version above the known one.
+        prelude, core, coda (`list[int]`): source-layer ids. Each names the layer whose structure (attention type,
             window, rotary variant) stands at that place. The prelude and the coda run once, the core runs R times.
-        num_recurrences (`int`): R when a call names none.
+        num_recurrences (`int`): R of a call without `num_recurrences`.
         max_recurrences (`int`): depth for which a served key-value cache has slots; 0 means max(8, num_recurrences).
         state_init (`str`): `input` (s_0 = e, the prelude's output), `zeros`, or `normal` (truncated normal noise that
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
         injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]) or
             `gated` (g s + (1 - g) e).
-        sharing (`str`): order in which the core's layers run: `cycle` (all layers, R times) or `sequence` (each layer
-            R times, then the next; without injection only).
-        recurrence_norm (`str`): `none`; `each` (an RMS norm of its own after every recurrence); `between` (the
-            source's final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last
-            one, before the coda, as in Huginn).
-        recurrence_residual (`bool`): whether every recurrence but the first adds its input to its output (AbbIE-D,
+        sharing (`str`): order of the core's layers: `cycle` (all layers, R times) or `sequence` (each layer R times,
+            then the next; without injection only).
+        recurrence_norm (`str`): `none`; `each` (an added RMS norm after every recurrence); `between` (the source's
+            final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last one,
+            before the coda, as in Huginn).
+        recurrence_residual (`bool`): every recurrence but the first adds its input to its output (AbbIE-D,
             arXiv 2507.08567).
         recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
             Universal Transformers).
-        halting (`str`): `none`, or `act`: what is read out is the mean of the states, weighted by a gate under which
-            tokens halt one by one (adaptive computation time). See `halting.py`.
-        halting_epsilon (`float`): a token halts once its halting probabilities sum to one less this.
-        exit_gate (`bool`): whether a linear gate on the normed state says where to exit (Ouro).
-        relaxation (`dict`, *optional*): what the core's layers have of their own at every depth: `depths` (`int`),
-            `rank` (`dict[str, int]`, by names of linear modules), `own` (`list[str]`, names of parameters), `dora`
-            (`bool`). See `relaxation.py`.
-        router (`dict`, *optional*): Mixture-of-Recursions: which tokens take part in a recurrence. See `router_fields`;
-            `depths` defaults to num_recurrences.
-        kv_policy (`str`): which keys and values a recurrence reads and writes: `per-depth` (its own), `last-exited`
-            (its own; those of a position that left earlier are the last that it had), `single` (one slot, overwritten),
-            `first` (those of the first recurrence) or `modulo-k` (depth mod k).
+        halting (`str`): `none`, or `act` (adaptive computation time): tokens halt one by one under a gate, and the
+            read-out is the mean of the states, weighted by the gate. See `halting.py`.
+        halting_epsilon (`float`): a token halts once its halting probabilities sum to 1 - epsilon.
+        exit_gate (`bool`): a linear gate on the normed state gives the probability to exit (Ouro).
+        relaxation (`dict`, *optional*): parameters of the core's layers that differ between depths: `depths` (`int`),
+            `rank` (`dict[str, int]`, LoRA ranks by names of linear modules), `own` (`list[str]`, names of parameters),
+            `dora` (`bool`). See `relaxation.py`.
+        router (`dict`, *optional*): Mixture-of-Recursions: the choice of the tokens of a recurrence. See
+            `router_fields`; `depths` defaults to num_recurrences.
+        kv_policy (`str`): keys and values that a recurrence reads and writes: `per-depth` (its own), `last-exited` (its
+            own; a position that exited earlier keeps its last ones), `single` (one slot, overwritten), `first` (those
+            of the first recurrence) or `modulo-k` (depth mod k).
         exit (`dict`, *optional*): the exit rule that serving uses by default: `rule`, `threshold`, `min_recurrences`.
-        trained_recurrences (`dict`, *optional*): the numbers of recurrences that the model was trained at: `mean`,
-            `min`, `max`. None where nothing is known of it.
+        trained_recurrences (`dict`, *optional*): the numbers of recurrences in training: `mean`, `min`, `max`. None
+            where they are unknown.
         bos_token_id, eos_token_id, pad_token_id: default to the source's.
 
-    Attributes that this config lacks (`hidden_size`, `num_attention_heads`, ...) are those of `source_config`, as far
-    as its class declares them: what a source's config.json says of its own files stays there.
+    Attributes that this config lacks (`hidden_size`, `num_attention_heads`, ...) are those of `source_config` that its
+    class declares. Other fields of a source's config.json describe its own files, and stay there.
 
     Raises ValueError, naming the value and the rule, where the fields contradict each other; `save_pretrained` too.
     """
@@ -75,10 +78,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         "past_key_values", "last_state", "states", "depth_logits", "depth_losses", "router_outputs",
     ]  # fmt: skip
 
-    source_config: Any = None
-    prelude: list[int] = field(default_factory=list)
-    core: list[int] = field(default_factory=list)
-    coda: list[int] = field(default_factory=list)
+    source_config: PreTrainedConfig = None  # pyright: ignore[reportAssignmentType] - as transformers' empty config
+    format_version: int = 1  # of a config.json without the field
+    prelude: list[int] = field(default_factory=list[int])
+    core: list[int] = field(default_factory=list[int])
+    coda: list[int] = field(default_factory=list[int])
     num_recurrences: int = 1
     max_recurrences: int = 0
     state_init: str = "input"
@@ -101,16 +105,20 @@ class RecurrentDepthConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
-        source, self.source_config = self.source_config, None  # so that the base class takes none of its fields as ours
-        if isinstance(source, dict):
-            source = source_config_of(source)
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_version(self.format_version)
+        self.format_version = FORMAT_VERSION
+        given: Any = self.source_config
+        self.source_config = None  # pyright: ignore[reportAttributeAccessIssue] - the base class takes over no field
+        source: PreTrainedConfig | None = given
+        if isinstance(given, dict):
+            source = source_config_of(cast("dict[str, Any]", given))
         self._complete()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # pyright: ignore[reportUnknownMemberType]
         if source is None:  # transformers builds an empty config to compute differences
             return
         self.source_config = source
-        ours_alone(source)
+        clear_source_settings(source)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # generation reads them from the saved fields
             if getattr(self, name) is None:
                 setattr(self, name, getattr(source, name, None))
@@ -118,24 +126,45 @@ class RecurrentDepthConfig(PreTrainedConfig):
             source._attn_implementation = self._attn_implementation
         self._check()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', once the fields are checked as on loading: nothing is saved that cannot be loaded.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write config.json into `save_directory`, as transformers does. The fields are checked first, as on loading.
 
-        Raises ValueError, naming the value and the rule."""
+        Raises ValueError, naming the value and the rule, for fields that could not be loaded.
+        """
         self._check()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
     def _complete(self) -> None:
+        """Set the fields whose default follows from others."""
         if self.router:
             self.router = router_fields({"depths": self.num_recurrences, **self.router})
         if not self.max_recurrences:
             self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
 
     def _check(self) -> None:
-        if not isinstance(self.source_config, PreTrainedConfig):
+        """Raise ValueError, naming the value and the rule, for the first field that is wrong."""
+        if not isinstance(self.source_config, PreTrainedConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"source_config={self.source_config!r}: the config of the source architecture")
+        check_version(self.format_version)
         check_kinds(self)
         self._complete()
+        self._check_layers()
+        choices = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
+        choices |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(allowed)}")
+        self._check_between()
+        self.kv_slots(1)
+        if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r}: with a router (see router.kv) or sharing='sequence' it is 'per-depth'"
+            )
+        if self.exit is not None:
+            self._check_exit(self.exit)
+
+    def _check_layers(self) -> None:
+        """Raise ValueError unless all places name layers of the source, and the depths are in order."""
         count = self.source_config.num_hidden_layers
         for name in ("prelude", "core", "coda"):
             for layer in getattr(self, name):
@@ -148,11 +177,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 f"num_recurrences={self.num_recurrences}, max_recurrences={self.max_recurrences}: "
                 "need 1 <= num_recurrences <= max_recurrences"
             )
-        named = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
-        named |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+
+    def _check_between(self) -> None:
+        """Raise ValueError where initial state, sharing, router and the steps between two recurrences contradict."""
         if self.injection == "none" and self.state_init != "input":
             raise ValueError(
                 f"state_init={self.state_init!r} with injection='none' never shows the input to the core; "
@@ -161,25 +188,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.router and (self.sharing == "sequence" or self.max_recurrences != self.router["depths"]):
             raise ValueError(
                 f"sharing={self.sharing!r}, max_recurrences={self.max_recurrences} with a router of "
-                f"{self.router['depths']} recurrences: it needs sharing='cycle', and serves no other number of them"
+                f"{self.router['depths']} recurrences: it needs sharing='cycle', and max_recurrences equal to them"
             )
-
-        self.kv_slots(1)
-        if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
-            raise ValueError(
-                f"kv_policy={self.kv_policy!r}: with a router (see router.kv) or sharing='sequence' it is 'per-depth'"
-            )
-        if self.exit is not None:
-            unknown = sorted(set(self.exit) - {"rule", "threshold", "min_recurrences"})
-            if unknown or self.exit.get("rule") not in EXIT_RULES:
-                raise ValueError(f"exit={self.exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
-            if self.exit["rule"] == "gate" and not self.exit_gate:
-                raise ValueError(f"exit={self.exit}: this model has no exit gate; choose another rule")
-            if not is_number(self.exit.get("threshold") or 0):
-                raise ValueError(f"exit={self.exit}: threshold is a finite number")
-            least = self.exit.get("min_recurrences", 1)
-            if not isinstance(least, int) or not 1 <= least <= self.max_recurrences:
-                raise ValueError(f"exit={self.exit}: min_recurrences is 1 to max_recurrences={self.max_recurrences}")
         between = {
             "injection": self.injection != "none",
             "recurrence_norm": self.recurrence_norm != "none",
@@ -190,19 +200,27 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.sharing == "sequence" and any(between.values()):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
-                f"{', '.join(name for name, there in between.items() if there)} cannot"
+                f"drop {', '.join(name for name, there in between.items() if there)}"
             )
         if self.router and self.recurrence_norm == "between":  # of all tokens, also of those that have stopped
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
         if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
             raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
-        if not 0 < self.halting_epsilon < 1:
-            raise ValueError(f"halting_epsilon={self.halting_epsilon}: a number between 0 and 1")
-        if self.trained_recurrences is not None:
-            _check_trained(self.trained_recurrences)
 
-    def __getattr__(self, name):
-        source = None if name.startswith("_") else self.__dict__.get("source_config")
+    def _check_exit(self, exit: dict[str, Any]) -> None:
+        """Raise ValueError unless `exit` is an exit rule that this model can use."""
+        if exit.keys() - {"rule", "threshold", "min_recurrences"} or exit.get("rule") not in EXIT_RULES:
+            raise ValueError(f"exit={exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
+        if exit["rule"] == "gate" and not self.exit_gate:
+            raise ValueError(f"exit={exit}: this model has no exit gate; choose another rule")
+        if not is_number(exit.get("threshold") or 0):
+            raise ValueError(f"exit={exit}: threshold is a finite number")
+        least = exit.get("min_recurrences", 1)
+        if not isinstance(least, int) or not 1 <= least <= self.max_recurrences:
+            raise ValueError(f"exit={exit}: min_recurrences is 1 to max_recurrences={self.max_recurrences}")
+
+    def __getattr__(self, name: str) -> Any:
+        source: PreTrainedConfig | None = None if name.startswith("_") else self.__dict__.get("source_config")
         if source is None or not declares(type(source), name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
@@ -222,7 +240,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """As the source's; settable, as `resize_token_embeddings` does."""
+        """The source's vocabulary size. `resize_token_embeddings` sets it."""
         return self.source_config.vocab_size
 
     @vocab_size.setter
@@ -231,13 +249,13 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def norm_eps(self) -> float:
-        """Of the recurrence norm: the source's."""
+        """Epsilon of the recurrence norm: the source's."""
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
         return next((eps for name in names if (eps := getattr(self.source_config, name, None))), 1e-6)
 
     @property
     def initializer_std(self) -> float:
-        """Of a router: the source's."""
+        """Standard deviation of a router's initial weights: the source's."""
         return getattr(self.source_config, "initializer_range", None) or 0.02
 
     @property
@@ -247,19 +265,19 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def has_choice_slot(self) -> bool:
-        """Whether a cache holds, in one slot after all others, at which depths every token has keys and values."""
+        """True where a cache has one more slot, after all others: it holds the depths at which a token has keys."""
         return bool(self.router) and self.router["kv"] == "recursion-wise"
 
     @property
     def layer_types(self) -> list[str]:
-        """Attention type of each key-value slot, where there are several types (else AttributeError)."""
+        """Attention type of each key-value slot. Raises AttributeError for a source without several types."""
         types = self.source_config.layer_types if not self.has_choice_slot else None
         if types is None:
             types = get_layer_types_and_kwargs(self.source_config)[0]
         return [types[layer] for layer in self.slots(self.max_recurrences)] + ["full_attention"] * self.has_choice_slot
 
     def order(self, num_recurrences: int) -> list[tuple[str, int, int]]:
-        """(part, layer of it, depth counted from 0) of every layer that runs, in order."""
+        """(part, layer in the part, depth counted from 0) of every layer that runs, in order."""
         core = [("core", n, depth) for depth in range(num_recurrences) for n in range(len(self.core))]
         if self.sharing == "sequence":
             core.sort(key=lambda place: place[1])
@@ -272,17 +290,3 @@ class RecurrentDepthConfig(PreTrainedConfig):
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
         return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)
-
-
-def _check_trained(given: Any) -> None:
-    """Raise ValueError unless these are the numbers of recurrences that a model can have been trained at."""
-    rule = (
-        f"trained_recurrences={given!r}: null, or an object of numbers with 1 <= min <= mean <= max, min and max whole"
-    )
-    kinds = {"mean": (int, float), "min": (int,), "max": (int,)}
-    if not isinstance(given, dict) or given.keys() != kinds.keys():
-        raise ValueError(rule)
-    if any(type(given[name]) not in kind for name, kind in kinds.items()):
-        raise ValueError(rule)
-    if not 1 <= given["min"] <= given["mean"] <= given["max"]:
-        raise ValueError(rule)

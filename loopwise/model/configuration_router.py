@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 KINDS = ("expert", "token")
@@ -12,22 +13,23 @@ KEYS_AND_VALUES = ("recursion-wise", "first-recursion")
 ALPHA = {"expert": 0.1, "token": 1.0}
 
 
-def router_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """A complete description of a router, checked:
+def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete fields of a router, from `given` and the defaults of its kind.
 
-    kind: `expert` (every recurrence chooses among the tokens of the recurrence before) or `token` (every token chooses
-        its depth once, before the first recurrence).
-    depths: recurrences R that it routes.
+    kind: `expert` (every recurrence chooses among the tokens of the previous one) or `token` (every token chooses its
+        depth once, before the first recurrence).
+    depths: the number R of routed recurrences.
     alpha, temperature, gate: the weight of a recurrence's output is alpha * gate(W x / temperature).
-    network: `linear` (W x), or `mlp` (W2 gelu(W1 x), twice as wide inside).
+    network: `linear` (W x), or `mlp` (W2 gelu(W1 x), with a hidden layer of twice the width).
     kv: keys and values that a recurrence attends to: `recursion-wise` (of the tokens that it was chosen for) or
         `first-recursion` (those of the first recurrence, of all tokens).
+
     Of expert-choice alone:
-    capacity: share of the sequence that each recurrence takes, R numbers in (0, 1], none above the one before.
-    inference: how tokens are chosen outside of training: `threshold` (where sigmoid of the logit reaches the
-        recurrence's threshold: causal) or `topk` (the capacity, of the whole sequence: not causal, as in the paper).
+    capacity: share of the sequence that each recurrence takes, R numbers in (0, 1] that never grow.
+    inference: choice of tokens outside of training: `threshold` (the sigmoid of the logit reaches the recurrence's
+        threshold: causal) or `topk` (the capacity, of the whole sequence: not causal, as in the paper).
     thresholds: R numbers in [0, 1].
-    auxiliary: whether routers of their own learn to predict the choice, and their logits decide at `threshold`.
+    auxiliary: True trains separate routers that predict the choice; their logits decide at `threshold`.
 
     Raises ValueError, naming the value and the rule.
     """
@@ -71,8 +73,8 @@ def router_fields(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def check_capacity(capacity: list[float], depths: int) -> None:
-    """Raise ValueError unless there is one capacity for each recurrence, in (0, 1], none above the one before."""
+def check_capacity(capacity: Sequence[float], depths: int) -> None:
+    """Raise ValueError unless `capacity` holds `depths` numbers in (0, 1], one for each recurrence, that never grow."""
     if len(capacity) != depths:
         raise ValueError(f"router.capacity={list(capacity)}: {depths} numbers, one for each recurrence")
     if not all(0 < share <= 1 for share in capacity):

@@ -7,12 +7,13 @@ from transformers import AutoConfig, LlamaConfig
 
 class SandwichConfig(LlamaConfig):
     r"""
-    A Llama whose layers have a norm after attention and MLP too: the source architecture of Huginn (arXiv 2502.05171)
-    and Ouro (arXiv 2510.25741), which transformers lacks.
+    A Llama whose layers also have a norm after attention and after the MLP. transformers lacks this source
+    architecture of Huginn (arXiv 2502.05171) and Ouro (arXiv 2510.25741).
 
     Args:
-        norm_after_residual (`bool`): whether those norms stand after the residual addition (Huginn), or before (Ouro).
-        qk_bias (`bool`): whether queries and keys have a bias.
+        norm_after_residual (`bool`): True puts those norms after the residual addition (Huginn), False before it
+            (Ouro).
+        qk_bias (`bool`): a bias on queries and keys.
         embedding_scale (`float`): factor on the embedded tokens.
     """
 
@@ -23,4 +24,4 @@ class SandwichConfig(LlamaConfig):
     embedding_scale: float = 1.0
 
 
-AutoConfig.register("sandwich", SandwichConfig, exist_ok=True)
+AutoConfig.register("sandwich", SandwichConfig, exist_ok=True)  # pyright: ignore[reportUnknownMemberType]

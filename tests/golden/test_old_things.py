@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from loopwise.cli import main
-from loopwise.model import RecurrentDepthForCausalLM
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model.configuration_fields import FORMAT_VERSION
 from loopwise.recipe import load_recipe
 
 OLD = Path(__file__).parent / "fe1419e"
@@ -59,6 +60,10 @@ for name in sys.argv[1:]:
             for key in expected if key != "ids"
         }
     save_file(made, f"{name}.stranger.safetensors")
+try:
+    AutoModelForCausalLM.from_pretrained("newer", trust_remote_code=True)
+except ValueError as error:
+    print(error)
 assert "loopwise" not in sys.modules
 """
 
@@ -83,14 +88,29 @@ def old(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory) -> Path:
-    """A copy of the files, and in it the logits that the old model files compute on this machine."""
+    """A copy of the files, and in it the logits that the old model files compute on this machine.
+
+    `newer` is a checkpoint with today's model files and a later format version; `newer.txt` is what it was refused by.
+    """
     folder = copy_files(tmp_path_factory.mktemp("stranger") / "old")
+    save_newer(folder / "retrofit", folder / "newer")
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", STRANGER, *CHECKPOINTS]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    (folder / "newer.txt").write_text(done.stdout)
     return folder
+
+
+def save_newer(old: Path, newer: Path) -> None:
+    """A checkpoint of today's model files, as a loopwise of the next format version would have written it."""
+    RecurrentDepthForCausalLM.from_pretrained(old).save_pretrained(newer)
+    for file in old.glob("*token*.json"):
+        shutil.copy(file, newer)
+    config = json.loads((newer / "config.json").read_text())
+    assert config["format_version"] == FORMAT_VERSION
+    (newer / "config.json").write_text(json.dumps({**config, "format_version": FORMAT_VERSION + 1, "exit": "new"}))
 
 
 def same_machine(stranger: Path) -> bool:
@@ -141,6 +161,41 @@ def test_a_checkpoint_trains_on(old, name):
     before, after = (load_file(old / folder / "model.safetensors") for folder in (name, "out"))
     assert before.keys() == after.keys()
     assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_config_without_a_version_has_the_first(old):
+    assert "format_version" not in json.loads((old / "mor/config.json").read_text())
+    RecurrentDepthConfig.from_pretrained("mor").save_pretrained("again")
+    assert json.loads((old / "again/config.json").read_text())["format_version"] == FORMAT_VERSION == 1
+
+
+NEWER = "format_version=2: a newer loopwise wrote this config, and this one reads versions up to 1; upgrade loopwise"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert newer out sizes=1,2,1",
+        "train newer out data.train=corpus.jsonl steps=1",
+        "eval newer data=corpus.jsonl",
+        "generate newer prompt=the",
+        "serve newer",
+        "inspect newer",
+        "export newer out --unroll 2",
+    ],
+)
+def test_a_newer_format_is_refused_by_every_command(old, command, capsys):
+    save_newer(old / "retrofit", old / "newer")
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert NEWER in lines[0]
+    assert str(Path("newer/config.json")) in lines[0]
+
+
+def test_a_newer_format_is_refused_by_the_files_that_travel(stranger):
+    assert (stranger / "newer.txt").read_text() == NEWER + "\n"
 
 
 def resume(*options: str) -> int:
@@ -293,7 +348,7 @@ def test_the_offline_engine_gives_the_same_answers(old):
 def test_a_server_gives_the_same_answers(old):
     """vLLM's server, in float32. Tokens of a diffusion depend on which steps the server runs together."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "serve"))
-    from serving import serving
+    from serving import serving  # pyright: ignore[reportMissingImports]
 
     vocabulary = json.loads((old / "retrofit/tokenizer.json").read_text())["model"]["vocab"]
     characters = {number: text for text, number in vocabulary.items() if number}  # 0 ends a text
