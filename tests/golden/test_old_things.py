@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from loopwise.cli import main
+from loopwise.deprecated import RECIPE_KEYS
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_fields import FORMAT_VERSION
 from loopwise.recipe import load_recipe
@@ -249,9 +250,15 @@ def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return made
 
 
+def current_key(key: str) -> str:
+    """A dotted key with today's names of its parts."""
+    return ".".join(RECIPE_KEYS[part].new if part in RECIPE_KEYS else part for part in key.split("."))
+
+
 def assert_same_settings(kind: str, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Every setting of then has today the same name and value, but for the defaults that have changed on purpose."""
-    old, new = flat(then, kind), flat(now, kind)
+    """Every setting of then has its key, by today's name, and its value, but for defaults that changed on purpose."""
+    new = flat(now, kind)
+    old = {key if key in new else current_key(key): value for key, value in flat(then, kind).items()}
     changed = {key: (value, new.get(key, "absent")) for key, value in old.items() if new.get(key, "absent") != value}
     assert {key: pair for key, pair in changed.items() if DEFAULTS.get(key) != pair} == {}
 
