@@ -200,7 +200,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.sharing == "sequence" and any(between.values()):
             raise ValueError(
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
-                f"drop {', '.join(name for name, there in between.items() if there)}"
+                f"{', '.join(name for name, there in between.items() if there)} cannot"
             )
         if self.router and self.recurrence_norm == "between":  # of all tokens, also of those that have stopped
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")

@@ -194,7 +194,7 @@ def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path, monkeypatch):
         (["router.alpha=0"], "router.alpha=0: Input should be greater than 0"),
         (["router.capcity=1"], "did you mean 'router.capacity'"),
         (["sharing=sequence"], "it needs sharing='cycle'"),
-        (["max_recurrences=8"], "serves no other number of them"),
+        (["max_recurrences=8"], "max_recurrences equal to them"),
     ],
 )
 def test_bad_routers(keys, message, capsys, tmp_path):

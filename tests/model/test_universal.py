@@ -102,7 +102,7 @@ def test_halting_reads_out_the_weighted_mean():
         ({"halting": "pondernet"}, "choose from none, act"),
         ({"recurrence_encoding": "learned"}, "choose from none, sinusoidal"),
         ({"halting": "act", "halting_epsilon": 1.0}, "halting_epsilon=1.0: a number between 0 and 1"),
-        ({"recurrence_residual": True, "sharing": "sequence"}, "drop recurrence_residual"),
+        ({"recurrence_residual": True, "sharing": "sequence"}, "recurrence_residual cannot"),
         ({"halting": "act", "router": {"kind": "token"}}, "a router goes with no"),
     ],
 )
