@@ -21,7 +21,7 @@ from loopwise.convert.source import empty_model  # noqa: E402
 from loopwise.errors import UserError  # noqa: E402
 from loopwise.model.source_layers import layer_list_name  # noqa: E402
 from loopwise.recipe import validate  # noqa: E402
-from tests.tiny import VOCAB, load_source, save_source  # noqa: E402
+from tests.helpers.tiny import VOCAB, load_source, save_source  # noqa: E402
 
 SIZES = {"sizes": [1, 3, 2]}
 TIED = {"method": "recursive", "loops": 2}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quantize
 
-from tests.tiny import VOCAB, source_model, tokenizer
+from tests.helpers.tiny import VOCAB, source_model, tokenizer
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 _HEADS = {"num_key_value_heads": 1, "head_dim": 32}

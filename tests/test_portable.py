@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 # In a process of its own, for good: modules that are not installed, and the standard library's names for Linux alone.
 PROGRAM = """

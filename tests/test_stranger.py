@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.cli import main
-from tests.tiny import ARCHITECTURES, save_source
+from tests.helpers.tiny import ARCHITECTURES, save_source
 
 GOLDEN = Path(__file__).parent / "convert" / "golden"
 ROUTED = {"mor-expert": "router.capacity=1,0.6667,0.3333", "mor-expert-shared-kv": "router.capacity=0.9,0.5"}

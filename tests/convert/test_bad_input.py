@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, modeling_utils
 
 from loopwise.cli import main
 from loopwise.directory import is_ours
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES, validate
-from tests.tiny import ARCHITECTURES, VOCAB, load_source, save_source, source_model
+from tests.helpers.tiny import ARCHITECTURES, VOCAB, load_source, save_source, source_model
 
 EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
 

@@ -11,7 +11,7 @@ from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
 from loopwise.recipe import validate
 from tests.convert.test_convert import EVERY_LAYER, tokens
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 
 @pytest.mark.parametrize(

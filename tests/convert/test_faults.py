@@ -19,7 +19,7 @@ from loopwise.errors import UserError
 from loopwise.recipe import validate
 from tests.convert.faults import FAULTS, changed, configured, one_more, put, read, says, scaled
 from tests.convert.test_import import source
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 RELAXED = {"method": "recursive", "loops": 2, "init": "average", "lora": {"rank": 8}}
 

@@ -15,7 +15,7 @@ from loopwise.checkpoint import check_same_for_vllm, weight_files
 from loopwise.cli import main
 from loopwise.convert.generation import savable
 from loopwise.errors import UserError
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 INDEX = "model.safetensors.index.json"
 

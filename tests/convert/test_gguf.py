@@ -19,7 +19,7 @@ from loopwise.train.pretrained import load_model
 from tests.convert.test_bad_input import refused
 from tests.convert.test_convert import tokens
 from tests.gguf_files import CHAT, FAMILIES, family_model, write_gguf
-from tests.tiny import VOCAB, attention
+from tests.helpers.tiny import VOCAB, attention
 
 EVERY_LAYER = ("sizes=1,3,2", "injection=none", "num_recurrences=1")
 TEXT = "the cat sat\n\n  on 12345 Größe 漢字 🎉 <s></s><pad> f(x): +1"

@@ -14,7 +14,7 @@ from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.inspection import inspect, table
 from loopwise.recipe import validate
-from tests.tiny import VOCAB, save_source
+from tests.helpers.tiny import VOCAB, save_source
 
 
 def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from loopwise.cli import main
 from tests.convert.test_convert import run, tokens
 from tests.convert.test_import import expected, refused, source
-from tests.tiny import ARCHITECTURES, save_source, tokenizer
+from tests.helpers.tiny import ARCHITECTURES, save_source, tokenizer
 
 ROUTING = {  # what their training configuration said
     "mor-expert": ["router.capacity=1,0.6667,0.3333"],

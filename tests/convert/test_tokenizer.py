@@ -16,7 +16,7 @@ from loopwise.convert import tokenizer as module
 from loopwise.convert.tokenizer import difference, load_tokenizer, write_tokenizer
 from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig
-from tests.tiny import save_source, source_config, tokenizer
+from tests.helpers.tiny import save_source, source_config, tokenizer
 
 TEXT = "the cat sat on the mat"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from loopwise.model import RecurrentDepthConfig
-from tests.tiny import source_config
+from tests.helpers.tiny import source_config
 
 
 def build(model_type: str = "llama", **fields) -> RecurrentDepthConfig:

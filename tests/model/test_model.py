@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import loopwise.model
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.initial_state import counter_normal
-from tests.tiny import VOCAB, source_config
+from tests.helpers.tiny import VOCAB, source_config
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from tests.helpers.tiny import source_config, source_model
 from tests.model.test_model import GREEDY, ids
-from tests.tiny import source_config, source_model
 
 # Linear modules, and parameters of their own: plain, fused, transposed.
 PARTS = {

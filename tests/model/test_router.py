@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from loopwise.model import RecurrentDepthConfig
+from tests.helpers.tiny import source_config
 from tests.model import test_model
 from tests.model.test_model import GREEDY, ids
-from tests.tiny import source_config
 
 EXPERT = {"kind": "expert", "thresholds": [0.45, 0.5, 0.5], "alpha": 0.7}
 TOKEN = {"kind": "token"}

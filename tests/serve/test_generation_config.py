@@ -19,7 +19,7 @@ from loopwise.errors import UserError
 from loopwise.serve import Engine, Params, memory
 from loopwise.serve.generation_config import APPLIED, fields_of, sampling_of, stop_ids, unapplied
 from loopwise.serve.params import NEUTRAL
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPT = [3, 5, 7, 11]
 LEARNED = ["gpt2", "gpt_bigcode", "opt"]  # the engine takes no others: gpt_neo's and biogpt's attention is fixed

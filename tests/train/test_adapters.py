@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import source_config, source_model
 
 from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train import adapters
 from loopwise.train.recipe import Adapters
+from tests.helpers.tiny import source_config, source_model
 
 # architecture: targets (None: the defaults). Conv1D, fused projections, experts in one parameter, subclasses.
 KINDS: list[tuple[str, list[str] | None]] = [

@@ -18,7 +18,7 @@ from loopwise.train.curriculum import Depth, nested_depths
 from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe_objectives import Objectives
-from tests.tiny import source_config
+from tests.helpers.tiny import source_config
 
 B, T, V, R = 2, 5, 7, 4
 

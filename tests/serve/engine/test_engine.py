@@ -19,9 +19,9 @@ from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
 from loopwise.serve.engine.loop import Prompt
 from loopwise.serve.engine.tick import choose, enter
+from tests.helpers.tiny import VOCAB, source_config
 from tests.model import test_relaxation
 from tests.serve.engine.oracle import Answer, Oracle
-from tests.tiny import VOCAB, source_config
 
 NEAR = 1e-4
 

@@ -10,7 +10,7 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.serve import Engine
-from tests.tiny import save_source
+from tests.helpers.tiny import save_source
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from loopwise.serve import Engine, Params
 from loopwise.serve.engine.attention import Rows
 from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.graphs import Graphs, Record, on_cuda, padded
+from tests.helpers.tiny import VOCAB
 from tests.serve.engine.test_engine import RELAXED, ROUTERS, build, requests
-from tests.tiny import VOCAB
 
 
 def run_once(function: Callable[[], None]) -> Callable[[], Any]:

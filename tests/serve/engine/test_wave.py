@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.costs import Costs, measure
+from tests.helpers.tiny import VOCAB
 from tests.serve.engine.test_engine import build
-from tests.tiny import VOCAB
 
 RULES = {"fixed": None, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
 SHAPES: list[dict[str, Any]] = [
