@@ -161,7 +161,7 @@ class Tensors:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.recipe.seed, "router"))
             router = Router(self.config.source_config.hidden_size, self.config.router)
-            router.start(self.config.initializer_std)
+            router.reset_parameters(self.config.initializer_std)
         for name, tensor in router.state_dict().items():
             make = partial(torch.clone, tensor)
             self.pending.append(Pending(f"router.{name}", self.config.dtype, list(tensor.shape), make))

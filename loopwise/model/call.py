@@ -1,26 +1,52 @@
-"""What one forward call asks of the recurrence. Shapes: B batch, T tokens of this call, D width, R recurrences."""
+"""One forward call: its options, checked, and what the recurrence needs of it and leaves behind.
+
+Shapes: B batch, T tokens of this call, D width, R recurrences.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .configuration_recurrent_depth import RecurrentDepthConfig
 from .router import Routing
 
-OPTIONS = (
-    "num_recurrences", "grad_recurrences", "initial_state", "sequence_ids", "output_states", "output_depth_logits",
-    "depth_loss", "depth_loss_at", "router_capacity",
-)  # fmt: skip
+DepthLoss = Callable[[int, torch.Tensor], torch.Tensor]  # depth, logits [B, T, V] -> loss
+
+
+@dataclass
+class Options:
+    """The arguments of a forward call beyond transformers', see RecurrentDepthForCausalLM."""
+
+    num_recurrences: int
+    grad_recurrences: int | None
+    initial_state: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    output_states: bool
+    output_depth_logits: bool
+    depth_loss: DepthLoss | None
+    depth_loss_at: Sequence[int]
+    router_capacity: Sequence[float] | None
+
+    @property
+    def reads_depths(self) -> bool:
+        """True where the coda reads out more than the last state."""
+        return self.output_depth_logits or self.depth_loss is not None
+
+    @property
+    def keep_states(self) -> bool:
+        """True where all states are needed after the recurrence."""
+        return self.output_states or self.depth_loss is not None
 
 
 class Place(NamedTuple):
-    """One run of a layer: which source layer's arguments and which key-value slot it gets."""
+    """One run of a layer, with the arguments of `source_layer`, on a key-value slot of its own."""
 
     layer: nn.Module
     source_layer: int
@@ -30,65 +56,70 @@ class Place(NamedTuple):
 
 @dataclass
 class Call:
-    """What one forward call asks of the recurrence, and what it leaves behind."""
+    """One forward call as the recurrence sees it: options, inputs, then results.
 
-    num_recurrences: int
-    grad_recurrences: int | None
-    given_state: torch.Tensor | None
-    past: Any  # int, or a tensor in a compiled call
+    past: number of cached positions; a tensor in a compiled call with a static cache.
+    positions: [B or 1, T], within the sequences, left padding not counted.
+    capacity: shares of the sequence that an expert-choice router takes; None where thresholds decide.
+    state_to_read: a state [B, T, D] to be read out; nothing else runs then.
+    not_padding: [B, T] bool, for a model with a router.
+    """
+
+    options: Options
+    past: int | torch.Tensor
     positions: torch.Tensor
-    sequence_ids: torch.Tensor | None
     cache: Cache | None
-    keep_states: bool
-    read_all_depths: bool
     keep_hidden: bool
-    read: torch.Tensor | None = None  # the state to read out, where nothing else shall run
-    real: torch.Tensor | None = None  # [B, T], where a router: the tokens that are no padding
+    keep_router_logits: bool
     capacity: Sequence[float] | None = None
-    first_kv: dict[int, Any] = field(default_factory=dict)  # what the first recurrence wrote, where others read it
+    state_to_read: torch.Tensor | None = None
+    not_padding: torch.Tensor | None = None
+    # Results, and what layers share, written while the call runs:
+    layer_arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)  # by source layer
+    first_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # first recurrence's, by slot
     routing: Routing | None = None
-    state: torch.Tensor | None = None  # the one that is read out
-    ponder: torch.Tensor | None = None
-    layer_arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
-    states: list[torch.Tensor] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)  # s_1, s_2, .. or the last alone
+    hidden: list[torch.Tensor] = field(default_factory=list)  # inputs of all layers, then the normed end
+    state: torch.Tensor | None = None  # [B, T, D], read out last
+    ponder: torch.Tensor | None = None  # [B, T], the cost of halting
 
 
-def check_call(
-    config: Any,
-    num_recurrences: int,
-    grad_recurrences: int | None,
-    states: bool,
-    depth_logits: bool,
-    depth_loss: Callable | None,
-    depth_loss_at: Sequence[int],
-    cached: bool,
-    others: Iterable[str],
-) -> None:
-    """Raise ValueError for options of a call that contradict the config or each other, and TypeError where one of
-    `others`, names of arguments that go to the source, is an option misspelt."""
-    for name, value in (("num_recurrences", num_recurrences), ("grad_recurrences", grad_recurrences)):
+def check_call(config: RecurrentDepthConfig, options: Options, cached: bool, others: Iterable[str]) -> None:
+    """Raise ValueError for options of a call that contradict the config or each other.
+
+    cached: True for a call with a key-value cache. others: names of arguments that the source's forward gets. Raises
+    TypeError for one that is a misspelt option: the source ignores unknown arguments.
+    """
+    recurrences, at = options.num_recurrences, options.depth_loss_at
+    counts: dict[str, Any] = {"num_recurrences": recurrences, "grad_recurrences": options.grad_recurrences}
+    for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r}: an integer, at least 1")
-    for name in others:  # what is no option of ours goes to the source, which ignores what it does not know
-        if near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8):
+    for name in others:
+        if near := difflib.get_close_matches(name, [option.name for option in fields(Options)], n=1, cutoff=0.8):
             raise TypeError(f"forward() has no argument {name!r}: did you mean {near[0]!r}?")
-    if config.sharing == "sequence" and (grad_recurrences or states or depth_logits):
+    depth_logits = options.output_depth_logits
+    if config.sharing == "sequence" and (options.grad_recurrences or options.output_states or depth_logits):
         raise ValueError(
             "sharing='sequence' runs no recurrence of the whole core: it has no states or logits of each, and no "
             "grad_recurrences"
         )
-    if cached and (depth_logits or depth_loss is not None):
+    if cached and options.reads_depths:
         name = "output_depth_logits" if depth_logits else "depth_loss"
         raise ValueError(f"{name} reads the coda at every depth, which no cache holds: use_cache=False")
-    if any(not 1 <= depth <= num_recurrences for depth in depth_loss_at):
-        raise ValueError(f"depth_loss_at={list(depth_loss_at)}: depths are 1 to num_recurrences={num_recurrences}")
-    if config.sharing == "sequence" and any(depth != num_recurrences for depth in depth_loss_at):
+    if any(not 1 <= depth <= recurrences for depth in at):
+        raise ValueError(f"depth_loss_at={list(at)}: depths are 1 to num_recurrences={recurrences}")
+    if config.sharing == "sequence" and any(depth != recurrences for depth in at):
         raise ValueError("sharing='sequence' has no depth but the last to read out")
 
 
-def logical_positions(tokens, attention_mask, position_ids, past: Any) -> torch.Tensor:
-    """Positions [B or 1, T] of this call's tokens within their sequences, left padding not counted."""
+def logical_positions(
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past: int | torch.Tensor,
+) -> torch.Tensor:
+    """Positions [B or 1, T] of tokens [B, T] (or embeddings [B, T, D]) in their sequences, left padding not counted."""
     length = tokens.shape[1]
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -97,16 +128,17 @@ def logical_positions(tokens, attention_mask, position_ids, past: Any) -> torch.
     return (torch.arange(length, device=tokens.device) + past)[None]
 
 
-def real_tokens(tokens, attention_mask) -> torch.Tensor:
-    """Which of this call's tokens [B, T] are no padding."""
+def not_padding(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """True [B, T] for the tokens [B, T] (or embeddings [B, T, D]) of this call that are no padding."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return attention_mask[:, -tokens.shape[1] :].bool()
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def with_given(s: torch.Tensor, call: Call) -> torch.Tensor:
-    """s [B, T, D] with the rows that the caller's initial state covers replaced."""
-    if call.given_state is None or call.given_state.shape[1] <= call.past:
+def with_initial_state(s: torch.Tensor, call: Call) -> torch.Tensor:
+    """s_0 [B, T, D] with the positions replaced that the caller's initial state covers."""
+    given = call.options.initial_state
+    if given is None or given.shape[1] <= call.past:
         return s
-    given = call.given_state[:, call.past : call.past + s.shape[1]].to(s)
+    given = given[:, call.past : call.past + s.shape[1]].to(s)
     return torch.cat([given, s[:, given.shape[1] :]], dim=1)

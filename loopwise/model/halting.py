@@ -1,4 +1,4 @@
-"""Adaptive computation time (arXiv 1603.08983), as Universal Transformers (1807.03819) halt: token by token."""
+"""Adaptive computation time (arXiv 1603.08983), token by token as in Universal Transformers (arXiv 1807.03819)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def halting_weights(logits: torch.Tensor, epsilon: float) -> tuple[torch.Tensor,
     h = torch.sigmoid(logits.float())
     reached = h.cumsum(0)
     before = torch.cat([torch.zeros_like(h[:1]), reached[:-1]])
-    running = before < 1 - epsilon  # had not halted before recurrence r
+    running = before < 1 - epsilon  # the token had not halted before recurrence r
     running[0] = True
     ends = running & ((reached >= 1 - epsilon) | _last(h))
     weights = torch.where(ends, 1 - before, torch.where(running, h, 0))
@@ -23,4 +23,5 @@ def halting_weights(logits: torch.Tensor, epsilon: float) -> tuple[torch.Tensor,
 
 
 def _last(h: torch.Tensor) -> torch.Tensor:
+    """True [R, 1, 1] for the last of R recurrences."""
     return (torch.arange(h.shape[0], device=h.device) == h.shape[0] - 1)[:, None, None]

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .configuration_recurrent_depth import RecurrentDepthConfig
+
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea, Flood 2014), as signed integers: torch has no unsigned arithmetic.
 _GOLDEN, _MIX1, _MIX2 = (m - (1 << 64) for m in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -24,8 +26,10 @@ def _mix(x: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
 
 
 def counter_bits(seed: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, width: int) -> torch.Tensor:
-    """64 random bits for each of `width` channels, as int64 [..., width]: a function of the integers (seed, sequence,
-    position, channel) alone; the three tensors broadcast to [...]."""
+    """64 random bits for each of `width` channels, as int64 [..., width].
+
+    A function of the integers (seed, sequence, position, channel) alone; the three tensors broadcast to [...].
+    """
     channels = torch.arange(width, device=position.device)
     bits = _mix(seed.long(), 0)
     bits = _mix(sequence.long(), bits)
@@ -39,7 +43,7 @@ def counter_normal(
     """Standard normal noise truncated at +-`cut`, a function of (seed, sequence, position, channel) alone.
 
     So batching, padding, caching and the number of ranks never change it. sequence_ids [B] and positions [B, T] are
-    integers; returns float32 [B, T, width] on their device.
+    integers; the noise is float32 [B, T, width], on their device.
     """
     bits = counter_bits(
         torch.full_like(sequence_ids, seed, dtype=torch.int64)[:, None], sequence_ids[:, None], positions, width
@@ -49,8 +53,13 @@ def counter_normal(
     return math.sqrt(2) * torch.erfinv(2 * (low + uniform * (1 - 2 * low)) - 1)
 
 
-def initial_state(config, e: torch.Tensor, positions: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
-    """s_0 for input e [B, T, D], as `config.state_init` says; `positions` [B, T] are logical (padding not counted)."""
+def initial_state(
+    config: RecurrentDepthConfig, e: torch.Tensor, positions: torch.Tensor, sequence_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """s_0 [B, T, D] for input e [B, T, D], by `config.state_init`; in the type of e.
+
+    positions [B or 1, T] are within the sequences, padding not counted; sequence_ids [B] default to 0.
+    """
     if config.state_init == "input":
         return e
     if config.state_init == "zeros":

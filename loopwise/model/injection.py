@@ -1,4 +1,4 @@
-"""Injection: how the input e (the prelude's output) enters each recurrence."""
+"""Injection: the input e (the prelude's output) enters each recurrence."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import nn
 
 
 class Injection(nn.Module):
-    """inject(s, e): `none` gives s, `add` gives s + e, `linear` gives W [s, e] with W [D, 2D], no bias, and `gated`
-    gives g s + (1 - g) e with g = sigmoid(W [s, e] + b), for every channel its own.
+    """inject(s, e) by `kind`: `none` is s, `add` is s + e, `linear` is W [s, e] with W [D, 2D] and no bias, `gated` is
+    g s + (1 - g) e with g = sigmoid(W [s, e] + b), one gate for each channel.
 
-    `linear` is the adapter of retrofitted recurrence (arXiv 2511.07384). The authors leave W at random; here both start
-    so that one recurrence computes what the source computes, and so that later recurrences use the state: `linear`
-    with `preserving_weight`, `gated` with zeros, so that every gate is one half and s_0 = e gives e exactly.
+    `linear` is the adapter of retrofitted recurrence (arXiv 2511.07384), whose authors leave W at random. Here both
+    start so that one recurrence equals the source, and later recurrences use the state: `linear` with
+    `preserving_weight`; `gated` with zeros, where every gate is one half and s_0 = e gives e exactly.
     """
 
     def __init__(self, kind: str, width: int):
@@ -25,9 +25,9 @@ class Injection(nn.Module):
 
     @staticmethod
     def preserving_weight(width: int, state_init: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W [D, 2D] with inject(s_0, e) = e exactly, that also passes the state on.
+        """W [D, 2D] with inject(s_0, e) = e exactly, and a share of the state.
 
-        s_0 = e: the mean of both, [I/2, I/2]. s_0 = 0: the sum, [I, I]; small `normal` states perturb that.
+        For s_0 = e the mean of both, [I/2, I/2]; for s_0 = 0 the sum, [I, I], which small `normal` states perturb.
         """
         eye = torch.eye(width, dtype=dtype)
         return torch.cat([eye, eye], dim=1) * (0.5 if state_init == "input" else 1.0)

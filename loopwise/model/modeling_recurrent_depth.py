@@ -2,7 +2,7 @@
 
     e   = prelude(embed(tokens))
     s_0 = initial_state(e)
-    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; relaxation makes core_r differ from core, and a router leaves
+    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; with relaxation core_r differs from core, and a router leaves
                                             tokens out
     logits = head(norm(coda(s_R)))
 
@@ -13,7 +13,7 @@ Shapes: B batch, T tokens of this call, D width, R recurrences, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import can_return_tuple
 
-from .call import Call, check_call, logical_positions, real_tokens
+from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .experts import collect_router_logits
 from .injection import Injection
@@ -37,8 +37,37 @@ from .relaxation import Factors, Relaxation
 from .router import Router, capacities
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache
 
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
+
 
 class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
+    r"""
+    The model of a RecurrentDepthConfig. `prelude`, `core` and `coda` are layers of `source`, the source architecture's
+    causal language model, whose own layer list holds taps. With `checkpoint_recurrences = True`, training recomputes
+    each recurrence in the backward pass.
+
+    Arguments of `forward` beyond those of transformers' causal language models:
+
+        num_recurrences (`int`, *optional*): R, at least 1; default `config.num_recurrences`.
+        grad_recurrences (`int`, *optional*): number of last recurrences that carry gradient; default all (truncated
+            backpropagation, arXiv 2502.05171 section 3.3).
+        initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
+            padding counted; positions beyond S start by `config.state_init`.
+        sequence_ids (`torch.LongTensor` [B], *optional*): sequence numbers for `state_init="normal"`; default 0.
+        output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
+            runs the coda at every depth and so needs `use_cache=False`.
+        output_router_logits (`bool`): of a mixture of experts, return `router_logits`, a tuple of [B T, experts] of
+            every layer that ran, in order, and `aux_loss`, the source's load-balancing loss of them. With `labels` the
+            loss includes it by the config's `router_aux_loss_coef`, as the source's does. Whole sequences only.
+        depth_loss (`Callable`, *optional*), depth_loss_at (`Sequence[int]`): return `depth_losses`, `depth_loss(r,
+            logits [B, T, V])` for every r of these depths, at most R. The logits of one depth are in memory at a time:
+            they are made again in the backward pass. With an exit gate, `exit_logits` is returned too. Needs
+            `use_cache=False`.
+        router_capacity (`Sequence[float]`, *optional*): shares of the sequence that expert-choice takes, one for each
+            recurrence, to be lowered from 1 in training. Default: the config's, in training and with
+            `inference="topk"`; else thresholds decide.
+    """
+
     config_class = RecurrentDepthConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -48,15 +77,15 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
         source_config = config.source_config
-        source_config._attn_implementation = config._attn_implementation
+        source_config._attn_implementation = config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         self.source = causal_lm_class(source_config)(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
-        layers = list(self.source.get_submodule(name))
+        layers = list(self.source.get_submodule(name).children())
         as_tuple = source_config.model_type in TUPLE_LAYERS
         self.source.set_submodule(name, nn.ModuleList(Tap(i, self._visit, as_tuple) for i in range(len(layers))))
         taken: set[int] = set()
 
-        def take(index: int) -> nn.Module:  # a layer that stands at two places has two sets of weights
+        def take(index: int) -> nn.Module:
             layer = copy.deepcopy(layers[index]) if index in taken else layers[index]
             taken.add(index)
             return layer
@@ -80,20 +109,22 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         self._no_split_modules = self.source._no_split_modules
         self._call: Call | None = None
         self._collects_router_logits = False
-        self.checkpoint_recurrences = False  # whether training recomputes each recurrence in the backward pass
+        self.checkpoint_recurrences = False
         self.post_init()
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs):
-        source = causal_lm_class(self.config.source_config)  # it decides
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """As transformers', with the implementations that the source's class supports."""
+        source = causal_lm_class(self.config.source_config)
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(source, name))
-        if self.config.router:  # it writes out masks, as these two do not take them
+        if self.config.router:  # these two take no written-out masks
             self._supports_flash_attn = self._supports_flex_attn = False
         if attn_implementation is None and getattr(self.config, "attn_logit_softcapping", None):
-            attn_implementation = "eager"  # transformers' sdpa leaves the cap out
+            attn_implementation = "eager"  # transformers' sdpa leaves the cap on attention scores out
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialize a module of ours so that the model equals its source; any other as the source does."""
         if isinstance(module, Injection):
             if module.kind == "linear":
                 init.copy_(module.weight, Injection.preserving_weight(module.weight.shape[0], self.config.state_init))
@@ -101,14 +132,14 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)
         elif isinstance(module, Factors):
-            module.start()
+            module.reset_parameters()
         elif isinstance(module, RecurrenceEncoding):
             init.zeros_(module.weight)
         elif self.config.halting == "act" and module is self.halting_gate:
             init.zeros_(cast(Any, module).weight)
             init.zeros_(cast(Any, module).bias)
         elif isinstance(module, Router):
-            module.start(self.config.initializer_std)
+            module.reset_parameters(self.config.initializer_std)
         elif self.config.recurrence_norm == "each" and module is self.recurrence_norm:
             init.ones_(cast(Any, module).weight)
         else:
@@ -128,7 +159,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Nothing ahead of `forward`: it needs to know which tokens are padding, and the source makes the masks."""
+        """The mask [B, T] unchanged: `forward` needs the padding, and the source makes the masks from it."""
         return attention_mask
 
     @can_return_tuple
@@ -150,146 +181,127 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         output_depth_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_router_logits: bool = False,
-        depth_loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        depth_loss: DepthLoss | None = None,
         depth_loss_at: Sequence[int] = (),
         router_capacity: Sequence[float] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> RecurrentDepthOutput:
-        r"""
-        num_recurrences (`int`, *optional*): R, at least 1; default `config.num_recurrences`.
-        grad_recurrences (`int`, *optional*): the last this many recurrences carry gradient, the earlier ones run
-            without (truncated backpropagation, arXiv 2502.05171 section 3.3); default all.
-        initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
-            padding counted; positions beyond S start as `config.state_init` says.
-        sequence_ids (`torch.LongTensor` [B], *optional*): tells sequences apart for `state_init="normal"`; default 0.
-        output_states, output_depth_logits (`bool`): return `states` (and `exit_logits`), `depth_logits`. The latter
-            runs the coda at every depth and so needs `use_cache=False`.
-        output_router_logits (`bool`): of a mixture of experts, return `router_logits`, a tuple of [B T, experts] of
-            every layer that ran, in order, and `aux_loss`, the source's load-balancing loss of them; with `labels` the
-            loss includes it by the config's `router_aux_loss_coef`, as the source's does. Whole sequences only.
-        depth_loss (`Callable`, *optional*), depth_loss_at (`Sequence[int]`): `depth_losses` becomes `depth_loss(r,
-            logits [B, T, V])` for every r of these depths, at most R. R is read out first; the logits of the others are
-            made one depth after the other, and again in the backward pass, so that they are never held together. With
-            an exit gate, `exit_logits` is returned too. Needs `use_cache=False`.
-        router_capacity (`Sequence[float]`, *optional*): expert-choice takes these shares of the sequence, one for each
-            recurrence: to warm them up from 1 in training. Default: those of the config, in training and with
-            `inference="topk"`; else thresholds decide.
+        """Logits [B, T, V] for ids [B, T] or embeddings [B, T, D], and more; see the class for the arguments.
 
         Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected), and for
         router logits of a source without experts, of routed recurrences or of part of a sequence.
         """
-        config = self.config
-        recurrences = config.num_recurrences if num_recurrences is None else num_recurrences
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
-        check_call(
-            config,
-            recurrences,
-            grad_recurrences,
-            output_states,
-            output_depth_logits,
-            depth_loss,
-            depth_loss_at,
-            cached=bool(use_cache) or past_key_values is not None,
-            others=kwargs,
+        options = Options(
+            self.config.num_recurrences if num_recurrences is None else num_recurrences, grad_recurrences,
+            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, router_capacity,
+        )  # fmt: skip
+        check_call(self.config, options, cached=bool(use_cache) or past_key_values is not None, others=kwargs)
+        use_cache, cache, capacity = self._settle_cache(options, use_cache, past_key_values)
+        past = cache.get_seq_length() if cache is not None else 0
+        if output_router_logits:
+            self._collect_router_logits(output_depth_logits, past)
+        if isinstance(past, torch.Tensor):  # of a static cache, which adds to this very tensor as layers write into it
+            past = past.clone() if torch.compiler.is_compiling() else int(past)
+        tokens = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        positions = logical_positions(tokens, attention_mask, position_ids, past)
+        call = Call(options, past, positions, cache, bool(hidden), output_router_logits, capacity)
+        call.not_padding = not_padding(tokens, attention_mask) if self.config.router else None
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs |= {"position_ids": position_ids, "past_key_values": cache, "logits_to_keep": logits_to_keep, **kwargs}
+        inputs |= {"use_cache": use_cache or cache is not None, "return_dict": True}
+        out = self._run_source(call, {**inputs, **({"output_router_logits": True} if output_router_logits else {})})
+        results = self._results(call, out, inputs)
+        return RecurrentDepthOutput(
+            loss=None if labels is None else self._loss(results, labels, loss_arguments),
+            past_key_values=cache if use_cache else None,
+            **results,
         )
-        read_depths = output_depth_logits or depth_loss is not None
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        reuses = (config.router and not config.has_choice_slot) or config.kv_policy == "first"
-        if reuses and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
+
+    def _settle_cache(
+        self, options: Options, use_cache: bool | None, cache: Cache | None
+    ) -> tuple[bool, Cache | None, Sequence[float] | None]:
+        """The call's use_cache, its cache, ready for the call, and the capacities of its router, where they decide.
+
+        Raises ValueError where a cache, or recomputing, contradicts the config or the options.
+        """
+        config = self.config
+        reads_first = bool(config.router and not config.has_choice_slot) or config.kv_policy == "first"
+        if reads_first and self.training and (self.is_gradient_checkpointing or self.checkpoint_recurrences):
             raise ValueError(
                 "gradient checkpointing runs a recurrence a second time without what it read of the first: "
                 "router.kv='first-recursion', or kv_policy='first', does not go with it"
             )
-        capacity = capacities(config.router, recurrences, router_capacity, self.training) if config.router else None
+        capacity = None
+        if config.router:
+            capacity = capacities(config.router, options.num_recurrences, options.router_capacity, self.training)
         if use_cache is None:
-            in_config = getattr(config, "use_cache", True) and not self.training and not read_depths
-            use_cache = past_key_values is not None or (in_config and capacity is None)
-        if capacity is not None and (use_cache or past_key_values is not None):
+            in_config = getattr(config, "use_cache", True) and not self.training and not options.reads_depths
+            use_cache = cache is not None or (in_config and capacity is None)
+        if capacity is not None and (use_cache or cache is not None):
             raise ValueError(
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "
                 "change what earlier ones did, which a cache cannot: use_cache=False, or calibrate it to thresholds"
             )
-        if (use_cache or reuses) and past_key_values is None:
-            past_key_values = DynamicCache(config=config)  # what later recurrences read of the first passes through one
-        if past_key_values is not None:
-            prepare_cache(past_key_values, config, recurrences)
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if output_router_logits:
-            self._collect_router_logits(read_depths=output_depth_logits, past=past)
-        if isinstance(past, torch.Tensor):  # of a static cache, which adds to this very tensor as layers write into it
-            past = past.clone() if torch.compiler.is_compiling() else int(past)
-        self._call = call = Call(
-            num_recurrences=recurrences,
-            grad_recurrences=grad_recurrences,
-            given_state=initial_state,
-            past=past,
-            positions=logical_positions(tokens, attention_mask, position_ids, past),
-            sequence_ids=sequence_ids,
-            cache=past_key_values,
-            keep_states=output_states or depth_loss is not None,
-            read_all_depths=output_depth_logits,
-            keep_hidden=bool(output_hidden_states),
-            capacity=capacity,
-            real=real_tokens(tokens, attention_mask) if config.router else None,
-        )
-        at_end = (
-            self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0]))
-            if output_hidden_states
-            else None
-        )
-        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels", "ignore_index") if k in kwargs}
-        source_arguments = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache or past_key_values is not None,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **({"output_router_logits": True} if output_router_logits else {}),
-            **kwargs,
-        )
+        if (use_cache or reads_first) and cache is None:
+            cache = DynamicCache(config=config)  # later recurrences read the first one's keys and values from it
+        if cache is not None:
+            prepare_cache(cache, config, options.num_recurrences)
+        return bool(use_cache), cache, capacity
+
+    def _run_source(self, call: Call, inputs: dict[str, Any]) -> Any:
+        """The output of the source's forward, whose last tap runs the recurrence of `call`."""
+        at_end = None
+        if call.keep_hidden:
+            at_end = self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0]))
+        self._call = call
         try:
-            out = self.source(**source_arguments)
+            return self.source(**inputs)
         finally:
             self._call = None
             if at_end:
                 at_end.remove()
-        logits, depth_logits = out.logits, None
-        if output_depth_logits:
-            depth_logits = logits.unflatten(0, (recurrences, -1))
-            logits = depth_logits[-1]
-        depth_losses, ponder = None, call.ponder
-        if depth_loss is not None:
-            depth_losses = self._depth_losses(logits, call, source_arguments, depth_loss, depth_loss_at)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs)
-            if output_router_logits:
-                loss = loss + config.router_aux_loss_coef * out.aux_loss.to(loss.device)
-        return RecurrentDepthOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=cast(Any, tuple(call.hidden)) if output_hidden_states else None,
-            last_state=call.state,
-            states=torch.stack(call.states) if output_states else None,
-            exit_logits=self._exit_logits(call.states) if call.keep_states and config.exit_gate else None,
-            depth_logits=depth_logits,
-            depth_losses=depth_losses,
-            ponder=ponder,
-            router_outputs=call.routing.outputs() if call.routing else None,
-            router_logits=out.router_logits if output_router_logits else None,
-            aux_loss=out.aux_loss if output_router_logits else None,
-        )
 
-    def _collect_router_logits(self, read_depths: bool, past: Any) -> None:
-        """Prepare a call that returns router logits of experts. Raises ValueError where it cannot."""
-        if self.config.router or read_depths or (not isinstance(past, torch.Tensor) and past):
+    def _results(self, call: Call, out: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The fields of the output of `call` but loss and cache, from the source's output `out` for `inputs`."""
+        options, logits, depth_logits = call.options, out.logits, None
+        if options.output_depth_logits:
+            depth_logits = logits.unflatten(0, (options.num_recurrences, -1))
+            logits = depth_logits[-1]
+        ponder = call.ponder  # reading out the state at other depths overwrites it
+        depth_losses = None if options.depth_loss is None else self._depth_losses(logits, call, inputs)
+        return {
+            "logits": logits,
+            "hidden_states": tuple(call.hidden) if call.keep_hidden else None,
+            "last_state": call.state,
+            "states": torch.stack(call.states) if options.output_states else None,
+            "exit_logits": self._exit_logits(call.states) if options.keep_states and self.config.exit_gate else None,
+            "depth_logits": depth_logits,
+            "depth_losses": depth_losses,
+            "ponder": ponder,
+            "router_outputs": call.routing.outputs() if call.routing else None,
+            "router_logits": out.router_logits if call.keep_router_logits else None,
+            "aux_loss": out.aux_loss if call.keep_router_logits else None,
+        }
+
+    def _loss(self, results: dict[str, Any], labels: torch.Tensor, arguments: dict[str, Any]) -> torch.FloatTensor:
+        """The cross-entropy of labels [B, T], a mean over tokens, plus the experts' balancing loss, if asked for."""
+        logits, balancing = results["logits"], results["aux_loss"]
+        cross_entropy: Any = self.loss_function
+        loss = cross_entropy(logits=logits, labels=labels, vocab_size=logits.shape[-1], **arguments)
+        if balancing is not None:
+            loss = loss + self.config.router_aux_loss_coef * balancing.to(loss.device)
+        return loss
+
+    def _collect_router_logits(self, reads_depths: bool, past: int | torch.Tensor) -> None:
+        """Prepare the layers for a call that returns router logits of experts. Raises ValueError where there are none.
+
+        reads_depths: True for `output_depth_logits`. past: number of cached positions.
+        """
+        if self.config.router or reads_depths or (not isinstance(past, torch.Tensor) and past):
             raise ValueError(
                 "output_router_logits goes with whole sequences through all layers: not with a router that leaves "
                 "tokens out, with output_depth_logits, or behind cached tokens"
@@ -298,22 +310,18 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             collect_router_logits(self.source, [*self.prelude, *self.core, *self.coda])
             self._collects_router_logits = True
 
-    def _depth_losses(
-        self, logits: torch.Tensor, call: Call, source_arguments: dict[str, Any], loss: Callable, at: Sequence[int]
-    ) -> tuple[torch.Tensor, ...]:
-        """`loss` of the logits at every depth of `at`; `logits` are those at the last."""
-        last = call.num_recurrences
+    def _depth_losses(self, logits: torch.Tensor, call: Call, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The results of `depth_loss` at every depth of `depth_loss_at`; `logits` [B, T, V] are those at the last."""
+        last, at, loss = call.options.num_recurrences, call.options.depth_loss_at, call.options.depth_loss
+        assert loss is not None
         losses = {last: loss(last, logits)} if last in at else {}
-        arguments = {k: v for k, v in source_arguments.items() if k not in ("past_key_values", "output_router_logits")}
+        arguments = {name: value for name, value in inputs.items() if name != "past_key_values"}
 
         def read_out(state: torch.Tensor, depth: int) -> torch.Tensor:
-            self._call = replace(call, read=state, layer_arguments={}, keep_hidden=False, cache=None)
-            try:
-                return loss(depth, self.source(**arguments).logits)
-            finally:
-                self._call = None
+            reading = replace(call, state_to_read=state, layer_arguments={}, keep_hidden=False, cache=None)
+            return loss(depth, self._run_source(reading, arguments).logits)
 
         for depth in at:
             if depth != last:
-                losses[depth] = checkpoint(read_out, self._state_at(depth, call), depth, use_reentrant=False)
+                losses[depth] = cast(Any, checkpoint(read_out, self._state_at(depth, call), depth, use_reentrant=False))
         return tuple(losses[depth] for depth in at)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
@@ -15,6 +15,8 @@ from .configuration_sandwich import SandwichConfig
 
 
 class SandwichAttention(LlamaAttention):
+    """Llama's attention; with `config.qk_bias`, queries and keys have a bias."""
+
     def __init__(self, config: SandwichConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if config.qk_bias:
@@ -36,26 +38,32 @@ class SandwichLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_feedforward_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """hidden_states [B, T, D] -> [B, T, D]; the rest goes to the attention."""
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; the other arguments go to the attention."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         x = self._join(hidden_states, attended, self.post_attention_layernorm)
         return self._join(x, self.mlp(self.pre_feedforward_layernorm(x)), self.post_feedforward_layernorm)
 
     def _join(self, x: torch.Tensor, new: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """The residual x [B, T, D] and the output `new` of attention or MLP, added and normed."""
         return norm(new + x) if self.after else x + norm(new)
 
 
 class ScaledEmbedding(nn.Embedding):
+    """Embeddings times `scale`."""
+
     def __init__(self, size: int, width: int, padding: int | None, scale: float):
         super().__init__(size, width, padding)
         self.scale = scale
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """ids [B, T] -> [B, T, D]."""
         return super().forward(input) * self.scale
 
 
 class SandwichModel(LlamaModel):
+    """Llama's model with sandwich layers."""
+
     config_class = SandwichConfig
     _no_split_modules = ["SandwichLayer"]
     _can_record_outputs = {"hidden_states": SandwichLayer, "attentions": SandwichAttention}
@@ -70,6 +78,8 @@ class SandwichModel(LlamaModel):
 
 
 class SandwichForCausalLM(LlamaForCausalLM):
+    """Llama's causal language model with sandwich layers."""
+
     config_class = SandwichConfig
     _no_split_modules = ["SandwichLayer"]
 
@@ -82,11 +92,11 @@ class SandwichForCausalLM(LlamaForCausalLM):
 AutoModelForCausalLM.register(SandwichConfig, SandwichForCausalLM, exist_ok=True)
 
 
-def causal_lm_class(config: Any) -> Any:
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model class of a source's config: transformers' own, or the one above.
 
-    That one goes by `model_type`: loaded as remote code, the config and the model come from two copies of these files.
+    That one is found by `model_type`: in remote code, the config and the model come from two copies of these files.
     """
     if config.model_type == SandwichConfig.model_type:
         return SandwichForCausalLM
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]

@@ -1,4 +1,4 @@
-"""What a call of a recurrent-depth model gives back.
+"""The output of a call of a recurrent-depth model.
 
 Shapes: B batch, T tokens, D width, R recurrences, V vocabulary.
 """
@@ -15,12 +15,18 @@ from .router import RouterOutputs
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """`state` [B, T, D] is s_R. On request: `states` [R, B, T, D] is s_1 .. s_R, and `exit_logits` [R, B, T] the exit
-    gate's at each; `depth_logits` [R, B, T, V] are the logits read out after each recurrence; `depth_losses` is what
-    `depth_loss` made of them; `hidden_states` are the inputs of every layer that ran, then the normed end.
-    `router_outputs` tell what a router scored and chose. With halting, `ponder` [B, T] is each token's ponder cost, and
-    `state` the mean that is read out. Of a mixture of experts, `router_logits` are those of every layer that ran, each
-    [B T, experts], and `aux_loss` the load-balancing loss of them."""
+    """Fields beyond transformers', None where they were not asked for.
+
+    last_state: s_R [B, T, D]; with halting, the mean of states that is read out.
+    states: s_1 .. s_R [R, B, T, D].
+    depth_logits: logits [R, B, T, V] read out after each recurrence.
+    exit_logits: those of the exit gate [R, B, T], at each of `states`.
+    depth_losses: results of the argument `depth_loss`, one for each depth of `depth_loss_at`.
+    router_outputs: scores and choices of the router.
+    ponder: with halting, the ponder cost [B, T] of each token.
+    router_logits: of a mixture of experts, [B T, experts] of every layer that ran; aux_loss: their balancing loss.
+    hidden_states, as transformers': inputs [B, T, D] of every layer that ran, then the normed end.
+    """
 
     last_state: torch.Tensor | None = None
     states: torch.Tensor | None = None
@@ -34,5 +40,5 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
 
     @property
     def state(self) -> torch.Tensor | None:
-        """s_R. No field of its own: `generate` takes one of this name for a cache."""
+        """`last_state`. A property, as `generate` takes a field of this name for a cache."""
         return self.last_state

@@ -1,4 +1,4 @@
-"""What tells recurrences apart: the coordinate embedding of Universal Transformers (arXiv 1807.03819)."""
+"""Encoding of position and recurrence: the coordinate embedding of Universal Transformers (arXiv 1807.03819)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class RecurrenceEncoding(nn.Module):
 
         P_r(i)[2j] = sin(i / 10000^(2j/D)) + sin(r / 10000^(2j/D)),  P_r(i)[2j + 1] the same with cosines
 
-    weight [D] starts at zero, so that a converted model still computes what its source computes; the paper has ones.
+    weight [D] starts at zero, so that a converted model still equals its source; the paper has ones.
     """
 
     def __init__(self, width: int):
@@ -24,7 +24,7 @@ class RecurrenceEncoding(nn.Module):
         return s + self.weight * waves.to(s.dtype)
 
     def _waves(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., D] in float32"""
+        """Sines and cosines [.., D] of x [..], in float32."""
         width = self.weight.shape[0]
         pairs = torch.arange(0, width, 2, device=x.device, dtype=torch.float32)
         angles = x[..., None].float() * 10000.0 ** (-pairs / width)

@@ -1,4 +1,4 @@
-"""Relaxation: what a tied layer has of its own at every depth (relaxed recursive transformers, arXiv 2410.20672)."""
+"""Relaxation: parameters that a tied layer has for itself at every depth (arXiv 2410.20672)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+
+def matrix(linear: nn.Linear | Conv1D) -> torch.Tensor:
+    """The weight [out, in] of a linear module. GPT-2's Conv1D keeps it transposed."""
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+
+
+def row_norms(matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Norms [out] of the rows of W + B A, for W = matrix [out, in], A [r, in] and B [out, r]."""
+    return torch.linalg.vector_norm(matrix + b @ a, dim=1)
+
+
+def relaxed_matrix(
+    matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W + B A for W = matrix [out, in], A [r, in] and B [out, r]; with DoRA its rows have the norms `magnitude` [out].
+
+    Source of DoRA: arXiv 2402.09353.
+    """
+    result = matrix + b @ a
+    return result if magnitude is None else result * (magnitude / torch.linalg.vector_norm(result, dim=1))[:, None]
 
 
 class Factors(nn.Module):
@@ -14,43 +36,47 @@ class Factors(nn.Module):
 
     lora_A [depths, r, in] and lora_B [depths, out, r] hold all depths in one tensor each: so every parameter takes part
     in every step, and a batch of mixed depths can gather its factors. With `dora` (arXiv 2402.09353) the rows of
-    W + B_d A_d have the lengths dora_magnitude [depths, out].
+    W + B_d A_d have the norms dora_magnitude [depths, out].
+
+    Registers a forward hook on `linear`, and keeps a reference to it that is no submodule.
     """
 
-    def __init__(self, linear: Any, depths: int, rank: int, dora: bool):
+    def __init__(self, linear: nn.Linear | Conv1D, depths: int, rank: int, dora: bool):
         super().__init__()
         out, width = matrix(linear).shape
         self.lora_A = nn.Parameter(linear.weight.new_empty(depths, rank, width))
         self.lora_B = nn.Parameter(linear.weight.new_empty(depths, out, rank))
         self.dora_magnitude = nn.Parameter(linear.weight.new_empty(depths, out)) if dora else None
-        self.depth = 0
-        self._linear = (linear,)  # not a module of this one
+        self.depth = 0  # the depth of the next call, counted from 0, written by `Relaxation`
+        self._linear = (linear,)
         linear.register_forward_hook(self._add)
 
-    def start(self) -> None:
-        """The factors of a model that was not trained with any: random A and zero B, so that nothing changes yet."""
+    def reset_parameters(self) -> None:
+        """Initialize the factors so that they change nothing yet: random A, zero B, magnitudes of the rows."""
         weight = None if self._linear[0].weight.is_meta else matrix(self._linear[0])
         init.normal_(self.lora_A, std=self.lora_A.shape[-1] ** -0.5)
         init.zeros_(self.lora_B)
         if self.dora_magnitude is not None and weight is not None:
             init.copy_(self.dora_magnitude, torch.linalg.vector_norm(weight, dim=1).expand_as(self.dora_magnitude))
 
-    def _add(self, linear: Any, args: tuple, out: torch.Tensor) -> torch.Tensor:
+    def _add(self, linear: nn.Linear | Conv1D, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """A forward hook: the output [.., out] of `linear` with the LoRA of this depth."""
         a, b = self.lora_A[self.depth], self.lora_B[self.depth]
         added = nn.functional.linear(nn.functional.linear(args[0], a), b)
         if self.dora_magnitude is None:
             return out + added
-        bias = 0 if linear.bias is None else linear.bias
-        length = torch.linalg.vector_norm((matrix(linear) + b @ a).detach(), dim=1)  # as in PEFT, without gradient
-        return (out - bias + added) * (self.dora_magnitude[self.depth] / length) + bias
+        stored: Any = linear.bias
+        bias = 0 if stored is None else stored
+        norms = row_norms(matrix(linear).detach(), a.detach(), b.detach())  # as in PEFT, without gradient
+        return (out - bias + added) * (self.dora_magnitude[self.depth] / norms) + bias
 
 
 class Relaxation(nn.Module):
     """Makes the core layer `layer` a different one at every depth: LoRA factors, and parameters that are not shared.
 
-    rank: name of a linear module inside the layer -> rank of its `Factors`, which stand here under the same name.
-    own: names of the layer's parameters that every depth has for itself; they stand here as [depths, *shape], and the
-    layer loses its own.
+    rank: name of a linear module inside the layer -> rank of its `Factors`, which are a submodule of the same name.
+    own: names of the layer's parameters that every depth has for itself; they are parameters [depths, *shape] here, and
+        the layer loses its own.
 
     The layer is called with an argument `depth`; beyond the last depth, the last one's are used. A hook takes the
     argument off, so that it reaches every architecture's layers, and again when gradient checkpointing recomputes.
@@ -59,9 +85,9 @@ class Relaxation(nn.Module):
     def __init__(self, layer: nn.Module, depths: int, rank: dict[str, int], own: list[str], dora: bool = False):
         super().__init__()
         self.depths = depths
-        self._factors: list[tuple[Factors, Any]] = []
+        self._factors: list[tuple[Factors, nn.Module]] = []
         for path, r in rank.items():
-            linear = layer.get_submodule(path)
+            linear: Any = layer.get_submodule(path)
             factors = Factors(linear, depths, r, dora)
             parent, _, name = path.rpartition(".")
             self._branch(parent).add_module(name, factors)
@@ -70,7 +96,8 @@ class Relaxation(nn.Module):
         for path in own:
             parent, _, name = path.rpartition(".")
             module, here = layer.get_submodule(parent), self._branch(parent)
-            shared: Any = module._parameters.pop(name)
+            shared = module._parameters.pop(name)
+            assert shared is not None
             here.register_parameter(name, nn.Parameter(shared.detach().expand(depths, *shared.shape).clone()))
             self._own.append((module, here, name))
         self._leave()
@@ -78,7 +105,7 @@ class Relaxation(nn.Module):
         layer.register_forward_hook(self._leave)
 
     def _branch(self, path: str) -> nn.Module:
-        """The module at `path` of this one, made where it does not exist yet."""
+        """The submodule at `path`, which is made where it does not exist yet."""
         module: nn.Module = self
         for name in path.split(".") if path else []:
             if name not in module._modules:
@@ -86,7 +113,10 @@ class Relaxation(nn.Module):
             module = module.get_submodule(name)
         return module
 
-    def _enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _enter(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook: the layer gets the parameters of `depth`, and its other arguments."""
         depth = min(kwargs.pop("depth"), self.depths - 1)
         for factors, _ in self._factors:
             factors.depth = depth
@@ -95,10 +125,6 @@ class Relaxation(nn.Module):
         return args, kwargs
 
     def _leave(self, *_: object) -> None:
-        for module, here, name in self._own:  # something to copy, and to ask for a dtype
+        """A forward hook: the layer keeps the parameters of depth 0, to be copied and for their dtype."""
+        for module, here, name in self._own:
             object.__setattr__(module, name, getattr(here, name).detach()[0])
-
-
-def matrix(linear: Any) -> torch.Tensor:
-    """The weight [out, in] of a linear module. GPT-2's Conv1D keeps it transposed."""
-    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T

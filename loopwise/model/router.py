@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_router import check_capacity
 from .routed_rows import Rows
@@ -25,15 +25,15 @@ from .routed_rows import Rows
 
 @dataclass
 class RouterOutputs(ModelOutput):
-    """What objectives for routers need; float32 and bool, entries that are no candidates mean nothing.
+    """Scores and choices of a router, float32 and bool; entries that are no candidates mean nothing.
 
     logits [B, T, R]: of each recurrence's router (expert), or of the router of all depths (token).
     auxiliary_logits [B, T, R]: of the auxiliary routers, if there are any; their input carries no gradient.
-    candidates [B, T, R]: the tokens that the recurrence chose among. Padding never is one.
-    selected [B, T, R]: the tokens that it ran.
+    candidates [B, T, R]: the tokens that the recurrence chose among, without padding.
+    selected [B, T, R]: the tokens that it ran; their sum over R is a token's depth.
 
-    So the choice is predicted by binary cross-entropy of `logits[c]` (or `auxiliary_logits[c]`) and `selected[c]`, with
-    c = candidates; a token's depth is `selected.sum(-1)`.
+    An objective for the choice is the binary cross-entropy of `logits[c]` (or `auxiliary_logits[c]`) and `selected[c]`,
+    with c = candidates.
     """
 
     logits: torch.Tensor | None = None
@@ -43,6 +43,7 @@ class RouterOutputs(ModelOutput):
 
 
 def _network(kind: str, width: int, out: int) -> nn.Module:
+    """A network [.., width] -> [.., out], `linear` or `mlp`, without biases."""
     if kind == "linear":
         return nn.Linear(width, out, bias=False)
     return nn.Sequential(nn.Linear(width, 2 * width, bias=False), nn.GELU(), nn.Linear(2 * width, out, bias=False))
@@ -67,35 +68,42 @@ class Router(nn.Module):
             self.bias: torch.Tensor
             self.register_buffer("bias", torch.zeros(out))
 
-    def start(self, std: float) -> None:
+    def reset_parameters(self, std: float) -> None:
+        """Draw the networks from a normal distribution of standard deviation `std`, and set the bias to zero."""
         for parameter in self.parameters():
             init.normal_(parameter, std=std)
         if self.fields["kind"] == "token":
             init.zeros_(self.bias)
 
-    def begin(self, s: torch.Tensor, real: torch.Tensor, topk: Sequence[float] | None) -> Routing:
-        """The routing of one call from s_0 [B, T, D], for tokens that are no padding where real [B, T]. With `topk`,
-        the capacity of every recurrence, expert-choice takes the best of the sequence, else what passes a threshold."""
+    def route(self, s: torch.Tensor, not_padding: torch.Tensor, topk: Sequence[float] | None) -> Routing:
+        """The routing of one call from s_0 [B, T, D]; padding, False in not_padding [B, T], is never chosen.
+
+        topk: capacities by which each recurrence of expert-choice takes the best tokens of the sequence; with None it
+        takes those that pass its threshold.
+        """
         if self.fields["kind"] == "token":
-            return TokenChoice(self, s, real)
-        return ExpertChoice(self, s, real, topk)
+            return TokenChoice(self, s, not_padding)
+        return ExpertChoice(self, s, not_padding, topk)
 
     def logits(self, network: nn.Module, s: torch.Tensor) -> torch.Tensor:
-        """[B, T, R or 1], in the type of the weights whatever autocast says: a choice amplifies rounding."""
+        """Logits [B, T, R or 1] for s [B, T, D], computed in the type of the weights: a choice amplifies rounding."""
         with torch.autocast(s.device.type, enabled=False):
             return network((s / self.fields["temperature"]).to(next(network.parameters()).dtype)).float()
 
 
 class Routing:
-    """One call's choices, recurrence after recurrence: `select`, run the core on the chosen rows, `combine`."""
+    """The choices of one call. For each recurrence: `select`, run the core on the chosen rows, `combine`.
 
-    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor):
-        self.router, self.start, self.real = router, s, real
+    initial: s_0 [B, T, D]. candidates, selected: [B, T] of each recurrence so far, see RouterOutputs.
+    """
+
+    def __init__(self, router: Router, s: torch.Tensor, not_padding: torch.Tensor):
+        self.router, self.initial, self.not_padding = router, s, not_padding
         self.candidates: list[torch.Tensor] = []
         self.selected: list[torch.Tensor] = []
 
     def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
-        """Which tokens [B, T] recurrence r, counted from 0, takes from s [B, T, D]."""
+        """True [B, T] for the tokens that recurrence r, counted from 0, runs, by states s [B, T, D]. Stores it."""
         raise NotImplementedError
 
     def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -103,26 +111,28 @@ class Routing:
         raise NotImplementedError
 
     def outputs(self) -> RouterOutputs:
+        """Scores and choices of all recurrences so far."""
         raise NotImplementedError
 
 
 class ExpertChoice(Routing):
-    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor, topk: Sequence[float] | None):
-        super().__init__(router, s, real)
+    """Every recurrence chooses among the tokens of the one before."""
+
+    def __init__(self, router: Router, s: torch.Tensor, not_padding: torch.Tensor, topk: Sequence[float] | None):
+        super().__init__(router, s, not_padding)
         self.topk = topk
         self.logits: list[torch.Tensor] = []
         self.auxiliary: list[torch.Tensor] = []
 
     def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
         router, fields = self.router, self.router.fields
-        candidates = self.selected[-1] if self.selected else self.real
+        candidates = self.selected[-1] if self.selected else self.not_padding
         logits = router.logits(router.networks[r], s).squeeze(-1)
         self.logits.append(logits)
-        deciding = logits
         if fields["auxiliary"]:
             self.auxiliary.append(router.logits(router.auxiliary[r], s.detach()).squeeze(-1))
         if self.topk is not None:
-            counts = (self.real.sum(1).double() * self.topk[r]).long().clamp(min=1)
+            counts = (self.not_padding.sum(1).double() * self.topk[r]).long().clamp(min=1)
             chosen = _best(logits.masked_fill(~candidates, -torch.inf), counts)
         else:
             deciding = self.auxiliary[-1] if self.auxiliary else logits
@@ -145,22 +155,24 @@ class ExpertChoice(Routing):
 
 
 class TokenChoice(Routing):
-    def __init__(self, router: Router, s: torch.Tensor, real: torch.Tensor):
-        super().__init__(router, s, real)
+    """Every token chooses its depth once, from s_0."""
+
+    def __init__(self, router: Router, s: torch.Tensor, not_padding: torch.Tensor):
+        super().__init__(router, s, not_padding)
         self.logits = router.logits(router.networks[0], s)
         gate = self.logits.softmax(-1) if router.fields["gate"] == "softmax" else self.logits.sigmoid()
         gate = gate * router.fields["alpha"]
-        self.depth = (gate + router.bias.float()).argmax(-1)  # recurrences but one
+        self.depth = (gate + router.bias.float()).argmax(-1)  # the last recurrence, counted from 0
         self.weight = gate.gather(-1, self.depth[..., None])
 
     def select(self, r: int, s: torch.Tensor) -> torch.Tensor:
-        self.candidates.append(self.real)
-        self.selected.append(self.real & (self.depth >= r))
+        self.candidates.append(self.not_padding)
+        self.selected.append(self.not_padding & (self.depth >= r))
         return self.selected[-1]
 
     def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         ends = rows.take(self.depth[..., None]) == r
-        return torch.where(ends, rows.take(self.start) + rows.take(self.weight).to(y.dtype) * y, y)
+        return torch.where(ends, rows.take(self.initial) + rows.take(self.weight).to(y.dtype) * y, y)
 
     def outputs(self) -> RouterOutputs:
         return RouterOutputs(
@@ -169,7 +181,7 @@ class TokenChoice(Routing):
 
 
 def _best(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Where [B, T] the `counts` [B] greatest of scores [B, T] stand; of equal ones the first."""
+    """True [B, T] for the `counts` [B] greatest of scores [B, T]; of equal ones the first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     among = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
     return torch.zeros_like(among).scatter(1, order, among)
@@ -178,9 +190,11 @@ def _best(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def capacities(
     fields: dict[str, Any], recurrences: int, given: Sequence[float] | None, training: bool
 ) -> Sequence[float] | None:
-    """The capacities of a call that takes the best of the sequence, None for one that goes by thresholds, or by tokens.
+    """The capacities of a call that takes the best of the sequence; None where thresholds or tokens decide.
 
-    Raises ValueError for a number of recurrences that the router does not have, and for capacities that will not do.
+    given: capacities of the call, of an expert-choice router alone; default those of the router's `fields`, in training
+    and with `inference="topk"`. Raises ValueError for a number of recurrences that the router lacks, and for capacities
+    that are not shares in falling order.
     """
     expert = fields["kind"] == "expert"
     if recurrences > fields["depths"] or (recurrences < fields["depths"] and not expert):

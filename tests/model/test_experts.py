@@ -10,8 +10,8 @@ import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.modeling_sandwich import causal_lm_class
+from tests.helpers.model import build, ids
 from tests.helpers.tiny import ARCHITECTURES, source_config
-from tests.model.test_model import build, ids
 
 BALANCED = [kind for kind in ARCHITECTURES if "output_router_logits" in source_config(kind).to_dict()]
 FIELDS = {"doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}}

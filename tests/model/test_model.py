@@ -13,34 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import loopwise.model
-from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model import RecurrentDepthConfig
 from loopwise.model.initial_state import counter_normal
+from tests.helpers.model import GREEDY, build, ids
 from tests.helpers.tiny import VOCAB, source_config
-
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
-
-
-def build(model_type: str = "llama", **fields: Any) -> Any:
-    """A tiny model with random weights throughout, the injection too."""
-    defaults: dict[str, Any] = {
-        "prelude": [0],
-        "core": [2, 3],
-        "coda": [5],
-        "num_recurrences": 3,
-        "injection": "linear",
-    }
-    torch.manual_seed(0)
-    model = RecurrentDepthForCausalLM(
-        RecurrentDepthConfig(source_config=source_config(model_type), **{**defaults, **fields})
-    ).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.08)
-    return model
-
-
-def ids(batch: int = 2, length: int = 14) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
 def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:

@@ -10,34 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from tests.helpers.model import GREEDY, RELAXED_PARTS, build_relaxed, ids
 from tests.helpers.tiny import source_config, source_model
-from tests.model.test_model import GREEDY, ids
 
-# Linear modules, and parameters of their own: plain, fused, transposed.
-PARTS = {
-    "llama": ({"self_attn.q_proj": 3, "mlp.down_proj": 5}, ["input_layernorm.weight", "self_attn.o_proj.weight"]),
-    "gpt_neox": ({"attention.query_key_value": 4}, ["attention.dense.bias", "input_layernorm.weight"]),
-    "gpt2": ({"attn.c_attn": 4, "mlp.c_proj": 2}, ["ln_1.bias", "mlp.c_fc.bias"]),
-}
 LAYERS = {"llama": "model.layers", "gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}
-
-
-def build(model_type: str = "llama", depths: int = 2, dora: bool = False, **fields: Any) -> Any:
-    """A tiny model with random weights throughout: prelude 0, core 1 and 2, coda 3."""
-    rank, own = PARTS[model_type]
-    defaults: dict[str, Any] = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3}
-    relaxation = {"depths": depths, "rank": rank, "own": own, "dora": dora}
-    options = {**defaults, "relaxation": relaxation, **fields}
-    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config(model_type), **options)).eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
 
 
 def written_out(model: Any, model_type: str, depths: list[int]) -> Any:
     """A plain source model: prelude, the core at each of `depths`, coda."""
-    rank, own = PARTS[model_type]
+    rank, own = RELAXED_PARTS[model_type]
     count = {"gpt2": "n_layer"}.get(model_type, "num_hidden_layers")
     plain = source_model(model_type, **{count: 2 + 2 * len(depths)})
     layers = plain.get_submodule(LAYERS[model_type])
@@ -65,9 +46,9 @@ def written_out(model: Any, model_type: str, depths: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("model_type", sorted(PARTS))
+@pytest.mark.parametrize("model_type", sorted(RELAXED_PARTS))
 def test_equals_the_merged_weights_written_out(model_type, dora):
-    model = build(model_type, dora=dora)
+    model = build_relaxed(model_type, dora=dora)
     with torch.no_grad():
         for recurrences in (1, 2, 4):  # beyond the last depth, the last one's weights
             depths = [min(r, 1) for r in range(recurrences)]
@@ -78,7 +59,7 @@ def test_equals_the_merged_weights_written_out(model_type, dora):
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model = build().train()
+    model = build_relaxed().train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -92,7 +73,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_saved_and_copied(tmp_path):
-    model = build(dora=True)
+    model = build_relaxed(dora=True)
     model.save_pretrained(tmp_path)
     want = model(ids()).logits
     for again in (copy.deepcopy(model), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
@@ -106,7 +87,7 @@ def test_saved_and_copied(tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_relaxation_changes_nothing(dora):
     options: dict[str, Any] = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3}
-    rank, own = PARTS["llama"]
+    rank, own = RELAXED_PARTS["llama"]
     relaxation: dict[str, Any] = {"depths": 2, "rank": rank, "own": own, "dora": dora}
     models: list[Any] = []
     for relaxed in (None, relaxation):

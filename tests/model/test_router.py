@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from loopwise.model import RecurrentDepthConfig
+from tests.helpers import model as helpers
+from tests.helpers.model import GREEDY, ids
 from tests.helpers.tiny import source_config
-from tests.model import test_model
-from tests.model.test_model import GREEDY, ids
 
 EXPERT = {"kind": "expert", "thresholds": [0.45, 0.5, 0.5], "alpha": 0.7}
 TOKEN = {"kind": "token"}
@@ -32,7 +32,7 @@ SOURCES = ("llama", "gemma3_text", "mistral", "gpt2", "gpt_neox", "gpt_neo", "bl
 
 
 def build(router: dict[str, Any], model_type: str = "llama", **fields: Any) -> Any:
-    model = test_model.build(model_type, **{"injection": "none", "router": router, **fields})
+    model = helpers.build(model_type, **{"injection": "none", "router": router, **fields})
     torch.manual_seed(1)
     for parameter in model.router.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

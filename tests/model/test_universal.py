@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loopwise.model.halting import halting_weights
-from tests.model.test_model import GREEDY, build, ids
+from tests.helpers.model import GREEDY, build, ids
 
 
 def encoding(position: int, recurrence: int, width: int) -> list[float]:

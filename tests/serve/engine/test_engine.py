@@ -19,8 +19,8 @@ from loopwise.serve.engine.diffusion import Diffusion
 from loopwise.serve.engine.exits import RULES
 from loopwise.serve.engine.loop import Prompt
 from loopwise.serve.engine.tick import choose, enter
+from tests.helpers.model import RELAXED_PARTS, build_relaxed
 from tests.helpers.tiny import VOCAB, source_config
-from tests.model import test_relaxation
 from tests.serve.engine.oracle import Answer, Oracle
 
 NEAR = 1e-4
@@ -167,12 +167,12 @@ def test_architectures(model_type, fields):
     check(build(model_type, **fields), "last-exited", *requests(4, 10, "last-exited", ["fixed", "latent-diff"]))
 
 
-@pytest.mark.parametrize("model_type", list(test_relaxation.PARTS))
+@pytest.mark.parametrize("model_type", list(RELAXED_PARTS))
 @pytest.mark.parametrize(("dora", "prompts"), [(False, 4), (True, 4), (False, 1000)])
 def test_relaxation_at_mixed_depths(model_type, dora, prompts, monkeypatch):
     """Also where prompts, from so many lanes on, pass on their own."""
     monkeypatch.setattr(passes, "PROMPT", prompts)
-    model = test_relaxation.build(model_type, depths=3, dora=dora, num_recurrences=4)
+    model = build_relaxed(model_type, depths=3, dora=dora, num_recurrences=4)
     model.get_output_embeddings().weight.data *= 8  # fewer near-ties
     check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
 
