@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, reason
 from .gguf_header import Header, check_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Read = Callable[[str], list[float]]  # name of a tensor -> its values, flat
 
 _COMMON = {
     "block_count": "num_hidden_layers",
@@ -27,7 +33,7 @@ _GPT2 = {
 _GEMMA = {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
-# Architecture of the file -> model_type, keys that it must have, keys that it may have. Mistral's files are llama's.
+# Architecture of the file -> model_type, required keys, optional keys. Mistral's files are llama's.
 FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "llama": ("llama", _COMMON, {"rope.dimension_count": "head_dim", "attention.key_length": "head_dim"}),
     "qwen2": ("qwen2", _COMMON, {}),
@@ -37,7 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "phi3": ("phi3", _COMMON, {"attention.sliding_window": "sliding_window"}),
     "gpt2": ("gpt2", _GPT2, {}),
 }
-# Further numbers that are read, of every architecture.
+# Further keys with numbers, of every architecture.
 _NUMBERS = (
     "vocab_size", "attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "rope.scaling.factor",
     "rope.scaling.original_context_length",
@@ -46,11 +52,11 @@ _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def build_config(header: Header, read: Any) -> Any:
+def build_config(header: Header, read: Read) -> PreTrainedConfig:
     """The config of the model in the file of `header`; `read(name)` gives a tensor as a flat list of numbers.
 
-    As transformers' reader builds it, and with what that leaves out: rotary scaling, and what differs in single sizes
-    of a family. Raises UserError for an architecture that is not supported, and for metadata that are missing.
+    As transformers' reader builds it, with the fields that it leaves out: rotary scaling, and differences of single
+    sizes of a family. Raises UserError for an architecture that is not supported, and for missing metadata.
     """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -84,7 +90,7 @@ def build_config(header: Header, read: Any) -> Any:
         fields["sliding_window"] = None
     try:
         config = CONFIG_MAPPING[model_type](**fields)
-    except Exception as error:  # transformers and huggingface_hub share no base class for what they find wrong
+    except Exception as error:  # transformers and huggingface_hub share no base class for errors in a config
         raise UserError(f"{file}: no {model_type} config can be made of its metadata ({reason(error)})") from None
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     config.dtype = "float32"
@@ -92,21 +98,21 @@ def build_config(header: Header, read: Any) -> Any:
 
 
 def _check_kinds(header: Header, numbers: tuple[str, ...]) -> None:
-    """Raise UserError for metadata of another kind. Lists of numbers, one for every layer, are of no model here."""
+    """Raise UserError for metadata of another kind, as lists with a number for every layer: no model here has these."""
     for key in numbers:
         if (value := header.value(key)) is not None:
             check_kind(header.file, f"{header.architecture}.{key}", value, int, float)
     if (kind := header.value("rope.scaling.type")) is not None:
         check_kind(header.file, f"{header.architecture}.rope.scaling.type", kind, str)
-    for key in ("attention.head_count", "rope.scaling.factor"):  # which something is divided by
+    for key in ("attention.head_count", "rope.scaling.factor"):  # divisors
         if (value := header.value(key, 1)) <= 0:
-            raise UserError(f"{header.file}: its metadata say {header.architecture}.{key} = {value}: more than 0")
+            raise UserError(f"{header.file}: {header.architecture}.{key} = {value} of its metadata: more than 0")
 
 
 def _gemma_scale(header: Header) -> float:
-    """query_pre_attn_scalar, which files do not have: a head's width, but in the 27B models hidden_size / heads.
+    """query_pre_attn_scalar, which files lack: a head's width, but in the 27B models hidden_size / heads.
 
-    Their number of layers tells those models apart, as in llama.cpp.
+    The 27B models are recognized by their number of layers, as in llama.cpp.
     """
     largest = {"gemma2": 46, "gemma3": 62}[header.architecture]
     if header.value("block_count") == largest:
@@ -114,7 +120,7 @@ def _gemma_scale(header: Header) -> float:
     return header.value("attention.key_length")
 
 
-def _rotary_scaling(header: Header, fields: dict[str, Any], read: Any) -> dict[str, Any]:
+def _rotary_scaling(header: Header, fields: dict[str, Any], read: Read) -> dict[str, Any]:
     """The fields that scale rotary positions, which transformers' reader leaves out."""
     made: dict[str, Any] = {}
     width = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
@@ -149,7 +155,10 @@ def _rotary_scaling(header: Header, fields: dict[str, Any], read: Any) -> dict[s
 
 
 def _llama3(header: Header, theta: float, width: int, factors: list[float]) -> dict[str, Any] | None:
-    """Llama 3.1's scaling that gives these `factors` of the wavelengths, one for each of width / 2 frequencies."""
+    """Llama 3.1's rotary scaling with these `factors` of the wavelengths, one for each of width / 2 frequencies.
+
+    None where no wavelength is scaled. Raises UserError for factors of any other scaling.
+    """
     scaling = {"factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     original = 8192
     expected = []
@@ -164,6 +173,6 @@ def _llama3(header: Header, theta: float, width: int, factors: list[float]) -> d
     ):
         raise UserError(
             f"{header.file}: its rope_freqs are not those of Llama 3.1's scaling (low 1, high 4, original length "
-            "8192), which alone is known; take the safetensors of the model"
+            "8192), the only one that is supported; take the safetensors of the model"
         )
     return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}

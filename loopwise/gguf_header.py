@@ -8,26 +8,29 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, reason, shorten
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
-TYPES_ELSEWHERE = {  # general.type of files that are no model
+NOT_A_MODEL = {  # general.type -> error line
     "adapter": "a LoRA adapter; merge it into its model first",
     "mmproj": "the vision or audio part of a multimodal model; give the file of its text model",
     "imatrix": "an importance matrix of a quantisation; give the file of the model",
     "vocab": "a vocabulary without a model; give the file of the model",
 }
 TEXTS = ("general.architecture", "general.type", "tokenizer.ggml.model", "tokenizer.chat_template")
-WHOLE = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")  # numbers without a fraction
+WHOLE = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")  # keys whose values are integers
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the table: `shape` in torch's order, `type` as ggml numbers it, `start` in bytes of the file."""
+    """A tensor of the table: `shape` in torch's order, `type` by ggml's numbers, `start` in bytes from the file's."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +40,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """`fields` maps metadata keys to values; of an array of strings to their number. `tensors` are in file order."""
+    """The header of `file`. fields: metadata key -> value, for an array of strings its length."""
 
     file: Path
     fields: dict[str, Any]
@@ -45,17 +48,18 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """The architecture by llama.cpp's name, as `llama`."""
         return self.fields["general.architecture"]
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The architecture's own metadata: `value("block_count")` is that of `llama.block_count`."""
+        """The value of a key of the architecture: `value("block_count")` is that of `llama.block_count`."""
         return self.fields.get(f"{self.architecture}.{key}", default)
 
 
 def read_header(file: Path) -> Header:
     """The header of the GGUF model `file`; every tensor that it lists lies within the file.
 
-    Raises UserError for what is no GGUF file, is truncated, big-endian or split, or is no model.
+    Raises UserError for a file that is no GGUF file, truncated, big-endian, one part of several, or no model.
     """
     try:
         with open(file, "rb") as stream:
@@ -75,6 +79,7 @@ def read_header(file: Path) -> Header:
 
 
 def _parse(file: Path, data: mmap.mmap) -> Header:
+    """The header in `data`, the mapped file. Raises ValueError and struct.error for a damaged one."""
     version, tensor_count, field_count = struct.unpack_from("<IQQ", data, 4)
     if version & 0xFFFF == 0:
         raise UserError(f"{file}: a big-endian GGUF file; only little-endian ones are read")
@@ -100,6 +105,7 @@ def _parse(file: Path, data: mmap.mmap) -> Header:
 
 
 def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
+    """The string at byte `at`, and the byte after it."""
     (length,) = struct.unpack_from("<Q", data, at)
     end = at + 8 + length
     if end > len(data):
@@ -108,6 +114,7 @@ def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
 
 
 def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+    """The metadata value of type `kind` at byte `at`, and the byte after it; for an array of strings its length."""
     if kind == STRING:
         return _string(data, at)
     if kind in SCALARS:
@@ -124,12 +131,13 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         return list(form.unpack_from(data, at)), at + form.size
     if element != STRING:
         raise ValueError(f"metadata of type array of {element}")
-    for _ in range(count):  # a vocabulary or its merges, which the tokenizer's own reader keeps
+    for _ in range(count):  # a vocabulary or its merges, which transformers' reader of tokenizers reads
         at += 8 + struct.unpack_from("<Q", data, at)[0]
     return count, at
 
 
 def _table(data: mmap.mmap, at: int, count: int) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], int]:
+    """The table of `count` tensors at byte `at`, name -> shape, type, offset; and the byte after it."""
     table: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name, at = _string(data, at)
@@ -146,7 +154,7 @@ def _table(data: mmap.mmap, at: int, count: int) -> tuple[dict[str, tuple[tuple[
 
 
 def byte_count(file: Path, tensor: StoredTensor) -> int:
-    """Bytes that the tensor takes in the file. Raises UserError for a type that cannot be dequantised, naming it."""
+    """The size of the tensor in the file, in bytes. Raises UserError for a type that cannot be dequantised."""
     import numpy
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -165,21 +173,22 @@ def byte_count(file: Path, tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) // elements * size
 
 
-def _known(number: int) -> Any:
+def _known(number: int) -> GGMLQuantizationType | None:
+    """ggml's type of that number, None for a number that it lacks."""
     from gguf import GGMLQuantizationType
 
     return next((kind for kind in GGMLQuantizationType if kind == number), None)
 
 
-def check_kind(file: Path, key: str, value: Any, *kinds: type) -> None:
+def check_kind(file: Path, key: str, value: object, *kinds: type) -> None:
     """Raise UserError unless the metadata `value` is of one of these kinds (str, int, float)."""
     if not isinstance(value, kinds) or isinstance(value, bool):
         wanted = "a text" if str in kinds else "a number" if float in kinds else "a whole number"
-        raise UserError(f"{file}: its metadata say {key} = {shorten(repr(value), 60)}, where {wanted} belongs")
+        raise UserError(f"{file}: {key} = {shorten(repr(value), 60)} of its metadata is not {wanted}")
 
 
 def _check_model(header: Header) -> None:
-    """Raise UserError for a file that holds something else than one whole model."""
+    """Raise UserError unless the file holds one whole model."""
     file, fields = header.file, header.fields
     for key, value in fields.items():
         if key in TEXTS:
@@ -189,10 +198,10 @@ def _check_model(header: Header) -> None:
     if "general.architecture" not in fields:
         raise UserError(f"{file}: its metadata name no general.architecture, so it is no model")
     if (kind := fields.get("general.type", "model")) != "model":
-        raise UserError(f"{file}: {TYPES_ELSEWHERE.get(kind, f'a GGUF file of type {kind!r}, not a model')}")
+        raise UserError(f"{file}: {NOT_A_MODEL.get(kind, f'a GGUF file of type {kind!r}, not a model')}")
     if fields.get("split.count", 1) > 1 or re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", file.name):
         raise UserError(
             f"{file}: one part of a split model; join the parts first: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
         )
     if not header.tensors:
-        raise UserError(f"{file}: {TYPES_ELSEWHERE['vocab']}")
+        raise UserError(f"{file}: {NOT_A_MODEL['vocab']}")

@@ -1,23 +1,26 @@
-"""GGUF files as sources: which one a path means, and its config and tokenizer as a transformers directory."""
+"""GGUF files as sources: the file of a path, its config and tokenizer as a transformers directory, its tensors."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import INDEX, WEIGHTS
 from .errors import UserError, reason
 from .gguf_header import Header, read_header
+
+if TYPE_CHECKING:
+    import numpy
 
 # Tokens that end a turn or a message, of the families that are read: Llama 3, ChatML, Phi 3, Gemma.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` means: itself, or the only one of a directory without safetensors; else None.
+    """The GGUF file of `path`: `path` itself, or the only one of a directory without safetensors; else None.
 
     Raises UserError for a directory with several.
     """
@@ -35,16 +38,17 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def _is_gguf(file: Path) -> bool:
+    """True for a file that begins as a GGUF file."""
     with open(file, "rb") as stream:
         return stream.read(4) == b"GGUF"
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
-    """`path` itself; where it means a GGUF file, a temporary directory of what transformers saves beside the weights.
+def unpacked(path: Path) -> Generator[Path]:
+    """`path` itself; for a GGUF file, a temporary directory with the files that transformers saves for a model.
 
     It holds config.json, generation_config.json, the tokenizer with its chat template, and a link to the file. Raises
-    UserError for a file that is no supported model; errors within the block name the file.
+    UserError for a file that is no supported model; a UserError of the block names the file in place of the directory.
     """
     file = find_gguf(path)
     if file is None:
@@ -61,11 +65,12 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 def _linked(file: Path) -> str:
-    """The name that the file has beside its config: some caches name files by a hash, without an ending."""
+    """The name of the link to `file`: some caches name files by a hash, without an ending."""
     return file.name if file.suffix == ".gguf" else f"{file.name}.gguf"
 
 
 def _unpack(file: Path, directory: Path) -> None:
+    """Write config, generation config and tokenizer of `file` into `directory`, and a link to it."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     from .gguf_config import build_config
@@ -77,10 +82,10 @@ def _unpack(file: Path, directory: Path) -> None:
     if not isinstance(header.fields.get("tokenizer.ggml.model"), str):
         raise UserError(f"{file}: it holds no tokenizer; take the safetensors of the model")
     try:
-        # This class keeps to tokenizer.json. An architecture's own class, once loaded again, splits text its own way.
+        # This class takes tokenizer.json as it is. An architecture's own class, once loaded again, splits text its way.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=link.name, **_ends(header))
         tokenizer.save_pretrained(directory)
-    except Exception as error:  # transformers' and tokenizers' many kinds
+    except Exception as error:  # transformers and tokenizers share no base class for errors in a tokenizer
         raise UserError(f"{file}: no tokenizer can be made of it ({reason(error)})") from None
     config.save_pretrained(directory)
     generation = GenerationConfig.from_model_config(config)
@@ -90,9 +95,9 @@ def _unpack(file: Path, directory: Path) -> None:
 
 
 def _text_ends(header: Header, vocabulary: dict[str, int]) -> list[int]:
-    """The tokens that end a text: eos, then those that end a turn or a message, by their key or by their name.
+    """The ids that end a text: eos, then those that end a turn or a message, by their key or by their name.
 
-    An instruct model ends its turn with the latter, and many files name it by no key; llama.cpp knows it by its name.
+    An instruct model ends its turn with the latter. Many files have no key for it; llama.cpp finds it by its name too.
     """
     ids = [header.fields.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
     found = dict.fromkeys([*ids, *(vocabulary.get(token) for token in TURN_ENDS)])
@@ -100,17 +105,17 @@ def _text_ends(header: Header, vocabulary: dict[str, int]) -> list[int]:
 
 
 def _ends(header: Header) -> dict[str, Any]:
-    """The tokens that the tokenizer puts at either end of a text, which transformers' reader leaves out.
+    """Settings of the tokenizer for tokens at either end of a text, which transformers' reader leaves out.
 
-    A SentencePiece vocabulary begins texts with bos where the file does not say, as in llama.cpp.
+    By default a SentencePiece vocabulary begins texts with bos, as in llama.cpp.
     """
     default = {"bos": header.fields["tokenizer.ggml.model"] == "llama", "eos": False}
     found = {end: header.fields.get(f"tokenizer.ggml.add_{end}_token", default[end]) for end in default}
     return {f"add_{end}_token": True for end, wanted in found.items() if wanted}
 
 
-def read_tensor(header: Header, name: str) -> Any:
-    """The values of tensor `name`, a float32 array of its shape. Only this tensor is read from the file."""
+def read_tensor(header: Header, name: str) -> numpy.ndarray[Any, Any]:
+    """The values of tensor `name`, dequantised, a float32 array of its shape; no other tensor is read."""
     import numpy
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
