@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from loopwise.convert.source import empty_model
+from loopwise.convert.source_config import empty_model
 from loopwise.convert.write import Pending, write_weights
 
 

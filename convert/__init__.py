@@ -1,20 +1,56 @@
-"""Surgery on checkpoints: `convert(source, out, recipe)`."""
+"""Conversion of pretrained decoders and import of public checkpoints: `convert(source, out, recipe)`.
+
+Files in reading order, each importing only those above it:
+
+    recipe.py                the keys of a convert recipe
+    plan.py                  the source layers that each layer of the new model is made from
+    dtypes.py                types of weights by their names
+    double.py                computation in float64
+    agreement.py             rounding is told from faults
+    architectures.py         supported source architectures
+    source_config.py         configs of sources, and their empty models
+    source.py                weights by their names in the transformers model
+    raw.py                   weights by their names on disk
+    find_source.py           a directory, a GGUF file, or a download from the hub
+    hashes.py                sha256 of the source's files
+    stream.py                models that hold one module's weights at a time
+    tokenizer.py             the source's tokenizer, written and compared
+    generation.py            generation_config.json, in a form that can be saved
+    write.py                 tensors into safetensors shards
+    relax.py                 LoRA factors, and parameters of each depth
+    tensors.py               every tensor of a conversion
+    influence.py             block influence of the source's layers
+    expected.py              written tensors against the plan's
+    verify.py                written model against the source's layers
+    formats/                 public recurrent-depth checkpoint formats
+    conversion.py            the base of the two kinds of conversion
+    convert_checkpoint.py    conversion by a recipe
+    import_checkpoint.py     import of a public checkpoint
+    inspection.py            `loopwise inspect`
+    card.py                  the model card
+    pipeline.py              `convert`, from source to directory
+    unrolled.py              a fixed depth as a plain model
+    export.py                `loopwise export`
+    calibrate.py             `loopwise calibrate`
+    command.py               `loopwise convert`
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .recipe import ConvertRecipe
 
 if TYPE_CHECKING:
-    from .surgery import convert
+    from .pipeline import convert
 
 __all__ = ["ConvertRecipe", "convert"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    """`convert` is imported when it is first used: it needs torch, and `--help` does not."""
     if name == "convert":
-        from .surgery import convert
+        from .pipeline import convert
 
         return convert
     raise AttributeError(f"module 'loopwise.convert' has no attribute {name!r}")

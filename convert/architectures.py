@@ -1,9 +1,8 @@
-"""Which source architectures are supported: those whose converted model is proven equal to its source by the tests."""
+"""Supported source architectures: the tests prove that their converted models equal their sources."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UserError
@@ -19,22 +18,21 @@ qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm
 
 
 def check_supported(model_type: str) -> None:
-    """Raise UserError, listing what is supported, for an architecture that is not."""
+    """Raise UserError, naming all that are supported, for another architecture."""
     if model_type not in SUPPORTED:
         raise UserError(f"architecture {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
 
 
-def layer_kinds(model: Any) -> list[str]:
-    """What every layer of the source `model` is: layers of different kinds are never tied.
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """A name for the kind of every layer of the source `model`; only layers of one kind are tied.
 
-    Named by attention type, by what the config says of the layer in lists with one entry a layer, and by the shapes of
-    its parameters (mixtures of experts often begin with dense layers).
+    The kind is the attention type, the entries of the config's per-layer lists, and the shapes of the parameters
+    (mixtures of experts often begin with dense layers).
     """
     config = model.config
-    count = config.num_hidden_layers
-    layers = model.get_submodule(layer_list_name(model, count))
+    layers = list(model.get_submodule(layer_list_name(model, config.num_hidden_layers)).children())
     structures = [{(name, tensor.shape) for name, tensor in layer.state_dict().items()} for layer in layers]
-    lists, kinds = per_layer(config), []
+    lists, kinds = per_layer(config), list[str]()
     for i, attention in enumerate(get_layer_types_and_kwargs(config)[0]):
         more = [f"{name}={value[i]}" for name, value in lists.items() if value[i] != attention]
         if structures[i] != structures[0]:

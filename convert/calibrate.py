@@ -1,4 +1,4 @@
-"""`loopwise calibrate MODEL TEXT`: thresholds at which an expert-choice router takes its capacities, token by token."""
+"""`loopwise calibrate MODEL TEXT`: thresholds by which an expert-choice router takes its capacities, token by token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(argv: list[str]) -> int:
     """Parse, calibrate, print. Returns the exit code."""
     parser = Parser(
         prog="loopwise calibrate",
-        description="Let an expert-choice router go by thresholds, at which as many tokens of TEXT pass as its "
-        "capacities take: causal, so that it can be cached and served. Changes MODEL's config.json alone.",
+        description="Let an expert-choice router choose tokens by thresholds, which as many tokens of TEXT pass as its "
+        "capacities take. Thresholds are causal, so the model can be cached and served. Changes MODEL's config.json.",
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint with a router")
     parser.add_argument("text", metavar="TEXT", help="a text file")
@@ -34,15 +34,15 @@ def main(argv: list[str]) -> int:
 
 
 def calibrate(model: str | Path, text: str) -> dict[str, Any]:
-    """Set the thresholds of `model` (a directory) on the first tokens of file `text`; the router's new description.
+    """Set the thresholds of the router of the checkpoint `model` by the first tokens of file `text`; its new fields.
 
-    One recurrence after the other, as each sees what passed the one before. Raises UserError for a model without an
-    expert-choice router, and for a file that is no text, or too short.
+    Changes config.json. Recurrences are calibrated in order, as each chooses among the tokens of the one before. Raises
+    UserError for a model without an expert-choice router, and for a file that is no text, or too short.
     """
     import torch
 
     from .influence import text_tokens
-    from .source import read_recurrent_config
+    from .source_config import read_recurrent_config
     from .verify import reloaded
 
     path = Path(model).expanduser()
@@ -50,24 +50,25 @@ def calibrate(model: str | Path, text: str) -> dict[str, Any]:
     if not config.router or config.router["kind"] != "expert":
         raise UserError(f"{path} has no expert-choice router; there is nothing to calibrate")
     ids = text_tokens(path, config, text, "TEXT ")
-    with reloaded(path, None) as (streamed, _), torch.no_grad():
-        router = streamed.config.router
+    with reloaded(path) as (streamed, _), torch.no_grad():
+        router = streamed.config.router or {}
         router["inference"] = "threshold"
         for r, share in enumerate(router["capacity"]):
             routed = streamed(ids, use_cache=False, logits_to_keep=1).router_outputs
             logits = routed.logits if routed.auxiliary_logits is None else routed.auxiliary_logits
             scores = logits[..., r][routed.candidates[..., r]].sigmoid().sort(descending=True).values
             taken = max(1, round(share * ids.numel()))
-            between = (
-                scores[taken - 1 : taken + 1].mean().item()
-            )  # not a token's own score, which rounding may undercut
-            router["thresholds"][r] = between if taken < len(scores) else 0.0
-    fields = json.loads((path / "config.json").read_text())
-    fields["router"] = router
-    file = path / "config.json"
+            # The threshold lies between two scores: rounding may undercut a token's own.
+            router["thresholds"][r] = scores[taken - 1 : taken + 1].mean().item() if taken < len(scores) else 0.0
+    _write_router(path / "config.json", router)
+    return router
+
+
+def _write_router(file: Path, router: dict[str, Any]) -> None:
+    """Replace the field `router` of config.json. Raises UserError where `file` cannot be written."""
+    fields = {**json.loads(file.read_text()), "router": router}
     try:
         with new_file(file) as partial:
             partial.write_text(json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
-    return router

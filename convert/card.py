@@ -6,23 +6,28 @@ from typing import Any
 
 import yaml
 
-from .agreement import shown
+from ..model import RecurrentDepthConfig
+from .agreement import in_words
 from .inspection import describe
 
 
-def model_card(facts: dict[str, Any], config: Any) -> str:
-    """README.md of a converted checkpoint, from the facts of loopwise.json."""
+def model_card(facts: dict[str, Any], config: RecurrentDepthConfig) -> str:
+    """README.md of a converted checkpoint, from the facts of loopwise.json and the config."""
     source = facts["source"]["id"]
     plan, size = facts["plan"], facts["parameters"]
     found = facts["max_dlogit_by_dtype"]
     against = f"the formulas of {facts['format']}" if "format" in facts else "the source's layers"
     checked = (
-        f"Verified after writing, against {against}: {shown(found)}."
+        f"Verified after writing, against {against}: {in_words(found)}."
         if found
         else "**Not verified**: converted with --no-verify."
     )
-    base, _, file = source.partition(":")  # of a GGUF file on the hub: ID:FILE
-    front = {"library_name": "transformers", "tags": ["recurrent-depth", "loopwise"], "base_model": base}
+    base, _, file = source.partition(":")  # a GGUF file on the hub is ID:FILE
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["recurrent-depth", "loopwise"],
+        "base_model": base,
+    }
     if source.startswith(("/", ".", "~")) or (source.endswith(".gguf") and not file):
         del front["base_model"]
     return f"""---
@@ -52,5 +57,6 @@ out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences=
 """
 
 
-def _router(config: Any) -> str:
+def _router(config: RecurrentDepthConfig) -> str:
+    """A sentence on the router; "" for a model without one."""
     return f" Router: {describe(config.router)}." if config.router else ""

@@ -9,11 +9,12 @@ from ..arguments import RecipeParser
 from ..directory import ended_by_sigterm
 from ..recipe import load_recipe
 from .inspection import describe
+from .plan import PARTS
 from .recipe import ConvertRecipe
 
 
 def main(argv: list[str]) -> int:
-    """Parse, convert, print the plan and what was verified. Returns the exit code."""
+    """Parse, convert, print the plan and the result of verification. Returns the exit code."""
     operands = {
         "source": "directory of a transformers checkpoint, a GGUF file, or a hub id",
         "out": "directory to write",
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
 
     from ..quiet import quiet
-    from .agreement import shown
-    from .surgery import convert
+    from .agreement import in_words
+    from .pipeline import convert
 
     quiet()
     with ended_by_sigterm():
@@ -50,18 +51,19 @@ def main(argv: list[str]) -> int:
         print("dry run: nothing written")
     else:
         found = facts["max_dlogit_by_dtype"]
-        verified = f"verified, {shown(found)}" if found else "not verified"
+        verified = f"verified, {in_words(found)}" if found else "not verified"
         print(f"written: {args.out} ({verified})")
     return 0
 
 
 def _summary(facts: dict[str, Any]) -> str:
+    """The plan of a conversion in lines of text."""
     plan, size = facts["plan"], facts["parameters"]
     if "influence" in facts:
         from .influence import table
 
         print(table(facts["influence"], plan))
-    lines = [f"{part:<9}{_layers(plan['parents'][part])}" for part in ("prelude", "core", "coda")]
+    lines = [f"{part:<9}{_layers(plan['parents'][part])}" for part in PARTS]
     lines.append(f"dropped  {plan['dropped'] or 'none'}")
     order = ", each layer R times in a row" if plan["sharing"] == "sequence" else ""
     lines.append(f"injection {plan['injection']}, state {plan['state_init']}, R={plan['num_recurrences']}{order}")
@@ -69,13 +71,14 @@ def _summary(facts: dict[str, Any]) -> str:
         lines.append(f"router {describe(facts['router'])}")
     lines.append(f"parameters {size['source']:,} -> {size['unique']:,}")
     if facts.get("lora_error"):
-        shown = ", ".join(f"{target} {error:.3g}" for target, error in facts["lora_error"].items())
-        lines.append(f"of what tying took away, the LoRA leaves out: {shown}")
+        errors = ", ".join(f"{target} {error:.3g}" for target, error in facts["lora_error"].items())
+        lines.append(f"relative error of the LoRA, ||W_source - W_tied - B A|| / ||W_source - W_tied||: {errors}")
     lines += [f"note: {line}" for line in facts["notes"]]
     return "\n".join(lines)
 
 
 def _layers(parents: list[list[int]]) -> str:
+    """The source layers of a part: `0 mean(1,4) random`."""
     if not parents:
         return "none"
     return " ".join(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-GROUPED = {torch._grouped_mm, F.grouped_mm}
-ROWS = 8192  # of a matrix that are taken to float64 at a time
+GROUPED = {torch._grouped_mm, F.grouped_mm}  # pyright: ignore[reportPrivateUsage]
+ROWS = 8192  # rows of a matrix that are converted to float64 at a time
 
 
 class Double(TorchFunctionMode):
-    """Within it, what transformers' models compute in float32 whatever their dtype (norms, rotary tables, softmax) is
-    computed in float64: each float32 that their code asks for, by name or by default, becomes float64."""
+    """Within it each float32 that the code of transformers' models asks for, by name or by default, is float64.
+
+    Their norms, rotary tables and softmax are computed in float32 whatever the dtype of the model. Changes torch's
+    default dtype meanwhile.
+    """
 
     on = True
 
@@ -25,11 +29,19 @@ class Double(TorchFunctionMode):
         torch.set_default_dtype(torch.float64)
         return super().__enter__()
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
         torch.set_default_dtype(self.default)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if not self.on:
             return func(*args, **kwargs)
@@ -44,8 +56,8 @@ class Double(TorchFunctionMode):
 
     @classmethod
     @contextmanager
-    def off(cls) -> Iterator[None]:
-        """Within it float32 is float32, for weights that are read and rounded as they were written."""
+    def off(cls) -> Generator[None]:
+        """Within it float32 is float32: weights are read and rounded as on writing."""
         before, cls.on = cls.on, False
         try:
             yield
@@ -53,19 +65,24 @@ class Double(TorchFunctionMode):
             cls.on = before
 
 
-def _doubled(value: Any) -> Any:
+def _doubled(value: object) -> object:
+    """float64 for the dtype float32; any other value unchanged."""
     return torch.float64 if value is torch.float32 else value
 
 
 def _linear(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows` in float64 times a matrix [out, in] of another dtype, of which a part at a time is taken to float64."""
+    """Rows [.., in] in float64 times a matrix [out, in] of another dtype, ROWS of its rows at a time."""
     parts = [rows @ part.double().T for part in matrix.split(ROWS)]
     return torch.cat(parts, -1) + (0 if bias is None else bias)
 
 
-def _grouped(rows: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, bias: Any = None, **_: Any):
-    """Rows [N, K] times the matrix [K, M] of their group, of matrices [G, K, M], and its bias, of [G, M]. Group g ends
-    at row offs[g]."""
+def _grouped(
+    rows: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None = None, **_: object
+) -> torch.Tensor:
+    """Rows [N, K] times the matrix of their group, of matrices [G, K, M], plus its bias, of [G, M]: [N, M].
+
+    Group g ends at row offs[g].
+    """
     out = rows.new_zeros(len(rows), matrices.shape[2])
     ends = offs.tolist()
     for group, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):

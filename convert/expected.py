@@ -1,12 +1,12 @@
-"""The weights that a conversion has by its plan, made anew from the source's, to compare what was written with."""
+"""The weights of a conversion by its plan, made anew from the source's, to compare the written ones with."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import UserError
 from .agreement import WAY_OUT
@@ -15,17 +15,14 @@ from .relax import as_matrix
 from .source import SourceWeights
 from .write import Pending
 
-# How far LoRA factors may be from their relations: by SVD in float32 (13 eps were seen), and by rounding to the dtype
-# that is stored (a third of its eps was seen).
-SVD_ROUNDING = 64 * torch.finfo(torch.float32).eps
-STORED_EPS = 1
-# The greatest singular value of what LoRA factors leave out, over the smallest of what they hold: at most 1 by SVD, and
-# 1.04 was seen by random projections.
+SVD_ROUNDING = 64 * torch.finfo(torch.float32).eps  # error of LoRA factors by SVD in float32: 13 eps were seen
+STORED_EPS = 1  # error by rounding to the stored dtype, in its eps: a third was seen
+# Greatest singular value of dW - B A over the smallest of B A: at most 1 by SVD; 1.04 was seen with a randomized one.
 LEFT_OUT = 1.25
 
 
-def check_config(directory: Path, config: Any) -> None:
-    """Raise UserError unless config.json in `directory`, read back, says in every field what `config` says."""
+def check_config(directory: Path, config: PreTrainedConfig) -> None:
+    """Raise UserError unless config.json in `directory`, read back, equals `config` in every field."""
     pairs = [AutoConfig.from_pretrained(directory).to_dict(), config.to_dict()]
     found, wanted = (_flat({**fields, "_name_or_path": None}) for fields in pairs)
     for name in sorted(found.keys() | wanted.keys()):
@@ -37,45 +34,49 @@ def check_config(directory: Path, config: Any) -> None:
 
 
 def _flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The fields, those of sections by their names with dots."""
-    flat = {}
+    """The fields, those of nested objects by their names with dots."""
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+        nested = isinstance(value, dict) and value
+        flat |= _flat(cast("dict[str, Any]", value), f"{above}{name}.") if nested else {f"{above}{name}": value}
     return flat
 
 
 class Expected:
-    """Weights by `plan` from those of the source, rounded to `cast` (None: to the source's own types) as they were on
-    writing. layers: the name of the source's layer list, with a dot at its end."""
+    """Weights by `plan` from those of the source, rounded as on writing.
 
-    def __init__(self, plan: Plan, weights: SourceWeights, layers: str, cast: torch.dtype | None):
-        self.plan, self.weights, self.layers, self.cast = plan, weights, layers, cast
+    layers: the name of the source's layer list, with a dot at its end. dtype: the type of the output; None for the
+    source's own types.
+    """
+
+    def __init__(self, plan: Plan, weights: SourceWeights, layers: str, dtype: torch.dtype | None):
+        self.plan, self.weights, self.layers, self.dtype = plan, weights, layers, dtype
 
     def kept(self, name: str) -> torch.Tensor:
         """The source's tensor of that name."""
         tensor = self.weights.read(name)
-        return tensor.to(self.cast) if self.cast else tensor
+        return tensor.to(self.dtype) if self.dtype else tensor
 
     def own(self, n: int, suffix: str, depth: int) -> torch.Tensor:
-        """Parameter `suffix` that core layer n has for itself at `depth`."""
+        """Parameter `suffix` of core layer n, which it has for itself at `depth`."""
         return self.kept(f"{self.layers}{self.plan.stands_for[depth][n]}.{suffix}")
 
     def tied(self, part: str, n: int, suffix: str) -> torch.Tensor | None:
-        """Parameter `suffix` of layer n of that part, at every depth. None where it started at random."""
+        """Parameter `suffix` of layer n of `part`, the same at every depth; None for a layer that started at random."""
         parents = [f"{self.layers}{parent}.{suffix}" for parent in self.plan.parents[part][n]]
         if len(parents) < 2:
             return self.kept(parents[0]) if parents else None
         mean = sum(self.weights.read(parent).float() for parent in parents) / len(parents)
-        return torch.as_tensor(mean).to(self.cast or self.weights.dtype(parents[0]))
+        return torch.as_tensor(mean).to(self.dtype or self.weights.dtype(parents[0]))
 
 
 def check_tensors(written: SourceWeights, expected: Expected, pending: list[Pending], zero: bool) -> None:
-    """Raise UserError unless every tensor of the checkpoint is, bit for bit, the one expected, and LoRA factors are
-    those of what tying took away (with `zero`, of nothing).
+    """Raise UserError unless every tensor of the checkpoint is the expected one, bit for bit, and LoRA factors are the
+    truncated SVD of W_source - W_tied (with `zero`, B is zero).
 
-    Tensors that no source has (routers, injections, what started at random) are made from `pending` again.
+    Tensors that no source has (routers, injections, random layers) are made from `pending` again.
     """
-    relaxation = written.config.relaxation or {"rank": {}, "own": []}
+    relaxation = written.recurrent_config.relaxation or {"rank": {}, "own": []}
     made = {tensor.name: tensor for tensor in pending}
     for name in written.names():
         head, _, rest = name.partition(".")
@@ -92,12 +93,12 @@ def check_tensors(written: SourceWeights, expected: Expected, pending: list[Pend
             continue
         check_equal(name, written.read(name), made[name].make().to(made[name].dtype) if want is None else want)
     for path in relaxation["rank"]:
-        for n in range(len(written.config.core)):
+        for n in range(len(written.recurrent_config.core)):
             _check_factors(written, expected, n, path, zero)
 
 
 def check_equal(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Raise UserError unless tensor `name`, read back, is bit for bit the one that was to be written."""
+    """Raise UserError unless tensor `name`, read back as `got`, equals `want` in type, shape and every bit."""
     if got.dtype != want.dtype or got.shape != want.shape:
         raise _wrong(name, f"is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
     if not torch.equal(got, want):
@@ -106,43 +107,56 @@ def check_equal(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def _check_factors(written: SourceWeights, expected: Expected, n: int, path: str, zero: bool) -> None:
-    """Raise UserError unless, at every depth, A has orthonormal rows, B = dW A^T, and what B A leaves out is smaller
-    than each part that it holds, dW being what tying took from module `path` of core layer n: B A is then the best
-    approximation of dW. With `zero`, unless B = 0."""
+    """Raise UserError unless the LoRA of module `path` of core layer n is right at every depth (see `_check_svd`).
+
+    With `zero`, B is to be zero. With DoRA, magnitudes are to be the norms of the rows of W_tied + B A.
+    """
     name, transposed = f"relaxation.{n}.{path}", written.is_transposed(f"core.{n}.{path}")
     tied = as_matrix(written.read(f"core.{n}.{path}.weight"), transposed)
     factors = [written.read(f"{name}.lora_{factor}") for factor in "AB"]
     rounding = SVD_ROUNDING + STORED_EPS * torch.finfo(factors[0].dtype).eps
     magnitude = f"{name}.dora_magnitude"
-    lengths = written.read(magnitude).float() if magnitude in written.names() else None
+    norms = written.read(magnitude).float() if magnitude in written.names() else None
     for depth, (a, b) in enumerate(zip(*(factor.float() for factor in factors), strict=True)):
-        lost = f"{expected.layers}{expected.plan.stands_for[depth][n]}.{path}.weight"
-        if zero and b.any():
-            raise _wrong(f"{name}.lora_B", f"is not zero at depth {depth}")
         if not zero:
-            change = as_matrix(expected.weights.read(lost), transposed) - tied
-            if not (off := (a @ a.T - torch.eye(len(a))).abs().max().item()) <= rounding:
-                raise _wrong(f"{name}.lora_A", f"has rows that are not orthonormal at depth {depth}, by {off:.3g}")
-            scale = b.square().sum(0).max().sqrt().item()  # the greatest singular value
-            if not (off := (b - change @ a.T).abs().max().item()) <= rounding * scale:
-                raise _wrong(f"{name}.lora_B", f"is not what tying took from {lost}, by {off:.3g} of {scale:.3g}")
-            left, least = greatest_singular_value(change - b @ a), b.square().sum(0).min().sqrt().item()
-            if not left <= LEFT_OUT * least + rounding * len(a) ** 0.5 * scale:
-                what = f"holds parts of {least:.3g} at depth {depth} and leaves out one of {left:.3g}"
-                raise _wrong(f"{name}.lora_A", f"{what}: it is not the best approximation of what tying took")
-        if lengths is not None:
+            source = f"{expected.layers}{expected.plan.stands_for[depth][n]}.{path}.weight"
+            change = as_matrix(expected.weights.read(source), transposed) - tied
+            _check_svd(name, source, depth, a, b, change, rounding)
+        elif b.any():
+            raise _wrong(f"{name}.lora_B", f"is not zero at depth {depth}")
+        if norms is not None:
             want = (tied + b @ a).norm(dim=1)
-            if not (off := (lengths[depth] - want).abs().max().item()) <= rounding * want.max().item():
-                raise _wrong(magnitude, f"is not the length of the rows at depth {depth}, by {off:.3g}")
+            if not (off := (norms[depth] - want).abs().max().item()) <= rounding * want.max().item():
+                raise _wrong(magnitude, f"is not the norm of the rows at depth {depth}, by {off:.3g}")
+
+
+def _check_svd(
+    name: str, source: str, depth: int, a: torch.Tensor, b: torch.Tensor, change: torch.Tensor, rounding: float
+) -> None:
+    """Raise UserError unless B A is the best approximation of rank r of dW = `change` [out, in].
+
+    That is so where A [r, in] has orthonormal rows, B [out, r] = dW A^T, and no singular value of dW - B A exceeds one
+    of B A.
+    """
+    if not (off := (a @ a.T - torch.eye(len(a))).abs().max().item()) <= rounding:
+        raise _wrong(f"{name}.lora_A", f"has rows that are not orthonormal at depth {depth}, by {off:.3g}")
+    scale = b.square().sum(0).max().sqrt().item()  # the greatest singular value of B A
+    if not (off := (b - change @ a.T).abs().max().item()) <= rounding * scale:
+        raise _wrong(f"{name}.lora_B", f"is not that of {source} less the tied matrix, by {off:.3g} of {scale:.3g}")
+    left, least = greatest_singular_value(change - b @ a), b.square().sum(0).min().sqrt().item()
+    if not left <= LEFT_OUT * least + rounding * len(a) ** 0.5 * scale:
+        parts = f"holds a part of {least:.3g} at depth {depth} and leaves out one of {left:.3g}"
+        raise _wrong(f"{name}.lora_A", f"{parts}: it is not the best approximation")
 
 
 def greatest_singular_value(matrix: torch.Tensor, steps: int = 8) -> float:
-    """The greatest singular value of `matrix` by power iterations, which come near to it from below."""
+    """The greatest singular value of `matrix` [M, N], from below, by `steps` power iterations."""
     row = matrix[matrix.square().sum(1).argmax()]
     for _ in range(steps):
         row = matrix.T @ (matrix @ torch.nn.functional.normalize(row, dim=0))
     return (matrix @ torch.nn.functional.normalize(row, dim=0)).norm().item()
 
 
-def _wrong(name: str, what: str) -> UserError:
-    return UserError(f"verification failed: tensor {name}, read back, {what}; {WAY_OUT}")
+def _wrong(name: str, fault: str) -> UserError:
+    """The error for tensor `name` with a fault, a verb and more."""
+    return UserError(f"verification failed: tensor {name}, read back, {fault}; {WAY_OUT}")

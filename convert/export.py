@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..arguments import Parser
 from ..directory import RECORD, ended_by_sigterm, new_directory
 from ..errors import UserError
+from .recipe import DEEPEST
+
+if TYPE_CHECKING:
+    from ..model import RecurrentDepthConfig
 
 
 def main(argv: list[str]) -> int:
-    """Parse, export, print what was written and verified. Returns the exit code."""
+    """Parse, export, print the directory and the result of verification. Returns the exit code."""
     parser = Parser(
         prog="loopwise export",
         description="Write a recurrent-depth model at a fixed depth as a plain checkpoint of its source architecture.",
@@ -32,9 +34,9 @@ def main(argv: list[str]) -> int:
     quiet()
     with ended_by_sigterm():
         found = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
-    from .agreement import shown
+    from .agreement import in_words
 
-    verified = f"verified, {shown(found)}" if found else "not verified"
+    verified = f"verified, {in_words(found)}" if found else "not verified"
     print(f"written: {args.out} ({verified})")
     return 0
 
@@ -47,32 +49,50 @@ def export(
     check: bool = True,
     show_progress: bool = False,
 ) -> dict[str, float] | None:
-    """Write `model` at R = `unroll` as layers prelude, R x core, coda of a plain model of the source architecture.
+    """Write the checkpoint `model` at R = `unroll` as a plain model of the source architecture into `out`.
 
-    Returns the largest difference in logits between the written model, reloaded, and `model` at that R, by the dtype
-    in which both computed them; None without `check`. Raises UserError for what the source architecture cannot express:
-    an injection, a state that does not start as the input.
+    Its layers are prelude, R x core, coda, with LoRA merged. `out` appears complete or not at all. Returns the largest
+    difference of logits between the written model, reloaded, and `model` at that R, by the dtype in which both computed
+    them; None without `check`. Raises UserError for a model that the source architecture cannot express.
     """
-    import torch
-
     from loopwise.version import __version__
 
     from ..carried import copy_licences
-    from ..model import RecurrentDepthForCausalLM
-    from ..model.source_layers import layer_list_name
-    from ..unroll import config_with_layers
     from .agreement import decisive
     from .generation import write_generation_config
-    from .recipe import DEEPEST
-    from .relax import at_depth
-    from .source import SourceWeights, empty_model, read_recurrent_config
+    from .source_config import read_recurrent_config
     from .tokenizer import load_tokenizer, write_tokenizer
-    from .write import Pending, write_weights
+    from .unrolled import Unrolled
+    from .write import write_weights
 
     path = Path(model).expanduser()
     config = read_recurrent_config(path)
     if not 1 <= unroll <= DEEPEST:
         raise UserError(f"--unroll {unroll}: from 1 to {DEEPEST} recurrences")
+    check_expressible(path, config)
+    tokenizer = load_tokenizer(path)
+    with Unrolled(path, config, unroll) as unrolled, new_directory(Path(out), path, force) as directory:
+        unrolled.config.save_pretrained(directory)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, directory)
+        notes = write_generation_config(path, directory)
+        copy_licences(path, directory)
+        write_weights(unrolled.pending, directory, show_progress)
+        differences = unrolled.verify(directory) if check else None
+        facts = {
+            "loopwise": __version__,
+            "source": {"id": str(model)},
+            "unroll": unroll,
+            "notes": notes,
+            "max_dlogit": decisive(differences) if differences else None,
+            "max_dlogit_by_dtype": differences,
+        }
+        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+    return differences
+
+
+def check_expressible(path: Path, config: RecurrentDepthConfig) -> None:
+    """Raise UserError where a plain model of the source architecture cannot compute the checkpoint at `path`."""
     kind = config.source_config.model_type
     if config.injection != "none":
         raise UserError(
@@ -88,98 +108,3 @@ def export(
             f"{path} has a router, which leaves tokens out of recurrences; a plain {kind} runs every layer on every "
             "token, so it cannot be exported"
         )
-    tokenizer = load_tokenizer(path)
-    places = config.order(unroll)
-    ids = [getattr(config, part)[n] for part, n, _ in places]
-    target = config_with_layers(config.source_config, ids)
-    with torch.device("meta"):
-        recurrent, plain = RecurrentDepthForCausalLM(config), empty_model(target)
-    layers = layer_list_name(plain, len(ids))
-    with SourceWeights(path, recurrent) as weights:
-        tensors = [
-            Pending(
-                weights.stored_name(name).removeprefix("source."),
-                weights.dtype(name),
-                weights.shape(name),
-                partial(weights.read, name),
-            )
-            for name in weights.names()
-            if name.startswith("source.")
-        ]
-        for number, (part, n, depth) in enumerate(places):
-            for suffix, tensor in plain.get_submodule(f"{layers}.{number}").state_dict().items():
-                make = partial(at_depth, weights, part, n, suffix, depth)
-                tensors.append(Pending(f"{layers}.{number}.{suffix}", config.dtype, list(tensor.shape), make))
-        target.dtype, target.architectures = config.dtype, [type(plain).__name__]
-        with new_directory(Path(out), path, force) as directory:
-            target.save_pretrained(directory)
-            if tokenizer is not None:
-                write_tokenizer(tokenizer, directory)
-            notes = write_generation_config(path, directory)
-            copy_licences(path, directory)
-            write_weights(tensors, directory, show_progress)
-            differences = _verify(path, directory, unroll, config, target, layers) if check else None
-            facts = {
-                "loopwise": __version__,
-                "source": {"id": str(model)},
-                "unroll": unroll,
-                "notes": notes,
-                "max_dlogit": decisive(differences) if differences else None,
-                "max_dlogit_by_dtype": differences,
-            }
-            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
-    return differences
-
-
-def _verify(path: Path, directory: Path, unroll: int, config: Any, target: Any, layers: str) -> dict[str, float]:
-    """Largest difference in logits between the two checkpoints, by the dtype in which it was computed.
-
-    Every tensor is compared with that of MODEL, a merged one with the merged weight rounded as on writing. Without LoRA
-    the logits are to agree as `agreement` says. With it they do before merged weights are rounded; what is returned
-    then is what that rounding does. Raises UserError where something else makes the two differ.
-    """
-    import torch
-
-    from .agreement import Logits, agreement, in_double
-    from .double import Double
-    from .expected import check_config, check_equal
-    from .relax import at_depth
-    from .source import empty_model
-    from .stream import streamed
-    from .verify import reloaded, sample
-
-    check_config(directory, target)
-    ids, mask = sample(config, seed=0)
-    places, what = config.order(unroll), f"the plain model and MODEL at {unroll} recurrences"
-
-    def expected(weights: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
-        if not name.startswith(f"{layers}."):
-            return weights.read(f"source.{name}")
-        number, _, suffix = name.removeprefix(f"{layers}.").partition(".")
-        part, n, depth = places[int(number)]
-        return at_depth(weights, part, n, suffix, depth, dtype)
-
-    def run(model: Any, **options: int) -> torch.Tensor:
-        with torch.no_grad():
-            return model(ids, attention_mask=mask, use_cache=False, **options).logits[mask.bool()]
-
-    def logits(dtype: torch.dtype) -> Iterator[Logits]:
-        with reloaded(path, dtype) as (model, _), reloaded(directory, dtype) as (plain, _):
-            yield Logits(what, run(plain), run(model, num_recurrences=unroll))
-
-    def unrounded(dtype: torch.dtype) -> Iterator[Logits]:
-        with reloaded(path, dtype) as (model, weights):
-            plain = streamed(lambda: empty_model(target), lambda name: expected(weights, name, dtype), dtype)
-            yield Logits(f"{what}, before rounding,", run(plain), run(model, num_recurrences=unroll))
-
-    with reloaded(path) as (_, weights), reloaded(directory) as (_, written):
-        for name in written.names():
-            want = expected(weights, name, torch.float32)
-            inside = name.startswith(f"{layers}.")
-            check_equal(name, written.read(name), want.to(config.dtype) if inside else want)
-    if not config.relaxation:
-        return agreement(logits, config.dtype)
-    in_double(unrounded)
-    with Double():
-        (pair,) = logits(torch.float64)
-    return {"float64": (pair.got - pair.want).abs().max().item()}

@@ -1,4 +1,4 @@
-"""The source's generation_config.json, in a form that transformers saves too."""
+"""generation_config.json of the source, in a form that transformers saves too."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FILE = "generation_config.json"
 
 
 def write_generation_config(path: Path, directory: Path) -> list[str]:
-    """Carry generation_config.json of the source in the directory `path`; a line on each change that it needed.
+    """Write generation_config.json of the source `path` into `directory`; a line on each field that had to change.
 
-    transformers loads files that it refuses to save, so that a training run would end with an error at its first
-    checkpoint. Sampling settings without `do_sample` get it, as vLLM samples by them; settings that then are refused
-    are left out. Raises UserError for a file that is no generation config.
+    transformers loads files that it refuses to save, which would end a training run at its first checkpoint. Sampling
+    settings without `do_sample` get it, as vLLM samples by them; settings that are refused all the same are left out.
+    Raises UserError for a file that is no generation config.
     """
     file = path / FILE
     if not file.is_file():
@@ -28,7 +28,7 @@ def write_generation_config(path: Path, directory: Path) -> list[str]:
     given = read_json(file)
     try:
         fields, notes = savable(given)
-    except Exception as error:  # transformers shares no base class for what it finds wrong with one
+    except Exception as error:  # transformers shares no base class for errors in a generation config
         raise UserError(f"{file}: {reason(error)}") from None
     text = file.read_text(encoding="utf-8") if not notes else json.dumps(fields, indent=2) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")
@@ -38,10 +38,10 @@ def write_generation_config(path: Path, directory: Path) -> list[str]:
 def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields of a generation config that transformers saves, nearest to `given`; a line on each change.
 
-    Raises ValueError for end tokens that are no ids, and where nothing helps.
+    Raises ValueError for end tokens that are no ids, and where transformers refuses every part of `given`.
     """
     end_tokens(given.get("eos_token_id"))
-    fields, notes = dict(given), []
+    fields, notes = dict(given), list[str]()
     for name in SETTINGS:
         if (value := fields.get(name)) is not None:
             try:
@@ -52,8 +52,8 @@ def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     spelt = respelt(fields)
     for name, value in fields.items():
         if name in SETTINGS and (name not in spelt or type(value) is not type(spelt[name]) or value != spelt[name]):
-            said = ", ".join(f"{n}={spelt[n]!r}" for n in (name, "do_sample") if n in spelt)
-            notes.append(f"{FILE}: {name}={value!r} becomes {said}, which means the same to transformers")
+            becomes = ", ".join(f"{n}={spelt[n]!r}" for n in (name, "do_sample") if n in spelt)
+            notes.append(f"{FILE}: {name}={value!r} becomes {becomes}, which means the same to transformers")
     fields = spelt
     refused = _refused(fields)
     if refused and fields.get("do_sample") is None and _refused({**fields, "do_sample": True}) != refused:
@@ -72,7 +72,7 @@ def savable(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _refused(fields: dict[str, Any]) -> str | None:
-    """Why transformers would not save a generation config of these fields, or None."""
+    """The reason why transformers would not save a generation config of these fields; None where it would."""
     from transformers import GenerationConfig
 
     try:

@@ -1,4 +1,4 @@
-"""Block influence of the source's layers (ShortGPT, arXiv 2403.03853, section 3.1), to choose which of them recur."""
+"""Block influence of the source's layers (ShortGPT, arXiv 2403.03853, section 3.1), to choose the layers that recur."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..model.source_layers import layer_list_name
-from .source import SourceWeights, empty_model
+from .plan import PARTS
+from .source import SourceWeights
+from .source_config import empty_model
 from .stream import streamed
 from .tokenizer import load_tokenizer
 
@@ -17,45 +20,45 @@ TOKENS, BLOCK = 8192, 512
 
 
 def block_influence(source: Path, weights: SourceWeights, text: str, dtype: torch.dtype) -> list[float]:
-    """1 - the mean cosine of a layer's input and output, for every layer, over the first TOKENS tokens of file `text`.
+    """1 - mean cosine of a layer's input and output, for every layer, over the first TOKENS tokens of file `text`.
 
-    Holds one module's weights at a time. Raises UserError for a file that is no text, or too short for one block.
+    One module's weights are in memory at a time. Raises UserError for a file that is no text or shorter than a block.
     """
     config = weights.config
     ids = text_tokens(source, config, text, "influence=")
-    model: Any = streamed(lambda: empty_model(config), weights.read, dtype)
+    model = streamed(lambda: empty_model(config), weights.read, dtype)
     found: list[float] = []
 
-    def compare(layer: torch.nn.Module, args: tuple, out: Any) -> None:
+    def compare(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
         after = out[0] if isinstance(out, tuple) else out
         similarity = torch.cosine_similarity(args[0].float(), after.float(), dim=-1)
         found.append(1 - similarity.mean().item())
 
-    for layer in model.get_submodule(layer_list_name(model, config.num_hidden_layers)):
+    for layer in model.get_submodule(layer_list_name(model, config.num_hidden_layers)).children():
         layer.register_forward_hook(compare)
     with torch.no_grad():
         model(ids, use_cache=False, logits_to_keep=1)
     return found
 
 
-def text_tokens(source: Path, config: Any, text: str, what: str) -> torch.Tensor:
+def text_tokens(source: Path, config: PreTrainedConfig, text: str, label: str) -> torch.Tensor:
     """The first TOKENS token ids of file `text`, in blocks [N, BLOCK], by the tokenizer of `source`.
 
-    Raises UserError, calling the file `what` and its name, where it is no text, or too short for one block.
+    Raises UserError, in which `label` precedes the name of the file, where it is no text or shorter than a block.
     """
     block = min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
     try:
         content = Path(text).expanduser().read_text(encoding="utf-8-sig")[: 16 * TOKENS]
     except UnicodeDecodeError as error:
-        raise UserError(f"{what}{text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{label}{text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        raise UserError(f"{what}{text}: {error.strerror}") from None
+        raise UserError(f"{label}{text}: {error.strerror}") from None
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
-        raise UserError(f"{source}: no tokenizer to read {what}{text} with")
+        raise UserError(f"{source}: no tokenizer to read {label}{text} with")
     ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"][:TOKENS])
     if len(ids) < block:
-        raise UserError(f"{what}{text}: {len(ids)} tokens; at least one block of {block} is needed")
+        raise UserError(f"{label}{text}: {len(ids)} tokens; at least one block of {block} is needed")
     if int(ids.max()) >= config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer gives id {int(ids.max())}; the embeddings end at {config.vocab_size - 1}"
@@ -64,8 +67,8 @@ def text_tokens(source: Path, config: Any, text: str, what: str) -> torch.Tensor
 
 
 def table(influence: list[float], plan: dict[str, Any]) -> str:
-    """Each layer's influence, and the part that it became."""
-    roles = {layer: part for part in ("prelude", "core", "coda") for group in plan["parents"][part] for layer in group}
+    """A table of each layer's influence and the part that it became, from the facts `plan` of a conversion."""
+    roles = _roles(plan)
     longest = max(influence)
     lines = ["layer  influence"]
     for layer, value in enumerate(influence):
@@ -75,16 +78,21 @@ def table(influence: list[float], plan: dict[str, Any]) -> str:
 
 
 def plot(influence: list[float], plan: dict[str, Any], file: Path) -> None:
-    """The same as a picture."""
+    """Write the same as a bar chart to `file`."""
     from matplotlib.figure import Figure
 
-    roles = {layer: part for part in ("prelude", "core", "coda") for group in plan["parents"][part] for layer in group}
+    roles = _roles(plan)
     figure = Figure(figsize=(max(5, len(influence) * 0.3), 3), layout="constrained")
     axes = figure.subplots()
-    for part, colour in {"prelude": "C0", "core": "C3", "coda": "C2", "dropped": "0.75"}.items():
+    for part, color in {"prelude": "C0", "core": "C3", "coda": "C2", "dropped": "0.75"}.items():
         layers = [layer for layer in range(len(influence)) if roles.get(layer, "dropped") == part]
-        axes.bar(layers, [influence[layer] for layer in layers], color=colour, label=part)
+        axes.bar(layers, [influence[layer] for layer in layers], color=color, label=part)
     axes.set_xlabel("source layer")
     axes.set_ylabel("block influence")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
+
+
+def _roles(plan: dict[str, Any]) -> dict[int, str]:
+    """The part that each source layer became; dropped ones are left out."""
+    return {layer: part for part in PARTS for group in plan["parents"][part] for layer in group}

@@ -1,21 +1,26 @@
-"""The plan of a conversion: which source layers each layer of the new model is made from. Pure functions."""
+"""The plan of a conversion: the source layers that each layer of the new model is made from. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import UserError
 from .recipe import ConvertRecipe
 
+PARTS = ("prelude", "core", "coda")  # of a recurrent-depth model, in the order in which they run
+
 
 @dataclass(frozen=True)
 class Plan:
-    """`prelude`, `core`, `coda` are source-layer ids, giving structure; `parents[part][n]` are the source layers whose
-    mean is the weight of layer n of that part (one parent: a copy; none: random).
+    """Source layers of each part of the new model, and the fields of RecurrentDepthConfig that the method decides.
 
-    `stands_for[d][n]` is the source layer that core layer n replaces at depth d; `sharing` the order in which the
-    core's layers run (see RecurrentDepthConfig).
+    prelude, core, coda: source-layer ids, each naming the layer whose structure stands there.
+    parents: for each part, the source layers whose mean is the weight of layer n. One parent is copied; a layer without
+        parents starts at random.
+    stands_for: the source layer that core layer n replaces at depth d, as `stands_for[d][n]`.
+    sharing: the order in which the core's layers run, see RecurrentDepthConfig.
     """
 
     prelude: list[int]
@@ -33,28 +38,35 @@ class Plan:
     num_recurrences: int
 
     def dropped(self, count: int) -> list[int]:
-        """Source layers, of `count`, that nothing is made from."""
+        """The source layers, of `count`, from which no layer is made."""
         kept = {layer for part in self.parents.values() for layers in part for layer in layers}
         return [layer for layer in range(count) if layer not in kept]
 
 
+class Layers(NamedTuple):
+    """The layers of a plan: see the fields of `Plan` by these names. parts: prelude, core and coda."""
+
+    parts: dict[str, list[int]]
+    parents: dict[str, list[list[int]]]
+    stands_for: list[list[int]]
+
+
 def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], list[float]]) -> Plan:
-    """The plan for a source whose layers are of these kinds; `influence()` measures theirs. Raises UserError where that
-    cannot be."""
+    """The plan for a source whose layers are of these `kinds` (see `layer_kinds`).
+
+    `influence()` measures the block influence of every layer, and is called where the recipe asks for it. Raises
+    UserError for layers that the source lacks, and for layers of different kinds that would be tied.
+    """
     sharing = recipe.sharing or ("middle-cycle" if recipe.method == "mor" else "cycle")
-    if recipe.method == "retrofit":
-        parts, parents, stands_for = _retrofit(recipe, len(kinds), influence)
-    else:
-        parts, parents, stands_for = _recursive(recipe, sharing, kinds)
-    injection = recipe.injection or ("linear" if recipe.method == "retrofit" else "none")
-    depths = recipe.num_recurrences or (len(stands_for) if stands_for else 4)
+    retrofit = recipe.method == "retrofit"
+    layers = _retrofit(recipe, len(kinds), influence) if retrofit else _recursive(recipe, sharing, kinds)
+    injection = recipe.injection or ("linear" if retrofit else "none")
+    depths = recipe.num_recurrences or len(layers.stands_for) or 4
     encoding = "sinusoidal" if recipe.method == "universal" else "none"
     return Plan(
-        prelude=parts["prelude"],
-        core=parts["core"],
-        coda=parts["coda"],
-        parents=parents,
-        stands_for=stands_for or [parts["core"]] * depths,
+        **layers.parts,
+        parents=layers.parents,
+        stands_for=layers.stands_for or [layers.parts["core"]] * depths,
         sharing=sharing.removeprefix("middle-"),
         injection=injection,
         recurrence_norm="each" if recipe.recurrence_norm else "none",
@@ -66,13 +78,15 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
     )
 
 
-def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
-    """Tying of recursive transformers (arXiv 2410.20672, section 2.2; 2507.10524, table 1): `cycle` makes source layer
-    l tied layer l mod K, `sequence` tied layer l // B, both of all layers or of those in the middle. A universal
-    transformer (1807.03819) has K = 1."""
+def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> Layers:
+    """Layers of recursive transformers (arXiv 2410.20672, section 2.2; 2507.10524, table 1).
+
+    `cycle` makes source layer l tied layer l mod K, `sequence` tied layer l // B: of all layers, or of those in the
+    middle. A universal transformer (arXiv 1807.03819) has K = 1.
+    """
     middle = sharing.startswith("middle")
     tied = list(range(len(kinds)))[1:-1] if middle else list(range(len(kinds)))
-    loops = recipe.loops or max(len(tied), 1)  # universal: as many as there are layers, so that they become one
+    loops = recipe.loops or max(len(tied), 1)  # of a universal transformer, the number of layers
     if not tied or len(tied) % loops:
         fitting = ", ".join(str(b) for b in range(1, len(tied) + 1) if len(tied) % b == 0) or "none"
         which = f"{len(tied)} layers between the first and the last" if middle else f"{len(tied)} layers"
@@ -82,42 +96,58 @@ def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> tuple:
         groups = [tied[n * loops : (n + 1) * loops] for n in range(width)]
     else:
         groups = [tied[n::width] for n in range(width)]
-    for group in groups:
-        first = {kinds[layer]: layer for layer in reversed(group)}  # of each kind
-        if len(first) > 1:
-            shown = ", ".join(f"{layer} {kind}" for kind, layer in sorted(first.items(), key=lambda item: item[1]))
-            what, out = f"loops={loops}, sharing={sharing}", "choose other loops"
-            if recipe.method == "universal":
-                what, out = "method=universal", "use method=recursive with loops that keep them apart"
-            raise UserError(f"{what} ties layers of different attention types or structure ({shown}); {out}")
-    if recipe.init in ("average", "random"):
-        core = [group[0] for group in groups]
-        parents = groups if recipe.init == "average" else [[] for _ in groups]
-    else:
-        assert recipe.init is not None, "settle_init has set it"
-        core = [_start(recipe.init, n, width, tied, kinds, kinds[group[0]]) for n, group in enumerate(groups)]
-        parents = [[layer] for layer in core]
+    _check_kinds(recipe, loops, sharing, groups, kinds)
+    core, parents = _tied_layers(recipe, groups, tied, kinds)
     ends = {"prelude": [0] if middle else [], "coda": [len(kinds) - 1] if middle else []}
-    stands_for = [[group[depth] for group in groups] for depth in range(loops)]
-    return (
+    return Layers(
         {**ends, "core": core},
         {name: [[layer] for layer in layers] for name, layers in ends.items()} | {"core": parents},
-        stands_for,
+        [[group[depth] for group in groups] for depth in range(loops)],
     )
 
 
+def _check_kinds(recipe: ConvertRecipe, loops: int, sharing: str, groups: list[list[int]], kinds: list[str]) -> None:
+    """Raise UserError for a group of layers that would be tied and are not all of one kind."""
+    for group in groups:
+        first = {kinds[layer]: layer for layer in reversed(group)}  # the first layer of each kind
+        if len(first) < 2:
+            continue
+        found = ", ".join(f"{layer} {kind}" for kind, layer in sorted(first.items(), key=lambda item: item[1]))
+        setting, way_out = f"loops={loops}, sharing={sharing}", "choose other loops"
+        if recipe.method == "universal":
+            setting, way_out = "method=universal", "use method=recursive with loops that keep them apart"
+        raise UserError(f"{setting} ties layers of different attention types or structure ({found}); {way_out}")
+
+
+def _tied_layers(
+    recipe: ConvertRecipe, groups: list[list[int]], tied: list[int], kinds: list[str]
+) -> tuple[list[int], list[list[int]]]:
+    """The core's source-layer ids and the parents of its layers, one for each group of layers that are tied."""
+    if recipe.init == "average":
+        return [group[0] for group in groups], groups
+    if recipe.init == "random":
+        return [group[0] for group in groups], [[] for _ in groups]
+    assert recipe.init is not None, "settle_init comes before"
+    core = [_start(recipe.init, n, len(groups), tied, kinds, kinds[group[0]]) for n, group in enumerate(groups)]
+    return core, [[layer] for layer in core]
+
+
 def _start(init: str, n: int, width: int, tied: list[int], kinds: list[str], kind: str) -> int:
-    """The source layer that the n-th of `width` tied layers starts as: `stepwise` takes evenly spaced ones, first and
-    last kept, `lower` the first, `upper` the last; of those of this kind, the nearest."""
-    place = {"stepwise": round(n * (len(tied) - 1) / max(width - 1, 1)), "lower": n, "upper": len(tied) - width + n}[
-        init
-    ]
+    """The source layer that the n-th of `width` tied layers starts as: of this kind, the one nearest to its place.
+
+    `stepwise` takes evenly spaced places, first and last included, `lower` the first places, `upper` the last.
+    """
+    evenly = round(n * (len(tied) - 1) / max(width - 1, 1))
+    place = {"stepwise": evenly, "lower": n, "upper": len(tied) - width + n}[init]
     return min((layer for layer in tied if kinds[layer] == kind), key=lambda layer: abs(layer - tied[place]))
 
 
-def _retrofit(recipe: ConvertRecipe, count: int, influence: Callable[[], list[float]]) -> tuple:
-    """Prelude, core and coda of retrofitted recurrence (arXiv 2511.07384): the core ends where the coda begins, or
-    takes the layers of most influence."""
+def _retrofit(recipe: ConvertRecipe, count: int, influence: Callable[[], list[float]]) -> Layers:
+    """Layers of retrofitted recurrence (arXiv 2511.07384): explicit ones, or by size.
+
+    By size, the core is the layers before the coda, or those of greatest influence. At every depth the core stands for
+    itself, so `stands_for` is empty.
+    """
     if recipe.layers is not None:
         parts = {"prelude": recipe.layers.prelude, "core": recipe.layers.core, "coda": recipe.layers.coda}
         for name, layers in parts.items():
@@ -135,4 +165,4 @@ def _retrofit(recipe: ConvertRecipe, count: int, influence: Callable[[], list[fl
             measured = influence()
             core = sorted(sorted(range(p, count - d), key=lambda layer: -measured[layer])[:c])
         parts = {"prelude": list(range(p)), "core": core, "coda": list(range(count - d, count))}
-    return parts, {name: [[layer] for layer in layers] for name, layers in parts.items()}, None
+    return Layers(parts, {name: [[layer] for layer in layers] for name, layers in parts.items()}, [])

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..recipe import Count, Integer, Integers, Number, Section
 from ..unused import Unused
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-Targets = Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], Field(min_length=1)]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]  # a projection of a layer
+TARGETS: tuple[str, ...] = get_args(Target)
+Targets = Annotated[list[Target], Field(min_length=1)]
 Capacities = list[Annotated[Number, Field(gt=0, le=1)]]
 Thresholds = list[Annotated[Number, Field(ge=0, le=1)]]
-DEEPEST = 4096
-AVERAGE_FROM = 1 / 4  # of hidden_size: the rank from which tied layers start lower, and end lower, as averages
+DEEPEST = 4096  # recurrences
+AVERAGE_FROM = 1 / 4  # rank over hidden_size, from which tied layers start and end at a lower loss as averages
 Depth = Annotated[Count, Field(le=DEEPEST)]
 
 
 def _rank(value: object) -> object:
-    numbers = list(value.values()) if isinstance(value, dict) else [value]
-    targets = list(value) if isinstance(value, dict) else []
+    """`value` unchanged. Raises ValueError unless it is a rank, or ranks by target."""
+    given = cast("dict[object, object]", value) if isinstance(value, dict) else {}
+    numbers, targets = list(given.values()) if isinstance(value, dict) else [value], list(given)
     if not numbers or not set(targets) <= set(TARGETS) or not all(type(n) is int and n > 0 for n in numbers):
         raise ValueError(f"an integer above 0, or one for each target of {', '.join(TARGETS)}, as {{q: 8, down: 32}}")
     return value
@@ -45,9 +47,9 @@ class Lora(Section):
         None, description=f"projections that get one: {', '.join(TARGETS)} (default: all, or those that rank names)"
     )
     init: Literal["svd", "zero"] | None = Field(
-        None, description="svd of what tying took away, or zero (default: recursive svd, retrofit zero)"
+        None, description="truncated svd of W_source - W_tied, or zero (default: recursive svd, retrofit zero)"
     )
-    dora: bool = Field(False, description="learn the lengths of the rows of the relaxed matrices too (DoRA)")
+    dora: bool = Field(False, description="learn the row norms of the relaxed matrices too (DoRA)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Lora:
@@ -63,8 +65,7 @@ class Lora(Section):
 
 
 class Router(Section):
-    """Which tokens take part in a recurrence. What config.json of an imported checkpoint does not say is taken from
-    here."""
+    """Which tokens take part in a recurrence. An import takes from here the fields that its config.json lacks."""
 
     kind: Literal["expert", "token"] | None = Field(
         None,
@@ -81,7 +82,7 @@ class Router(Section):
     gate: Literal["sigmoid", "tanh", "softmax"] | None = Field(
         None, description="expert: sigmoid or tanh; token: softmax or sigmoid (default: the first)"
     )
-    network: Literal["linear", "mlp"] | None = Field(None, description="of the router (default: linear)")
+    network: Literal["linear", "mlp"] | None = Field(None, description="network of the router (default: linear)")
     auxiliary: bool | None = Field(
         None, description="expert: routers of their own learn the choice, which thresholds then go by (default: no)"
     )
@@ -96,7 +97,7 @@ class Router(Section):
         "which no cache or server can do (default: threshold, but topk for imported checkpoints)",
     )
     thresholds: Thresholds | None = Field(
-        None, description="expert: what the sigmoid of a router's logit must reach, for each recurrence (default: 0.5)"
+        None, description="expert: for each recurrence, the least sigmoid of a router's logit (default: 0.5)"
     )
 
     def unused(self) -> Iterator[Unused]:
@@ -104,7 +105,7 @@ class Router(Section):
             yield Unused("thresholds", ("inference",), "router.inference=topk takes the capacity, whatever they are")
 
     def fields(self, depths: int) -> dict[str, Any]:
-        """As the model's config has them."""
+        """The fields of the model's config, for a router of `depths` recurrences."""
         return {"kind": "expert", "depths": depths, **self.model_dump(exclude_none=True)}
 
 
@@ -112,10 +113,10 @@ class Exit(Section):
     """When a token has recurred enough."""
 
     rule: Literal["fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability"] = (
-        Field(description="what is compared between recurrences; gate needs a model with an exit gate")
+        Field(description="quantity that is compared between recurrences; gate needs a model with an exit gate")
     )
-    threshold: Number | None = Field(None, description="of the rule (default: the rule's own)")
-    min_recurrences: Count = Field(1, description="before which the rule does not fire")
+    threshold: Number | None = Field(None, description="threshold of the rule (default: the rule's own)")
+    min_recurrences: Count = Field(1, description="recurrences before the rule may fire")
 
     def unused(self) -> Iterator[Unused]:
         if self.rule == "fixed":
@@ -124,7 +125,7 @@ class Exit(Section):
 
 
 class ConvertRecipe(Section):
-    """How a source becomes a recurrent-depth model."""
+    """The conversion of a source into a recurrent-depth model."""
 
     method: Literal["recursive", "retrofit", "mor", "universal"] | None = Field(
         None,
@@ -140,8 +141,8 @@ class ConvertRecipe(Section):
     )
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = Field(
         None,
-        description="of tied layers: evenly spaced, averaged, the first or the last source layers, or random (default: "
-        "stepwise, but average with a LoRA by svd of a quarter of hidden_size or more)",
+        description="start of tied layers: evenly spaced, averaged, the first or last source layers, or random "
+        "(default: stepwise, but average with a LoRA by svd of a quarter of hidden_size or more)",
     )
     sizes: Integers | None = Field(None, description="retrofit: P,C,D, the numbers of prelude, core and coda layers")
     layers: Layers | None = Field(None, description="retrofit: explicit layers instead of sizes")
@@ -180,15 +181,15 @@ class ConvertRecipe(Section):
     kv_policy: str = Field(
         "per-depth",
         description="keys and values of recurrences: per-depth, last-exited (deeper ones of tokens that exit early are "
-        "those of their exit), single, first, or modulo-k as modulo-4; all but per-depth change what is computed",
+        "those of their exit), single, first, or modulo-k as modulo-4; all but per-depth change the results",
     )
     exit: Exit | None = Field(None, description="the exit rule that serving uses by default")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="of the weights (default: the source's; of a GGUF file float32)"
+        None, description="type of the weights (default: the source's; of a GGUF file float32)"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
     seed: Integer = Field(
-        0, ge=0, lt=2**63, description="of random layers, the normal initial state and the tokens used to verify"
+        0, ge=0, lt=2**63, description="seed of random layers, the normal initial state and the tokens used to verify"
     )
 
     @model_validator(mode="after")
@@ -224,7 +225,7 @@ class ConvertRecipe(Section):
         return self
 
     def settle_init(self, hidden_size: int) -> None:
-        """Set `init` of tied layers where it is left out, by the rank of what the SVD puts back (docs/convert.md)."""
+        """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD (docs/convert.md)."""
         if self.method == "retrofit" or self.init is not None:
             return
         rank = max(self.lora.ranks().values()) if self.lora and self.lora.init != "zero" else 0

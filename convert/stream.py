@@ -1,25 +1,25 @@
-"""Models whose weights are read when a module runs and dropped after it: memory holds one module, never the model."""
+"""Models whose weights are read when a module runs and dropped after it: one module is in memory, never the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from .double import Double
 
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], torch.Tensor]  # a tensor by its name in the model
 
 
-def streamed(make: Callable[[], Any], read: Read, dtype: torch.dtype) -> Any:
-    """The model that `make()` builds, in eval mode and `dtype`, with weights `read(name)` module by module.
+def streamed(make: Callable[[], PreTrainedModel], read: Read, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `make()` builds, in eval mode and `dtype`; `read(name)` gives its weights, module by module.
 
-    Buffers that are computed (rotary tables) stand in memory; those that are stored are read at once. In float64, which
+    Buffers are in memory: computed ones (rotary tables) are computed, stored ones are read at once. In float64, which
     is computed under `Double`, embeddings and head keep their stored dtype: they are the greatest tensors.
     """
 
@@ -32,41 +32,49 @@ def streamed(make: Callable[[], Any], read: Read, dtype: torch.dtype) -> Any:
     stored = set(model.state_dict())
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, buffer in module._buffers.items():
-            if buffer is not None and prefix + name in stored:
-                module._buffers[name] = plain_read(prefix + name).to(buffer.dtype)
-        if module._parameters and type(module).forward is nn.Module.forward:  # never runs: others use its parameters
-            for name in module._parameters:
-                module._parameters[name] = _parameter(plain_read(prefix + name), dtype)
-        elif module._parameters:
+        prefix, parameters = f"{path}." if path else "", _own_parameters(module)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if prefix + name in stored:
+                setattr(module, name, plain_read(prefix + name).to(buffer.dtype))
+        if parameters and type(module).forward is nn.Module.forward:  # never called: others use its parameters
+            for name in parameters:
+                parameters[name] = _parameter(plain_read(prefix + name), dtype)
+        elif parameters:
             great = dtype == torch.float64 and (module is head or isinstance(module, nn.Embedding))
             _stream(module, prefix, plain_read, None if great else dtype)
     return model
 
 
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of `module` without its submodules', in the dict that torch reads them from."""
+    return module._parameters  # pyright: ignore[reportPrivateUsage]
+
+
 def _parameter(values: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter without gradient, in `dtype`; None keeps the type of the values."""
     return nn.Parameter(values if dtype is None else values.to(dtype), requires_grad=False)
 
 
 def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype | None) -> None:
-    empty = dict(module._parameters)
+    """Let `module` read its parameters before each call, and drop them after it."""
+    parameters = _own_parameters(module)
+    empty = dict(parameters)
 
     def fetch(*_: object) -> None:
         for name, parameter in empty.items():
             if parameter is not None:
-                module._parameters[name] = _parameter(read(prefix + name), dtype)
+                parameters[name] = _parameter(read(prefix + name), dtype)
 
     def drop(*_: object) -> None:
-        module._parameters.update(empty)
+        parameters.update(empty)
 
     module.register_forward_pre_hook(fetch)
     module.register_forward_hook(drop)
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made in this context have no memory; buffers do, as they are computed."""
+def _parameters_on_meta() -> Generator[None]:
+    """Parameters that are made within it have no memory; buffers do, as they are computed."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -1,35 +1,40 @@
-"""Every tensor of a converted checkpoint: its name, its shape, and how its values are made from the source's."""
+"""Every tensor of a converted checkpoint: its name, its shape, and the making of its values from the source's."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..model import RecurrentDepthConfig
 from ..model.injection import Injection
 from ..model.router import Router
 from ..model.source_layers import layer_list_name
-from .plan import Plan
-from .recipe import ConvertRecipe
-from .relax import LowRank
+from .plan import PARTS, Plan
+from .recipe import ConvertRecipe, Lora
+from .relax import LowRank, as_matrix
 from .source import SourceWeights
 from .write import Pending
 
-PARTS = ("prelude", "core", "coda")
-
 
 class Tensors:
-    """`pending`: the tensors of the output in the order in which they are written. `low_rank`: their LoRA factors, by
-    the name of the matrix. Values are made when they are written, from one source tensor (or a few) at a time."""
+    """The tensors of the output.
+
+    pending: all of them, in the order in which they are written. Values are made when they are written, from one source
+        tensor (or a few) at a time.
+    low_rank: the LoRA factors of each relaxed matrix, by its name `relaxation.N.PATH`.
+
+    source_model is on the meta device; dtype is the type of the output, None for the source's own types. Raises
+    UserError for layers to be averaged whose shapes differ.
+    """
 
     def __init__(
         self,
-        config: Any,
+        config: RecurrentDepthConfig,
         plan: Plan,
         recipe: ConvertRecipe,
         source_model: PreTrainedModel,
@@ -56,7 +61,7 @@ class Tensors:
             self._add_router()
 
     def errors(self) -> dict[str, float]:
-        """Share of what tying took away that the LoRA does not give back, by target: the greatest of all layers."""
+        """||W_source - W_tied - B A|| / ||W_source - W_tied|| by target, the greatest of all layers."""
         worst: dict[str, float] = {}
         for name, factors in self.low_rank.items():
             target = name.split(".", 2)[2]
@@ -65,20 +70,30 @@ class Tensors:
         return worst
 
     def _add(self, name: str, sources: list[str]) -> None:
+        """Add tensor `name`: the source's tensor, or the mean of several. Raises UserError for different shapes."""
         shapes = {tuple(self.weights.shape(source)) for source in sources}
         if len(shapes) > 1:
             raise UserError(f"{sources[0]} and the tensors to average it with differ in shape: {sorted(shapes)}")
         make = partial(_mean, self.weights, sources)
         self.pending.append(Pending(name, self._dtype_of(sources[0]), self.weights.shape(sources[0]), make, sources[0]))
 
+    @property
+    def dtype_of_new(self) -> torch.dtype:
+        """The type of tensors that no source has."""
+        assert isinstance(self.config.dtype, torch.dtype)
+        return self.config.dtype
+
     def _dtype_of(self, source: str) -> torch.dtype:
+        """The type of a tensor that is made from tensor `source`."""
         return self.dtype or self.weights.dtype(source)
 
     def _suffixes(self, layer: int) -> list[str]:
+        """The names of a source layer's parameters, within the layer."""
         first = f"{self.layers}{layer}."
         return [name.removeprefix(first) for name in self.weights.names() if name.startswith(first)]
 
     def _add_layer(self, part: str, n: int) -> None:
+        """Add the parameters of layer n of `part` that are the same at every depth."""
         parents = self.plan.parents[part][n]
         layer = getattr(self.plan, part)[n]
         relaxation = self.config.relaxation if part == "core" else None
@@ -95,53 +110,62 @@ class Tensors:
                 )
 
     def _random(self, n: int, suffix: str) -> torch.Tensor:
-        """Parameter `suffix` of core layer n, initialised as transformers does, by a seed of the layer's own."""
+        """Parameter `suffix` of core layer n, initialized as transformers does, by a seed of its own for the layer."""
         if self._fresh[0] != n:
             layer = copy.deepcopy(self.model.get_submodule(f"{self.layers}{self.plan.core[n]}")).to_empty(device="cpu")
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(_seed(self.recipe.seed, "random", n))
-                layer.apply(self.model._init_weights)
+                layer.apply(self.model._init_weights)  # pyright: ignore[reportPrivateUsage]
             self._fresh = (n, dict(layer.state_dict()))
         return self._fresh[1][suffix]
 
     def _add_relaxation(self, n: int) -> None:
+        """Add the parameters that core layer n has for itself at every depth, and its LoRA factors."""
         relaxation, plan, lora = self.config.relaxation, self.plan, self.recipe.lora
         assert lora is not None
+        assert relaxation is not None
         for suffix in relaxation["own"]:
             names = [f"{self.layers}{depth[n]}.{suffix}" for depth in plan.stands_for]
             shape = [len(names), *self.weights.shape(names[0])]
-            make = partial(lambda names: torch.stack([self.weights.read(name) for name in names]), names)
+            make = partial(_stacked, self.weights, names)
             self.pending.append(Pending(f"relaxation.{n}.{suffix}", self._dtype_of(names[0]), shape, make))
-        init = lora.init or ("zero" if self.recipe.method == "retrofit" or self.recipe.init == "random" else "svd")
         for path, rank in relaxation["rank"].items():
-            source = f"{self.layers}{plan.core[n]}.{path}.weight"
-            transposed = self.weights.is_transposed(source.removesuffix(".weight"))
-            kept = next(t for t in self.pending if t.name == f"core.{n}.{path}.weight")
+            self._add_factors(n, path, rank, relaxation["depths"], lora)
 
-            def matrix(values: torch.Tensor, transposed: bool = transposed) -> torch.Tensor:
-                return values.float().T if transposed else values.float()
+    def _add_factors(self, n: int, path: str, rank: int, depths: int, lora: Lora) -> None:
+        """Add the LoRA factors of module `path` of core layer n."""
+        zero = self.recipe.method == "retrofit" or self.recipe.init == "random"
+        source = f"{self.layers}{self.plan.core[n]}.{path}.weight"
+        transposed = self.weights.is_transposed(source.removesuffix(".weight"))
+        kept = next(t for t in self.pending if t.name == f"core.{n}.{path}.weight")
 
-            factors = LowRank(
-                rank=rank,
-                depths=relaxation["depths"],
-                init=init,
-                dora=lora.dora,
-                seed=_seed(self.recipe.seed, path, n),
-                tied=lambda kept=kept, matrix=matrix: matrix(kept.make().to(kept.dtype)),
-                lost=lambda depth, path=path, matrix=matrix: matrix(
-                    self.weights.read(f"{self.layers}{plan.stands_for[depth][n]}.{path}.weight")
-                ),
+        def tied() -> torch.Tensor:
+            return as_matrix(kept.make().to(kept.dtype), transposed)
+
+        def replaced(depth: int) -> torch.Tensor:
+            return as_matrix(
+                self.weights.read(f"{self.layers}{self.plan.stands_for[depth][n]}.{path}.weight"), transposed
             )
-            self.low_rank[f"relaxation.{n}.{path}"] = factors
-            out, width = self.weights.shape(source)[:: -1 if transposed else 1]
-            shapes = {"lora_A": [rank, width], "lora_B": [out, rank], "dora_magnitude": [out]}
-            for name in list(shapes)[: 3 if lora.dora else 2]:
-                shape = [relaxation["depths"], *shapes[name]]
-                make = partial(factors.take, name)
-                self.pending.append(Pending(f"relaxation.{n}.{path}.{name}", self._dtype_of(source), shape, make))
+
+        factors = LowRank(
+            rank=rank,
+            depths=depths,
+            init=lora.init or ("zero" if zero else "svd"),
+            dora=lora.dora,
+            seed=_seed(self.recipe.seed, path, n),
+            tied=tied,
+            replaced=replaced,
+        )
+        self.low_rank[f"relaxation.{n}.{path}"] = factors
+        out, width = self.weights.shape(source)[:: -1 if transposed else 1]
+        shapes = {"lora_A": [rank, width], "lora_B": [out, rank], "dora_magnitude": [out]}
+        for name in list(shapes)[: 3 if lora.dora else 2]:
+            shape, make = [depths, *shapes[name]], partial(factors.take, name)
+            self.pending.append(Pending(f"relaxation.{n}.{path}.{name}", self._dtype_of(source), shape, make))
 
     def _add_injection(self) -> None:
-        width, dtype, injection = self.config.source_config.hidden_size, self.config.dtype, self.plan.injection
+        """Add injection, recurrence encoding, halting gate and recurrence norm, with values that keep the source."""
+        width, dtype, injection = self.config.source_config.hidden_size, self.dtype_of_new, self.plan.injection
         if injection == "linear":
             make = partial(Injection.preserving_weight, width, self.plan.state_init)
             self.pending.append(Pending("injection.weight", dtype, [width, 2 * width], make))
@@ -157,26 +181,32 @@ class Tensors:
             self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
 
     def _add_router(self) -> None:
-        """Random, as the paper's authors start it, by a seed of its own."""
+        """Add the router: random, as the paper's authors start it, by a seed of its own."""
+        assert self.config.router is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.recipe.seed, "router"))
             router = Router(self.config.source_config.hidden_size, self.config.router)
             router.reset_parameters(self.config.initializer_std)
         for name, tensor in router.state_dict().items():
             make = partial(torch.clone, tensor)
-            self.pending.append(Pending(f"router.{name}", self.config.dtype, list(tensor.shape), make))
+            self.pending.append(Pending(f"router.{name}", self.dtype_of_new, list(tensor.shape), make))
 
 
 def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:
-    """The tensor of that name, or the mean of several, summed in float32."""
+    """The tensor of the only name, or the mean of several, summed in float32."""
     if len(names) == 1:
         return weights.read(names[0])
     total = weights.read(names[0]).float()
     for name in names[1:]:
-        total = total + weights.read(name).float()  # not in place: a tensor read in float32 is the mapped file itself
+        total = total + weights.read(name).float()  # not in place: a float32 tensor is the mapped file itself
     return total / len(names)
 
 
+def _stacked(weights: SourceWeights, names: list[str]) -> torch.Tensor:
+    """The tensors of these names in one, by depth."""
+    return torch.stack([weights.read(name) for name in names])
+
+
 def _seed(seed: int, *what: object) -> int:
-    """A seed of its own for each purpose, a function of the recipe's alone."""
+    """A seed for the purpose `what`, a function of it and the recipe's seed alone."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=7).digest(), "big")

@@ -1,7 +1,7 @@
-"""A source's tokenizer: loaded as transformers loads it, written, and compared with what the output loads.
+"""A source's tokenizer: loaded as transformers loads it, written, and compared with the one that the output loads.
 
 AutoTokenizer chooses a class by the model_type beside the files, so the same files give another tokenizer beside
-another config. What is written is therefore the tokenizer that the source loads, with the name of its class.
+another config. So the tokenizer that the source loads is written, with the name of its class.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..carried import SETTINGS, VOCABULARY, check_tokenizer_inside, refuse_code
 from ..checkpoint import read_json
 from ..errors import UserError, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE = (
     "The quick  brown fox\tjumps over 3 lazy dogs.\n\n  It's 10:45, isn't it? 1234567890 3.14159e-10 \r\n",
@@ -28,11 +31,11 @@ INPUTS = ("model_input_names", "padding_side", "model_max_length")
 CHAT = [{"role": "user", "content": "Why?  Because\n3 😀"}, {"role": "assistant", "content": " It is so."}]
 
 
-def load_tokenizer(path: Path, name: str = "") -> Any:
-    """The tokenizer of the checkpoint in the directory `path`, as transformers chooses it; None where it brings none.
+def load_tokenizer(path: Path, name: str = "") -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the checkpoint in the directory `path`, as transformers chooses it; None where it has none.
 
-    `name` is what the user called the checkpoint: for some hub ids transformers knows a better class. Raises UserError
-    for files that cannot be loaded, for links out of the checkpoint, and for a tokenizer that needs code of its own.
+    name: the checkpoint as the user named it: for some hub ids transformers has a better class. Raises UserError for
+    files that cannot be loaded, for links out of the checkpoint, and for a tokenizer that needs code of its own.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -43,19 +46,19 @@ def load_tokenizer(path: Path, name: str = "") -> Any:
     refuse_code(read_json(settings) if settings.is_file() else {}, path)
     try:
         try:
-            config: Any = AutoConfig.from_pretrained(path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         except (ValueError, OSError):  # a model_type that transformers lacks
             config = PreTrainedConfig.from_pretrained(path)
-        config._name_or_path = name or str(path)
+        config._name_or_path = name or str(path)  # pyright: ignore[reportPrivateUsage]
         return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, mistral_format=False)
-    except Exception as error:  # the tokenizers of transformers share no base class for what they find wrong with files
+    except Exception as error:  # transformers' tokenizers share no base class for errors in files
         raise UserError(
             f"{path}: its tokenizer cannot be loaded ({reason(error)}); repair its files, or convert without them"
         ) from None
 
 
-def write_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write `tokenizer` to `directory`, whose config.json is there, and compare what transformers loads from it.
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write `tokenizer` into `directory`, which has a config.json, and compare it with the one that loads from there.
 
     It is written with its own class; where that class does not rebuild it from its own files, with the generic one,
     which takes tokenizer.json as it is. Raises UserError, naming the first difference, where both load as another one.
@@ -73,7 +76,8 @@ def write_tokenizer(tokenizer: Any, directory: Path) -> None:
         raise UserError(f"the output's tokenizer is not the source's: {differs}; nothing was written")
 
 
-def _compared(tokenizer: Any, directory: Path) -> str | None:
+def _compared(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str | None:
+    """The first difference of the tokenizer that transformers loads from `directory`; None where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -83,12 +87,17 @@ def _compared(tokenizer: Any, directory: Path) -> str | None:
     return difference(tokenizer, written)
 
 
-def difference(a: Any, b: Any) -> str | None:
-    """The first thing in which tokenizer `b` differs from `a`, in words; None where they are equal.
+def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """The first difference of tokenizer `b` from `a`, in words; None where they are equal.
 
     Compared are special tokens, vocabularies, ids and decoded text of a sample with every added token, spaces,
-    newlines, digits, non-Latin text and emoji, and what the chat template makes of a conversation.
+    newlines, digits, non-Latin text and emoji, and a conversation in the chat template.
     """
+    return _different_tokens(a, b) or _different_texts(a, b) or _different_chats(a, b)
+
+
+def _different_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """The first difference in special tokens, settings, vocabulary and chat template."""
     if a.special_tokens_map != b.special_tokens_map:
         names = sorted({*a.special_tokens_map, *b.special_tokens_map})
         name = next(name for name in names if a.special_tokens_map.get(name) != b.special_tokens_map.get(name))
@@ -100,8 +109,11 @@ def difference(a: Any, b: Any) -> str | None:
     if wrong := sorted(token for token, _ in vocabularies[0].items() ^ vocabularies[1].items()):
         ids = [vocabulary.get(wrong[0]) for vocabulary in vocabularies]
         return f"{wrong[0]!r} is {ids[1]}, not {ids[0]}"
-    if a.chat_template != b.chat_template:
-        return "its chat template is another one"
+    return "its chat template is another one" if a.chat_template != b.chat_template else None
+
+
+def _different_texts(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """The first difference in the ids of a text, and in the text that they are decoded to."""
     for text in _texts(a, b):
         for special in (True, False):
             ids, other = (_tried(_ids, t, text, special) for t in (a, b))
@@ -110,33 +122,42 @@ def difference(a: Any, b: Any) -> str | None:
                 near = text if len(text) < 60 else text[:60] + "..."
                 return f"{near!r} becomes {other[at : at + 4]} ... at token {at}, not {ids[at : at + 4]}"
             for skip in (True, False) if isinstance(ids, list) else ():
-                said, echoed = (_tried(t.decode, ids, skip_special_tokens=skip) for t in (a, b))
-                if said != echoed:
-                    return f"it decodes {ids[:8]} ... as {echoed[:40]!r}, not {said[:40]!r}"
-    for prompt in (True, False):
-        said, echoed = (
-            _tried(t.apply_chat_template, CHAT, tokenize=False, add_generation_prompt=prompt) for t in (a, b)
-        )
-        if said != echoed:
-            return f"its chat template makes {echoed[:60]!r}, not {said[:60]!r}"
+                decoded, redecoded = (_tried(t.decode, ids, skip_special_tokens=skip) for t in (a, b))
+                if decoded != redecoded:
+                    return f"it decodes {ids[:8]} ... as {redecoded[:40]!r}, not {decoded[:40]!r}"
     return None
 
 
-def _texts(a: Any, b: Any) -> Iterator[str]:
+def _different_chats(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """The first difference in a conversation in the chat template."""
+    for prompt in (True, False):
+        made, remade = (
+            _tried(t.apply_chat_template, CHAT, tokenize=False, add_generation_prompt=prompt) for t in (a, b)
+        )
+        if made != remade:
+            return f"its chat template makes {remade[:60]!r}, not {made[:60]!r}"
+    return None
+
+
+def _texts(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The sample, then every added token within text and beside others."""
     yield from SAMPLE
-    added = sorted({*a.get_added_vocab(), *b.get_added_vocab()})
+    both: tuple[Any, ...] = (a, b)
+    added = sorted({token for tokenizer in both for token in tokenizer.get_added_vocab()})
     for start in range(0, len(added), 64):
         part = added[start : start + 64]
         yield "".join(f"a{token} {token}\n{token}1" for token in part)
         yield "".join(part)
 
 
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """The ids of `text`, with special tokens added or without."""
+    call: Any = tokenizer
+    return list(call(text, add_special_tokens=special)["input_ids"])
 
 
 def _tried(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of `call`, or its error in words: a template may refuse a conversation, a tokenizer a text."""
+    """The result of `call`, or its error as text: a template may refuse a conversation, a tokenizer a text."""
     try:
         return call(*args, **kwargs)
     except Exception as error:

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+from ..model import RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from ..unroll import config_with_layers
 from .agreement import WAY_OUT, Logits, agreement
+from .dtypes import dtype_name
 from .expected import Expected, check_tensors
 from .plan import Plan
 from .relax import merged
-from .source import SourceWeights, empty_model
+from .source import SourceWeights
+from .source_config import empty_model
 from .stream import streamed
 from .write import Pending
 
-DEPTH = 4  # checked no deeper: every recurrence computes the same
+DEPTH = 4  # recurrences that are verified: every further one computes the same
+LENGTH = 32  # tokens of a sequence on which logits are compared
 
 
 def verify(
     directory: Path,
     plan: Plan,
-    source_config: Any,
     weights: SourceWeights,
     pending: list[Pending],
     dtype: torch.dtype | None,
     seed: int,
     zero_lora: bool = False,
 ) -> dict[str, float]:
-    """Largest difference between the logits of the checkpoint in `directory`, reloaded, and of a plain model of the
-    source architecture in which the source's layers are written out, by the dtype in which both computed them.
+    """Compare the checkpoint in `directory` with the source's layers: the largest difference of logits, by dtype.
 
-    First every tensor is compared with the source's (see `check_tensors`). Then both models, which hold one module's
-    weights at a time, run on two random sequences, one padded on the left, and are to agree (see `agreement`): at one
-    recurrence, and where more are layers written out and nothing else, also at the plan's R (at most DEPTH). An
-    injection is checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else zeros;
-    from the model's own state the logits must be finite. So they must with a router, and the comparison, as the source
-    has none, is without it. Layers that started at random, and LoRA factors, are taken from the checkpoint. Raises
-    UserError where the two differ by more than rounding.
+    First every tensor is compared with the source's (see `check_tensors`). Then the checkpoint, reloaded, and a plain
+    model of the source architecture with the source's layers written out run on two random sequences, one padded on
+    the left. One module's weights are in memory at a time. Their logits are to agree (see `agreement`) at one
+    recurrence; where more recurrences are layers and nothing else, also at the plan's R (at most DEPTH).
+
+    An injection is checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else
+    zeros. A router is left out of the comparison, as the source has none. With both, logits from the model's own state
+    are to be finite. Random layers and LoRA factors are taken from the checkpoint. Raises UserError where the two
+    differ by more than rounding.
     """
+    source_config = weights.config
     ids, mask = sample(source_config, seed)
     deep = min(plan.num_recurrences, DEPTH)
     with torch.device("meta"):
@@ -54,11 +59,11 @@ def verify(
     with reloaded(directory) as (model, written), torch.no_grad():
         check_tensors(written, expected, pending, zero_lora)
         at = plan.num_recurrences if model.config.router else deep
-        own = model(ids, attention_mask=mask, num_recurrences=at, use_cache=False).logits
-        if not own[mask.bool()].isfinite().all():
+        found = model(ids, attention_mask=mask, num_recurrences=at, use_cache=False).logits
+        if not found[mask.bool()].isfinite().all():
             raise UserError(
                 f"verification failed: from its initial state ({plan.state_init}), at {at} recurrences, the model's "
-                f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; {WAY_OUT}"
+                f"logits are not finite in {dtype_name(model.dtype)}; {WAY_OUT}"
             )
     plain = plan.injection == "none" and not plan.recurrence_residual and plan.halting == "none"
     from_input = plan.state_init == "input" and plan.injection != "add"
@@ -71,15 +76,15 @@ def verify(
                 reference = _written_out(expected, source_config, written, depth, dtype)
                 want = reference(ids, attention_mask=mask, use_cache=False)
                 got = model(ids, attention_mask=mask, num_recurrences=depth, initial_state=state, use_cache=False)
-                what = f"at {depth} recurrences the written model, reloaded, and the source's layers written out"
-                yield Logits(what, got.logits[mask.bool()], want.logits[mask.bool()])
+                title = f"at {depth} recurrences the written model, reloaded, and the source's layers written out"
+                yield Logits(title, got.logits[mask.bool()], want.logits[mask.bool()])
 
     return agreement(logits, model.dtype)
 
 
-def sample(config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(config: PreTrainedConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random token ids and their mask, both [2, T]: the first sequence is padded on the left."""
-    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[0, : length // 3] = 0
@@ -87,23 +92,35 @@ def sample(config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def reloaded(directory: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[Any, SourceWeights]]:
-    """The model of the checkpoint in `directory`, in `dtype` or its own, its weights read when used; and these."""
-    config: Any = AutoConfig.from_pretrained(directory)
+def reloaded(
+    directory: Path, dtype: torch.dtype | None = None
+) -> Generator[tuple[RecurrentDepthForCausalLM, SourceWeights]]:
+    """The model of the checkpoint in `directory` and its weights, which it reads when it runs.
+
+    dtype: the type in which it computes; None for that of its config. A plain checkpoint gives a plain model.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         empty = empty_model(config)
     with SourceWeights(directory, empty) as weights:
-        yield streamed(lambda: empty_model(config), weights.read, dtype or config.dtype), weights
+        stored: Any = config.dtype
+        model: Any = streamed(lambda: empty_model(config), weights.read, dtype or stored)
+        yield model, weights
 
 
-def _written_out(expected: Expected, source_config: Any, written: SourceWeights, depth: int, dtype: torch.dtype) -> Any:
-    """The source architecture with prelude, `depth` times the core, and coda as layers of its own."""
-    plan = expected.plan
-    places = written.config.order(depth)
+def _written_out(
+    expected: Expected, source_config: PreTrainedConfig, written: SourceWeights, depth: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The source architecture with prelude, `depth` times the core, and coda as layers of its own.
+
+    It shares no code with the recurrence of the model, whose oracle it is.
+    """
+    plan, recurrent = expected.plan, written.recurrent_config
+    places = recurrent.order(depth)
     config = config_with_layers(source_config, [getattr(plan, part)[n] for part, n, _ in places])
     with torch.device("meta"):
         layers = layer_list_name(empty_model(config), config.num_hidden_layers) + "."
-    relaxation = written.config.relaxation or {"rank": {}, "own": []}
+    relaxation = recurrent.relaxation or {"rank": {}, "own": []}
 
     def read(name: str) -> torch.Tensor:
         if not name.startswith(layers):
@@ -125,12 +142,14 @@ def _written_out(expected: Expected, source_config: Any, written: SourceWeights,
     if plan.recurrence_norm == "each":
         for number, (part, n, _) in enumerate(places):
             if part == "core" and n == len(plan.core) - 1:
-                model.get_submodule(f"{layers}{number}").register_forward_hook(_normed(written.config.norm_eps))
+                model.get_submodule(f"{layers}{number}").register_forward_hook(_rms_norm_hook(recurrent.norm_eps))
     return model
 
 
-def _normed(eps: float) -> Any:
-    def hook(layer: nn.Module, args: tuple, out: Any) -> Any:
+def _rms_norm_hook(eps: float) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that norms a layer's hidden states: a new recurrence norm has weights of one."""
+
+    def hook(layer: nn.Module, args: Any, out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
         normed = nn.functional.rms_norm(first, first.shape[-1:], None, eps)
         return (normed, *out[1:]) if isinstance(out, tuple) else normed

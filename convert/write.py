@@ -6,21 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from .dtypes import TO_SAFETENSORS, dtype_name
 
 SHARD_BYTES = 5 * 1000**3
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor to write: its name, type and shape now, its values when `make` is called.
+    """A tensor to write: name, type and shape are known, values are made when `make` is called.
 
-    `source` names the tensor that they come from, where that is one.
+    source: the names on disk that its values come from, for error lines; "" where there are none.
     """
 
     name: str
@@ -31,13 +32,15 @@ class Pending:
 
     @property
     def bytes(self) -> int:
+        """Size of the values on disk."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def write_weights(tensors: list[Pending], directory: Path, show_progress: bool, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `tensors` as model.safetensors, or as numbered shards and an index. Holds one tensor at a time.
+    """Write `tensors` into `directory` as model.safetensors, or as numbered shards and an index.
 
-    safetensors' own writer wants a whole shard in memory; its format is a JSON header and the bytes in order.
+    One tensor is in memory at a time. safetensors' own writer needs a whole shard; the format is a JSON header and the
+    bytes in order. Raises UserError for values that are not finite in the type of the tensor.
     """
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:
@@ -57,14 +60,19 @@ def write_weights(tensors: list[Pending], directory: Path, show_progress: bool, 
             _write_shard(shard, directory / name, progress)
 
 
-def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
+def _write_shard(tensors: list[Pending], path: Path, progress: tqdm[Any]) -> None:
+    """Write one shard to `path`, and count its bytes in `progress`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:
-        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": [offset, offset + t.bytes]}
+        header[t.name] = {
+            "dtype": TO_SAFETENSORS[t.dtype],
+            "shape": t.shape,
+            "data_offsets": [offset, offset + t.bytes],
+        }
         offset += t.bytes
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # the data start on a cache line: some kernels round by alignment
+    text += b" " * (-(8 + len(text)) % 64)  # aligned to a cache line: some kernels round by alignment
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
@@ -78,22 +86,23 @@ def _write_shard(tensors: list[Pending], path: Path, progress: tqdm) -> None:
 
 
 def _is_finite(values: torch.Tensor) -> bool:
+    """True where all values are finite: the least and the greatest are."""
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 def _why_not_finite(tensor: Pending, made: torch.Tensor) -> str:
-    """Why `made`, in the type of `tensor`, is not finite: it was not before, or it leaves that type's range."""
+    """The error line for values `made` that are not finite, or exceed the range of the type of `tensor`."""
     name = tensor.source or tensor.name
     if not _is_finite(made):
         return f"{name} has values that are not finite (NaN or infinity)"
     value = made.flatten()[made.abs().argmax()].item()
     wide = [
-        f"dtype={str(kind).removeprefix('torch.')}"
+        f"dtype={dtype_name(kind)}"
         for kind in (torch.float16, torch.bfloat16, torch.float32)
         if kind != tensor.dtype and abs(value) <= torch.finfo(kind).max
     ]
     return (
-        f"{name} has a value of {value:.6g}, and {str(tensor.dtype).removeprefix('torch.')} ends at "
+        f"{name} has a value of {value:.6g}, and {dtype_name(tensor.dtype)} ends at "
         f"{torch.finfo(tensor.dtype).max:.6g}: "
         + (f"use {' or '.join(wide)}" if wide else "no type of a model holds it")
     )

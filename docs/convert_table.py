@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from loopwise.convert import ConvertRecipe, convert  # noqa: E402
 from loopwise.convert.architectures import SUPPORTED  # noqa: E402
 from loopwise.convert.relax import projections  # noqa: E402
-from loopwise.convert.source import empty_model  # noqa: E402
+from loopwise.convert.source_config import empty_model  # noqa: E402
 from loopwise.errors import UserError  # noqa: E402
 from loopwise.model.source_layers import layer_list_name  # noqa: E402
 from loopwise.recipe import validate  # noqa: E402

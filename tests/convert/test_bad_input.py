@@ -18,24 +18,13 @@ from transformers import PreTrainedTokenizerFast, modeling_utils
 
 from loopwise.cli import main
 from loopwise.directory import is_ours
+from tests.helpers.convert import refused
 from tests.helpers.tiny import save_source
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return save_source(tmp_path_factory.mktemp("source") / "llama")
-
-
-def refused(capsys, folder: Path, *argv: object) -> str:
-    """Run convert, which must fail with one line on stderr and leave `folder` as it was; the line is returned."""
-    before = sorted(folder.rglob("*"))
-    assert main(["convert", *map(str, argv)]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1, printed.err
-    assert printed.err.startswith("loopwise: error: ")
-    assert printed.out == ""
-    assert sorted(folder.rglob("*")) == before
-    return printed.err
 
 
 def broken(source: Path, folder: Path) -> Path:
@@ -325,13 +314,13 @@ def test_only_what_is_ours_is_removed_beside_the_output(tmp_path, source):
 
 def test_what_is_being_made_has_a_record_from_the_start(tmp_path, source, monkeypatch):
     """So that the next call may remove what a killed one left, and nothing that looks like it."""
-    import loopwise.convert.surgery as surgery
+    import loopwise.convert.conversion as conversion
 
     def killed(config, directory):
         assert is_ours(directory)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(surgery, "_save_config", killed)
+    monkeypatch.setattr(conversion, "save_config", killed)
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]) == 130
     assert not [*tmp_path.iterdir()]
 
@@ -416,10 +405,10 @@ def test_what_is_only_named_as_a_killed_call_s_stays_where_it_is(tmp_path, sourc
 
 
 def test_a_source_file_that_cannot_be_read_again(capsys, tmp_path, source, monkeypatch):
-    import loopwise.convert.surgery as surgery
+    import loopwise.convert.conversion as conversion
 
-    hashing = surgery.hashing
-    monkeypatch.setattr(surgery, "hashing", lambda files: hashing([*files, tmp_path / "gone"]))
+    hashing = conversion.hashing
+    monkeypatch.setattr(conversion, "hashing", lambda files: hashing([*files, tmp_path / "gone"]))
     line = refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
     assert "gone cannot be read" in line
 
@@ -491,7 +480,7 @@ def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job starts without
         "def slow(*args):\n    print('writing', flush=True)\n    time.sleep(60)\n"
-        "import loopwise.convert.surgery as surgery\nsurgery.write_weights = slow\n"
+        "import loopwise.convert.conversion as conversion\nconversion.write_weights = slow\n"
         "from loopwise.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     argv = ["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1"]
@@ -517,12 +506,12 @@ def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
 
 
 def test_a_full_disk_is_named(capsys, tmp_path, source, monkeypatch):
-    from loopwise.convert import surgery
+    from loopwise.convert import conversion
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(surgery, "write_weights", full)
+    monkeypatch.setattr(conversion, "write_weights", full)
     assert "No space left" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +15,8 @@ from loopwise.convert.architectures import SUPPORTED
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.errors import UserError
 from loopwise.recipe import RECIPES, validate
-from tests.helpers.tiny import ARCHITECTURES, VOCAB, load_source, save_source, source_model
-
-EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
-
-
-def run(source: Path, out: Path, **keys: Any) -> Any:
-    """Convert and load the result."""
-    convert(source, out, validate(ConvertRecipe, keys))
-    return AutoModelForCausalLM.from_pretrained(out).eval()
-
-
-def tokens(padded: bool = True) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :7] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+from tests.helpers.convert import EVERY_LAYER, run, tokens
+from tests.helpers.tiny import ARCHITECTURES, load_source, save_source, source_model
 
 
 def written_out(model_type: str, layers: list[int]) -> Any:

@@ -10,7 +10,7 @@ from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
 from loopwise.recipe import validate
-from tests.convert.test_convert import EVERY_LAYER, tokens
+from tests.helpers.convert import EVERY_LAYER, tokens
 from tests.helpers.tiny import save_source
 
 

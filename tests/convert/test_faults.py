@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,27 +10,14 @@ import pytest
 import torch
 
 from loopwise.cli import main
-from loopwise.convert import ConvertRecipe, convert, export, relax, surgery
+from loopwise.convert import ConvertRecipe, conversion, convert, export, relax
 from loopwise.convert.architectures import SUPPORTED
-from loopwise.convert.surgery import _convert, _save_config
 from loopwise.convert.write import write_weights
 from loopwise.errors import UserError
 from loopwise.recipe import validate
-from tests.convert.faults import FAULTS, changed, configured, one_more, put, read, says, scaled
-from tests.convert.test_import import source
+from tests.helpers.convert import RELAXED, source, written
+from tests.helpers.faults import FAULTS, changed, configured, one_more, put, read, says, scaled
 from tests.helpers.tiny import save_source
-
-RELAXED = {"method": "recursive", "loops": 2, "init": "average", "lora": {"rank": 8}}
-
-
-@contextmanager
-def written(source: Path, out: Path, **keys: Any):
-    """A conversion that was written to `out` and is still to be verified."""
-    with _convert(source, validate(ConvertRecipe, keys)) as made:
-        out.mkdir()
-        write_weights(made.pending, out, show_progress=False)
-        _save_config(made.config, out)
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +159,13 @@ def test_faults_of_an_export_are_found(tmp_path):
 
 @pytest.mark.parametrize(("name", "tensor"), [("olmo", "core.0.mlp.up_proj.weight"), ("mor-token", "router.bias")])
 def test_faults_of_an_import_are_found(name, tensor, capsys, tmp_path):
-    write = surgery.write_weights
+    write = conversion.write_weights
 
     def damaged(tensors: Any, directory: Path, show_progress: bool) -> None:
         write(tensors, directory, show_progress)
         put(directory, tensor, one_more(read(directory, tensor)))
 
-    with mock.patch.object(surgery, "write_weights", damaged):
+    with mock.patch.object(conversion, "write_weights", damaged):
         assert main(["convert", str(source(name, tmp_path / "source")), str(tmp_path / "out")]) == 2
     assert f"verification failed: tensor {tensor}" in capsys.readouterr().err
 

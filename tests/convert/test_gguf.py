@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.cli import main
-from loopwise.convert.source import SourceWeights, empty_model, read_config
+from loopwise.convert.source import SourceWeights
+from loopwise.convert.source_config import empty_model, read_config
 from loopwise.gguf_source import unpacked
 from loopwise.train.pretrained import load_model
-from tests.convert.test_bad_input import refused
-from tests.convert.test_convert import tokens
-from tests.gguf_files import CHAT, FAMILIES, family_model, write_gguf
+from tests.helpers.convert import refused, tokens
+from tests.helpers.gguf_files import CHAT, FAMILIES, family_model, write_gguf
 from tests.helpers.tiny import VOCAB, attention
 
 EVERY_LAYER = ("sizes=1,3,2", "injection=none", "num_recurrences=1")

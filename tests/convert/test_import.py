@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from loopwise.cli import main
+from loopwise.convert import formats
+from tests.helpers.convert import GOLDEN, expected, golden_formats, import_refused, source
 
-GOLDEN = Path(__file__).parent / "golden"
-FORMATS = {"huginn": "Huginn", "llama": "retrofitted Llama", "olmo": "retrofitted OLMo", "ouro": "Ouro"}
-
-
-def source(name: str, folder: Path) -> Path:
-    folder.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(GOLDEN / name / file, folder)
-    return folder
-
-
-def expected(name: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / name / "expected.safetensors")
+# Golden folder -> its format. The routed ones are those of test_mor.py.
+FORMATS = {name: kind for name, kind in golden_formats().items() if "MoR" not in kind}
 
 
 def imported(name: str, folder: Path) -> Any:
     assert main(["convert", str(source(name, folder / "source")), str(folder / "out")]) == 0
     return AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+
+
+def test_every_format_has_a_golden_checkpoint():
+    assert {kind.name for kind in formats.FORMATS} == set(golden_formats().values())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -49,7 +43,7 @@ def test_equals_the_authors_code(name, tmp_path):
         mask = torch.ones(2, 15, dtype=torch.long)  # the authors' code knows no padding
         mask[:, :3] = 0
         padded = torch.cat([ids.new_zeros(2, 3), ids], 1)
-        shifted = None if state is None else torch.cat([torch.zeros(2, 3, 32), state], 1)
+        shifted = None if state is None else torch.cat([torch.zeros(2, 3, state.shape[-1]), state], 1)
         got = model(padded, attention_mask=mask, num_recurrences=4, initial_state=shifted).logits[:, 3:]
         torch.testing.assert_close(got, want["logits_4"], rtol=0, atol=1e-4)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -83,14 +77,6 @@ def test_what_the_checkpoint_says_is_kept(tmp_path):
     assert config.source_config.num_key_value_heads == 2
 
 
-def refused(capsys, folder: Path, out: Path, *keys: str) -> str:
-    assert main(["convert", str(folder), str(out), *keys]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert not out.exists()
-    return line
-
-
 def test_other_tensors_are_refused(capsys, tmp_path):
     folder, out = source("huginn", tmp_path / "source"), tmp_path / "out"
     tensors = load_file(folder / "model.safetensors")
@@ -99,11 +85,11 @@ def test_other_tensors_are_refused(capsys, tmp_path):
         save_file(changed, folder / "model.safetensors")
 
     save({**tensors, "transformer.extra.weight": torch.zeros(2)})
-    assert "transformer.extra.weight is not one of a Huginn checkpoint" in refused(capsys, folder, out)
+    assert "transformer.extra.weight is not one of a Huginn checkpoint" in import_refused(capsys, folder, out)
     save({name: tensor for name, tensor in tensors.items() if name != "transformer.coda.0.mlp.fc.weight"})
-    assert "transformer.coda.0.mlp.fc.weight, and this one lacks it" in refused(capsys, folder, out)
+    assert "transformer.coda.0.mlp.fc.weight, and this one lacks it" in import_refused(capsys, folder, out)
     save({"transformer.h.0.weight": torch.zeros(2)})
-    line = refused(capsys, folder, out)
+    line = import_refused(capsys, folder, out)
     assert "no known format" in line
     for name in FORMATS.values():
         assert f"{name}: " in line
@@ -121,27 +107,27 @@ def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_
         for wrong in (torch.zeros(first + 1, *rest), torch.zeros(first, *rest, 2), *([] if optional else [None])):
             changed = {**tensors, tensor: wrong}
             save_file({key: value for key, value in changed.items() if value is not None}, folder / "model.safetensors")
-            line = refused(capsys, folder, out, "--dry-run")
+            line = import_refused(capsys, folder, out, "--dry-run")
             assert wrong is None or tensor.rpartition(".")[2] in line
     save_file(tensors, folder / "model.safetensors")
     for key, value in (("intermediate_size", -1), ("intermediate_size", "x"), ("vocab_size", 63)):
         (folder / "config.json").write_text(json.dumps({**json.loads(config), key: value, "padded_vocab_size": None}))
-        refused(capsys, folder, out, "--dry-run")
+        import_refused(capsys, folder, out, "--dry-run")
 
 
 def test_other_keys_and_configs_are_refused(capsys, tmp_path):
     folder, out = source("llama", tmp_path / "source"), tmp_path / "out"
-    assert "leave out sizes" in refused(capsys, folder, out, "sizes=1,2,1")
-    assert "leave out lora" in refused(capsys, folder, out, "lora.rank=4")
+    assert "leave out sizes" in import_refused(capsys, folder, out, "sizes=1,2,1")
+    assert "leave out lora" in import_refused(capsys, folder, out, "lora.rank=4")
     fields = json.loads((folder / "config.json").read_text())
     del fields["intermediate_size"]
     (folder / "config.json").write_text(json.dumps(fields))
-    assert "lacks 'intermediate_size'" in refused(capsys, folder, out)
+    assert "lacks 'intermediate_size'" in import_refused(capsys, folder, out)
 
 
 def test_an_import_is_verified(capsys, tmp_path, monkeypatch):
-    from loopwise.convert import imports
+    from loopwise.convert import import_checkpoint
 
     folder, out = source("olmo", tmp_path / "source"), tmp_path / "out"
-    monkeypatch.setattr(imports, "_make", lambda raw, names, change: change(*map(raw.read, names)) * 1.01)
-    assert "verification failed" in refused(capsys, folder, out)
+    monkeypatch.setattr(import_checkpoint, "_make", lambda raw, names, change: change(*map(raw.read, names)) * 1.01)
+    assert "verification failed" in import_refused(capsys, folder, out)

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
-from tests.convert.test_convert import run, tokens
-from tests.convert.test_import import expected, refused, source
+from tests.helpers.convert import expected, import_refused, run, source, tokens
 from tests.helpers.tiny import ARCHITECTURES, save_source, tokenizer
 
 ROUTING = {  # what their training configuration said
@@ -72,18 +71,20 @@ def test_what_the_checkpoint_says_is_kept(tmp_path):
 
 def test_what_the_tensors_deny_is_refused(capsys, tmp_path):
     folder, out = source("mor-expert", tmp_path / "source"), tmp_path / "out"
-    assert "router.kind=token: the checkpoint's tensors say expert" in refused(capsys, folder, out, "router.kind=token")
-    assert "leave out sizes" in refused(capsys, folder, out, "sizes=1,2,1")
-    assert "router.capacity=[1.0, 0.5]: 3 numbers" in refused(capsys, folder, out, "router.capacity=1,0.5")
+    assert "router.kind=token: by the checkpoint's tensors it is expert" in import_refused(
+        capsys, folder, out, "router.kind=token"
+    )
+    assert "leave out sizes" in import_refused(capsys, folder, out, "sizes=1,2,1")
+    assert "router.capacity=[1.0, 0.5]: 3 numbers" in import_refused(capsys, folder, out, "router.capacity=1,0.5")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mor_router.router.weight"]
     save_file(tensors, folder / "model.safetensors")
-    assert "model.layers.2.mor_router.router.weight, and this one lacks it" in refused(capsys, folder, out)
+    assert "model.layers.2.mor_router.router.weight, and this one lacks it" in import_refused(capsys, folder, out)
     folder = source("mor-expert-shared-kv", tmp_path / "other")
     fields = json.loads((folder / "config.json").read_text())
     fields["kv_sharing"]["update_cache"] = True
     (folder / "config.json").write_text(json.dumps(fields))
-    assert "kv_sharing.update_cache" in refused(capsys, folder, out)
+    assert "kv_sharing.update_cache" in import_refused(capsys, folder, out)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -199,9 +200,9 @@ def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path, monkeypatch):
 )
 def test_bad_routers(keys, message, capsys, tmp_path):
     folder = save_source(tmp_path / "source")
-    assert message in refused(capsys, folder, tmp_path / "out", "method=mor", "loops=2", *keys)
+    assert message in import_refused(capsys, folder, tmp_path / "out", "method=mor", "loops=2", *keys)
 
 
 def test_loops_are_needed(capsys, tmp_path):
     folder = save_source(tmp_path / "source")
-    assert "method=mor needs loops=B" in refused(capsys, folder, tmp_path / "out", "method=mor")
+    assert "method=mor needs loops=B" in import_refused(capsys, folder, tmp_path / "out", "method=mor")

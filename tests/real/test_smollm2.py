@@ -25,7 +25,7 @@ def converted(smollm2: Path, tmp_path_factory) -> tuple[Path, int]:
     out = tmp_path_factory.mktemp("converted") / "out"
     program = f"""if True:
         import resource, sys
-        import loopwise.convert.surgery
+        import loopwise.convert.pipeline
         from loopwise.cli import main
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         code = main(["convert", {str(smollm2)!r}, {str(out)!r}, "sizes=10,10,10", "--no-verify"])

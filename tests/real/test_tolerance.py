@@ -13,8 +13,8 @@ from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
 from loopwise.errors import UserError
 from loopwise.recipe import validate
-from tests.convert.faults import FAULTS
-from tests.convert.test_faults import RELAXED, written
+from tests.helpers.convert import RELAXED, written
+from tests.helpers.faults import FAULTS
 
 pytestmark = pytest.mark.real
 FULL = {"q": 576, "k": 192, "v": 192, "o": 576, "gate": 576, "up": 576, "down": 576}

@@ -1,0 +1,150 @@
+"""Conversion of a pretrained decoder by a recipe: plan, config, tensors, and their verification."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UserError
+from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from ..model.configuration_source import clear_source_settings
+from ..model.source_layers import layer_list_name
+from .architectures import layer_kinds
+from .conversion import Conversion
+from .dtypes import named_dtype
+from .expected import check_config
+from .influence import block_influence, plot
+from .plan import Plan, make_plan
+from .recipe import ConvertRecipe
+from .relax import own_parameters, ranks
+from .source import SourceWeights
+from .source_config import empty_model, read_config
+from .tensors import Tensors
+from .verify import verify
+
+
+@contextmanager
+def open_conversion(path: Path, recipe: ConvertRecipe) -> Generator[RecipeConversion]:
+    """The conversion of the pretrained decoder in the directory `path`; its files are open within the block.
+
+    Sets `init` of the recipe where it is left out. Raises UserError where source and recipe do not fit together.
+    """
+    source_config = read_config(path)
+    clear_source_settings(source_config)
+    with torch.device("meta"):
+        source_model = empty_model(source_config)
+    with SourceWeights(path, source_model) as weights:
+        yield RecipeConversion(path, source_model, weights, recipe)
+
+
+class RecipeConversion(Conversion):
+    """The conversion of the decoder `source_model`, on the meta device, with the tensors `weights`."""
+
+    def __init__(self, path: Path, source_model: PreTrainedModel, weights: SourceWeights, recipe: ConvertRecipe):
+        source_config, stored = weights.config, _common_dtype(weights)
+        self.weights, self.recipe = weights, recipe
+        self.influence: list[float] = []
+
+        def measure() -> list[float]:
+            self.influence = block_influence(path, weights, str(recipe.influence), stored)
+            return self.influence
+
+        recipe.settle_init(source_config.hidden_size)
+        self.plan = make_plan(recipe, layer_kinds(source_model), measure)
+        if weights.untied:
+            source_config.tie_word_embeddings = False
+        self.dtype = named_dtype(recipe.dtype)
+        relaxation = _relaxation(self.plan, recipe, source_model, weights)
+        config = _config(source_config, self.plan, recipe, relaxation, self.dtype or stored)
+        self.tensors = Tensors(config, self.plan, recipe, source_model, weights, self.dtype)
+        facts: dict[str, Any] = {
+            "plan": {**asdict(self.plan), "dropped": self.plan.dropped(source_config.num_hidden_layers)},
+            "parameters": {"source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names())},
+        }
+        if self.influence:
+            facts["influence"] = self.influence
+        super().__init__(path, config, self.tensors.pending, weights.files, facts)
+
+    def finish(self, directory: Path) -> dict[str, Any]:
+        """Plot measured influences into influence.png; the fact `lora_error` where there are LoRA factors."""
+        if self.influence:
+            plot(self.influence, self.facts["plan"], directory / "influence.png")
+        return {"lora_error": self.tensors.errors()} if self.tensors.low_rank else {}
+
+    def verify(self, directory: Path) -> dict[str, float]:
+        """Compare the checkpoint in `directory` with the source's layers (see `verify.verify`)."""
+        check_config(directory, self.config)
+        return verify(directory, self.plan, self.weights, self.pending, self.dtype, self.recipe.seed, self._zero_lora())
+
+    def _zero_lora(self) -> bool:
+        """True where LoRA factors start at zero."""
+        return any(factors.init == "zero" for factors in self.tensors.low_rank.values())
+
+
+def _relaxation(
+    plan: Plan, recipe: ConvertRecipe, source_model: PreTrainedModel, weights: SourceWeights
+) -> dict[str, Any] | None:
+    """The field `relaxation` of the config: ranks of the LoRA, and parameters that each depth has for itself."""
+    if recipe.lora is None:
+        return None
+    name = layer_list_name(source_model, source_model.config.num_hidden_layers)
+    layers = [ranks(source_model.get_submodule(f"{name}.{layer}"), recipe.lora) for layer in plan.core]
+    rank = {path: r for path, r in layers[0].items() if all(path in other for other in layers)}
+    own = own_parameters(weights, f"{name}.", plan.stands_for)
+    return {"depths": len(plan.stands_for), "rank": rank, "own": own, "dora": recipe.lora.dora}
+
+
+def _config(
+    source_config: PreTrainedConfig,
+    plan: Plan,
+    recipe: ConvertRecipe,
+    relaxation: dict[str, Any] | None,
+    dtype: torch.dtype,
+) -> RecurrentDepthConfig:
+    """The config of the output. Raises UserError where its fields contradict each other."""
+    if recipe.max_recurrences is not None and recipe.max_recurrences < plan.num_recurrences:
+        raise UserError(
+            f"max_recurrences={recipe.max_recurrences} is below num_recurrences={plan.num_recurrences}; raise it"
+        )
+    try:
+        config = RecurrentDepthConfig(
+            source_config=source_config,
+            prelude=plan.prelude,
+            core=plan.core,
+            coda=plan.coda,
+            num_recurrences=plan.num_recurrences,
+            max_recurrences=recipe.max_recurrences or 0,
+            state_init=plan.state_init,
+            state_std=recipe.state_std,
+            state_seed=recipe.seed,
+            injection=plan.injection,
+            sharing=plan.sharing,
+            recurrence_norm=plan.recurrence_norm,
+            recurrence_residual=plan.recurrence_residual,
+            recurrence_encoding=plan.recurrence_encoding,
+            halting=plan.halting,
+            relaxation=relaxation,
+            router=recipe.router.fields(plan.num_recurrences) if recipe.router else None,
+            kv_policy=recipe.kv_policy,
+            exit=recipe.exit.model_dump(exclude_none=True) if recipe.exit else None,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    config.dtype = dtype
+    config.architectures = [RecurrentDepthForCausalLM.__name__]
+    return config
+
+
+def _common_dtype(weights: SourceWeights) -> torch.dtype:
+    """The type of most parameters."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in weights.names():
+        dtype = weights.dtype(name)
+        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(weights.shape(name)).numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -1,0 +1,116 @@
+"""A checkpoint format: how it is recognized, where its tensors go, and the formulas of its authors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...errors import UserError
+from ...model import RecurrentDepthConfig
+from ..raw import RawTensors
+
+Transform = Callable[..., torch.Tensor]  # tensors on disk -> one tensor of the model
+Read = Callable[[str], torch.Tensor]  # a tensor by its name on disk
+
+# Recipe keys that an import takes: the depth and defaults of the model, never how layers recur.
+RECIPE_KEYS = frozenset(
+    ("num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "seed", "kv_policy", "exit")
+)
+
+
+@dataclass
+class CheckpointMap:
+    """A checkpoint on disk as a recurrent-depth model.
+
+    fields: the keyword arguments of its RecurrentDepthConfig.
+    tensors: name of a tensor of the model -> names on disk that it is made from (mostly one), and the transform.
+    ignored: names on disk that have no tensor of their own, as copies and computed tables.
+    """
+
+    fields: dict[str, Any]
+    tensors: dict[str, tuple[list[str], Transform]] = field(default_factory=dict[str, tuple[list[str], Transform]])
+    ignored: set[str] = field(default_factory=set[str])
+
+    def copy(self, name: str, raw: str) -> None:
+        """Take tensor `name` unchanged from `raw` on disk."""
+        self.tensors[name] = ([raw], _unchanged)
+
+    def rows(self, name: str, raw: str, parts: Sequence[int], which: int, order: torch.Tensor | None = None) -> None:
+        """Take tensor `name` from rows of the fused matrix `raw` [sum(parts), in]: part number `which`, its rows in
+        `order`. The transform raises UserError for a matrix with another number of rows."""
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            if len(tensor) != sum(parts):
+                raise UserError(f"{raw} has {len(tensor)} rows; the config says {' + '.join(map(str, parts))}")
+            part = tensor.split(list(parts))[which]
+            return part if order is None else part[order]
+
+        self.tensors[name] = ([raw], take)
+
+    def copy_head(self, tied: bool) -> None:
+        """Take the language model head from `lm_head.weight`; a head that is tied to the embeddings is ignored."""
+        if tied:
+            self.ignored.add("lm_head.weight")
+        else:
+            self.copy("source.lm_head.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, as reference formulas read it.
+
+    config: the config of the imported model; its `source_config` describes the layers.
+    fields: config.json of the checkpoint.
+    names, read: its tensors by their names on disk; `read` gives float64.
+    """
+
+    config: RecurrentDepthConfig
+    fields: dict[str, Any]
+    names: set[str]
+    read: Read
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+Mapping = Callable[[dict[str, Any], RawTensors], CheckpointMap]
+Reference = Callable[[Checkpoint, torch.Tensor, int, "torch.Tensor | None"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A public recurrent-depth checkpoint format.
+
+    name: the name in messages and in loopwise.json.
+    model_type: the one in its config.json.
+    has, lacks: names on disk that tell it from other formats of that model_type.
+    mapping(fields, raw): the checkpoint with config.json `fields` as a recurrent-depth model. A KeyError names a field
+        that config.json lacks. Raises UserError for a variant that is not supported.
+    reference(checkpoint, ids, depth, state): logits [B, T, V] for ids [B, T] at `depth` recurrences from `state`
+        [B, T, D] (None where the model starts from the input), by the authors' formulas and nothing of the model's.
+    recipe_keys: recipe keys that its import takes.
+    """
+
+    name: str
+    model_type: str
+    has: tuple[str, ...]
+    mapping: Mapping
+    reference: Reference
+    lacks: tuple[str, ...] = ()
+    recipe_keys: frozenset[str] = RECIPE_KEYS
+
+    def mismatch(self, fields: dict[str, Any], names: set[str]) -> str | None:
+        """The reason why a checkpoint with these config fields and tensors is of another format; None for a match."""
+        if fields.get("model_type") != self.model_type:
+            return f"model_type is not {self.model_type!r}"
+        for wanted in self.has:
+            if wanted not in names:
+                return f"no {wanted}"
+        for unwanted in self.lacks:
+            if unwanted in names:
+                return f"has {unwanted}"
+        return None

@@ -1,0 +1,50 @@
+"""Layer formulas that several formats share, for their references. Shapes: B batch, T tokens, D width, H heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, Olmo2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+
+def rotary_angles(source: LlamaConfig | Olmo2Config, length: int) -> torch.Tensor:
+    """Rotary angles [T, head size / 2] of positions 0 to `length` - 1."""
+    config: Any = source
+    frequencies = LlamaRotaryEmbedding(config=config).inv_freq
+    assert isinstance(frequencies, torch.Tensor)
+    return torch.outer(torch.arange(length).float(), frequencies)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [.., D] over its root mean square, times weight [D]."""
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    head_dim: int,
+    angles: torch.Tensor,
+    *,
+    neighbors: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention with rotary positions: queries [B, T, H head_dim], keys and values of as many or fewer heads -> the
+    shape of the queries.
+
+    Causal, or by `mask` [T, T], True where a row attends. Rotated pairs are `neighbors`, or half a head apart.
+    """
+    q, k, v = (t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (queries, keys, values))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbors else x.chunk(2, dim=-1)
+        a = x1 * angles.cos() - x2 * angles.sin()
+        b = x2 * angles.cos() + x1 * angles.sin()
+        return torch.stack([a, b], -1).flatten(-2) if neighbors else torch.cat([a, b], -1)
+
+    out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)

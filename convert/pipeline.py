@@ -1,0 +1,111 @@
+"""`convert`: a source checkpoint and a recipe in, a recurrent-depth checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from loopwise.version import __version__
+
+from ..checkpoint import config_fields
+from ..directory import RECORD, check_new, new_directory
+from ..gguf_source import unpacked
+from ..model import RecurrentDepthConfig
+from ..model.configuration_source import COLLECTING
+from ..sampling import greatest_id
+from .agreement import decisive
+from .card import model_card
+from .conversion import Conversion
+from .convert_checkpoint import open_conversion
+from .find_source import find_source
+from .import_checkpoint import is_recurrent, open_import
+from .recipe import ConvertRecipe
+from .tokenizer import load_tokenizer
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    recipe: ConvertRecipe,
+    *,
+    force: bool = False,
+    check: bool = True,
+    dry_run: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Convert the checkpoint `source` (a directory, GGUF file or hub id) into a recurrent-depth checkpoint at `out`.
+
+    `out` appears complete or not at all; `dry_run` writes nothing; the recipe is left as it is. Returns the facts that
+    `loopwise.json` records. `max_dlogit` among them is the largest difference of logits between the written model,
+    reloaded, and the source's own layers: 0 where they are equal bit for bit in the checkpoint's dtype, else in
+    float64; `max_dlogit_by_dtype` names the dtypes. Raises UserError for a source, recipe or output that does not do.
+    """
+    recipe = recipe.model_copy()  # settle_init changes it
+    found = find_source(str(source), recipe.revision)
+    with unpacked(found) as path, _open(path, recipe) as conversion:
+        tokenizer = load_tokenizer(path, str(source))
+        facts: dict[str, Any] = {
+            "loopwise": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "source": {"id": str(source), "revision": _revision(found, recipe)},
+            "recipe": recipe.model_dump(exclude_none=True),
+            **conversion.facts,
+            **({"router": conversion.config.router} if conversion.config.router else {}),
+        }
+        facts["notes"] = _notes(path, conversion.config, tokenizer)
+        facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
+        if dry_run:
+            check_new(Path(out), found, force)
+            return facts
+        with new_directory(Path(out), found, force) as directory:
+            written = conversion.write(directory, tokenizer, show_progress)
+            facts["notes"] += written.notes
+            facts["source"]["sha256"] = written.hashes
+            facts |= conversion.finish(directory)
+            differences = conversion.verify(directory) if check else None
+            facts["max_dlogit"] = decisive(differences) if differences else None
+            facts["max_dlogit_by_dtype"] = differences
+            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+            (directory / "README.md").write_text(model_card(facts, conversion.config))
+    return facts
+
+
+def _open(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Conversion]:
+    """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other."""
+    return open_import(path, recipe) if is_recurrent(path, recipe) else open_conversion(path, recipe)
+
+
+def _notes(path: Path, config: RecurrentDepthConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """A line on each field of the source's config that is left out, and on ids without an embedding."""
+    fields = config_fields(path)
+    notes = [
+        f"{name}=true of the source's config is left out: "
+        + (
+            "objectives.experts of loopwise train balances experts"
+            if "router" in name
+            else "a layer runs several times"
+        )
+        for name in COLLECTING
+        if fields.get(name)
+    ]
+    if tokenizer is not None and (greatest := greatest_id(tokenizer)) >= config.vocab_size:
+        notes.append(
+            f"the tokenizer gives ids up to {greatest}, and the embeddings end at {config.vocab_size - 1}: text with "
+            f"{tokenizer.convert_ids_to_tokens(greatest)!r} cannot be computed"
+        )
+    return notes
+
+
+def _revision(path: Path, recipe: ConvertRecipe) -> str | None:
+    """The commit of a hub snapshot, else the revision of the recipe."""
+    for folder in (path, *path.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.name
+    return recipe.revision

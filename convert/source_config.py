@@ -1,0 +1,73 @@
+"""The config of a source or of a recurrent-depth checkpoint, read and checked, and the empty model of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..checkpoint import config_fields
+from ..errors import UserError, reason
+from ..gguf_source import find_gguf
+from ..model import RecurrentDepthConfig
+from .architectures import check_supported
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The config of a source in the directory `path` that can be converted. Raises UserError for any other."""
+    fields = config_fields(path)
+    model_type = fields["model_type"]
+    if model_type == "recurrent_depth":
+        raise UserError(f"{path} is a recurrent-depth model already")
+    if fields.get("quantization_config") is not None:
+        raise UserError(f"{path} is quantised; convert the unquantised checkpoint, and quantise the result")
+    if fields.get("text_config") is not None:
+        raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
+    if "auto_map" in fields and model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path} ({model_type}) needs remote code, which is not run; only transformers' own are converted"
+        )
+    check_supported(model_type)
+    if fields.get("scale_attn_by_inverse_layer_idx"):
+        raise UserError(
+            f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that recurs "
+            "does not have; train the model without it first"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={config.num_hidden_layers}")
+        with torch.device("meta"):
+            empty_model(config)
+    except Exception as error:  # transformers and torch share no base class for errors in a config
+        raise UserError(
+            f"{path / 'config.json'}: no {model_type} model can be built from it ({reason(error)})"
+        ) from None
+    return config
+
+
+def read_recurrent_config(path: Path) -> RecurrentDepthConfig:
+    """The config of the recurrent-depth checkpoint in the directory `path`. Raises UserError for anything else."""
+    if (file := find_gguf(path) if path.exists() else None) and not (path / "config.json").exists():
+        raise UserError(f"{file}: a GGUF file; turn it into a recurrent-depth model with `loopwise convert`")
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {found}; give the directory of a recurrent-depth checkpoint")
+    kind = config_fields(path).get("model_type")
+    if kind != "recurrent_depth":
+        raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
+    return RecurrentDepthConfig.from_pretrained(path)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The transformers causal language model of `config`, with attention that computes its architecture.
+
+    Call it under `torch.device("meta")` for a model without memory.
+    """
+    if getattr(config, "attn_logit_softcapping", None):
+        # transformers' sdpa leaves the cap on attention scores out.
+        config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
+    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)

@@ -1,0 +1,93 @@
+"""Conversions for tests: run, imported from golden files, refused, and written but not verified yet."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loopwise.cli import main
+from loopwise.convert import ConvertRecipe, convert
+from loopwise.convert.convert_checkpoint import RecipeConversion, open_conversion
+from loopwise.recipe import validate
+from tests.helpers.tiny import VOCAB
+
+GOLDEN = Path(__file__).parent.parent / "convert" / "golden"  # checkpoints of public formats, and their logits
+EVERY_LAYER = {"method": "retrofit", "sizes": [1, 3, 2], "injection": "none", "num_recurrences": 3}
+
+
+def run(source: Path, out: Path, **keys: Any) -> Any:
+    """Convert and load the result."""
+    convert(source, out, validate(ConvertRecipe, keys))
+    return AutoModelForCausalLM.from_pretrained(out).eval()
+
+
+def tokens(padded: bool = True) -> dict[str, torch.Tensor]:
+    """Two sequences of 20 random ids and their mask; the first is padded on the left by 7."""
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def source(name: str, folder: Path) -> Path:
+    """A copy of the golden checkpoint `name` at `folder`."""
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name / file, folder)
+    return folder
+
+
+def expected(name: str) -> dict[str, torch.Tensor]:
+    """The inputs and outputs of the authors' own code for the golden checkpoint `name`."""
+    return load_file(GOLDEN / name / "expected.safetensors")
+
+
+def golden_formats() -> dict[str, str]:
+    """Golden folder -> the name of its format, which stands in the metadata of expected.safetensors."""
+    found = {}
+    for file in sorted(GOLDEN.glob("*/expected.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            found[file.parent.name] = stored.metadata()["format"]
+    return found
+
+
+def refused(capsys, folder: Path, *argv: object) -> str:
+    """Run convert, which must fail with one line on stderr and leave `folder` as it was; the line is returned."""
+    before = sorted(folder.rglob("*"))
+    assert main(["convert", *map(str, argv)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("loopwise: error: ")
+    assert printed.out == ""
+    assert sorted(folder.rglob("*")) == before
+    return printed.err
+
+
+def import_refused(capsys, folder: Path, out: Path, *keys: str) -> str:
+    """Run convert, which must fail with one line on stderr and write nothing; the line is returned."""
+    assert main(["convert", str(folder), str(out), *keys]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert not out.exists()
+    return line
+
+
+RELAXED = {"method": "recursive", "loops": 2, "init": "average", "lora": {"rank": 8}}
+
+
+@contextmanager
+def written(source: Path, out: Path, **keys: Any) -> Iterator[RecipeConversion]:
+    """A conversion that was written to `out` and is still to be verified."""
+    with open_conversion(source, validate(ConvertRecipe, keys)) as conversion:
+        out.mkdir()
+        conversion.write(out, tokenizer=None, show_progress=False)
+        yield conversion
