@@ -1,28 +1,27 @@
 """The recurrent-depth model, registered with transformers' Auto classes.
 
-The files here are flat and import only torch, transformers and each other: they travel with every saved checkpoint, so
-that it loads with `trust_remote_code=True` where loopwise is not installed. In reading order, each importing only those
-above it:
+The files beside this one are flat and import only torch, transformers and each other: they travel with every saved
+checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not installed.
 
-    configuration_fields.py             kinds of the config's fields
-    configuration_router.py             the fields of a router
-    configuration_sandwich.py           config of the sandwich architecture
-    configuration_source.py             the source's config inside ours
-    configuration_recurrent_depth.py    the config
-    modeling_sandwich.py                the sandwich architecture, which transformers lacks
-    initial_state.py                    s_0, and its counter-based noise
-    injection.py                        the input e enters each recurrence
-    recurrence_encoding.py              encoding of position and recurrence
-    halting.py                          adaptive computation time
-    relaxation.py                       LoRA and parameters of each depth
-    source_layers.py                    taps in the source's layer list, and views of the cache
-    routed_rows.py                      the tokens of a routed recurrence
-    router.py                           routers of Mixture-of-Recursions
-    experts.py                          router logits of a mixture of experts
-    call.py                             one forward call, its options and results
-    output.py                           the output of a call
-    recurrence.py                       the recurrence
-    modeling_recurrent_depth.py         the model
+    configuration_fields.py           format version and types of the config's fields
+    configuration_sandwich.py         config of the source architecture of Huginn and Ouro
+    configuration_source.py           the source's config inside ours
+    configuration_router.py           fields of a Mixture-of-Recursions router
+    configuration_recurrent_depth.py  the config: layers that recur, and all that is between two recurrences
+    modeling_sandwich.py              model of the source architecture of Huginn and Ouro
+    source_layers.py                  the source's layers, run one by one with their masks and cache slots
+    experts.py                        router logits and load-balancing loss of a mixture of experts
+    initial_state.py                  s_0 and its counter-based noise
+    injection.py                      the prelude's output, injected into each recurrence
+    recurrence_encoding.py            position and depth, added before each recurrence
+    halting.py                        adaptive computation time
+    relaxation.py                     LoRA, norms and biases of each depth
+    routed_rows.py                    a layer that runs some of the tokens
+    router.py                         the router: the choice of the tokens of each recurrence
+    output.py                         the output of a call
+    call.py                           the state of one call
+    recurrence.py                     the loop over recurrences
+    modeling_recurrent_depth.py       the model
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
