@@ -6,7 +6,7 @@ Files in reading order, each importing only those above it:
     plan.py                  the source layers that each layer of the new model is made from
     dtypes.py                types of weights by their names
     double.py                computation in float64
-    agreement.py             rounding is told from faults
+    agreement.py             differences of logits: rounding, or a fault
     architectures.py         supported source architectures
     source_config.py         configs of sources, and their empty models
     source.py                weights by their names in the transformers model

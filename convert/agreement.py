@@ -1,4 +1,4 @@
-"""Agreement of two ways to compute the same logits: rounding is told from faults."""
+"""Agreement of two ways to compute the same logits: differences are rounding, or a fault."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ class Expected:
 
 
 def check_tensors(written: SourceWeights, expected: Expected, pending: list[Pending], zero: bool) -> None:
-    """Raise UserError unless every tensor of the checkpoint is the expected one, bit for bit, and LoRA factors are the
-    truncated SVD of W_source - W_tied (with `zero`, B is zero).
+    """Raise UserError unless every tensor of the checkpoint is the expected one, bit for bit.
 
-    Tensors that no source has (routers, injections, random layers) are made from `pending` again.
+    LoRA factors are to be the truncated SVD of W_source - W_tied; with `zero`, B is to be zero. Tensors that no source
+    has (routers, injections, random layers) are made from `pending` again.
     """
     relaxation = written.recurrent_config.relaxation or {"rank": {}, "own": []}
     made = {tensor.name: tensor for tensor in pending}

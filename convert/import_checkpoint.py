@@ -32,7 +32,7 @@ from .write import Pending
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LENGTH = 16  # tokens of a sequence on which an import is verified
-STATE_STD = 0.1  # of the random state from which it is verified
+STATE_STD = 0.1  # scale of the random state from which an import is verified
 
 
 def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
@@ -111,9 +111,9 @@ class ImportConversion(Conversion):
     def verify(self, directory: Path) -> dict[str, float]:
         """Largest difference between the logits of the model in `directory` and of the authors' formulas, in float64.
 
-        The formulas run on the source's own tensors, at one recurrence and at the model's R (at most DEPTH), from a
-        random state; with a router, at its R. Raises UserError where the two differ by more than rounding, where logits
-        are not finite in the checkpoint's dtype, and for a tensor or field of config.json that is not as planned.
+        The formulas run on the source's own tensors from a random state. The depths are one recurrence and the model's
+        R (at most DEPTH); with a router, its R alone. Raises UserError for differences beyond rounding, and for logits
+        that are not finite in the checkpoint's dtype. So it does for a tensor or field of config.json that is wrong.
         """
         config = self.config
         check_config(directory, config)

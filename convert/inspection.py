@@ -43,7 +43,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     flops_per_token: of a forward pass, 2 for each parameter that multiplies: of experts, those that a token is sent to.
         Embedding look-ups and attention scores are left out, so that F(R) = F0 + R Fr.
 
-    A router brings its own policy. With one, both costs are means over tokens at its capacities (expert-choice), or
+    A router has its own policy. With one, both costs are means over tokens at its capacities (expert-choice), or
     upper bounds (token-choice).
     """
     from .source_config import read_recurrent_config
@@ -52,7 +52,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
     sizes = _sizes(config)
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
     router = config.router or {}
-    share = [0.0, *itertools.accumulate(router.get("capacity", [1.0] * config.max_recurrences))]  # of tokens, up to R
+    share = [
+        0.0,
+        *itertools.accumulate(router.get("capacity", [1.0] * config.max_recurrences)),
+    ]  # mean depth of a token, by R
     depths = [r for r in DEPTHS if r <= config.max_recurrences]
     if config.num_recurrences not in depths:
         depths = sorted([*depths, config.num_recurrences])

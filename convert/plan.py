@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from .recipe import ConvertRecipe
 
-PARTS = ("prelude", "core", "coda")  # of a recurrent-depth model, in the order in which they run
+PARTS = ("prelude", "core", "coda")  # parts of a recurrent-depth model, in the order in which they run
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _recursive(recipe: ConvertRecipe, sharing: str, kinds: list[str]) -> Layers:
     """
     middle = sharing.startswith("middle")
     tied = list(range(len(kinds)))[1:-1] if middle else list(range(len(kinds)))
-    loops = recipe.loops or max(len(tied), 1)  # of a universal transformer, the number of layers
+    loops = recipe.loops or max(len(tied), 1)  # a universal transformer has as many as layers
     if not tied or len(tied) % loops:
         fitting = ", ".join(str(b) for b in range(1, len(tied) + 1) if len(tied) % b == 0) or "none"
         which = f"{len(tied)} layers between the first and the last" if middle else f"{len(tied)} layers"

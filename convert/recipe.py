@@ -65,7 +65,7 @@ class Lora(Section):
 
 
 class Router(Section):
-    """Which tokens take part in a recurrence. An import takes from here the fields that its config.json lacks."""
+    """Choice of the tokens of a recurrence. An import takes from here the fields that its config.json lacks."""
 
     kind: Literal["expert", "token"] | None = Field(
         None,

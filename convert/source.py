@@ -147,7 +147,7 @@ class SourceWeights:
         if kind not in FROM_SAFETENSORS:
             raise UserError(f"{file}: {raw} has type {kind}; convert the model to {', '.join(FROM_SAFETENSORS)} first")
         if name is not None and shape != self.shape(name):
-            raise UserError(f"{file}: {raw} has shape {shape}; the config says {self.shape(name)}")
+            raise UserError(f"{file}: {raw} has shape {shape}; by the config it has {self.shape(name)}")
 
     def __enter__(self) -> SourceWeights:
         return self

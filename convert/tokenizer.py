@@ -60,8 +60,9 @@ def load_tokenizer(path: Path, name: str = "") -> PreTrainedTokenizerBase | None
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write `tokenizer` into `directory`, which has a config.json, and compare it with the one that loads from there.
 
-    It is written with its own class; where that class does not rebuild it from its own files, with the generic one,
-    which takes tokenizer.json as it is. Raises UserError, naming the first difference, where both load as another one.
+    It is written with its own class. Where that class does not rebuild it from its own files, the generic class
+    replaces it, which takes tokenizer.json as it is. Raises UserError, naming the first difference, where both load as
+    another one.
     """
     tokenizer.save_pretrained(directory)
     if (differs := _compared(tokenizer, directory)) and hasattr(tokenizer, "backend_tokenizer"):
@@ -90,8 +91,8 @@ def _compared(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str | None
 def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
     """The first difference of tokenizer `b` from `a`, in words; None where they are equal.
 
-    Compared are special tokens, vocabularies, ids and decoded text of a sample with every added token, spaces,
-    newlines, digits, non-Latin text and emoji, and a conversation in the chat template.
+    Compared are special tokens, vocabularies, ids and decoded text of a sample, and a conversation in the chat
+    template. The sample has every added token, spaces, newlines, digits, non-Latin text and emoji.
     """
     return _different_tokens(a, b) or _different_texts(a, b) or _different_chats(a, b)
 

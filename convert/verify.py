@@ -40,10 +40,10 @@ def verify(
 ) -> dict[str, float]:
     """Compare the checkpoint in `directory` with the source's layers: the largest difference of logits, by dtype.
 
-    First every tensor is compared with the source's (see `check_tensors`). Then the checkpoint, reloaded, and a plain
-    model of the source architecture with the source's layers written out run on two random sequences, one padded on
-    the left. One module's weights are in memory at a time. Their logits are to agree (see `agreement`) at one
-    recurrence; where more recurrences are layers and nothing else, also at the plan's R (at most DEPTH).
+    First every tensor is compared with the source's (see `check_tensors`). Then two models run on two random sequences,
+    one padded on the left: the checkpoint, reloaded, and a plain one with the source's layers written out. One module's
+    weights are in memory at a time. Their logits are to agree (see `agreement`) at one recurrence; where more
+    recurrences are layers and nothing else, also at the plan's R (at most DEPTH).
 
     An injection is checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else
     zeros. A router is left out of the comparison, as the source has none. With both, logits from the model's own state

@@ -44,7 +44,7 @@ class CheckpointMap:
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
             if len(tensor) != sum(parts):
-                raise UserError(f"{raw} has {len(tensor)} rows; the config says {' + '.join(map(str, parts))}")
+                raise UserError(f"{raw} has {len(tensor)} rows; by the config it has {' + '.join(map(str, parts))}")
             part = tensor.split(list(parts))[which]
             return part if order is None else part[order]
 
@@ -91,7 +91,8 @@ class Format:
     mapping(fields, raw): the checkpoint with config.json `fields` as a recurrent-depth model. A KeyError names a field
         that config.json lacks. Raises UserError for a variant that is not supported.
     reference(checkpoint, ids, depth, state): logits [B, T, V] for ids [B, T] at `depth` recurrences from `state`
-        [B, T, D] (None where the model starts from the input), by the authors' formulas and nothing of the model's.
+        [B, T, D]; None where the model starts from the input. The formulas are the authors', and share no code with
+        the model.
     recipe_keys: recipe keys that its import takes.
     """
 

@@ -152,7 +152,7 @@ def _map_biases(
 
         def bias(tensor: torch.Tensor, which: int = which) -> torch.Tensor:
             if tensor.numel() != 2 * width:
-                raise UserError(f"a qk_bias has shape {list(tensor.shape)}; the config says 2 x {width}")
+                raise UserError(f"a qk_bias has shape {list(tensor.shape)}; by the config it has 2 x {width}")
             flat = tensor.reshape(2, -1)[which]
             return flat if rows is None else flat[rows]
 

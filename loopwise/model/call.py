@@ -51,7 +51,7 @@ class Place(NamedTuple):
     layer: nn.Module
     source_layer: int
     slot: int
-    depth: int | None = None  # of a core layer, counted from 0
+    depth: int | None = None  # for a core layer, counted from 0
 
 
 @dataclass

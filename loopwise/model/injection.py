@@ -7,8 +7,10 @@ from torch import nn
 
 
 class Injection(nn.Module):
-    """inject(s, e) by `kind`: `none` is s, `add` is s + e, `linear` is W [s, e] with W [D, 2D] and no bias, `gated` is
-    g s + (1 - g) e with g = sigmoid(W [s, e] + b), one gate for each channel.
+    """inject(s, e), by `kind`:
+
+    none: s. add: s + e. linear: W [s, e] with W [D, 2D], no bias.
+    gated: g s + (1 - g) e with g = sigmoid(W [s, e] + b), one gate for each channel.
 
     `linear` is the adapter of retrofitted recurrence (arXiv 2511.07384), whose authors leave W at random. Here both
     start so that one recurrence equals the source, and later recurrences use the state: `linear` with

@@ -188,8 +188,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     ) -> RecurrentDepthOutput:
         """Logits [B, T, V] for ids [B, T] or embeddings [B, T, D], and more; see the class for the arguments.
 
-        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, for attentions (not collected), and for
-        router logits of a source without experts, of routed recurrences or of part of a sequence.
+        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, and for attentions, which are not
+        collected. So it does for router logits of a source without experts, of routed recurrences or of part of a
+        sequence.
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
@@ -202,7 +203,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         past = cache.get_seq_length() if cache is not None else 0
         if output_router_logits:
             self._collect_router_logits(output_depth_logits, past)
-        if isinstance(past, torch.Tensor):  # of a static cache, which adds to this very tensor as layers write into it
+        if isinstance(past, torch.Tensor):  # a static cache adds to this very tensor as layers write into it
             past = past.clone() if torch.compiler.is_compiling() else int(past)
         tokens = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

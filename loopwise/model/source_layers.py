@@ -112,9 +112,9 @@ def with_slot(arguments: Iterable[Any], cache: Cache | None, view: DepthCache | 
 def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: int) -> None:
     """Make `cache` ready for a call at `num_recurrences`, growing it where it has too few slots.
 
-    Raises ValueError for a cache of fixed size that would have to grow, for layers of other attention types than the
-    slots, and for deep slots that hold fewer positions than the first: attention would silently skip those positions.
-    (In a compiled call on a written static cache, a RuntimeError, from the graph.)
+    Raises ValueError for a cache of fixed size that would have to grow, and for layers of other attention types than
+    the slots. So it does for deep slots that hold fewer positions than the first, which attention would skip. (In a
+    compiled call on a written static cache, a RuntimeError, from the graph.)
     """
     slots = config.slots(num_recurrences)
     types, given = get_layer_types_and_kwargs(config.source_config)

@@ -16,7 +16,7 @@ from loopwise.convert.write import write_weights
 from loopwise.errors import UserError
 from loopwise.recipe import validate
 from tests.helpers.convert import RELAXED, source, written
-from tests.helpers.faults import FAULTS, changed, configured, one_more, put, read, says, scaled
+from tests.helpers.faults import FAULTS, changed, configured, one_more, put, read, scaled, with_values
 from tests.helpers.tiny import save_source
 
 
@@ -78,9 +78,9 @@ def test_faults_of_other_methods_and_sources_are_found(model_type, keys, name, c
 @pytest.mark.parametrize(
     ("keys", "change", "named"),
     [
-        ({"method": "mor", "loops": 2}, says("router", alpha=0.9), "router.alpha"),
-        ({"method": "mor", "loops": 2}, says("router", capacity=[1.0, 0.9]), "router.capacity"),
-        ({"sizes": [1, 3, 2], "state_init": "zeros"}, says(state_init="input"), "state_init"),
+        ({"method": "mor", "loops": 2}, with_values("router", alpha=0.9), "router.alpha"),
+        ({"method": "mor", "loops": 2}, with_values("router", capacity=[1.0, 0.9]), "router.capacity"),
+        ({"sizes": [1, 3, 2], "state_init": "zeros"}, with_values(state_init="input"), "state_init"),
     ],
 )
 def test_fields_that_the_comparison_replaces_are_read_back(keys, change, named, tmp_path):

@@ -61,7 +61,7 @@ def changed(directory: Path, name: str, change: Callable[[torch.Tensor], torch.T
 
 @contextmanager
 def swapped(directory: Path, one: str, two: str) -> Iterator[None]:
-    """Within it two tensors of the checkpoint stand in each other's place."""
+    """Within it two tensors of the checkpoint are swapped."""
     first, second = read(directory, one), read(directory, two)
     with changed(directory, one, lambda _: second), changed(directory, two, lambda _: first):
         yield
@@ -69,7 +69,7 @@ def swapped(directory: Path, one: str, two: str) -> Iterator[None]:
 
 @contextmanager
 def configured(directory: Path, change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Within it config.json says something else."""
+    """Within it config.json has the fields that `change` makes of it."""
     file = directory / "config.json"
     before = file.read_text()
     fields = json.loads(before)
@@ -117,7 +117,7 @@ def theta(by: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def says(section: str | None = None, **values: Any) -> Callable[[dict[str, Any]], None]:
+def with_values(section: str | None = None, **values: Any) -> Callable[[dict[str, Any]], None]:
     def change(fields: dict[str, Any]) -> None:
         (fields[section] if section else fields).update(values)
 
@@ -169,7 +169,7 @@ def next_depth(enter: Any) -> Any:
 
 
 Q = "self_attn.q_proj"
-# Of a model that is recursive with LoRA in float32, its tied layers averaged: what is done, by a name that says it.
+# Name -> fault, for a recursive model with LoRA in float32 whose tied layers are averaged.
 FAULTS: dict[str, Callable[[Path], Any]] = {
     "lora_B of one matrix at one depth, by 1e-4": lambda d: changed(d, f"relaxation.0.{Q}.lora_B", scaled(1e-4)),
     "lora_A of one matrix at one depth, by 1e-5": lambda d: changed(d, f"relaxation.0.{Q}.lora_A", scaled(1e-5)),
@@ -187,11 +187,11 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "one value of the final norm": lambda d: changed(d, "source.model.norm.weight", one_more),
     "rope_theta, by 1e-7": lambda d: configured(d, theta(1e-7)),
     "rms_norm_eps, by 1e-3": lambda d: configured(d, eps(1e-3)),
-    "a window that no sample fills": lambda d: configured(d, says("source_config", sliding_window=64)),
-    "the depth of requests": lambda d: configured(d, says(num_recurrences=3)),
-    "the greatest depth": lambda d: configured(d, says(max_recurrences=9)),
-    "the dtype": lambda d: configured(d, says(dtype="bfloat16")),
-    "the token that ends a text": lambda d: configured(d, says(eos_token_id=5)),
+    "a window that no sample fills": lambda d: configured(d, with_values("source_config", sliding_window=64)),
+    "the depth of requests": lambda d: configured(d, with_values(num_recurrences=3)),
+    "the greatest depth": lambda d: configured(d, with_values(max_recurrences=9)),
+    "the dtype": lambda d: configured(d, with_values(dtype="bfloat16")),
+    "the token that ends a text": lambda d: configured(d, with_values(eos_token_id=5)),
     "the scale of LoRA at one depth, by 1e-8": patched(relaxation.Factors, "_add", scale_at_one_depth(1e-8)),
     "LoRA rounded in float32 alone": patched(relaxation.Factors, "_add", rounded_in_float32),
     "parameters of another depth": patched(relaxation.Relaxation, "_enter", next_depth),
