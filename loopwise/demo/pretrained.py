@@ -74,7 +74,8 @@ def fetch() -> Path:
 def sizes(source: str) -> tuple[int, int, int]:
     """How many layers of `source` become prelude, core and coda: all of them, the core 2 in 15 a little before the
     middle, which stand being repeated best."""
-    from ..convert.source import find_source, read_config
+    from ..convert.find_source import find_source
+    from ..convert.source_config import read_config
     from ..gguf_header import read_header
     from ..gguf_source import find_gguf
 

@@ -85,7 +85,7 @@ def both(directory: Path, model_type: str, family: str, settings: dict[str, Any]
     config.save_pretrained(source)
     FAMILIES[family](source)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    given = load_tokenizer(source)
+    given: Any = load_tokenizer(source)
     RecurrentDepthConfig(source_config=config, core=[1]).save_pretrained(out)
     write_tokenizer(given, out)
     return AutoTokenizer.from_pretrained(source, mistral_format=False), AutoTokenizer.from_pretrained(out)
@@ -150,9 +150,10 @@ def test_a_hub_id_that_transformers_knows_to_name_the_wrong_class(tmp_path):
     source_config("llama").save_pretrained(source)
     byte_level(source, "<s>", "</s>")
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
-    named = load_tokenizer(source, "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
+    named: Any = load_tokenizer(source, "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
     assert named.decode(named(TEXT).input_ids) == TEXT
-    assert load_tokenizer(source)(TEXT).input_ids != named(TEXT).input_ids
+    own: Any = load_tokenizer(source)
+    assert own(TEXT).input_ids != named(TEXT).input_ids
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_recipe(recipe, plain, texts, tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "gemma"])
 def test_retrofit_of_the_papers_architectures(model_type, texts, tmp_path):
     """Converted as in the paper (TinyLlama and Llama-3.2 are llamas), then trained by the recipe; Gemma as RRT does."""
-    from tiny import save_source
+    from tests.helpers.tiny import save_source
 
     source = save_source(tmp_path / "source", model_type)
     keys = (
