@@ -106,7 +106,7 @@ def _check_kinds(header: Header, numbers: tuple[str, ...]) -> None:
         check_kind(header.file, f"{header.architecture}.rope.scaling.type", kind, str)
     for key in ("attention.head_count", "rope.scaling.factor"):  # divisors
         if (value := header.value(key, 1)) <= 0:
-            raise UserError(f"{header.file}: {header.architecture}.{key} = {value} of its metadata: more than 0")
+            raise UserError(f"{header.file}: metadata {header.architecture}.{key} = {value}: more than 0")
 
 
 def _gemma_scale(header: Header) -> float:
