@@ -1,7 +1,7 @@
-"""Chains of assignments: `c=b;a=7;x=4;b=a;` and then `?c=`, the digit at the end of the chain, or `!c=`, a lookup.
+"""Chains of assignments: `c=b;a=7;x=4;b=a;` and then a question.
 
-The number of hops is the difficulty: `?c=` above takes three, from c to b to a to 7. `!c=` asks for the right-hand side
-of c's own statement, a letter or a digit, and counts as 0 hops.
+`?c=` asks for the digit at the end of the chain. The number of hops is the difficulty: here it is three, from c to b to
+a to 7. `!c=` is a lookup: it asks for the right-hand side of c's statement, a letter or a digit, and counts as 0 hops.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from .parameters import Draws, Parameter, integer, numbers, share
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
 VOCABULARY = (";", "?", "!", *LETTERS, *DIGITS)
-SILENT = "="  # it has no token
+SILENT = "="  # has no token
 
-LINES = 21  # statements and questions of a record by default: 3 tokens each, and EOS, are 64
-QUESTIONS = {1: 10, 2: 8, 3: 7, 4: 6, 5: 5}  # by the most hops; more hops: 4
-LONGEST = 8  # chains that no question is about have at most so many statements
+LINES = 21  # default statements and questions of a record: 3 tokens each, 64 with EOS
+QUESTIONS = {1: 10, 2: 8, 3: 7, 4: 6, 5: 5}  # default number, by the most hops; 4 for more hops
+LONGEST = 8  # most statements of a chain without a question
 
 PARAMETERS = {
     "hops": Parameter(
-        numbers(0, 26), tuple(range(1, 9)), "hops of a question, each as likely: 4, 1..8, 0+2+4..6; 0 is a lookup"
+        numbers(0, 26), tuple(range(1, 9)), "hops of a question, equally likely: 4, 1..8, 0+2+4..6; 0 is a lookup"
     ),
-    "lookups": Parameter(share, 0.25, "share of the questions that are lookups, whatever hops says"),
+    "lookups": Parameter(share, 0.25, "share of the questions that are lookups, independent of hops"),
     "questions": Parameter(integer(1, 20), None, "questions of a record (default: by the most hops, 10 to 4)"),
     "statements": Parameter(numbers(1, 26), None, "statements of a record (default: 21 - questions, 64 tokens in all)"),
 }
 
 
 def settle(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the defaults that depend on others. Raises ValueError for values that leave no room."""
+    """`values` with the defaults that depend on other parameters. Raises ValueError for values without room."""
     hops, lookups = values["hops"], values["lookups"]
     needed = sum(hops) / len(hops) * (1 - lookups)  # statements of a question's chain, on average
     questions = values["questions"]
@@ -54,8 +54,11 @@ def _fit(questions: int, hops: tuple[int, ...], needed: float, statements: int) 
 
 
 def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[str, Any]]:
-    """(the program, record number `index`). A record with one question takes the values of `hops` in turn, so that
-    groups are of one size; else they are drawn. No two questions are about one chain; lookups ask for any statement."""
+    """(the program, record number `index`).
+
+    A record with one question takes the values of `hops` in turn, so that groups have equal sizes; else hops are drawn.
+    Every chain has at most one question. Lookups may ask for any statement.
+    """
     hops, count = values["hops"], values["questions"]
     length = draws.pick(values["statements"])
     while True:
@@ -78,8 +81,10 @@ def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[st
 def _program(
     draws: Draws, lengths: list[int], total: int, longest: int
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """`total` statements (name, value) in random order, and (last name, digit) of a chain of each of `lengths`, the
-    last one first. Chains of 1 to `longest` statements fill up the program."""
+    """(statements, ends): `total` pairs (name, value) in random order, and (last name, digit) for each of `lengths`.
+
+    ends: in reverse order. Chains of 1 to `longest` statements fill up the program.
+    """
     chains = list(lengths)
     while (left := total - sum(chains)) > 0:
         chains.append(min(1 + draws.below(longest), left))

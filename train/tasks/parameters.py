@@ -1,4 +1,4 @@
-"""Parameters of a generated task, and the draws that make its records. No torch here."""
+"""Parameters of a generated task, and reproducible draws for its records."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Parameter:
     """A parameter of a task's source.
 
-    read: makes its value of the text behind `=`; it raises ValueError with the rule.   default: where it is not given;
-    a task may work a None out from the others.   meaning: for help and docs.
+    read: parses the text after `=`; raises ValueError with the rule.   default: the value without that text; a task may
+    compute a None from the other parameters.   meaning: for help and docs.
     """
 
     read: Callable[[str], Any]
@@ -79,23 +79,24 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 class Draws:
-    """A stream of draws that depends on `key` alone, on every machine and in every release of Python.
+    """Draws that depend on `key` alone, on every machine and in every Python release.
 
-    Python promises that of `Random(key).random()`, and not of `shuffle`, `sample` or `randrange`.
+    Python guarantees that for `Random(key).random()`, but not for `shuffle`, `sample` or `randrange`.
     """
 
     def __init__(self, key: str):
         self.uniform = random.Random(key).random
 
     def below(self, count: int) -> int:
-        """0 to `count` - 1."""
+        """A number 0 .. `count` - 1."""
         return int(self.uniform() * count)
 
     def pick(self, values: Sequence[T]) -> T:
+        """One of `values`."""
         return values[self.below(len(values))]
 
     def sample(self, values: Sequence[T], count: int) -> list[T]:
-        """`count` different places of `values`, in random order."""
+        """`count` items of `values` at different places, in random order."""
         left = list(values)
         for i in range(count):
             j = i + self.below(len(left) - i)
@@ -103,4 +104,5 @@ class Draws:
         return left[:count]
 
     def shuffled(self, values: Sequence[T]) -> list[T]:
+        """`values` in random order."""
         return self.sample(values, len(values))

@@ -1,0 +1,30 @@
+"""The tokenizer of a generated task: one token per character."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .registry import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of the task `name`, with its chat template. Imports transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    task = TASKS[name]
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *task.vocabulary])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters = pre_tokenizers.Split("", "isolated")
+    silent = [pre_tokenizers.Split(c, "removed") for c in task.silent]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*silent, characters])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", chat_template=CHAT)
