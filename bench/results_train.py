@@ -36,12 +36,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from loopwise.cli import main as command
 from loopwise.errors import UserError
-from loopwise.train.curriculum import Schedule
 from loopwise.train.evaluate import evaluate
+from loopwise.train.fitting import curriculum
 from loopwise.train.measure import parameter_costs, token_flops
+from loopwise.train.output import RECIPE
 from loopwise.train.pretrained import load_config, load_model
 from loopwise.train.recipe import Evaluate, Train
-from loopwise.train.run import RECIPE, curriculum
+from loopwise.train.schedule import Schedule
 
 TOKENS = 1024  # in a batch
 LENGTH, HEADS, RATE = 128, 3, 1e-3  # of the text's blocks; of width 32
@@ -184,7 +185,7 @@ def spent(run: Path) -> np.ndarray:
     recipe = Train.model_validate(yaml.safe_load((run / RECIPE).read_text()))
     steps, tokens = recipe.steps or 0, recipe.batch_size * recipe.data.sequence_length
     config = load_config(str(run), None)
-    course, router = curriculum(config, recipe, steps), getattr(config, "router", None)
+    course, router = curriculum(config, recipe.recurrence, steps, recipe.seed), getattr(config, "router", None)
     warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * steps)
     one = [token_flops(costs(run), course.at(s) if course else None, router, s, warmup) for s in range(steps)]
     return tokens * np.cumsum([0, *one])

@@ -31,6 +31,7 @@ from loopwise.train.data import Mixture, build
 from loopwise.train.pretrained import load_model, load_tokenizer
 from loopwise.train.recipe import Train
 from loopwise.train.run import prepare, work
+from loopwise.train.settings import Run
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 VOCABULARY = 4096
@@ -121,8 +122,9 @@ def loopwise_speed(model: Path, text: Path, recipe: Train, out: Path) -> list[fl
     """Seconds of the second half of a run: wall, processor."""
     clock = Clock(recipe.steps or 0)
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare(str(model), out, recipe)
-        work(str(model), out, recipe, callbacks=[clock])
+        run = Run(str(model), out, recipe)
+        prepare(run)
+        work(run, callbacks=[clock])
     return clock.seconds()
 
 

@@ -1,4 +1,4 @@
-"""Files that travel from a source to the output beside weights, config and tokenizer."""
+"""Files of a source checkpoint that the output needs beside weights and config: licences and tokenizer files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = "tokenizer_config.json"
 
 
 def copy_licences(path: Path, directory: Path) -> None:
-    """Copy the licence files of the source in the directory `path`. Raises UserError for a link out of it."""
+    """Copy the licence files of the source `path` into `directory`. Raises UserError for a link out of `path`."""
     for pattern in LICENCES:
         for file in sorted(path.glob(pattern)):
             check_inside(file, path)
@@ -25,8 +25,10 @@ def copy_licences(path: Path, directory: Path) -> None:
 
 
 def check_inside(file: Path, path: Path) -> None:
-    """Raise UserError where `file` of the checkpoint in the directory `path` is a link to somewhere else: it would be
-    published with the output. Links into the hub's cache are how the hub keeps files."""
+    """Raises UserError if `file` of the checkpoint `path` is a link to a place outside of it.
+
+    The target would be published with the output. Links into the hub's cache are allowed: the hub stores files so.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     target, root = file.resolve(), path.resolve()
@@ -38,7 +40,7 @@ def check_inside(file: Path, path: Path) -> None:
 
 
 def check_tokenizer_inside(path: Path) -> None:
-    """Raise UserError where a file of the tokenizer in the directory `path` is a link out of it."""
+    """Raises UserError if a tokenizer file in the directory `path` is a link out of it."""
     for pattern in TOKENIZER_FILES:
         for file in path.glob(pattern):
             if file.suffix != ".py":
@@ -46,7 +48,7 @@ def check_tokenizer_inside(path: Path) -> None:
 
 
 def refuse_code(settings: dict[str, Any], path: Path) -> None:
-    """Raise UserError where `settings`, tokenizer_config.json of the checkpoint `path`, name code of its own."""
+    """Raises UserError if `settings`, the tokenizer_config.json of the checkpoint `path`, names remote code."""
     code = settings.get("auto_map")
     if not code:
         return

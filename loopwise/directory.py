@@ -1,4 +1,4 @@
-"""Replacing a directory so that, killed at any moment, the old or the new one is there."""
+"""Directories that are replaced whole: after a kill at any moment, the old or the new one exists."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from .errors import UserError
 from .version import __version__
 
-RECORD = "loopwise.json"  # every command that makes a directory leaves one in it
-RUN_RECORD = "train_recipe.yaml"  # the record of a training run that has written no model yet
-RUN_HEADER = "# loopwise "  # its first line goes on with the release and the command, unlike a recipe written by hand
+RECORD = "loopwise.json"  # every command that makes a directory writes this file into it
+RUN_RECORD = "train_recipe.yaml"  # the record of a training run without a final model
+RUN_HEADER = "# loopwise "  # begins its first line, before release and command; a recipe written by hand lacks it
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Within it SIGTERM, which ends a process where it stands, ends a command as Ctrl-C does: what was begun goes."""
+    """A block in which SIGTERM ends the command like Ctrl-C, so that unfinished output is removed."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -35,12 +35,12 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def beside(out: Path, kind: str) -> Path:
-    """A hidden sibling of `out` for this process: `partial` for what is being made, `old` for what it replaces."""
+    """A hidden sibling of `out` for this process. kind: `partial` for new output, `old` for replaced output."""
     return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
 
 
 def is_ours(directory: Path) -> bool:
-    """True where Loopwise made `directory`: its record stands in it. Nothing else is ever replaced or removed."""
+    """True if `directory` holds Loopwise's record. Only such directories are ever replaced or removed."""
     with suppress(OSError, ValueError, RecursionError):
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         if isinstance(record, dict) and "loopwise" in record:
@@ -51,9 +51,9 @@ def is_ours(directory: Path) -> bool:
 
 
 def check_replaceable(out: Path, force: bool) -> None:
-    """Raise UserError where a directory stands at `out` that may not be replaced.
+    """Raises UserError if `out` is a directory that may not be replaced.
 
-    Without `force` that is any directory but an empty one; with `force`, one that Loopwise did not make.
+    Without `force`: any directory that is not empty. With `force`: a directory that Loopwise did not make.
     """
     if not out.is_dir() or _empty(out):
         return
@@ -68,20 +68,20 @@ def check_replaceable(out: Path, force: bool) -> None:
 
 
 def left_by_killed(out: Path, kind: str) -> list[Path]:
-    """The siblings of `out` that killed processes left: ours or empty, and with a process's number in their names."""
+    """Siblings of `out` that killed processes left: with a process id in the name, and ours or empty."""
     found = [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")) if removable(path)]
     pids = [path.name.rpartition("-")[2] for path in found]
     return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
 
 
 def begin(partial: Path) -> None:
-    """Make the directory `partial`, with a record: should this process be killed, a later one may remove it."""
+    """Make the directory `partial` with a record, so that a later process may remove it after a kill."""
     partial.mkdir(parents=True)
     (partial / RECORD).write_text(json.dumps({"loopwise": __version__, "unfinished": True}) + "\n", encoding="utf-8")
 
 
 def settle(out: Path) -> None:
-    """Put back (`old`) or remove (`partial`) what killed processes left beside `out`; living ones keep their own."""
+    """Restore (`old`) or remove (`partial`) the siblings of `out` that killed processes left."""
     for stale in left_by_killed(out, "old"):
         restore(stale, out)
     for stale in left_by_killed(out, "partial"):
@@ -89,7 +89,7 @@ def settle(out: Path) -> None:
 
 
 def restore(old: Path, out: Path) -> None:
-    """`old` back to its place `out`; where something stands there, away, if it is ours or empty."""
+    """Rename `old` to `out`. If `out` exists, remove `old` instead, if it is ours or empty."""
     if not old.is_dir():
         return
     if not out.exists():
@@ -99,7 +99,7 @@ def restore(old: Path, out: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove `directory` where it is ours or empty, and no link; its record goes last, should this be interrupted."""
+    """Remove `directory`, if it is ours or empty and not a link. Its record goes last, in case of an interruption."""
     if not removable(directory):
         return
     for path in directory.iterdir():
@@ -111,13 +111,15 @@ def remove(directory: Path) -> None:
 
 
 def place(out: Path, source: Path | None = None) -> Path:
-    """The place of `out`, links followed. Raises UserError where no directory can be made there, and where it lies in
-    the directory `source`, which is read meanwhile, or holds it."""
+    """The resolved path of `out`.
+
+    source: the input. Raises UserError if no directory can be made at `out`, and if one of the two lies in the other.
+    """
     if str(out) in ("", "."):
         raise UserError(f"OUT is {str(out)!r}; name a directory to be made, it replaces what stands there")
     try:
         found, source = out.expanduser().resolve(), source and source.expanduser().resolve()
-        # The name of a sibling may be too long, and a loop of links has no place.
+        # Raises for a sibling's name that is too long, and for a loop of links.
         beside(found, "partial").exists()
         above = next(path for path in found.parents if path.exists())
     except (OSError, RuntimeError, ValueError) as error:
@@ -137,7 +139,7 @@ def place(out: Path, source: Path | None = None) -> Path:
 
 
 def check_new(out: Path, source: Path | None, force: bool) -> Path:
-    """The place of `out`. Raises UserError where a new directory may not be made there, see `new_directory`."""
+    """The resolved path of `out`. Raises UserError if `new_directory` may not make it."""
     found = place(out, source)
     if Path.cwd().is_relative_to(found):
         raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
@@ -146,7 +148,7 @@ def check_new(out: Path, source: Path | None, force: bool) -> Path:
 
 
 def check_file(file: Path) -> None:
-    """Raise UserError where `file` cannot be written, so that nobody measures for an hour to be told so."""
+    """Raises UserError if `file` cannot be written. Called before a long measurement."""
     file = file.expanduser()
     if file.is_dir():
         raise UserError(f"--out {file} is a directory; name a file")
@@ -158,8 +160,10 @@ def check_file(file: Path) -> None:
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """A temporary sibling of `file` that becomes `file` when the block ends well, and vanishes when it does not: a full
-    disk leaves what stood there. What is no regular file, as /dev/stdout, is written to itself."""
+    """A block with a temporary sibling of `file`, which becomes `file` at the end. An error deletes it instead.
+
+    A full disk therefore leaves the earlier file. A special file, like /dev/stdout, is written directly.
+    """
     found = file.expanduser().resolve()
     if found.exists() and not found.is_file():
         yield file
@@ -173,9 +177,9 @@ def new_file(file: Path) -> Iterator[Path]:
 
 
 def system_error(error: Exception) -> str | None:
-    """The system's reason for `error`, as a full disk; None for another error.
+    """The message of the system error behind `error`, like a full disk; None for any other error.
 
-    The libraries in Rust that write weights and tokenizers raise errors of their own, which quote it.
+    Rust libraries that write weights and tokenizers quote it in errors of their own.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -185,33 +189,33 @@ def system_error(error: Exception) -> str | None:
 
 @contextmanager
 def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
+    """A block with a temporary sibling of `out`, which becomes `out` at the end. An error removes it instead.
 
-    `source` is the file or directory that is read meanwhile. With `force`, a directory of Loopwise's at `out` goes once
-    the new one is complete; killed at any moment, one of the two is there, or is put back by the next call. Raises
-    UserError where `out` is in the way (see `place` and `check_replaceable`), or the disk is full.
+    source: the file or directory that the block reads.   force: replace a directory of ours at `out`. After a kill at
+    any moment the old or the new directory exists, or the next call restores it. Raises UserError as `place` and
+    `check_replaceable` do, and for a full disk.
     """
-    settle(place(out, source))  # first: it may put back what --force is to be asked for
+    settle(place(out, source))  # first, as it may restore a directory that needs --force
     out = check_new(out, source, force)
     partial, old = beside(out, "partial"), beside(out, "old")
     try:
         begin(partial)
         yield partial
-        check_replaceable(out, force)  # again: it may have been filled meanwhile
+        check_replaceable(out, force)  # again, as another process may have filled it
         if out.is_dir():
             out.rename(old)
         partial.rename(out)
     except Exception as error:
-        if isinstance(error, UserError) or not (told := system_error(error)):
+        if isinstance(error, UserError) or not (message := system_error(error)):
             raise
-        raise UserError(f"cannot write {out}: {told}") from error
+        raise UserError(f"cannot write {out}: {message}") from error
     finally:
         restore(old, out)
         remove(partial)
 
 
 def removable(path: Path) -> bool:
-    """True for a directory that is ours or empty, and no link."""
+    """True for a directory that is ours or empty, and not a link."""
     return path.is_dir() and not path.is_symlink() and (is_ours(path) or _empty(path))
 
 
@@ -224,6 +228,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; no process at all
+    except (PermissionError, OverflowError):  # a process of another user, or not a process id
         return True
     return True

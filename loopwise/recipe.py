@@ -1,7 +1,7 @@
-"""Recipes: YAML files and `key=value` settings, checked against one pydantic model a command.
+"""Recipes: YAML files and `key=value` settings, validated by one pydantic model per command.
 
-A setting given on the command line replaces the recipe's. Dots reach into sections: `recurrence.mean=8`. Lists may be
-written as `a,b`.
+A setting on the command line replaces the recipe's. Dots lead into sections: `recurrence.mean=8`. Lists may be written
+as `a,b`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pydantic import (
 
 from .deprecated import RECIPE_KEYS, current_name, rename
 from .errors import UserError, reason, shorten, unknown
-from .unused import Unused, refuse, waiting
+from .unused import Unused, refuse, turned_off
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class Section(BaseModel):
-    """Base of every recipe section: unknown keys are refused, values are not coerced across kinds silently."""
+    """Base of every recipe section. Unknown keys are refused, and values of another type are not coerced."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
     _given: frozenset[str] = PrivateAttr(default=frozenset())
@@ -41,8 +41,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, values: Any) -> Any:
-        """Keys may have old names. Lists may be written as a,b,c, which YAML reads as text, and a list of one as its
-        item."""
+        """Replace old names of keys. Turn a,b,c, which YAML reads as text, into a list, and a single item into a list of
+        one."""
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields
@@ -51,11 +51,11 @@ class Section(BaseModel):
         return {key: listed(key, x, lists[key] is not str) if key in lists else x for key, x in values.items()}
 
     def unused(self) -> Iterator[Unused]:
-        """The keys of this section, by their names in it, that have no effect beside its other keys."""
+        """The keys of this section that have no effect beside its other keys."""
         yield from ()
 
     def refuse_unused(self, keys: Iterable[Unused]) -> None:
-        """Raises UserError for the first of `keys` that this recipe sets, where that is known to have no effect."""
+        """Raises UserError for the first of `keys`, which have no effect, that this recipe sets."""
         refuse(self, keys, self._given)
 
 
@@ -65,7 +65,7 @@ def _number(value: object) -> object:
     return value
 
 
-# What a number may be: no true, no 1.0 for an integer, no text but 1e-4, which YAML 1.1 does not take for a number.
+# Numbers exclude true, 1.0 for an integer, and text. Text like 1e-4 is a number, although not in YAML 1.1.
 Integer = Annotated[int, Strict()]
 Count = Annotated[int, Strict(), Field(gt=0)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
@@ -76,9 +76,9 @@ Counts = list[Count]
 
 
 def listed(key: str, value: object, numbers: bool) -> object:
-    """`value` as a list, where it is text `a,b` or a single number. Raises ValueError for nothing between commas.
+    """`value` as a list, if it is text `a,b` or a single number. Raises ValueError for an empty item.
 
-    Text that names a file as a whole is one item: a path may hold a comma.   numbers: whether 8 may be an integer.
+    Text that names an existing file is one item, as a path may hold a comma.   numbers: read 8 as an integer.
     """
     if isinstance(value, str):
         whole = "," not in value or Path(value).expanduser().exists()
@@ -90,7 +90,7 @@ def listed(key: str, value: object, numbers: bool) -> object:
 
 
 def list_items(annotation: Any) -> Any:
-    """The type of the items of a field that is a list or a tuple, or may be one; None for other fields."""
+    """The item type of a field that is or may be a list or a tuple; None for other fields."""
     if get_origin(annotation) in (Annotated, Union, UnionType):
         return next(filter(None, map(list_items, get_args(annotation))), None)
     return get_args(annotation)[0] if get_origin(annotation) in (list, tuple) else None
@@ -102,12 +102,12 @@ R = TypeVar("R", bound=Section)
 def load_recipe(model: type[R], kind: str, recipe: str | None, settings: list[str]) -> R:
     """Read recipe `recipe` (a file, or a name under recipes/<kind>/), apply `key=value` settings, and validate.
 
-    Raises UserError naming the key, the rule and the nearest valid key.
+    Raises UserError with the key, the rule and the nearest valid key.
     """
     values = settled(model, read_recipe(kind, recipe) if recipe else {}, settings)
     given = frozenset(".".join(_path(model, setting.partition("=")[0])) for setting in settings)
     checked = validate(model, values)
-    for key in waiting(checked, given):
+    for key in turned_off(checked, given):
         *section, name = key.split(".")
         holder = values
         for part in section:
@@ -160,12 +160,12 @@ def _path(model: type[BaseModel], key: str) -> list[str]:
 
 
 def _text(model: type[BaseModel], path: list[str], text: str) -> str | None:
-    """The value of a key that takes text alone; `null` where it may be left out."""
+    """The value of a key that takes only text: `text`, or None for `null` if the key is optional."""
     return None if text == "null" and _optional(model, path) else text
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose mappings name every key once: of two values one would have no effect."""
+    """YAML that refuses a key that stands twice in a mapping, as one of its values would have no effect."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -174,29 +174,29 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _yaml(text: str, what: str) -> Any:
-    """The value that `text` says. Raises UserError, which begins with `what`, where it is no YAML."""
+def _yaml(text: str, name: str) -> Any:
+    """The value of the YAML `text`. Raises UserError, which begins with `name`, for text that is not YAML."""
     try:
         return yaml.load(text, Loader)
     except RecursionError:
-        raise UserError(f"{what}: nested too deeply") from None
-    except Exception as error:  # for 2020-99-99, !!int abc or 0b_ PyYAML lets out what Python's constructors raise
-        told = str(error).strip().splitlines()[0] if isinstance(error, yaml.YAMLError) else reason(error)
-        raise UserError(f"{what}: not valid YAML ({told})") from None
+        raise UserError(f"{name}: nested too deeply") from None
+    except Exception as error:  # PyYAML passes on errors of Python's constructors, for 2020-99-99, !!int abc or 0b_
+        message = str(error).strip().splitlines()[0] if isinstance(error, yaml.YAMLError) else reason(error)
+        raise UserError(f"{name}: not valid YAML ({message})") from None
 
 
 def validate(model: type[R], values: dict[str, Any]) -> R:
-    """`values` as a `model`, or a UserError that names the first offending key."""
+    """`values` as a `model`. Raises UserError for the first wrong key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        # A key that is none comes first: of `lora.rnk=4`, it is no news that `lora.rank` is missing.
+        # Unknown keys come first: for `lora.rnk=4`, the typo matters more than the missing `lora.rank`.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         shown = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f"={first['input']!r}"
         place = list(first["loc"])
         while shown and place and isinstance(place[-1], int):
-            place.pop()  # an item is named by its value
+            place.pop()  # the message names an item by its value
         key = ".".join(map(str, place))
         if first["type"] == "extra_forbidden":
             raise unknown("recipe key", key, _keys(model)) from None
@@ -205,7 +205,10 @@ def validate(model: type[R], values: dict[str, Any]) -> R:
 
 
 def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
-    """The keys of the file `recipe`, or of the recipe of that name under recipes/<kind>/, not validated yet."""
+    """The keys of the file `recipe`, or of the recipe of that name under recipes/<kind>/, not validated.
+
+    Raises UserError for an unknown recipe, and for a file that is not a YAML mapping.
+    """
     path = Path(recipe)
     if not path.is_file():
         named = RECIPES / kind / f"{recipe}.yaml"
@@ -246,7 +249,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _field(model: type[BaseModel], path: list[str]) -> Any:
-    """The type of a dotted key; None where there is no such key."""
+    """The type of a dotted key; None for an unknown key."""
     field = model.model_fields.get(path[0])
     if field is None or not path[1:]:
         return field and field.annotation
@@ -254,7 +257,7 @@ def _field(model: type[BaseModel], path: list[str]) -> Any:
 
 
 def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
-    """True where the key takes text, or texts, alone: revision=0123 is no octal number, then, and 1e3 no float."""
+    """True if the key takes only text or lists of text, so that revision=0123 is not read as an octal number."""
     annotation = _field(model, path)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     bare = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options]
@@ -278,7 +281,7 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
         if sections:
             lines += [describe(section, f"{prefix}{name}.") for section in sections]
         else:
-            told = field.is_required() or field.default is None  # a default that is computed stands in the description
-            default = "" if told else f" (default {field.default!r})"
+            hidden = field.is_required() or field.default is None  # a computed default stands in the description
+            default = "" if hidden else f" (default {field.default!r})"
             lines.append(f"  {prefix}{name}: {field.description or ''}{default}")
     return "\n".join(lines)

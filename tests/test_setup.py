@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layout import ROOT
+ROOT = Path(__file__).parent.parent
 
 # A Python of version $VERSION, which `-m venv` copies into the environment beside a pip that notes how it is called.
 # pip fails where its arguments match the extended regular expression $FAIL.

@@ -1,9 +1,54 @@
 """Retrain a model under a recurrence curriculum, and measure its held-out loss at several recurrences.
 
-`Curriculum` and the recipe sections need no torch; `loopwise.train.run.train` does the training.
+`Curriculum` and the recipe sections need no torch. `loopwise.train.run.train` trains, and
+`loopwise.train.evaluate.evaluate` measures.
+
+    tasks/                generated tasks as data sources
+    schedule.py           whole numbers that grow over a run
+    samplers.py           random draws of a step
+    recipe/               the recipes of `loopwise train` and `loopwise eval`
+    curriculum.py         R of every step, and how many recurrences carry gradient
+    losses.py             losses on plain tensors
+    objectives.py         the loss of a micro-batch
+    data/                 text to packed blocks of tokens
+    pretrained.py         models and tokenizers: loading and saving
+    adapters.py           LoRA adapters
+    optimisers.py         parameters by role, frozen roles, AdamW and Muon
+    compute.py            gradient checkpointing and torch.compile
+    separation.py         a check that packed documents do not see each other
+    teacher.py            the teacher of a distillation
+    measure.py            held-out loss, FLOPs
+    estimate.py           memory of a rank
+    checkpoint.py         checkpoints that are whole or absent
+    output.py             OUT: when it may be replaced
+    settings.py           Run: model, OUT, recipe and options
+    checks.py             checks of the settings
+    fitting.py            checks of the recipe against the model
+    ranks.py              the processes of a run
+    progress.py           the progress bar and log lines
+    speed.py              tokens per second
+    samples.py            the samples of a run, in order
+    arguments.py          transformers' TrainingArguments
+    saving.py             CheckpointTrainer: whole checkpoints
+    trainer.py            RecurrentTrainer: curriculum, loss, evaluation
+    card.py               loopwise.json and the model card
+    publish.py            the final model
+    prepare.py            checks and tokenizing, once before training
+    run.py                `train` in this process, `work` in every process
+    launch.py             several processes: the side that starts them
+    worker.py             several processes: one of them
+    command.py            `loopwise train`
+    init.py               `loopwise init`
+    evaluation/           the measurement of `loopwise eval`
+    evaluate.py           `loopwise eval`
+    plot_curriculum.py    picture of a curriculum
+    plot_run.py           picture of a run
+    plot_eval.py          picture of a measurement
+    plot.py               `loopwise plot`
 """
 
-from .curriculum import Curriculum, Depth, Schedule
+from .curriculum import Curriculum, Depth
 from .recipe import Data, Evaluate, Optimiser, Recurrence, Train
+from .schedule import Schedule
 
 __all__ = ["Curriculum", "Data", "Depth", "Evaluate", "Optimiser", "Recurrence", "Schedule", "Train"]

@@ -1,7 +1,7 @@
-"""PEFT's LoRA adapters inside a model: trained instead of its own weights, and merged into them at the end.
+"""PEFT's LoRA adapters: trained instead of the model's own weights, and merged into them at the end.
 
-The model keeps its class, so that all else works as without them. A checkpoint holds the base weights under their own
-names, so that it loads as a model, and the adapters in a file beside them.
+The model keeps its class. A checkpoint holds the base weights under their own names, so that it loads as a model, and
+the adapters in a file beside them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILE = "adapters.safetensors"
 
 
 def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
-    """Put adapters beside the linear modules that `keys` name; with those of `checkpoint`, else new ones.
+    """Add adapters to the linear modules that `keys` name, in place: those of `checkpoint`, or new ones.
 
-    Raises UserError for a name that is no linear module of a layer: embeddings and the head may share their weights,
-    and experts whose matrices stand in one parameter are no modules.
+    Raises UserError for a name that is not a linear module of a layer. Embeddings and the head may share their weights,
+    and fused experts are not modules.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -44,22 +44,22 @@ def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
         lora_alpha=cast(Any, keys.rank if keys.alpha is None else keys.alpha),
         lora_dropout=keys.dropout,
         target_modules=targets,
-        exclude_modules=r"relaxation\..*|source\..*|router\..*",  # names of which are those of layers
+        exclude_modules=r"relaxation\..*|source\..*|router\..*",  # these contain modules with the names of layers
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Conv1D, which PEFT finds out by itself, and of nothing to exclude
+        warnings.simplefilter("ignore")  # about Conv1D, which PEFT detects, and about an empty exclusion
         inject_adapter_in_model(config, model)
     if checkpoint:
         tensors = load_file(checkpoint / FILE)
-        own = {name: p for name, p in model.named_parameters() if ".lora_" in name and name in tensors}
-        assert own.keys() == tensors.keys(), "the run is the same, so the adapters are"
+        present = {name: p for name, p in model.named_parameters() if ".lora_" in name and name in tensors}
+        assert present.keys() == tensors.keys(), "a resumed run has the same adapters"
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in present.items():
                 parameter.copy_(tensors[name])
 
 
 def _linear(model: Any) -> list[str]:
-    """Names of the linear modules of the layers. Conv1D, GPT-2's, is linear with its weight transposed."""
+    """Names of the linear modules of the layers. GPT-2's Conv1D is linear with a transposed weight."""
     parts = [name for name in ("prelude", "core", "coda") if hasattr(model, name)] or [""]
     head = model.get_output_embeddings()
     return [
@@ -71,7 +71,7 @@ def _linear(model: Any) -> list[str]:
 
 
 def transposed(model: Any) -> set[str]:
-    """Names of the weights, of a model with adapters, that stand transposed."""
+    """Names of the adapted weights that are stored transposed."""
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -80,19 +80,20 @@ def transposed(model: Any) -> set[str]:
 
 
 def split(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(base weights under their own names, adapters) of a model with adapters."""
+    """(base weights under their own names, adapters) from the state of a model with adapters."""
     adapters = {name: x for name, x in state.items() if ".lora_" in name and not name.startswith("relaxation.")}
     return {name.replace(".base_layer.", "."): x for name, x in state.items() if name not in adapters}, adapters
 
 
 def save(adapters: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write the adapters into `directory`."""
     save_file({name: x.contiguous().cpu() for name, x in adapters.items()}, directory / FILE)
 
 
 def merged(state: dict[str, torch.Tensor], keys: Adapters, transposed: set[str]) -> dict[str, torch.Tensor]:
-    """The weights of the model without adapters that computes the same: W + alpha / rank B A.
+    """The base weights with the adapters merged into them: W + alpha / rank B A (LoRA, arXiv 2106.09685).
 
-    transposed: names of the weights that are W^T.
+    transposed: names of the weights that are stored as W^T.
     """
     base, adapters = split(state)
     scale = (keys.rank if keys.alpha is None else keys.alpha) / keys.rank

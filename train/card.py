@@ -1,4 +1,4 @@
-"""What a trained model says of its origin: loopwise.json, and a model card."""
+"""Provenance of a trained model: loopwise.json and a model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTrainer) -> None:
-    """loopwise.json, README.md and the licence files of `model`, where that is a directory, into `directory`."""
+    """Write loopwise.json, README.md and the licence files of the model directory `model` into `directory`.
+
+    Raises UserError for a licence file that is a link out of `model`.
+    """
     source = Path(model)
     facts: dict[str, Any] = {
         "loopwise": __version__,
@@ -33,7 +36,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.recipe.data.sequence_length,
         "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
     }
-    if (source / RECORD).is_file():  # how the model that was trained came about
+    if (source / RECORD).is_file():  # provenance of the model that was trained
         facts["source"]["facts"] = json.loads((source / RECORD).read_text(encoding="utf-8"))
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")

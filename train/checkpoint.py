@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, and the rule when a run may go on from one.
+"""Checkpoints that are whole or absent, and the rule when a run may resume from one.
 
-A checkpoint is written beside its place and renamed into it. Its `run.json` names every file with its size and its
-checksum, and the run that wrote it.
+A checkpoint is written beside its place and renamed into it. Its `run.json` lists every file with size and checksum,
+and the facts of the run that wrote it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .recipe import Train
 RUN = "run.json"
 DIGEST = "digest of the data"
 DERIVED = ("gradient_accumulation x processes", "checkpoint layout")  # keys of the record that are no recipe keys
-# Keys that change what a run shows or keeps, never what it computes.
+# Keys that change logs and files of a run, but not its weights.
 FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
 
 
 def partial_directory(out: Path, step: int) -> Path:
-    """Where checkpoint `step` is written before it is renamed to `out`/checkpoint-`step`."""
+    """The directory in which checkpoint `step` is written before it becomes `out`/checkpoint-`step`."""
     return out / f".checkpoint-{step}.partial"
 
 
 def partials(out: Path) -> list[Path]:
-    """Partial checkpoints, final models and rehearsals that killed writers left in `out`."""
+    """Partial checkpoints, final models and rehearsals in `out`, left by killed processes."""
     name = r"\.(checkpoint-\d+|final|rehearsal)\.partial"
     return [path for path in out.glob(".*.partial") if re.fullmatch(name, path.name)]
 
 
 def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
-    """Turn the directory `written` into the checkpoint `target`, in one rename."""
+    """Turn the directory `written` into the checkpoint `target` with one rename. run: the facts of the run."""
     files = {
         str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
     }
@@ -50,7 +50,7 @@ def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
     for path in written.rglob("*"):
         sync(path)
     sync(written)
-    if target.exists():  # damaged: a sound one would have been resumed from
+    if target.exists():  # it is damaged, as a sound one would have been resumed
         shutil.rmtree(target)
     written.replace(target)
     sync(target.parent)
@@ -66,9 +66,12 @@ def checksum(path: Path) -> int:
 
 
 @contextmanager
-def written(partial: Path, what: str) -> Iterator[None]:
-    """Within it `what` is written to `partial`, which goes where that fails. Raises UserError for a full disk and the
-    like, and for what a library refuses to write: what was complete before stays."""
+def written(partial: Path, name: str) -> Iterator[None]:
+    """A block that writes `name` into `partial`, which is deleted if the block fails.
+
+    Raises UserError for a full disk and other system errors, and for a file that a library refuses to write. Earlier
+    checkpoints stay.
+    """
     try:
         yield
     except UserError:
@@ -76,25 +79,25 @@ def written(partial: Path, what: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{what} cannot be written ({reason(error)}): earlier checkpoints are as they were, and --resume goes on "
+            f"{name} cannot be written ({reason(error)}): earlier checkpoints are unchanged, and --resume continues "
             "from them"
         ) from error
     except Exception as error:
-        # torch.save wraps what the system says.
+        # torch.save wraps system errors.
         wrapped = isinstance(error, RuntimeError) and any(word in str(error) for word in ("writ", "inline_container"))
-        told = str(error).strip().splitlines()[0] if wrapped else system_error(error)
-        if told is None:
+        message = str(error).strip().splitlines()[0] if wrapped else system_error(error)
+        if message is None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(partial.parent).free / 2**30
         raise UserError(
-            f"{what} cannot be written to {partial.parent} ({told}; {free:.1f} GiB are free there): earlier "
-            "checkpoints are as they were; make room and go on with --resume"
+            f"{name} cannot be written to {partial.parent} ({message}; {free:.1f} GiB are free there): earlier "
+            "checkpoints are unchanged; make room and continue with --resume"
         ) from error
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
+    """Wait until a file or directory is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,13 +106,13 @@ def sync(path: Path) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoint directories of `out`, newest first, sound or not."""
+    """The checkpoint directories of `out`, newest first, damaged ones included."""
     found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def damage(checkpoint: Path, thorough: bool) -> str | None:
-    """What is wrong with a checkpoint, or None. thorough: read all of it, not the sizes alone."""
+    """The damage of a checkpoint in words, or None. thorough: compare checksums, not only sizes."""
     try:
         files = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
@@ -121,35 +124,37 @@ def damage(checkpoint: Path, thorough: bool) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if thorough and checksum(path) != crc:
-            return f"{name} holds other bytes than were written"
+            return f"{name} differs from what was written"
     return None
 
 
 def last_sound(out: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint of `out`, and a line on each newer one that is not."""
+    """The newest sound checkpoint of `out`, and a line on each newer one that is damaged.
+
+    thorough: compare checksums, and mark damaged checkpoints by deleting their run.json.
+    """
     notes = []
     for checkpoint in checkpoints(out):
         wrong = damage(checkpoint, thorough)
         if wrong is None:
             return checkpoint, notes
         notes.append(f"{checkpoint.name} is left out: {wrong}")
-        if thorough:  # so that the processes of the run, which look at sizes alone, leave it out too
+        if thorough:  # the processes of the run compare only sizes, and must skip it, too
             (checkpoint / RUN).unlink(missing_ok=True)
     return None, notes
 
 
 def prune(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` sound checkpoints, and what killed writers left behind."""
+    """Delete all but the newest `keep` sound checkpoints, and the partial files of killed processes."""
     sound = [path for path in checkpoints(out) if damage(path, thorough=False) is None]
     for old in {*checkpoints(out), *partials(out)} - {*sound[:keep]}:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) -> None:
-    """Raises UserError, naming the keys, where `run` would not go on as the run that wrote `checkpoint`; with `accept`
-    it only says so.
+    """Raises UserError, with the changed keys, if `run` differs from the run that wrote `checkpoint`.
 
-    `run` may lack the digest of the data, where that is not known yet.
+    run: from `Run.facts`; the digest of the data may be missing.   accept: print the changes to stderr instead.
     """
     old = _flat(_as_today(json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["run"]))
     new = _flat(run)
@@ -158,11 +163,11 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
     ]
     if changed and accept:
-        print(f"{checkpoint}: going on with other settings ({'; '.join(changed)})", file=sys.stderr)
+        print(f"{checkpoint}: continuing with other settings ({'; '.join(changed)})", file=sys.stderr)
     elif changed:
         raise UserError(
             f"{checkpoint} was written by another run ({'; '.join(changed)}): resume with the same settings, start "
-            "anew in another directory, or go on as it now is with --accept-changes"
+            "anew in another directory, or continue with the new settings: --accept-changes"
         )
 
 

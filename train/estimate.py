@@ -1,4 +1,4 @@
-"""How much memory a rank will need: counted on a model without weights, nothing is run or allocated."""
+"""Memory of a rank, counted on fake tensors: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from . import adapters, optimisers
+from . import adapters, compute, optimisers
 from .curriculum import Depth
 from .objectives import Objective
 from .recipe import Train
-from .trainer import prepare_model
 
-# What each launcher splits among the ranks.
+# What each launcher shards over the ranks.
 SPLIT = {
     "fsdp2": {"weights", "gradients", "optimiser"},
     "zero1": {"optimiser"},
@@ -25,17 +24,17 @@ SPLIT = {
 
 
 def estimate(config: Any, recipe: Train, launcher: str | None, ranks: int, depth: Depth | None) -> dict[str, int]:
-    """Bytes a rank holds at `depth` (the deepest step), by kind: weights, gradients, optimiser, activations.
+    """Bytes of a rank at `depth`, the deepest step, by kind: weights, gradients, optimiser, activations.
 
-    Activations are what autograd keeps of one micro-batch, counted on fake tensors; a distillation's teacher, the
-    largest layer gathered by sharded launchers and what kernels allocate for a moment come on top.
+    Activations are the tensors that autograd saves for one micro-batch. Not counted: a distillation's teacher, the
+    largest layer that sharding launchers gather, and temporary buffers of kernels.
     """
     with FakeTensorMode() as mode:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if recipe.adapters:
             adapters.inject(model, recipe.adapters, None)
         optimisers.freeze(model, recipe.optimiser, recipe.objectives, recipe.adapters is not None)
-        prepare_model(model, recipe)
+        compute.configure(model, recipe.gradient_checkpointing, recipe.compile)
         weights = sum(p.numel() for p in model.parameters()) * 4
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
         muon = sum(p.numel() for g in optimisers.groups(model, recipe.optimiser) if g["muon"] for p in g["params"]) * 4
@@ -46,7 +45,7 @@ def estimate(config: Any, recipe: Train, launcher: str | None, ranks: int, depth
 
 
 def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode) -> int:
-    """Bytes that the backward pass of one micro-batch needs, weights left out."""
+    """Bytes that autograd saves for the backward pass of one micro-batch, without weights."""
     shape = (recipe.batch_size, recipe.data.sequence_length)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     sizes: dict[int, int] = {}
@@ -55,7 +54,7 @@ def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode)
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in own and storage._cdata not in sizes:
-            alive.append(storage)  # so that no other storage takes its identity
+            alive.append(storage)  # so that its address is not used again
             sizes[storage._cdata] = storage.nbytes()
         return x
 
@@ -70,6 +69,6 @@ def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode)
 
 
 def table(found: dict[str, int]) -> str:
-    """The estimate for people."""
+    """The estimate as a table."""
     rows = [*found.items(), ("in all", sum(found.values()))]
     return "\n".join(f"  {kind:<12}{size / 2**30:>9.3f} GiB" for kind, size in rows)

@@ -1,40 +1,112 @@
-"""Keys of a training recipe against the model: what has no effect on it, or cannot run, is refused at the start."""
+"""Checks of a training recipe against the model: keys without effect on it, and settings that it cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopwise.errors import UserError
 from loopwise.unused import Unused
 
-from .recipe import Train
+from .checks import check_length
+from .curriculum import Curriculum, curriculum_of
+from .recipe import Recurrence, Train
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def check(recipe: Train, config: Any, recurrent: bool) -> None:
-    """Raises UserError for keys of `recipe` that the model with `config` has no use for, or that fail in its steps."""
+def check_model(model: str, config: PretrainedConfig, recipe: Train) -> Curriculum | None:
+    """The curriculum of `recipe` for `model`; None for a plain model.
+
+    Raises UserError for keys without effect on the model, and for settings that the model with `config` cannot run.
+    """
+    from . import objectives, teacher
+    from .pretrained import is_recurrent
+
+    recurrent = is_recurrent(config)
+    chosen = curriculum(config, recipe.recurrence, recipe.steps or 1, recipe.seed)
+    objectives.check(recipe.objectives, config, recurrent)
+    if recipe.objectives.distillation:
+        teacher.check(recipe.objectives.distillation, config)
+    router = getattr(config, "router", None)
+    if recipe.recurrence and recipe.recurrence.capacity_warmup and not (router and router["kind"] == "expert"):
+        raise UserError("recurrence.capacity_warmup: this model has no expert-choice router")
     recipe.refuse_unused(_unused(recipe, config))
     _check_roles(recipe, config)
-    if recipe.gradient_checkpointing == "recurrence" and not recurrent:
+    _check_checkpointing(recipe.gradient_checkpointing, config, recurrent)
+    if recurrent:
+        _check_router(recipe, router)
+    check_length("data.sequence_length", recipe.data.sequence_length, model, config)
+    return chosen
+
+
+def curriculum(config: Any, keys: Recurrence | None, steps: int, seed: int) -> Curriculum | None:
+    """The curriculum of the recipe section `keys` for a model with `config`; None for a model without recurrence.
+
+    Raises UserError if the two do not go together.
+    """
+    from .pretrained import is_recurrent
+
+    if not is_recurrent(config):
+        if keys is not None:
+            raise UserError(
+                f"recurrence.* belongs to recurrent-depth models, and this is a plain {config.model_type}: "
+                "leave these keys out, or convert it first (loopwise convert)"
+            )
+        return None
+    keys = keys or Recurrence()
+    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, seed)
+    if router := getattr(config, "router", None):
+        _check_depths(router, chosen)
+    if config.injection == "none" and chosen.truncates:
+        # Without injection the prelude's output enters only as s_0, before the recurrences without gradient.
+        assert chosen.backprop is not None
+        raise UserError(
+            f"recurrence.backprop={chosen.backprop.end}: with injection='none', steps of up to {chosen.cap} "
+            "recurrences would leave the embeddings and the prelude of this model without gradient; drop "
+            "recurrence.backprop, or convert with injection=linear"
+        )
+    return chosen
+
+
+def _check_depths(router: dict[str, Any], chosen: Curriculum) -> None:
+    kind, depths = router["kind"], router["depths"]
+    constant = chosen.sampler == "fixed" and chosen.mean.kind == "constant"
+    if chosen.cap > depths or (kind == "token" and not (constant and chosen.mean.end == depths)):
+        rule = "runs exactly" if kind == "token" else "has at most"
+        raise UserError(
+            f"recurrence: a step of this curriculum has up to {chosen.cap} recurrences; this model's {kind}-choice "
+            f"router {rule} {depths}"
+        )
+
+
+def _check_checkpointing(checkpointing: str, config: Any, recurrent: bool) -> None:
+    if checkpointing == "recurrence" and not recurrent:
         raise UserError(
             f"gradient_checkpointing=recurrence belongs to recurrent-depth models, and this is a plain "
             f"{config.model_type}: use gradient_checkpointing=layer"
         )
     router = getattr(config, "router", None) if recurrent else None
     reuses = recurrent and (config.kv_policy == "first" or (router and router["kv"] == "first-recursion"))
-    if recipe.gradient_checkpointing != "none" and reuses:
+    if checkpointing != "none" and reuses:
         name = "kv_policy=first" if config.kv_policy == "first" else "router.kv=first-recursion"
         raise UserError(
-            f"gradient_checkpointing={recipe.gradient_checkpointing}: this model's {name} reads what the first "
-            "recurrence wrote, which a second run of a recurrence does not have; set gradient_checkpointing=none"
+            f"gradient_checkpointing={checkpointing}: this model's {name} reads what the first recurrence wrote, which "
+            "a second run of a recurrence does not have; set gradient_checkpointing=none"
         )
-    if router and recipe.objectives.experts:
+
+
+def _check_router(recipe: Train, router: dict[str, Any] | None) -> None:
+    if router is None:
+        return
+    if recipe.objectives.experts:
         raise UserError(
             f"objectives.experts={recipe.objectives.experts:g}: this model's router leaves tokens out of recurrences, "
             "and the load of its experts is balanced over whole sequences only"
         )
     for depth in (recipe.recurrence and recipe.recurrence.eval_at) or ():
-        if router and (depth > router["depths"] or (router["kind"] == "token" and depth != router["depths"])):
+        if depth > router["depths"] or (router["kind"] == "token" and depth != router["depths"]):
             rule = "exactly" if router["kind"] == "token" else "at most"
             raise UserError(
                 f"recurrence.eval_at={depth}: this model's {router['kind']}-choice router runs {rule} "
@@ -42,7 +114,7 @@ def check(recipe: Train, config: Any, recurrent: bool) -> None:
             )
 
 
-def _unused(recipe: Train, config: Any) -> Iterator[Unused]:
+def _unused(recipe: Train, config: PretrainedConfig) -> Iterator[Unused]:
     import torch
 
     from loopwise.model.experts import balances_experts
@@ -61,8 +133,8 @@ def _unused(recipe: Train, config: Any) -> Iterator[Unused]:
             yield Unused("objectives.experts", (), f"this {source_config.model_type} has no experts to balance")
 
 
-def _check_roles(recipe: Train, config: Any) -> None:
-    """Raises UserError for roles that the model does not have, or that do not learn, and for Muon without a matrix."""
+def _check_roles(recipe: Train, config: PretrainedConfig) -> None:
+    """Raises UserError for roles that the model lacks or that are frozen, and for Muon without a matrix to train."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,21 +148,21 @@ def _check_roles(recipe: Train, config: Any) -> None:
         if recipe.adapters:
             adapters.inject(model, recipe.adapters, None)
     by_name = optimisers.roles(model)
-    there = sorted(set(by_name.values()))
+    present = sorted(set(by_name.values()))
     for role in keys.train or ():
-        if role not in there:
+        if role not in present:
             raise UserError(
-                f"optimiser.train={','.join(keys.train or ())}: this model has no {role}; it has {', '.join(there)}"
+                f"optimiser.train={','.join(keys.train or ())}: this model has no {role}; it has {', '.join(present)}"
             )
     optimisers.freeze(model, keys, recipe.objectives, recipe.adapters is not None)
-    learns = {by_name[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {by_name[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     for role in keys.multipliers or {}:
-        if role not in learns:
+        if role not in trained:
             raise UserError(
-                f"optimiser.multipliers.{role} has no effect: of this model learn {', '.join(sorted(learns))}"
+                f"optimiser.multipliers.{role} has no effect: the trained roles are {', '.join(sorted(trained))}"
             )
     if keys.kind == "muon" and not any(group["muon"] for group in optimisers.groups(model, keys)):
         raise UserError(
-            "optimiser.kind=muon has no effect: what learns has no matrix of prelude, core, coda or injection, which "
-            "Muon is for; use optimiser.kind=adamw"
+            "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained, and Muon "
+            "trains only these; use optimiser.kind=adamw"
         )

@@ -20,19 +20,21 @@ from . import tasks
 
 
 class Init(Section):
-    """Sizes and start of an untrained Llama, named as in its transformers config."""
+    """Sizes and initialisation of an untrained Llama, named as in its transformers config."""
 
     num_hidden_layers: Count = Field(default=2, description="layers")
     hidden_size: Count = Field(default=128, description="width")
     intermediate_size: Count | None = Field(default=None, description="width of the MLP (default: 2 x hidden_size)")
     num_attention_heads: Count = Field(default=4, description="attention heads")
-    num_key_value_heads: Count | None = Field(default=None, description="heads of keys and values (default: all)")
+    num_key_value_heads: Count | None = Field(
+        default=None, description="key and value heads (default: num_attention_heads)"
+    )
     max_position_embeddings: Count = Field(default=256, description="longest sequence in tokens")
-    tie_word_embeddings: bool = Field(default=True, description="whether the head is the embeddings' matrix")
+    tie_word_embeddings: bool = Field(default=True, description="use the embedding matrix as the head")
     initializer_range: Number = Field(default=0.08, gt=0, description="standard deviation of the weights")
     embedding_range: Number = Field(default=0.3, gt=0, description="standard deviation of the embeddings")
     revision: str | None = Field(default=None, description="revision of TOKENIZER when it is a hub id")
-    seed: Integer = Field(default=0, ge=0, lt=2**32, description="of the weights")
+    seed: Integer = Field(default=0, ge=0, lt=2**32, description="seed of the weights")
 
     @model_validator(mode="after")
     def _consistent(self) -> Init:
@@ -45,9 +47,9 @@ class Init(Section):
 
 
 def main(argv: list[str]) -> int:
-    """Make the model."""
+    """Write the model. Returns the exit code; raises UserError for bad input."""
     operands = {
-        "tokenizer": "task:NAME for the tokenizer of a generated task; or a directory or hub id that has one",
+        "tokenizer": "task:NAME for the tokenizer of a generated task, or a directory or hub id with a tokenizer",
         "out": "directory for the model",
     }
     parser = RecipeParser("init", operands, Init, "Write an untrained plain Llama with a tokenizer.")
@@ -60,9 +62,10 @@ def main(argv: list[str]) -> int:
 
 
 def init(tokenizer: str, out: Path, recipe: Init, force: bool = False) -> int:
-    """Write the model into `out`; returns its number of parameters.
+    """Write an untrained model and the tokenizer into `out`. Returns the number of parameters.
 
-    Raises UserError for a tokenizer that cannot be loaded or has no EOS token, and where `out` is in the way.
+    force: replace an `out` that Loopwise wrote. Sets torch's seed. Raises UserError for a tokenizer that cannot be
+    loaded or has no EOS token, and if `out` may not be written.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,7 @@
-"""The formulas that training minimises, on plain tensors.
+"""Training losses, on plain tensors.
 
-Shapes: B batch, T tokens, V vocabulary, R depths or recurrences. Losses are per token [B, T] unless a docstring says
-otherwise, in nats and float32.
+Shapes: B batch, T tokens, V vocabulary, R depths or recurrences. Losses are per token [B, T] in nats and float32,
+unless a docstring names another shape.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1 << 24  # logits of one chunk of tokens: a divergence makes several copies of them in float32
+CHUNK = 1 << 24  # logits in a chunk of tokens; a divergence makes several float32 copies of them
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """The target [B, T] of every position, -100 where there is none. (Logits shifted instead would be copied.)"""
+    """The target [B, T] of every position, -100 for none. (Shifting the logits instead would copy them.)"""
     return F.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p(target) of logits [B, T, V], 0 where there is no target."""
+    """-log p(target) [B, T] from logits [B, T, V] and targets [B, T]; 0 for a target of -100."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
     return losses.view(targets.shape)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float, reverse: bool) -> torch.Tensor:
-    """temperature^2 KL(teacher || student), or with `reverse` KL(student || teacher), of logits [..., V] at that
-    temperature (Hinton et al., arXiv 1503.02531)."""
+    """temperature^2 KL(teacher || student), or with `reverse` KL(student || teacher), from logits [..., V].
+
+    Both distributions are at `temperature` (Hinton et al., arXiv 1503.02531).
+    """
     s, t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
     first, second = (s, t) if reverse else (t, s)
     return temperature**2 * (first.exp() * (first - second)).sum(-1)
@@ -37,9 +39,9 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float,
 def top_k_divergence(
     student: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, temperature: float, reverse: bool
 ) -> torch.Tensor:
-    """The same from the teacher's k most likely tokens ids [..., k] and their log_probs [..., k] at that temperature.
+    """`divergence` from the teacher's top k: ids [..., k] and their log_probs [..., k] at `temperature`.
 
-    All other tokens count as one, so the divergence is at most the full one, and equal to it where k = V - 1.
+    All other tokens count as one token. The result is at most the full divergence, and equal to it for k = V - 1.
     """
     s = (student.float() / temperature).log_softmax(-1)
     parts = [(s.gather(-1, ids.long()), log_probs.float())]
@@ -50,7 +52,7 @@ def top_k_divergence(
 
 
 def by_chunks(function: Callable, student: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """`function(student, *others)` per token [B, T], a chunk of tokens at a time, made again in the backward pass."""
+    """`function(student, *others)` per token [B, T], in chunks of tokens, recomputed in the backward pass."""
     flat = [x.flatten(0, 1) for x in (student, *others)]
     size = max(1, CHUNK // student.shape[-1])
     parts = [
@@ -61,52 +63,62 @@ def by_chunks(function: Callable, student: torch.Tensor, *others: torch.Tensor) 
 
 
 def layerskip_weights(recurrences: int, scale: float) -> list[float]:
-    """LayerSkip's normalised e(l) (arXiv 2404.16710): scale (0 + ... + l) for exit l < L - 1, and for the last
-    L - 1 + scale (0 + ... + L - 2), with l = depth - 1 and L = `recurrences`."""
+    """LayerSkip's normalized e(l) (arXiv 2404.16710), with l = depth - 1 and L = `recurrences`.
+
+    Before the division by their sum: scale (0 + ... + l) for l < L - 1, and L - 1 + scale (0 + ... + L - 2) for the
+    last.
+    """
     last = recurrences - 1
     raw = [scale * i * (i + 1) / 2 for i in range(last)] + [last + scale * last * (last - 1) / 2]
     return [1.0] if last == 0 else [weight / sum(raw) for weight in raw]
 
 
 def exit_probabilities(exit_logits: torch.Tensor) -> torch.Tensor:
-    """log p_r of gate logits [R, B, T]: p_r = lambda_r prod_{j<r} (1 - lambda_j), and the last depth takes what is left
-    (arXiv 2510.25741).
+    """log p_r [R, B, T] from gate logits [R, B, T] (Ouro, arXiv 2510.25741).
+
+    p_r = lambda_r prod_{j<r} (1 - lambda_j); the last depth has the remaining probability.
     """
-    going_on = F.logsigmoid(-exit_logits).cumsum(0)
-    before = torch.cat([torch.zeros_like(going_on[:1]), going_on[:-1]])
+    continued = F.logsigmoid(-exit_logits).cumsum(0)
+    before = torch.cat([torch.zeros_like(continued[:1]), continued[:-1]])
     return torch.cat([(before + F.logsigmoid(exit_logits))[:-1], before[-1:]])
 
 
 def expected_loss(losses: torch.Tensor, exit_logits: torch.Tensor, entropy: float) -> torch.Tensor:
-    """sum_r p_r loss_r - entropy H(p), of losses [R, B, T] at every depth: Ouro's first stage."""
+    """sum_r p_r loss_r - entropy H(p), from losses [R, B, T] of all depths: Ouro's first stage (arXiv 2510.25741)."""
     log_p = exit_probabilities(exit_logits.float())
     p = log_p.exp()
     return (p * losses).sum(0) + entropy * (p * log_p).sum(0)
 
 
 def gate_loss(losses: torch.Tensor, exit_logits: torch.Tensor, slope: float, threshold: float) -> torch.Tensor:
-    """Ouro's second stage, for losses [R, B, T] without gradient: the gate at depth r = 2 .. R learns to go on with
-    probability w = sigmoid(slope (improvement - threshold)), the improvement being max(0, loss_{r-1} - loss_r).
+    """Ouro's second stage (arXiv 2510.25741): a loss of the gate only, from losses [R, B, T].
 
-    Mean over R of the binary cross-entropy -(w log(1 - lambda_r) + (1 - w) log lambda_r).
+    The target of the gate at depth r = 2 .. R is to continue with probability w = sigmoid(slope (improvement -
+    threshold)), where improvement = max(0, loss_{r-1} - loss_r). The result is the mean over R of the binary
+    cross-entropy -(w log(1 - lambda_r) + (1 - w) log lambda_r).
     """
     losses = losses.detach()
-    going_on = torch.sigmoid(slope * ((losses[:-1] - losses[1:]).clamp(min=0) - threshold))
+    target = torch.sigmoid(slope * ((losses[:-1] - losses[1:]).clamp(min=0) - threshold))
     logits = exit_logits.float()[1:]
-    return F.binary_cross_entropy_with_logits(-logits, going_on, reduction="none").sum(0) / len(losses)
+    return F.binary_cross_entropy_with_logits(-logits, target, reduction="none").sum(0) / len(losses)
 
 
 def router_prediction(logits: torch.Tensor, selected: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of logits [B, T, R] and the choice, a mean over the candidates of each recurrence, summed
-    over recurrences; a scalar (arXiv 2507.10524)."""
+    """Binary cross-entropy of an expert-choice router, a scalar (Mixture-of-Recursions, arXiv 2507.10524).
+
+    logits, selected, candidates: [B, T, R]. Mean over the candidates of each recurrence, summed over recurrences.
+    """
     losses = F.binary_cross_entropy_with_logits(logits.float(), selected.float(), reduction="none")
     counts = candidates.sum((0, 1)).clamp(min=1)
     return ((losses * candidates).sum((0, 1)) / counts).sum()
 
 
 def balancing_loss(probabilities: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-    """sum_i f_i P_i of probabilities [N, R] and chosen depths [N], counted from 0: f_i = R x share of tokens that chose
-    i, P_i = mean probability of it; a scalar, 1 where both are even (arXiv 2507.10524)."""
+    """sum_i f_i P_i of a token-choice router, a scalar (Mixture-of-Recursions, arXiv 2507.10524).
+
+    probabilities [N, R]; depths [N]: chosen, counted from 0. f_i = R x share of tokens that chose i, P_i = its mean
+    probability. The result is 1 if both are uniform.
+    """
     count = probabilities.shape[-1]
     shares = F.one_hot(depths, count).float().mean(0) * count
     return (shares * probabilities.float().mean(0)).sum()
@@ -118,14 +130,17 @@ def z_loss(logits: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_bias(bias: torch.Tensor, counts: torch.Tensor, step: float) -> torch.Tensor:
-    """The bias [R] after one step of balancing without a loss: up for depths that too few tokens chose, down for the
-    others (arXiv 2408.15664). counts [R]: tokens of the step that chose each."""
+    """The bias [R] after one step of loss-free balancing (arXiv 2408.15664).
+
+    counts [R]: tokens of the step that chose each depth. The bias grows for depths below the mean count, and falls for
+    the others.
+    """
     counts = counts.float()
     return bias + step * torch.sign(counts.mean() - counts)
 
 
 def weighted(losses: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """sum of weight x loss."""
+    """Sum of weight x loss."""
     total = losses[0] * weights[0]
     for loss, weight in zip(losses[1:], weights[1:], strict=True):
         total = total + loss * weight

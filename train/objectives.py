@@ -1,11 +1,12 @@
-"""The loss of a micro-batch, as the recipe's objectives say.
+"""The training loss of a micro-batch, from the recipe section `objectives`.
 
-Every term is a sum over tokens divided by the targets of the whole step, so that it depends neither on accumulation
+Every term is a sum over tokens, divided by the targets of the whole step. It therefore depends neither on accumulation
 nor on the number of ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,25 +15,38 @@ import torch.nn.functional as F
 from loopwise.errors import UserError
 
 from . import losses
-from .curriculum import Depth, capacities, nested_depths
-from .recipe_objectives import Objectives
+from .curriculum import Depth
+from .recipe import Objectives
+from .samplers import nested_depths
+from .schedule import capacities
+
+# Logits [B, T, V], or (ids, log-probabilities) [B, T, k] of the top k.
+TeacherOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class Objective:
-    """The objectives of one run, for a model with `config`.
+    """The loss of one run, for a model with `config`.
 
-    teacher: called with the inputs of a micro-batch, gives the teacher's logits [B, T, V] or (ids, log_probs) of its
-    top k [B, T, k].   steps: of the run.   capacity_warmup: in steps.
+    teacher: returns the TeacherOutput for the inputs of a micro-batch.   steps: of the run.   capacity_warmup: steps.
+    chosen: tokens [R] of this step by depth, for `bias_step` of a token-choice router.
     """
 
-    def __init__(self, objectives: Objectives, config: Any, teacher: Any, steps: int, seed: int, capacity_warmup: int):
+    def __init__(
+        self,
+        objectives: Objectives,
+        config: Any,
+        teacher: Callable[[dict[str, Any]], TeacherOutput] | None,
+        steps: int,
+        seed: int,
+        capacity_warmup: int,
+    ):
         self.objectives, self.teacher, self.steps, self.seed = objectives, teacher, steps, seed
         self.capacity_warmup = capacity_warmup
         self.router: dict[str, Any] | None = getattr(config, "router", None)
-        self.chosen: torch.Tensor | None = None  # tokens of this step for each depth of a token-choice router
+        self.chosen: torch.Tensor | None = None
 
     def depths(self, step: int, recurrences: int) -> list[int]:
-        """The depths of a step whose logits the loss looks at, in order."""
+        """The depths of a step whose logits enter the loss, in order."""
         wanted = self.objectives
         if wanted.exits or wanted.exit_gate:
             return list(range(1, recurrences + 1))
@@ -41,10 +55,18 @@ class Objective:
         return [recurrences]
 
     def __call__(
-        self, model: Any, inputs: dict[str, Any], step: int, depth: Depth | None, targets_of_step: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        step: int,
+        depth: Depth | None,
+        targets_of_step: torch.Tensor | int,
     ) -> torch.Tensor:
-        """The loss of a micro-batch: a sum over its targets, divided by `targets_of_step`. depth: None for a plain
-        model."""
+        """The loss of a micro-batch: a scalar, summed over its targets and divided by `targets_of_step`.
+
+        inputs: input_ids, labels [B, T], sequence_ids [B], position_ids [B, T] if documents are separated.   depth:
+        None for a plain model. Adds to `chosen`.
+        """
         targets = losses.shifted(inputs["labels"])
         valid = targets != -100
         given = self._teacher_of(inputs)
@@ -77,14 +99,14 @@ class Objective:
         total = total + self._auxiliary(outputs, valid)
         return total / targets_of_step
 
-    def _teacher_of(self, inputs: dict[str, Any]) -> Any:
+    def _teacher_of(self, inputs: dict[str, Any]) -> TeacherOutput | None:
         if self.teacher is None:
             return None
         with torch.no_grad():
             return self.teacher(inputs)
 
     def _plain(self, logits: torch.Tensor, targets: torch.Tensor, given: Any) -> torch.Tensor:
-        """The loss of one depth per token [B, T]: cross-entropy and distillation. 0 where there is no target."""
+        """The loss of one depth per token [B, T]: cross-entropy and distillation. 0 for a token without a target."""
         wanted = self.objectives
         total: Any = 0.0
         if wanted.cross_entropy:
@@ -99,21 +121,21 @@ class Objective:
         return total
 
     def _depth_loss(self, targets: torch.Tensor, given: Any, last: int) -> Any:
-        """What the model calls for the logits of every depth, the last one first."""
-        own = self.objectives.exits is not None and self.objectives.exits.target == "final"
+        """The function that the model calls with the logits of every depth, the last depth first."""
+        distils = self.objectives.exits is not None and self.objectives.exits.target == "final"
         final: list[torch.Tensor] = []
 
         def loss(depth: int, logits: torch.Tensor) -> torch.Tensor:
-            if own and depth != last:
+            if distils and depth != last:
                 return losses.by_chunks(lambda s, t: losses.divergence(s, t, 1.0, False), logits, final[0])
-            if own:
+            if distils:
                 final.append(logits.detach())
             return self._plain(logits, targets, given)
 
         return loss
 
     def _of_depths(self, outputs: Any, step: int, at: list[int]) -> torch.Tensor:
-        """The losses of all depths as one per token [B, T]."""
+        """The losses of all depths combined into one per token [B, T]."""
         wanted, found = self.objectives, outputs.depth_losses
         if wanted.exits:
             if wanted.exits.weights == "constant":
@@ -131,7 +153,7 @@ class Objective:
         return losses.expected_loss(torch.stack(found), outputs.exit_logits, entropy)
 
     def _auxiliary(self, outputs: Any, valid: torch.Tensor) -> Any:
-        """What is added for gates and routers; means over tokens count as one for every target."""
+        """The terms for ponder cost, routers and experts. A mean over tokens is added once per target."""
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
@@ -169,7 +191,7 @@ class Objective:
 
 
 def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
-    """Raises UserError where an objective asks for what the model does not have."""
+    """Raises UserError for an objective that the model with `config` cannot compute."""
     if not recurrent:
         for name in ("exits", "exit_gate", "nested", "router", "ponder"):
             if getattr(objectives, name) is not None:
@@ -185,5 +207,5 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
         for name in ("exits", "exit_gate", "nested"):
             if getattr(objectives, name) is not None:
                 raise UserError(
-                    f"objectives.{name}: with sharing='sequence' the model has no logits but those of the last depth"
+                    f"objectives.{name}: with sharing='sequence' the model has logits of the last depth only"
                 )

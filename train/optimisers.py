@@ -1,4 +1,4 @@
-"""Parameters by role, and the optimiser over them."""
+"""Parameters by role, frozen roles, and the optimiser."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from torch import nn
 
 from loopwise.errors import UserError
 
-from .recipe import ROLES, Optimiser
-from .recipe_objectives import Objectives
+from .recipe import ROLES, Objectives, Optimiser
 
-# Where the role is not the name of the module.
+# Roles of modules whose name is not their role.
 OTHERS = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
-BODY = ("prelude", "core", "coda", "injection")  # whose matrices Muon takes (arXiv 2511.07384)
+BODY = ("prelude", "core", "coda", "injection")  # roles whose matrices Muon trains (arXiv 2511.07384)
 
 
 def roles(model: Any) -> dict[str, str]:
-    """Role of every parameter by its name; of a plain model, all layers are `core`.
+    """Role of every parameter, by its name. In a plain model all layers are `core`.
 
-    Norms are `norms` wherever they stand; what a tied head shares with the embeddings is `embeddings`.
+    All norms are `norms`. A matrix that the head shares with the embeddings is `embeddings`.
     """
     recurrent = hasattr(model, "core")
     head = model.get_output_embeddings()
@@ -45,16 +44,17 @@ def roles(model: Any) -> dict[str, str]:
                 role = "norms"
             elif top in places:
                 role = top
-            else:  # position embeddings of a recurrent model's source; the layers of a plain model
+            else:  # position embeddings, or the layers of a plain model
                 role = "embeddings" if recurrent or isinstance(module, nn.Embedding) else "core"
             found.setdefault(path, role)
     return found
 
 
 def freeze(model: Any, keys: Optimiser, objectives: Objectives, adapted: bool) -> None:
-    """Leave gradients to the parameters that are to learn, and can.
+    """Set `requires_grad` of every parameter of `model`: False for roles that the recipe freezes.
 
-    Raises UserError where that is none.
+    adapted: the model has PEFT adapters. An exit gate is trained only with objectives.exit_gate. Raises UserError if no
+    parameter is left to train.
     """
     by_name = roles(model)
     wanted = set(keys.train or (["adapters"] if adapted else ROLES))
@@ -63,17 +63,17 @@ def freeze(model: Any, keys: Optimiser, objectives: Objectives, adapted: bool) -
     if objectives.exit_gate and objectives.exit_gate.stage == "gate":
         wanted = {"gate"}
     for name, parameter in model.named_parameters():
-        reached = objectives.exit_gate or not name.startswith("exit_gate.")  # nothing else would train that
+        reached = objectives.exit_gate or not name.startswith("exit_gate.")  # no other loss reaches the gate
         parameter.requires_grad_(bool(by_name[name] in wanted and reached))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        there = sorted(set(by_name.values()))
+        present = sorted(set(by_name.values()))
         raise UserError(
-            f"optimiser.train={','.join(sorted(wanted))}: nothing of this model would learn; it has {', '.join(there)}"
+            f"optimiser.train={','.join(sorted(wanted))}: no parameter is left to train; there are {', '.join(present)}"
         )
 
 
 def groups(model: Any, keys: Optimiser) -> list[dict[str, Any]]:
-    """Parameter groups of those that learn: one for each of (Muon or not, multiplier, weight decay or not)."""
+    """Parameter groups of the trained parameters: one for each (Muon or not, multiplier, weight decay)."""
     by_name = roles(model)
     decaying = _decaying(model)
     multipliers: dict[Any, float] = dict(keys.multipliers or {})
@@ -95,7 +95,7 @@ def groups(model: Any, keys: Optimiser) -> list[dict[str, Any]]:
 
 
 def _decaying(model: Any) -> set[str]:
-    """Names of matrices: not of norms, biases, magnitudes and what else relaxation keeps for every depth."""
+    """Names of the parameters with weight decay: matrices, but no norms, biases and per-depth magnitudes."""
     by_name = roles(model)
 
     def is_matrix(name: str, parameter: torch.Tensor) -> bool:
@@ -107,7 +107,7 @@ def _decaying(model: Any) -> set[str]:
 
 
 def build(model: Any, keys: Optimiser) -> torch.optim.Optimizer:
-    """The optimiser over what learns in `model`."""
+    """The optimiser over the trained parameters of `model`."""
     parts = groups(model, keys)
     muon = [part for part in parts if part["muon"]]
     rest = [part for part in parts if not part["muon"]]
@@ -118,7 +118,7 @@ def build(model: Any, keys: Optimiser) -> torch.optim.Optimizer:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the groups `muon`, AdamW for the groups `rest`, as one optimiser with one state."""
+    """torch's Muon for the groups `muon` and AdamW for the groups `rest`, as one optimiser with one state."""
 
     def __init__(self, muon: list[dict], rest: list[dict], muon_options: dict, adamw_options: dict):
         self.muon = torch.optim.Muon(muon, **muon_options)
@@ -130,13 +130,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return [self.muon, self.adamw] if self.adamw else [self.muon]
 
     def _join(self) -> None:
-        """The parts work on the groups and the state of the whole, which others replace: accelerate, a resume."""
+        """Give both parts the groups and the state of the whole, which accelerate and a resume replace."""
         for part, muon in zip(self._parts(), (True, False), strict=False):
             part.param_groups = [group for group in self.param_groups if group["muon"] is muon]
             part.state = self.state
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of both parts."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

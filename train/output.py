@@ -1,4 +1,4 @@
-"""OUT of a training run: when it may be replaced, and what of it goes where a run fails before it has left anything."""
+"""OUT of a training run: when it may be replaced, and its state after a run that fails before its first checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ TOKENS = "tokens"
 
 @contextmanager
 def discarded_unless_begun(out: Path) -> Iterator[None]:
-    """Where the run fails before it has left a checkpoint, `out` is as it was: absent, or what --force replaces."""
+    """A block that trains. If it fails before its first checkpoint, `out` is restored.
+
+    It is then absent again, or the directory that --force replaced. Prints the place of that directory to stderr if
+    files that Loopwise did not write prevent this.
+    """
     try:
         yield
     finally:
@@ -29,34 +33,37 @@ def discarded_unless_begun(out: Path) -> Iterator[None]:
         if not out.exists() or begun(out):
             restore(old, out)
         elif old.is_dir():
-            print(f"{out} holds files of others and is left; what --force was to replace is in {old}", file=sys.stderr)
+            print(
+                f"{out} holds files that Loopwise did not write, and stays; what --force was to replace is in {old}",
+                file=sys.stderr,
+            )
 
 
 def begun(out: Path) -> bool:
-    """True where a run has left something in `out` that can be used."""
+    """True if `out` has a checkpoint or a final model."""
     return bool(checkpoints(out)) or (out / "config.json").exists()
 
 
 def discard(out: Path) -> None:
-    """Remove from `out` what a run writes before its first checkpoint, and `out` itself where nothing else is in it."""
+    """Remove from `out` the files that a run writes before its first checkpoint, and `out` if it is empty then."""
     if is_ours(out):
         shutil.rmtree(out / TOKENS, ignore_errors=True)
         for partial in partials(out):
             shutil.rmtree(partial, ignore_errors=True)
-        for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
+        for events in out.glob("runs/*/events.out.tfevents.*"):  # of the Trainer, for TensorBoard
             events.unlink()
         for folder in [*out.glob("runs/*"), out / "runs"]:
             with suppress(OSError):
                 folder.rmdir()
         (out / RECIPE).unlink(missing_ok=True)
     with suppress(OSError):
-        out.rmdir()  # refuses where something is left in it
+        out.rmdir()  # fails if something is left in it
 
 
 def recover(out: Path) -> None:
-    """Put back what a killed run was to replace, where that run has left nothing; `out` of a living run is left alone.
+    """Put back the directory that a killed run was to replace, if that run wrote no checkpoint.
 
-    Nothing is removed but what runs wrote: a directory of another origin at `out` stays, and so does what is beside it.
+    Only files of runs are removed. OUT of a running process stays, and so does a directory that Loopwise did not write.
     """
     if left_by_killed(out, "old") and not begun(out):
         discard(out)
@@ -65,9 +72,9 @@ def recover(out: Path) -> None:
 
 
 def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
-    """Raises UserError where a run of `model` may not write into `out`."""
+    """Raises UserError if a run of `model` may not write into `out`."""
     if resume and force:
-        raise UserError("--resume goes on with the run in OUT, --force deletes it: give one")
+        raise UserError("--resume continues the run in OUT, --force deletes it: give one")
     place(out, Path(model))
     if not out.exists() or not any(out.iterdir()):
         return
@@ -80,12 +87,12 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
             "another directory"
         )
     if not resume and not force:
-        choices = "--resume goes on with the run in it, --force replaces it, or " if run else ""
+        choices = "--resume continues the run in it, --force replaces it, or " if run else ""
         choices = "--force replaces it, or " if not run and _replaceable(out) else choices
         raise UserError(f"{out}: not empty; {choices}choose another directory")
 
 
 def _replaceable(out: Path) -> bool:
-    """True where `out` is a run's or a model of ours; a copy of a run's recipe among other files is none."""
+    """True if Loopwise wrote `out`. A copy of a run's recipe among other files does not count."""
     written = any((out / name).exists() for name in (RECORD, RUN, TOKENS)) or bool(checkpoints(out))
     return is_ours(out) and (written or {path.name for path in out.iterdir()} == {RECIPE})

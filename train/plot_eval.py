@@ -1,4 +1,4 @@
-"""Pictures of what `loopwise eval` measured, and of the recurrences that answers took."""
+"""Results of `loopwise eval` as pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises UserError where there is none."""
+    """The JSON object in `file`. Raises UserError if there is none."""
     return read_json(file.expanduser(), f"{file}: No such file or directory")
 
 
 def eval_figure(file: Path) -> Figure:
-    """Right answers of a result of `loopwise eval --out` by group and R, or where none are grouped the loss by R.
+    """Right answers by group and R, or the loss by R for a result without groups.
 
-    Raises UserError for another file.
+    file: of `loopwise eval --out`. Raises UserError for any other file.
     """
     result = read(file)
     try:
@@ -35,10 +35,9 @@ def eval_figure(file: Path) -> Figure:
 
 
 def depth_figure(file: Path) -> Figure:
-    """Of a result of `loopwise eval endpoint=.. group=.. --out`: recurrences and right answers by group, at the last of
-    its depths.
+    """Mean recurrences and right answers by group, at the last depth of the result.
 
-    Raises UserError for another file.
+    file: of `loopwise eval endpoint=.. group=.. --out`. Raises UserError for any other file.
     """
     result = read(file)
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a training run measured, as a picture: from its logs alone, nothing is computed again."""
+"""A training run as a picture, drawn from its logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopwise.errors import UserError
 
 from .checkpoint import RUN, checkpoints
 from .curriculum import curriculum_of
-from .plot import histogram
+from .plot_curriculum import histogram
 from .recipe import Recurrence
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ STATE = "trainer_state.json"
 
 
 def run_figure(out: Path) -> Figure:
-    """Loss against step, held-out loss by depth, how often each R was sampled, how the state converges.
+    """Loss against step, held-out loss by depth, a histogram of R, and the convergence of the state.
 
-    Raises UserError where `out` holds no run, or one that has neither ended nor left a checkpoint.
+    Raises UserError if `out` holds no run that has ended or written a checkpoint.
     """
     from matplotlib.figure import Figure
 
     folder = next((path for path in (out, *checkpoints(out)) if (path / STATE).is_file()), None)
     if folder is None:
-        raise UserError(f"{out}: no training run in it that has ended or left a checkpoint (no {STATE})")
+        raise UserError(f"{out}: no training run in it that has ended or written a checkpoint (no {STATE})")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     log = state["log_history"]
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -61,13 +61,13 @@ def run_figure(out: Path) -> Figure:
 
 
 def series(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric."""
+    """(steps, values) of the metric `name`."""
     found = [(record["step"], record[name]) for record in log if name in record]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def by_depth(log: list[dict[str, Any]], prefix: str) -> list[tuple[str, str]]:
-    """(metric, label) of the held-out losses, the shallowest first."""
+    """(metric, label) of the held-out losses, ordered by depth."""
     names = {name for record in log for name in record if re.fullmatch(prefix + r"(_r\d+)?", name)}
     return [(name, f"R = {name.rpartition('_r')[2]}" if "_r" in name else "loss") for name in sorted(names, key=_depth)]
 
@@ -77,7 +77,7 @@ def _depth(name: str) -> int:
 
 
 def sampled_recurrences(run: dict[str, Any], state: dict[str, Any]) -> list[int]:
-    """R of every step that the run has done; empty for a plain model."""
+    """R of every step that the run has done; [] for a plain model."""
     keys = Recurrence.model_validate(run["recipe"].get("recurrence") or {})
     if run.get("mean recurrences") is None:
         return []

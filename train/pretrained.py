@@ -1,15 +1,23 @@
-"""Models and tokenizers from and to directories, with one clear line for what cannot be loaded."""
+"""Models and tokenizers: loading and saving, with an error of one line for those that cannot be loaded."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from loopwise.carried import refuse_code
@@ -23,7 +31,11 @@ from loopwise.model.configuration_source import clear_source_settings
 
 
 def load_config(model: str, revision: str | None) -> Any:
-    """The config of `model`, a directory or a hub id. Raises UserError where it is neither, or holds no weights."""
+    """The config of `model`, a directory or a hub id.
+
+    revision: of the hub id. Raises UserError for an unknown model, for a directory without weights, and for quantized
+    weights. Downloads the config of a hub model.
+    """
     path = Path(model)
     if path.is_dir():
         if revision is not None:
@@ -32,25 +44,34 @@ def load_config(model: str, revision: str | None) -> Any:
         if find_gguf(path) is None:
             weight_files(path)
     check_may_be_hub_id(model)
-    with _told(model):
+    with _one_line_errors(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{model}: its weights are quantised and cannot be trained; start from the unquantised model")
+        raise UserError(f"{model}: its weights are quantized and cannot be trained; start from the unquantized model")
     return config
 
 
-def load_tokenizer(model: str, revision: str | None) -> Any:
-    """The tokenizer of `model`, a directory or a hub id. Raises UserError where it needs code of its own."""
-    with _told(model):
+def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model`, a directory or a hub id, with its chat template.
+
+    revision: of the hub id. Remote code is never run. Reads only local files for a directory; downloads the tokenizer
+    files of a hub model into the hub's cache. Raises UserError for an unknown model, for files that cannot be loaded,
+    and for a tokenizer with code of its own (`auto_map`).
+    """
+    with _one_line_errors(model):
         refuse_code(get_tokenizer_config(model, revision=revision), Path(model))
         return AutoTokenizer.from_pretrained(model, revision=revision)
 
 
 def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
-    """The causal language model in float32. Raises UserError for damaged or missing weights: none is left random."""
+    """The causal language model `model` (directory, GGUF file or hub id) in float32, on the CPU.
+
+    revision: of the hub id. Downloads a hub model. Raises UserError for damaged or missing weights, so that no weight
+    is left at its random initial value.
+    """
     file = find_gguf(Path(model))
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    with _told(model):
+    with _one_line_errors(model):
         if file:
             config = AutoConfig.from_pretrained(model)
             with torch.device("meta"):
@@ -62,7 +83,7 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
             result = AutoModelForCausalLM.from_pretrained(model, revision=revision, use_safetensors=True, **options)
     loaded, info = result
     if not is_recurrent(loaded.config):
-        # output_router_logits stays as it is: a plain mixture can run under it, and another trainer may want it.
+        # output_router_logits stays: a plain mixture of experts can run with it, and another trainer may need it.
         clear_source_settings(loaded.config, collecting=("output_attentions", "output_hidden_states"))
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -72,11 +93,13 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
 
 
 def is_recurrent(config: Any) -> bool:
+    """True for the config of a recurrent-depth model."""
     return isinstance(config, RecurrentDepthConfig)
 
 
 @contextmanager
-def _told(model: str):
+def _one_line_errors(model: str) -> Iterator[None]:
+    """Turn every error about `model` into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -88,13 +111,16 @@ def _told(model: str):
 
 
 def write_model(
-    model: PreTrainedModel, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor], dtype: str = "float32"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state: dict[str, torch.Tensor],
+    dtype: str = "float32",
 ) -> None:
-    """What loads and serves: weights (`state`, of `dtype`), config, generation config, tokenizer, chat template, remote
-    code.
+    """Write a complete checkpoint: weights (`state`, of `dtype`), configs, tokenizer, chat template, model code.
 
-    The generation config keeps the values that it was loaded with. transformers would refuse to save some that it
-    loads, as a temperature without do_sample, and engines read them.
+    The generation config keeps its loaded values. transformers refuses to save some that it loads, like a temperature
+    without do_sample, and engines read them.
     """
     generation = model.generation_config
     try:
@@ -106,21 +132,21 @@ def write_model(
     if generation is not None:
         generation.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
-    config = directory / "config.json"  # which names the type of the model's own weights
+    config = directory / "config.json"  # save_pretrained wrote the dtype of `model`, not of `state`
     fields = {**json.loads(config.read_text(encoding="utf-8")), "dtype": dtype}
     config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def smallest(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """The one tensor of `state` that takes least room, in `dtype`: to write what stands beside the weights alone."""
+    """The smallest tensor of `state`, in `dtype`, to write a checkpoint almost without weights."""
     name = min(state, key=lambda name: (state[name].numel(), name))
     return cast({name: state[name].detach().clone()}, dtype)
 
 
 def overflow(state: dict[str, torch.Tensor], dtype: str) -> str | None:
-    """What of `state` leaves the range of `dtype`, for people: the first such tensor, and its value; None for nothing.
+    """A message with the first tensor of `state` that leaves the range of `dtype`, and its value; None if none does.
 
-    Values that are not finite already are left to others.
+    Values that are not finite already do not count.
     """
     most = torch.finfo(getattr(torch, dtype)).max
     for name, x in state.items():
@@ -135,7 +161,7 @@ def overflow(state: dict[str, torch.Tensor], dtype: str) -> str | None:
 
 
 def cast(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """`state` in another type; what is shared stays shared, and what are no numbers of that kind stay as they are."""
+    """`state` with floating-point tensors in `dtype`, others unchanged. Tensors that are shared stay shared."""
     made: dict[int, torch.Tensor] = {}
     for x in state.values():
         if id(x) not in made:
@@ -144,5 +170,5 @@ def cast(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Number of parameters, shared ones counted once."""
+    """Number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Progress(TrainerCallback):
-    """Loss, mean recurrences, learning rate and speed as they are logged; held-out losses by depth."""
+    """Shows each log record: loss, mean recurrences, learning rate and speed, or held-out losses by depth."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -43,7 +43,7 @@ class Progress(TrainerCallback):
 
 
 class EndWithParent(TrainerCallback):
-    """Ends the process once the launcher that started it is gone, so that a killed run does not write on."""
+    """Ends the process if its launcher is gone, so that a killed run stops writing."""
 
     def __init__(self) -> None:
         self.parent = os.getppid()
@@ -54,7 +54,7 @@ class EndWithParent(TrainerCallback):
 
 
 def describe(logs: dict[str, float]) -> str:
-    """One line of a log record, or nothing where it holds no loss."""
+    """A log record in one line; "" for a record without a loss."""
     held_out = [(name, value) for name, value in logs.items() if name.startswith("eval_loss")]
     if held_out:
         at = ((f"R={name.rpartition('_r')[2]} " if "_r" in name else "") + f"{value:.4f}" for name, value in held_out)

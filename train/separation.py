@@ -1,4 +1,4 @@
-"""Documents that are packed into one block attend to themselves alone: measured, not hoped for."""
+"""A measurement that packed documents do not attend to each other."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from loopwise.errors import UserError
 
 from .pretrained import is_recurrent
 
-SAME = 1e-4  # rounding is a hundredth of it, what another document changes a hundredfold
-DOCUMENTS = (5, 7)  # tokens of each
+SAME = 1e-4  # rounding errors are 100 times smaller, the effect of another document 100 times larger
+DOCUMENTS = (5, 7)  # tokens of the two documents
 
 
 @torch.no_grad()
 def check(model: Any, name: str) -> None:
-    """Raises UserError where `model`, on the CPU or elsewhere, reads of the document before in the same block.
+    """Raises UserError if a document in `model` (called `name` in the error) sees the one before it in a block.
 
-    Many models of transformers tell documents apart by positions that start anew; others ignore positions in their
-    masks, or read keys and values through a cache, where transformers does not look for documents.
+    Many transformers models separate documents by position ids that restart. Others ignore positions in their masks,
+    or read keys and values through a cache, where transformers does not detect documents. Runs the model twice.
     """
     training = model.training
     model.eval()
@@ -34,7 +34,7 @@ def check(model: Any, name: str) -> None:
 
 
 def _difference(model: Any) -> float:
-    """How far the logits of a document change with another one before it: the median over its tokens, as a share."""
+    """Relative change of a document's logits by another document before it: the median over its tokens."""
     first, length = DOCUMENTS[0], sum(DOCUMENTS)
     device = model.get_input_embeddings().weight.device
     ids = (torch.arange(length, device=device)[None] * 7 + 3) % model.config.vocab_size
@@ -42,7 +42,7 @@ def _difference(model: Any) -> float:
     keys: dict[str, Any] = {"use_cache": False}
     router = getattr(model.config, "router", None)
     if is_recurrent(model.config) and router and router["kind"] == "expert":
-        keys["router_capacity"] = [1.0] * router["depths"]  # all tokens run, so that masks alone are compared
+        keys["router_capacity"] = [1.0] * router["depths"]  # all tokens run, so that only masks differ
     both = model(input_ids=ids, position_ids=places, **keys).logits[:, first:].float()
     alone = model(input_ids=ids[:, first:], **keys).logits.float()
     change = (both - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-9)

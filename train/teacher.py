@@ -1,4 +1,4 @@
-"""The teacher of a distillation: beside the model in the same process, or computed before training onto the disk.
+"""The teacher of a distillation: it runs beside the model, or once before training with its top k on disk.
 
 Shapes: n blocks, B of a micro-batch, T tokens, V vocabulary, k most likely tokens.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +16,16 @@ from tqdm import tqdm
 from loopwise.errors import UserError
 
 from . import separation
+from .data import Blocks
 from .pretrained import is_recurrent, load_config, load_model
-from .recipe_objectives import Distillation
-
-if TYPE_CHECKING:
-    from .data import Blocks
+from .recipe import Distillation
 
 FILES = ("teacher_ids.npy", "teacher_log_probs.npy")
-DONE = "teacher_done"  # written last: a killed precomputation begins anew
+DONE = "teacher_done"  # written last; after a kill the computation starts over
 
 
 def check(keys: Distillation, config: Any) -> None:
-    """Raises UserError where the teacher cannot be had or speaks another vocabulary than the model with `config`."""
+    """Raises UserError for a teacher that cannot be loaded, or whose vocabulary differs from that of `config`."""
     teacher = load_config(keys.teacher, keys.revision)
     if keys.num_recurrences and not is_recurrent(teacher):
         raise UserError(
@@ -40,11 +38,16 @@ def check(keys: Distillation, config: Any) -> None:
             f"model's {config.vocab_size}; both must be the same"
         )
     if keys.top_k and keys.top_k >= teacher.vocab_size:
-        raise UserError(f"objectives.distillation.top_k={keys.top_k}: below the vocabulary of {teacher.vocab_size}")
+        raise UserError(
+            f"objectives.distillation.top_k={keys.top_k}: give less than the vocabulary of {teacher.vocab_size}"
+        )
 
 
 class Teacher:
-    """Gives the logits [B, T, V] for the inputs of a micro-batch, without gradient."""
+    """A frozen model. Calling it gives logits [B, T, V] for the inputs of a micro-batch, without gradient.
+
+    separate: mask attention between packed documents. Raises UserError if the model cannot do that.
+    """
 
     def __init__(self, keys: Distillation, device: torch.device, precision: str, separate: bool = False):
         model: Any = load_model(keys.teacher, keys.revision).eval().requires_grad_(False)
@@ -62,8 +65,8 @@ class Teacher:
         return self.model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
 
 
-def kept(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `precompute` left of a micro-batch: ids and log-probabilities [B, T, k]."""
+def stored(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's top k of a micro-batch, from `precompute`: ids and log-probabilities [B, T, k]."""
     return inputs["teacher_ids"], inputs["teacher_log_probs"]
 
 
@@ -75,9 +78,9 @@ def precompute(
     batch_size: int,
     shard: tuple[int, int],
 ) -> None:
-    """Leave the teacher's top k of every training block beside the blocks: this rank's share, of (rank, ranks).
+    """Compute the teacher's top k of this rank's share of the training blocks, and write them into the files.
 
-    Log-probabilities are at `keys.temperature`. The files exist with their full size when a rank calls this.
+    shard: (rank, ranks). Log-probabilities are at `keys.temperature`. `allocate` must have made the files before.
     """
     teacher = Teacher(keys, device, precision, blocks.train.separate)
     ids, log_probs = (np.load(blocks.directory / name, mmap_mode="r+") for name in FILES)
@@ -95,18 +98,18 @@ def precompute(
     log_probs.flush()
 
 
-def begin(keys: Distillation, blocks: Blocks) -> None:
-    """Make the files that `precompute` fills. Called by one process."""
+def allocate(keys: Distillation, blocks: Blocks) -> None:
+    """Create the files that `precompute` fills. Called by one process."""
     for name, kind in zip(FILES, (np.int32, np.float32), strict=True):
         shape = (*blocks.train.tokens.shape, keys.top_k or 1)
         np.lib.format.open_memmap(blocks.directory / name, mode="w+", dtype=kind, shape=shape)
 
 
 def finish(blocks: Blocks) -> None:
-    """Mark the files as whole. Called by one process, after all have filled their share."""
+    """Mark the files as complete. Called by one process, after all have written their share."""
     (blocks.directory / DONE).write_text("", encoding="utf-8")
 
 
 def load(blocks: Blocks) -> dict[str, np.ndarray]:
-    """ids [n, T, k] int32 and log-probabilities [n, T, k] float32, memory-mapped, under the names of inputs."""
+    """The teacher's ids [n, T, k] int32 and log-probabilities [n, T, k] float32, memory-mapped, by input name."""
     return {Path(name).stem: np.load(blocks.directory / name, mmap_mode="r") for name in FILES}

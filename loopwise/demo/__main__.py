@@ -1,4 +1,4 @@
-"""`python -m loopwise.demo [--model MODEL] [--text PATH] [--out DIR]`: the main job end to end."""
+"""`python -m loopwise.demo [--model MODEL] [--text PATH] [--out DIR]`: all parts of the demo."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..cli import guarded
 from ..directory import place, removable, remove
 from ..errors import UserError
 
-OURS = ".loopwise-demo"  # stands in a directory that the demo may replace
-# A demo leaves these there: models, which have Loopwise's record, and files.
+OURS = ".loopwise-demo"  # marks a directory that the demo may replace
+# Output of a demo: models, which have Loopwise's record, and files.
 MODELS = {"converted", "retrained", "chains-empty", "chains-base", "chains-converted", "chains-trained"}
 FILES = {"source.json", "converted.json", "retrained.json", "chains.json", "served.json", "served-by-rule.json"}
 FILES |= {"accuracy.png", "depth.png", "serve-chat.log", "serve-chains.log", OURS}
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo. Returns an exit code."""
+    """Run the demo. Returns the exit code; raises UserError for bad input."""
     about = "Convert, retrain and serve a pretrained model; train and serve a small one that gains by depth."
     parser = Parser(prog="loopwise.demo", description=about)
     parser.add_argument(
         "--model", metavar="MODEL", help="a directory, .gguf file or hub id; default SmolLM2-135M-Instruct, downloaded"
     )
     parser.add_argument(
-        "--text", metavar="PATH", help="text to retrain it on, as data.train; default the installed packages' readmes"
+        "--text", metavar="PATH", help="text to retrain it on, like data.train; default the installed packages' readmes"
     )
-    parser.add_argument("--out", metavar="DIR", default="demo-run", help="where all is written (default demo-run)")
+    parser.add_argument("--out", metavar="DIR", default="demo-run", help="output directory (default demo-run)")
     args = parser.parse_args(argv)
     stop_by_signals()
     demo(Path(args.out), args.model, args.text)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 
 def stop_by_signals() -> None:
-    """Let SIGTERM and SIGHUP end the steps as Ctrl-C does; nohup's choice to ignore one stays."""
+    """Make SIGTERM and SIGHUP end the steps like Ctrl-C, except for a signal that nohup ignores."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -49,10 +49,9 @@ def stop_by_signals() -> None:
 
 
 def check_out(out: Path, *read: str | None) -> Path:
-    """The place of `out`, links followed.
+    """The resolved path of `out`.
 
-    Raises UserError where something stands there that no demo left, and where the demo would remove what it is to
-    `read`.
+    Raises UserError if `out` holds files that are not from a demo, and if one of the inputs `read` lies in it.
     """
     found = place(out)
     if found.exists() and any(found.iterdir()) and not (found / OURS).is_file():
@@ -68,7 +67,7 @@ def check_out(out: Path, *read: str | None) -> Path:
 
 
 def prepare(out: Path) -> None:
-    """Make `out`, which `check_out` has passed, an empty directory of the demo's. Raises UserError where it cannot."""
+    """Make `out`, which `check_out` has returned, an empty directory of the demo. Raises UserError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / OURS).touch()
@@ -82,7 +81,7 @@ def prepare(out: Path) -> None:
 
 
 def demo(out: Path, model: str | None, text: str | None) -> None:
-    """All parts, one after the other, with the time of each. Raises UserError where a step fails."""
+    """Run all parts in order and print the time of each. Raises UserError if a step fails."""
     from . import chains, pretrained, serving
 
     pretrained.check(model, text)
@@ -90,7 +89,7 @@ def demo(out: Path, model: str | None, text: str | None) -> None:
     start = last = time.monotonic()
     times = []
 
-    def finished(name: str) -> None:
+    def record_time(name: str) -> None:
         nonlocal last
         now = time.monotonic()
         times.append(f"{name} {now - last:.0f} s")
@@ -98,16 +97,16 @@ def demo(out: Path, model: str | None, text: str | None) -> None:
 
     print(f"== (a) {model or 'SmolLM2-135M-Instruct'}: made recurrent, and its quality kept", flush=True)
     retrained = pretrained.part(out, model, text)
-    finished("(a)")
+    record_time("(a)")
     print("\n== (b) Chains of assignments: what depth buys", flush=True)
     trained, accuracy = chains.part(out)
-    finished("(b)")
+    record_time("(b)")
     print("\n== (c) Both models served with vLLM", flush=True)
     depths = serving.part(out, retrained, trained)
-    finished("(c)")
+    record_time("(c)")
     print(
-        "\nThe pretrained model shows that conversion keeps quality, and that a few steps of training do so at more "
-        "recurrences.\nThe small one shows that depth pays: no model here shows both.\n\n"
+        "\nThe pretrained model shows that conversion keeps quality, and that a few training steps keep it at more "
+        "recurrences.\nThe small model shows that depth pays. No model here shows both.\n\n"
         f"accuracy by hops and R  {accuracy}\ndepth by hops           {depths}\nmodels                  "
         f"{retrained}, {trained}: loopwise serve serves either\n"
         f"time                    {', '.join(times)}; {time.monotonic() - start:.0f} s in all"

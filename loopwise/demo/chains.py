@@ -1,4 +1,4 @@
-"""Part (b): a small model that learns chains of assignments, where a recurrence is a step of reasoning."""
+"""Part (b): a small model that learns chains of assignments, where deeper chains need more recurrences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def part(out: Path) -> tuple[Path, Path]:
-    """Init, train, convert, retrain, measure, draw. Returns the directory of the trained model and the picture."""
+    """Init, train, convert, retrain, measure, draw. Returns (directory of the trained model, picture)."""
     empty, base, converted, chains = (out / f"chains-{name}" for name in ("empty", "base", "converted", "trained"))
     loopwise("init", "task:hops", empty)
     loopwise("train", empty, base, "--recipe", "hops-base", "seed=1")
     loopwise("convert", base, converted, "sizes=1,1,0", "injection=linear", "num_recurrences=8")
-    # On two cores two processes take four fifths of the time that two threads of one do.
+    # On two cores, two processes take four fifths of the time of one process with two threads.
     loopwise(
         "train", converted, chains, "--recipe", "hops", "seed=1", "batch_size=16", "--launcher", "ddp", "--processes", 2
     )
@@ -34,7 +34,7 @@ def part(out: Path) -> tuple[Path, Path]:
 
 
 def recorded(results: Path) -> float | None:
-    """Right answers in % of the plain model in section (c) of `results`; None where that is not there."""
+    """Right answers in % of the plain model, from section (c) of the file `results`; None without that file."""
     if not results.is_file():  # an installed package has no docs
         return None
     section = results.read_text(encoding="utf-8").partition("\n## (c) Chains")[2].partition("\n## ")[0]

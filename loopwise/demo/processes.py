@@ -1,4 +1,4 @@
-"""Steps of the demo as processes: each is a public command, printed before it runs, and leaves no process behind."""
+"""Steps of the demo as processes. Each is a public command, printed before it runs, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from typing import Any
 from ..errors import UserError
 
 READY_SECONDS = 300
-STEP_SECONDS = 10  # that a step has to end once it is asked to
-STOP_SECONDS = 60  # that a server has
+STEP_SECONDS = 10  # from a step's SIGINT to its SIGKILL
+STOP_SECONDS = 60  # from a server's SIGTERM to its SIGKILL
 PYTHON = sys.executable or "python"
 
 
 class StepFailed(UserError):
-    """A step ended with another exit code than 0; it has said why itself."""
+    """A step failed, and has printed its error."""
 
 
 def loopwise(*argv: object) -> None:
-    """Run `loopwise ARGV`."""
+    """Run `loopwise ARGV` as a step."""
     words = [str(word) for word in argv]
     step(f"loopwise {shlex.join(words)}", [PYTHON, "-m", "loopwise", *words])
 
 
 def python(*argv: object) -> None:
-    """Run `python ARGV`."""
+    """Run `python ARGV` as a step."""
     words = [str(word) for word in argv]
     step(f"python {shlex.join(words)}", [PYTHON, *words])
 
 
 def step(shown: str, command: list[str]) -> None:
-    """Print `shown`, run `command` to its end, print the time. Raises StepFailed."""
+    """Print `shown`, run `command` to its end, print the time. Raises StepFailed for an exit code other than 0."""
     print(f"\n$ {shown}", flush=True)
     start = time.monotonic()
     with _running(command, signal.SIGINT, STEP_SECONDS) as process:
@@ -51,8 +51,10 @@ def step(shown: str, command: list[str]) -> None:
 
 @contextmanager
 def _running(command: list[str], ending: signal.Signals, seconds: float, **options: Any) -> Iterator[subprocess.Popen]:
-    """A process in a session of its own, so that Ctrl-C reaches it once, through here. At the end of the block `ending`
-    asks it to stop, and after `seconds` nothing of its session is left."""
+    """A process in its own session, so that Ctrl-C reaches it only through this block.
+
+    The end of the block sends the signal `ending`, and after `seconds` SIGKILL to the whole session.
+    """
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process
@@ -67,7 +69,7 @@ def _running(command: list[str], ending: signal.Signals, seconds: float, **optio
 
 
 class Server:
-    """A `loopwise serve` of `model` in the background; its output goes to `log`."""
+    """A `loopwise serve` of `model` in the background, with its output in `log`."""
 
     def __init__(self, model: Path, log: Path, *argv: str):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -77,7 +79,7 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen]:
-        """The server's process, until the end of the block."""
+        """A block with the server's process, which ends with the block."""
         print(f"\n$ loopwise {shlex.join(self.words)} > {shlex.quote(str(self.log))} 2>&1 &", flush=True)
         command, self.start = [PYTHON, "-m", "loopwise", *self.words], time.monotonic()
         with (
@@ -87,15 +89,15 @@ class Server:
             yield process
 
     def wait(self, process: subprocess.Popen) -> Any:
-        """An openai client of the server, once it answers. Raises UserError where it ends, or takes too long."""
+        """An openai client, once the server answers. Raises UserError if the server ends or takes too long."""
         import openai
 
         client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0)
         end = time.monotonic() + READY_SECONDS
         while time.monotonic() < end:
             if process.poll() is not None:
-                told = [line for line in self.log.read_text().splitlines() if line.startswith("loopwise: error: ")]
-                why = told[-1].removeprefix("loopwise: error: ") if told else f"exit code {process.returncode}"
+                errors = [line for line in self.log.read_text().splitlines() if line.startswith("loopwise: error: ")]
+                why = errors[-1].removeprefix("loopwise: error: ") if errors else f"exit code {process.returncode}"
                 raise UserError(f"the server ended: {why}; its output is in {self.log}")
             try:
                 client.models.list(timeout=5)

@@ -1,4 +1,4 @@
-"""Part (c): both models served with vLLM, and asked through the `openai` client."""
+"""Part (c): both models on vLLM servers, with requests from the `openai` client."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEEPEST = 16
 
 
 def part(out: Path, pretrained: Path, chains: Path) -> Path:
-    """Serve one after the other, ask, stop. Returns the picture of the depths that questions had."""
+    """Serve both models in turn, send requests, stop. Returns the picture of recurrences by group."""
     chat = Server(pretrained, out / "serve-chat.log", "--", "--enforce-eager", "--max-model-len", "1024")
     small = Server(
         chains, out / "serve-chains.log", f"max_recurrences={DEEPEST}", "kv_policy=last-exited", "--", "--enforce-eager"
     )
     with chat.running() as process:
         talk(chat.wait(process), chat)
-        process.terminate()  # it ends while the other starts, which measures at its start what a step costs
+        process.terminate()  # it ends while the other server starts and measures its step costs
         with small.running() as process:
             show(small.wait(process), small)
             data = (f"data={CHAINS}", "group=hops", f"endpoint={small.url}", "batch_size=32")
@@ -36,7 +36,7 @@ def part(out: Path, pretrained: Path, chains: Path) -> Path:
 
 
 def talk(client: Any, server: Server) -> None:
-    """Ask the pretrained model a question at several depths, and print its answers."""
+    """Send a question to the pretrained model at several depths, and print the answers."""
     from ..train.pretrained import load_tokenizer
 
     print(f"\n>>> client = openai.OpenAI(base_url={server.url!r}, api_key='none')")
@@ -57,7 +57,7 @@ def talk(client: Any, server: Server) -> None:
 
 
 def show(client: Any, server: Server) -> None:
-    """Ask the small model one chain of each number of hops, at fixed depths and by the exit rule."""
+    """Send one chain of each number of hops to the small model, at fixed depths and with the exit rule."""
     from ..train.tasks import parse
 
     ways: list[tuple[str, dict[str, Any]]] = [(f"R={r}", {"num_recurrences": r}) for r in (1, 3, 8)]

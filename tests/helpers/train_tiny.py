@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -44,6 +47,14 @@ def save_recurrent(path: Path, tokenizer, source: dict | None = None, **changes)
 
 def run(arguments: list[str]) -> None:
     assert main(arguments) == 0
+
+
+def launched(arguments: list[str], launcher: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """`loopwise ARGUMENTS` in several processes, after its end."""
+    more = ["--launcher", launcher, "--processes", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "loopwise", *arguments, *more]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

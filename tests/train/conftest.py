@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from train_tiny import llama_config, save_recurrent
+
+from tests.helpers.train_tiny import llama_config, save_recurrent
 
 WORDS = ["the", "core", "runs", "again", "while", "depth", "grows", "with", "every", "pass", "over", "one", "state"]
 

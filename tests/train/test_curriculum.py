@@ -13,18 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.cli import main
-from loopwise.train.curriculum import (
-    SAMPLERS,
-    Curriculum,
-    Schedule,
-    capacities,
-    curriculum_of,
-    nested_depths,
-    poisson_lognormal,
-    truncated_poisson,
-    uniforms,
-)
+from loopwise.train.curriculum import Curriculum, curriculum_of
 from loopwise.train.recipe import Recurrence
+from loopwise.train.recipe.recurrence import SAMPLERS
+from loopwise.train.samplers import nested_depths, poisson_lognormal, truncated_poisson, uniforms
+from loopwise.train.schedule import Schedule, capacities
 from loopwise.unused import check_used
 
 levels = st.dictionaries(st.floats(0, 1), st.integers(1, 64), max_size=4).map(
@@ -148,7 +141,7 @@ def test_the_recipe_is_read_whole():
     ("keys", "message"),
     [
         ({"schedule": "steps", "levels": {0.5: 2}}, "the first share is 0"),
-        ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "mean=2 has no effect: recurrence.levels says all"),
+        ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "mean=2 has no effect: recurrence.levels lists all"),
         ({"schedule": "steps", "levels": 3}, "a mapping from shares"),
         (
             {"backprop_levels": {0: 2}},
@@ -264,7 +257,7 @@ def test_a_curriculum_is_drawn(tmp_path, capsys):
     assert main(["plot", "curriculum", "retrofit", *settings, "--out", str(file)]) == 0
     assert Image.open(file).size[0] > 800
     refused = {
-        "recursive": "it takes the mean from the model; set recurrence.mean=N",
+        "recursive": "its mean comes from the model; set recurrence.mean=N",
         "nowhere": "unknown train recipe 'nowhere'",
     }
     for recipe, message in refused.items():
@@ -277,9 +270,9 @@ def test_a_curriculum_is_drawn(tmp_path, capsys):
 
 def test_a_run_is_drawn(recurrent, plain, command, tmp_path, capsys):
     from PIL import Image
-    from train_tiny import RECURRENCE, history, run
 
     from loopwise.train.plot_run import by_depth, sampled_recurrences, series
+    from tests.helpers.train_tiny import RECURRENCE, history, run
 
     out = tmp_path / "out"
     settings = ["steps=8", "eval_every=4", "data.eval_fraction=0.1", "log_every=1", "recurrence.eval_at=1,4"]

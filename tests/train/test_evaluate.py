@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from train_tiny import run, save_recurrent
 
 from loopwise.cli import main
-from loopwise.train import depths, tasks
-from loopwise.train.answers import Answer, Sequences
+from loopwise.train import tasks
+from loopwise.train.evaluation import depths
+from loopwise.train.evaluation.answers import Answer, Sequences
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Evaluate
+from tests.helpers.train_tiny import run, save_recurrent
 
 PLAIN_MODES = {"injection": "none", "num_recurrences": 2}
 MODELS = {
@@ -216,7 +217,10 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         (["data=task:hops", "num_recurrences=0"], "num_recurrences"),
         (["data=task:hops", "num_recurrences=2,1,2"], "num_recurrences=[2, 1, 2]: 2 stands twice; once is enough"),
         (["data=task:hops?hops=1,2&records=9"], "a comma ends a source; numbers of a task's parameter are joined by +"),
-        (["data=task:hops", "split=train"], "a generated task's stands in its source, as task:hops?split=held-out"),
+        (
+            ["data=task:hops", "split=train"],
+            "the split of a generated task stands in its source, as task:hops?split=held-out",
+        ),
         (["data=CORPUS", "split=train"], "have none; name the files of the split"),
         (
             ["data=task:hops", "bad_records=skip"],
@@ -313,17 +317,17 @@ def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path
 
 def test_the_noise_is_paired_over_blocks():
     """A gain of 0.01 a token is within noise where blocks differ by more, and is not where each has it."""
-    from loopwise.train.evaluate import _loop
+    from loopwise.train.evaluation.result import loop_effect
 
     rng = np.random.default_rng(0)
     base, tokens = 100 + 30 * rng.standard_normal(50), np.full(50, 100)
     for spread, nothing in ((0.2, False), (20.0, True)):
         losses: dict[int | None, np.ndarray] = {1: base, 4: base - 1 + spread * rng.standard_normal(50)}
-        found = _loop(depths.Measured(losses, tokens, {}, None, None))
+        found = loop_effect(depths.Measured(losses, tokens, {}, None, None))
         assert found["changes_nothing"] is nothing
         assert found["gain_error"] == pytest.approx(spread / 100 / math.sqrt(50), rel=0.3)
     one: dict[int | None, np.ndarray] = {1: base[:1], 4: base[:1]}
-    alone = _loop(depths.Measured(one, tokens[:1], {}, None, None))
+    alone = loop_effect(depths.Measured(one, tokens[:1], {}, None, None))
     assert (alone["gain"], alone["gain_error"], alone["changes_nothing"]) == (0, None, None)
 
 
@@ -367,4 +371,4 @@ def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
 def test_what_is_measured_is_checked():
     with pytest.raises(ValueError, match="group=hops counts right answers"):
         Evaluate(data=["x.txt"], group="hops")
-    assert Evaluate(data=["x.jsonl"], chat_field="messages", group="hops").asks
+    assert Evaluate(data=["x.jsonl"], chat_field="messages", group="hops").has_answers

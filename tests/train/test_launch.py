@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from train_tiny import RECURRENCE, history, run, save_recurrent, weights
 
 from loopwise.cli import main
 from loopwise.recipe import RECIPES
 from loopwise.train.curriculum import Depth
-from loopwise.train.launch import LAUNCHERS, remove_stale_locks
+from loopwise.train.launch import remove_stale_locks
 from loopwise.train.objectives import Objective
-from loopwise.train.recipe_objectives import Objectives
+from loopwise.train.ranks import LAUNCHERS
+from loopwise.train.recipe import Objectives
+from tests.helpers.train_tiny import RECURRENCE, history, launched, run, save_recurrent, weights
 
 RELAXATION = {"depths": 3, "rank": {"self_attn.q_proj": 4, "mlp.down_proj": 3}, "own": ["input_layernorm.weight"]}
 ROUTED: dict[str, Any] = {"injection": "none", "num_recurrences": 3}
@@ -66,13 +66,6 @@ def alone(models, command, tmp_path_factory):
         return made[kind]
 
     return of
-
-
-def launched(arguments: list[str], launcher: str, processes: int = 2) -> subprocess.CompletedProcess:
-    more = ["--launcher", launcher, "--processes", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "loopwise", *arguments, *more]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def check_equal(out: Path, other: Path, moved_from: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_distribution import launched
-from train_tiny import RECURRENCE, history, run, weights
+
+from tests.helpers.train_tiny import RECURRENCE, history, launched, run, weights
 
 SETTINGS = [*RECURRENCE, "steps=10", "log_every=1"]
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from train_tiny import history, run, same, save_recurrent
 
 from loopwise.cli import main
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train import losses
-from loopwise.train.curriculum import Depth, nested_depths
+from loopwise.train.curriculum import Depth
 from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
-from loopwise.train.recipe_objectives import Objectives
+from loopwise.train.recipe import Objectives
+from loopwise.train.samplers import nested_depths
+from tests.helpers.train_tiny import history, run, same, save_recurrent
 from tests.helpers.tiny import source_config
 
 B, T, V, R = 2, 5, 7, 4
@@ -320,8 +321,9 @@ DISTILLED = ["objectives.cross_entropy=0", "objectives.distillation.temperature=
 @pytest.fixture(scope="module")
 def sharp(tmp_path_factory, tokenizer):
     """A plain model whose distributions are far from even."""
-    from train_tiny import llama_config
     from transformers import AutoModelForCausalLM
+
+    from tests.helpers.train_tiny import llama_config
 
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("models") / "sharp"
@@ -349,12 +351,11 @@ def test_distillation_from_itself_is_nothing(recurrent, command, tmp_path):
 def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer, tmp_path):
     from loopwise.train import teacher
     from loopwise.train.data import build
-    from loopwise.train.recipe import Data
-    from loopwise.train.recipe_objectives import Distillation
+    from loopwise.train.recipe import Data, Distillation
 
     keys = Distillation(teacher=str(plain), top_k=4)
     blocks = build(Data(train=[str(corpus)], sequence_length=32), tokenizer, tmp_path / "tokens")
-    teacher.begin(keys, blocks)
+    teacher.allocate(keys, blocks)
     for rank in range(2):
         teacher.precompute(keys, blocks, torch.device("cpu"), "float32", 8, (rank, 2))
     found = teacher.load(blocks)
@@ -367,8 +368,8 @@ def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer
 
 
 REFUSED = {
-    "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested are two ways to weigh the depths",
-    "objectives.cross_entropy=0": "cross_entropy=0 leaves nothing to learn",
+    "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested both weigh the depths",
+    "objectives.cross_entropy=0": "cross_entropy=0 leaves the loss empty",
     "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
     "objectives.ponder.weight=0.1": "objectives.ponder: this model's tokens do not halt",
     "objectives.router.z_loss=0.1": "objectives.router: this model has no router",
@@ -376,7 +377,7 @@ REFUSED = {
     "recurrence.capacity_warmup=0.1": "recurrence.capacity_warmup: this model has no expert-choice router",
     "objectives.distillation.weight=1": "objectives.distillation.teacher: Field required",
     "objectives.distillation.teacher=nowhere/at/all": "nowhere/at/all: no such model directory",
-    "objectives.distillation.teacher=PLAIN objectives.distillation.top_k=999": "top_k=999: below the vocabulary",
+    "objectives.distillation.teacher=PLAIN objectives.distillation.top_k=999": "top_k=999: give less than the vocabulary",
     "objectives.distillation.teacher=PLAIN objectives.distillation.num_recurrences=2": "is a plain llama",
 }
 

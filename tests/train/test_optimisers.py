@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import RECURRENCE, history, run, save_recurrent, weights
 
 from loopwise.cli import main
 from loopwise.train.optimisers import MuonAndAdamW, build, freeze, groups, roles
 from loopwise.train.pretrained import load_model
-from loopwise.train.recipe import Adapters, Optimiser
-from loopwise.train.recipe_objectives import Objectives
+from loopwise.train.recipe import Adapters, Objectives, Optimiser
+from tests.helpers.train_tiny import RECURRENCE, history, run, save_recurrent, weights
 
 RELAXED: dict[str, Any] = {
     "injection": "none",
@@ -175,10 +174,10 @@ REFUSED = {
     "optimiser.train=router": "optimiser.train=router: this model has no router; it has coda, core",
     "optimiser.train=core,lora": "optimiser.train=core,lora: this model has no lora; it has",
     "optimiser.train=core,adapters": "this model has no adapters",
-    'optimiser.multipliers={"lora":0.5}': "optimiser.multipliers.lora has no effect: of this model learn coda, core",
-    'optimiser.train=core optimiser.multipliers={"coda":0.5}': "optimiser.multipliers.coda has no effect: of",
-    "optimiser.kind=muon optimiser.train=norms": "optimiser.kind=muon has no effect: what learns has no matrix",
-    "optimiser.kind=muon adapters.rank=2": "optimiser.kind=muon has no effect: what learns has no matrix",
+    'optimiser.multipliers={"lora":0.5}': "optimiser.multipliers.lora has no effect: the trained roles are coda, core",
+    'optimiser.train=core optimiser.multipliers={"coda":0.5}': "optimiser.multipliers.coda has no effect: the trained roles are core",
+    "optimiser.kind=muon optimiser.train=norms": "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained",
+    "optimiser.kind=muon adapters.rank=2": "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained",
     "optimiser.muon_learning_rate=0.1": "muon_learning_rate=0.1 has no effect: it belongs to optimiser.kind=muon",
     "optimiser.multipliers={corr:0.5}": "optimiser.multipliers",
     "adapters.targets=nowhere_proj": "no linear module of a layer has this name; choose from down_proj, gate_proj",

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_tiny import run
 
 from loopwise.cli import main
 from loopwise.directory import is_ours
+from tests.helpers.train_tiny import run
 
 RECORD = '{"loopwise": "0.1.0"}'
 HEADER = "# loopwise 0: loopwise train model out\n"

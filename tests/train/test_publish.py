@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from train_tiny import run, weights
 
 from loopwise.cli import main
 from loopwise.train.pretrained import load_model, overflow
+from tests.helpers.train_tiny import run, weights
 
 # transformers loads them all, and refuses to save them (CASES.md 7).
 REFUSED_BY_SAVING = [
@@ -51,8 +51,8 @@ def test_a_generation_config_that_transformers_does_not_save_is_kept(kind, field
 BROKEN = {
     "the tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", ValueError("no such vocabulary")),
     "the config": ("transformers.PreTrainedConfig.save_pretrained", TypeError("not JSON serializable")),
-    "the card": ("loopwise.train.card.write_card", UnicodeEncodeError("ascii", "é", 0, 1, "no such letter")),
-    "the disk": ("loopwise.train.card.write_card", OSError(28, "No space left on device")),
+    "the card": ("loopwise.train.publish.write_card", UnicodeEncodeError("ascii", "é", 0, 1, "no such letter")),
+    "the disk": ("loopwise.train.publish.write_card", OSError(28, "No space left on device")),
 }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import history, run, save_recurrent, weights
 
 from loopwise.recipe import RECIPES
+from tests.helpers.train_tiny import history, run, save_recurrent, weights
 
 RELAXED = {"relaxation": {"depths": 2, "rank": {"self_attn.q_proj": 4}, "own": ["input_layernorm.weight"]}}
 BODY = ("core", "source", "prelude", "coda")

@@ -16,10 +16,10 @@ from random import Random
 
 import pytest
 import torch
-from train_tiny import RECURRENCE, history, run, same
 
 from loopwise.cli import main
 from loopwise.recipe import RECIPES
+from tests.helpers.train_tiny import RECURRENCE, history, run, same
 
 
 def environment() -> dict[str, str]:
@@ -217,9 +217,9 @@ def test_sigterm_saves_and_exits_0(launcher, noisy, command, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(noisy, command, tmp_path, capsys, monkeypatch):
-    from loopwise.train import trainer
+    from loopwise.train import saving
 
-    whole = trainer.write_model
+    whole = saving.write_model
     calls = []
 
     def full(model, tokenizer, directory, state, dtype="float32"):
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(noisy, command, tmp_path, capsys
             raise OSError(28, "No space left on device")
         whole(model, tokenizer, directory, state, dtype)
 
-    monkeypatch.setattr(trainer, "write_model", full)
+    monkeypatch.setattr(saving, "write_model", full)
     out = tmp_path / "out"
     settings = ["steps=12", "save_every=5", *RECURRENCE]
     assert main(command(noisy, out, *settings)) == 2

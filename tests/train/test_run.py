@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from train_tiny import RECURRENCE, history, run, same, save_recurrent, weights
 
 from loopwise.cli import main
 from loopwise.train.curriculum import Curriculum, Schedule
 from loopwise.train.data import Order, build
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Data
+from tests.helpers.train_tiny import RECURRENCE, history, run, same, save_recurrent, weights
 
 
 def test_equals_a_plain_torch_loop(recurrent, corpus, tokenizer, command, tmp_path):

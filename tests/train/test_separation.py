@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import run
 
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train import separation
 from tests.helpers.tiny import ARCHITECTURES, save_source, source_config, tokenizer
+from tests.helpers.train_tiny import run
 
 # Their masks do not look at positions.
 BLIND = {"biogpt", "bloom", "falcon", "gpt_oss", "mpt", "opt", "xglm"}

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train_tiny import run, same
 
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.train import tasks
 from loopwise.train.data import LEARN, build
+from loopwise.train.data.stream import Mark, Stream
 from loopwise.train.recipe import Data, Evaluate
-from loopwise.train.stream import Mark, Stream
+from tests.helpers.train_tiny import run, same
 
 
 def taken(source: str, count: int) -> list[dict]:
@@ -128,7 +128,7 @@ def test_the_split_is_that_of_the_place(corpus, tmp_path, capsys):
         ["data.phases=[{share: 1, sources: {'task:hops?split=held-out': 1}}]"],
     ):
         assert main(["train", "model", str(tmp_path / "out"), *settings, "steps=1"]) == 2
-        assert "is not trained on; split=held-out is for data.eval and eval" in capsys.readouterr().err
+        assert "are not trained on; split=held-out is for data.eval and eval" in capsys.readouterr().err
 
 
 def test_lists_name_nothing_twice_and_no_part_of_a_task(tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_lists_name_nothing_twice_and_no_part_of_a_task(tmp_path, capsys):
         (["data.train=task:hops", "adapters.targets=q,q"], "adapters.targets=['q', 'q']: q stands twice"),
         (
             ["data.train=task:hops", "data.split=train"],
-            "a generated task's stands in its source, as task:hops?sp",
+            "the split of a generated task stands in its source, as task:hops?sp",
         ),
     ):
         assert main(["train", "model", str(tmp_path / "out"), *settings, "steps=1"]) == 2

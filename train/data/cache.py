@@ -1,26 +1,29 @@
-"""Tokenised sources that are kept between runs: a folder for each, named by all that its tokens depend on."""
+"""Tokenized sources that are kept between runs: one folder each, named by a hash of all that its tokens depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loopwise.directory import begin, beside, remove, settle
 from loopwise.errors import UserError
 
-from .recipe import Data
+from ..recipe import Data
 from .sources import files_of
 
-FORMAT = 3  # of what is kept: goes up where the same files give other tokens or marks
-DONE = "done"  # written last: a killed run leaves no half of an entry that would be taken for whole
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 3  # of an entry; raised when the same files give other tokens or marks
+DONE = "done"  # written last, so that a killed run leaves no entry that looks complete
 
 
-def entry(sources: list[str], data: Data, tokenizer: Any) -> Path | None:
-    """Where the tokens of `sources` are kept: None without `data.cache`, or for a source that is no local file."""
+def entry(sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """The folder for the tokens of `sources`. None without `data.cache`, or if a source is not a local file."""
     if data.cache is None:
         return None
     files = [path for source in sources for path in files_of(source, data.split, data.subset) or [None]]
@@ -28,14 +31,14 @@ def entry(sources: list[str], data: Data, tokenizer: Any) -> Path | None:
         return None
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else repr(tokenizer)
-    keys = [stats, data.field, data.chat_field is not None, data.bad_records, said, tokenizer.eos_token_id]
+    vocabulary = backend.to_str() if backend is not None else repr(tokenizer)
+    keys = [stats, data.field, data.chat_field is not None, data.bad_records, vocabulary, tokenizer.eos_token_id]
     keys += [getattr(tokenizer, "chat_template", None), FORMAT]
     return Path(data.cache).expanduser() / hashlib.blake2b(json.dumps(keys).encode(), digest_size=16).hexdigest()
 
 
 def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Leave `arrays` in `folder`, whole or not at all. Raises UserError where they cannot be written there."""
+    """Write `arrays` into `folder`, whole or not at all. Raises UserError if they cannot be written there."""
     partial = beside(folder, "partial")
     try:
         settle(folder)
@@ -43,7 +46,7 @@ def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         (partial / DONE).write_text("", encoding="utf-8")
-        if not (folder / DONE).is_file():  # else another run has kept the same meanwhile
+        if not (folder / DONE).is_file():  # else another run has written the same entry meanwhile
             remove(folder)
             partial.replace(folder)
     except OSError as error:

@@ -1,24 +1,27 @@
-"""Conversations through a tokenizer's chat template, with the tokens that the assistant says marked."""
+"""Conversations through a tokenizer's chat template, with a mask of the assistant's tokens."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopwise.errors import UserError, reason, shorten
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Messages = list[dict[str, Any]]
 
-# Fields of a record that go to the template beside its messages, as TRL hands them on.
+# Fields of a record that the template gets beside its messages, as in TRL.
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass
 class Conversation:
-    """messages: as transformers' chat templates take them.   arguments: of the template beside them."""
+    """messages: in the form of transformers' chat templates.   arguments: more arguments of the template."""
 
     messages: Messages
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -26,24 +29,28 @@ class Conversation:
 
 @dataclass
 class Encoded:
-    """A conversation's token ids, and which of them are learned. key: the text that tells it from others."""
+    """A tokenized conversation.
+
+    ids: token ids.   assistant_mask: True for each id in the loss.   learns_eos: True if the EOS that follows is in the
+    loss.   key: text that identifies the conversation.
+    """
 
     ids: list[int]
-    said: list[bool]
-    ended: bool  # whether EOS, which follows, is learned
+    assistant_mask: list[bool]
+    learns_eos: bool
     key: str
 
 
 def conversation_of(record: dict[str, Any], name: str, where: str) -> Conversation:
-    """The conversation in the field `name` of `record`, with its tools and what else the template is given.
+    """The conversation in the field `name` of `record`, with its tools and other template arguments.
 
-    Raises UserError, which begins with `where`, for what is none, and for one in which the assistant says nothing.
+    Raises UserError, which begins with `where`, for a malformed conversation or one without an assistant message.
     """
     messages = messages_of(record[name], f"{where}: field {name!r}")
     arguments: dict[str, Any] = {}
     for key in ARGUMENTS:
         value = record.get(key)
-        if isinstance(value, str):  # tables hold what has no fixed columns as JSON
+        if isinstance(value, str):  # tables store values without fixed columns as JSON
             try:
                 value = json.loads(value) if value else None
             except (ValueError, RecursionError) as error:
@@ -52,24 +59,25 @@ def conversation_of(record: dict[str, Any], name: str, where: str) -> Conversati
             continue
         kind = dict if key == "chat_template_kwargs" else list
         if not isinstance(value, kind):
-            told = "an object" if kind is dict else "a list"
-            raise UserError(f"{where}: field {key!r} is {told}, not a {type(value).__name__}")
+            expected = "an object" if kind is dict else "a list"
+            raise UserError(f"{where}: field {key!r} is {expected}, not a {type(value).__name__}")
         value = without_nulls(value)
         arguments.update(value if kind is dict else {key: value})
     for key in ("messages", "conversation", "tokenize", "add_generation_prompt", "return_dict", "chat_template"):
         if key in arguments:
-            raise UserError(f"{where}: chat_template_kwargs names {key!r}, which training itself sets")
+            raise UserError(f"{where}: chat_template_kwargs names {key!r}, which training sets itself")
     return Conversation(messages, arguments)
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """`value`, checked: a list of {"role", "content"} with at least one of the assistant. Raises UserError.
+    """`value` as messages: a list of {"role", "content"} with at least one assistant message.
 
-    Text in parts is joined, and a field without a value left out, as tables have it for every field of any message.
+    Text parts are joined. Fields that hold null are dropped: tables have every field in every message. Raises
+    UserError, which begins with `where`, for any other value.
     """
     if not isinstance(value, list) or not value:
-        what = "an empty one" if value == [] else type(value).__name__
-        raise UserError(f"{where}: a conversation is a list of messages, not {what}")
+        found = "an empty one" if value == [] else type(value).__name__
+        raise UserError(f"{where}: a conversation is a list of messages, not {found}")
     found = []
     for number, message in enumerate(value):
         fields = without_nulls(message) if isinstance(message, dict) else {}
@@ -90,57 +98,57 @@ def _content(content: Any, where: str) -> str | None:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UserError(f"{where}: a part of its content is {kind!r}, and only text can be learned from")
+            raise UserError(f"{where}: a part of its content is {kind!r}, and only text is supported")
         texts.append(text)
     return "".join(texts)
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the fields, at any depth, that hold null."""
+    """`value` without the fields that hold null, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(x) for key, x in value.items() if x is not None}
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def encode(conversation: Conversation, tokenizer: Any, where: str) -> Encoded:
-    """Token ids of a conversation, and which of them the assistant says.
+def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None, where: str) -> Encoded:
+    """Token ids of a conversation, and the mask of the assistant's tokens.
 
-    A template that marks them with {% generation %} is asked; else they are what a message of the assistant adds to the
-    conversation so far with its generation prompt. Where the assistant has the last word, some stop token after it is
-    learned: the template's own, or the EOS that ends every document.
+    The mask comes from {% generation %} in the template. Without it, an assistant message is the text that it adds to
+    the conversation so far with its generation prompt. After a last message of the assistant one stop token is in the
+    loss: the template's own, or the EOS that ends every document.
 
-    Raises UserError, which begins with `where`, for what the template refuses or does not mark.
+    Raises UserError, which begins with `where`, for a conversation that the template refuses or leaves unmarked.
     """
     template = getattr(tokenizer, "chat_template", None)
-    if template is None:
+    if tokenizer is None or template is None:
         raise UserError("data.chat_field: the tokenizer has no chat template; set one, or use data.text_field")
     messages, arguments = conversation.messages, conversation.arguments
     try:
         if isinstance(template, dict):
             template = tokenizer.get_chat_template(None, arguments.get("tools"))
         if MARKED.search(template):
-            ids, said = _marked(messages, tokenizer, arguments)
+            ids, mask = _from_template(messages, tokenizer, arguments)
         else:
-            ids, said = _compared(messages, tokenizer, arguments)
+            ids, mask = _from_prefixes(messages, tokenizer, arguments)
         key = json.dumps(messages if not arguments else [messages, arguments], default=str)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except Exception as error:  # a template is a program: it raises errors of its own, and any of Python's
+    except Exception as error:  # a template is a program, which may raise any error
         raise UserError(f"{where}: the chat template refuses it ({shorten(reason(error), 200)})") from None
-    if not any(said):
-        raise UserError(f"{where}: the chat template marks nothing as said by the assistant, so nothing to learn")
-    ended = messages[-1]["role"] == "assistant" and _learn_to_stop(ids, said, tokenizer)
-    return Encoded(ids, said, ended, key)
+    if not any(mask):
+        raise UserError(f"{where}: the chat template marks no tokens of the assistant, so nothing to learn")
+    learns_eos = messages[-1]["role"] == "assistant" and _mark_stop(ids, mask, tokenizer)
+    return Encoded(ids, mask, learns_eos, key)
 
 
-def _marked(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
+def _from_template(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
     out = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments
     )
     return list(out["input_ids"]), [bool(x) for x in out["assistant_masks"]]
 
 
-def _compared(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
+def _from_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
     def render(until: int, prompt: bool = False) -> str:
         keys = {"tokenize": False, "add_generation_prompt": prompt, **arguments}
         return tokenizer.apply_chat_template(messages[:until], **keys) if until else ""
@@ -152,32 +160,32 @@ def _compared(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> 
             before, after = render(i, prompt=True), render(i + 1)
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise UserError(
-                    "this chat template changes earlier messages when later ones are added, so what the assistant says "
-                    "cannot be told apart; mark it with {% generation %} in the template"
+                    "this chat template changes earlier messages when later ones are added, so the assistant's "
+                    "tokens cannot be found; mark them with {% generation %} in the template"
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    said = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), said
+    mask = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), mask
 
 
-def _learn_to_stop(ids: list[int], said: list[bool], tokenizer: Any) -> bool:
-    """See that a stop token behind the assistant's last word is learned; returns whether that has to be the EOS.
+def _mark_stop(ids: list[int], mask: list[bool], tokenizer: Any) -> bool:
+    """Add the stop token after the assistant's last message to `mask`. Returns True if only the EOS can be that token.
 
-    A template may end a turn with a token of its own, within what it marks or right behind, or with none.
+    A template may end a turn with its own token, inside of the marked span or right after it, or with none.
     """
     special = {*tokenizer.all_special_ids}
     special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    last = max(place for place, learned in enumerate(said) if learned)
+    last = max(place for place, learned in enumerate(mask) if learned)
     for place in range(last, -1, -1):
         if ids[place] in special:
-            return False  # learned already
-        if not said[place] or tokenizer.decode([ids[place]]).strip():
+            return False  # a stop token is already in the mask
+        if not mask[place] or tokenizer.decode([ids[place]]).strip():
             break
     for place in range(last + 1, len(ids)):
         if ids[place] in special:
-            said[place] = True
+            mask[place] = True
             return False
         if tokenizer.decode([ids[place]]).strip():
-            return False  # the template goes on behind the assistant's last word: nothing there is to be learned
+            return False  # the template writes more text after the assistant's last message
     return True

@@ -1,4 +1,4 @@
-"""Folders that `datasets` would read as a dataset with splits, as a download of one from the hub."""
+"""Folders that `datasets` reads as a dataset with splits, for example a download of a hub dataset."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ABOUT = ("README", "LICENSE", "NOTICE", "dataset_infos.json")  # files beside th
 
 
 def kind_of(path: Path, strict: bool = True) -> str:
-    """The ending that says what a file holds: `.jsonl` of `a.jsonl.gz`.
+    """The suffix of a file without its compression: `.jsonl` for `a.jsonl.gz`.
 
-    Raises UserError for other compressions; unless `strict`, for those of records alone.
+    Raises UserError for an unsupported compression; without `strict`, only on files of records.
     """
     inner, outer = Path(path.stem).suffix.lower(), path.suffix.lower()
     if outer in UNREAD and (strict or inner in RECORDS):
@@ -25,10 +25,10 @@ def kind_of(path: Path, strict: bool = True) -> str:
 
 
 def is_snapshot(folder: Path, files: list[Path]) -> bool:
-    """True where `files`, those of `folder`, are a dataset: with a dataset card, or with tables or records in splits.
+    """True if `files`, the files of `folder`, form a dataset: with a dataset card, or with splits of tables or records.
 
-    Scripts and pictures beside the data change nothing. A folder of texts alone needs the card: train.py and test.py
-    are no splits.
+    Scripts and pictures beside the data do not matter. A folder with text files only needs the card, as train.py and
+    test.py are not splits.
     """
     card = folder / "README.md"
     data = [path for path in files if not path.name.startswith(ABOUT) and path.suffix != ".md"]
@@ -45,7 +45,7 @@ def is_snapshot(folder: Path, files: list[Path]) -> bool:
 
 
 def files_of_split(folder: Path, split: str, subset: str | None) -> list[Path]:
-    """The files of one split, as `datasets.load_dataset` finds them. Raises UserError where there is no such split."""
+    """The files of one split, as `datasets.load_dataset` finds them. Raises UserError for an unknown split."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:

@@ -1,8 +1,8 @@
-"""Sources that are read while training: blocks of a `datasets` stream, in an order that a resumed run finds again.
+"""Sources that are read during training, in an order that a resumed run reproduces.
 
-A stream is taken window by window: so many documents are tokenised, packed behind what the window before left over,
-and their blocks are put in an order that is a function of (seed, window). A checkpoint keeps where the window of its
-next block begins; every process reads the whole stream and picks its own samples, so ranks do not enter.
+A stream is read window by window. The documents of a window are tokenized and packed behind the remainder of the window
+before. Its blocks are shuffled by a function of (seed, window). A checkpoint stores where the window of the next block
+begins. Every process reads the whole stream and takes its own samples, so the number of ranks does not matter.
 """
 
 from __future__ import annotations
@@ -11,26 +11,37 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loopwise.errors import UserError
 
-from . import tasks
-from .data import Packed, reader_of, tokenise
+from .. import tasks
+from ..recipe import Data
+from .blocks import reader_of
+from .documents import reader_for
 from .files import records
-from .recipe import Data
+from .packing import Packed
+from .reader import Reader
 from .snapshot import kind_of
-from .sources import TABLES, Reader, check_exists, files_of, is_empty, of_source, saved, told
+from .sources import check_exists, files_of
+from .tables import TABLES, is_empty, load_saved, one_line_errors
+from .tokens import tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MARKS = "streams.json"
 
 
 @dataclass
 class Mark:
-    """Where a window begins. first: number of its first block.   source, row, state: the source that is read, its next
-    row, and where `datasets` is in it (None: at the beginning).   rest: tokens and marks that fill no block yet."""
+    """The beginning of a window.
+
+    first: number of its first block.   window: its number.   source, row: the source that is read, and its next row.
+    state: position of the `datasets` stream (None: its beginning).   rest: tokens and marks that fill no block yet.
+    """
 
     first: int = 0
     window: int = 0
@@ -41,28 +52,40 @@ class Mark:
 
 
 class Stream:
-    """The blocks of `sources`, read one after the other and then again, packed as `data` says.
+    """The blocks of `sources`, which are read one after the other and then again from the first.
 
-    behind: how many blocks before the newest one that was asked for `mark` may be asked for.
+    mark: where to begin (None: at the beginning).   behind: `mark()` is answered for blocks up to this far behind the
+    newest one read.
     """
 
-    def __init__(self, sources: list[str], data: Data, tokenizer: Any, seed: int, mark: Mark | None, behind: int = 0):
+    def __init__(
+        self,
+        sources: list[str],
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        mark: Mark | None,
+        behind: int = 0,
+    ):
         self.sources, self.data, self.tokenizer, self.seed, self.behind = sources, data, tokenizer, seed, behind
         self.reader = reader_of(data, tokenizer)
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
-        self.marks = [mark]  # of the present window last, and of those before that may be asked for
+        self.marks = [mark]  # of the present window, last, and of earlier ones that `mark()` may need
         self.blocks = self._empty()
         self.next = mark
-        self.dataset: Any = None
+        self.dataset: Any = None  # of `stream_of`
         self.rows: Iterator[Any] = iter(())
 
     def _empty(self) -> Packed:
         return Packed(*(np.zeros((0, self.data.sequence_length), t) for t in (np.int32, np.uint8)), separate=False)
 
     def row(self, block: int) -> dict[str, np.ndarray]:
-        """Block number `block`, as `Packed.row`. Going back costs reading from the beginning."""
+        """Block number `block`, in the form of `Packed.row`. Reads on as needed; going back reads from the beginning.
+
+        Raises UserError if the source cannot be read on.
+        """
         if block < self.marks[-1].first:
             self._start(Mark())
         while block >= self.next.first:
@@ -77,11 +100,11 @@ class Stream:
         return self.blocks
 
     def mark(self, block: int) -> Mark:
-        """Where the window begins that holds `block`, or an earlier one."""
+        """The beginning of the window that holds `block`, or of an earlier window."""
         return next((mark for mark in reversed(self.marks) if mark.first <= block), Mark())
 
     def _read(self) -> None:
-        """The next window."""
+        """Read the next window."""
         begin = self.next
         corpus = tokenise(self._documents(), self.tokenizer)
         tokens, marks = (
@@ -101,7 +124,7 @@ class Stream:
         self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
 
     def _documents(self) -> Iterator[Any]:
-        """Those of one window: `data.window` of them."""
+        """The documents of one window: `data.window` of them."""
         passes, found = 0, 0
         begin = self.next
         self.place, self.number = begin.source, begin.row
@@ -113,56 +136,59 @@ class Stream:
                 self.place, self.number = (self.place + 1) % len(self.sources), 0
                 self._open(None)
                 passes += self.place == 0
-                if passes == 2:  # not one document in a whole pass
+                if passes == 2:  # a whole pass without a document
                     raise UserError(f"{', '.join(self.sources)}: no text in it")
                 continue
             number = self.number
             self.number += 1
             source = self.sources[self.place]
-            where = self.dataset.where if isinstance(self.dataset, Files) else f"{source} row {number}"
-            document = of_source(source, self.reader).take(record, where)
+            where = self.dataset.where if isinstance(self.dataset, FileStream) else f"{source} row {number}"
+            document = reader_for(source, self.reader).document(record, where)
             if document:
                 passes, found = 0, found + 1
                 yield document
 
     def _open(self, state: dict[str, Any] | None) -> None:
         source = self.sources[self.place]
-        with told(source):
+        with one_line_errors(source):
             self.dataset = stream_of(source, self.reader)
             if state is not None:
                 self.dataset.load_state_dict(state)
-        self.rows = _told_rows(self.dataset, source)
+        self.rows = _rows(self.dataset, source)
 
 
-def first_blocks(data: Data, tokenizer: Any) -> list[Packed]:
-    """The first window of every streamed source, in no particular order: to see that it can be read."""
-    opened = open_all(data, tokenizer, seed=0, checkpoint=None, behind=0).values()
-    return [stream.first_window() for stream in opened]
+def first_blocks(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[Packed]:
+    """The first window of every streamed source. Raises UserError for a source that cannot be read."""
+    streams = open_all(data, tokenizer, seed=0, checkpoint=None, behind=0).values()
+    return [stream.first_window() for stream in streams]
 
 
-def open_all(data: Data, tokenizer: Any, seed: int, checkpoint: Path | None, behind: int) -> dict[int, Stream]:
-    """The streams of `data` by their place among its parts, where `checkpoint` has left them."""
+def open_all(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, checkpoint: Path | None, behind: int
+) -> dict[int, Stream]:
+    """The streams of `data` by their place in `data.parts()`, at the positions that `checkpoint` stores."""
     file = checkpoint / MARKS if checkpoint else None
-    kept = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    marks = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
     return {
-        i: Stream(sources, data, tokenizer, seed + i, Mark(**kept[str(i)]) if str(i) in kept else None, behind)
+        i: Stream(sources, data, tokenizer, seed + i, Mark(**marks[str(i)]) if str(i) in marks else None, behind)
         for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True))
         if streamed
     }
 
 
 def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) -> None:
-    """Leave in `directory` where the streams go on after so many blocks of each source."""
+    """Write into `directory` where each stream continues. `taken`: number of blocks used of each source."""
     if streams:
         (directory / MARKS).write_text(
             json.dumps({i: asdict(x.mark(taken[i])) for i, x in streams.items()}), encoding="utf-8"
         )
 
 
-class Files:
-    """The records of `files` as a stream that goes on where its state says.
+class FileStream:
+    """The records of `files` as a resumable stream, with the methods of a `datasets` stream.
 
-    They are those that `files.records` finds, as for a source that is read before training. where: place of the last.
+    It yields the records of `files.records`, as a source that is read before training does.   strict: as there.
+    where: place of the last record, for errors.
     """
 
     def __init__(self, files: list[Path], reader: Reader, strict: bool):
@@ -170,7 +196,7 @@ class Files:
         self.file, self.line, self.where = 0, 0, ""
 
     def __iter__(self) -> Iterator[Any]:
-        options = (self.reader.field, self.reader.chat, self.strict, self.reader.bad)
+        options = (self.reader.field, self.reader.chat, self.strict, self.reader.reject)
         while self.file < len(self.files):
             for found in records(self.files[self.file], *options, after=self.line):
                 self.line, self.where = found.number, found.where
@@ -186,15 +212,15 @@ class Files:
         self.file, self.line = state["file"], state["line"]
 
 
-def _told_rows(dataset: Any, source: str) -> Iterator[Any]:
-    with told(source):
+def _rows(dataset: Any, source: str) -> Iterator[Any]:
+    with one_line_errors(source):
         yield from dataset
 
 
 def stream_of(source: str, reader: Reader) -> Any:
-    """The stream of a source: a generated task, local files, or of `datasets` a hub id, a saved dataset.
+    """The stream of a generated task, of local files, of a saved dataset or of a hub dataset.
 
-    Raises UserError where it is none of these.
+    A stream is iterable, with `state_dict` and `load_state_dict`. Raises UserError for any other source.
     """
     if tasks.is_task(source):
         return tasks.Rows(source)
@@ -205,16 +231,16 @@ def stream_of(source: str, reader: Reader) -> Any:
         path = Path(source).expanduser()
         check_exists(source, path)
         if path.is_dir():
-            return saved(source, path, reader.split).to_iterable_dataset()
+            return load_saved(source, path, reader.split).to_iterable_dataset()
         return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
     if not files:
         raise UserError(f"{source}: no files there")
     kinds = {TABLES.get(kind_of(file, strict=False), "") for file in files}
     if kinds == {""}:
-        return Files(files, reader, strict=Path(source).expanduser().is_file())
+        return FileStream(files, reader, strict=Path(source).expanduser().is_file())
     if len(kinds) != 1:
         found = ", ".join(sorted({kind_of(file, strict=False) or file.name for file in files}))
-        raise UserError(f"{source}: a stream reads parquet or arrow files alone, no other files beside them: {found}")
+        raise UserError(f"{source}: a stream of parquet or arrow files cannot hold other files beside them: {found}")
     paths = [str(file) for file in files if not is_empty(file)]
     if not paths:
         raise UserError(f"{source}: no text in it")

@@ -1,4 +1,4 @@
-"""Conversations to measure: each a sequence of its own, with its answers and the groups that they belong to."""
+"""Conversations to measure: each is one sequence, with its answers and their groups."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from loopwise.errors import UserError
 
-from . import tasks
-from .data import LEARN, split, tokenise
-from .recipe import Evaluate
-from .sources import Reader, documents, some_generated, spread
+from .. import tasks
+from ..data import LEARN, split, tokenise
+from ..data.documents import documents, some_generated, spread
+from ..data.reader import Reader
+from ..recipe import Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Answer(NamedTuple):
-    """Tokens `first` to `last`, counted from 0, of sequence `sequence`: what the assistant says at once."""
+    """A run of the assistant's tokens: `first` to `last`, counted from 0, of sequence number `sequence`."""
 
     sequence: int
     first: int
@@ -29,14 +33,17 @@ class Answer(NamedTuple):
 
 @dataclass
 class Sequences:
-    """What is measured. ids: token ids int64 of each sequence.   learned: which of them count, likewise."""
+    """The sequences to measure.
+
+    ids: token ids [T] int64 of each sequence.   learned: mask [T] of the tokens that count, of each sequence.
+    """
 
     ids: list[np.ndarray]
     learned: list[np.ndarray]
     answers: list[Answer]
 
     def spread(self, most: int) -> Sequences:
-        """At most so many of the sequences, evenly spread."""
+        """At most `most` of the sequences, evenly spread."""
         count = len(self.ids)
         kept = spread(count, most)
         place = {old: new for new, old in enumerate(kept)}
@@ -46,7 +53,7 @@ class Sequences:
 
 @dataclass
 class Grouped(Reader):
-    """Reads pairs: the conversation, and the record's field `group` where that is named."""
+    """Reads pairs: the conversation, and the record's field `group` (None without one)."""
 
     group: str | None = None
 
@@ -54,22 +61,22 @@ class Grouped(Reader):
     def columns(self) -> list[str]:
         return [*super().columns, *([self.group] if self.group else [])]
 
-    def take(self, record: Any, where: str) -> Any:
-        conversation = super().take(record, where)
+    def document(self, record: Any, where: str) -> Any:
+        conversation = super().document(record, where)
         if conversation is None or self.group is None:
             return conversation and (conversation, None)
         if self.group not in record:
             fields = ", ".join(map(repr, record))
-            self.bad(UserError(f"{where}: no field {self.group!r} to group by among {fields}"))
+            self.reject(UserError(f"{where}: no field {self.group!r} to group by among {fields}"))
             return None
         return conversation, record[self.group]
 
 
-def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
-    """The conversations that `recipe` names. Raises UserError where there are none, or none is short enough.
+def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Sequences:
+    """The conversations of `recipe`. Names long and skipped records on stderr.
 
-    Of generated tasks with a limit only so many records are drawn. Of files all are read: how many there are, which the
-    split holds out, and which are too long, nothing tells before.
+    A generated task with a limit draws only that many records. Files are read whole: their number of records, the
+    held-out split and the lengths are unknown before. Raises UserError if no conversation is left to measure.
     """
     field = recipe.chat_field or tasks.MESSAGES
     skip = recipe.bad_records == "skip"
@@ -99,7 +106,7 @@ def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
         try:
             found.answers += _answers(len(found.ids), learned, group, f"record {number} of {', '.join(recipe.data)}")
         except UserError as error:
-            reader.bad(error)
+            reader.reject(error)
             continue
         found.ids.append(corpus.tokens[own].astype(np.int64))
         found.learned.append(learned)
@@ -113,7 +120,7 @@ def conversations(recipe: Evaluate, tokenizer: Any) -> Sequences:
 
 
 def _answers(sequence: int, learned: np.ndarray, group: Any, where: str) -> list[Answer]:
-    """The runs of learned tokens. A list of groups has one for each."""
+    """The runs of learned tokens. group: one for all of them, or a list with one for each."""
     edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
     runs = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
     groups = group if isinstance(group, list) else [group] * len(runs)
@@ -122,12 +129,12 @@ def _answers(sequence: int, learned: np.ndarray, group: Any, where: str) -> list
     return [
         Answer(sequence, first, last, None if value is None else str(value))
         for (first, last), value in zip(runs, groups, strict=True)
-        if first  # nothing predicts the first token
+        if first  # the first token is not predicted
     ]
 
 
 def accuracy(sequences: Sequences, right: list[bool]) -> dict[str, Any]:
-    """Share of right answers with its standard error, in all and of each group.
+    """Share of right answers with its standard error, over all answers and by group.
 
     Returns {"accuracy", "accuracy_error", "groups": {name: {"answers", "accuracy", "accuracy_error"}}}.
     """

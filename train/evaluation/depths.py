@@ -1,4 +1,4 @@
-"""Losses, right answers and states of a model at several depths, out of one pass where the model allows it.
+"""Losses, right answers and states of a model at several depths, in one pass if the model allows it.
 
 Shapes: B batch, T tokens, K kept positions, D width, R recurrences, V vocabulary.
 """
@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..losses import cross_entropy, shifted
 from .answers import Sequences
-from .losses import cross_entropy, shifted
 
 
 @dataclass
 class Measured:
-    """What `measure` found. losses: {depth: sum over each sequence [n] float64}.   tokens: learned tokens of each [n].
-    right: {depth: whether each answer is right [answers]}.   norm, change: |s_r| and |s_r - s_{r-1}| / |s_r| for
-    r = 1, 2, .. (change from r = 2), means over tokens; None where the model has no states of all tokens."""
+    """The result of `measure`; a plain model has the depth None.
+
+    losses: by depth, the sum of each sequence [n] float64, in nats.   tokens: learned tokens of each sequence [n].
+    right: by depth, True for each right answer [answers].   norm, change: |s_r| for r = 1, 2, .. and
+    |s_r - s_{r-1}| / |s_r| for r = 2, 3, .., means over tokens; None if the model lacks states of all tokens.
+    """
 
     losses: dict[int | None, np.ndarray]
     tokens: np.ndarray
@@ -30,7 +33,7 @@ class Measured:
 
 
 def in_one_pass(config: Any) -> bool:
-    """Whether a run at R is, up to every depth below, the run at that depth, and can be read out there."""
+    """True if a run at R passes through the states of all runs at fewer recurrences, and can be read out there."""
     return not config.router and config.sharing != "sequence"
 
 
@@ -42,9 +45,10 @@ def measure(
     tokens_per_batch: int,
     report: Callable[[int], object] | None = None,
 ) -> Measured:
-    """Measure `model`, at `depths` or, for a plain one, with None.
+    """Losses and right answers of `model` on `sequences`, at `depths` (None for a plain model).
 
-    tokens_per_batch: padding counted.   report: told the number of sequences after each batch.
+    tokens_per_batch: most tokens in a batch, with padding.   report: called with the number of sequences after each
+    batch. Sets the model to eval mode.
     """
     model.eval()
     count = len(sequences.ids)
@@ -79,7 +83,7 @@ def measure(
         if report:
             report(len(rows))
     right = {
-        # The logits at a position say its successor.
+        # The logits at a position predict the next token.
         key: np.array([bool(of_key[a.sequence][a.first - 1 : a.last].all()) for a in sequences.answers], bool)
         for key, of_key in hits.items()
     }
@@ -92,7 +96,7 @@ _PADDING = -101
 
 
 def _batches(sequences: Sequences, tokens: int) -> list[list[int]]:
-    """Numbers of sequences that run together, those of like length beside each other."""
+    """Batches of sequence numbers, sorted by length. tokens: most tokens in a batch, with padding."""
     order = sorted(range(len(sequences.ids)), key=lambda i: len(sequences.ids[i]))
     batches: list[list[int]] = []
     for i in order:
@@ -104,7 +108,7 @@ def _batches(sequences: Sequences, tokens: int) -> list[list[int]]:
 
 
 def _batch(sequences: Sequences, rows: list[int], device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model is called with, and labels [B, T]: -100 where nothing is learned, `_PADDING` at the end."""
+    """(arguments of the model, labels [B, T]): -100 for tokens that do not count, `_PADDING` for padding."""
     length = max(len(sequences.ids[i]) for i in rows)
     ids, labels = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), _PADDING, np.int64)
     for place, i in enumerate(rows):
@@ -120,7 +124,7 @@ def _batch(sequences: Sequences, rows: list[int], device: torch.device) -> tuple
 
 
 def _read(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[2, B, K] of logits [B, K, V]: losses of the targets; 1 where a target is the likeliest token, or is none."""
+    """[2, B, K] from logits [B, K, V]: losses of the targets, and 1 for a likeliest or missing target."""
     right = (logits.argmax(-1) == targets) | (targets == -100)
     return torch.stack([cross_entropy(logits, targets), right.float()])
 
@@ -128,7 +132,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _run(
     model: Any, batch: dict[str, Any], targets: torch.Tensor, depths: list[int] | None
 ) -> tuple[dict[int | None, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
-    """{depth: (losses [B, K], right [B, K])}, and the states [R, B, T, D] where all recurrences ran in one pass."""
+    """({depth: (losses [B, K], right [B, K])}, states [R, B, T, D] if all recurrences ran in one pass)."""
     if depths is None:
         del batch["sequence_ids"]
         read = {None: _read(model(**batch).logits, targets)}

@@ -1,4 +1,4 @@
-"""What a training step minimises: the section `objectives` of a recipe. No torch here."""
+"""The section `objectives`: the terms of the training loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from loopwise.unused import Unused
 class Distillation(Section):
     """Divergence from a teacher's next-token distribution."""
 
-    weight: Number = Field(default=1.0, gt=0, description="of the divergence beside cross_entropy")
-    teacher: str = Field(description="directory or hub id of the teacher, for example the model that was converted")
+    weight: Number = Field(default=1.0, gt=0, description="weight of the divergence, beside cross_entropy")
+    teacher: str = Field(
+        description="directory or hub id of the teacher, for example the source of the converted model"
+    )
     revision: str | None = Field(default=None, description="revision of the teacher when it is a hub id")
     num_recurrences: Count | None = Field(
         default=None, description="R of a recurrent-depth teacher (default: the teacher's own)"
@@ -24,29 +26,29 @@ class Distillation(Section):
         default="forward-kl", description="KL(teacher || student) or KL(student || teacher)"
     )
     temperature: Number = Field(
-        default=1.0, gt=0, description="of both distributions; the divergence is multiplied by its square"
+        default=1.0, gt=0, description="temperature of both distributions; the divergence is multiplied by its square"
     )
     top_k: Count | None = Field(
         default=None,
-        description="computes the teacher once, before training, and keeps its k most likely tokens on disk; the rest "
-        "counts as one token (default: the teacher runs beside the model)",
+        description="run the teacher once, before training, and keep its k most likely tokens on disk; the rest counts "
+        "as one token (default: the teacher runs beside the model)",
     )
 
 
 class Exits(Section):
-    """A loss at every depth, not at the last alone."""
+    """A loss at every depth, not only at the last one."""
 
     weights: Literal["constant", "layerskip"] = Field(
         default="constant",
-        description="constant: `intermediate` at every depth before the last, which has 1 (relaxed recursive "
-        "transformers); layerskip: growing with the depth, with sum 1",
+        description="constant: `intermediate` at every depth before the last, and 1 at the last (relaxed recursive "
+        "transformers); layerskip: weights that grow with the depth and sum to 1",
     )
     intermediate: Number = Field(default=0.1, ge=0, description="weight of every depth before the last, for constant")
     scale: Number = Field(default=0.2, ge=0, le=1, description="LayerSkip's e_scale, for layerskip")
     target: Literal["labels", "final"] = Field(
         default="labels",
-        description="what the depths before the last learn: the labels, as the last one, or its own distribution "
-        "(forward KL, without gradient through it)",
+        description="target of the depths before the last: labels, or final for the last depth's distribution "
+        "(forward KL, no gradient through the target)",
     )
 
     def unused(self) -> Iterator[Unused]:
@@ -56,17 +58,19 @@ class Exits(Section):
 
 
 class ExitGate(Section):
-    """The expected loss over the exit gate of a model that has one (Ouro)."""
+    """The expected loss under the exit gate, for a model that has one (Ouro, arXiv 2510.25741)."""
 
     stage: Literal["joint", "gate"] = Field(
         default="joint",
-        description="joint: sum over depths of p_r loss_r - entropy H(p); gate: only the gate learns, from how much a "
-        "further recurrence improved the loss",
+        description="joint: sum over depths of p_r loss_r - entropy H(p); gate: trains the gate only, on how much "
+        "one more recurrence improves the loss",
     )
-    entropy: Number = Field(default=0.1, ge=0, description="weight of the entropy at the beginning, for joint")
-    entropy_end: Number | None = Field(default=None, ge=0, description="and at the end (default: the same)")
+    entropy: Number = Field(default=0.1, ge=0, description="weight of the entropy at the first step, for joint")
+    entropy_end: Number | None = Field(
+        default=None, ge=0, description="weight of the entropy at the last step, for joint (default: entropy)"
+    )
     slope: Number = Field(default=50.0, gt=0, description="k of sigmoid(k (improvement - threshold)), for gate")
-    threshold: Number = Field(default=0.005, description="improvement worth another recurrence, for gate")
+    threshold: Number = Field(default=0.005, description="improvement that is worth another recurrence, for gate")
 
     def unused(self) -> Iterator[Unused]:
         joint = self.stage == "joint"
@@ -78,22 +82,27 @@ class ExitGate(Section):
 class RouterLosses(Section):
     """Weights of the auxiliary losses of a mixture-of-recursions router."""
 
-    auxiliary: Number = Field(default=0.001, ge=0, description="cross-entropy of predicting an expert-choice router")
+    auxiliary: Number = Field(
+        default=0.001, ge=0, description="cross-entropy of predicting an expert-choice router's selection"
+    )
     balancing: Number = Field(default=0.1, ge=0, description="sum of f_i P_i over the depths of a token-choice router")
     z_loss: Number = Field(default=0.0, ge=0, description="squared logsumexp of the router's logits")
     bias_step: Number = Field(
-        default=0.0, ge=0, description="step of a token-choice router's bias towards balance, without a loss"
+        default=0.0, ge=0, description="step of a token-choice router's bias towards balance (no loss term)"
     )
 
 
 class Ponder(Section):
-    """ACT's ponder cost of a model whose tokens halt (halting=act): recurrences until then, and the remainder."""
+    """ACT's ponder cost, for a model with halting=act: recurrences until the halt, plus the remainder."""
 
-    weight: Number = Field(default=0.01, gt=0, description="of the ponder cost")
+    weight: Number = Field(default=0.01, gt=0, description="weight of the ponder cost")
 
 
 class Objectives(Section):
-    """The terms of the loss. Cross-entropy and distillation are the loss of a depth; the others say of which depths."""
+    """The terms of the loss.
+
+    cross_entropy and distillation make up the loss at one depth; exits, exit_gate and nested choose the depths.
+    """
 
     cross_entropy: Number = Field(default=1.0, ge=0, description="weight of the next-token cross-entropy")
     distillation: Distillation | None = None
@@ -101,14 +110,14 @@ class Objectives(Section):
     exit_gate: ExitGate | None = None
     nested: Count | None = Field(
         default=None,
-        description="mean loss at so many depths, drawn each step from 1 to R (SortedNet), instead of at the last",
+        description="number of depths, drawn each step from 1 to R; their mean loss replaces the last (SortedNet)",
     )
     router: RouterLosses | None = None
     ponder: Ponder | None = None
     experts: Number = Field(
         default=0.0,
         ge=0,
-        description="weight of the source's load-balancing loss of a mixture of experts (transformers' "
+        description="weight of the source's load-balancing loss, for mixtures of experts (transformers' "
         "router_aux_loss_coef), over the layers of all recurrences",
     )
 
@@ -116,7 +125,7 @@ class Objectives(Section):
     def _consistent(self) -> Objectives:
         ways = [name for name in ("exits", "exit_gate", "nested") if getattr(self, name) is not None]
         if len(ways) > 1:
-            raise ValueError(f"{ways[0]} and {ways[1]} are two ways to weigh the depths: give one")
+            raise ValueError(f"{ways[0]} and {ways[1]} both weigh the depths: give one")
         if not self.cross_entropy and not self.distillation:
-            raise ValueError("cross_entropy=0 leaves nothing to learn; set distillation.teacher")
+            raise ValueError("cross_entropy=0 leaves the loss empty; set distillation.teacher")
         return self

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_tiny import run
 
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.train.data import build
+from loopwise.train.data.documents import documents
+from loopwise.train.data.reader import Reader
+from loopwise.train.data.stream import Stream
 from loopwise.train.recipe import Data
-from loopwise.train.sources import Reader, documents
-from loopwise.train.stream import Stream
+from tests.helpers.train_tiny import run
 
 GOOD = [{"role": "user", "content": "why " * 9}, {"role": "assistant", "content": "because " * 9}]
 ASKED = "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -262,7 +263,7 @@ def test_a_template_that_marks_nothing_is_named(chatting, tmp_path):
     marks_users = SPOKEN.replace("'assistant'", "'user'").replace("GEN", "{% generation %}")
     template = marks_users.replace("END", "{% endgeneration %}")
     file = write(tmp_path / "c.jsonl", [{"messages": [{"role": "tool", "content": "x"}, ASSISTANT]}])
-    with pytest.raises(UserError, match=r"c\.jsonl:1: the chat template marks nothing as said by the assistant"):
+    with pytest.raises(UserError, match=r"c\.jsonl:1: the chat template marks no tokens of the assistant"):
         list(documents([str(file)], Reader("messages", chat=True, tokenizer=chatting(template))))
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from loopwise.errors import UserError
 from loopwise.train.data import LEARN, START, Corpus, Mixture, Order, Packed, build, load, pack, split, tokenise
+from loopwise.train.data.documents import documents
+from loopwise.train.data.reader import Reader
 from loopwise.train.recipe import Data
-from loopwise.train.sources import Reader, documents
 
 
 def read(*sources, field="text", split="train"):
@@ -57,7 +58,7 @@ def test_a_table_without_rows_ends_nothing(tmp_path):
     """As the last part of a dataset may be; read whole or as a stream."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    from loopwise.train.stream import stream_of
+    from loopwise.train.data.stream import stream_of
 
     schema = pyarrow.schema([("text", pyarrow.string())])
     for name, texts in (("a", []), ("b", ["one", "two"]), ("c", [])):
@@ -125,12 +126,12 @@ def test_tokenise_keeps_what_the_tokenizer_puts_first(tokenizer):
 
 
 def test_tokenise_long_documents_in_pieces(tokenizer, monkeypatch):
-    from loopwise.train import data
+    from loopwise.train.data import tokens
 
     texts = ["abcdefg" * 30, "x", "yz" * 9]
     whole = tokenise(texts, tokenizer)
-    monkeypatch.setattr(data, "PIECE", 16)
-    monkeypatch.setattr(data, "BATCH", 100)
+    monkeypatch.setattr(tokens, "PIECE", 16)
+    monkeypatch.setattr(tokens, "BATCH", 100)
     pieces = tokenise(texts, tokenizer)
     assert np.array_equal(whole.tokens, pieces.tokens)
     assert np.array_equal(whole.ends, pieces.ends)
@@ -346,7 +347,7 @@ def test_phases_of_a_recipe(tmp_path, corpus, tokenizer):
     for wrong, message in (
         ({"phases": phases[:1]}, "sum to 0.5"),
         ({"phases": phases, "train": ["x"]}, "give one"),
-        ({}, "train and phases are two ways to name the text"),
+        ({}, "train and phases both name the text"),
     ):
         with pytest.raises(ValueError, match=message):
             Data.model_validate(wrong)
@@ -355,7 +356,7 @@ def test_phases_of_a_recipe(tmp_path, corpus, tokenizer):
 def test_tokens_are_kept_for_later_runs(tmp_path, corpus, tokenizer, monkeypatch):
     import shutil
 
-    from loopwise.train import data as module
+    from loopwise.train.data import blocks as module
 
     copied = shutil.copy(corpus, tmp_path / "copied.jsonl")
     data = Data(train=[str(copied)], sequence_length=16, cache=str(tmp_path / "cache"))

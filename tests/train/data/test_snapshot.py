@@ -9,13 +9,14 @@ import lzma
 from pathlib import Path
 
 import pytest
-from train_tiny import run
 
 from loopwise.cli import main
 from loopwise.errors import UserError
+from loopwise.train.data.documents import documents
+from loopwise.train.data.reader import Reader
+from loopwise.train.data.stream import Stream
 from loopwise.train.recipe import Data
-from loopwise.train.sources import Reader, documents
-from loopwise.train.stream import Stream
+from tests.helpers.train_tiny import run
 
 CARD = "---\nlicense: mit\n---\n# Dataset card\n"
 TRAIN, TEST = ["train one", "train two", "train three"], ["TEST one", "TEST two"]
@@ -111,12 +112,12 @@ def test_endings_may_be_capitals(tmp_path):
 @pytest.mark.parametrize(
     ("source", "setting", "rule"),
     [
-        ("text.txt", "data.split=train", "have none"),
+        ("text.txt", "data.split=train", "have no splits"),
         ("text.txt", "data.subset=en", "it belongs to datasets of the hub"),
         ("text.txt", "data.text_field=body", "text files and generated tasks have no fields"),
-        ("plain", "data.split=test", "have none"),
+        ("plain", "data.split=test", "have no splits"),
         ("plain", "data.subset=en", "it belongs to datasets of the hub"),
-        ("saved", "data.split=test", "have none"),
+        ("saved", "data.split=test", "have no splits"),
         ("saved", "data.subset=en", "it belongs to datasets of the hub"),
         ("saved", "data.cache=kept", "it keeps tokens of local files"),
     ],

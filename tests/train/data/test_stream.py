@@ -12,13 +12,14 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from train_tiny import RECURRENCE, run, same
 
 from loopwise.cli import main
 from loopwise.errors import UserError
+from loopwise.train.data.documents import documents
+from loopwise.train.data.reader import Reader
+from loopwise.train.data.stream import Mark, Stream
 from loopwise.train.recipe import Data
-from loopwise.train.sources import Reader, documents
-from loopwise.train.stream import Mark, Stream
+from tests.helpers.train_tiny import RECURRENCE, run, same
 
 LENGTH, WINDOW = 16, 7
 
@@ -254,7 +255,7 @@ def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
     for settings, message in {
         (f"data.train={folder}", "data.streaming=true"): "a streamed source has no known length: set steps",
         (f"data.train={folder}", "data.streaming=true", "steps=2", "data.eval_fraction=0.1"): "use eval",
-        (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): "'elsewhere' is none of the training sources",
+        (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): "'elsewhere' is not among the training sources",
         (f"data.train=[{folder}, {corpus}]", f"data.streaming={folder}", "steps=2"): "name them in phases",
         (f"data.train={tmp_path / 'kinds'}", "data.streaming=true", "steps=2"): "files beside them: .parquet, .txt",
         (f"data.train={tmp_path / 'nowhere'}", "data.streaming=true", "steps=2"): "no such file or directory",

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train_tiny import run, save_recurrent
 
 from loopwise.cli import main
-from loopwise.train.answers import Answer, Sequences, conversations
+from loopwise.train.evaluation.answers import Answer, Sequences, conversations
 from loopwise.train.recipe import Evaluate
 from loopwise.train.tasks import Source, parse, tokenizer
+from tests.helpers.train_tiny import run, save_recurrent
 
 SOURCE = "task:hops?hops=1+2+4&lookups=0&questions=1&records=30"
 

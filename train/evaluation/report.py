@@ -1,0 +1,71 @@
+"""The result of `loopwise eval` as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NO_CHANGE = (
+    "the recurrences change nothing: R=1 and R={} agree within noise; this model supports no claim about depth, exits "
+    "or waves"
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `evaluate`, one line per depth."""
+    if "endpoint" in result:
+        return _endpoint_table(result)
+    has_answers = "answers" in result
+    counted = (
+        f"{result['answers']:,} answers, {result['tokens']:,} tokens"
+        if has_answers
+        else f"{result['tokens']:,} held-out tokens"
+    )
+    lines = [f"{result['model']}: {result['parameters']:,} parameters, {counted}"]
+    groups = list(result["results"][0]["groups"]) if has_answers else []
+    if groups:
+        lines.append(f"right answers in %, by {result['group']}")
+    head = f"{'recurrences':>11}  {'loss':>8}  {'perplexity':>10}"
+    width = max(5, *map(len, groups)) if groups else 5
+    lines.append(head + ("  " + " ".join(f"{name:>{width}}" for name in [*groups, "all"]) if has_answers else ""))
+    for row in result["results"]:
+        depth = "-" if row["num_recurrences"] is None else row["num_recurrences"]
+        line = f"{depth:>11}  {row['loss']:>8.4f}  {row['perplexity']:>10.2f}"
+        if has_answers:
+            shares = [*(row["groups"][name]["accuracy"] for name in groups), row["accuracy"]]
+            line += "  " + " ".join(f"{100 * share:>{width}.1f}" for share in shares)
+        lines.append(line)
+    return "\n".join(lines + (_loop_lines(result["loop"]) if result["loop"] else []))
+
+
+def _loop_lines(loop: dict[str, Any]) -> list[str]:
+    top, lines = loop["num_recurrences"], []
+    if loop["gain"] is not None:
+        error = "" if loop["gain_error"] is None else f" ± {loop['gain_error']:.4f}"
+        lines.append(f"loss at R=1 less that at R={top}: {loop['gain']:.4f}{error}")
+    for name, key in (("|s_r|", "state_norm"), ("|s_r - s_(r-1)| / |s_r|", "state_change")):
+        if loop[key]:
+            first = 1 if key == "state_norm" else 2
+            lines.append(f"{name}, r = {first} ..: {' '.join(f'{value:.3g}' for value in loop[key])}")
+    if loop["changes_nothing"]:
+        lines.append(NO_CHANGE.format(top))
+    return lines
+
+
+def _endpoint_table(result: dict[str, Any]) -> str:
+    groups = list(result["results"][0]["groups"])
+    width = max(6, *map(len, groups)) if groups else 6
+    names = " ".join(f"{name:>{width}}" for name in [*groups, "all"])
+    by = f", by {result['group']}" if groups else ""
+    lines = [
+        f"{result['served']} at {result['endpoint']}, with the tokenizer of {result['model']}: "
+        f"{result['answers']:,} answers",
+        f"{'':>11}  right answers in %{by}, and the recurrences per token",
+        f"{'recurrences':>11}  {names}  {names}  {'tokens/s':>8}",
+    ]
+    for row in result["results"]:
+        cells = [*(row["groups"][name] for name in groups), row]
+        right = " ".join(f"{100 * cell['accuracy']:>{width}.1f}" for cell in cells)
+        spent = [cell["mean_recurrences"] for cell in cells]
+        depths = " ".join(f"{'-' if depth is None else f'{depth:.2f}':>{width}}" for depth in spent)
+        lines.append(f"{row['num_recurrences'] or '-':>11}  {right}  {depths}  {row['tokens_per_second']:>8,.0f}")
+    return "\n".join(lines)

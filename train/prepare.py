@@ -1,0 +1,97 @@
+"""Work that is done once, before the processes of a run train: checks, tokenizing, and a new OUT."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from loopwise.directory import RUN_HEADER, begin, beside, place, remove
+from loopwise.quiet import quiet
+from loopwise.version import __version__
+
+from .checkpoint import RUN, check_same_run, last_sound
+from .checks import check, check_trackers, check_vocabulary
+from .data import blocks, stream
+from .fitting import check_model
+from .output import RECIPE, TOKENS, recover
+from .recipe import Data
+from .settings import Run
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def prepare(run: Run) -> bool:
+    """Check everything that can be checked before training, make OUT, and write the packed tokens into it.
+
+    Returns False if the run in OUT is already finished. Puts back what a killed run was to replace. Writes damaged
+    checkpoints and progress to stderr. Raises UserError for bad input, with OUT as it was.
+    """
+    from .pretrained import load_config
+
+    quiet()
+    out = run.out
+    place(out, Path(run.model))
+    recover(out)
+    check(run)
+    checkpoint, notes = last_sound(out, thorough=True) if run.resume else (None, [])
+    for note in notes:
+        print(note, file=sys.stderr)
+    finished = run.resume and (out / "config.json").is_file()
+    if last := out if finished and (out / RUN).is_file() else checkpoint:
+        check_same_run(last, run.facts(), run.accept_changes)
+    if finished:
+        print(f"{out}: the run is already finished")
+        return False
+    config = load_config(run.model, run.recipe.revision)
+    check_model(run.model, config, run.recipe)
+    check_trackers(run.recipe.report_to)
+    if checkpoint and (out / TOKENS / blocks.FACTS).is_file():
+        return True  # with the text as it was when the run began
+    _write_tokens(run, config, checkpoint)
+    return True
+
+
+def _write_tokens(run: Run, config: PretrainedConfig, checkpoint: Path | None) -> None:
+    """Make OUT with the recipe and the packed tokens; an earlier OUT moves aside.
+
+    Raises UserError, with OUT as it was.
+    """
+    from .pretrained import load_tokenizer
+
+    out = run.out
+    partial = beside(out, "partial")
+    begin(partial)
+    try:
+        tokenizer = load_tokenizer(run.model, run.recipe.revision)
+        built = _tokenise(run.recipe.data, tokenizer, partial / TOKENS)
+        check_vocabulary(run.model, config, built.greatest)
+        if checkpoint:
+            check_same_run(checkpoint, run.facts(built.digest), run.accept_changes)
+        header = f"{RUN_HEADER}{__version__}: loopwise train {run.model} {out}\n"
+        text = header + yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
+        (partial / RECIPE).write_text(text, encoding="utf-8")
+        if run.force and out.is_dir():
+            out.rename(beside(out, "old"))  # kept until the new run has a checkpoint
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / TOKENS, ignore_errors=True)
+        for name in (RECIPE, TOKENS):  # the record first: a directory without it is not recognised as ours
+            (partial / name).replace(out / name)
+    finally:
+        remove(partial)
+
+
+def _tokenise(data: Data, tokenizer: PreTrainedTokenizerBase, directory: Path) -> blocks.Blocks:
+    def report(documents: int, tokens: int) -> None:
+        print(f"\rtokenize: {documents:,} documents, {tokens:,} tokens", end="", file=sys.stderr, flush=True)
+
+    terminal = sys.stderr.isatty()
+    streamed = stream.first_blocks(data, tokenizer)
+    built = blocks.build(data, tokenizer, directory, report if terminal else None, streamed)
+    if terminal:
+        print(file=sys.stderr)
+    return built

@@ -1,0 +1,38 @@
+"""The recipes of `loopwise train` and `loopwise eval`. No torch here: `--help` prints these keys.
+
+Files in reading order:
+
+    fields.py        types of values that several sections share
+    data.py          section `data`
+    recurrence.py    section `recurrence`
+    objectives.py    section `objectives`
+    optimiser.py     section `optimiser`
+    adapters.py      section `adapters`
+    train.py         Train, the recipe of a training run
+    evaluate.py      Evaluate, the recipe of a measurement
+"""
+
+from .adapters import Adapters
+from .data import Data, Phase
+from .evaluate import Evaluate
+from .objectives import Distillation, ExitGate, Exits, Objectives, Ponder, RouterLosses
+from .optimiser import ROLES, Optimiser
+from .recurrence import Recurrence
+from .train import Train
+
+__all__ = [
+    "ROLES",
+    "Adapters",
+    "Data",
+    "Distillation",
+    "Evaluate",
+    "ExitGate",
+    "Exits",
+    "Objectives",
+    "Optimiser",
+    "Phase",
+    "Ponder",
+    "Recurrence",
+    "RouterLosses",
+    "Train",
+]

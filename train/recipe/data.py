@@ -1,0 +1,131 @@
+"""The section `data`: sources of text, and their packing into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from loopwise.recipe import Count, Integer, Number, Section
+from loopwise.unused import Unused
+
+from .. import tasks
+from .fields import BAD, BadRecords, Fraction, HeldOutSources, TrainingSources
+
+
+class Phase(Section):
+    """A part of the run with its own mixture of sources."""
+
+    share: Number = Field(gt=0, le=1, description="share of the run's steps")
+    sources: Annotated[
+        dict[str, Annotated[Number, Field(gt=0)]],
+        AfterValidator(lambda given: {tasks.placed(source, tasks.TRAIN): weight for source, weight in given.items()}),
+    ] = Field(min_length=1, description="{source: weight}")
+
+
+class Data(Section):
+    """The text, and its packing into blocks."""
+
+    train: TrainingSources = Field(
+        default=[],
+        description="source or list of sources: a .jsonl, .parquet or text file, a directory or glob of such files, "
+        "a `datasets` hub id or saved directory, or a generated task as task:hops?hops=1..8",
+    )
+    phases: list[Phase] | None = Field(
+        default=None,
+        min_length=1,
+        description="replaces train: a list of {share: of the run, sources: {source: weight}}, in order; the shares "
+        "sum to 1",
+    )
+    eval: HeldOutSources | None = Field(default=None, description="held-out source or sources")
+    eval_fraction: Fraction = Field(
+        default=0.0,
+        lt=0.5,
+        description="held-out share of data.train, split off by document; without data.eval",
+    )
+    streaming: bool | TrainingSources = Field(
+        default=False,
+        description="training sources that are read during training, not before it: true for all, or a list of them",
+    )
+    window: Count = Field(
+        default=1000,
+        description="documents of a streamed source that are packed together, and whose blocks are shuffled together",
+    )
+    text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    chat_field: str | None = Field(
+        default=None,
+        description="field with a conversation, a list of {role, content}; replaces text_field. It is rendered with "
+        "the chat template, and the loss covers the assistant's tokens only",
+    )
+    split: str = Field(default="train", description="split of a `datasets` source")
+    subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    sequence_length: Integer = Field(
+        default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
+    )
+    separate_documents: bool = Field(
+        default=False, description="mask attention between the documents that are packed into one block"
+    )
+    bad_records: BadRecords = Field(default="stop", description=f"{BAD}: stop the run, or skip it; both name it")
+    cache: str | None = Field(default=None, description="directory that keeps the tokens of local files for later runs")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if bool(self.train) == bool(self.phases):
+            raise ValueError("train and phases both name the text: give one")
+        if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
+            raise ValueError(f"the shares of phases sum to {sum(phase.share for phase in self.phases):g}, not to 1")
+        if self.eval and self.eval_fraction:
+            raise ValueError("eval and eval_fraction both name held-out text: give one")
+        if self.streaming and self.eval_fraction:
+            raise ValueError(
+                "eval_fraction splits text before training, but streaming reads it during training: use eval"
+            )
+        names = [name for part in self.parts() for name in part]
+        for name in self.streaming if isinstance(self.streaming, list) else []:
+            if name not in names:
+                raise ValueError(f"streaming: {name!r} is not among the training sources {', '.join(map(repr, names))}")
+        for part, streamed in zip(self.parts(), self.streamed(), strict=True):
+            if streamed and isinstance(self.streaming, list) and set(part) - set(self.streaming):
+                raise ValueError("streaming: to mix streamed with other sources, name them in phases, with weights")
+        return self
+
+    def unused(self) -> Iterator[Unused]:
+        if not self.streaming:
+            yield Unused("window", ("streaming",), "only streamed sources have a window, and data.streaming names none")
+        if self.chat_field is not None:
+            why = f"data.chat_field={self.chat_field} replaces it; give one of the two"
+            yield Unused("text_field", ("chat_field",), why)
+        if all(self.streamed()):
+            yield Unused(
+                "cache", ("streaming",), "it keeps the tokens of sources that are not streamed, and all are streamed"
+            )
+
+    @property
+    def field(self) -> str:
+        """The field of a record that is read."""
+        return self.chat_field or self.text_field
+
+    def names(self) -> list[str]:
+        """The sources of `phases`, each once."""
+        return list(dict.fromkeys(name for phase in self.phases or [] for name in phase.sources))
+
+    def parts(self) -> list[list[str]]:
+        """The groups of sources that are mixed by weight: `train` as one group, or one group for each of `names`."""
+        return [[name] for name in self.names()] or [self.train]
+
+    def streamed(self) -> list[bool]:
+        """True for each of `parts` that is read during training."""
+        named = self.streaming if isinstance(self.streaming, list) else None
+        return [bool(self.streaming) if named is None else bool({*part} & {*named}) for part in self.parts()]
+
+    def mixture(self) -> list[tuple[float, list[float]]]:
+        """(share of the run, weight of each of `parts`) of every phase."""
+        if not self.phases:
+            return [(1.0, [1.0])]
+        return [(phase.share, [phase.sources.get(name, 0.0) for name in self.names()]) for phase in self.phases]
+
+    @property
+    def held_out(self) -> bool:
+        """True if the recipe names held-out text."""
+        return bool(self.eval or self.eval_fraction)

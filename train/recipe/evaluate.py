@@ -1,0 +1,90 @@
+"""The recipe of `loopwise eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from loopwise.recipe import Count, Integer, Section
+from loopwise.unused import Unused
+
+from .. import tasks
+from .fields import BAD, BadRecords, Depths, Fraction, Strings
+
+# Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
+REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave", "diffusion")
+
+
+class Evaluate(Section):
+    """A measurement of held-out loss and of answers."""
+
+    data: Strings = Field(min_length=1, description="source or list of sources, like data.train of loopwise train")
+    eval_fraction: Fraction = Field(
+        default=0.0,
+        lt=0.5,
+        description="measure only the share that a training run with this data.eval_fraction holds out",
+    )
+    text_field: str = Field(default="text", description="field of a record that holds the text (jsonl, datasets)")
+    chat_field: str | None = Field(
+        default=None,
+        description="field with a conversation; replaces text_field. Each conversation is a sequence of its own, and "
+        "only the assistant's tokens count. Generated tasks do not need it",
+    )
+    group: str | None = Field(
+        default=None,
+        description="field of the record by which right answers are grouped: one value for all answers, or a list with "
+        "one value for each, like hops of task:hops",
+    )
+    split: str = Field(default="train", description="split of a `datasets` source")
+    subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    bad_records: BadRecords = Field(default="stop", description=f"{BAD}: stop, or skip it; both name it")
+    sequence_length: Integer = Field(
+        default=1024, ge=2, description="tokens in a block of text; longest conversation in tokens"
+    )
+    num_recurrences: Depths | None = Field(
+        default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
+    )
+    limit: Count | None = Field(
+        default=None, description="most blocks or conversations to measure, evenly spread over the data"
+    )
+    batch_size: Count = Field(default=8, description="blocks in a batch; with endpoint, concurrent requests")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
+    revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
+    endpoint: str | None = Field(
+        default=None,
+        description="URL of a running server of MODEL, as http://127.0.0.1:8000/v1: its answers are measured, and "
+        "every request carries num_recurrences",
+    )
+    request: dict[str, Any] = Field(
+        default={}, description="with endpoint: more fields of every request, as request.exit_rule=cosine"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Evaluate:
+        split = tasks.TRAIN if self.eval_fraction else tasks.HELD_OUT
+        self.data = [tasks.placed(source, split) for source in self.data]
+        generated = [source for source in self.data if tasks.is_task(source)]
+        if generated and len(generated) < len(self.data) and self.chat_field is None:
+            raise ValueError(f"{generated[0]} has answers, and the other data is text: measure them one by one")
+        if self.group is not None and not self.has_answers:
+            raise ValueError(f"group={self.group} groups right answers, and text has none: give chat_field")
+        if self.endpoint and not self.has_answers:
+            raise ValueError(f"endpoint={self.endpoint} measures answers, and text has none: give chat_field")
+        if "num_recurrences" in self.request:
+            raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
+        if wrong := [name for name in self.request if name not in REQUEST]:
+            raise ValueError(f"request.{wrong[0]}: choose from {', '.join(REQUEST)}")
+        return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.endpoint:
+            yield Unused("precision", ("endpoint",), "the server sets its own precision; start it with dtype")
+        else:
+            yield Unused("request", ("endpoint",), "its fields are sent to a server, and endpoint names none")
+
+    @property
+    def has_answers(self) -> bool:
+        """True if conversations are measured, not text."""
+        return self.chat_field is not None or tasks.is_task(self.data[0])

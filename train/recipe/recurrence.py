@@ -1,0 +1,89 @@
+"""The section `recurrence`: the curriculum of recurrences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from loopwise.recipe import Count, Section
+from loopwise.unused import Unused
+
+from ..schedule import RAMPS
+from .fields import Depths, Fraction, Levels
+
+Growth = Literal["constant", "linear", "1-sqrt", "steps"]
+Sampler = Literal["fixed", "poisson-lognormal", "truncated-poisson", "uniform"]
+SAMPLERS = get_args(Sampler)
+
+
+class Recurrence(Section):
+    """The recurrence curriculum; only for recurrent-depth models."""
+
+    mean: Count | None = Field(default=None, description="mean recurrences at the end (default: the model's own)")
+    schedule: Growth = Field(
+        default="constant", description="growth of the mean: constant, linear, 1-sqrt, or steps (listed in levels)"
+    )
+    ramp: Fraction | None = Field(
+        default=None,
+        description="share of the steps until the mean reaches its end "
+        f"(default: linear {RAMPS['linear']}, 1-sqrt {RAMPS['1-sqrt']})",
+    )
+    levels: Levels | None = Field(
+        default=None, description="for schedule=steps: {share of the run: mean from there on}, as {0: 2, 0.5: 4}"
+    )
+    sampler: Sampler = Field(
+        default="fixed",
+        description="R of a step: fixed (the mean), poisson-lognormal (around mean + 1), truncated-poisson (rate mean, "
+        "within min and max), uniform (min to 2 mean - min, or to max)",
+    )
+    min: Count | None = Field(default=None, description="least sampled R (default: 1)")
+    max: Count | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")
+    backprop: Count | None = Field(
+        default=None,
+        description="truncated backpropagation: recurrences, counted from the last, that carry gradient (default: all)",
+    )
+    backprop_schedule: Growth = Field(default="constant", description="growth of backprop, like schedule for the mean")
+    backprop_ramp: Fraction | None = Field(default=None, description="like ramp, for backprop")
+    backprop_levels: Levels | None = Field(default=None, description="like levels, for backprop")
+    capacity_warmup: Fraction | None = Field(
+        default=None,
+        description="share of the steps over which an expert-choice router's capacities fall from 1 along a cosine",
+    )
+    eval_at: Depths | None = Field(
+        default=None, min_length=1, description="recurrences to evaluate at during training (default: 1 and the mean)"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recurrence:
+        if self.max is not None and self.mean is not None and self.max < self.mean:
+            raise ValueError(f"max={self.max} is below mean={self.mean}")
+        if self.min is not None and self.max is not None and self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}")
+        for prefix in ("", "backprop_"):
+            if getattr(self, prefix + "schedule") == "steps" and getattr(self, prefix + "levels") is None:
+                raise ValueError(f"{prefix}schedule=steps needs {prefix}levels, as {{0: 2, 0.5: 4}}")
+        if self.backprop is None and self.backprop_schedule in ("linear", "1-sqrt"):
+            raise ValueError(f"backprop_schedule={self.backprop_schedule} needs backprop, its end")
+        return self
+
+    def unused(self) -> Iterator[Unused]:
+        if self.sampler == "fixed":
+            for name in ("min", "max"):
+                yield Unused(name, ("sampler",), "it bounds a sampled R, and recurrence.sampler=fixed samples none")
+        for prefix, end in (("", "mean"), ("backprop_", "backprop")):
+            schedule = getattr(self, prefix + "schedule")
+            switches = (f"{prefix}schedule", f"{prefix}levels")
+            if schedule in ("constant", "steps"):
+                why = f"it belongs to recurrence.{prefix}schedule=linear or 1-sqrt, not to {schedule}"
+                yield Unused(f"{prefix}ramp", switches, why)
+            if schedule == "steps":
+                yield Unused(end, switches, f"recurrence.{prefix}levels lists all values")
+            else:
+                why = f"it belongs to recurrence.{prefix}schedule=steps, not to {schedule}"
+                yield Unused(f"{prefix}levels", switches, why)
+        if self.backprop is None and self.backprop_levels is None:
+            yield Unused(
+                "backprop_schedule", ("backprop",), "without recurrence.backprop all recurrences carry gradient"
+            )

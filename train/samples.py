@@ -1,0 +1,39 @@
+"""The samples of a run, in order, and their collation into micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .data import Mixture, Packed, Stream
+
+
+class Samples(Dataset):
+    """All `count` samples of a run. Sample g is a block, and `sequence_ids` = g, which seeds `normal` initial states.
+
+    streams: by source.   beside: more arrays [n, ...] with a row for each block, by input name.
+    """
+
+    def __init__(
+        self, blocks: Packed, streams: dict[int, Stream], order: Mixture, count: int, beside: dict[str, np.ndarray]
+    ):
+        self.blocks, self.streams, self.order, self.count, self.beside = blocks, streams, order, count, beside
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        source, place = self.order.where(sample)
+        if source in self.streams:
+            return {"sequence_ids": sample, **self.streams[source].row(place)}
+        row = self.order[sample]
+        more = {name: array[row] for name, array in self.beside.items()}
+        return {"sequence_ids": sample, **self.blocks.row(row), **more}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """sequence_ids [B], input_ids and labels [B, T], and all other entries of the samples, stacked."""
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
