@@ -377,7 +377,9 @@ REFUSED = {
     "recurrence.capacity_warmup=0.1": "recurrence.capacity_warmup: this model has no expert-choice router",
     "objectives.distillation.weight=1": "objectives.distillation.teacher: Field required",
     "objectives.distillation.teacher=nowhere/at/all": "nowhere/at/all: no such model directory",
-    "objectives.distillation.teacher=PLAIN objectives.distillation.top_k=999": "top_k=999: give less than the vocabulary",
+    "objectives.distillation.teacher=PLAIN objectives.distillation.top_k=999": (
+        "top_k=999: give less than the vocabulary"
+    ),
     "objectives.distillation.teacher=PLAIN objectives.distillation.num_recurrences=2": "is a plain llama",
 }
 

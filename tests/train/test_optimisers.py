@@ -175,9 +175,15 @@ REFUSED = {
     "optimiser.train=core,lora": "optimiser.train=core,lora: this model has no lora; it has",
     "optimiser.train=core,adapters": "this model has no adapters",
     'optimiser.multipliers={"lora":0.5}': "optimiser.multipliers.lora has no effect: the trained roles are coda, core",
-    'optimiser.train=core optimiser.multipliers={"coda":0.5}': "optimiser.multipliers.coda has no effect: the trained roles are core",
-    "optimiser.kind=muon optimiser.train=norms": "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained",
-    "optimiser.kind=muon adapters.rank=2": "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained",
+    'optimiser.train=core optimiser.multipliers={"coda":0.5}': (
+        "optimiser.multipliers.coda has no effect: the trained roles are core"
+    ),
+    "optimiser.kind=muon optimiser.train=norms": (
+        "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained"
+    ),
+    "optimiser.kind=muon adapters.rank=2": (
+        "optimiser.kind=muon has no effect: no matrix of prelude, core, coda or injection is trained"
+    ),
     "optimiser.muon_learning_rate=0.1": "muon_learning_rate=0.1 has no effect: it belongs to optimiser.kind=muon",
     "optimiser.multipliers={corr:0.5}": "optimiser.multipliers",
     "adapters.targets=nowhere_proj": "no linear module of a layer has this name; choose from down_proj, gate_proj",

@@ -255,7 +255,9 @@ def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
     for settings, message in {
         (f"data.train={folder}", "data.streaming=true"): "a streamed source has no known length: set steps",
         (f"data.train={folder}", "data.streaming=true", "steps=2", "data.eval_fraction=0.1"): "use eval",
-        (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): "'elsewhere' is not among the training sources",
+        (f"data.train={folder}", "data.streaming=elsewhere", "steps=2"): (
+            "'elsewhere' is not among the training sources"
+        ),
         (f"data.train=[{folder}, {corpus}]", f"data.streaming={folder}", "steps=2"): "name them in phases",
         (f"data.train={tmp_path / 'kinds'}", "data.streaming=true", "steps=2"): "files beside them: .parquet, .txt",
         (f"data.train={tmp_path / 'nowhere'}", "data.streaming=true", "steps=2"): "no such file or directory",
