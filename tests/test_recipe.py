@@ -308,3 +308,23 @@ def test_an_unknown_key_names_the_nearest_and_few_others(key, near):
     assert f"unknown recipe key {key!r}: did you mean {near!r}?" in str(caught.value)
     assert len(str(caught.value)) < 250
     assert nearest("zzzz", [key for key, _ in keys(Train)]) == []
+
+
+@pytest.mark.parametrize("name", ["optimiser", "optimizer"])
+def test_both_spellings_of_optimiser(name, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{name}: {{kind: muon, muon_momentum: 0.5}}\n")
+    recipe = load("train", "data.train=text.txt", "optimizer.clip=2", recipe=str(tmp_path / "recipe.yaml"))
+    assert (recipe.optimiser.kind, recipe.optimiser.clip) == ("muon", 2.0)
+    assert "optimizer" not in recipe.model_dump()
+    # A setting of the command line turns off the file's, in either spelling.
+    recipe = load("train", "data.train=text.txt", "optimizer.kind=adamw", recipe=str(tmp_path / "recipe.yaml"))
+    assert recipe.optimiser.muon_momentum == 0.95
+    with pytest.raises(UserError, match=r"^optimiser\.muon_momentum=0.9 has no effect"):
+        load("train", "data.train=text.txt", "optimizer.muon_momentum=0.9")
+    assert Train.model_validate({"data": {"train": "a.txt"}, name: {"kind": "muon"}}).optimiser.kind == "muon"
+
+
+def test_both_spellings_at_once_are_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("optimiser: {clip: 2}\noptimizer: {clip: 3}\n")
+    with pytest.raises(UserError, match="optimi[sz]er and optimi[sz]er are two names of one recipe key"):
+        load("train", "data.train=text.txt", recipe=str(tmp_path / "recipe.yaml"))
