@@ -1,4 +1,4 @@
-"""Tiny models, and how a run is started and looked at."""
+"""Tiny models for training tests, and functions that start a run and read its output."""
 
 from __future__ import annotations
 

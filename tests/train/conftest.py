@@ -1,4 +1,4 @@
-"""A tiny byte-level tokenizer, tiny models and a text: made once, nothing is downloaded."""
+"""Fixtures: a tiny byte-level tokenizer, tiny models and a text, made once and without downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ["the", "core", "runs", "again", "while", "depth", "grows", "with", "eve
 
 @pytest.fixture(scope="session")
 def text() -> list[str]:
-    """Documents that a tiny model can learn a little of."""
+    """Documents whose loss a tiny model can lower in a few steps."""
     return [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(30 + i % 7)) for i in range(1, 121)]
 
 
@@ -53,7 +53,7 @@ def recurrent(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def noisy(tmp_path_factory, tokenizer) -> Path:
-    """The same with a random initial state and dropout: the users of randomness within a step."""
+    """A recurrent-depth model with a random initial state and dropout, the random parts of a step."""
     path = tmp_path_factory.mktemp("models") / "noisy"
     return save_recurrent(path, tokenizer, {"attention_dropout": 0.1}, state_init="normal", state_std=0.5)
 

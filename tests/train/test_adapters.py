@@ -1,4 +1,4 @@
-"""Adapters on linear modules of every kind: what is merged computes what ran, and what cannot be adapted is named."""
+"""Adapters on every kind of linear module: merged weights compute the same, and wrong targets are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curriculum: its values, its purity, the law of its samples."""
+"""The curriculum: its values, its reproducibility, the distribution of its samples."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_extreme_rates_do_not_overflow():
 
 
 def test_the_samples_are_these():
-    """A run resumed under another Python or library version must not draw other recurrences."""
+    """A run resumed with another Python or library version must draw the same recurrences."""
     expected = {
         "poisson-lognormal": [7, 3, 3, 8, 2, 1, 1, 6, 8, 13, 4, 4],
         "truncated-poisson": [7, 4, 3, 5, 3, 1, 2, 3, 5, 5, 3, 4],

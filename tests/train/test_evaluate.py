@@ -1,4 +1,4 @@
-"""`loopwise eval`: losses and right answers by depth and group, and the loop that does nothing."""
+"""`loopwise eval`: losses and right answers by depth and group, and the warning for a loop without effect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def said(arguments: list[str], capsys) -> dict:
 
 
 def sequences(lengths: list[int], learned: int) -> Sequences:
-    """Random ids, of each the last `learned` an answer."""
+    """Sequences of random ids; the last `learned` ids of each are an answer."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, 272, length) for length in lengths]
     marks = [np.arange(length) >= length - learned for length in lengths]
@@ -49,7 +49,7 @@ def sequences(lengths: list[int], learned: int) -> Sequences:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_pass_measures_what_runs_at_each_depth_do(name, tokenizer, tmp_path):
-    """Bit for bit; and what a run gives by itself, without padding or neighbours, up to rounding."""
+    """Bit-identical to separate runs; up to rounding equal to a run without padding and neighbors."""
     model = load_model(str(save_recurrent(tmp_path / "model", tokenizer, **MODELS[name])))
     asked = [2] if name == "token choice" else [1, 2, 3]
     found = sequences([9, 17, 12, 9, 30], learned=4)
@@ -83,7 +83,7 @@ def test_an_answer_is_right_where_all_its_tokens_are_the_likeliest(recurrent):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """An untrained recurrent-depth model of the task's tokens."""
+    """An untrained recurrent-depth model with the task's tokenizer."""
     from loopwise.train.init import Init, init
 
     folder = tmp_path_factory.mktemp("small")
@@ -136,7 +136,7 @@ def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
 
 
 def test_conversations_of_a_file(recurrent, tmp_path, capsys):
-    """Each answer counts; groups are a value for all answers of a record, or a list of one for each."""
+    """Each answer counts; a group is one value for all answers of a record, or a list with one for each."""
     chat = [
         {"role": "user", "content": "why"},
         {"role": "assistant", "content": "because"},
@@ -210,8 +210,8 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
     ("settings", "message"),
     [
         (["data=task:hops?records=20", "group=hop"], "no field 'hop' to group by among 'messages', 'hops', 'kind'"),
-        (["data=CORPUS", "group=hops"], "group=hops counts right answers, which text has not: give chat_field"),
-        (["data=['task:hops', CORPUS]"], "asks for answers, and the other data is text: measure them one by one"),
+        (["data=CORPUS", "group=hops"], "group=hops groups right answers, and text has none: give chat_field"),
+        (["data=['task:hops', CORPUS]"], "has answers, and the other data is text: measure them one by one"),
         (["data=task:hops?records=20", "sequence_length=9"], "no answers to measure in it"),
         (["data=task:hops?hop=3"], "unknown parameter of task:hops 'hop'"),
         (["data=task:hops", "num_recurrences=0"], "num_recurrences"),
@@ -221,7 +221,7 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
             ["data=task:hops", "split=train"],
             "the split of a generated task stands in its source, as task:hops?split=held-out",
         ),
-        (["data=CORPUS", "split=train"], "have none; name the files of the split"),
+        (["data=CORPUS", "split=train"], "have no splits; name the files of the split"),
         (
             ["data=task:hops", "bad_records=skip"],
             "bad_records=skip has no effect: texts of a folder that are not UTF-8",
@@ -233,7 +233,7 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         ),
         (["data=task:hops", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: no such directory"),
         (["data=task:hops", "--out", "/"], "--out / is a directory"),
-        (["data=CORPUS", "--out", "CORPUS"], "is there and holds no result of loopwise eval; name another file"),
+        (["data=CORPUS", "--out", "CORPUS"], "exists and is not a result of loopwise eval; name another file"),
     ],
 )
 def test_what_cannot_be_measured(settings, message, small, corpus, capsys):
@@ -265,7 +265,7 @@ def test_a_full_disk_costs_neither_the_result_nor_an_earlier_one(small, tmp_path
 
 
 def test_held_out_conversations_are_those_that_training_leaves_out(small, tmp_path, capsys):
-    """eval_fraction takes what a training run with it holds out; the loss is the one that the run measures."""
+    """eval_fraction selects the text that a training run holds out; the loss equals the run's own."""
     source, data = "task:hops?records=60", ["data.eval_fraction=0.2", "data.sequence_length=64"]
     settings = ["steps=1", "optimiser.learning_rate=1e-9", "batch_size=4", "recurrence.eval_at=2"]
     run(["train", str(small), str(tmp_path / "out"), f"data.train={source}", *data, *settings])
@@ -279,7 +279,7 @@ def test_held_out_conversations_are_those_that_training_leaves_out(small, tmp_pa
 
 
 def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path, capsys):
-    """Its states do not move: the layers of the core add nothing."""
+    """A model whose states stay constant, as the core's layers add nothing."""
     from safetensors.torch import load_file, save_file
 
     still = save_recurrent(tmp_path / "still", tokenizer, injection="none")
@@ -316,7 +316,7 @@ def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path
 
 
 def test_the_noise_is_paired_over_blocks():
-    """A gain of 0.01 a token is within noise where blocks differ by more, and is not where each has it."""
+    """A gain of 0.01 per token is noise if blocks differ by more, and significant if every block has it."""
     from loopwise.train.evaluation.result import loop_effect
 
     rng = np.random.default_rng(0)
@@ -369,6 +369,6 @@ def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
 
 
 def test_what_is_measured_is_checked():
-    with pytest.raises(ValueError, match="group=hops counts right answers"):
+    with pytest.raises(ValueError, match="group=hops groups right answers"):
         Evaluate(data=["x.txt"], group="hops")
     assert Evaluate(data=["x.jsonl"], chat_field="messages", group="hops").has_answers

@@ -1,4 +1,4 @@
-"""Every launcher on two processes gives the losses and the weights of one process; what a dry run says."""
+"""Every launcher on two processes reaches the losses and weights of one process; the output of a dry run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def models(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def alone(models, command, tmp_path_factory):
-    """A run of one process that accumulates two micro-batches, made once for each model."""
+    """A run in one process with two accumulated micro-batches, made once for each model."""
     made: dict[str, Path] = {}
 
     def of(kind: str) -> Path:

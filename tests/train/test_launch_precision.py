@@ -1,4 +1,4 @@
-"""bfloat16 and Muon in two processes beside one."""
+"""bfloat16 and Muon: two processes compared with one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every objective against the paper's formula, written out anew in plain torch; and what a run makes of them."""
+"""Every objective against the paper's formula in plain torch, and in short runs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def loss_and_gradients(model, objectives: dict, inputs, depth: Depth, step: int 
 
 
 def depth_losses(model, inputs, depth: Depth, function=None) -> list[torch.Tensor]:
-    """Cross-entropy (or `function` of the logits) per predicted token, at every depth, all logits held at once."""
+    """Cross-entropy (or `function` of the logits) per predicted token at every depth, with all logits in memory."""
     model.zero_grad(set_to_none=True)
     out = model(
         input_ids=inputs["input_ids"], use_cache=False, output_depth_logits=True, output_states=True, **depth._asdict()
@@ -294,7 +294,7 @@ def test_distillation_at_every_depth(recurrent, inputs):
 
 
 def test_no_two_depths_of_logits_are_held_at_once(recurrent, inputs):
-    """What the forward pass keeps for the backward pass grows by less than the logits of a depth."""
+    """Memory saved for the backward pass grows by less than the logits of one depth."""
     model = load_model(str(recurrent)).train()
 
     def kept(recurrences: int) -> int:
@@ -320,7 +320,7 @@ DISTILLED = ["objectives.cross_entropy=0", "objectives.distillation.temperature=
 
 @pytest.fixture(scope="module")
 def sharp(tmp_path_factory, tokenizer):
-    """A plain model whose distributions are far from even."""
+    """A plain model whose distributions are far from uniform."""
     from transformers import AutoModelForCausalLM
 
     from tests.helpers.train_tiny import llama_config
@@ -333,7 +333,7 @@ def sharp(tmp_path_factory, tokenizer):
 
 
 def test_distillation_from_the_disk_equals_that_in_the_process(recurrent, sharp, command, tmp_path):
-    """With all tokens but one on the disk, the rest is that one: the same loss."""
+    """With all tokens but one on disk, the rest is that one token, and the loss is the same."""
     teacher = f"objectives.distillation.teacher={sharp}"
     for name, more in {"one": [], "two": ["objectives.distillation.top_k=271"]}.items():
         run(command(recurrent, tmp_path / name, teacher, *DISTILLED, *more, "recurrence.mean=2"))

@@ -62,7 +62,7 @@ def test_groups(relaxed):
 
 
 def test_muon_and_adamw_are_torchs_own(relaxed):
-    """Both, each on its own parameters, over three steps with another learning rate each, and after a reload."""
+    """Both optimisers on their own parameters, over three steps with changing learning rates, and after a reload."""
     keys = Optimiser.model_validate({"kind": "muon", "weight_decay": 0.1})
     one, two = load_model(str(relaxed)), load_model(str(relaxed))
     joint = build(one, keys)
@@ -115,7 +115,7 @@ def test_a_gate_that_nothing_reads_is_frozen(tokenizer, tmp_path, command):
 
 
 def test_learning_rate_multipliers_scale_the_first_step(recurrent, command, tmp_path):
-    """AdamW's first step moves every weight by the learning rate, so a multiplier shows in the change."""
+    """AdamW's first step moves every weight by the learning rate, so the change shows the multiplier."""
     more = ["steps=1", "optimiser.warmup=0", "optimiser.weight_decay=0", "optimiser.clip=0"]
     run(command(recurrent, tmp_path / "one", *more))
     run(command(recurrent, tmp_path / "two", *more, "optimiser.multipliers={core: 0.25, norms: 0}"))

@@ -1,4 +1,4 @@
-"""OUT of a run: nothing of the user's is removed, whatever stands there or beside it."""
+"""OUT of a run: no file of the user is removed, in it or beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = "# loopwise 0: loopwise train model out\n"
 
 
 def make(out: Path, kind: str) -> None:
-    """What stands at OUT: nothing, a directory of the user's, a run that was killed early, the same with a note."""
+    """The contents of OUT: none, a directory of the user, a run that was killed early, the same with a note."""
     if kind == "absent":
         return
     out.mkdir()
@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def dead() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -79,7 +79,7 @@ def test_a_refused_run_removes_nothing_of_the_users(standing, sibling, options, 
 
 
 def test_what_is_only_named_as_ours_is_left(dead, plain, command, corpus, tmp_path):
-    """Beside OUT, in it, and among kept tokens: what a killed run left has a record, or one of its names in OUT."""
+    """Leftovers of a killed run have a record, or a known name in OUT: beside OUT, in it, and among cached tokens."""
     out, kept = tmp_path / "out", tmp_path / "kept"
     run(command(plain, out, "steps=1", "save_every=1", f"data.cache={kept}"))
     [entry] = kept.iterdir()
@@ -167,7 +167,7 @@ def test_force_replaces_what_is_ours_alone(standing, plain, command, tmp_path, c
 
 
 def test_a_run_that_fails_leaves_what_others_put_beside_it(plain, command, tmp_path, monkeypatch, capsys):
-    """Before its first checkpoint: what --force was to replace comes back, or stays beside the user's files."""
+    """Before the first checkpoint: the directory that --force replaced comes back, or stays beside the user's files."""
     from loopwise.train import run as running
 
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""A model that is no directory: one line, without the hub's host, whoever is asked for it."""
+"""A missing model: every command prints one line, without the hub's host name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What could fail at the end is found before the first step: files that travel along, numbers, room on the disk."""
+"""Errors of the final model are found before the first step: its files, its dtype, the disk space."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_weights_that_leave_the_type_are_refused_at_the_start(plain, command, tm
 
 
 def test_weights_that_leave_the_type_in_training_lose_nothing(plain, command, tmp_path, capsys):
-    """The run keeps a checkpoint, and goes on from it to a model of another type."""
+    """The run writes a checkpoint, and continues from it to a model of another dtype."""
     settings = ["steps=1", "optimiser.learning_rate=1e5", "optimiser.warmup=0", "optimiser.schedule=constant"]
     out = tmp_path / "out"
     assert main(command(plain, out, *settings, "dtype=float16")) == 2
@@ -165,7 +165,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_as_in_conversion(verb, plai
 
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "tokenizer.json"])
 def test_a_link_out_of_the_source_is_not_carried(name, plain, command, tmp_path, capsys):
-    """It would be published with the output."""
+    """The target of the link would be published with the output."""
     model = copy(plain, tmp_path / "model")
     outside = tmp_path / "outside"
     outside.write_text("precious")

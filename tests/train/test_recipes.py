@@ -1,4 +1,4 @@
-"""Every recipe runs for a few steps on a tiny model of the kind that it is for."""
+"""Every shipped recipe runs for a few steps on a tiny model of its kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed runs that are resumed, and several processes: the same weights, bit for bit."""
+"""Killed and resumed runs, and several processes, reach bit-identical weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.train_tiny import RECURRENCE, history, run, same
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with its number of threads: sums come out differently on another."""
+    """This process's environment and number of threads, on which the rounding of sums depends."""
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
@@ -32,7 +32,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def kill_after(checkpoint: Path, process: subprocess.Popen) -> None:
-    """SIGKILL `process` once `checkpoint` is there."""
+    """SIGKILL `process` once `checkpoint` exists."""
     try:
         deadline = time.monotonic() + 120
         while not checkpoint.exists():
@@ -158,7 +158,7 @@ def test_settings_may_change_when_told_so(stopped, noisy, command, tmp_path, cap
 
 
 def kill_at_random(arguments: list[str], out: Path, kills: int, seed: int) -> int:
-    """Start, kill after a random time, go on; returns how many kills hit a run. The last start runs to its end."""
+    """Start, kill after a random time, resume. Returns how many kills hit a run. The last start runs to its end."""
     random = Random(seed)
     hit = 0
     for _ in range(kills):
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(noisy, command, tmp_path, capsys
 
 
 def test_a_file_that_may_not_grow(noisy, command, tmp_path):
-    """The system refuses the optimiser's state (larger than the weights), as it does on a full disk."""
+    """The system refuses to write the optimiser state (larger than the weights), as on a full disk."""
     limit = (noisy / "model.safetensors").stat().st_size + 20000
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_resumed_with_other_settings(recurrent, command, t
 
 
 def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):
-    """The launcher is killed: its workers end too, and one process, accumulating twice, goes on as they would have."""
+    """After the launcher is killed its workers end, and one process that accumulates twice continues identically."""
     settings = ["steps=90", "save_every=15", *RECURRENCE]
     killed = tmp_path / "killed"
     kill_after(
@@ -342,7 +342,7 @@ def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):
 
 
 def command_lines() -> list[str]:
-    """Of all processes of this machine."""
+    """Command lines of all processes of this machine."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

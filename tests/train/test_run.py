@@ -1,4 +1,4 @@
-"""Training against a plain torch loop; what a run writes, shows and refuses."""
+"""Training against a plain torch loop; the files, output and errors of a run."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ REFUSED = {
     "stepz=3": "unknown recipe key 'stepz': did you mean 'steps'?",
     "steps": "'steps' is not a setting: write key=value",
     "steps=0": "steps=0: Input should be greater than 0",
-    "steps=5 epochs=1": "steps and epochs are two ways",
+    "steps=5 epochs=1": "steps and epochs both set the length",
     "recurrence.mean=0": "recurrence.mean=0",
     "recurrence.schedule=quadratic": "recurrence.schedule='quadratic'",
     "recurrence.sampler=poisson-lognormal recurrence.max=2": "recurrence.max=2 is below the mean of 3",
@@ -235,7 +235,7 @@ REFUSED = {
     "optimiser.cooldown=0.5": "optimiser.cooldown=0.5 has no effect: it belongs to optimiser.schedule=wsd",
     "optimiser.schedule=wsd optimiser.warmup=0.9": "warmup=0.9 and cooldown=0.2 together exceed the run",
     "eval_every=5": "eval_every=5 has no effect: there is no held-out text",
-    "data.eval=x data.eval_fraction=0.1": "two ways to name held-out text",
+    "data.eval=x data.eval_fraction=0.1": "eval and eval_fraction both name held-out text",
     "data.sequence_length=512": "data.sequence_length=512 is above the 128 positions",
     "data.train=nowhere.jsonl": "nowhere.jsonl: no such file or directory",
     "data.eval=[nowhere.txt]": "nowhere.txt: no such file or directory",
@@ -370,7 +370,7 @@ def test_a_full_directory_is_left_alone(recurrent, command, tmp_path, capsys):
     (out / "precious").unlink()
     run(command(recurrent, out, "steps=2"))
     assert main(command(recurrent, out, "steps=2")) == 2
-    assert "not empty; --resume goes on with the run in it, --force replaces it" in capsys.readouterr().err
+    assert "not empty; --resume continues the run in it, --force replaces it" in capsys.readouterr().err
     assert main(command(out, out, "steps=2", "--force")) == 2
     run(command(recurrent, out, "steps=3", "--force"))
     assert "steps: 3" in (out / "train_recipe.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Documents in one block see themselves alone, or data.separate_documents is refused (CASES.md 15)."""
+"""Documents in a block do not see each other, or data.separate_documents is refused (CASES.md 15)."""
 
 from __future__ import annotations
 

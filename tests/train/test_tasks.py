@@ -1,4 +1,4 @@
-"""Generated tasks: what a record holds, that nothing but its source and number enter, and that sources take them."""
+"""Generated tasks: their records, which depend on source and number only, and their use as sources."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def solved(program: dict[str, str], question: str) -> tuple[str, int]:
     ],
 )
 def test_records_are_the_same_everywhere(source, digest):
-    """The values are those that Python 3.11 gave: another release, or another way to draw, must give them, too."""
+    """Values from Python 3.11. Every other release, and every other way to draw, must give them, too."""
     records = taken(source, 50)
     assert hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16] == digest
     alone = tasks.parse(source).record(31)
@@ -103,7 +103,7 @@ def test_one_question_takes_the_hops_in_turn():
 
 
 def test_no_problem_is_trained_on_and_held_out():
-    """Of all 260 programs of one statement each is in one split, whatever the seed."""
+    """Each of the 260 programs of one statement is in exactly one split, under every seed."""
     programs = {
         split: {text(r)[:4] for seed in (0, 1) for r in taken(f"{ONE}&seed={seed}&split={split}", 1500)}
         for split in ("train", "held-out")
@@ -180,7 +180,7 @@ def test_wrong_sources_are_named(source, message, tmp_path, capsys):
 
 
 def test_a_task_stands_beside_text(corpus, tokenizer, tmp_path):
-    """Of the text all tokens are learned, of the task the answers; streamed or not, the records are the same."""
+    """All tokens of text are learned, and the answers of tasks; streamed or not, the records are the same."""
     source = "task:hops?records=20&split=train"
     keys = {"phases": [{"share": 1, "sources": {source: 1, str(corpus): 1}}], "sequence_length": 32}
     blocks = build(Data.model_validate(keys), tokenizer, tmp_path / "tokens")
@@ -263,7 +263,7 @@ def test_init_says_what_is_wrong(arguments, message, tmp_path, monkeypatch, caps
 
 
 def test_init_replaces_what_is_ours_alone(tmp_path, capsys):
-    """By the rule of convert: never without --force, with it what has a record, never a folder that it reads."""
+    """The rule of convert: replaced with --force only, and only with a record, and never the tokenizer's folder."""
     sizes = ["hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1"]
     out, mine = tmp_path / "out", tmp_path / "mine"
     run(["init", "task:hops", str(out), *sizes])
@@ -292,7 +292,7 @@ def test_lookups_and_hops_are_drawn_as_asked():
 
 
 def test_a_step_without_an_answer_has_no_loss(tmp_path):
-    """Half of the blocks of 32 tokens hold statements alone, of which nothing is learned."""
+    """Half of the blocks of 32 tokens hold statements only, without a learned token."""
     out = tmp_path / "out"
     run(["init", "task:hops", str(tmp_path / "empty"), "hidden_size=32", "num_attention_heads=2"])
     keys = ["data.train=task:hops?records=50", "data.sequence_length=32", "batch_size=1", "steps=6", "log_every=1"]

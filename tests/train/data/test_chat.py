@@ -1,4 +1,4 @@
-"""Conversations that a template refuses, tools and what else a template is given, and the token that ends a turn."""
+"""Conversations that a template refuses, tools and other template arguments, and the token that ends a turn."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(path: Path, records: list[Any]) -> Path:
 
 
 def learned(file: Path, tokenizer: Any, folder: Path) -> tuple[str, str, bool]:
-    """(text of the blocks, what of it is learned, whether an EOS is)."""
+    """(text of the blocks, its learned part, True if an EOS is learned)."""
     blocks = build(Data(train=[str(file)], chat_field="messages", sequence_length=2), tokenizer, folder).train
     rows = blocks.rows(range(len(blocks)))
     ids, labels = rows["input_ids"].ravel(), rows["labels"].ravel()
@@ -58,7 +58,7 @@ def learned(file: Path, tokenizer: Any, folder: Path) -> tuple[str, str, bool]:
 
 
 def skipped(file: Path, tokenizer: Any, capsys) -> tuple[int, list[str]]:
-    """How many documents are left of `file`, and the lines that name the skipped ones."""
+    """(number of documents read from `file`, lines that name the skipped ones)."""
     reader = Reader("messages", chat=True, skip=True, tokenizer=tokenizer)
     count = len(list(documents([str(file)], reader)))
     return count, capsys.readouterr().err.splitlines()
@@ -147,7 +147,7 @@ def test_bad_lines_of_every_kind_are_skipped_and_named(chatting, tmp_path, capsy
 
 
 def test_tools_and_documents_reach_the_template(chatting, tmp_path):
-    """CASES.md 12: what the template is given is what transformers is given, and none of it is learned."""
+    """CASES.md 12: the template gets the same arguments as in transformers, and none of them is learned."""
     template = (
         "{% if tools %}[tools]{{ tools | tojson }}|{% endif %}"
         "{% if documents %}[docs]{{ documents[0].text }}|{% endif %}"
@@ -177,7 +177,7 @@ def test_tools_and_documents_reach_the_template(chatting, tmp_path):
 
 
 def test_tables_give_what_json_gives(chatting, tmp_path):
-    """Columns fill what a record lacks with null; they are read, whole and streamed, as the same records in JSON."""
+    """Columns fill missing fields with null. Read whole or streamed, they give the same records as JSON."""
     import datasets
 
     template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + PLAIN.replace(
@@ -239,7 +239,7 @@ ENDS = {
 
 @pytest.mark.parametrize("kind", ENDS)
 def test_the_model_learns_to_stop(kind, chatting, tmp_path):
-    """CASES.md 13: a stop token behind the assistant's last word is a target, the template's own or EOS."""
+    """CASES.md 13: a stop token after the assistant's last message is a target, the template's own or EOS."""
     template, wanted = ENDS[kind]
     chat = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
     file = write(tmp_path / "c13.jsonl", [{"messages": chat}] * 4)
@@ -248,7 +248,7 @@ def test_the_model_learns_to_stop(kind, chatting, tmp_path):
 
 
 def test_nothing_is_learned_behind_others(chatting, tmp_path):
-    """Where the user has the last word, its end is not the assistant's."""
+    """After a last message of the user, no stop token is a target."""
     chat = [
         *[{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}],
         {"role": "user", "content": "?"},

@@ -1,4 +1,4 @@
-"""Sources, tokenisation, the held-out split, packing and the order of samples."""
+"""Sources, tokenization, the held-out split, packing and the order of samples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_datasets_sources(tmp_path):
 
 
 def test_a_table_without_rows_ends_nothing(tmp_path):
-    """As the last part of a dataset may be; read whole or as a stream."""
+    """The last part of a dataset may be empty; it is read whole and as a stream."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     from loopwise.train.data.stream import stream_of

@@ -1,4 +1,4 @@
-"""Sources that are read while training."""
+"""Sources that are read during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTH, WINDOW = 16, 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three files of ten documents each, no two of them equal."""
+    """Three files of ten distinct documents each."""
     path = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         lines = (json.dumps({"text": f"<{shard} {i} {'x' * (i % 5)}>"}) + "\n" for i in range(10))
@@ -87,7 +87,7 @@ def test_a_mark_says_where_to_go_on(folder, tokenizer):
 
 
 def test_bad_lines_are_named_and_skipped_or_end_the_run(folder, tokenizer, tmp_path, capsys):
-    """Also by a stream that goes on from a mark in the middle of a file."""
+    """Also by a stream that continues from a mark in the middle of a file."""
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     lines = (broken / "1.jsonl").read_bytes().splitlines(keepends=True)
@@ -130,7 +130,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_stream_reads_what_is_read_before_training(name, tokenizer, tmp_path, capsys):
-    """The same documents, and of bad ones the same lines: skipped, or ending the run."""
+    """The same documents, and the same messages for bad ones, skipped or ending the run."""
     content, expected, told = BAD[name]
     (tmp_path / name).write_bytes(content)
     (tmp_path / "more.jsonl").write_text('{"text": "more"}\n')
@@ -157,7 +157,7 @@ def test_a_stream_reads_what_is_read_before_training(name, tokenizer, tmp_path, 
 
 
 def test_a_stream_of_a_folder_reads_what_its_files_hold(tokenizer, tmp_path):
-    """Files of several kinds, as a folder that is read before training; a mark in a table says where to go on."""
+    """Files of several kinds, like a folder that is read before training; a mark in a table is a position."""
     (tmp_path / "a.csv").write_text("text,n\n" + "".join(f'"row\n{i}",{i}\n' for i in range(12)))
     (tmp_path / "b.json").write_text(json.dumps([{"text": f"entry {i}"} for i in range(12)]))
     (tmp_path / "c.txt").write_text("text")
@@ -203,7 +203,7 @@ def test_resumed_run_ends_the_same(noisy, mixed, tmp_path, capsys):
 
 
 def test_a_stream_that_cannot_be_read_on_loses_no_step(noisy, tmp_path, capsys):
-    """The steps that are done are in a checkpoint, and --resume goes on as if the source had never been bad."""
+    """The steps done are in a checkpoint, and --resume continues as if the source had never been bad."""
     source, settings = tmp_path / "text.jsonl", ["data.streaming=true", "data.window=8", "batch_size=4", "steps=8"]
     good = [json.dumps({"text": f"document {i} of them all"}) for i in range(64)]
     source.write_text("\n".join(good))

@@ -1,4 +1,4 @@
-"""`loopwise eval` through a server: what it sends, what it counts, and what it says where that cannot be."""
+"""`loopwise eval` through a server: its requests, its counts and its errors."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_p
     [
         (["endpoint=URL", "request.temprature=1"], "request.temprature: choose from min_recurrences, "),
         (["endpoint=http://127.0.0.1:9/v1"], "no OpenAI-compatible server answers there"),
-        (["endpoint=BARE"], "HTTP 404: Not Found; its address mostly ends in /v1: http://127.0.0.1:"),
-        (["endpoint=http://127.0.0.1:9/"], "; its address mostly ends in /v1: http://127.0.0.1:9/v1"),
+        (["endpoint=BARE"], "HTTP 404: Not Found; its address usually ends in /v1: http://127.0.0.1:"),
+        (["endpoint=http://127.0.0.1:9/"], "; its address usually ends in /v1: http://127.0.0.1:9/v1"),
         (["endpoint=URL", "request.stream=true"], "request.stream: choose from min_recurrences, "),
-        (["request.exit_rule=cosine"], "has no effect: its fields are a server's, and endpoint names none"),
-        (["endpoint=URL", "precision=bfloat16"], "precision=bfloat16 has no effect: a server has its own"),
+        (["request.exit_rule=cosine"], "has no effect: its fields are sent to a server, and endpoint names none"),
+        (["endpoint=URL", "precision=bfloat16"], "precision=bfloat16 has no effect: the server sets its own"),
         (["endpoint=URL", "request.num_recurrences=3"], "give num_recurrences, which takes several"),
-        (["endpoint=URL", "data=TEXT"], "is asked for answers, which text has not"),
+        (["endpoint=URL", "data=TEXT"], "measures answers, and text has none"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(settings, message, model, server, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_limit_spreads_over_the_data():
 
 
 def test_a_limit_of_a_generated_task_draws_no_more(model, tmp_path, monkeypatch, capsys):
-    """The records are those that a spread over all of them keeps; a file is read whole."""
+    """The records are evenly spread over the source; a file is read whole."""
     sources = [SOURCE, f"{SOURCE}&seed=5&lookups=1".replace("lookups=0&", "")]
     recipe = Evaluate(data=sources, group="hops")
     whole = conversations(recipe, tokenizer("hops")).spread(7)
