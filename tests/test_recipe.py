@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from loopwise.convert.recipe import ConvertRecipe
-from loopwise.errors import UserError, nearest
-from loopwise.recipe import RECIPES, Section, list_items, load_recipe, read_recipe, settled
-from loopwise.serve.generate import GenerateRecipe
-from loopwise.serve.recipe import ServeRecipe
-from loopwise.train.recipe import Evaluate, Train
+from loopwise.errors import UserError
+from loopwise.recipe import RECIPES, list_items, read_recipe, settled
 from loopwise.unused import unused
-
-MODELS: dict[str, type[Section]] = {
-    "train": Train,
-    "eval": Evaluate,
-    "convert": ConvertRecipe,
-    "generate": GenerateRecipe,
-    "serve": ServeRecipe,
-}
-# What a command needs beside the setting that is looked at.
-NEEDED = {
-    "train": ["data.train=text.txt"],
-    "eval": ["data=text.txt"],
-    "convert": ["method=mor", "loops=2"],
-    "generate": [],
-    "serve": [],
-}
-TRAINED = {"recurrence": "recurrence.sampler=uniform", "adapters": "adapters.rank=4"}
-
-
-def keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every key that is no section."""
-    for name, field in model.model_fields.items():
-        kinds = getattr(field.annotation, "__args__", (field.annotation,))
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
-        if not sections:
-            yield prefix + name, field.annotation
-        for section in sections:
-            yield from keys(section, f"{prefix}{name}.")
-
-
-def load(command: str, *settings: str, recipe: str | None = None) -> Any:
-    return load_recipe(MODELS[command], command, recipe, list(settings))
-
+from tests.helpers.recipes import MODELS, NEEDED, keys, load
 
 # (command, key): (text, value), beside the settings that the key needs.
 LISTS: dict[tuple[str, str], tuple[str, list[Any], list[str]]] = {
@@ -212,28 +174,6 @@ def test_a_setting_without_effect_is_refused(command, key, off, value, on, tmp_p
     load(command, recipe=str(file))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings"),
-    [
-        ("retrofit", ["optimiser.kind=adamw", "optimiser.schedule=cosine"]),
-        ("retrofit", ["recurrence.sampler=fixed"]),
-        ("retrofit", ["recurrence.schedule=steps", "recurrence.levels={0: 2, 0.5: 4}"]),
-        ("mor-expert", ["optimiser.schedule=linear"]),
-        ("ouro-1", ["objectives.exit_gate.stage=gate"]),
-        ("sft", ["data.chat_field=null"]),
-    ],
-)
-def test_what_a_shipped_recipe_sets_may_be_turned_off(recipe, settings):
-    assert not _set_in_vain(load("train", *NEEDED["train"], *settings, recipe=recipe))
-
-
-def _set_in_vain(recipe: Any) -> list[str]:
-    from loopwise.unused import _setting
-
-    found = [(one.key, *_setting(recipe, one.key)) for one in unused(recipe)]
-    return [key for key, value, is_set, default in found if is_set and value != default]
-
-
 @pytest.mark.parametrize("path", sorted((RECIPES).glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_set_nothing_in_vain(path):
     command = path.parent.name
@@ -241,18 +181,6 @@ def test_shipped_recipes_set_nothing_in_vain(path):
         text = [] if "phases" in yaml.safe_load(path.read_text()).get("data", {}) else NEEDED["train"]
         needed = [*text, *(["objectives.distillation.teacher=t"] if path.stem == "distill" else [])]
         load(command, *(needed if command == "train" else []), recipe=path.stem)
-
-
-def test_a_users_file_sets_nothing_in_vain(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("data: {train: text.txt}\noptimiser: {muon_momentum: 0.5}\n")
-    with pytest.raises(UserError, match=r"^optimiser\.muon_momentum=0.5 has no effect: it belongs to"):
-        load("train", recipe=str(file))
-    load("train", "optimiser.kind=muon", recipe=str(file))
-    with pytest.raises(UserError, match="has no effect"):  # the command line asks for it anew
-        load("train", "optimiser.kind=adamw", "optimiser.muon_momentum=0.9", recipe=str(file))
-    recipe = load("train", "optimiser.kind=adamw", recipe=str(file))
-    assert recipe.optimiser.muon_momentum == 0.95  # what has no effect is not kept, and not written down
 
 
 @pytest.mark.parametrize(
@@ -268,19 +196,6 @@ def test_values_that_are_no_yaml_are_one_line(value, tmp_path):
         read_recipe("train", str(tmp_path / "recipe.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("setting", "line"),
-    [
-        ("recurrence.eval_at=1,0", "recurrence.eval_at=0: Input should be greater than 0"),
-        ("recurrence.levels={0: 1, 0.5: x}", "recurrence.levels='x': Input should be a valid integer"),
-        ("data.phases=[{share: x, sources: {a: 1}}]", "data.phases.0.share='x': Input should be a valid number"),
-    ],
-)
-def test_a_wrong_item_of_a_list_is_named_by_its_value(setting, line):
-    with pytest.raises(UserError, match=re.escape(line)):
-        load("train", "data.train=text.txt", setting)
-
-
 def test_recipes_in_other_encodings_are_named(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_bytes("data: {train: café.txt}\n".encode("latin-1"))
@@ -288,43 +203,3 @@ def test_recipes_in_other_encodings_are_named(tmp_path):
         read_recipe("train", str(file))
     file.write_bytes("data: {train: café.txt}\r\n".encode("utf-8-sig"))
     assert read_recipe("train", str(file)) == {"data": {"train": "café.txt"}}
-
-
-@pytest.mark.parametrize(
-    ("key", "near"),
-    [
-        ("optimiser.lr", "optimiser.learning_rate"),
-        ("lr", "optimiser.learning_rate"),
-        ("learning_rate", "optimiser.learning_rate"),
-        ("data.trian", "data.train"),
-        ("recurrence.men", "recurrence.mean"),
-        ("optimizr", "optimiser"),
-        ("stesp", "steps"),
-    ],
-)
-def test_an_unknown_key_names_the_nearest_and_few_others(key, near):
-    with pytest.raises(UserError) as caught:
-        load("train", "data.train=text.txt", f"{key}=1")
-    assert f"unknown recipe key {key!r}: did you mean {near!r}?" in str(caught.value)
-    assert len(str(caught.value)) < 250
-    assert nearest("zzzz", [key for key, _ in keys(Train)]) == []
-
-
-@pytest.mark.parametrize("name", ["optimiser", "optimizer"])
-def test_both_spellings_of_optimiser(name, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(f"{name}: {{kind: muon, muon_momentum: 0.5}}\n")
-    recipe = load("train", "data.train=text.txt", "optimizer.clip=2", recipe=str(tmp_path / "recipe.yaml"))
-    assert (recipe.optimiser.kind, recipe.optimiser.clip) == ("muon", 2.0)
-    assert "optimizer" not in recipe.model_dump()
-    # A setting of the command line turns off the file's, in either spelling.
-    recipe = load("train", "data.train=text.txt", "optimizer.kind=adamw", recipe=str(tmp_path / "recipe.yaml"))
-    assert recipe.optimiser.muon_momentum == 0.95
-    with pytest.raises(UserError, match=r"^optimiser\.muon_momentum=0.9 has no effect"):
-        load("train", "data.train=text.txt", "optimizer.muon_momentum=0.9")
-    assert Train.model_validate({"data": {"train": "a.txt"}, name: {"kind": "muon"}}).optimiser.kind == "muon"
-
-
-def test_both_spellings_at_once_are_refused(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("optimiser: {clip: 2}\noptimizer: {clip: 3}\n")
-    with pytest.raises(UserError, match="optimi[sz]er and optimi[sz]er are two names of one recipe key"):
-        load("train", "data.train=text.txt", recipe=str(tmp_path / "recipe.yaml"))
