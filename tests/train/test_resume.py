@@ -153,7 +153,7 @@ def test_settings_may_change_when_told_so(stopped, noisy, command, tmp_path, cap
     shutil.rmtree(out / "checkpoint-20")
     arguments = command(noisy, out, "steps=20", "save_every=10", *RECURRENCE, "optimiser.weight_decay=0.5")
     run([*arguments, "--resume", "--accept-changes"])
-    assert "going on with other settings (optimiser.weight_decay was 0.01, now 0.5)" in capsys.readouterr().err
+    assert "continuing with other settings (optimiser.weight_decay was 0.01, now 0.5)" in capsys.readouterr().err
     assert main([*arguments, "--accept-changes"]) == 2
 
 
