@@ -41,8 +41,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, values: Any) -> Any:
-        """Replace old names of keys. Turn a,b,c, which YAML reads as text, into a list, and a single item into a list of
-        one."""
+        """Replace old names of keys. Turn a,b,c, which YAML reads as text, and a single item into lists."""
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields

@@ -18,8 +18,8 @@ from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Objectives
 from loopwise.train.samplers import nested_depths
-from tests.helpers.train_tiny import history, run, same, save_recurrent
 from tests.helpers.tiny import source_config
+from tests.helpers.train_tiny import history, run, same, save_recurrent
 
 B, T, V, R = 2, 5, 7, 4
 
