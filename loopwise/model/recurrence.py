@@ -23,6 +23,7 @@ from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
 from .recurrence_encoding import RecurrenceEncoding
+from .recurrence_norm import norm_after, norm_at_end, norm_before
 from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
 from .router import Router
 from .source_layers import DepthCache, Overwriting, with_slot
@@ -96,8 +97,7 @@ class Recurrence:
         keep_all = options.keep_states or options.output_depth_logits or self.config.halting == "act"
         for r in range(options.num_recurrences):
             with torch.no_grad() if r < without_grad else nullcontext():
-                if r and self.config.recurrence_norm == "between":
-                    s = self._final_norm(s)
+                s = norm_before(self.config.recurrence_norm, s, self._final_norm, started=r > 0)
                 s = self._routed_recurrence(r, s, e, call) if self.config.router else self._recompute(r, s, e, call)
             if keep_all or r + 1 == options.num_recurrences:
                 call.states.append(s)
@@ -112,7 +112,7 @@ class Recurrence:
         s = self._run(places, self.injection(s, e), call, selection)
         if self.config.recurrence_residual and r:
             s = s + before
-        return self.recurrence_norm(s) if self.config.recurrence_norm == "each" else s
+        return norm_after(self.config.recurrence_norm, s, self._own_norm)
 
     def _recompute(
         self, r: int, s: torch.Tensor, e: torch.Tensor, call: Call, selection: Selection | None = None
@@ -144,8 +144,7 @@ class Recurrence:
 
     def _read_out(self, s: torch.Tensor, call: Call) -> torch.Tensor:
         """The output of the coda [B, T, D] for the state s [B, T, D]."""
-        if self.config.recurrence_norm == "last":
-            s = self._final_norm(s)
+        s = norm_at_end(self.config.recurrence_norm, s, self._final_norm)
         return self._run(self._places("coda"), s, call)
 
     def _state_at(self, depth: int, call: Call) -> torch.Tensor:
@@ -167,6 +166,10 @@ class Recurrence:
     def _final_norm(self, s: torch.Tensor) -> torch.Tensor:
         """The source's final norm of s [.., D]."""
         return self.source.get_submodule("model.norm")(s)
+
+    def _own_norm(self, s: torch.Tensor) -> torch.Tensor:
+        """The recurrence's own norm of s [.., D]; only models with recurrence_norm="each" have it."""
+        return self.recurrence_norm(s)
 
     def _choice_slot(self, call: Call) -> ChoiceSlot:
         """The slot of the call's cache that holds the router's choices."""
