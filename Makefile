@@ -133,7 +133,7 @@ $(OTHER)/.setup: constraints.txt pyproject.toml
 
 test-vllm: $(OTHER)/.setup
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest \
-		tests/serve/test_serve_equal.py tests/serve/test_lanes.py tests/serve/test_lane_features.py $(ARGS)
+		tests/serve/vllm/test_serve_equal.py tests/serve/vllm/test_lanes.py tests/serve/vllm/test_lane_features.py $(ARGS)
 
 # The papers' orderings on small models, an hour of a quiet core; resumable. make results-train ARGS="--scale 0.1"
 results-train: setup

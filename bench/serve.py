@@ -173,8 +173,8 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
     options = in_process(args.seats or args.requests)
     from vllm import LLM, SamplingParams
 
+    from loopwise.serve.api.lanes import LaneConfig
     from loopwise.serve.engine.kv import KVPolicy
-    from loopwise.serve.vllm.lanes import LaneConfig
 
     width = options["max_num_seqs"] if args.resident else 0
     lanes = {**options, **LaneConfig(args.ticks, width, args.coda_wait, compile=not args.eager).flags()}
@@ -240,7 +240,7 @@ def routed(args: argparse.Namespace, work: Path) -> None:
     options = in_process(args.requests)
     from vllm import LLM, SamplingParams
 
-    from loopwise.serve.vllm.lanes import LaneConfig
+    from loopwise.serve.api.lanes import LaneConfig
 
     options |= LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()
     engines, passes, items = {}, {}, {}

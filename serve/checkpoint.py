@@ -8,9 +8,8 @@ from typing import Any
 
 from ..checkpoint import check_same_for_vllm, config_fields, read_json, weight_files
 from ..errors import UserError, reason
-from .vllm.architectures import vllm_architecture
-from .vllm.arguments import refuse
-from .vllm.limits import check_model
+from .api.architectures import vllm_architecture
+from .api.limits import check_model
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
 KINDS: dict[str, type | tuple] = {  # of config.json's fields; (kind, None): null, too
@@ -66,6 +65,7 @@ class Facts:
     router: dict[str, Any] | None = None
     coda: list[int] | None = None
     trained_recurrences: dict[str, Any] | None = None
+    quantization: str | None = None
 
 
 def read_fields(model: str | Path) -> dict[str, Any]:
@@ -119,13 +119,12 @@ def _is_a(value: Any, kind: type | None) -> bool:
 def check_config(model: str) -> Facts:
     """What the config of checkpoint directory `model` says about serving it. Imports nothing heavy.
 
-    Raises UserError as `read_fields` does, and for an architecture without vLLM layers and quantised weights.
+    Raises UserError as `read_fields` does, and for an architecture without vLLM layers.
     """
     config = read_fields(model)
     source = config["source_config"]
     vllm_architecture(source["model_type"])
     check_model(config, routed=True)
-    refuse({"quantization": (config.get("quantization_config") or {}).get("quant_method")})
     depth = config.get("num_recurrences", 1)
     return Facts(
         architecture=source["model_type"],
@@ -139,6 +138,7 @@ def check_config(model: str) -> Facts:
         router=_router(Path(model) / "config.json", config.get("router"), depth),
         coda=config.get("coda"),
         trained_recurrences=config.get("trained_recurrences"),
+        quantization=(config.get("quantization_config") or {}).get("quant_method"),
     )
 
 
@@ -157,7 +157,7 @@ def check_tensors(model: str | Path) -> None:
     from safetensors import safe_open
 
     from ..model import RecurrentDepthConfig
-    from .vllm.weights import Completeness
+    from .completeness import Completeness
 
     folder = Path(model)
     files = weight_files(folder)

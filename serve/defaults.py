@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .api.depth import exit_of
+from .api.fields import FieldError
+from .api.lanes import MEASURED, LaneConfig
+from .api.limits import check_depth, check_router, limits_of
+from .api.validation import validate_fields
 from .checkpoint import Facts
 from .recipe import ServeRecipe
-from .vllm.fields import FieldError, check
-from .vllm.lanes import MEASURED, LaneConfig
-from .vllm.limits import check_depth, check_router
-from .vllm.offered import limits_of
 
 if TYPE_CHECKING:
     from .engine.kv import KVPolicy
@@ -66,13 +67,6 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         raise UserError(
             f"kv_policy={policy!r}: choose from per-depth, last-exited, single, first, modulo-k as modulo-4"
         )
-    rule = recipe.exit_rule or facts.exit.get("rule", "fixed")
-    threshold = recipe.exit_threshold
-    if threshold is None and rule == facts.exit.get("rule"):
-        threshold = facts.exit.get("threshold")
-    least = recipe.min_recurrences or min(facts.exit.get("min_recurrences", 1), depth)
-    exit = {"rule": rule, "threshold": threshold, "min_recurrences": least}
-    config = {"num_recurrences": depth, "max_recurrences": most, "kv_policy": policy, "exit": exit}
     engine, why = recipe.engine or "lanes", "as asked"
     if facts.sharing == "sequence":
         if recipe.engine == "lanes":
@@ -106,12 +100,15 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         wave=recipe.wave,
         budget=MEASURED if recipe.budget is None else recipe.budget,
     )
-    values = {"exit_rule": rule, "exit_threshold": exit["threshold"], "min_recurrences": exit["min_recurrences"]}
     try:
+        rule, threshold, minimum = exit_of(vars(recipe), depth, facts.exit)
+        exit = {"rule": rule, "threshold": threshold, "min_recurrences": minimum}
+        values = {"exit_rule": rule, "exit_threshold": threshold, "min_recurrences": minimum}
+        config = {"num_recurrences": depth, "max_recurrences": most, "kv_policy": policy, "exit": exit}
         limits = limits_of({**vars(facts), **config}, lanes)
         of_rule = replace(limits, decoder="plain", routed=False)
-        check({name: value for name, value in values.items() if value is not None}, of_rule)
-        check({"decoder": lanes.decoder}, limits)
+        validate_fields({name: value for name, value in values.items() if value is not None}, of_rule)
+        validate_fields({"decoder": lanes.decoder}, limits)
     except FieldError as error:
         raise UserError(str(error)) from None
     defaults = Defaults(engine, why, lanes, config, facts.router)

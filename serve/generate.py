@@ -17,8 +17,8 @@ from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..sampling import SETTINGS
 from ..unused import Unused
+from .api.generation_config import FILE, fields_of, sampling_of
 from .checkpoint import read_fields
-from .generation_config import FILE, fields_of, sampling_of
 
 
 class GenerateRecipe(Section):

@@ -13,6 +13,13 @@ import torch
 from ..errors import UserError, unknown
 from ..model.configuration_recurrent_depth import KV_POLICIES
 from ..trained import beyond_trained
+from .api.decoders import DECODERS
+from .api.depth import depth_of, exit_of
+from .api.fields import FieldError
+from .api.generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
+from .api.lanes import MEASURED
+from .api.limits import check_model, check_packed, check_router
+from .api.validation import check_frozen, check_threshold
 from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.admission import refusal, too_narrow
 from .engine.attention import TorchAttention, attention_for
@@ -26,13 +33,8 @@ from .engine.loop import Counts, Loop, Prompt
 from .engine.masked import Masked
 from .engine.sampling import Draws
 from .engine.transformers import TransformersParts
-from .generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
 from .memory import check_room, slot_bytes
 from .params import NEUTRAL, PENALTIES, Completion, Params, check_kinds
-from .vllm.decoders import DECODERS
-from .vllm.fields import FieldError, check_frozen, check_threshold
-from .vllm.lanes import MEASURED
-from .vllm.limits import check_model, check_packed, check_router
 
 BLOCK = 16  # positions in a block of the KV cache
 POSITIONS = 1024  # of a request, unless told otherwise
@@ -194,25 +196,19 @@ class Engine:
         if not 1 <= limit <= policy.depths:
             more = "" if config.router or limit < 1 else f"; max_recurrences={limit} makes room for more"
             raise UserError(f"num_recurrences={limit}: this engine runs 1 to {policy.depths}{more}")
-        default = config.exit or {}
-        rule = params.exit_rule or default.get("rule", "fixed")
-        if rule not in RULES:
-            raise unknown("exit_rule", rule, RULES)
-        if rule == "gate" and not config.exit_gate:
-            raise UserError("exit_rule='gate': this model has no exit gate")
-        threshold = params.exit_threshold
         try:
+            rule = exit_of(vars(params), limit, config.exit).rule
+            if rule not in RULES:
+                raise unknown("exit_rule", rule, RULES)
+            if rule == "gate" and not config.exit_gate:
+                raise UserError("exit_rule='gate': this model has no exit gate")
             if params.decoder == "diffusion":
                 check_frozen({name: value for name, value in vars(params).items() if value not in (None, ())})
-            if threshold is not None:
-                check_threshold(threshold, rule)
+            if params.exit_threshold is not None:
+                check_threshold(params.exit_threshold, rule)
+            depth = depth_of(vars(params), config.num_recurrences, config.exit)
         except FieldError as error:
             raise UserError(str(error)) from None
-        if threshold is None:
-            threshold = default.get("threshold") if rule == default.get("rule") else None
-        least = params.min_recurrences or default.get("min_recurrences", 1)
-        if not 1 <= least <= limit:
-            raise UserError(f"min_recurrences={least}: from 1 to num_recurrences={limit}")
         if any(not 0 <= depth <= limit for depth in params.trace):
             raise UserError(f"trace: depths are 1 to num_recurrences={limit}, or 0 where the rule decides")
         if params.prompt_exit and policy.complete:
@@ -223,12 +219,7 @@ class Engine:
         if len(stops) > MAX_STOPS:
             raise UserError(f"stop_token_ids: {len(stops)} tokens that stop, with the model's own; at most {MAX_STOPS}")
         request = Request(
-            limit=limit,
-            minimum=least,
-            rule=rule,
-            threshold=RULES[rule].threshold if threshold is None else float(threshold),
-            prompt_exit=params.prompt_exit,
-            trace=list(params.trace),
+            **vars(depth),
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
             wave=params.wave if params.decoder == "wave" else 1,

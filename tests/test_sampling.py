@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from loopwise.convert.generation import savable
 from loopwise.errors import UserError
 from loopwise.sampling import RESPELT, SETTINGS, check_setting, end_tokens, greatest_id
-from loopwise.serve.generation_config import sampling_of, stop_ids
+from loopwise.serve.api.generation_config import sampling_of, stop_ids
 from tests.helpers.tiny import source_model, tokenizer
 
 # Values at the bounds of each rule, and beyond.

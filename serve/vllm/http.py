@@ -12,8 +12,9 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
+from ..api.fields import FIELDS, FieldError, parse_body, take_fields
+from ..api.validation import validate_fields
 from .ending import GRACE, Ending
-from .fields import FIELDS, FieldError, check, parse, take
 from .offered import check_request, offered
 from .requests import check_beams, check_body
 from .routes import GENERATION, REFUSED
@@ -91,7 +92,7 @@ class DepthFields:
             return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
-            fields = parse(body)
+            fields = parse_body(body)
         except (ValueError, RecursionError):  # vLLM says so
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):
@@ -102,7 +103,7 @@ class DepthFields:
             if not GENERATION[path]:
                 _check_without(path, fields)
                 return await self.app(scope, _replay(body, receive), send)
-            values = check(take(fields, _known(path)), limits)
+            values = validate_fields(take_fields(fields, _known(path)), limits)
             check_beams(fields, values)
         except FieldError as error:
             return await _refuse(400, "BadRequestError", str(error), error.field, send)

@@ -18,15 +18,15 @@ from ...model import RecurrentDepthConfig
 from ...model.injection import Injection
 from ...model.router import Router
 from ...unroll import config_with_layers
+from ..api.architectures import vllm_architecture
+from ..api.lanes import is_lanes
+from ..api.limits import check_depth, check_model, check_packed, check_router
+from ..completeness import Completeness
 from ..engine.kv import policy_of
-from .architectures import vllm_architecture
 from .arguments import check_vllm_config
-from .lanes import is_lanes
-from .limits import check_depth, check_model, check_packed, check_router
+from .fixed.recurrence import Recurrence, input_of
 from .parts import VllmParts
-from .recurrence import Recurrence, hand_on
 from .relaxation import Relaxation
-from .weights import Completeness, source_name
 
 
 class RecurrentDepthForCausalLM(nn.Module):
@@ -77,7 +77,7 @@ class RecurrentDepthForCausalLM(nn.Module):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
                 relaxation.at(layer, depth)
         for layer in layers[:-1]:
-            layer.forward = hand_on(layer)
+            layer.forward = input_of(layer)
         layers[-1].forward = self.recurrence.forward
 
     @property
@@ -132,6 +132,21 @@ class RecurrentDepthForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"vLLM's model has parameters that the checkpoint does not fill: {sorted(missing)}")
         return loaded
+
+
+def source_name(name: str, config: RecurrentDepthConfig, layers: str) -> str:
+    """Checkpoint tensor `name` as the source architecture calls it; its list of layers stands at `layers`.
+
+    The source has as many layers as the checkpoint has sets of weights: prelude, core, coda in this order.
+    """
+    part, _, rest = name.partition(".")
+    start = {"prelude": 0, "core": len(config.prelude), "coda": len(config.prelude) + len(config.core)}
+    if part in start:
+        number, _, rest = rest.partition(".")
+        return f"{layers}.{start[part] + int(number)}.{rest}"
+    if part != "source":
+        raise ValueError(f"{name!r} is not the name of a recurrent-depth checkpoint's tensor")
+    return rest
 
 
 def layer_list_name(model: nn.Module, count: int) -> str:

@@ -5,36 +5,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 from ...trained import beyond_trained
-from .fields import FieldError, Limits, check_params
-from .lanes import LaneConfig, is_lanes
+from ..api.fields import FieldError
+from ..api.lanes import LaneConfig, is_lanes
+from ..api.limits import Limits, limits_of
+from ..api.validation import validate_params
 from .requests import check_sampling, check_tokens, tokens_of
-
-
-def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
-    """What requests may ask of a model with these fields in the lane engine."""
-    from ..engine.admission import prompt_rules, unfit
-    from ..engine.exits import NAMES
-    from ..engine.kv import policy_of
-
-    rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
-    here = SimpleNamespace(**config)
-    policy = policy_of(here)
-    return Limits(
-        config["num_recurrences"],
-        config["max_recurrences"],
-        rules[:1] if config["router"] else rules,
-        prompt_exit=config["kv_policy"] != "per-depth",
-        rule=(config["exit"] or {}).get("rule", "fixed"),
-        decoder=lanes.decoder,
-        wave=lanes.wave,
-        unfit=unfit(policy, here),
-        routed=bool(config["router"]),
-        prompt_rules=tuple(name for name in prompt_rules(policy, here) if name in rules),
-    )
 
 
 def offered(vllm_config: Any) -> Limits:
@@ -63,7 +41,7 @@ def _check(params: Any, prompt: Any, vllm_config: Any) -> None:
         return  # a beam search's, whose requests come one by one, or what vLLM refuses
     check_sampling(params, _usual())
     check_tokens({"prompt": ids, **tokens_of(params)}, vllm_config.model_config.hf_config.vocab_size)
-    check_params(params, offered(vllm_config))
+    validate_params(params, offered(vllm_config))
 
 
 def _refused(error: FieldError) -> ValueError:

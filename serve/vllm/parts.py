@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from ..engine import attention as engine
 from ..engine.compiled import attend, own
-from .recurrence import attention_named, convention, fold
+from .layers import attention_copy, convention_of, fold
 
 
 class VllmParts:
@@ -38,7 +38,7 @@ class VllmParts:
             "coda": layers[prelude + core :],
         }
         self.outer = prelude + len(config.coda)
-        self.kind = convention(layers[0])
+        self.convention = convention_of(layers[0])
         self.number = own(self)
         self.attention: engine.Attention | None = None
         self.caches: list[list[Attention]] = []  # by the engine's number of the layer, by slot
@@ -65,7 +65,7 @@ class VllmParts:
         attention, number = _attention_of(layer), len(self.caches)
         core = len(self.config.core)
         names = [number + slot * core for slot in range(slots)]
-        self.caches.append([attention_named(attention, index, name, context) for name in names])
+        self.caches.append([attention_copy(attention, index, name, context) for name in names])
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
 
         def forward(query, key, value, output_shape=None):
@@ -80,23 +80,21 @@ class VllmParts:
     @property
     def compilable(self) -> bool:
         """Whether a pass of the core is one graph: vLLM's Transformers backend asks the source model for its tables."""
-        return self.kind.__name__ != "_transformers"
+        return self.convention != "transformers"
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _tap(self, index: int, last: bool) -> Any:
-        plain = self.kind.__name__
-
         def tap(*args, **kwargs):
             if self._taken is not None:
                 self._taken.append((args, kwargs))
                 if last or self._first_suffices:
                     raise _Taken
             handed = self._handed if last else None
-            if plain == "_transformers":
+            if self.convention == "transformers":
                 return args[0] if handed is None else handed[None]
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
             x = x if handed is None else handed
-            return x if plain == "_plain" else (x, torch.zeros_like(x) if last else None)
+            return x if self.convention == "plain" else (x, torch.zeros_like(x) if last else None)
 
         return tap
 
@@ -113,7 +111,7 @@ class VllmParts:
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._given(tokens, positions, first=True)[0]
-        if self.kind.__name__ == "_transformers":
+        if self.convention == "transformers":
             return args[0][0]
         return kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
 
@@ -139,14 +137,13 @@ class VllmParts:
         if part == "core":
             assert depths is not None, "the core runs at depths"
             self.depths = depths
-        kind = self.kind.__name__
-        if kind == "_transformers" and self.by_part[part]:
+        if self.convention == "transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)
-        if kind == "_fused" and part == "core":
+        if self.convention == "fused" and part == "core":
             x = x.clone()  # on a GPU, vLLM's norms write into the residual that they get, which is the caller's state
         residual = None
         for layer in self.by_part[part]:
-            if kind == "_fused":
+            if self.convention == "fused":
                 x, residual = layer.forward_of_layer(positions, x, residual)
             else:
                 x = layer.forward_of_layer(positions, x)

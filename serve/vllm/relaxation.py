@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ..engine.relaxation import add_product
-from .recurrence import shallow_copy
+from .layers import shallow_copy
 
 Depth = int | torch.Tensor
 PARTS: dict[type, dict[str, Any]] = {

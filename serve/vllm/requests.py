@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..api.fields import FieldError
 from .arguments import names
-from .fields import FieldError
 
 SAMPLING = names("""
     n temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty

@@ -18,8 +18,8 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
+from ..api.decoders import history
 from ..engine.sampling import Draws, signed, waiting_times
-from .decoders import history
 
 
 class NoisySampler(Sampler):

@@ -14,10 +14,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
+from ..api.decoders import Decoder, decoder_of
+from ..api.depth import Depth, depth_of
+from ..api.lanes import LaneConfig
 from ..engine.kv import policy_of
 from .arrivals import arrivals, count_arrivals
-from .decoders import Decoder, decoder_of
-from .lanes import Depth, LaneConfig, depth_of
 from .output import LaneOutput
 
 
@@ -64,7 +65,7 @@ class LaneScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
         assert params is not None, "the lane engine generates text only"
-        depth = depth_of(params.extra_args, self.config)
+        depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
         self.depths[request.request_id] = depth
         self.decoders[request.request_id] = decoder_of(params, self.lanes.decoder, self.lanes.wave)
         if self.cache_config.enable_prefix_caching:

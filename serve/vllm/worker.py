@@ -22,6 +22,9 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from ..api.decoders import DECODERS, Decoder, decoder_of
+from ..api.depth import depth_of
+from ..api.lanes import MEASURED, LaneConfig
 from ..engine.attention import Attention
 from ..engine.costs import measure
 from ..engine.graphs import Graphs, on_cuda
@@ -31,8 +34,6 @@ from ..engine.loop import Counts, Loop, Prompt
 from ..engine.masked import Masked
 from .arrivals import arrivals
 from .attention import PagedAttention
-from .decoders import DECODERS, Decoder, decoder_of
-from .lanes import MEASURED, LaneConfig, depth_of
 from .output import LaneOutput
 from .sampling import LaneSampler
 
@@ -174,7 +175,7 @@ class LaneSteps:
     def _admit(self: Any, name: str) -> None:
         state, row = self.requests[name], self.free.pop()
         params, done = state.sampling_params, len(state.output_token_ids)
-        depth = depth_of(params.extra_args, self.depth_config)
+        depth = depth_of(params.extra_args or {}, self.depth_config.num_recurrences, self.depth_config.exit)
         past = self.history.pop(name, Past(depth.trace))
         decoder = self._decoder(row, name)
         stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}

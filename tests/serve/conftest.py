@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from serve_tiny import GROUPED, RETROFIT, save, source_config
+
+from tests.helpers.serve_tiny import GROUPED, RETROFIT, save, source_config
 
 
 @pytest.fixture(scope="module")

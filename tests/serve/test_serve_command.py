@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve_tiny import change_config
-from serving import Server, free_port
 
 from loopwise.cli import main
 from loopwise.errors import UserError
@@ -23,6 +21,8 @@ from loopwise.serve.defaults import choose
 from loopwise.serve.recipe import ServeRecipe
 from loopwise.serve.vllm.arguments import refuse
 from loopwise.serve.vllm.explained import explained
+from tests.helpers.serve_tiny import change_config
+from tests.helpers.serving import Server, free_port
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -274,7 +274,7 @@ def damage(folder: Path, fields: dict) -> None:
 )
 def test_a_damaged_checkpoint_is_named_with_its_file(capsys, monkeypatch, model, tmp_path, verb, fields, file, said):
     """Before vLLM is even asked, and alike by both commands that run an engine."""
-    monkeypatch.delattr("loopwise.serve.server._vllm_arguments")
+    monkeypatch.delattr("loopwise.serve.server.parse_arguments")
     folder = copy_of(model, tmp_path / "m")
     damage(folder, fields)
     if verb == "serve":

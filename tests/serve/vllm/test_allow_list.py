@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loopwise.errors import UserError
-from loopwise.serve.server import ARGUMENTS, STARTUP, first_module
+from loopwise.serve.api.fields import FieldError
 from loopwise.serve.vllm.arguments import (
     CONFIG,
     FIXED,
@@ -30,7 +30,7 @@ from loopwise.serve.vllm.arguments import (
     group_of,
     parts,
 )
-from loopwise.serve.vllm.fields import FieldError
+from loopwise.serve.vllm.launch import ARGUMENTS, STARTUP, first_module
 from loopwise.serve.vllm.requests import (
     BODY,
     REFUSED_BODY,

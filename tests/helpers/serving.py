@@ -91,3 +91,8 @@ def serving(folder: Path, *settings: str) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
+
+
+def metric(server: Server, name: str) -> float:
+    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))

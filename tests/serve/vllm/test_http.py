@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import VOCABULARY, change_config, generate, prompts
-from serving import Server, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.serve import Engine, Params
+from tests.helpers.serve_tiny import VOCABULARY, change_config, generate, prompts
+from tests.helpers.serving import Server, serving
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import GROUPED, save, source_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loopwise.model  # noqa: F401
 from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params, memory
-from loopwise.serve.generation_config import APPLIED, fields_of, sampling_of, stop_ids, unapplied
+from loopwise.serve.api.generation_config import APPLIED, fields_of, sampling_of, stop_ids, unapplied
 from loopwise.serve.params import NEUTRAL
 from tests.helpers import tiny
+from tests.helpers.serve_tiny import GROUPED, save, source_config
 
 PROMPT = [3, 5, 7, 11]
 LEARNED = ["gpt2", "gpt_bigcode", "opt"]  # the engine takes no others: gpt_neo's and biogpt's attention is fixed
@@ -141,7 +141,7 @@ def test_every_field_of_transformers_is_applied_named_or_says_nothing():
     """A field that a release of transformers brings has a place in `generation_config`, or fails here by name."""
     from transformers import GenerationConfig
 
-    from loopwise.serve.generation_config import NEUTRAL, SILENT
+    from loopwise.serve.api.generation_config import NEUTRAL, SILENT
 
     named = {"bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "exponential_decay_length_penalty",
              "force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "stop_strings",
@@ -163,7 +163,7 @@ def test_every_field_of_transformers_is_applied_named_or_says_nothing():
 )
 @pytest.mark.parametrize("verb", ["generate", "serve"])
 def test_a_damaged_file_is_one_line(capsys, monkeypatch, folder, verb, text, said):
-    monkeypatch.delattr("loopwise.serve.server._vllm_arguments")
+    monkeypatch.delattr("loopwise.serve.server.parse_arguments")
     (folder / "generation_config.json").write_text(text)
     assert main([verb, str(folder), *(["prompt=a"] if verb == "generate" else [])]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -8,10 +8,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 from collections.abc import Callable
 from typing import Any
 
-import run_lanes
-from run_engines import main
-
 from loopwise.serve.vllm import worker
+from tests.helpers import run_lanes
+from tests.helpers.run_engines import main
 
 
 def run_once(function: Callable[[], None]) -> Callable[[], Any]:

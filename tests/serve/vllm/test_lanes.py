@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_tiny import (
+
+from loopwise.serve import Params
+from loopwise.serve.engine.diffusion import Diffusion
+from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
     HUGINN,
@@ -37,9 +40,6 @@ from serve_tiny import (
     save,
     source_config,
 )
-
-from loopwise.serve import Params
-from loopwise.serve.engine.diffusion import Diffusion
 from tests.serve.engine.oracle import Answer, Oracle
 
 pytestmark = [
@@ -250,7 +250,7 @@ assert before == (torch.cuda.Event, torch.cuda.Stream, torch.accelerator.synchro
 
 def test_the_worker_of_a_gpu_leaves_torch_its_streams():
     """vLLM's worker for CPUs replaces them when it is imported: no CUDA graph could be recorded then."""
-    settings = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(Path(__file__).parents[2])}
+    settings = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, "-c", STREAMS]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

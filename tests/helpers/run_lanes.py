@@ -9,9 +9,8 @@ what was said to the refused, and what the engine held at the end.
 import os
 from typing import Any
 
-from run_engines import had, main
-
-from loopwise.serve.vllm.lanes import LaneConfig
+from loopwise.serve.api.lanes import LaneConfig
+from tests.helpers.run_engines import had, main
 
 
 def run(case: dict) -> dict:

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json
-from ..errors import UserError
-from ..sampling import SETTINGS, check_setting, end_tokens
+from ...checkpoint import read_json
+from ...errors import UserError
+from ...sampling import SETTINGS, check_setting, end_tokens
 
 FILE = "generation_config.json"
 # Fields that both engines apply. transformers has no presence_penalty and no frequency_penalty, vLLM has.

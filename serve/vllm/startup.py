@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import config_fields
-from ..errors import UserError
-from ..sampling import greatest_id
-from .defaults import Defaults
-from .generation_config import APPLIED, fields_of, sampling_of, warning
-from .memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
+from ...checkpoint import config_fields
+from ...errors import UserError
+from ...sampling import greatest_id
+from ..api.generation_config import APPLIED, fields_of, sampling_of, warning
+from ..defaults import Defaults
+from ..memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
 
 SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 
@@ -47,7 +47,7 @@ def check_memory(args: Any, defaults: Defaults) -> str | None:
     length has no room in the cache, as far as that can be told before the engine is up."""
     from vllm.platforms import current_platform
 
-    from ..model import RecurrentDepthConfig
+    from ...model import RecurrentDepthConfig
 
     config = RecurrentDepthConfig.from_pretrained(args.model)
     depth, most = (args.hf_overrides[name] for name in ("num_recurrences", "max_recurrences"))

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import GROUPED, RETROFIT, generate, save, source_config, tokenizer
-from serving import Server, serving
-from test_soak import metric
 
 from loopwise.serve import Engine
 from loopwise.serve.offline import Completion, Params
+from tests.helpers.serve_tiny import GROUPED, RETROFIT, generate, save, source_config, tokenizer
+from tests.helpers.serving import Server, metric, serving
 
 pytestmark = [
     pytest.mark.slow,

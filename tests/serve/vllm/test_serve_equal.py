@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from serve_tiny import (
+
+from loopwise.serve.api.architectures import ARCHITECTURES
+from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
     HUGINN,
@@ -35,8 +37,6 @@ from serve_tiny import (
     save,
     source_config,
 )
-
-from loopwise.serve.vllm.architectures import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time

@@ -8,14 +8,14 @@ import json
 import os
 import random
 import signal
-import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_tiny import GROUPED, RETROFIT, save, source_config
-from serving import Server, serving
+
+from tests.helpers.serve_tiny import GROUPED, RETROFIT, save, source_config
+from tests.helpers.serving import Server, metric, serving
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,11 +98,6 @@ async def load(server: Server, count: int, seed: int) -> Counter[int]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(client(session) for _ in range(CLIENTS)))
     return statuses
-
-
-def metric(server: Server, name: str) -> float:
-    lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 @pytest.mark.parametrize("policy", ["last-exited"])

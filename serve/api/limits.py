@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from ...errors import UserError
+from .lanes import LaneConfig
 
 
 def check_depth(num_recurrences: int, limit: int) -> None:
@@ -46,3 +49,46 @@ def check_packed(router: dict[str, Any] | None, source: Any) -> None:
     windowed = getattr(source, "sliding_window", None) and (len(types) == 1 or set(types) != {"full_attention"})
     if router and windowed:
         raise UserError("a routed model whose layers have a sliding window cannot be served: use transformers")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `rule`
+    and `decoder` are those of a request that names none, `wave` the most positions in flight; `unfit` decoders do not
+    go with it, for a reason. `routed`: tokens have the depth that a router gives them. `prompt_rules` may end prompt
+    tokens, too; None: all."""
+
+    num_recurrences: int
+    max_recurrences: int
+    rules: tuple[str, ...]
+    prompt_exit: bool
+    fixed: bool = False
+    rule: str = "fixed"
+    decoder: str = "plain"
+    wave: int = 8
+    unfit: dict[str, str] = field(default_factory=dict)
+    routed: bool = False
+    prompt_rules: tuple[str, ...] | None = None
+
+
+def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
+    """What requests may ask of a model with these fields in the lane engine."""
+    from ..engine.admission import prompt_rules, unfit
+    from ..engine.exits import NAMES
+    from ..engine.kv import policy_of
+
+    rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
+    here = SimpleNamespace(**config)
+    policy = policy_of(here)
+    return Limits(
+        config["num_recurrences"],
+        config["max_recurrences"],
+        rules[:1] if config["router"] else rules,
+        prompt_exit=config["kv_policy"] != "per-depth",
+        rule=(config["exit"] or {}).get("rule", "fixed"),
+        decoder=lanes.decoder,
+        wave=lanes.wave,
+        unfit=unfit(policy, here),
+        routed=bool(config["router"]),
+        prompt_rules=tuple(name for name in prompt_rules(policy, here) if name in rules),
+    )

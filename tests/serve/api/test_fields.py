@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopwise.serve.vllm.decoders import decoder_of
-from loopwise.serve.vllm.fields import FIELDS, FieldError, Limits, check, check_params, parse, take
+from loopwise.serve.api.decoders import decoder_of
+from loopwise.serve.api.fields import FIELDS, FieldError, parse_body, take_fields
+from loopwise.serve.api.limits import Limits
+from loopwise.serve.api.validation import validate_fields, validate_params
 
 RULES = ("fixed", "latent-diff", "cosine", "gate", "argmax-stability")
 LANES = Limits(4, 8, RULES, prompt_exit=True)
@@ -25,7 +24,7 @@ FIXED = Limits(4, 8, (), prompt_exit=False, fixed=True)
 
 def refusal(values: dict, limits: Limits = LANES) -> FieldError:
     with pytest.raises(FieldError) as caught:
-        check(values, limits)
+        validate_fields(values, limits)
     return caught.value
 
 
@@ -40,7 +39,10 @@ def test_a_depth_is_an_integer_within_the_models(field, value):
 def test_the_least_depth_is_not_above_the_greatest():
     assert refusal({"num_recurrences": 2, "min_recurrences": 3}).field == "min_recurrences"
     assert "at most num_recurrences, which is 4" in str(refusal({"min_recurrences": 5}))
-    assert check({"num_recurrences": 8, "min_recurrences": 5}, LANES) == {"num_recurrences": 8, "min_recurrences": 5}
+    assert validate_fields({"num_recurrences": 8, "min_recurrences": 5}, LANES) == {
+        "num_recurrences": 8,
+        "min_recurrences": 5,
+    }
 
 
 @pytest.mark.parametrize("value", ["latent_diff", "Fixed", "", 3, True, ["fixed"], "replay"])
@@ -88,8 +90,8 @@ def test_prompts_exit_only_where_that_saves_work():
     coda = Limits(4, 8, RULES, prompt_exit=True, rule="kl", prompt_rules=("fixed", "cosine"))
     error = refusal({"prompt_exit": True}, coda)
     assert (error.field, "'kl' reads logits" in str(error)) == ("prompt_exit", True)
-    assert check({"prompt_exit": True, "exit_rule": "cosine"}, coda)["exit_rule"] == "cosine"
-    assert check({"prompt_exit": True, "return_recurrences": False}, LANES) == {
+    assert validate_fields({"prompt_exit": True, "exit_rule": "cosine"}, coda)["exit_rule"] == "cosine"
+    assert validate_fields({"prompt_exit": True, "return_recurrences": False}, LANES) == {
         "prompt_exit": 1,
         "return_recurrences": 0,
     }
@@ -102,7 +104,7 @@ def test_a_trace_is_a_list_of_depths(trace):
 
 def test_a_trace_stands_alone():
     assert "exit_rule" in str(refusal({"trace": [1, 2], "exit_rule": "fixed"}))
-    assert check({"trace": [1, 8], "num_recurrences": 8}, LANES) == {"trace": [1, 8], "num_recurrences": 8}
+    assert validate_fields({"trace": [1, 8], "num_recurrences": 8}, LANES) == {"trace": [1, 8], "num_recurrences": 8}
 
 
 DIFFUSION = {"decoder": "diffusion"}
@@ -145,9 +147,9 @@ def test_decoders_and_what_they_take(values, field, said):
 
 def test_a_diffusion_is_handed_on_as_text():
     given = {**DIFFUSION, "wave": 4, "diffusion": {"inner": 2, "threshold": 0.1}}
-    handed = check(given, LANES)
+    handed = validate_fields(given, LANES)
     assert json.loads(handed["diffusion"]) == given["diffusion"]
-    assert check(handed, LANES) == handed
+    assert validate_fields(handed, LANES) == handed
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_diffusion_is_handed_on_as_text():
 def test_a_diffusion_cannot_look_back(values):
     params = SimpleNamespace(**values, extra_args=DIFFUSION)
     with pytest.raises(FieldError, match="decoder='plain' or 'wave'") as caught:
-        check_params(params, LANES)
+        validate_params(params, LANES)
     assert caught.value.field == next(iter(values))
     assert decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8).name == "plain"
     assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).wave == 8
@@ -171,7 +173,7 @@ def test_a_model_says_which_decoders_do_not_go_with_it():
 
 
 def test_an_engine_of_one_depth_takes_that_depth_alone():
-    assert check({"num_recurrences": 4, "exit_rule": "fixed", "return_recurrences": True}, FIXED) == {
+    assert validate_fields({"num_recurrences": 4, "exit_rule": "fixed", "return_recurrences": True}, FIXED) == {
         "return_recurrences": 1
     }
     for values in ({"num_recurrences": 3}, {"exit_rule": "cosine"}, {"exit_threshold": 0.1}, {"trace": [4]}):
@@ -181,16 +183,16 @@ def test_an_engine_of_one_depth_takes_that_depth_alone():
 
 def test_fields_are_taken_from_the_body_and_from_vllm_xargs():
     body = {"prompt": "a", "num_recurrences": 3, "exit_rule": None, "vllm_xargs": {"exit_threshold": 0.2, "other": 1}}
-    assert take(body) == {"num_recurrences": 3, "exit_threshold": 0.2}
+    assert take_fields(body) == {"num_recurrences": 3, "exit_threshold": 0.2}
     assert body == {"prompt": "a", "vllm_xargs": {"other": 1}}
 
 
 def test_a_field_cannot_say_two_things():
     with pytest.raises(FieldError, match="num_recurrences is 3 in the body, but 4 in vllm_xargs"):
-        take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 4}})
+        take_fields({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 4}})
     with pytest.raises(FieldError, match="num_recurrences is True in the body, but 1 in vllm_xargs"):
-        take({"num_recurrences": True, "vllm_xargs": {"num_recurrences": 1}})
-    assert take({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 3}}) == {"num_recurrences": 3}
+        take_fields({"num_recurrences": True, "vllm_xargs": {"num_recurrences": 1}})
+    assert take_fields({"num_recurrences": 3, "vllm_xargs": {"num_recurrences": 3}}) == {"num_recurrences": 3}
 
 
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
@@ -215,15 +217,15 @@ def test_a_field_cannot_say_two_things():
 def test_a_name_that_nearly_fits_is_no_option_that_does_nothing(place, name):
     body = {name: 1} if place == "body" else {"vllm_xargs": {name: 1}}
     with pytest.raises(FieldError, match="did you mean") as caught:
-        take(body, known={"prompt"})
+        take_fields(body, known={"prompt"})
     assert caught.value.field == name
     if place == "body":
-        take({name: 1}, known={name})  # the server's own
+        take_fields({name: 1}, known={name})  # the server's own
 
 
 @pytest.mark.parametrize("name", ["steps", "n", "top_k", "iterations", "max_depth", "recurrent", "loop_id"])
 def test_other_unknown_names_are_left_to_the_server(name):
-    assert take({name: 1, "extra_body": {name: 1}, "sampling_params": {name: 1}}) == {}
+    assert take_fields({name: 1, "extra_body": {name: 1}, "sampling_params": {name: 1}}) == {}
 
 
 @pytest.mark.parametrize("path", ["extra_body", "extra_args", "sampling_params", "sampling_params.extra_args",
@@ -238,15 +240,15 @@ def test_a_field_in_an_object_that_nothing_reads_is_named(path):
 
     for name, value in {"num_recurrences": 3, "exit_rule": "cosine", "diffusion": {}}.items():
         with pytest.raises(FieldError, match="top level of the body, or in its vllm_xargs") as caught:
-            take(body({name: value}))
+            take_fields(body({name: value}))
         assert caught.value.field == name
         assert repr(path.rpartition(".")[2]) in str(caught.value)
     for name in ("num_recurrence", "n_loops"):
         with pytest.raises(FieldError, match="did you mean 'num_recurrences'") as caught:
-            take(body({name: 3}))
+            take_fields(body({name: 3}))
         assert caught.value.field == name
-    assert take(body({"num_recurrences": None, "top_k": 3, "depth": 1}), known={"depth"}) == {}
-    take({path: 3})
+    assert take_fields(body({"num_recurrences": None, "top_k": 3, "depth": 1}), known={"depth"}) == {}
+    take_fields({path: 3})
 
 
 @pytest.mark.parametrize(
@@ -261,36 +263,36 @@ def test_a_field_in_an_object_that_nothing_reads_is_named(path):
 )
 def test_a_key_that_stands_twice_is_named(body, field, said):
     with pytest.raises(FieldError, match=said) as caught:
-        take(parse(body.encode()))
+        take_fields(parse_body(body.encode()))
     assert caught.value.field == field
 
 
 def test_other_keys_may_stand_twice():
-    body = parse(b'{"prompt": "a", "prompt": "b", "tools": [{"wave": 1, "wave": 2}], "wave": 3}')
-    assert take(body) == {"wave": 3}
+    body = parse_body(b'{"prompt": "a", "prompt": "b", "tools": [{"wave": 1, "wave": 2}], "wave": 3}')
+    assert take_fields(body) == {"wave": 3}
     assert body == {"prompt": "b", "tools": [{"wave": 2}]}
     assert json.loads(json.dumps(body)) == body
     with pytest.raises(ValueError):
-        parse(b"{")
+        parse_body(b"{")
 
 
 @pytest.mark.parametrize("name", ["kv_policy", "max_recurrences"])
 def test_what_the_server_is_started_with_is_no_option_of_a_request(name):
     with pytest.raises(FieldError, match=f"loopwise serve MODEL {name}=...") as caught:
-        take({name: 1})
+        take_fields({name: 1})
     assert caught.value.field == name
-    take({name: 1}, known={name})
+    take_fields({name: 1}, known={name})
 
 
 @pytest.mark.parametrize("flag", [True, 1])
 def test_extra_arguments_are_checked_as_a_body_is_and_twice(flag):
     """Over HTTP, they are what `check` has made of a body; a flag is then an integer."""
     given = {"exit_rule": "cosine", "exit_threshold": 0.2, "prompt_exit": flag, "someone_elses": "x"}
-    check_params(SimpleNamespace(extra_args=given), LANES)
-    check_params(SimpleNamespace(extra_args=None), LANES)
+    validate_params(SimpleNamespace(extra_args=given), LANES)
+    validate_params(SimpleNamespace(extra_args=None), LANES)
     for wrong in ({"exit_threshold": "0.2"}, {"exit_threshold": None}, {"prompt_exit": 1.0}, {"exit_treshold": 0.2}):
         with pytest.raises(FieldError) as caught:
-            check_params(SimpleNamespace(extra_args={"exit_rule": "cosine"} | wrong), LANES)
+            validate_params(SimpleNamespace(extra_args={"exit_rule": "cosine"} | wrong), LANES)
         assert caught.value.field == next(iter(wrong))
 
 
@@ -306,7 +308,7 @@ JSON = st.recursive(
 def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
     error = checked = None
     try:
-        checked = check(copy.deepcopy(values), limits)
+        checked = validate_fields(copy.deepcopy(values), limits)
     except FieldError as refused:
         error = refused
     if error is not None:
@@ -315,110 +317,3 @@ def test_anything_at_all_is_either_checked_or_refused_by_name(values, limits):
     else:
         assert set(checked or {}) <= set(values)
         assert all(not isinstance(value, bool) for value in (checked or {}).values())
-
-
-@pytest.mark.parametrize("root", ["", "/x"])
-@pytest.mark.parametrize("prefix", ["", "/x"])
-def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
-    """With `--root-path /x`, the server answers behind a proxy that strips the prefix, and behind one that does not."""
-    pytest.importorskip("vllm")
-    from fastapi import FastAPI
-    from starlette.responses import JSONResponse
-    from starlette.testclient import TestClient
-
-    from loopwise.serve.vllm.http import DepthFields, Ending
-
-    app = FastAPI(root_path=root)
-    config = SimpleNamespace(num_recurrences=4, max_recurrences=8)
-    model = SimpleNamespace(hf_config=config)
-    vllm_config = SimpleNamespace(model_config=model, additional_config=None)
-    app.state.engine_client = SimpleNamespace(vllm_config=vllm_config)
-    app.add_middleware(cast(Any, DepthFields), metrics=None, ending=Ending())
-
-    async def completions(request) -> JSONResponse:
-        return JSONResponse({"heard": await request.json(), "usage": {"completion_tokens": 2}})
-
-    app.add_route("/v1/completions", completions, methods=["POST"])
-    with TestClient(app) as client:
-        path = prefix + "/v1/completions"
-        reply = client.post(path, json={"prompt": "a", "num_recurrences": 4})
-        if prefix and not root:
-            assert reply.status_code == 404
-            return
-        assert reply.json()["usage"]["recurrences"] == {"mean": 4.0, "total": 8}
-        assert reply.json()["heard"] == {"prompt": "a"}
-        for body, field in (
-            ('{"num_recurrences": 3}', "num_recurrences"),
-            ('{"extra_body": {"num_recurrences": 4}}', "num_recurrences"),
-            ('{"sampling_params": {"n_loops": 4}}', "n_loops"),
-            ('{"exit_rule": "fixed", "exit_rule": "fixed"}', "exit_rule"),
-        ):
-            reply = client.post(path, content=body)
-            assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
-
-
-def test_who_comes_while_a_step_runs_is_heard_of(monkeypatch):
-    """By the worker, in another process, through the file that the server shares; until the next step is made."""
-    pytest.importorskip("vllm")
-    from vllm.v1.engine.core import EngineCore
-
-    from loopwise.serve.vllm.arrivals import ARRIVALS, Arrivals, arrivals, count_arrivals, share
-
-    monkeypatch.setenv(ARRIVALS, share())
-    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: (request, 0))
-    for cached in (arrivals, count_arrivals):
-        cached.cache_clear()
-    try:
-        count_arrivals()
-        program = "import os, sys; from loopwise.serve.vllm.arrivals import *; print(arrivals().waiting())"
-
-        def waiting() -> bool:
-            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-            return {"True": True, "False": False}[done.stdout.strip()]
-
-        assert not waiting()
-        assert EngineCore.preprocess_add_request(cast(Any, None), cast(Any, "a")) == ("a", 0)
-        assert waiting()
-        cast(Arrivals, arrivals()).begin_step()
-        assert not waiting()
-        monkeypatch.delenv(ARRIVALS)
-        arrivals.cache_clear()
-        assert arrivals() is None
-    finally:
-        for cached in (arrivals, count_arrivals):
-            cached.cache_clear()
-
-
-def test_streams_end_when_the_engine_is_stopped(monkeypatch):
-    """Also where its handler of outputs is cancelled before it heard of that."""
-    import asyncio
-
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.launchers import app
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.exceptions import EngineDeadError
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-
-    from loopwise.serve.vllm.http import install
-
-    for owner, name in ((app, "init_entrypoints_middleware"), (AsyncLLM, "generate")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(
-        AsyncLLM,
-        "shutdown",
-        lambda self, _: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
-    )
-    install(None)
-
-    async def serve() -> None:
-        engine: Any = AsyncLLM.__new__(AsyncLLM)
-        stream = RequestOutputCollector(RequestOutputKind.DELTA, "a")
-        engine.output_processor = processor = cast(Any, OutputProcessor.__new__(OutputProcessor))
-        processor.request_states = {"a": SimpleNamespace(queue=stream)}
-        engine.output_handler = asyncio.create_task(asyncio.sleep(1000))
-        await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
-        with pytest.raises(EngineDeadError):
-            await asyncio.wait_for(stream.get(), 10)
-
-    asyncio.run(serve())

@@ -9,22 +9,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from ...model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-
-
-def source_name(name: str, config: RecurrentDepthConfig, layers: str) -> str:
-    """Checkpoint tensor `name` as the source architecture calls it; its list of layers stands at `layers`.
-
-    The source has as many layers as the checkpoint has sets of weights: prelude, core, coda in this order.
-    """
-    part, _, rest = name.partition(".")
-    start = {"prelude": 0, "core": len(config.prelude), "coda": len(config.prelude) + len(config.core)}
-    if part in start:
-        number, _, rest = rest.partition(".")
-        return f"{layers}.{start[part] + int(number)}.{rest}"
-    if part != "source":
-        raise ValueError(f"{name!r} is not the name of a recurrent-depth checkpoint's tensor")
-    return rest
+from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 
 class Watched(torch.Tensor):

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tiny import GROUPED, RETROFIT, prompts, run_cases, save, source_config, tokenizer
 
 from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
+from tests.helpers.serve_tiny import GROUPED, RETROFIT, prompts, run_cases, save, source_config, tokenizer
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time

@@ -1,0 +1,110 @@
+"""Request fields about depth: their names, and how they are read from a request's body. Imports nothing heavy.
+
+The fields stand at the top level of a request's body or inside its `vllm_xargs`; offline, in
+`SamplingParams.extra_args`. `validation.py` compares their values with a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Container
+from typing import Any
+
+FIELDS = (
+    "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
+    "decoder", "wave", "diffusion",
+)  # fmt: skip
+FLAGS = ("prompt_exit", "return_recurrences")
+ALIASES = re.compile(  # names of num_recurrences in other programs, and in papers
+    r"((n|num|number_of)_?)?(loops?|depths?|recurrences?|recursions?|recurrent_(steps|depth))"
+    r"|(n|num)_(steps|iterations)"
+)
+SERVER_KEYS = ("kv_policy", "max_recurrences")
+XARGS = "vllm_xargs"
+UNREAD = ("extra_body", "extra_args", "sampling_params")  # names in Python clients; a server ignores them
+
+
+class FieldError(ValueError):
+    """A field of a request that is refused. The message names field, value, rule and choices."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+class Doubled(dict):
+    """A JSON object in which the keys `twice` stand more than once; it holds the last value, as `dict` does."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+
+
+def parse_body(body: bytes) -> Any:
+    """The JSON of a request's `body`, for `take_fields`. Raises ValueError, or RecursionError, for invalid JSON."""
+    return json.loads(body, object_pairs_hook=lambda p: made if len(made := dict(p)) == len(p) else Doubled(p))
+
+
+def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
+    """The depth fields of a request's `body`, removed from it; `known` are the names that vLLM's server reads.
+
+    A field that is null counts as not given. Raises FieldError for:
+    - a field with different values at the two places,
+    - a field whose key stands twice, or that stands where it is not read,
+    - a name that is nearly one of ours.
+    """
+    values: dict[str, Any] = {}
+    _check_doubled(body, XARGS)
+    for place, names in ((body, known), (body.get(XARGS), ())):
+        if not isinstance(place, dict):
+            continue
+        _check_doubled(place)
+        for name in list(place):
+            if name in FIELDS:
+                value = place.pop(name)
+                if value is None:
+                    continue
+                other = values.setdefault(name, value)
+                unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
+                if other is not value and (other != value or unlike):
+                    raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in {XARGS}")
+                if isinstance(value, Doubled):
+                    raise FieldError(name, f"{name}.{value.twice[0]} stands twice in the body: give one value")
+            elif name not in names:
+                check_name(name)
+    _check_unread(body, known)
+    return values
+
+
+def check_name(name: str) -> None:
+    """Raises FieldError for a `name` that is nearly one of FIELDS, or an alias of one: vLLM would ignore it."""
+    if name in SERVER_KEYS:
+        raise FieldError(name, f"{name} is the server's, not a request's: loopwise serve MODEL {name}=...")
+    alias_of = ["num_recurrences"] if ALIASES.fullmatch(name.lower()) else []
+    if near := alias_of or difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8):
+        raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {', '.join(FIELDS)}")
+
+
+def _check_doubled(place: dict[str, Any], *more: str) -> None:
+    for name in place.twice if isinstance(place, Doubled) else ():
+        if name in FIELDS or name in more:
+            raise FieldError(name, f"{name} stands twice in the body: give one value")
+
+
+def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str, ...] = UNREAD) -> None:
+    """Raises FieldError for a depth field, or nearly one, in an object with one of these `names`."""
+    for where in names:
+        place = body.get(where)
+        if not isinstance(place, dict):
+            continue
+        for name, value in place.items():
+            if name in FIELDS and value is not None:
+                raise FieldError(
+                    name, f"{name} in {where!r} is not read: put it at the top level of the body, or in its {XARGS}"
+                )
+            if name not in FIELDS and name not in known:
+                check_name(name)
+        _check_unread(place, known, (*UNREAD, XARGS))

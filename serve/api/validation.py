@@ -1,0 +1,179 @@
+"""The values of a request's fields, compared with what a served model offers. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+from .decoders import DECODERS, LARGE, diffusion, history
+from .depth import check_minimum
+from .fields import FIELDS, FLAGS, FieldError, check_name
+from .limits import Limits
+
+
+def validate_fields(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """`values` by field, as vLLM's `extra_args` can hold them.
+
+    Raises FieldError for a value that the model excludes.
+    """
+    for name, value in values.items():
+        if name in FLAGS:
+            if not isinstance(value, bool):
+                raise FieldError(name, f"{name}={value!r}: true or false")
+        elif name in ("num_recurrences", "min_recurrences"):
+            _depth(name, value, limits.max_recurrences)
+    if limits.fixed:
+        return _check_fixed(values, limits)
+    if limits.routed:
+        _check_routed(values, limits)
+    values = _check_decoder(dict(values), limits)
+    most = values.get("num_recurrences", limits.num_recurrences)
+    check_minimum(values.get("min_recurrences"), most)
+    if "exit_rule" in values and values["exit_rule"] not in limits.rules:
+        raise FieldError("exit_rule", _nearest("exit_rule", values["exit_rule"], limits.rules))
+    if "exit_threshold" in values:
+        check_threshold(values["exit_threshold"], values.get("exit_rule", limits.rule))
+    if values.get("prompt_exit") and not limits.prompt_exit:
+        raise FieldError(
+            "prompt_exit",
+            "prompt_exit=True: this model's kv_policy is 'per-depth', which writes every depth of a prompt; it saves "
+            "work with 'last-exited' only",
+        )
+    rule, may = values.get("exit_rule", limits.rule), limits.prompt_rules
+    if values.get("prompt_exit") and may is not None and rule not in may:
+        raise FieldError(
+            "prompt_exit",
+            f"prompt_exit=True: exit_rule={rule!r} reads logits through this model's coda, and they depend on how a "
+            f"prompt is cut into chunks; choose exit_rule from {', '.join(may)}",
+        )
+    if "trace" in values:
+        _check_trace(values["trace"], values, most)
+    return {name: int(value) if name in FLAGS else value for name, value in values.items()}
+
+
+def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The fixed engine's `values`. Raises FieldError for one that asks for another depth than every request's."""
+    for name, value in values.items():
+        if name == "return_recurrences" or (name, value) in (
+            ("num_recurrences", limits.num_recurrences),
+            ("exit_rule", "fixed"),
+            ("prompt_exit", False),
+            ("decoder", "plain"),
+        ):
+            continue
+        raise FieldError(
+            name,
+            f"{name}={value!r}: this server runs every request at num_recurrences={limits.num_recurrences} "
+            "(engine=fixed); depth per request needs engine=lanes",
+        )
+    return {name: int(value) for name, value in values.items() if name == "return_recurrences"}
+
+
+def _check_routed(values: dict[str, Any], limits: Limits) -> None:
+    for name in ("min_recurrences", "exit_threshold", "prompt_exit", "trace"):
+        if name in values:
+            raise FieldError(name, f"{name}={values[name]!r}: this model's router decides the depth of a token")
+    if values.get("num_recurrences", limits.num_recurrences) != limits.num_recurrences:
+        depth = values["num_recurrences"]
+        raise FieldError(
+            "num_recurrences", f"num_recurrences={depth}: this model's router has {limits.num_recurrences}"
+        )
+
+
+def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """`values`, with `diffusion` as text: vLLM's extra arguments hold no objects. Raises FieldError for a decoder, or a
+    field of one, that the model excludes."""
+    decoder = values.get("decoder", limits.decoder)
+    if not isinstance(decoder, str) or decoder not in DECODERS:
+        raise FieldError("decoder", _nearest("decoder", decoder, DECODERS))
+    if decoder in limits.unfit:
+        raise FieldError("decoder", f"decoder={decoder!r}: {limits.unfit[decoder]}")
+    least = 2 if decoder == "diffusion" else 1
+    wave = values.get("wave", limits.wave)
+    if isinstance(wave, bool) or not isinstance(wave, int) or not least <= wave <= limits.wave:
+        raise FieldError("wave", f"wave={wave!r}: an integer from {least} to {limits.wave}, the server's wave")
+    if "wave" in values and decoder == "plain":
+        raise FieldError("wave", f"wave={wave}: decoder='plain' has one position in flight; use decoder='wave'")
+    if decoder != "diffusion":
+        if "diffusion" in values:
+            raise FieldError("diffusion", f"diffusion: belongs to decoder='diffusion', and the decoder is {decoder!r}")
+        return values
+    check_frozen(values)
+    try:
+        made = diffusion(values.get("diffusion", {}))
+    except ValueError as error:
+        raise FieldError("diffusion", f"diffusion{error}") from None
+    depth = values.get("num_recurrences", limits.num_recurrences)
+    for name, most, of in (("inner", depth, "num_recurrences"), ("headway", wave, "wave")):
+        if getattr(made, name) > most:
+            raise FieldError("diffusion", f"diffusion.{name}={getattr(made, name)}: at most {of}, which is {most}")
+    if isinstance(values.get("diffusion"), dict):
+        values["diffusion"] = json.dumps(values["diffusion"])
+    return values
+
+
+def validate_params(params: Any, limits: Limits) -> None:
+    """Raises FieldError for a value in vLLM's sampling `params`, or their `extra_args`, that the model excludes."""
+    given = dict(getattr(params, "extra_args", None) or {})
+    for name in given:
+        if name not in FIELDS:
+            check_name(name)
+        elif name in FLAGS and isinstance(given[name], int) and given[name] in (0, 1):
+            given[name] = bool(given[name])  # `validate_fields` makes numbers of flags
+    validate_fields({name: value for name, value in given.items() if name in FIELDS}, limits)
+    decoder = given.get("decoder", limits.decoder)
+    if decoder == "diffusion" and (name := history(params)):
+        raise FieldError(
+            name,
+            f"{name}={getattr(params, name)!r}: decoder='diffusion' refines tokens together, so a token can neither "
+            "wait for those before it nor have a log-probability; use decoder='plain' or 'wave'",
+        )
+
+
+def _depth(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise FieldError(name, f"{name}={value!r}: an integer from 1 to {most}, this model's max_recurrences")
+
+
+def check_frozen(values: dict[str, Any]) -> None:
+    """Raises FieldError for a field of `values` that sets exits, which decoder='diffusion' has none of."""
+    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
+        if name in values and (name, values[name]) not in (("exit_rule", "fixed"), ("prompt_exit", False)):
+            raise FieldError(
+                name, f"{name}={values[name]!r}: decoder='diffusion' freezes positions by diffusion.freeze"
+            )
+
+
+def check_threshold(value: Any, rule: str) -> None:
+    """Raises FieldError for a `value` that the exit `rule` cannot have as threshold."""
+    name = "exit_threshold"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGE:
+        raise FieldError(name, f"{name}={value!r}: a finite number, below {LARGE}")
+    if rule == "fixed":
+        raise FieldError(name, f"{name}={value!r}: exit_rule='fixed' has no threshold")
+    if value < 0:
+        raise FieldError(name, f"{name}={value!r}: at least 0")
+    if rule == "argmax-stability" and (value != int(value) or value < 1):
+        raise FieldError(name, f"{name}={value!r}: exit_rule='argmax-stability' counts recurrences: an integer from 1")
+    if rule == "gate" and value > 1:
+        raise FieldError(name, f"{name}={value!r}: exit_rule='gate' compares a probability: a number from 0 to 1")
+
+
+def _check_trace(trace: Any, values: dict[str, Any], most: int) -> None:
+    if not isinstance(trace, list) or not trace:
+        raise FieldError(
+            "trace", f"trace={trace!r}: a list of depths, one for every position from the prompt's first on"
+        )
+    for depth in trace:
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
+            raise FieldError("trace", f"trace holds {depth!r}: integers from 1 to num_recurrences, which is {most}")
+    for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit"):
+        if name in values:
+            raise FieldError("trace", f"trace sets the depth of every position, so {name} cannot be given beside it")
+
+
+def _nearest(field: str, value: Any, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{field}={value!r}: {hint}choose from {', '.join(choices)}"

@@ -1,0 +1,6 @@
+"""The fixed engine: every request at one depth, as an ordinary vLLM model with a KV cache per recurrence.
+
+In reading order:
+
+    recurrence.py  prelude, R times the core, coda, in place of the source model's layers
+"""

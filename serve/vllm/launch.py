@@ -1,0 +1,250 @@
+"""Starts vLLM's OpenAI server: its arguments, parsed and validated, then the server itself until it ends.
+
+vLLM is imported inside the functions: `loopwise serve --help` and mistakes in a recipe must not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...errors import UserError
+from ...trained import beyond_trained
+from ..api.lanes import LANES
+from ..api.limits import check_depth
+from ..checkpoint import Facts, load_tokenizer
+from ..defaults import Defaults
+from ..recipe import ServeRecipe
+from . import SERVER
+from .arguments import check_arguments
+from .arrivals import ARRIVALS, share
+from .explained import check_values, explained, parsed
+from .startup import (
+    SPACE,
+    check_block_size,
+    check_memory,
+    compare_vocabularies,
+    lacks_compiler,
+    share_cores,
+    take_generation_config,
+)
+
+CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
+# Modules of vLLM 0.33, and their names in earlier releases.
+ARGUMENTS = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")
+STARTUP = ("vllm.entrypoints.common.startup", "vllm.entrypoints.serve.utils.api_utils")
+
+
+def parse_arguments(
+    model: str, defaults: Defaults, recipe: ServeRecipe, flags: list[str]
+) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    """vLLM's own arguments for `model`: its `flags` win over the recipe, and the recipe over vLLM's defaults.
+
+    Returns the arguments, those of them that differ from the defaults, and lines to print when the server starts. Sets
+    variables of the environment that vLLM reads. Raises UserError for a flag that vLLM does not know, or that does not
+    fit a recurrent-depth model.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+
+    arguments = first_module(*ARGUMENTS)
+    first_module(*STARTUP).cli_env_setup()
+    parser = _parser(arguments)
+    vllm_defaults = {action.dest: action.default for action in parser._actions}
+    unfit = _set_defaults(parser, model, defaults, recipe)
+    args: Any = parser.parse_args(flags)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    lanes = _set_lanes(args, defaults, unfit)
+    if args.model != model or args.model_tag is not None:
+        raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
+    _set_depth(args, defaults)
+    if current_platform.is_cpu() and args.tensor_parallel_size > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(args.tensor_parallel_size))
+    check_arguments({n: v for n, v in vars(args).items() if n not in lanes}, vllm_defaults, bool(lanes))
+    check_values(given)
+    take_generation_config(args)
+    if current_platform.is_cpu() and args.block_size is not None:
+        check_block_size(args.block_size)
+    try:
+        arguments.validate_parsed_serve_args(args)
+    except (TypeError, ValueError, VLLMValidationError) as error:
+        raise UserError(explained(error, given)) from None
+    _check_tokenizer(args, model)
+    memory = check_memory(args, defaults)
+    return args, given, [memory] if memory else []
+
+
+def first_module(*names: str) -> Any:
+    """The first of the modules `names` that this release of vLLM has. Raises ModuleNotFoundError without any."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not (error.name and name.startswith(error.name)) or name == names[-1]:
+                raise
+    raise ModuleNotFoundError(", ".join(names))
+
+
+def _parser(arguments: ModuleType) -> argparse.ArgumentParser:
+    """vLLM's parser of its server's flags, whose errors are UserErrors."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message):
+            raise UserError(f"vLLM: {parsed(message)}; its flags: loopwise serve MODEL -- --help=all")
+
+    return arguments.make_arg_parser(Parser(prog="loopwise serve MODEL --"))
+
+
+def _set_defaults(parser: argparse.ArgumentParser, model: str, defaults: Defaults, recipe: ServeRecipe) -> list[str]:
+    """Give `parser` the recipe's values and the lane engine's as defaults.
+
+    Returns the names of vLLM's features that the model's KV policy excludes. Raises UserError for a model runner that
+    the lane engine cannot use.
+    """
+    from vllm.platforms import current_platform
+
+    parser.set_defaults(
+        model=model,
+        host=recipe.host,
+        port=recipe.port,
+        dtype=recipe.dtype,
+        served_model_name=list(dict.fromkeys([recipe.name or Path(model).resolve().name, model])),
+        shutdown_timeout=recipe.drain_seconds,
+    )
+    lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
+    if current_platform.is_cpu():
+        # The lane engine compiles one recurrence. The fixed engine compiles all, which takes minutes at every start.
+        parser.set_defaults(enforce_eager=not lanes or lacks_compiler())
+        if not os.environ.get(SPACE):
+            parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
+    if lanes and os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
+        raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
+    parser.set_defaults(**{name: value for name, value in lanes.items() if name != "additional_config"})
+    unfit = []
+    if lanes:
+        policy = defaults.policy
+        excluded = {"enable_chunked_prefill": policy.overwrites, "enable_prefix_caching": not policy.shares}
+        unfit = [name for name, no in excluded.items() if no]
+    parser.set_defaults(**dict.fromkeys(unfit, False))
+    return unfit
+
+
+def _set_lanes(args: Any, defaults: Defaults, unfit: list[str]) -> dict[str, Any]:
+    """Put the lane engine's settings into `args`, and return them; they are empty for the fixed engine.
+
+    Raises UserError for flags that contradict them, and for features in `unfit` that are on.
+    """
+    if LANES in (args.additional_config or {}):
+        raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as ticks=16")
+    lanes: dict[str, Any] = {}
+    if defaults.engine == "lanes":  # it compiles its own core, in place of vLLM's forward
+        lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager).flags()
+        args.enforce_eager = True
+    for name, value in lanes.items():
+        if name != "additional_config" and getattr(args, name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} does not fit engine=lanes; use engine=fixed"
+            )
+    for name in unfit:
+        if getattr(args, name):
+            policy = defaults.policy
+            why = "overwritten: a prompt's chunks would read each other's last recurrence"
+            why = why if policy.overwrites else "packed: a block holds keys and values of later positions, too"
+            raise UserError(f"--{name.replace('_', '-')} does not fit kv_policy={policy.name}, whose slots are {why}")
+    args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
+    return lanes
+
+
+def _set_depth(args: Any, defaults: Defaults) -> None:
+    """Put the server's fields of the model's config into `args.hf_overrides`. Raises UserError for other overrides."""
+    for name in args.hf_overrides or {}:
+        if name not in ("num_recurrences", "max_recurrences"):
+            raise UserError(
+                f"--hf-overrides {name}: it replaces num_recurrences and max_recurrences alone; kv_policy and exits "
+                "are keys of `loopwise serve`, and all else stands in the model's config.json"
+            )
+    args.hf_overrides = defaults.config | (args.hf_overrides or {})
+    check_depth(args.hf_overrides["num_recurrences"], args.hf_overrides["max_recurrences"])
+
+
+def _check_tokenizer(args: Any, model: str) -> None:
+    """Raises UserError where the server needs the tokenizer of `model`, and there is none or it cannot be loaded."""
+    from_model = args.tokenizer in (None, model) and args.tokenizer_mode in ("auto", "hf")
+    if not from_model or args.skip_tokenizer_init or vars(args).get("tokens_only"):
+        return
+    tokenizer = load_tokenizer(model, args.trust_remote_code)
+    if tokenizer is None:
+        raise UserError(
+            f"{model}: has no tokenizer: name another's directory with '-- --tokenizer', or do without one with "
+            "'-- --skip-tokenizer-init'"
+        )
+    compare_vocabularies(model, tokenizer)
+
+
+def run_server(
+    args: argparse.Namespace, given: dict[str, Any], lines: list[str], facts: Facts, defaults: Defaults
+) -> int:
+    """Run vLLM's server to its end. Returns the exit code.
+
+    `lines` and the server's address are printed once vLLM has accepted `args`. Raises UserError for arguments that vLLM
+    rejects, which names the one of `given` at fault, and OSError for an address that cannot be used.
+    """
+    import uvloop
+
+    os.environ[SERVER] = str(os.getpid())
+    if defaults.engine == "lanes" and sys.platform == "linux":
+        os.environ[ARRIVALS] = share()
+    where = f"http://{args.host}:{args.port}/v1"
+    lines.append(f"{args.served_model_name[0]} ({facts.architecture}) will be at {where}")
+    lines.append(replace(defaults, config=defaults.config | args.hf_overrides).line())
+    if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
+        lines.append(line)
+    try:
+        if uvloop.run(_run(args, lines)):
+            print("loopwise: error: vLLM's engine died; the lines above tell why", file=sys.stderr)
+            return 1
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
+        raise UserError(explained(error, given)) from error
+    except RuntimeError as error:
+        if "Engine core initialization failed" not in str(error):
+            raise
+        print("loopwise: error: vLLM's engine did not start; the lines above tell why", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
+    """Run the server as `vllm serve` does after parsing; this one can be stopped while the engine starts.
+
+    `lines` are printed before that. Returns True where it ended because the engine died. The `vllm` command itself
+    cannot be used: it asks for the version of a distribution named "vllm", and the wheel for CPUs has another name.
+    """
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    from .http import install
+    from .metrics import DepthMetrics
+    from .starting import say_first
+
+    def stop(number, frame):
+        # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
+        raise SystemExit(128 + number)
+
+    metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
+    ending = install(metrics)
+    say_first(lines)
+    address, listener = setup_server(args, reuse_port=False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server installs handlers that drain
+        signal.signal(number, stop)
+    # After the engine has ended, only clients that do not read, or do not end their requests, can keep the server.
+    await run_server_worker(address, listener, args, timeout_graceful_shutdown=max(args.shutdown_timeout, 1))
+    return ending.dead
