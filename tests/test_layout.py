@@ -84,12 +84,27 @@ def imports_that_do_not_travel(root: Path) -> list[str]:
     return wrong
 
 
+def vllm_imports_outside(root: Path) -> list[str]:
+    """Imports of vLLM in files outside of serve/vllm, lazy ones and names of modules in strings included."""
+    wrong = []
+    for module, tree in sources(root, "loopwise", *LINKED):
+        if not module.startswith("loopwise.serve.vllm."):
+            strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+            lazy = [text for text in strings if isinstance(text, str) and re.fullmatch(r"vllm(\.\w+)+(:\w+)?", text)]
+            targets = [name for name in imported(module, tree) if name.split(".")[0] == "vllm"]
+            wrong += [f"{module} imports {target}" for target in [*targets, *lazy]]
+    return wrong
+
+
 def circular_imports(root: Path) -> list[str]:
     """Groups of our files that import each other in a circle, type-only imports included."""
     return [" <-> ".join(circle) for circle in circles(imports(root))]
 
 
-@pytest.mark.parametrize("violations", [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports])
+@pytest.mark.parametrize(
+    "violations",
+    [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports, vllm_imports_outside],
+)
 def test_imports(violations):
     assert violations(ROOT) == []
 
@@ -109,6 +124,10 @@ def test_imports(violations):
         (wrong_way_imports, "loopwise/cli.py", "from .train import command"),
         (circular_imports, "convert/recipe.py", "from .plan import Plan"),
         (circular_imports, "loopwise/errors.py", "if TYPE_CHECKING:\n    from .unused import check_used"),
+        (vllm_imports_outside, "serve/engine/a.py", "import vllm"),
+        (vllm_imports_outside, "serve/server.py", "def f():\n    from vllm.platforms import current_platform"),
+        (vllm_imports_outside, "serve/api/a.py", "if TYPE_CHECKING:\n    from vllm import SamplingParams"),
+        (vllm_imports_outside, "loopwise/a.py", "import_module('vllm.engine')"),
         (bare_imports, "tests/a.py", "import train"),
         (bare_imports, "bench/a.py", "from convert.plan import Plan"),
         (bare_imports, "serve/a.py", "def f():\n    from recipes import x"),
