@@ -1,8 +1,8 @@
-"""Whether a directory holds a recurrent-depth checkpoint that can be served, told before an engine starts."""
+"""A checkpoint directory to serve: its config, tensors and tokenizer, checked before an engine starts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +12,17 @@ from .api.architectures import vllm_architecture
 from .api.limits import check_model
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
-KINDS: dict[str, type | tuple] = {  # of config.json's fields; (kind, None): null, too
-    "source_config": dict,
-    "prelude": list,
-    "core": list,
-    "coda": list,
-    "num_recurrences": int,
-    "max_recurrences": int,
-    "state_init": str,
-    "state_std": float,
-    "state_seed": int,
-    "injection": str,
-    "sharing": str,
-    "recurrence_norm": str,
-    "recurrence_residual": bool,
-    "recurrence_encoding": str,
-    "halting": str,
-    "halting_epsilon": float,
-    "exit_gate": bool,
-    "relaxation": (dict, None),
-    "router": (dict, None),
-    "kv_policy": str,
-    "exit": (dict, None),
-    "trained_recurrences": (dict, None),
-    "quantization_config": (dict, None),
-}
-EXIT_KINDS: dict[str, type | tuple] = {"rule": str, "threshold": (float, None), "min_recurrences": int}
 SIZES = (  # of the source; not every architecture has all of them
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
-SAID = {
-    dict: "an object", list: "a list of integers", int: "an integer", float: "a number", str: "a string",
-    bool: "true or false", None: "null",
-}  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # one of them is there, if a tokenizer is
 
 
 @dataclass
 class Facts:
-    """What a checkpoint's config says about serving it."""
+    """The fields of a checkpoint's config that serving depends on; those after the first are the config's own."""
 
     architecture: str
     num_recurrences: int
@@ -69,10 +39,10 @@ class Facts:
 
 
 def read_fields(model: str | Path) -> dict[str, Any]:
-    """The fields of config.json in checkpoint directory `model`, each of its kind. Imports nothing heavy, so that
-    mistakes show at once.
+    """The fields of config.json in checkpoint directory `model`, each of the kind that the configuration declares.
 
-    Raises UserError, naming file and field, for no directory, no config, another kind of model, and wrong values.
+    Raises UserError, naming file and field, for no directory, no config, another kind of model, and wrong values. The
+    first three are found without the import of transformers, so that these mistakes show at once.
     """
     folder = Path(model)
     if folder.suffix == ".gguf" and folder.is_file():
@@ -90,8 +60,7 @@ def read_fields(model: str | Path) -> dict[str, Any]:
     file = folder / "config.json"
     if "source_config" not in fields:
         raise UserError(f"{file} has no source_config")
-    _check_kinds(f"{file}: ", fields, KINDS)
-    _check_kinds(f"{file}: exit.", fields.get("exit") or {}, EXIT_KINDS)
+    _check_kinds(file, fields)
     source = fields["source_config"]
     if not isinstance(source.get("model_type"), str):
         raise UserError(f"{file}: source_config.model_type={source.get('model_type')!r}: a string")
@@ -102,52 +71,51 @@ def read_fields(model: str | Path) -> dict[str, Any]:
     return fields
 
 
-def _check_kinds(where: str, fields: dict[str, Any], kinds: dict[str, type | tuple]) -> None:
-    """Raises UserError for the first of `fields` that is not of its kind; its name follows upon `where`."""
-    for name, kind in kinds.items():
-        allowed = kind if isinstance(kind, tuple) else (kind,)
-        if name in fields and not any(_is_a(fields[name], one) for one in allowed):
-            raise UserError(f"{where}{name}={fields[name]!r}: {' or '.join(SAID[one] for one in allowed)}")
+def _check_kinds(file: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError for the first of `fields`, of config.json in `file`, that is not of its kind."""
+    from ..model import RecurrentDepthConfig
+    from ..model.configuration_fields import EXIT_FIELDS, check_fields
 
-
-def _is_a(value: Any, kind: type | None) -> bool:
-    if kind is None or kind is float:
-        return value is None if kind is None else type(value) in (int, float)
-    return type(value) is kind and (kind is not list or all(type(part) is int for part in value))
+    for name, empty in (("source_config", False), ("quantization_config", True)):
+        value = fields.get(name)
+        if not (isinstance(value, dict) or (empty and value is None)):
+            raise UserError(f"{file}: {name}={value!r}: an object{' or null' if empty else ''}")
+    try:
+        check_fields(fields, RecurrentDepthConfig.__annotations__)
+        exit = {f"exit.{name}": value for name, value in (fields.get("exit") or {}).items()}
+        check_fields(exit, {f"exit.{name}": kind for name, kind in EXIT_FIELDS.items()})
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def check_config(model: str) -> Facts:
-    """What the config of checkpoint directory `model` says about serving it. Imports nothing heavy.
+    """The facts about serving in the config of checkpoint directory `model`.
 
     Raises UserError as `read_fields` does, and for an architecture without vLLM layers.
     """
-    config = read_fields(model)
-    source = config["source_config"]
-    vllm_architecture(source["model_type"])
-    check_model(config, routed=True)
-    depth = config.get("num_recurrences", 1)
-    return Facts(
-        architecture=source["model_type"],
-        num_recurrences=depth,
-        max_recurrences=config.get("max_recurrences") or max(8, depth),
-        kv_policy=config.get("kv_policy", "per-depth"),
-        exit=config.get("exit") or {},
-        exit_gate=config.get("exit_gate", False),
-        sharing=config.get("sharing", "cycle"),
-        injection=config.get("injection", "none"),
-        router=_router(Path(model) / "config.json", config.get("router"), depth),
-        coda=config.get("coda"),
-        trained_recurrences=config.get("trained_recurrences"),
-        quantization=(config.get("quantization_config") or {}).get("quant_method"),
-    )
+    given = read_fields(model)
+    from ..model import RecurrentDepthConfig
+    from ..model.configuration_recurrent_depth import default_max_recurrences
+
+    architecture = given["source_config"]["model_type"]
+    vllm_architecture(architecture)
+    check_model(given, routed=True)
+    names = {field.name for field in fields(Facts)} & set(RecurrentDepthConfig.__annotations__)
+    values = {name: given.get(name, getattr(RecurrentDepthConfig, name, None)) for name in names}
+    router = _router(Path(model) / "config.json", values["router"], values["num_recurrences"])
+    values |= {"router": router, "exit": values["exit"] or {}}
+    values["max_recurrences"] = values["max_recurrences"] or default_max_recurrences(values["num_recurrences"], router)
+    quantization = (given.get("quantization_config") or {}).get("quant_method")
+    return Facts(architecture=architecture, quantization=quantization, **values)
 
 
 def _router(file: Path, given: dict[str, Any] | None, depths: int) -> dict[str, Any] | None:
+    """All fields of the router that the config in `file` gives. Raises UserError for wrong ones."""
     from ..model.configuration_router import router_fields
 
     try:
         return router_fields({"depths": depths, **given}) if given else None
-    except (TypeError, ValueError) as error:  # TypeError: numbers that are none
+    except (TypeError, ValueError) as error:  # TypeError: of values that are no numbers
         raise UserError(f"{file}: {'router: ' if isinstance(error, TypeError) else ''}{error}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from ..errors import UserError
 from .api.depth import exit_of
 from .api.fields import FieldError
 from .api.lanes import MEASURED, LaneConfig
-from .api.limits import check_depth, check_router, limits_of
+from .api.limits import check_depth, check_policy, check_router, limits_of
 from .api.validation import validate_fields
 from .checkpoint import Facts
 from .recipe import ServeRecipe
@@ -63,10 +62,7 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     depth = min(facts.num_recurrences, most) if recipe.num_recurrences is None else recipe.num_recurrences
     check_depth(depth, most)
     policy = recipe.kv_policy or facts.kv_policy
-    if not re.fullmatch(r"per-depth|last-exited|single|first|modulo-[1-9]\d*", policy):
-        raise UserError(
-            f"kv_policy={policy!r}: choose from per-depth, last-exited, single, first, modulo-k as modulo-4"
-        )
+    check_policy(policy)
     engine, why = recipe.engine or "lanes", "as asked"
     if facts.sharing == "sequence":
         if recipe.engine == "lanes":

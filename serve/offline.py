@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from ..errors import UserError, unknown
-from ..model.configuration_recurrent_depth import KV_POLICIES
 from ..trained import beyond_trained
 from .api.decoders import DECODERS
 from .api.depth import depth_of, exit_of
 from .api.fields import FieldError
 from .api.generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
 from .api.lanes import MEASURED
-from .api.limits import check_model, check_packed, check_router
+from .api.limits import check_model, check_packed, check_policy, check_router
 from .api.validation import check_frozen, check_threshold
 from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.admission import refusal, too_narrow
@@ -27,7 +26,7 @@ from .engine.costs import measure
 from .engine.diffusion import NEVER
 from .engine.exits import RULES
 from .engine.graphs import Graphs, Record, on_cuda
-from .engine.kv import KVPolicy, policy_of
+from .engine.kv import policy_of
 from .engine.lanes import MAX_STOPS, Request
 from .engine.loop import Counts, Loop, Prompt
 from .engine.masked import Masked
@@ -99,7 +98,7 @@ class Engine:
             check_router(config.router, kv_policy)
             check_packed(config.router, config.source_config)
         if kv_policy is not None:
-            self._check_policy(kv_policy)
+            check_policy(kv_policy)
         said = given(model.generation_config.to_diff_dict()) if said is None else said
         self._defaults(said)
         limit = getattr(config, "max_position_embeddings", None)
@@ -171,15 +170,6 @@ class Engine:
         self.loop.masked = Masked(self.loop, record, compile=compile)
         if compile:
             self.loop.masked.warm_up()
-
-    @staticmethod
-    def _check_policy(name: str) -> None:
-        try:
-            ok = KVPolicy(name, 1).slots > 0 and name != "routed"
-        except ValueError:
-            ok = False
-        if not ok:
-            raise UserError(f"kv_policy={name!r}: choose from {', '.join(KV_POLICIES)}")
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""

@@ -15,10 +15,21 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a finite number"),
     "bool": ((bool,), "True or False"),
     "list[int]": ((list, tuple), "a list of integers"),
+    "float | None": ((int, float, type(None)), "a finite number, or None"),
     "dict[str, Any] | None": ((dict, type(None)), "a dict, or None"),
     "int | None": ((int, type(None)), "an integer, or None"),
     "int | list[int] | None": ((int, list, tuple, type(None)), "an integer, a list of them, or None"),
 }
+EXIT_FIELDS = {"rule": "str", "threshold": "float | None", "min_recurrences": "int"}  # of the field `exit`
+
+
+def check_fields(values: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
+    """Raise ValueError, naming the value and the rule, for the first of `values` that is not of its annotated kind."""
+    for name, annotation in annotations.items():
+        if annotation in KINDS and name in values:
+            kinds, wanted = KINDS[annotation]
+            if not _fits(values[name], kinds):
+                raise ValueError(f"{name}={values[name]!r}: {wanted}")
 
 
 def check_version(version: object) -> None:
@@ -34,12 +45,8 @@ def check_version(version: object) -> None:
 
 def check_kinds(config: Any) -> None:
     """Raise ValueError, naming the value and the rule, for the first field of `config` that has another type."""
-    for name, annotation in type(config).__annotations__.items():
-        if annotation in KINDS:
-            kinds, wanted = KINDS[annotation]
-            value = getattr(config, name)
-            if not _fits(value, kinds):
-                raise ValueError(f"{name}={value!r}: {wanted}")
+    annotations = type(config).__annotations__
+    check_fields({name: getattr(config, name) for name in annotations}, annotations)
     if config.state_std < 0:
         raise ValueError(f"state_std={config.state_std}: a number of 0 or more")
     if not _fits(config.vocab_size, (int,)) or config.vocab_size < 1:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs  # pyright: ignore[reportUnknownVariableType]
 
-from .configuration_fields import FORMAT_VERSION, check_kinds, check_version, is_number
+from .configuration_fields import EXIT_FIELDS, FORMAT_VERSION, check_kinds, check_version, is_number
 from .configuration_router import router_fields
 from .configuration_source import clear_source_settings, declares, source_config_of
 
@@ -139,7 +139,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.router:
             self.router = router_fields({"depths": self.num_recurrences, **self.router})
         if not self.max_recurrences:
-            self.max_recurrences = self.router["depths"] if self.router else max(8, self.num_recurrences)
+            self.max_recurrences = default_max_recurrences(self.num_recurrences, self.router)
 
     def _check(self) -> None:
         """Raise ValueError, naming the value and the rule, for the first field that is wrong."""
@@ -209,7 +209,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     def _check_exit(self, exit: dict[str, Any]) -> None:
         """Raise ValueError unless `exit` is an exit rule that this model can use."""
-        if exit.keys() - {"rule", "threshold", "min_recurrences"} or exit.get("rule") not in EXIT_RULES:
+        if exit.keys() - EXIT_FIELDS.keys() or exit.get("rule") not in EXIT_RULES:
             raise ValueError(f"exit={exit}: a rule of {', '.join(EXIT_RULES)}, threshold, min_recurrences")
         if exit["rule"] == "gate" and not self.exit_gate:
             raise ValueError(f"exit={exit}: this model has no exit gate; choose another rule")
@@ -229,14 +229,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         """Number of key-value slots of a core layer at this depth. Raises ValueError for an unknown `kv_policy`."""
         if self.router and self.router["kv"] == "first-recursion":
             return 1
-        if self.kv_policy in ("per-depth", "last-exited"):
-            return num_recurrences
-        if self.kv_policy in ("single", "first"):
-            return 1
-        name, _, count = str(self.kv_policy).partition("-")
-        if name != "modulo" or not count.isdecimal() or not int(count):
-            raise ValueError(f"kv_policy={self.kv_policy!r}: choose from {', '.join(KV_POLICIES)}")
-        return min(int(count), num_recurrences)
+        return policy_slots(self.kv_policy, num_recurrences)
 
     @property
     def vocab_size(self) -> int:
@@ -290,3 +283,21 @@ class RecurrentDepthConfig(PreTrainedConfig):
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
         return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)
+
+
+def policy_slots(policy: str, num_recurrences: int) -> int:
+    """Number of key-value slots of a core layer under a KV `policy`, at this depth. Raises ValueError, naming the
+    choices, for an unknown policy."""
+    if policy in ("per-depth", "last-exited"):
+        return num_recurrences
+    if policy in ("single", "first"):
+        return 1
+    name, _, count = str(policy).partition("-")
+    if name != "modulo" or not count.isdecimal() or not int(count):
+        raise ValueError(f"kv_policy={policy!r}: choose from {', '.join(KV_POLICIES)}")
+    return min(int(count), num_recurrences)
+
+
+def default_max_recurrences(num_recurrences: int, router: dict[str, Any] | None) -> int:
+    """The greatest depth of a served request, for a model that names none."""
+    return router["depths"] if router else max(8, num_recurrences)

@@ -32,6 +32,16 @@ def check_model(fields: dict[str, Any], routed: bool = False) -> None:
             )
 
 
+def check_policy(name: str) -> None:
+    """Raises UserError, naming the choices, unless `name` is a KV policy that a model without a router can have."""
+    from ...model.configuration_recurrent_depth import policy_slots
+
+    try:
+        policy_slots(name, 1)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def check_router(router: dict[str, Any], kv_policy: str | None = None) -> None:
     """Raises UserError for a router, its fields given, that no engine can follow, and for a `kv_policy` beside it."""
     if router.get("inference") == "topk":

@@ -251,7 +251,7 @@ def damage(folder: Path, fields: dict) -> None:
         ({"max_recurrences": None}, "config.json", "max_recurrences=None: an integer"),
         ({"core": "34"}, "config.json", "core='34': a list of integers"),
         ({"prelude": [0, "a"]}, "config.json", "prelude=[0, 'a']: a list of integers"),
-        ({"exit": "cosine"}, "config.json", "exit='cosine': an object or null"),
+        ({"exit": "cosine"}, "config.json", "exit='cosine': a dict, or None"),
         ({"exit": {"rule": "cosine", "min_recurrences": "x"}}, "config.json", "exit.min_recurrences='x': an integer"),
         ({"source_config": "llama"}, "config.json", "source_config='llama': an object"),
         ({"source_config": {}}, "config.json", "source_config.model_type=None: a string"),
