@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..arguments import RecipeParser
 from ..checkpoint import weight_files
@@ -42,19 +42,19 @@ class GenerateRecipe(Section):
     )
     wave: Count = Field(8, description="most tokens in flight of wave and diffusion")
     temperature: Number | None = Field(
-        None, ge=0, description="0 is greedy (default: generation_config.json's, as for the next three; or 0)"
+        None, description="0 is greedy (default: generation_config.json's, as for the next three; or 0)"
     )
-    top_p: Number | None = Field(None, gt=0, le=1, description="share of the probability that is sampled from")
-    top_k: Integer | None = Field(None, ge=0, description="tokens that are sampled from; 0: all")
-    min_p: Number | None = Field(None, ge=0, le=1, description="least probability, as a share of the likeliest token's")
+    top_p: Number | None = Field(None, description="share of the probability that is sampled from")
+    top_k: Integer | None = Field(None, description="tokens that are sampled from; 0: all")
+    min_p: Number | None = Field(None, description="least probability, as a share of the likeliest token's")
     repetition_penalty: Number | None = Field(
-        None, gt=0, description="above 1: against tokens of prompt and text (default: generation_config.json's, or 1)"
+        None, description="above 1: against tokens of prompt and text (default: generation_config.json's, or 1)"
     )
     presence_penalty: Number | None = Field(
-        None, ge=-2, le=2, description="above 0: against tokens of the text (default as before, or 0)"
+        None, description="above 0: against tokens of the text (default as before, or 0)"
     )
     frequency_penalty: Number | None = Field(
-        None, ge=-2, le=2, description="above 0: against tokens of the text, each time (default as before, or 0)"
+        None, description="above 0: against tokens of the text, each time (default as before, or 0)"
     )
     seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
     rows: Count = Field(16, description="prompts at once")
@@ -64,6 +64,15 @@ class GenerateRecipe(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and cache")
     details: bool = Field(False, description="print JSON lines: tokens, the depth of each, and core passes, too")
+
+    @field_validator(*SETTINGS)
+    @classmethod
+    def _in_range(cls, value: float | None, field: ValidationInfo) -> float | None:
+        """The ranges of `loopwise.sampling`, as for every engine."""
+        holds, rule = SETTINGS[str(field.field_name)]
+        if value is not None and not holds(value):
+            raise ValueError(rule)
+        return value
 
     def unused(self) -> Iterator[Unused]:
         if self.decoder == "plain":

@@ -209,7 +209,12 @@ class Engine:
         if len(stops) > MAX_STOPS:
             raise UserError(f"stop_token_ids: {len(stops)} tokens that stop, with the model's own; at most {MAX_STOPS}")
         request = Request(
-            **vars(depth),
+            limit=depth.num_recurrences,
+            minimum=depth.min_recurrences,
+            rule=depth.rule,
+            threshold=depth.threshold,
+            prompt_exit=depth.prompt_exit,
+            trace=depth.forced_depths,
             remaining=params.max_tokens,
             stops=tuple(sorted(stops)),
             wave=params.wave if params.decoder == "wave" else 1,

@@ -19,28 +19,28 @@ class Exit(NamedTuple):
 
 @dataclass(frozen=True)
 class Depth:
-    """The depth of one request: `limit` recurrences at most, and from `minimum` on the exit rule may end a position.
+    """The depth of one request: at most `num_recurrences`; from `min_recurrences` on, the exit rule may end a position.
 
-    `prompt_exit`: the rule ends prompt positions, too. `trace`: depths of positions 0, 1, ..., which replace the rule.
+    prompt_exit: the rule ends prompt positions, too.   forced_depths: those of positions 0, 1, ..., in place of a rule.
     """
 
-    limit: int
-    minimum: int
+    num_recurrences: int
+    min_recurrences: int
     rule: str
     threshold: float
     prompt_exit: bool
-    trace: list[int]
+    forced_depths: list[int]
 
     @property
     def key(self) -> str:
         """Equal for requests whose prompts leave equal keys and values."""
-        exits = f"{self.rule} {self.threshold} {self.minimum}" if self.prompt_exit else ""
-        return f"{self.limit} {exits} {self.trace}"
+        exits = f"{self.rule} {self.threshold} {self.min_recurrences}" if self.prompt_exit else ""
+        return f"{self.num_recurrences} {exits} {self.forced_depths}"
 
     @property
     def full(self) -> bool:
         """True where generated positions have all recurrences, as a prompt's have."""
-        return self.rule == "fixed" and not self.trace
+        return self.rule == "fixed" and not self.forced_depths
 
 
 def exit_of(given: Mapping[str, Any], limit: int, default: Mapping[str, Any] | None) -> Exit:
@@ -70,12 +70,12 @@ def depth_of(given: Mapping[str, Any], num_recurrences: int, default: Mapping[st
     limit = _first(given.get("num_recurrences"), num_recurrences)
     rule, threshold, minimum = exit_of(given, limit, default)
     return Depth(
-        limit=limit,
-        minimum=minimum,
+        num_recurrences=limit,
+        min_recurrences=minimum,
         rule=rule,
         threshold=RULES[rule].threshold if threshold is None else float(threshold),
         prompt_exit=bool(given.get("prompt_exit")),
-        trace=list(given.get("trace") or ()),
+        forced_depths=list(given.get("trace") or ()),
     )
 
 

@@ -122,5 +122,5 @@ class LaneScheduler(Scheduler):
         if not self._published_whole(request.request_id):
             done = prompt
         elif not depth.full:  # positions behind the newest are still on their way down
-            done = max(prompt, done - depth.limit)
+            done = max(prompt, done - depth.num_recurrences)
         self.kv_cache_manager.cache_blocks(request, done)

@@ -176,14 +176,14 @@ class LaneSteps:
         state, row = self.requests[name], self.free.pop()
         params, done = state.sampling_params, len(state.output_token_ids)
         depth = depth_of(params.extra_args or {}, self.depth_config.num_recurrences, self.depth_config.exit)
-        past = self.history.pop(name, Past(depth.trace))
+        past = self.history.pop(name, Past(depth.forced_depths))
         decoder = self._decoder(row, name)
         stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}
         self.loop.admit(
             row,
             Request(
-                limit=depth.limit,
-                minimum=depth.minimum,
+                limit=depth.num_recurrences,
+                minimum=depth.min_recurrences,
                 rule=depth.rule,
                 threshold=depth.threshold,
                 prompt_exit=depth.prompt_exit,
