@@ -12,12 +12,12 @@ from .api.architectures import vllm_architecture
 from .api.limits import check_model
 
 WANTED = "MODEL is a directory written by `loopwise convert` or `loopwise train`"
-SIZES = (  # of the source; not every architecture has all of them
+SIZES = (  # fields of the source's config; not every architecture has all
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # one of them is there, if a tokenizer is
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # a tokenizer has one of them
 
 
 @dataclass
@@ -120,8 +120,11 @@ def _router(file: Path, given: dict[str, Any] | None, depths: int) -> dict[str, 
 
 
 def check_tensors(model: str | Path) -> None:
-    """Raises UserError, naming file and tensor, unless a model can be built from the config of checkpoint `model`, and
-    its safetensors files are whole and hold that model's tensors in their shapes, no others. Reads no weights."""
+    """Compare the safetensors files of checkpoint directory `model` with the model of its config. Reads no weights.
+
+    Raises UserError, naming file and tensor, for a config that no model can be built from, truncated files, and tensors
+    that are missing, unexpected or of another shape.
+    """
     from safetensors import safe_open
 
     from ..model import RecurrentDepthConfig
@@ -132,7 +135,7 @@ def check_tensors(model: str | Path) -> None:
     check_same_for_vllm(folder, files)
     try:
         completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
-    except Exception as error:  # transformers and torch share no base class for what they find wrong with a config
+    except Exception as error:  # the errors of transformers and torch about a config share no base class
         raise UserError(
             f"{folder / 'config.json'}: no recurrent-depth model can be built from it ({reason(error)})"
         ) from None
@@ -140,18 +143,20 @@ def check_tensors(model: str | Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 try:
-                    completeness.see(name, tensors.get_slice(name).get_shape())
+                    completeness.count(name, tensors.get_slice(name).get_shape())
                 except ValueError as error:
                     raise UserError(f"{file}: {error}") from None
     try:
-        completeness.check()
+        completeness.check_complete()
     except ValueError as error:
         raise UserError(f"{model}: {error}") from None
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of checkpoint directory `model`; None if it brings none. Raises UserError, naming the file, for one
-    that cannot be loaded."""
+    """The tokenizer of checkpoint directory `model`; None without one.
+
+    Raises UserError, naming the file, for one that cannot be loaded.
+    """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -168,5 +173,5 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
             Tokenizer.from_file(where)
         where = f"{folder}: its tokenizer"
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers of transformers share no base class for what they find wrong with files
+    except Exception as error:  # the errors of transformers' tokenizers share no base class
         raise UserError(f"{where}: cannot be loaded ({reason(error)})") from None

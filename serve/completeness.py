@@ -1,4 +1,4 @@
-"""From the names of a recurrent-depth checkpoint to those of the source architecture."""
+"""Tensors of a checkpoint, counted off against those of its model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 
 
 class Watched(torch.Tensor):
-    """A tensor that calls `read` when something is done with it."""
+    """A tensor that calls `read` at the first operation on it, and at every other."""
 
     read: Callable[[], None]
 
@@ -27,7 +27,7 @@ class Watched(torch.Tensor):
 
 
 class Completeness:
-    """Counts off the tensors of a checkpoint against those that the transformers model of `config` saves."""
+    """The tensors of a checkpoint, compared with those that the transformers model of `config` saves."""
 
     def __init__(self, config: RecurrentDepthConfig):
         with torch.device("meta"):
@@ -35,19 +35,22 @@ class Completeness:
         self._tensors = dict(model.state_dict(keep_vars=True))
         self._seen: set[int] = set()
         self._read: set[int] = set()
-        # transformers has renamed modules since some architectures' files were first written, and saves the old names.
+        # transformers has renamed modules of some architectures since their first files, and saves the old names.
         self._changes = get_model_conversion_mapping(model)
 
     def watch(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Count off tensor `name` once it is read: vLLM's models let biases lie that they have no place for."""
-        number = self.see(name)
+        """The `tensor` called `name`, which counts as read at its first use: vLLM's implementations of some
+        architectures ignore biases. Raises ValueError where the model has no such tensor."""
+        number = self.count(name)
         watched = tensor.as_subclass(Watched)  # pyright: ignore[reportArgumentType]
         watched.read = lambda: self._read.add(number)
         return watched
 
-    def see(self, name: str, shape: Sequence[int] | None = None) -> int:
-        """Count off tensor `name`, whose number is returned, the same for tied ones. Raises ValueError where the model
-        has no such tensor, or one of another `shape`."""
+    def count(self, name: str, shape: Sequence[int] | None = None) -> int:
+        """Count off tensor `name`. Returns its number, the same for tied tensors.
+
+        Raises ValueError where the model has no such tensor, or one of another `shape`.
+        """
         key, whole = name, True
         for change in self._changes:
             key, matched = change.rename_source_key(key)
@@ -57,21 +60,22 @@ class Completeness:
         wanted = list(self._tensors[key].shape)
         if shape is not None and whole and list(shape) != wanted:
             raise ValueError(f"tensor {name!r} has shape {list(shape)}; config.json says {wanted}")
-        number = id(self._tensors[key])  # of tied tensors, one suffices
+        number = id(self._tensors[key])  # tied tensors share it
         self._seen.add(number)
         return number
 
-    def check(self) -> None:
-        """Raises ValueError, naming tensors that did not come by."""
-        if missing := self._but(self._seen):
+    def check_complete(self) -> None:
+        """Raises ValueError, naming tensors that the checkpoint lacks."""
+        if missing := self._without(self._seen):
             raise ValueError(f"the checkpoint lacks {missing}")
 
     def check_read(self) -> None:
-        """Raises ValueError, naming tensors that were not read, where all are watched."""
-        if unread := self._but(self._read):
-            raise ValueError(f"vLLM's model has no place for {unread}")
+        """Raises ValueError, naming tensors that vLLM's implementation ignores. All must have passed `watch`."""
+        if unread := self._without(self._read):
+            raise ValueError(f"vLLM's implementation of this architecture ignores {unread}")
 
-    def _but(self, numbers: set[int]) -> str:
+    def _without(self, numbers: set[int]) -> str:
+        """Names of the tensors without those of `numbers`: the first three, and the count of the others."""
         names = sorted(name for name, tensor in self._tensors.items() if id(tensor) not in numbers)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + more

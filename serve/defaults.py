@@ -1,4 +1,4 @@
-"""What a server starts with: the recipe's wishes, then what the model's config says, checked against each other."""
+"""The settings a server starts with: the recipe's, then the model config's, checked against each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Defaults:
-    """The engine, the lanes' settings, and fields of the model's config that the server replaces."""
+    """Settings of a server.
+
+    engine, why: `lanes` or `fixed`, and the reason.   lanes: settings of the lane engine.   config: fields of the
+    model's config that the server replaces.   router: the model's.
+    """
 
     engine: str
     why: str
@@ -31,12 +35,13 @@ class Defaults:
 
     @property
     def policy(self) -> KVPolicy:
+        """The KV policy of the lane engine."""
         from .engine.kv import policy_of
 
         return policy_of(SimpleNamespace(**self.config, router=self.router))
 
     def line(self) -> str:
-        """What was picked, for the user."""
+        """The settings in one line, for the user."""
         config = self.config
         if self.engine == "fixed":
             return f"engine=fixed ({self.why}): every request at num_recurrences={config['num_recurrences']}"
@@ -55,7 +60,7 @@ class Defaults:
 
 
 def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
-    """Raises UserError where the recipe asks for what the model cannot do."""
+    """The settings of a server for a checkpoint with these facts. Raises UserError for keys that contradict them."""
     most = recipe.max_recurrences or max(facts.max_recurrences, recipe.num_recurrences or 0)
     if recipe.max_recurrences is None:
         check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)
@@ -78,12 +83,12 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     if engine == "fixed":
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:
-                raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; engine=lanes")
+                raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; use engine=lanes")
         for name in ("decoder", "ticks", "wave", "width", "budget", "coda_wait"):
             if (given := getattr(recipe, name)) != ServeRecipe.model_fields[name].default:
                 raise UserError(
                     f"{name}={given}: the fixed engine has one position of a request in flight, and no "
-                    "ticks; engine=lanes"
+                    "ticks; use engine=lanes"
                 )
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     from .engine.admission import too_narrow

@@ -1,4 +1,4 @@
-"""`loopwise generate MODEL [key=value ...]`: continue prompts with the engine, without a server."""
+"""`loopwise generate MODEL [key=value ...]`: continue prompts with the offline engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .checkpoint import read_fields
 
 
 class GenerateRecipe(Section):
-    """What to continue, and how."""
+    """Keys of `loopwise generate`."""
 
     prompt: str | None = Field(None, description="one prompt; without, every line of the standard input is one")
     max_tokens: Count | None = Field(
@@ -35,8 +35,8 @@ class GenerateRecipe(Section):
     min_recurrences: Count | None = Field(None, description="recurrences before the exit rule may fire")
     exit_rule: str | None = Field(None, description="when a token has recurred enough (default: the model's, or fixed)")
     exit_threshold: Number | None = Field(None, description="of the exit rule (default: the rule's own)")
-    prompt_exit: bool = Field(False, description="whether the rule ends prompt tokens, too")
-    kv_policy: str | None = Field(None, description="keys and values of recurrences (default: the model's)")
+    prompt_exit: bool = Field(False, description="let the rule end prompt tokens, too")
+    kv_policy: str | None = Field(None, description="which recurrences keep keys and values (default: the model's)")
     decoder: Literal["plain", "wave", "diffusion"] = Field(
         "plain", description="wave: several tokens in flight, the same text; diffusion: refined together"
     )
@@ -56,14 +56,14 @@ class GenerateRecipe(Section):
     frequency_penalty: Number | None = Field(
         None, description="above 0: against tokens of the text, each time (default as before, or 0)"
     )
-    seed: Integer = Field(0, ge=0, lt=2**62, description="of the sampling")
-    rows: Count = Field(16, description="prompts at once")
+    seed: Integer = Field(0, ge=0, lt=2**62, description="of random sampling")
+    rows: Count = Field(16, description="prompts in the engine at once")
     length: Count | None = Field(
         None,
         description="greatest number of tokens of prompt and continuation (default: 1024, or all that the model has)",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and cache")
-    details: bool = Field(False, description="print JSON lines: tokens, the depth of each, and core passes, too")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and KV cache")
+    details: bool = Field(False, description="print JSON lines, with tokens, their depths and core passes")
 
     @field_validator(*SETTINGS)
     @classmethod
@@ -83,7 +83,7 @@ class GenerateRecipe(Section):
             yield from self.without_exits(("exit_rule",))
 
     def without_draws(self, switches: tuple[str, ...] = ()) -> Iterator[Unused]:
-        """The keys without effect where the likeliest token is taken."""
+        """The keys without effect in greedy decoding."""
         for name in ("top_p", "top_k", "min_p", "seed"):
             yield Unused(name, switches, "temperature=0 draws nothing; set a temperature")
 
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     quiet()
     from .offline import Engine, Params
 
-    def tell(line: str) -> None:
+    def warn(line: str) -> None:
         print(f"loopwise: {line}", file=sys.stderr, flush=True)
 
     names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
@@ -128,12 +128,12 @@ def main(argv: list[str]) -> int:
         max_recurrences=recipe.max_recurrences,
         wave=recipe.wave if recipe.decoder != "plain" else 1,
         dtype=recipe.dtype,
-        tell=tell,
+        tell=warn,
     )
-    engine.request(params)  # what is wrong with them is said alone
+    engine.request(params)  # raises UserError for wrong ones before any other line is printed
     if taken := [n for n in engine.defaults if getattr(recipe, n) is None]:
-        what = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)
-        tell(f"{FILE}: {what} (keys of the command win; temperature=0 is greedy)")
+        applied = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)
+        warn(f"{FILE}: {applied} (keys of the command win; temperature=0 is greedy)")
     used = params.filled(engine.defaults)
     sampling = {name: getattr(used, name) for name in (*SETTINGS, "seed", "max_tokens")}
     for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):

@@ -1,4 +1,4 @@
-"""Keys and values in bytes, and whether there is room for them, told in one line before anything is allocated."""
+"""Keys and values in bytes, compared with the memory that is free, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ CGROUPS = (  # limit and use of a container: version 2, then version 1
 
 
 def slot_bytes(shapes: list[tuple[int, int]], outer: int, slots: int, size: int) -> int:
-    """Bytes of one position's keys and values: `shapes` (heads, head size) of every layer, of which all but the first
-    `outer` have `slots`; `size` bytes a number."""
+    """Bytes of the keys and values of one position.
+
+    shapes: (heads, head size) of every layer.   outer: layers with one slot, which come first; the others have `slots`.
+    size: bytes a number.
+    """
     return sum(2 * heads * width * size * (slots if n >= outer else 1) for n, (heads, width) in enumerate(shapes))
 
 
@@ -37,7 +40,7 @@ def source_shape(source: Any) -> tuple[int, int]:
 
 
 def shown(count: float) -> str:
-    """Bytes for people."""
+    """`count` bytes, as "1.5 GiB"."""
     for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -45,7 +48,7 @@ def shown(count: float) -> str:
 
 
 def available(device: Any = None) -> int | None:
-    """Bytes that can be had on `device` (torch's; None: the host); None where the system does not say."""
+    """Free bytes on `device` (a torch.device; None: the host); None where the system does not report them."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -62,7 +65,8 @@ def available(device: Any = None) -> int | None:
 
 
 def check_room(each: int, policy: KVPolicy, rows: int, length: int, device: Any) -> None:
-    """Raises UserError, with what to lower, where `rows` requests of `length` positions of `each` bytes do not fit."""
+    """Raises UserError, naming settings to lower, where `rows` requests of `length` positions of `each` bytes do not
+    fit into the free memory of `device`."""
     need, free = each * rows * (length + 1), available(device)
     if free is None or need <= free:
         return
@@ -72,15 +76,15 @@ def check_room(each: int, policy: KVPolicy, rows: int, length: int, device: Any)
     advice += ["a smaller max_recurrences"] if policy.slots > 1 else []
     raise UserError(
         f"rows={rows} of length={length} at max_recurrences={policy.depths} (kv_policy={policy.name}) need "
-        f"{shown(need)} of keys and values, and {shown(free)} can be had; choose {', or '.join(advice) or 'less'}"
+        f"{shown(need)} of keys and values, and {shown(free)} are free; choose {', or '.join(advice) or 'less'}"
     )
 
 
 def serving_bytes(config: Any, policy: KVPolicy | None, size: int, ranks: int = 1) -> int:
-    """Bytes of one position's keys and values on each of `ranks` of a served model.
+    """Bytes of the keys and values of one position of a served model, on each of `ranks`.
 
-    config: a RecurrentDepthConfig; policy: of the lane engine, None: the fixed one, which has a cache for each of
-    `num_recurrences`; size: bytes a number.
+    config: a RecurrentDepthConfig.   policy: the lane engine's; None: the fixed engine, with a cache for each of
+    `num_recurrences`.   size: bytes a number.
     """
     heads, width = source_shape(config.source_config)
     outer = len(config.prelude) + len(config.coda)
@@ -89,9 +93,9 @@ def serving_bytes(config: Any, policy: KVPolicy | None, size: int, ranks: int = 
 
 
 def check_cache(each: int, length: int, budget: int, depth: str, advice: list[str]) -> None:
-    """Raises UserError where a request of `length` positions, of `each` bytes, is larger than a cache of `budget`.
+    """Raises UserError where a request of `length` positions of `each` bytes is larger than a cache of `budget` bytes.
 
-    depth: what made it so large; advice: what makes it smaller.
+    depth: the setting that `each` follows from.   advice: settings that make the request smaller or the cache larger.
     """
     if each * length <= budget:
         return
@@ -103,4 +107,4 @@ def check_cache(each: int, length: int, budget: int, depth: str, advice: list[st
     )
 
 
-BLOCK = 128  # positions; the largest block of vLLM's on any device, and a cache has one block that nobody gets
+BLOCK = 128  # positions of vLLM's largest block on any device; one block of a cache belongs to no request

@@ -1,4 +1,4 @@
-"""What `loopwise.serve.Engine` is asked for each prompt, and what it gives."""
+"""Params and Completion: the request and the result of one prompt in `loopwise.serve.Engine`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ UNSAID: Any = None
 
 @dataclass(frozen=True)
 class Params:
-    """How one prompt is to be continued.
+    """The settings for one prompt.
 
-    Depth: `num_recurrences` R (default the model's), `exit_rule` with `exit_threshold` (default the rule's own) from
-    `min_recurrences` on; `prompt_exit` for prompt positions, too; `trace` forces the depths of positions 0, 1, ...
-    Sampling: `temperature` 0 is greedy; the same `seed` gives the same tokens whatever else runs. Penalties are vLLM's:
-    `repetition_penalty` (1 is none) is on tokens of prompt and text, and transformers', too; `presence_penalty` and
-    `frequency_penalty` (0) are on tokens of the text alone. What of these, of `max_tokens`, `temperature`, `top_k`,
-    `top_p` and `min_p` is None, the model's generation_config.json says; where it says nothing, 64 tokens, greedy,
-    nothing cut, no penalty. `decoder="wave"` has up to `wave` positions in flight, for the same tokens;
-    "diffusion" refines them together, as `diffusion` says.
+    Depth: `num_recurrences` R (default the model's). From `min_recurrences` on, `exit_rule` with `exit_threshold`
+    (default the rule's own) may end a position; with `prompt_exit` also one of the prompt. `trace` forces the depths of
+    positions 0, 1, ...
+
+    Sampling: `temperature` 0 is greedy. The same `seed` gives the same tokens whatever else runs. `choice` numbers
+    the samples of one seed. Penalties are vLLM's: `repetition_penalty` (1: off) is on tokens of prompt and text, as in
+    transformers; `presence_penalty` and `frequency_penalty` (0: off) are on tokens of the text alone.
+
+    Where `max_tokens` or a sampling setting is None, the model's generation_config.json has the default; without one it
+    is 64 tokens, greedy, nothing cut, no penalty.
+
+    Decoder: "plain"; "wave", with up to `wave` positions in flight and the same tokens; "diffusion", which refines
+    positions together, with the settings `diffusion`.
     """
 
     max_tokens: int = UNSAID
@@ -49,7 +54,7 @@ class Params:
     diffusion: Diffusion = field(default_factory=Diffusion)
 
     def filled(self, defaults: dict[str, Any]) -> Params:
-        """These, with what is None taken from `defaults`, then from NEUTRAL."""
+        """A copy in which None is replaced by the value in `defaults`, then by the one in NEUTRAL."""
         return replace(self, **{n: v for n, v in (NEUTRAL | defaults).items() if getattr(self, n) is None})
 
 
@@ -62,20 +67,22 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass
 class Completion:
-    """`tokens` generated, their `text`, and the recurrences (`depths`) of the position that gave each; whether a token
-    that stops was the last ("stop"), or there was no room for more ("length")."""
+    """The continuation of one prompt.
+
+    tokens, text: the generated ones.   depths: recurrences of the position that gave each token.
+    finish_reason: "stop" after a stop token, "length" after the last allowed token.
+    """
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = "length"
-    passes: int = 0  # of the core, one after the other, since the prompt
-    items: int = 0  # lanes in these passes; what is above the sum of the depths was in vain
+    passes: int = 0  # of the core since the prompt, one after the other
+    items: int = 0  # lanes in these passes; those above the sum of the depths were wasted
 
 
 def check_kinds(params: Params) -> None:
-    """Raises UserError where a setting of the sampling is out of range, or a field that is compared with numbers is of
-    another kind."""
+    """Raises UserError for a sampling setting out of range, and for a number of the wrong kind."""
     if not isinstance(params, Params):
         raise UserError(f"params: {params!r:.60} is no Params")
     for name in SETTINGS:

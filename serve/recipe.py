@@ -1,4 +1,4 @@
-"""What a serving recipe may say. Everything else about the server is a vLLM flag."""
+"""Keys of `loopwise serve`. Everything else about the server is a vLLM flag."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..recipe import Count, Integer, Number, Section
 
 
 class ServeRecipe(Section):
+    """Keys of a serving recipe."""
+
     engine: Literal["lanes", "fixed"] | None = Field(
         None,
         description="lanes: requests at their own depths share every pass of the core; fixed: all run at one depth; "

@@ -1,7 +1,12 @@
-"""Relaxation: parameters that a tied layer has for itself at every depth (arXiv 2410.20672)."""
+"""Relaxation: a tied layer with LoRA factors and parameters of its own at every depth.
+
+Relaxed recursive transformers, arXiv 2410.20672; DoRA, arXiv 2402.09353. The functions at the top are the arithmetic,
+which training, the engine and vLLM share. Shapes: N rows, r rank; depths are counted from 0.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +21,8 @@ def matrix(linear: nn.Linear | Conv1D) -> torch.Tensor:
 
 
 def row_norms(matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Norms [out] of the rows of W + B A, for W = matrix [out, in], A [r, in] and B [out, r]."""
-    return torch.linalg.vector_norm(matrix + b @ a, dim=1)
+    """Norms [..., out] of the rows of W + B A, for W = matrix [out, in], A [..., r, in] and B [..., out, r]."""
+    return torch.linalg.vector_norm(matrix + b @ a, dim=-1)
 
 
 def relaxed_matrix(
@@ -29,6 +34,52 @@ def relaxed_matrix(
     """
     result = matrix + b @ a
     return result if magnitude is None else result * (magnitude / torch.linalg.vector_norm(result, dim=1))[:, None]
+
+
+def pack_depths(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors a [depths, r, in], b [depths, out, r] as two matrices [depths r, in], [out, depths r]."""
+    return a.flatten(0, 1), b.transpose(0, 1).flatten(1)
+
+
+def lora_by_depth(
+    x: torch.Tensor,
+    down: Callable[[torch.Tensor], torch.Tensor],
+    ups: Sequence[tuple[int, Callable[[torch.Tensor], torch.Tensor]]],
+    depth: torch.Tensor,
+    column_depth: torch.Tensor,
+) -> list[torch.Tensor]:
+    """B_d (A_d x) for rows x [..., N, in] at depths of their own: depth [N]. Returns [..., N, out] for each of `ups`.
+
+    down: the product with the packed A of all depths, and of all parts of a fused module, one after the other:
+    [..., N, columns]; column_depth [columns].   ups: for each part its number of columns, and the product with its
+    packed B. A row keeps its own depth's columns, so nothing is gathered, and shapes do not depend on the depths.
+    """
+    inner = down(x) * (depth[:, None] == column_depth)
+    if len(ups) == 1:
+        return [ups[0][1](inner)]
+    pieces = inner.split([columns for columns, _ in ups], -1)
+    return [up(piece) for (_, up), piece in zip(ups, pieces, strict=True)]
+
+
+def dora_scale(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    magnitude: torch.Tensor,
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The factor [..., out] that gives the rows of W + B A the lengths `magnitude` [..., out].
+
+    weight [out, in], a [..., r, in], b [..., out, r].   total: sums squared lengths over ranks that share the input.
+    As in PEFT, the lengths have no gradient.
+    """
+    norms = row_norms(weight.detach(), a.detach(), b.detach())
+    return magnitude / (norms if total is None else total(norms.square()).sqrt())
+
+
+def rescale(out: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The output of a linear module with its LoRA added, `out` [..., out], all but its `bias` multiplied by `scale`."""
+    return out * scale if bias is None else (out - bias) * scale + bias
 
 
 class Factors(nn.Module):
@@ -62,13 +113,11 @@ class Factors(nn.Module):
     def _add(self, linear: nn.Linear | Conv1D, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         """A forward hook: the output [.., out] of `linear` with the LoRA of this depth."""
         a, b = self.lora_A[self.depth], self.lora_B[self.depth]
-        added = nn.functional.linear(nn.functional.linear(args[0], a), b)
+        out = out + nn.functional.linear(nn.functional.linear(args[0], a), b)
         if self.dora_magnitude is None:
-            return out + added
+            return out
         stored: Any = linear.bias
-        bias = 0 if stored is None else stored
-        norms = row_norms(matrix(linear).detach(), a.detach(), b.detach())  # as in PEFT, without gradient
-        return (out - bias + added) * (self.dora_magnitude[self.depth] / norms) + bias
+        return rescale(out, dora_scale(matrix(linear), a, b, self.dora_magnitude[self.depth]), stored)
 
 
 class Relaxation(nn.Module):

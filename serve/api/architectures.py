@@ -1,10 +1,11 @@
-"""The source architectures that can be served, and what vLLM calls them. The command reads this: nothing heavy."""
+"""Source architectures that can be served, and the names of their classes in vLLM. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from ...errors import UserError
 
-# model_type of the source -> vLLM's class; one is ours (sandwich.py). tests/serve compares each with transformers.
+# model_type of the source -> vLLM's class; one is ours (vllm/sandwich.py). test_serve_equal.py compares each with
+# transformers.
 ARCHITECTURES = {
     "arcee": "ArceeForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -32,7 +33,7 @@ ARCHITECTURES = {
 
 
 def vllm_architecture(model_type: str | None) -> str:
-    """vLLM's name for source architecture `model_type`. Raises UserError, listing those that can be served."""
+    """The name of vLLM's class for source architecture `model_type`. Raises UserError, naming the choices."""
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"source architecture {model_type!r} cannot be served: choose from {', '.join(sorted(ARCHITECTURES))}"

@@ -1,4 +1,4 @@
-"""How a request's positions are decoded: one by one, as an exact wave, or by diffusion. Imports nothing heavy."""
+"""Decoders: positions of a request one by one, as an exact wave, or by diffusion. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from ..engine.diffusion import Diffusion
 
 DECODERS = ("plain", "wave", "diffusion")
-LARGE = 1 << 43  # no number of a diffusion, and no threshold, is as large
-# vLLM's sampling parameters that read earlier tokens, or that are reported token by token, and what leaves them out.
+LARGE = 1 << 43  # above every number of a diffusion, and every threshold
+# vLLM's sampling parameters that read earlier tokens, or are reported token by token: the values that turn them off.
 HISTORY: dict[str, tuple] = {
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
@@ -27,7 +27,7 @@ HISTORY: dict[str, tuple] = {
 
 @dataclass(frozen=True)
 class Decoder:
-    """`wave`: positions in flight of an exact wave (1: plain decoding); or the `diffusion` of a request."""
+    """The decoder of a request. wave: positions in flight of an exact wave, 1 for plain decoding; or a `diffusion`."""
 
     wave: int = 1
     diffusion: Diffusion | None = None
@@ -37,14 +37,16 @@ class Decoder:
         return "diffusion" if self.diffusion else "wave" if self.wave > 1 else "plain"
 
     def ahead(self, ticks: int, wave: int) -> int:
-        """Positions beyond the newest token's that a step of `ticks` may reach, in an engine made for `wave`: a wave
-        starts one a tick."""
+        """Positions beyond the newest token's that a step of `ticks` may reach, in an engine that allows `wave` in
+        flight. A wave starts one position a tick."""
         return self.diffusion.ahead(ticks, wave) if self.diffusion else ticks + self.wave
 
 
 def decoder_of(params: Any, decoder: str, wave: int) -> Decoder:
-    """Of a request with vLLM's sampling `params`; where its `extra_args` name none, `decoder` and `wave` of the server.
-    A wave whose parameters read earlier tokens is decoded plainly, which gives the same."""
+    """The decoder of a request with vLLM's sampling `params`. `decoder` and `wave` are the server's defaults.
+
+    A wave whose parameters read earlier tokens is decoded plainly, which gives the same tokens.
+    """
     given = params.extra_args or {}
     name = given.get("decoder", decoder)
     if name == "diffusion":
@@ -53,12 +55,12 @@ def decoder_of(params: Any, decoder: str, wave: int) -> Decoder:
 
 
 def history(params: Any) -> str | None:
-    """The first of vLLM's sampling parameters for which tokens must be certain when the next one is sampled."""
-    return next((n for n, absent in HISTORY.items() if getattr(params, n, None) not in absent), None)
+    """The first of vLLM's sampling `params` that needs all earlier tokens to sample the next; None without one."""
+    return next((n for n, off in HISTORY.items() if getattr(params, n, None) not in off), None)
 
 
 def diffusion(given: dict[str, Any] | str) -> Diffusion:
-    """Of the field `diffusion`, an object or its JSON text. Raises ValueError, which names what is wrong in it."""
+    """The settings in the field `diffusion`, an object or its JSON text. Raises ValueError, naming field and rule."""
     from ..engine.diffusion import Diffusion
 
     kinds = {f.name: type(f.default) for f in fields(Diffusion) if f.name != "wave"}
@@ -76,8 +78,8 @@ def diffusion(given: dict[str, Any] | str) -> Diffusion:
         wanted = (int, float) if kind is float else kind
         large = isinstance(value, int | float) and not abs(value) < LARGE
         if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or large:
-            told = {int: "an integer", float: "a finite number", bool: "true or false", str: "a name"}[kind]
-            raise ValueError(f".{name}={value!r}: {told}")
+            rule = {int: "an integer", float: "a finite number", bool: "true or false", str: "a name"}[kind]
+            raise ValueError(f".{name}={value!r}: {rule}")
     made = Diffusion(**given)
     if mistake := made.mistake():
         raise ValueError(f".{mistake}")

@@ -1,7 +1,6 @@
-"""A checkpoint's generation_config.json, which says the same in every engine: `generate`, `Engine` and the server.
+"""A checkpoint's generation_config.json, with one meaning in every engine: `generate`, `Engine` and the server.
 
-Both engines read it as vLLM does (`--generation-config auto`), and `do_sample` as transformers does. Imports nothing
-heavy.
+Its fields are read as by vLLM (`--generation-config auto`), and `do_sample` as by transformers. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ...sampling import SETTINGS, check_setting, end_tokens
 FILE = "generation_config.json"
 # Fields that both engines apply. transformers has no presence_penalty and no frequency_penalty, vLLM has.
 APPLIED = frozenset({*SETTINGS, "do_sample", "max_new_tokens", "eos_token_id"})
-# Fields that say nothing about the text of a continuation: names of tokens, what is returned, and how it is computed.
+# Fields that do not change the text of a continuation: special tokens, the form of the result, the way of computing.
 SILENT = frozenset({
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
     "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
@@ -57,41 +56,41 @@ def fields_of(folder: str | Path) -> dict[str, Any]:
 
 
 def given(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` without those that have no value, or that are transformers' own notes."""
+    """`fields` without those that are None, and without transformers' private ones."""
     return {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
 
 
 def sampling_of(fields: dict[str, Any]) -> dict[str, Any]:
-    """The sampling that `fields` ask for, in the words of a request: temperature, top_k, top_p, min_p, max_tokens.
+    """The sampling settings in `fields`, by a request's names: temperature, top_k, top_p, min_p, max_tokens, penalties.
 
     `do_sample=false` is temperature 0, as in transformers; `do_sample=true` without a temperature is temperature 1. A
     temperature without `do_sample` samples, as in vLLM. Raises UserError for values out of range.
     """
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in SETTINGS:
         if (value := fields.get(name)) is not None:
             check_setting(name, value)
-            said[name] = value
-    if "top_k" in said:
-        said["top_k"] = max(said["top_k"], 0)  # vLLM's -1: all
+            found[name] = value
+    if "top_k" in found:
+        found["top_k"] = max(found["top_k"], 0)  # vLLM's -1: all
     if (value := fields.get("do_sample")) is not None and not isinstance(value, bool):
         raise UserError(f"do_sample={value!r}: true or false")
     if fields.get("do_sample") is False:
-        said["temperature"] = 0.0
+        found["temperature"] = 0.0
     elif fields.get("do_sample"):
-        said.setdefault("temperature", 1.0)
+        found.setdefault("temperature", 1.0)
     if fields.get("max_new_tokens") is not None:
-        said["max_tokens"] = _integer("max_new_tokens", fields["max_new_tokens"])
-    return said
+        found["max_tokens"] = _integer("max_new_tokens", fields["max_new_tokens"])
+    return found
 
 
 def stop_ids(fields: dict[str, Any]) -> set[int]:
-    """The tokens of `eos_token_id`, one or a list; a negative one is none. Raises UserError for what is no integer."""
+    """The tokens of `eos_token_id`, one or a list, without negative ones. Raises UserError for a non-integer."""
     return {token for token in end_tokens(fields.get("eos_token_id")) if token >= 0}
 
 
 def unapplied(fields: dict[str, Any], applied: Iterable[str]) -> list[str]:
-    """Those of `fields`, as "name=value", that change a text and that an engine with the `applied` names ignores."""
+    """Those of `fields`, as "name=value", that would change a text, and that an engine ignores which has `applied`."""
     return [
         f"{name}={value!r}"
         for name, value in fields.items()
@@ -100,10 +99,10 @@ def unapplied(fields: dict[str, Any], applied: Iterable[str]) -> list[str]:
 
 
 def warning(fields: dict[str, Any], applied: Iterable[str]) -> str | None:
-    """One line that names what an engine with the `applied` names does not do; None where it does all."""
-    if not (left := unapplied(fields, applied)):
+    """A line that names the fields that an engine with the `applied` names ignores; None where it applies all."""
+    if not (ignored := unapplied(fields, applied)):
         return None
-    return f"warning: {FILE} says {', '.join(left)}, which this engine does not do"
+    return f"warning: {FILE} says {', '.join(ignored)}, which this engine does not do"
 
 
 def _integer(name: str, value: Any) -> int:

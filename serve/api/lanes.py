@@ -1,4 +1,4 @@
-"""What the lane engine inside vLLM is started with, and what a request's fields mean to it. Imports nothing heavy."""
+"""Settings of the lane engine inside vLLM. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LANES = "loopwise_lanes"  # key in vLLM's additional_config
-MEASURED = -1  # of what the start measures
+MEASURED = -1  # of coda_wait and budget: measured at start-up
 
 
 @dataclass(frozen=True)
 class LaneConfig:
-    """`ticks` of an engine step; `width`: lanes of a pass of the core beside prompts', 0 for no bound; an exit waits at
-    most `coda_wait` ticks for others to be read out with, -1: as many as the load makes worth while. `decoder` of
-    requests that name none, and `wave`: most positions of one request in flight; waves fill passes up to `budget`
-    lanes, -1: as many as cost little, measured at the start. `compile`: passes of the core are compiled. `graphs`: on a
-    GPU, ticks are CUDA graphs, whose attention is the engine's own."""
+    """Settings of the lane engine.
+
+    ticks: passes of the core in one step of vLLM's engine.
+    width: lanes of a pass beside prompts'; 0 for no bound.
+    coda_wait: ticks that an exit waits for others to be read out with; MEASURED: as many as pay off at the load.
+    decoder: of requests that name none.
+    wave: most positions of one request in flight.
+    budget: lanes of a pass that waves may fill; 0 for no bound; MEASURED: as many as add little time.
+    compile: compile passes of the core.
+    graphs: on a GPU, run ticks as CUDA graphs, with the engine's own attention kernels.
+    """
 
     ticks: int = 16
     width: int = 0
@@ -29,21 +35,24 @@ class LaneConfig:
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:
+        """The settings in a VllmConfig. Raises KeyError for one of the fixed engine."""
         return cls(**vllm_config.additional_config[LANES])
 
     def flags(self) -> dict[str, Any]:
-        """vLLM's settings that start the lane engine, which builds on the first of vLLM's two model runners: the
-        environment says so from now on, if it does not name one."""
+        """Arguments of vLLM that start the lane engine: `vllm.LLM(model, **LaneConfig().flags())`.
+
+        It builds on the first of vLLM's two model runners: sets VLLM_USE_V2_MODEL_RUNNER=0, unless it is set already.
+        """
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         return {
             "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
             "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",
             "additional_config": {LANES: asdict(self)},
-            "async_scheduling": False,  # a step gives a request 0 to `ticks` tokens, which is not known beforehand
+            "async_scheduling": False,  # a step gives a request 0 to `ticks` tokens
             "enforce_eager": True,  # vLLM's own forward does not run
         }
 
 
 def is_lanes(vllm_config: Any) -> bool:
-    """Whether vLLM was started with the lane engine."""
+    """True for a VllmConfig with the lane engine, False with the fixed one."""
     return LANES in (vllm_config.additional_config or {})

@@ -1,4 +1,4 @@
-"""What does not fit: refused with a reason, never ignored."""
+"""Limits of serving: which models can be served, and what their requests may ask."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def check_depth(num_recurrences: int, limit: int) -> None:
     if not 1 <= num_recurrences <= limit:
         raise UserError(
             f"num_recurrences={num_recurrences}: this model is served at 1 to {limit} recurrences; "
-            "for more, say max_recurrences=N to `loopwise serve`, or in its config.json"
+            "for more, set max_recurrences=N in `loopwise serve`, or in its config.json"
         )
 
 
 def check_model(fields: dict[str, Any], routed: bool = False) -> None:
-    """Raises UserError for a recurrent-depth config, its fields given, with a part that serving does not have yet.
-    `routed`: routers are had."""
+    """Raises UserError for a recurrent-depth config, given by its fields, with a part that cannot be served yet.
+
+    routed: routers can be served.
+    """
     served = {} if routed else {"router": None}
     served |= {"recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
     for name, value in served.items():
@@ -43,18 +45,18 @@ def check_policy(name: str) -> None:
 
 
 def check_router(router: dict[str, Any], kv_policy: str | None = None) -> None:
-    """Raises UserError for a router, its fields given, that no engine can follow, and for a `kv_policy` beside it."""
+    """Raises UserError for a router, given by its fields, that cannot run token by token, or with a `kv_policy`."""
     if router.get("inference") == "topk":
         raise UserError(
-            "router.inference='topk' takes the best of a whole sequence, which no one who generates it knows: "
+            "router.inference='topk' ranks the tokens of a whole sequence, which generation does not have: "
             "calibrate the model first (loopwise calibrate)"
         )
     if kv_policy:
-        raise UserError(f"kv_policy={kv_policy!r}: a routed model's is its router.kv, {router['kv']!r}")
+        raise UserError(f"kv_policy={kv_policy!r}: a routed model has router.kv={router['kv']!r} instead")
 
 
 def check_packed(router: dict[str, Any] | None, source: Any) -> None:
-    """Raises UserError for a routed model with a sliding window, whose keys and values are packed."""
+    """Raises UserError for a routed model with a sliding window: its packed keys and values have no window."""
     types = getattr(source, "layer_types", None) or ["full_attention"]
     windowed = getattr(source, "sliding_window", None) and (len(types) == 1 or set(types) != {"full_attention"})
     if router and windowed:
@@ -63,10 +65,14 @@ def check_packed(router: dict[str, Any] | None, source: Any) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a served model offers. `fixed`: every request runs at `num_recurrences`; no field can change that. `rule`
-    and `decoder` are those of a request that names none, `wave` the most positions in flight; `unfit` decoders do not
-    go with it, for a reason. `routed`: tokens have the depth that a router gives them. `prompt_rules` may end prompt
-    tokens, too; None: all."""
+    """Values that requests of a served model may have.
+
+    num_recurrences: of a request that names none.   max_recurrences: the greatest.   rules: exit rules.
+    prompt_exit: exits may end prompt positions.   fixed: every request runs at `num_recurrences`, whatever its fields.
+    rule, decoder: of a request that names none.   wave: most positions in flight.
+    unfit: decoders that do not go with the model, and why.   routed: a router decides the depth of tokens.
+    prompt_rules: exit rules that may end prompt positions; None: all.
+    """
 
     num_recurrences: int
     max_recurrences: int
@@ -82,14 +88,14 @@ class Limits:
 
 
 def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
-    """What requests may ask of a model with these fields in the lane engine."""
+    """The limits of a model with these fields of its `config`, in the lane engine with the settings `lanes`."""
     from ..engine.admission import prompt_rules, unfit
     from ..engine.exits import NAMES
     from ..engine.kv import policy_of
 
     rules = tuple(name for name in NAMES if config["exit_gate"] or name != "gate")
-    here = SimpleNamespace(**config)
-    policy = policy_of(here)
+    fields = SimpleNamespace(**config)
+    policy = policy_of(fields)
     return Limits(
         config["num_recurrences"],
         config["max_recurrences"],
@@ -98,7 +104,7 @@ def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
         rule=(config["exit"] or {}).get("rule", "fixed"),
         decoder=lanes.decoder,
         wave=lanes.wave,
-        unfit=unfit(policy, here),
+        unfit=unfit(policy, fields),
         routed=bool(config["router"]),
-        prompt_rules=tuple(name for name in prompt_rules(policy, here) if name in rules),
+        prompt_rules=tuple(name for name in prompt_rules(policy, fields) if name in rules),
     )

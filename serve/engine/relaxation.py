@@ -6,10 +6,13 @@ Shapes: N rows. Depths are counted from 0: [N], or [1] of all rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from ...model.relaxation import dora_scale, lora_by_depth, pack_depths, rescale
 
 Depths = Callable[[], torch.Tensor]
 
@@ -31,29 +34,43 @@ _library.impl("add_product", _add_product, "CompositeExplicitAutograd")
 torch.library.register_fake("loopwise::add_product", lambda out, x, matrix, start: None, lib=_library)
 
 
+def add_lora(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    depth: int | torch.Tensor,
+    start: int = 0,
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Add B_d (A_d x) to columns `start` and after of `out` [..., out], in place; all rows x [..., in] are at depth d.
+
+    a [depths, r, in], b [depths, width, r].   depth: a number, or a tensor [1].   total: sums A x over ranks that share
+    the input.
+    """
+    a, b = (each[depth] if isinstance(depth, int) else each.index_select(0, depth)[0] for each in (a, b))
+    inner = nn.functional.linear(x, a)
+    add_product(out, inner if total is None else total(inner), b, start)
+
+
 class RowFactors:
-    """LoRA of one linear module, rows [..., N, in] at their own depths: one matrix product with the factors of all
-    depths, of which a row keeps its own. So nothing is gathered, and shapes do not depend on the depths. Rows that are
-    all at one depth, such as a prompt's, meet its factors alone."""
+    """LoRA of one linear module, for rows [..., N, in] at their own depths, or all at one, such as a prompt's."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, depths: Depths):
         """a [depths, r, in], b [depths, out, r]."""
-        self.depths, self.rank = a.shape[:2]
-        self.each_a, self.each_b = a, b
-        self.a = a.flatten(0, 1).contiguous()  # [depths r, in]
-        self.b = b.transpose(1, 2).flatten(0, 1).T.contiguous()  # [out, depths r]
-        self.of_rows = depths
+        self.a, self.b, self.depths, self.of_rows = a, b, len(a), depths
+        down, up = (matrix.contiguous() for matrix in pack_depths(a, b))
+        self.down = partial(nn.functional.linear, weight=down)
+        self.ups = [(len(down), partial(nn.functional.linear, weight=up))]
+        self.column_depth = torch.arange(self.depths, device=a.device).repeat_interleave(a.shape[1])
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`out` [..., N, out] of the module for x [..., N, in], with what the LoRA adds; it may be overwritten."""
-        of = self.of_rows().clamp(max=self.depths - 1)
-        if len(of) == 1:
-            a, b = (each.index_select(0, of)[0] for each in (self.each_a, self.each_b))
-            add_product(out, nn.functional.linear(x, a), b)
+        """The module's output `out` [..., N, out] for x [..., N, in], with the LoRA added; it may be overwritten."""
+        depth = self.of_rows().clamp(max=self.depths - 1)
+        if len(depth) == 1:
+            add_lora(out, x, self.a, self.b, depth)
             return out
-        own = of[:, None] == torch.arange(self.depths, device=x.device)
-        inner = nn.functional.linear(x, self.a).unflatten(-1, (self.depths, self.rank))
-        return out + nn.functional.linear((inner * own[..., None]).flatten(-2), self.b)
+        return out + lora_by_depth(x, self.down, self.ups, depth, self.column_depth)[0]
 
 
 def relax_linear(
@@ -67,17 +84,16 @@ def relax_linear(
     `biases` [depths, out]: those that it has at every depth, if it has more than one."""
     change = RowFactors(factors.lora_A.detach(), factors.lora_B.detach(), depths)
     scale = None
-    if factors.dora_magnitude is not None:  # the lengths of the rows of W + B A, at every depth
-        whole = row(linear.weight).detach() + factors.lora_B.detach() @ factors.lora_A.detach()
-        scale = factors.dora_magnitude.detach() / torch.linalg.vector_norm(whole, dim=2)  # [depths, out]
+    if factors.dora_magnitude is not None:  # [depths, out]
+        values = (factors.lora_A, factors.lora_B, factors.dora_magnitude)
+        scale = dora_scale(row(linear.weight).detach(), *(value.detach() for value in values))
 
     def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         out = change(out, args[0])
         if scale is None:
             return out
         of = depths().clamp(max=len(scale) - 1)
-        bias = (0 if linear.bias is None else linear.bias) if biases is None else biases[of]
-        return (out - bias) * scale[of] + bias
+        return rescale(out, scale[of], linear.bias if biases is None else biases[of])
 
     linear.register_forward_hook(hook)
 

@@ -1,38 +1,52 @@
-"""The vLLM plugin. vLLM calls `register` in every process it starts, before it reads a model's config."""
+"""The vLLM plugin. vLLM calls `register` in every process it starts, before it reads a model's config.
 
-import os
+The only package that imports vLLM, and this file imports nothing until `register` is called. In reading order:
 
-SERVER = "LOOPWISE_SERVER"  # environment variable: process id of the `loopwise serve` that vLLM's processes belong to
+    arguments.py         every argument of vLLM's server: passed on, harmless or refused
+    argument_errors.py   wrong values of arguments, in one line with flag and rule
+    routes.py            every route of vLLM's HTTP server, in the same three groups
+    requests.py          every field of vLLM's requests, and checks of their values
+    validation.py        every request, validated before the engine gets it
+    layers.py            vLLM's decoder layers: how one is called, and copies with a KV cache of their own
+    lora.py              LoRA and DoRA by depth on vLLM's linear modules
+    relaxation.py        the tensors that a layer has for every depth
+    fixed/               the fixed engine: all requests at one depth
+    parts.py             the lane engine's view of vLLM's model, in pieces
+    sandwich.py          the sandwich architecture (Huginn, Ouro) on vLLM's Llama
+    model.py             RecurrentDepthForCausalLM, for both engines
+    attention.py         attention of lanes on vLLM's paged KV cache, by vLLM's backends
+    cpu_attention.py     the same by vLLM's CPU operations
+    triton_attention.py  the same by the engine's Triton kernels
+    sampling.py          vLLM's sampler, for lanes
+    output.py            the output of a step of lanes
+    arrivals.py          ends a running step early when a new request is waiting
+    scheduler.py         vLLM's scheduler, for steps that give a request several tokens
+    worker.py            vLLM's worker and model runner, around the lane engine
+    process.py           engine processes end with their server
+    announce.py          lines printed before the engine starts
+    startup.py           checks of memory, block size, cores and tokenizer before the engine starts
+    shutdown.py          open requests are drained, then aborted
+    metrics.py           Prometheus metrics of the lane engine
+    http.py              depth fields in HTTP requests, recurrences in their replies
+    launch.py            vLLM's server: its arguments, its start and its end
+"""
 
 
 def register() -> None:
-    """Make recurrent-depth checkpoints known to transformers' Auto classes and to vLLM. Safe to call again."""
+    """Register recurrent-depth models with transformers' Auto classes and with vLLM. Safe to call again.
+
+    Also makes vLLM validate their requests, and in a child of `loopwise serve` lets this process end with it.
+    """
     from vllm import ModelRegistry
 
     import loopwise.model  # noqa: F401  registers the config with AutoConfig
 
-    from .offered import check_requests
+    from .process import stop_with_server
+    from .validation import install_validation
 
-    check_requests()
+    install_validation()
 
     # By name: vLLM imports the class in the process that needs it, never here.
     ModelRegistry.register_model("RecurrentDepthForCausalLM", "loopwise.serve.vllm.model:RecurrentDepthForCausalLM")
     ModelRegistry.register_model("LoopwiseSandwichForCausalLM", "loopwise.serve.vllm.sandwich:SandwichForCausalLM")
-    if os.environ.get(SERVER) == str(os.getppid()):
-        _stop_with_server()
-
-
-def _stop_with_server() -> None:
-    """Let the server alone tell vLLM's engine process when to stop, and let the engine not outlive it.
-
-    Ctrl-C in a terminal reaches a whole process group, and vLLM's workers end on it at once: open requests would fail
-    instead of draining. Nor does the engine notice that a server was killed. Its workers notice that the engine ended.
-    """
-    import ctypes
-    import signal
-    import sys
-
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    stop_with_server()

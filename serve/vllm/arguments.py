@@ -1,8 +1,7 @@
-"""Every argument of vLLM's server, in one of four groups: an allow list, for arguments of later releases too.
+"""Every argument of vLLM's server in one of four groups: an allow list, for arguments of later releases too.
 
-Names are those of vLLM's parser; `config.field` is one field of an argument that is a whole config. An argument that
-stands in no group is refused, where it is set, until somebody tries it and gives it a place here. A test walks them.
-Imports nothing heavy.
+Names are those of vLLM's parser; `config.field` is one field of an argument that is a whole config. An argument in no
+group is refused where it is set, until somebody tries it and adds it here. A test walks them. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from ...errors import UserError
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a `text`."""
+    """The names in a `text`."""
     return frozenset(text.split())
 
 
-# Arguments of which every field has a group of its own; the others are taken as a whole.
+# Arguments whose fields each have a group; the others are classified as a whole.
 NESTED = ("attention_config", "structured_outputs_config")
 
-# Passed on: they reach the engine, and tests serve with them, on both engines.
+# Passed on: they reach the engine, and tests serve with them, in both engines.
 PASSED = names("""
     model model_tag config served_model_name dtype seed tokenizer tokenizer_mode tokenizer_revision trust_remote_code
     skip_tokenizer_init tokens_only max_model_len enforce_eager max_logprobs logprobs_mode logits_processors
@@ -39,13 +38,13 @@ PASSED = names("""
     structured_outputs_config.enable_in_reasoning
 """)
 
-# Passed on to the fixed engine, which is vLLM's own; the lane engine has no use for them.
+# Passed on to the fixed engine, which is vLLM's own; refused in the lane engine.
 COMPILES = "the lane engine compiles and records its own passes ('-- --enforce-eager' does without)"
 FIXED = dict.fromkeys(
     ["compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "optimization_level"], COMPILES
 )
 
-# Harmless: they do not touch how the engine computes. Why, group by group.
+# Harmless: they do not change what the engine computes. Each group has its reason.
 HARMLESS: dict[str, frozenset[str]] = {
     "the HTTP server's: where it listens, who may ask, what a reply looks like": names("""
         help host port uds shutdown_timeout api_key root_path middleware allow_credentials allowed_origins
@@ -78,7 +77,7 @@ HARMLESS: dict[str, frozenset[str]] = {
     """),
 }
 
-# Refused where they are set to another value than vLLM's default, with the reason.
+# Refused where they differ from vLLM's default. Each group has its reason.
 UNTRIED = "nobody has compared it with transformers yet"
 REFUSED: dict[str, frozenset[str]] = {
     "every recurrence would cross all stages; use --tensor-parallel-size": names("pipeline_parallel_size"),
@@ -177,7 +176,7 @@ REFUSED: dict[str, frozenset[str]] = {
 }
 REASONS = {name: reason for reason, group in REFUSED.items() for name in sorted(group)}
 
-# Passed on, or refused but harmless, at some values alone: name -> (these values, why no others). None always works.
+# Arguments that work at some values alone: name -> (these values, why no others). None always works.
 VALUES: dict[str, tuple[tuple, str]] = {
     "runner": (("auto", "generate"), "it generates text only"),
     "convert": (("auto", "none"), "it generates text only"),
@@ -191,7 +190,7 @@ VALUES: dict[str, tuple[tuple, str]] = {
     "api_server_count": ((1,), "one process serves it"),
 }
 
-# Variables of vLLM's environment that change what the engine does: (values that work, why no others do).
+# Environment variables of vLLM that change what the engine does: (values that work, why no others do).
 ENVIRONMENT: dict[str, tuple[tuple, str]] = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (("0", "false", "False"), "an adapter would have to know the depth"),
     "VLLM_BATCH_INVARIANT": (("0",), UNTRIED),
@@ -203,8 +202,7 @@ ENVIRONMENT: dict[str, tuple[tuple, str]] = {
     "VLLM_USE_SIMPLE_KV_OFFLOAD": (("0",), "no connector moves the keys and values of every depth"),
 }
 
-
-# Of a VllmConfig: argument -> (where its value stands, the value that says nothing).
+# Fields of a VllmConfig: argument -> (path of its value, the value that turns it off).
 CONFIG: dict[str, tuple[str, Any]] = {
     **{
         name: (f"parallel_config.{name}", 1)
@@ -241,7 +239,10 @@ CONFIG: dict[str, tuple[str, Any]] = {
 
 
 def group_of(name: str, lanes: bool) -> str | None:
-    """`passed`, `harmless` or `refused`: of argument `name`, in the lane engine or the fixed one; None: not known."""
+    """The group of argument `name`: `passed`, `harmless` or `refused`; None for an unknown one.
+
+    lanes: in the lane engine, otherwise in the fixed one.
+    """
     if name in PASSED or name in FIXED:
         return "refused" if lanes and name in FIXED else "passed"
     if any(name in group for group in HARMLESS.values()):
@@ -250,16 +251,16 @@ def group_of(name: str, lanes: bool) -> str | None:
 
 
 def parts(name: str, value: Any) -> dict[str, Any]:
-    """`value` of argument `name`, by the names that groups know it by."""
+    """The `value` of argument `name` by the names in the groups: its fields, where they have groups of their own."""
     if name not in NESTED or not dataclasses.is_dataclass(value):
         return {name: value}
     return {f"{name}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def check_arguments(values: dict[str, Any], defaults: dict[str, Any], lanes: bool) -> None:
-    """Raises UserError for the first of vLLM's `values`, by argument, that is not its default and does not fit.
+    """Raises UserError for the first of vLLM's `values`, by argument, that differs from its default and is refused.
 
-    defaults: what vLLM has where nobody says anything; a name that it lacks has no default. False for None is "off".
+    defaults: vLLM's; a name that it lacks has no default. False is the same as a default of None.
     """
     for argument, whole in values.items():
         usual = parts(argument, defaults.get(argument))
@@ -270,7 +271,7 @@ def check_arguments(values: dict[str, Any], defaults: dict[str, Any], lanes: boo
 
 
 def check_value(name: str, value: Any, lanes: bool) -> None:
-    """Raises UserError where argument `name` cannot have a `value` that is not vLLM's default."""
+    """Raises UserError where argument `name` cannot have this `value`, which is not vLLM's default."""
     accepted, why = VALUES.get(name, ((), ""))
     group = group_of(name, lanes)
     if value in accepted or (not why and group in ("passed", "harmless")):
@@ -280,7 +281,7 @@ def check_value(name: str, value: Any, lanes: bool) -> None:
 
 
 def check_environment(environment: Any) -> None:
-    """Raises UserError for a variable of vLLM's in `environment` with which a recurrent-depth model is not served."""
+    """Raises UserError for an environment variable of vLLM with a value that a recurrent-depth model cannot have."""
     for name, (accepted, why) in ENVIRONMENT.items():
         if (value := environment.get(name)) and value not in accepted:
             raise UserError(f"{name}={value} does not fit a recurrent-depth model: {why}")
@@ -290,14 +291,14 @@ def check_environment(environment: Any) -> None:
 
 
 def refuse(flags: dict[str, Any]) -> None:
-    """Raises UserError for the first of `flags`, vLLM's arguments by name, that does not fit; None says nothing."""
+    """Raises UserError for the first of `flags`, vLLM's arguments by name, that is refused; None counts as not set."""
     for name, value in flags.items():
         if value is not None:
             check_value(name, value, lanes=True)
 
 
 def check_vllm_config(config: Any, lanes: bool) -> None:
-    """The refusals for a VllmConfig: for those who start vLLM themselves, and for what the checkpoint brings along."""
+    """Raises UserError for a refused value in a VllmConfig: started without `loopwise serve`, or from a checkpoint."""
     for name, (path, usual) in CONFIG.items():
         value = config
         for part in path.split("."):
@@ -307,6 +308,7 @@ def check_vllm_config(config: Any, lanes: bool) -> None:
 
 
 def flag(name: str, value: Any) -> str:
+    """Argument `name` with its `value`, as on a command line."""
     shown = "" if value is True else f" {value}" if isinstance(value, str | int | float) else ""
     flag = "--" + name.replace("_", "-")
     return f"--no-{flag.removeprefix('--')}" if value is False else flag + shown

@@ -1,8 +1,8 @@
-"""A word to the worker while a step runs: a request has come, and waits for the step to end.
+"""Lets a running step end early when a new request is waiting.
 
-A step of lanes has several ticks, as what lies between two steps takes longer than what lies between two ticks, and
-whoever comes meanwhile would wait for all of them. vLLM's engine process hears of a request in a thread of its own,
-while it waits for the worker; the worker asks after every tick.
+A step of lanes has several ticks, because the work between two steps takes longer than that between two ticks. A new
+request would wait for all of them. vLLM's engine process receives requests in a thread of its own while it waits for
+the worker; the worker asks for new ones after every tick.
 """
 
 from __future__ import annotations
@@ -15,49 +15,52 @@ ARRIVALS = "LOOPWISE_ARRIVALS"  # environment variable: the file that processes 
 
 
 def share() -> str:
-    """A file of this process for `arrivals`, which is there as long as the process is. Returns its name."""
+    """Make the file that `arrivals` shares. It exists as long as this process. Returns its name."""
     number = os.memfd_create("loopwise-arrivals")
     os.ftruncate(number, 16)
     return f"/proc/{os.getpid()}/fd/{number}"
 
 
 class Arrivals:
-    """How many requests have come, and how many of them had when the scheduler made the step that runs."""
+    """The number of requests received, and their number when the scheduler made the running step; in shared memory."""
 
     def __init__(self, name: str):
         with open(name, "r+b") as file:
             self._numbers = memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
 
-    def come(self) -> None:
+    def add(self) -> None:
+        """Count a request."""
         self._numbers[0] += 1
 
-    def begin_step(self) -> None:
+    def start_step(self) -> None:
+        """The scheduler makes a step: no request waits for the one before."""
         self._numbers[1] = self._numbers[0]
 
     def waiting(self) -> bool:
+        """True where a request has arrived since the scheduler made the running step."""
         return self._numbers[0] != self._numbers[1]
 
 
 @functools.cache
 def arrivals() -> Arrivals | None:
-    """Of the server that this process belongs to; None without one."""
+    """The arrivals of the server that this process belongs to; None without one."""
     name = os.environ.get(ARRIVALS)
     return Arrivals(name) if name else None
 
 
 @functools.cache
 def count_arrivals() -> None:
-    """Let vLLM's engine, in this process, tell of every request as soon as it hears of it."""
+    """Wrap vLLM's engine, in this process, so that it counts every request when it receives it."""
     from vllm.v1.engine.core import EngineCore
 
-    heard, shared = EngineCore.preprocess_add_request, arrivals()
+    original, shared = EngineCore.preprocess_add_request, arrivals()
     if shared is None:
         return
 
-    @functools.wraps(heard)
+    @functools.wraps(original)
     def preprocess_add_request(self, request):
-        made = heard(self, request)
-        shared.come()
+        made = original(self, request)
+        shared.add()
         return made
 
     EngineCore.preprocess_add_request = preprocess_add_request

@@ -1,8 +1,8 @@
 """Attention of lanes on vLLM's paged KV cache, by whichever of vLLM's attention backends the platform has.
 
-vLLM puts the caches of all layers of a group into one allocation. Core layer l at depth d is therefore, block by block,
-a constant distance behind the same layer at depth 0, and one block table a request, shifted for each row, serves every
-depth: each (request, depth) is a sequence of its own to the backend.
+vLLM puts the caches of all layers of a group into one allocation. So the blocks of core layer l at depth d lie a
+constant distance behind those at depth 0. One block table per request, shifted for each row, serves every depth: to the
+backend, each (request, depth) is a sequence.
 Shapes: N rows, H query heads, K key-value heads, C head size, M runs of rows.
 """
 
@@ -20,9 +20,11 @@ from ..engine.compiled import ALONE, compiled
 
 
 class Plan(NamedTuple):
-    """Of one call's rows: the backend's metadata, the place in the cache of each row [N], and what each writes [N]
-    (below 0: nothing). `kept` [core layers, 2, N, K, C]: the keys and values that they were given, if `fill` may want
-    them."""
+    """The plan of one call's rows.
+
+    metadata: the backend's.   place [N]: each row's in the cache.   write [N]: the place that it writes; below 0: none.
+    kept [core layers, 2, N, K, C]: the rows' keys and values, where `fill` may copy them; None elsewhere.
+    """
 
     metadata: Any
     place: torch.Tensor
@@ -31,8 +33,12 @@ class Plan(NamedTuple):
 
 
 class PagedAttention:
-    """The engine's Attention over `caches`: vLLM's layers by the engine's number, each by slot; the first `outer` are
-    prelude and coda. `builder` makes the backend's metadata. `compile`: places are computed by compiled code."""
+    """The engine's Attention over vLLM's cache.
+
+    caches: vLLM's layers by layer number and slot; the first `outer` are prelude and coda.
+    builder: makes the backend's metadata.   compile: compute places by compiled code.
+    Raises ValueError where vLLM has placed caches in another way.
+    """
 
     def __init__(self, caches: list[list[Layer]], outer: int, block_size: int, builder: Any, compile: bool = False):
         shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for slots in caches for layer in slots}
@@ -58,11 +64,12 @@ class PagedAttention:
         self.current: Plan | None = None
 
     def plan(self, rows: Rows) -> Plan:
+        """The plan for a call with these rows, which also becomes `current`. A moved plan is changed in place."""
         if rows.moved and self._moves(*rows.moved):
             self.current = plan = rows.moved[0]._replace(kept=self._room(rows))
             return plan
         request, position = rows.request, rows.position
-        if self.tables is not rows.tables:  # compiled code keeps those that it was compiled with
+        if self.tables is not rows.tables:  # compiled code keeps the tables of its first call
             self.tables, self.located = rows.tables, compiled(located, **ALONE) if self.compile else located
         place, shift, seen = self.located(self, request, position, rows.slot)
         write = place if rows.write is None else torch.where(rows.write, place, -1)
@@ -95,6 +102,7 @@ class PagedAttention:
         return self.current
 
     def _room(self, rows: Rows) -> torch.Tensor | None:
+        """Memory for `Plan.kept`."""
         if not rows.fills:
             return None
         of = self.layers[-1]
@@ -102,10 +110,10 @@ class PagedAttention:
         return torch.empty(shape, dtype=of.dtype, device=rows.position.device)
 
     def _moves(self, plan: Plan, slots: int) -> bool:
-        """Move a plan so many slots further on, if the backend keeps the tensors that it was given."""
+        """Move a plan by so many slots, in place. Returns False where the backend does not keep its tensors."""
         shift = slots * self.stride
         tables, write = (getattr(plan.metadata, name, None) for name in ("block_table", "slot_mapping"))
-        if tables is None or write is not plan.place:  # or one that does not write everything
+        if tables is None or write is not plan.place:  # or a plan of rows that do not all write
             return False
         if shift:
             tables += shift
@@ -113,7 +121,7 @@ class PagedAttention:
         return True
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
-        """`facts` are known to vLLM's layer."""
+        """Write k, v [N, K, C] and attend: q [N, H, C] -> [N, H, C]. `facts` are unused: vLLM's layer has them."""
         plan = self.current
         assert plan is not None, "attention before a plan"
         if plan.kept is not None and layer >= self.outer:  # a copy, as compiled code writes over k and v
@@ -124,24 +132,28 @@ class PagedAttention:
         return self.read(layer, q, k, v, plan.metadata)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
-        """Keys and values [n, K, C] to places [n] of a layer's cache; of layer -1, to those of all core layers'."""
+        """Write keys and values [n, K, C] to places [n] of a layer's cache; layer -1: of all core layers as one."""
         of, cache = self.layers[layer], self.core if layer < 0 else self.caches[layer]
         of.impl.do_kv_cache_update(of, k, v, cache, where)
 
     def read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: Any) -> torch.Tensor:
-        """What queries [N, H, C] see in a layer's cache [N, H, C], which has their own keys and values, too."""
+        """Attention of queries [N, H, C] over a layer's cache, which holds their own k, v already. -> [N, H, C]"""
         of, out = self.layers[layer], q.new_empty(q.shape)
         of.impl.forward(of, q, k, v, self.caches[layer], metadata, out)
         return out
 
     def fill(self, plan: Plan, empty: torch.Tensor, count: int | None = None) -> None:
-        """Through the kernel that writes the cache: some pack keys within a block, so places cannot be copied. All
-        layers at once, as their caches are equally far apart, too."""
-        assert plan.kept is not None, "rows that fills were not announced for"
+        """Write a plan's keys and values to the `empty` [N] slots behind each row's; `count`: their sum, if known.
+
+        By the kernel that writes the cache: some backends pack keys within a block, so places cannot be copied. All
+        layers are written at once, as their caches are equally far apart.
+        """
+        assert plan.kept is not None, "fill of rows that were planned without"
         every = torch.arange(int(empty.sum()) if count is None else count, device=empty.device)
         self.write(-1, *self.filled(self, plan.place, empty, every, plan.kept.flatten(0, 2)))
 
     def clean(self, table: torch.Tensor) -> None:
+        """Clear NaNs in the blocks of `table`, at all slots of all layers."""
         for cache, slots in zip(self.caches, self.slots, strict=True):
             clean(cache, table * self.scale, [slot * self.stride for slot in range(slots)])
 
@@ -149,7 +161,7 @@ class PagedAttention:
 def located(
     attention: PagedAttention, request: torch.Tensor, position: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of rows [N]: their place in a cache, how many blocks further on their slot is, how many positions they see."""
+    """For rows [N]: their place in a cache, their slot's distance in blocks, and the number of positions they see."""
     size, shift = attention.block_size, slot * attention.stride
     assert attention.tables is not None
     block = attention.tables[request, position // size].long() * attention.scale + shift
@@ -159,8 +171,10 @@ def located(
 def filled(
     attention: PagedAttention, place: torch.Tensor, empty: torch.Tensor, every: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of rows at places [N] with `empty` [N] slots behind each, `every` [M] of them: keys and values [L M, K, C], and
-    where they go [L M], for the L core layers; from `kept` [L 2 N, K, C]."""
+    """For rows at places [N] with `empty` [N] slots behind each: keys and values [L M, K, C], and their places [L M].
+
+    L core layers, M empty slots in all: `every` [M] numbers them. kept [L 2 N, K, C]: keys and values of the rows.
+    """
     source, further = slots_after(empty, every)
     blocks = attention.layer_shift + further * attention.stride
     layers = torch.arange(len(attention.layer_shift), device=place.device)[:, None] * 2
@@ -169,8 +183,10 @@ def filled(
 
 
 class Whole(NamedTuple):
-    """The cache of one layer from its first slot to its last, as one tensor of blocks: a block of vLLM's table is block
-    `scale` b of it, and the next slot's is `stride` blocks further on."""
+    """The cache of one layer from its first slot to its last, as one tensor of blocks.
+
+    Block b of vLLM's table is block `scale` * b here. The same block of the next slot lies `stride` blocks behind.
+    """
 
     blocks: torch.Tensor
     stride: int

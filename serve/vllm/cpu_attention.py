@@ -1,5 +1,7 @@
-"""vLLM's attention on CPUs, by its operations themselves: what its backend does in Python around them, in every layer
-of every pass, takes a sixth of a small pass's attention."""
+"""Attention of lanes on CPUs by vLLM's operations, without its backend.
+
+The Python of the backend around them, in every layer of every pass, takes a sixth of a small pass's attention.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from .attention import PagedAttention
 
 
 class Facts(NamedTuple):
-    """Of a layer: its keys and values in the cache, and what the operations are told beside the rows."""
+    """The arguments of the operations that do not depend on the rows, for one layer."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -27,7 +29,7 @@ class Facts(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any, cache: torch.Tensor) -> Facts:
-        """As vLLM's backend has them, for `cache` [blocks, K, block size, 2 C]."""
+        """The values of vLLM's backend, for `cache` [blocks, K, block size, 2 C]."""
         blocks, heads, size, _ = cache.shape
         keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
         of, kind = layer.impl, (layer._k_scale_float, layer._v_scale_float, layer.impl.kv_cache_dtype)
@@ -37,11 +39,15 @@ class Facts(NamedTuple):
 
 
 class PagedCPU(PagedAttention):
+    """PagedAttention by vLLM's CPU operations."""
+
     def __init__(self, caches: list[list[Layer]], *args: Any):
         """Raises ValueError for layers that attend by another backend."""
         super().__init__(caches, *args)
         if others := {type(layer.impl) for layer in self.layers} - {CPUAttentionBackendImpl}:
-            raise ValueError(f"layers that attend by {others}: on a CPU, lanes know {CPUAttentionBackendImpl.__name__}")
+            raise ValueError(
+                f"layers with attention by {others}: on a CPU, lanes need {CPUAttentionBackendImpl.__name__}"
+            )
         ops = torch.ops._C
         self.update, self.attend = ops.cpu_attn_reshape_and_cache.default, ops.cpu_attention_with_kv_cache.default
         of = [*self.layers, self.layers[-1]], [*self.caches, self.core]

@@ -14,10 +14,10 @@ from typing import Any
 
 from ..api.fields import FIELDS, FieldError, parse_body, take_fields
 from ..api.validation import validate_fields
-from .ending import GRACE, Ending
-from .offered import check_request, offered
-from .requests import check_beams, check_body
+from .requests import validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
+from .shutdown import GRACE, Ending
+from .validation import served_limits, validate_request
 
 SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
 
@@ -97,14 +97,14 @@ class DepthFields:
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):
             return await self.app(scope, _replay(body, receive), send)
-        limits = offered(scope["app"].state.engine_client.vllm_config)
+        limits = served_limits(scope["app"].state.engine_client.vllm_config)
         try:
-            check_body(fields, _known(path))
+            validate_body(fields, _known(path))
             if not GENERATION[path]:
                 _check_without(path, fields)
                 return await self.app(scope, _replay(body, receive), send)
             values = validate_fields(take_fields(fields, _known(path)), limits)
-            check_beams(fields, values)
+            validate_beam_search(fields, values)
         except FieldError as error:
             return await _refuse(400, "BadRequestError", str(error), error.field, send)
         spent = Spent(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
@@ -195,7 +195,7 @@ def install(metrics: Callable | None) -> Ending:
         app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
-        check_request(sampling_params, self.vllm_config, prompt)
+        validate_request(sampling_params, self.vllm_config, prompt)
         spent = SPENT.get() or Spent(None, False)  # no reply shows the field that the work travels in
         return spent.follow(generate(self, prompt, sampling_params, request_id, **kwargs))
 

@@ -22,18 +22,18 @@ from ..api.limits import check_depth
 from ..checkpoint import Facts, load_tokenizer
 from ..defaults import Defaults
 from ..recipe import ServeRecipe
-from . import SERVER
+from .argument_errors import check_values, explained, parsed
 from .arguments import check_arguments
 from .arrivals import ARRIVALS, share
-from .explained import check_values, explained, parsed
+from .process import SERVER
 from .startup import (
     SPACE,
+    apply_generation_config,
     check_block_size,
     check_memory,
     compare_vocabularies,
     lacks_compiler,
     share_cores,
-    take_generation_config,
 )
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
@@ -70,7 +70,7 @@ def parse_arguments(
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(args.tensor_parallel_size))
     check_arguments({n: v for n, v in vars(args).items() if n not in lanes}, vllm_defaults, bool(lanes))
     check_values(given)
-    take_generation_config(args)
+    apply_generation_config(args)
     if current_platform.is_cpu() and args.block_size is not None:
         check_block_size(args.block_size)
     try:
@@ -231,9 +231,9 @@ async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    from .announce import announce_at_start
     from .http import install
     from .metrics import DepthMetrics
-    from .starting import say_first
 
     def stop(number, frame):
         # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
@@ -241,7 +241,7 @@ async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
     ending = install(metrics)
-    say_first(lines)
+    announce_at_start(lines)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server installs handlers that drain
         signal.signal(number, stop)

@@ -25,15 +25,19 @@ from ..completeness import Completeness
 from ..engine.kv import policy_of
 from .arguments import check_vllm_config
 from .fixed.recurrence import Recurrence, input_of
+from .fixed.relaxation import relax_copy
 from .parts import VllmParts
 from .relaxation import Relaxation
 
 
 class RecurrentDepthForCausalLM(nn.Module):
-    """Embeddings, norm, head and logits are vLLM's model of the source.
+    """Embeddings, final norm, head and logits are those of vLLM's model of the source.
 
-    In the lane engine its layers are the engine's (`parts`). Else they run as a `Recurrence`, at a depth that is fixed
-    at start-up: `num_recurrences` of the config, which `--hf-overrides` can replace.
+    In the lane engine the engine runs its layers (`parts`). In the fixed engine a `Recurrence` does, at one depth:
+    `num_recurrences` of the config, which `--hf-overrides` can replace.
+
+    Raises UserError for a config or vLLM settings that cannot be served, ValueError for vLLM layers that differ from
+    the source's.
     """
 
     source: Any  # vLLM's model, of whichever class
@@ -50,7 +54,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
-        if unique.model_type in _CONFIG_REGISTRY:  # vLLM reads it into a class of its own (0.31: nemotron)
+        if unique.model_type in _CONFIG_REGISTRY:  # vLLM has its own config class (0.31: nemotron)
             unique = _CONFIG_REGISTRY[unique.model_type].from_dict(unique.to_dict())
         inner = vllm_config.with_hf_config(unique, architectures=[vllm_architecture(unique.model_type)])
         inner.model_config.hf_text_config = inner.model_config.hf_config
@@ -63,7 +67,7 @@ class RecurrentDepthForCausalLM(nn.Module):
             self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         if config.router:
             self.router = Router(config.hidden_size, config.router)
-        if config.exit_gate:  # which this model never asks: its depth is fixed
+        if config.exit_gate:  # the fixed engine loads it, and never uses it
             self.exit_gate = nn.Linear(config.hidden_size, 1)
         core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
         self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
@@ -75,24 +79,25 @@ class RecurrentDepthForCausalLM(nn.Module):
         self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, self._norm(), context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
-                relaxation.at(layer, depth)
+                relax_copy(relaxation, layer, depth)
         for layer in layers[:-1]:
             layer.forward = input_of(layer)
         layers[-1].forward = self.recurrence.forward
 
     @property
     def final_norm(self) -> nn.Module:
-        """The source's."""
+        """The final norm of vLLM's model of the source."""
         return self.source.get_submodule("model.norm")
 
     def _norm(self) -> nn.Module | None:
-        """What stands between recurrences, or after the last."""
+        """The norm that `recurrence_norm` of the config names; None without one."""
         kind = self.config.recurrence_norm
         if kind == "none":
             return None
         return self.recurrence_norm if kind == "each" else self.final_norm
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [N] -> [N, D]."""
         return self.source.embed_input_ids(input_ids)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
@@ -102,17 +107,21 @@ class RecurrentDepthForCausalLM(nn.Module):
         return self.source.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a recurrent-depth checkpoint. Raises ValueError where it is incomplete or holds something else."""
+        """Load a recurrent-depth checkpoint. Returns the names of the parameters that it filled.
+
+        Raises ValueError for missing or unexpected tensors, for tensors that vLLM's implementation ignores, and for
+        parameters that the checkpoint does not fill.
+        """
         loaded: set[str] = set()
         completeness = Completeness(self.config)
 
-        def of_source():
+        def source_weights():
             for name, tensor in weights:
                 tensor = completeness.watch(name, tensor)
                 part, _, rest = name.partition(".")
                 if part in ("injection", "recurrence_norm", "exit_gate", "router"):
-                    own = self.router.bias if name == "router.bias" else self.get_parameter(name)
-                    default_weight_loader(own, tensor)
+                    target = self.router.bias if name == "router.bias" else self.get_parameter(name)
+                    default_weight_loader(target, tensor)
                     loaded.add(name)
                 elif part == "relaxation":
                     number, _, rest = rest.partition(".")
@@ -120,8 +129,8 @@ class RecurrentDepthForCausalLM(nn.Module):
                 else:
                     yield source_name(name, self.config, self.layers_name), tensor
 
-        loaded.update(f"source.{name}" for name in self.source.load_weights(of_source()))
-        completeness.check()
+        loaded.update(f"source.{name}" for name in self.source.load_weights(source_weights()))
+        completeness.check_complete()
         completeness.check_read()
         for number, relaxation in enumerate(cast(Iterable[Relaxation], self.relaxation)):
             relaxation.finish()
@@ -135,9 +144,10 @@ class RecurrentDepthForCausalLM(nn.Module):
 
 
 def source_name(name: str, config: RecurrentDepthConfig, layers: str) -> str:
-    """Checkpoint tensor `name` as the source architecture calls it; its list of layers stands at `layers`.
+    """The source architecture's name for checkpoint tensor `name`. `layers`: the name of its list of layers.
 
-    The source has as many layers as the checkpoint has sets of weights: prelude, core, coda in this order.
+    The source has as many layers as the checkpoint has sets of weights: prelude, core, coda in this order. Raises
+    ValueError for a tensor of another part.
     """
     part, _, rest = name.partition(".")
     start = {"prelude": 0, "core": len(config.prelude), "coda": len(config.prelude) + len(config.core)}
@@ -150,7 +160,8 @@ def source_name(name: str, config: RecurrentDepthConfig, layers: str) -> str:
 
 
 def layer_list_name(model: nn.Module, count: int) -> str:
-    """Dotted name of the list of `count` layers inside vLLM's model, e.g. `model.layers`."""
+    """Dotted name of the list of `count` layers inside vLLM's model, such as `model.layers`. Raises ValueError without
+    one."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not names:
         raise ValueError(f"vLLM's {type(model).__name__} has no list of {count} layers")
@@ -158,7 +169,7 @@ def layer_list_name(model: nn.Module, count: int) -> str:
 
 
 def check_windows(layers: list[nn.Module], config) -> None:
-    """Raises ValueError where vLLM's layers do not attend through the window that the source config gives them."""
+    """Raises ValueError where the sliding window of one of vLLM's layers differs from the source config's."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
     for number, (layer, kind) in enumerate(zip(layers, types, strict=True)):
@@ -167,5 +178,5 @@ def check_windows(layers: list[nn.Module], config) -> None:
             if attention.sliding_window != want:
                 raise ValueError(
                     f"vLLM's {type(layer).__name__} {number} has a sliding window of {attention.sliding_window}, "
-                    f"the source config says {want}"
+                    f"the source config has {want}"
                 )

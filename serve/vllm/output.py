@@ -1,4 +1,4 @@
-"""What a lane step tells the scheduler beside vLLM's own output."""
+"""The output of a step of lanes: vLLM's, and the work of each token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 @dataclass
 class LaneOutput(ModelRunnerOutput):
-    """`work`: of each token of each request, as `sampled_token_ids` has them, its recurrences, and the passes of the
-    core and the lanes in them that the request has had by then since its prompt."""
+    """work: for each token in `sampled_token_ids` three numbers: its recurrences, then the request's passes of the core
+    and the lanes in them, both counted since its prompt."""
 
     work: list[list[tuple[int, int, int]]] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""Every field of vLLM's requests, in two groups: an allow list, for fields of later releases too.
+"""Every field of vLLM's requests in two groups: an allow list, for fields of later releases too.
 
 `SAMPLING` and `REFUSED_SAMPLING` are fields of `SamplingParams`; `BODY` and `REFUSED_BODY` are fields of HTTP bodies. A
-field that stands in no group is refused, where it is set, until somebody tries it and gives it a place here. Tests walk
-them. Imports nothing heavy.
+field in no group is refused where it is set, until somebody tries it and adds it here. Tests walk them. Imports nothing
+heavy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BODY = names("""
     background store previous_response_id previous_input_messages enable_response_messages
 """)
 
-# name -> (values that say nothing, why no others do); None says nothing anywhere.
+# name -> (values that turn the field off, why no others work); None turns every field off.
 CONNECTOR = "no connector moves the keys and values of every depth"
 TEXT = "this model reads text only"
 REFUSED_SAMPLING: dict[str, tuple[tuple, str]] = {
@@ -59,22 +59,22 @@ REFUSED_BODY: dict[str, tuple[tuple, str]] = {
     "media_io_kwargs": (({},), TEXT),
     "mm_processor_kwargs": (({},), TEXT),
 }
-# Fields of a body that vLLM's beam search does not read: the values that say nothing.
+# Fields of a body that vLLM's beam search ignores: the values that turn them off.
 UNREAD_BY_BEAMS: dict[str, tuple] = {
     "stop": ([], ""), "stop_token_ids": ([],), "logit_bias": ({},), "allowed_token_ids": ([],), "bad_words": ([],),
     "min_tokens": (0,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "seed": (),
     "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_detection": (),
     "structured_outputs": (), "response_format": ({"type": "text"},),
 }  # fmt: skip
-SMALLEST, LARGEST = -(2**63), 2**64 - 1  # whole numbers that a message between vLLM's processes can hold
-OBJECTS = ("structured_outputs",)  # which vLLM looks into before it checks that they are objects
+SMALLEST, LARGEST = -(2**63), 2**64 - 1  # integers that a message between vLLM's processes can hold
+OBJECTS = ("structured_outputs",)  # vLLM reads their keys before it checks that they are objects
 UNKNOWN = "it is not known to work with Loopwise yet"
 
 
-def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises FieldError for a field of `body` that this server cannot follow; `known` are those that vLLM reads.
+def validate_body(body: dict[str, Any], known: Iterable[str]) -> None:
+    """Raises FieldError for a field of `body` that is refused. `known`: the fields that vLLM reads.
 
-    And for values at which vLLM fails with status 500: what its messages cannot hold, and parts that are no objects.
+    Also for values at which vLLM fails with status 500: those that its messages cannot hold, and wrong objects.
     """
     for name, value in body.items():
         _check_holdable(name, value)
@@ -89,7 +89,7 @@ def check_body(body: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def _check_named(tools: Any) -> None:
-    """Raises FieldError for one of `tools` that is no function with a name: vLLM looks for the chosen one there."""
+    """Raises FieldError for one of `tools` that is no function with a name: vLLM searches them for the chosen one."""
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or "name" not in function:
@@ -97,7 +97,7 @@ def _check_named(tools: Any) -> None:
 
 
 def _check_holdable(name: str, value: Any) -> None:
-    """Raises FieldError for a number of more than 64 bits, and for half a surrogate, anywhere in the field `name`."""
+    """Raises FieldError for an integer of more than 64 bits, or half a surrogate, anywhere in the field `name`."""
     parts = [value]
     while parts:
         part = parts.pop()
@@ -114,9 +114,9 @@ def _check_holdable(name: str, value: Any) -> None:
                 raise FieldError(name, f"{name} is not text: half a surrogate at {error.start}") from None
 
 
-def check_beams(body: dict[str, Any], depth: Iterable[str]) -> None:
-    """Raises FieldError for a field of a `body` with use_beam_search that beam search would ignore, one of the fields
-    of `depth` in it among them."""
+def validate_beam_search(body: dict[str, Any], depth: Iterable[str]) -> None:
+    """Raises FieldError for a field of a `body` with use_beam_search that beam search ignores, and for one of `depth`,
+    the depth fields in it."""
     if not body.get("use_beam_search"):
         return
     for name in depth:
@@ -127,8 +127,8 @@ def check_beams(body: dict[str, Any], depth: Iterable[str]) -> None:
             raise FieldError(name, f"{name}={value!r:.60}: cannot be given with use_beam_search, which ignores it")
 
 
-def check_sampling(params: Any, usual: Any) -> None:
-    """Raises FieldError for a field of vLLM's sampling `params` that no engine follows; `usual` has all defaults."""
+def validate_sampling(params: Any, usual: Any) -> None:
+    """Raises FieldError for a field of vLLM's sampling `params` that is refused. `usual`: params with all defaults."""
     for name in type(usual).__struct_fields__:
         if name not in SAMPLING and (value := getattr(params, name, None)) != getattr(usual, name):
             _refuse(name, value, *REFUSED_SAMPLING.get(name, ((), UNKNOWN)))
@@ -136,9 +136,11 @@ def check_sampling(params: Any, usual: Any) -> None:
         _refuse(name, (getattr(params, "extra_args", None) or {}).get(name), (), CONNECTOR)
 
 
-def check_tokens(named: dict[str, Iterable[int] | None], count: int) -> None:
-    """Raises FieldError for a token id, of those that fields have `named`, beyond a vocabulary of `count` tokens: there
-    is no embedding for it, and no probability."""
+def validate_tokens(named: dict[str, Iterable[int] | None], count: int) -> None:
+    """Raises FieldError for a token id in `named`, ids by field, beyond a vocabulary of `count` tokens.
+
+    Such a token has no embedding, and no probability.
+    """
     for name, tokens in named.items():
         for token in tokens or ():
             if not 0 <= token < count:
@@ -148,7 +150,7 @@ def check_tokens(named: dict[str, Iterable[int] | None], count: int) -> None:
 
 
 def tokens_of(params: Any) -> dict[str, Iterable[int] | None]:
-    """The token ids that vLLM's sampling `params` name, by field."""
+    """The token ids in vLLM's sampling `params`, by field."""
     fields = ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids")
     words = getattr(params, "_bad_words_token_ids", None) or ()
     return {

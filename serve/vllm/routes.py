@@ -1,7 +1,7 @@
-"""Every route of vLLM's HTTP server, in one of three groups: an allow list, for routes of later releases too.
+"""Every route of vLLM's HTTP server in one of three groups: an allow list, for routes of later releases too.
 
-A test builds vLLM's application with all of its routes and walks them: a route of a new release fails it, until
-somebody tries the route and gives it a place here. Imports nothing heavy.
+A test builds vLLM's application and walks its routes. One of a new release fails it, until somebody tries the route and
+adds it here. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .arguments import UNTRIED, names
 COMPLETION = ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest")
 CHAT = ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
 
-# They generate: what a body may be. Those at the end have no place for depth.
+# Routes that generate, and the classes of their bodies. Those at the end have no fields for depth.
 GENERATION: dict[str, tuple[tuple[str, str], ...]] = {
     "/v1/completions": (COMPLETION,),
     "/v1/chat/completions": (CHAT,),
@@ -25,7 +25,7 @@ GENERATION: dict[str, tuple[tuple[str, str], ...]] = {
     "/cohere/v2/chat": (),
 }
 
-# They do not run the model, or only read what it has done.
+# Routes that do not run the model, or only read its results.
 HARMLESS = names("""
     / /openapi.json /docs /docs/oauth2-redirect /redoc /static /health /ping /load /version /metrics /kv_event_sources
     /v1/models /tokenize /detokenize /tokenizer_info /v1/messages/count_tokens
@@ -36,7 +36,7 @@ HARMLESS = names("""
     /is_sleeping /is_paused /is_scaling_elastic_ep /weight_info /get_world_size
 """)
 
-# Answered with 400: why. All but the first group are there with VLLM_SERVER_DEV_MODE=1 alone.
+# Routes answered with 400, by reason. All but the first group exist with VLLM_SERVER_DEV_MODE=1 alone.
 REFUSED: dict[str, str] = {
     route: reason
     for reason, routes in {

@@ -26,7 +26,7 @@ class SandwichLayer(LlamaDecoderLayer):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [N, D], complete: the residual, which Llama's layers hand on, is always None."""
+        """hidden_states [N, D] -> (hidden_states, None): the residual of Llama's layers is folded in already."""
         attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(hidden_states))
         x = self._join(hidden_states, attended, self.post_attention_layernorm)
         return self._join(x, self.mlp(self.pre_feedforward_layernorm(x)), self.post_feedforward_layernorm), None
@@ -39,13 +39,15 @@ class SandwichLayer(LlamaDecoderLayer):
     dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0},
 )
 class SandwichModel(LlamaModel):
-    """The recurrence runs in place of its layers, and gives its end a residual (see recurrence.py)."""
+    """Llama's model with scaled embeddings. The recurrence in place of its layers returns a residual for its norm."""
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids) * self.config.embedding_scale
 
 
 class SandwichForCausalLM(LlamaForCausalLM):
+    """vLLM's Llama with sandwich layers; its checkpoints have no bias of values."""
+
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SandwichLayer)
 
@@ -56,7 +58,7 @@ class SandwichForCausalLM(LlamaForCausalLM):
         return super().load_weights(self._with_value_bias(weights))
 
     def _with_value_bias(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        """vLLM's queries, keys and values have a bias together; values have none here."""
+        """`weights`, with a zero bias of values: vLLM's fused module has one bias for queries, keys and values."""
         for name, tensor in weights:
             yield name, tensor
             if name.endswith("k_proj.bias") and not self.config.attention_bias:

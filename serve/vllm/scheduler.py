@@ -1,9 +1,12 @@
-"""vLLM's scheduler, taught that one engine step gives a request 0 to `ticks` tokens.
+"""vLLM's scheduler, for engine steps that give a request 0 to `ticks` tokens.
 
-What stays vLLM's: a request that decodes is scheduled with one token a step, blocks are allocated some tokens ahead,
-and `update_from_output` accepts ragged lists of tokens and cuts them at a stop. What changes: positions count as
-computed once their token is there, a block is published to the prefix cache only once every depth of its positions is
-written, requests whose prompts leave other keys and values do not share them, and the output says how deep tokens went.
+As in vLLM, a request that decodes is scheduled with one token a step, blocks are allocated some tokens ahead, and
+`update_from_output` accepts ragged lists of tokens and cuts them at a stop. Four things differ:
+
+- Positions count as computed once their token is there.
+- A block is published to the prefix cache only once every depth of its positions is written.
+- Requests whose prompts leave different keys and values do not share blocks.
+- The output carries the depths of tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from .output import LaneOutput
 
 
 class LaneScheduler(Scheduler):
+    """vLLM's scheduler for the lane engine. Raises ValueError for settings that the KV policy excludes."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.scheduler_config.async_scheduling:
-            raise ValueError("async_scheduling: how many tokens a step of lanes gives is not known beforehand")
+            raise ValueError("async_scheduling: the number of tokens of a step of lanes is not known beforehand")
         self.config = config = self.vllm_config.model_config.hf_config
         self.policy_of_cache = policy = policy_of(config)
         chunked = self.scheduler_config.enable_chunked_prefill or self.cache_config.enable_prefix_caching
@@ -41,7 +46,9 @@ class LaneScheduler(Scheduler):
             )
         self.lanes = LaneConfig.of(self.vllm_config)
         count_arrivals()
-        self.longest = max(self.lanes.ticks, config.max_recurrences) + 1  # ticks of a step: prompts run to their end
+        self.longest = (
+            max(self.lanes.ticks, config.max_recurrences) + 1
+        )  # most ticks of a step: prompts run to their end
         self.num_lookahead_tokens = self.longest
         self.depths: dict[str, Depth] = {}
         self.decoders: dict[str, Decoder] = {}
@@ -50,7 +57,7 @@ class LaneScheduler(Scheduler):
         def allocate_slots(request: Request, *args, **kwargs):
             decoder = self.decoders[request.request_id]
             kwargs["num_lookahead_tokens"] = decoder.ahead(self.longest, self.lanes.wave)
-            # vLLM publishes blocks when it schedules their last position, as its forward pass finishes it in the step.
+            # vLLM publishes blocks when it schedules their last position: its own forward completes it in the step.
             if request.num_output_tokens:
                 kwargs["delay_cache_blocks"] = True
             return allocate(request, *args, **kwargs)
@@ -59,10 +66,11 @@ class LaneScheduler(Scheduler):
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         if shared := arrivals():
-            shared.begin_step()
+            shared.start_step()
         return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
+        """Add a request, with its depth and decoder. Its depth becomes part of the hashes of its blocks."""
         params = request.sampling_params
         assert params is not None, "the lane engine generates text only"
         depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
@@ -82,10 +90,10 @@ class LaneScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
         super()._preempt_request(request, *args, **kwargs)
         if request.num_output_tokens and not self._published_whole(request.request_id):
-            request.skip_reading_prefix_cache = True  # another's prompt may hold, at full depth, what it generated
+            request.skip_reading_prefix_cache = True  # a prompt's blocks hold the same tokens at full depth
 
     def _published_whole(self, name: str) -> bool:
-        """Whether generated positions leave what the same tokens in a prompt leave."""
+        """True where generated positions leave the keys and values that the same tokens in a prompt leave."""
         if self.decoders[name].diffusion:
             return False
         return self.depths[name].full or self.policy_of_cache.complete
@@ -93,6 +101,11 @@ class LaneScheduler(Scheduler):
     def update_from_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, scheduler_output: SchedulerOutput, model_runner_output: LaneOutput
     ) -> dict[int, EngineCoreOutputs]:
+        """Advance requests by their tokens [ragged], attach `work` to the outputs, and publish blocks.
+
+        Sets `num_computed_tokens` of requests that decode, before vLLM's own update. `work` travels in the field
+        `routed_experts`, one row [3] of int32 a token.
+        """
         index, tokens = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
         decoding = []
         for name in scheduler_output.num_scheduled_tokens:
@@ -107,7 +120,7 @@ class LaneScheduler(Scheduler):
             for output in client.outputs:
                 if output.request_id in index and output.new_token_ids:
                     work = model_runner_output.work[index[output.request_id]]
-                    # One row a token, in the field for what a model chose for each: vLLM cuts and joins it rightly.
+                    # The field has one row per token, which vLLM cuts and joins together with the tokens.
                     output.routed_experts = np.asarray(work[: len(output.new_token_ids)], dtype=np.int32)
         if self.cache_config.enable_prefix_caching:
             for request, depth in decoding:
@@ -116,11 +129,11 @@ class LaneScheduler(Scheduler):
         return outputs
 
     def _publish(self, request: Request, depth: Depth) -> None:
-        """Blocks of which every depth of every position is written, and is what a prompt would leave."""
+        """Publish blocks in which every depth of every position is written, with the values of a prompt."""
         done = request.num_computed_tokens
         prompt = min(request.num_prompt_tokens, done)
         if not self._published_whole(request.request_id):
             done = prompt
-        elif not depth.full:  # positions behind the newest are still on their way down
+        elif not depth.full:  # positions behind the newest have recurrences left
             done = max(prompt, done - depth.num_recurrences)
         self.kv_cache_manager.cache_blocks(request, done)

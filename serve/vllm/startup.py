@@ -18,7 +18,7 @@ from ..memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
 SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 
 
-def take_generation_config(args: Any) -> None:
+def apply_generation_config(args: Any) -> None:
     """Let `do_sample` of the model's generation_config.json mean what it does in transformers, unless flags say
     otherwise, and say what vLLM does not do of it."""
     if args.generation_config == "vllm":

@@ -1,5 +1,7 @@
-"""The engine's Triton kernels on vLLM's paged KV cache. Unlike vLLM's backends they prepare nothing for a call, so that
-a whole tick can be a CUDA graph."""
+"""The engine's Triton kernels on vLLM's paged KV cache.
+
+Unlike vLLM's backends they need no per-call metadata, so a whole tick can be a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from ..engine.triton_attention import TritonAttention
 
 
 class PagedTriton(TritonAttention):
-    """The engine's Attention over `caches`: vLLM's layers by the engine's number, each by slot; the first `outer` are
-    prelude and coda."""
+    """The engine's Attention over vLLM's cache."""
 
     def __init__(self, caches: list[list[Layer]], outer: int, block_size: int):
-        """Raises ValueError for layers, or a cache, that the kernels do not know."""
+        """caches: vLLM's layers by layer number and slot; the first `outer` are prelude and coda.
+
+        Raises ValueError for layers, or a cache layout, that the kernels do not support.
+        """
         layers: list[Any] = [slots[0] for slots in caches]
         for layer in layers:
             if getattr(layer.impl, "alibi_slopes", None) is not None or layer.kv_cache.dtype != layer.dtype:
@@ -39,7 +43,7 @@ class PagedTriton(TritonAttention):
 
 
 def _views(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [blocks, block size, K, C] in a layer's cache [blocks, K, block size, 2 C]."""
+    """Views of keys and values, [blocks, block size, K, C], in a layer's cache [blocks, K, block size, 2 C]."""
     cache, size = layer.kv_cache, layer.head_size
     if cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != (layer.num_kv_heads, 2 * size):
         raise ValueError(f"vLLM's cache of {layer.num_kv_heads} heads of size {size} has shape {list(cache.shape)}")

@@ -19,8 +19,8 @@ from loopwise.errors import UserError
 from loopwise.serve.checkpoint import Facts
 from loopwise.serve.defaults import choose
 from loopwise.serve.recipe import ServeRecipe
+from loopwise.serve.vllm.argument_errors import explained
 from loopwise.serve.vllm.arguments import refuse
-from loopwise.serve.vllm.explained import explained
 from tests.helpers.serve_tiny import change_config
 from tests.helpers.serving import Server, free_port
 
@@ -91,7 +91,7 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
     ("fields", "settings", "said"),
     [
         ({"router": {"kind": "expert", "inference": "topk"}}, [], "router.inference='topk' takes the best"),
-        ({"router": {"kind": "token"}}, ["kv_policy=single"], "a routed model's is its router.kv, 'recursion-wise'"),
+        ({"router": {"kind": "token"}}, ["kv_policy=single"], "a routed model has router.kv='recursion-wise' instead"),
         ({"router": {"kind": "token"}}, ["decoder=wave"], "a routed model's tokens have the depths of its router"),
         ({"router": {"kind": "token"}, "num_recurrences": 3, "max_recurrences": 3}, ["num_recurrences=2"], "has 3"),
         ({}, ["decoder=wave", "kv_policy=single"], "decoder='wave': a wave needs keys and values of every depth"),

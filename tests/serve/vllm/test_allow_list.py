@@ -37,11 +37,11 @@ from loopwise.serve.vllm.requests import (
     REFUSED_SAMPLING,
     SAMPLING,
     UNREAD_BY_BEAMS,
-    check_beams,
-    check_body,
-    check_sampling,
-    check_tokens,
     tokens_of,
+    validate_beam_search,
+    validate_body,
+    validate_sampling,
+    validate_tokens,
 )
 from loopwise.serve.vllm.routes import GENERATION
 from loopwise.serve.vllm.routes import HARMLESS as HARMLESS_ROUTES
@@ -167,7 +167,7 @@ def test_every_sampling_parameter_of_vllm_has_one_place():
     names = SamplingParams.__struct_fields__
     assert [name for name in names if name not in SAMPLING and name not in REFUSED_SAMPLING] == []
     assert not SAMPLING & set(REFUSED_SAMPLING)
-    check_sampling(SamplingParams(temperature=0.5, logprobs=1, n=2), SamplingParams())
+    validate_sampling(SamplingParams(temperature=0.5, logprobs=1, n=2), SamplingParams())
 
 
 @needs_vllm
@@ -199,7 +199,7 @@ def test_sampling_parameters_that_no_engine_follows_are_named(fields, name):
     from vllm import SamplingParams
 
     with pytest.raises(FieldError) as told:
-        check_sampling(SamplingParams(**fields), SamplingParams())
+        validate_sampling(SamplingParams(**fields), SamplingParams())
     assert told.value.field == name
     assert str(told.value).startswith(f"{name}=")
 
@@ -207,15 +207,15 @@ def test_sampling_parameters_that_no_engine_follows_are_named(fields, name):
 @pytest.mark.parametrize("name", REFUSED_BODY)
 def test_fields_of_a_body_that_no_engine_follows_are_named(name):
     for value in (None, *REFUSED_BODY[name][0]):
-        check_body({name: value}, {name})
+        validate_body({name: value}, {name})
     with pytest.raises(FieldError, match=f"{name}=.*: {REFUSED_BODY[name][1]}"):
-        check_body({name: True if name != "prompt_embeds" else "AAAA"}, {name})
+        validate_body({name: True if name != "prompt_embeds" else "AAAA"}, {name})
 
 
 def test_a_field_of_a_body_that_nobody_knows_is_refused():
-    check_body({"brand_new": None, "not_of_vllm": 3, "temperature": 0}, {"brand_new", "temperature"})
+    validate_body({"brand_new": None, "not_of_vllm": 3, "temperature": 0}, {"brand_new", "temperature"})
     with pytest.raises(FieldError, match="brand_new=1: it is not known to work with Loopwise yet"):
-        check_body({"brand_new": 1}, {"brand_new", "temperature"})
+        validate_body({"brand_new": 1}, {"brand_new", "temperature"})
 
 
 @pytest.mark.parametrize(
@@ -233,14 +233,14 @@ def test_a_field_of_a_body_that_nobody_knows_is_refused():
 def test_a_value_at_which_vllm_fails_is_named(body, said):
     """With status 500, and no word or one about Python, where the client is at fault."""
     with pytest.raises(FieldError) as told:
-        check_body(body, body)
+        validate_body(body, body)
     assert str(told.value).startswith(said)
     assert told.value.field == next(iter(body))
 
 
 def test_the_greatest_values_are_left_alone():
-    check_body({"seed": 2**64 - 1, "priority": -(2**63), "prompt": "caf\u00e9", "structured_outputs": {}}, {"seed"})
-    check_body({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}}, {"tools"})
+    validate_body({"seed": 2**64 - 1, "priority": -(2**63), "prompt": "caf\u00e9", "structured_outputs": {}}, {"seed"})
+    validate_body({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "f"}}, {"tools"})
 
 
 @needs_vllm
@@ -252,8 +252,8 @@ def test_no_parameter_names_a_token_beyond_the_embeddings(name, token):
     fields: dict[str, Any] = {name: {token: 1.0} if name == "logit_bias" else [5, token]}
     params = SamplingParams(**fields)
     with pytest.raises(FieldError, match=f"token id {token} in {name}: this model has 0 to 258, a vocabulary of 259"):
-        check_tokens(tokens_of(params), 259)
-    check_tokens({"prompt": [0, 258], **tokens_of(SamplingParams(bad_words=["a"]))}, 259)
+        validate_tokens(tokens_of(params), 259)
+    validate_tokens({"prompt": [0, 258], **tokens_of(SamplingParams(bad_words=["a"]))}, 259)
 
 
 @needs_vllm
@@ -270,11 +270,11 @@ def test_beam_search_ignores_no_field():
 @pytest.mark.parametrize("name", UNREAD_BY_BEAMS)
 def test_what_beam_search_would_ignore_is_refused(name):
     for value in (None, *UNREAD_BY_BEAMS[name]):
-        check_beams({"use_beam_search": True, name: value}, [])
-    check_beams({name: 7}, ["exit_rule"])
-    check_beams({"use_beam_search": False, name: 7}, ["exit_rule"])
+        validate_beam_search({"use_beam_search": True, name: value}, [])
+    validate_beam_search({name: 7}, ["exit_rule"])
+    validate_beam_search({"use_beam_search": False, name: 7}, ["exit_rule"])
     with pytest.raises(FieldError, match=f"{name}=.*: cannot be given with use_beam_search, which ignores it") as told:
-        check_beams({"use_beam_search": True, name: 7}, [])
+        validate_beam_search({"use_beam_search": True, name: 7}, [])
     assert told.value.field == name
 
 

@@ -72,7 +72,7 @@ def test_who_comes_while_a_step_runs_is_heard_of(monkeypatch):
         assert not waiting()
         assert EngineCore.preprocess_add_request(cast(Any, None), cast(Any, "a")) == ("a", 0)
         assert waiting()
-        cast(Arrivals, arrivals()).begin_step()
+        cast(Arrivals, arrivals()).start_step()
         assert not waiting()
         monkeypatch.delenv(ARRIVALS)
         arrivals.cache_clear()

@@ -1,4 +1,4 @@
-"""Wrong values of vLLM's arguments: a line that names the flag, its value and the rule. Imports nothing heavy."""
+"""Wrong values of vLLM's arguments, in one line with flag, value and rule. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UserError
 from .arguments import flag, names
 
-# vLLM does not check these before its engine starts: that files and directories exist, and that numbers are above 0.
+# vLLM checks these only after its engine has started: existing files and directories, and numbers above 0.
 PATHS = names("""
     tokenizer generation_config chat_template log_config_file ssl_keyfile ssl_certfile ssl_ca_certs
     tool_parser_plugin reasoning_parser_plugin
@@ -18,7 +18,7 @@ POSITIVE = names("kv_cache_memory_bytes num_gpu_blocks_override")
 
 
 def check_values(given: dict[str, Any]) -> None:
-    """Raises UserError for a path that is not there, and a number of 0 or less, among what the user has `given`."""
+    """Raises UserError for a missing path, or a number of 0 or less, among the user's arguments `given`."""
     for name, value in given.items():
         if name in PATHS and isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
             if not Path(value).expanduser().exists():
@@ -28,14 +28,16 @@ def check_values(given: dict[str, Any]) -> None:
 
 
 def explained(error: Exception, given: dict[str, Any]) -> str:
-    """One line on an `error` that vLLM found in its arguments: flag and value of the argument at fault, of those that
-    the user has `given`, and the first sentence of the error's text. "vLLM:" where it tells none."""
-    found: Any = getattr(error, "errors", lambda: [])()  # pydantic's, of which the first is told
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    details: dict[str, Any] = found[0] if found else {"msg": str(said), "loc": ()}
+    """One line on an `error` that vLLM found in its arguments: flag and value, then the error's first sentence.
+
+    The flag is the argument of `given`, the user's, that the error names; "vLLM:" where it names none.
+    """
+    found: Any = getattr(error, "errors", lambda: [])()  # pydantic's; the first one is shown
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    details: dict[str, Any] = found[0] if found else {"msg": str(message), "loc": ()}
     text = " ".join(details["msg"].removeprefix("Value error, ").split()) or type(error).__name__
     name = next((str(part) for part in details["loc"] if part in given), None) or _named(text, given)
-    if name is None and "input" in details:  # vLLM has handed the value on, under another name
+    if name is None and "input" in details:  # vLLM has passed the value on under another name
         wrong = details["input"]
         name = next((n for n, value in given.items() if type(value) is type(wrong) and value == wrong), None)
     if name is None:
@@ -45,13 +47,13 @@ def explained(error: Exception, given: dict[str, Any]) -> str:
 
 
 def _named(text: str, given: dict[str, Any]) -> str | None:
-    """The first argument of `given` that stands in `text`, in any spelling."""
+    """The first argument of `given` that `text` names, in any spelling."""
     places = {name: re.search(rf"\b{name.replace('_', '[ _-]')}\b", text, re.IGNORECASE) for name in given}
     return min((place.start(), name) for name, place in places.items() if place)[1] if any(places.values()) else None
 
 
 def parsed(message: str) -> str:
-    """One line of argparse's `message`, in which pydantic may have said several."""
+    """argparse's `message` as one line; pydantic's errors in it have several."""
     lines = [line.strip() for line in message.splitlines()]
     if len(lines) > 2 and "validation error" in lines[0]:
         start = re.split(r": \d+ validation error", lines[0])[0]

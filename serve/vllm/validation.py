@@ -1,5 +1,7 @@
-"""What an engine's model offers, and the check of every request against it, over HTTP or from `vllm.LLM`, before the
-engine sees it: a value that no lane can have would end the engine, and all others' requests with it."""
+"""Validates every request, over HTTP or from `vllm.LLM`, before the engine gets it.
+
+A value that no lane can have would raise in the engine, and end it with all requests.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +14,38 @@ from ..api.fields import FieldError
 from ..api.lanes import LaneConfig, is_lanes
 from ..api.limits import Limits, limits_of
 from ..api.validation import validate_params
-from .requests import check_sampling, check_tokens, tokens_of
+from .requests import tokens_of, validate_sampling, validate_tokens
 
 
-def offered(vllm_config: Any) -> Limits:
-    """What requests may ask of the recurrent-depth model that an engine of `vllm_config` runs."""
+def served_limits(vllm_config: Any) -> Limits:
+    """The limits of requests in an engine with this VllmConfig, whose model is a recurrent-depth one."""
     config = vllm_config.model_config.hf_config
     if is_lanes(vllm_config):
         return limits_of(vars(config), LaneConfig.of(vllm_config))
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 
 
-def check_request(params: Any, vllm_config: Any, prompt: Any = None) -> None:
-    """Raises a ValueError, which vLLM's server answers with 400, where sampling `params`, or a `prompt` of token ids
-    ({"prompt_token_ids": ...}), want what cannot be had."""
+def validate_request(params: Any, vllm_config: Any, prompt: Any = None) -> None:
+    """Raises a ValueError, which vLLM's server answers with 400, for sampling `params` or a `prompt` that are refused.
+
+    prompt: {"prompt_token_ids": ...}; others are not checked. Prints a warning, once, for a depth beyond training.
+    """
     config = vllm_config.model_config.hf_config
     try:
-        _check(params, prompt, vllm_config)
+        _validate(params, prompt, vllm_config)
     except FieldError as error:
         raise _refused(error) from None
     given = getattr(params, "extra_args", None) or {}
     warn_beyond(config, given.get("num_recurrences", config.num_recurrences))
 
 
-def _check(params: Any, prompt: Any, vllm_config: Any) -> None:
+def _validate(params: Any, prompt: Any, vllm_config: Any) -> None:
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    if not isinstance(params, type(_usual())):
-        return  # a beam search's, whose requests come one by one, or what vLLM refuses
-    check_sampling(params, _usual())
-    check_tokens({"prompt": ids, **tokens_of(params)}, vllm_config.model_config.hf_config.vocab_size)
-    validate_params(params, offered(vllm_config))
+    if not isinstance(params, type(_default_params())):
+        return  # of a beam search, whose requests come one by one, or of a type that vLLM refuses
+    validate_sampling(params, _default_params())
+    validate_tokens({"prompt": ids, **tokens_of(params)}, vllm_config.model_config.hf_config.vocab_size)
+    validate_params(params, served_limits(vllm_config))
 
 
 def _refused(error: FieldError) -> ValueError:
@@ -54,29 +58,29 @@ def _refused(error: FieldError) -> ValueError:
 
 
 @functools.cache
-def _usual() -> Any:
+def _default_params() -> Any:
     from vllm import SamplingParams
 
     return SamplingParams()
 
 
 @functools.cache
-def _said(line: str) -> None:
+def _print_once(line: str) -> None:
     print(f"loopwise: {line}", file=sys.stderr, flush=True)
 
 
 def warn_beyond(config: Any, depth: int) -> None:
-    """Say once that the model was not trained at `depth`."""
+    """Print a warning, once, where the model was not trained at `depth`."""
     if line := beyond_trained(getattr(config, "trained_recurrences", None), [depth]):
-        _said(line)
+        _print_once(line)
 
 
-def check_made(request: Any, count: int) -> None:
-    """Raises a ValueError where a `request` that vLLM has made for its engine names a token beyond a vocabulary of
-    `count`; tokens that end a text, which the tokenizer and generation_config.json name, too, are taken off."""
+def validate_made(request: Any, count: int) -> None:
+    """Raises a ValueError where a `request`, as vLLM has made it for its engine, names a token beyond a vocabulary of
+    `count`. Stop tokens beyond it, which tokenizer and generation_config.json may name, are removed from it."""
     params = request.sampling_params
     try:
-        check_tokens({"prompt": request.prompt_token_ids, "bad_words": tokens_of(params)["bad_words"]}, count)
+        validate_tokens({"prompt": request.prompt_token_ids, "bad_words": tokens_of(params)["bad_words"]}, count)
     except FieldError as error:
         raise _refused(error) from None
     params.stop_token_ids = [token for token in params.stop_token_ids or () if token < count]
@@ -86,8 +90,8 @@ def check_made(request: Any, count: int) -> None:
 
 
 @functools.cache
-def check_requests() -> None:
-    """Let vLLM check the requests of recurrent-depth models where it checks all else about them."""
+def install_validation() -> None:
+    """Wrap vLLM's InputProcessor, so that it validates the requests of recurrent-depth models."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     from ...model import RecurrentDepthConfig
@@ -99,9 +103,9 @@ def check_requests() -> None:
         config = self.model_config.hf_config
         if not isinstance(config, RecurrentDepthConfig):
             return process(self, request_id, prompt, params, *args, **kwargs)
-        check_request(params, self.vllm_config, prompt)
+        validate_request(params, self.vllm_config, prompt)
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        check_made(request, config.vocab_size)
+        validate_made(request, config.vocab_size)
         return request
 
     InputProcessor.process_inputs = process_inputs

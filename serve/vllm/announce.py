@@ -1,13 +1,13 @@
-"""Lines that are said before vLLM's engine starts, and after vLLM has checked its arguments."""
+"""Lines printed before vLLM's engine starts, and after vLLM has checked its arguments."""
 
 from __future__ import annotations
 
 import sys
 
 
-def say_first(lines: list[str]) -> None:
-    """Print `lines`, once, when vLLM has made a configuration of its arguments: it refuses most wrong ones while it
-    makes it, and nothing has started by then."""
+def announce_at_start(lines: list[str]) -> None:
+    """Print `lines`, once, when vLLM has made its configuration: it refuses most wrong arguments while it makes it, and
+    nothing has started by then. Wraps `EngineArgs.create_engine_config`."""
     from vllm.engine.arg_utils import EngineArgs
 
     create = EngineArgs.create_engine_config
