@@ -1,7 +1,7 @@
-"""Depth over HTTP: a request's fields on their way in, what it spent on the way out, and the engine's counters.
+"""Depth over HTTP: a request's fields are validated, and its reply's usage gets recurrences and passes.
 
 One ASGI middleware around vLLM's application, inside its authentication. It relies on the shape of OpenAI's requests
-and replies, on `vllm_xargs`, and on the two things that `install` replaces.
+and replies, on `vllm_xargs`, and on the functions that `install` wraps.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from .routes import GENERATION, REFUSED
 from .shutdown import GRACE, Ending
 from .validation import served_limits, validate_request
 
-SPENT: ContextVar[Spent | None] = ContextVar("loopwise_spent", default=None)
+WORK: ContextVar[Work | None] = ContextVar("loopwise_work", default=None)
 
 
-class Spent:
-    """Recurrences of one HTTP request's tokens: those of every choice, once it has finished."""
+class Work:
+    """The recurrences and passes of one HTTP request: those of every choice, once it has finished.
+
+    fixed: the depth of all tokens in the fixed engine; None in the lane engine.   per_token: list depths in the usage.
+    """
 
     def __init__(self, fixed: int | None, per_token: bool):
         self.fixed, self.per_token = fixed, per_token
         self.choices: list[dict[int, list[list[int]]]] = []
 
     def follow(self, stream: AsyncGenerator) -> AsyncGenerator:
-        """`stream` of vLLM's RequestOutputs of one prompt, with what the engine says about its work taken off."""
-        work: dict[int, list[list[int]]] = {}  # of a choice's tokens, see LaneOutput
+        """The `stream` of vLLM's RequestOutputs of one prompt, whose `routed_experts` are moved into `choices`."""
+        work: dict[int, list[list[int]]] = {}  # by choice: LaneOutput.work
         self.choices.append(work)
 
         async def noted():
@@ -48,10 +51,11 @@ class Spent:
         return noted()
 
     def usage(self, tokens: int) -> dict[str, Any] | None:
-        """What stands beside the tokens in the usage of a reply of `tokens` tokens; None while it is unknown.
+        """Additional usage of a reply of `tokens` tokens; None while it is unknown.
 
-        recurrences: what the tokens had. passes: of the core, one after the other, since the prompt (`sequential`),
-        each with so many positions of the request in flight (`wave`); `items` in all, of which `wasted` gave no token.
+        recurrences: mean, total, and with `per_token` a list for each choice.
+        passes: of the core after the prompt. `sequential`: one after the other. `per_token`: their mean for a token.
+        `wave`: the mean of positions in flight. `items`: positions in all passes. `wasted`: those that gave no token.
         """
         if self.fixed is not None:
             return {"recurrences": {"mean": float(self.fixed), "total": self.fixed * tokens}}
@@ -63,7 +67,7 @@ class Spent:
         if self.per_token:
             usage["per_token"] = [[work[0] for work in one] for one in lists]
         sequential, items = (sum(one[-1][n] for one in lists if one) for n in (1, 2))
-        later = sum(work[0] for one in lists for work in one[1:])  # the first comes of the prompt
+        later = sum(work[0] for one in lists for work in one[1:])  # the first token comes from the prompt's pass
         passes = {
             "sequential": sequential,
             "per_token": sequential / max(len(depths) - len(lists), 1),
@@ -75,7 +79,10 @@ class Spent:
 
 
 class DepthFields:
-    """ASGI middleware. `metrics(engine_client)`, where the engine counts, updates its counters before a scrape."""
+    """ASGI middleware that validates depth fields, and completes usage.
+
+    metrics: updates the lane engine's counters before a scrape; None for the fixed engine.   ending: the server's.
+    """
 
     def __init__(self, app: Callable, metrics: Callable | None, ending: Ending):
         self.app, self.metrics, self.ending = app, metrics, ending
@@ -88,12 +95,12 @@ class DepthFields:
             return await _refuse(400, "BadRequestError", f"{path}: {REFUSED[path]}", None, send)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
             return await self.app(scope, receive, send)
-        if self.ending.told and not self.ending.dead:  # the engine would answer nothing, and with 200
+        if self.ending.told and not self.ending.dead:  # vLLM would send an empty reply with status 200
             return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
             fields = parse_body(body)
-        except (ValueError, RecursionError):  # vLLM says so
+        except (ValueError, RecursionError):  # vLLM's error message follows
             return await self.app(scope, _replay(body, receive), send)
         if not isinstance(fields, dict):
             return await self.app(scope, _replay(body, receive), send)
@@ -101,31 +108,31 @@ class DepthFields:
         try:
             validate_body(fields, _known(path))
             if not GENERATION[path]:
-                _check_without(path, fields)
+                _refuse_fields(path, fields)
                 return await self.app(scope, _replay(body, receive), send)
             values = validate_fields(take_fields(fields, _known(path)), limits)
             validate_beam_search(fields, values)
         except FieldError as error:
             return await _refuse(400, "BadRequestError", str(error), error.field, send)
-        spent = Spent(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
+        work = Work(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
         if values:
             given = fields.get("vllm_xargs")
             if given is not None and not isinstance(given, dict):
                 return await self.app(scope, _replay(body, receive), send)
             fields["vllm_xargs"] = {**(given or {}), **values}
         body = json.dumps(fields).encode()
-        token = SPENT.set(spent)
+        token = WORK.set(work)
         try:
-            await self.app(_with_length(scope, body), _replay(body, receive), Reply(send, spent))
+            await self.app(_with_length(scope, body), _replay(body, receive), Reply(send, work))
         finally:
-            SPENT.reset(token)
+            WORK.reset(token)
 
 
 class Reply:
-    """Sends a reply on, with what was spent put into the usage of whichever part of it has one."""
+    """Sends a reply on, with `work` added to the usage in it: of the whole reply, or of an event of a stream."""
 
-    def __init__(self, send: Callable, spent: Spent):
-        self.send, self.spent = send, spent
+    def __init__(self, send: Callable, work: Work):
+        self.send, self.work = send, work
         self.start: dict[str, Any] | None = None
         self.streams = False
         self.whole = b""
@@ -164,22 +171,22 @@ class Reply:
 
     def _with_usage(self, text: bytes) -> bytes:
         reply = json.loads(text)
-        usage = reply.get("usage") if isinstance(reply, dict) else None  # null, as the client has gone
+        usage = reply.get("usage") if isinstance(reply, dict) else None  # null where the client has disconnected
         if not isinstance(usage, dict):
             return text
         tokens = usage.get("completion_tokens", usage.get("output_tokens"))
-        if (spent := self.spent.usage(tokens or 0)) is None:
+        if (more := self.work.usage(tokens or 0)) is None:
             return text
-        usage.update(spent)
+        usage.update(more)
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def install(metrics: Callable | None) -> Ending:
-    """Put the middleware inside every application that this process's vLLM builds, follow its engine's outputs, and
-    check what came by other routes than the middleware's before a stream has begun.
+    """Wrap vLLM's application and AsyncLLM in this process. Returns the state of the server's end.
 
-    vLLM's own `--middleware` would stand outside of its authentication, and none of its interfaces tells a middleware
-    what the engine said about a request. Returns what will say how the engine ended.
+    Three functions are wrapped: the application gets the middleware; `generate` validates requests of all routes before
+    a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own `--middleware` would
+    run outside of its authentication, and has no access to the engine's outputs.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
@@ -196,8 +203,8 @@ def install(metrics: Callable | None) -> Ending:
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         validate_request(sampling_params, self.vllm_config, prompt)
-        spent = SPENT.get() or Spent(None, False)  # no reply shows the field that the work travels in
-        return spent.follow(generate(self, prompt, sampling_params, request_id, **kwargs))
+        work = WORK.get() or Work(None, False)  # removes the field that carries it from every reply
+        return work.follow(generate(self, prompt, sampling_params, request_id, **kwargs))
 
     def end(self, timeout=None):
         handler = getattr(self, "output_handler", None)
@@ -205,12 +212,12 @@ def install(metrics: Callable | None) -> Ending:
         if not ending.told:
             if loop is not None and ending.app is not None:
                 loop.call_soon_threadsafe(ending.listen, self, loop, timeout)
-            ending.dead = hasattr(self, "engine_core") and self.errored  # which one that did not start has not
+            ending.dead = hasattr(self, "engine_core") and self.errored  # an engine that did not start lacks it
             ending.told = True
-        shutdown(self, timeout and timeout + 2 * GRACE)  # when vLLM kills the engine: after the cut, if need be
+        shutdown(self, timeout and timeout + 2 * GRACE)  # vLLM kills the engine after our own abort
         if loop is not None and not loop.is_closed():
-            # The handler may have been cancelled before it heard that the engine ended, and streams that are open
-            # would wait for ever, and the HTTP server for them.
+            # The handler may have been cancelled before it noticed the engine's end. Open streams would then wait for
+            # ever, and the HTTP server for them.
             loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     launcher.init_entrypoints_middleware = init_middleware
@@ -220,24 +227,27 @@ def install(metrics: Callable | None) -> Ending:
 
 
 def _route(scope: dict) -> str:
-    """The path by which the application finds a route: a proxy may or may not have stripped its `--root-path`."""
+    """The route's path, without `--root-path`, which a proxy may or may not have stripped."""
     path, root = scope.get("path", ""), scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
-def _check_without(path: str, fields: dict[str, Any]) -> None:
+def _refuse_fields(path: str, fields: dict[str, Any]) -> None:
+    """Raises FieldError for a depth field in a body of route `path`, which has none."""
     if name := next((name for name in FIELDS if fields.get(name) is not None), None):
         those = ", ".join(path for path, kinds in GENERATION.items() if kinds)
-        raise FieldError(name, f"{name}: {path} has no depth fields, and runs as the server was started; use {those}")
+        raise FieldError(name, f"{name}: {path} has no depth fields, and uses the server's defaults; use {those}")
 
 
 def _known(path: str) -> set[str]:
+    """The fields that vLLM reads in a body of route `path`."""
     from importlib import import_module
 
     return {field for module, name in GENERATION[path] for field in getattr(import_module(module), name).model_fields}
 
 
 async def _read(receive: Callable) -> bytes:
+    """The whole body of a request; what there is of it where the client disconnects."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -249,7 +259,7 @@ async def _read(receive: Callable) -> bytes:
 
 
 def _replay(body: bytes, receive: Callable) -> Callable:
-    """A `receive` that gives `body`, then what `receive` gives: whether the client has gone."""
+    """A `receive` that returns `body`, then the messages of `receive`, such as the client's disconnect."""
     first = True
 
     async def replay():
@@ -263,12 +273,13 @@ def _replay(body: bytes, receive: Callable) -> Callable:
 
 
 def _with_length(scope: dict, body: bytes) -> dict:
+    """`scope` with the length of `body` in its headers."""
     headers = [(n, v) for n, v in scope["headers"] if n.lower() not in (b"content-length", b"transfer-encoding")]
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 async def _refuse(status: int, kind: str, message: str, field: str | None, send: Callable) -> None:
-    """vLLM's error object."""
+    """Send vLLM's error object."""
     body = json.dumps({"error": {"message": message, "type": kind, "param": field, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

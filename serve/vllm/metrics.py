@@ -1,4 +1,4 @@
-"""The engine's counters, as Prometheus metrics on vLLM's /metrics: read from the worker when they are scraped."""
+"""Prometheus metrics of the lane engine on vLLM's /metrics, read from the worker at every scrape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.registry import REGISTRY, Collector
 
 
 class DepthMetrics(Collector):
-    """Counters of the lane engine. `counts`: see `LaneRunner.counts`; empty until the first scrape."""
+    """Counters of the lane engine. counts: the worker's `recurrence_counts`; empty until the first scrape."""
 
     def __init__(self, model: str):
         self.model = model
@@ -18,11 +18,12 @@ class DepthMetrics(Collector):
         REGISTRY.register(self)
 
     async def update(self, engine_client: Any) -> None:
-        """Ask the first tensor-parallel rank; all count the same."""
+        """Read `counts` from the first tensor-parallel rank; all ranks count the same."""
         if not engine_client.errored:
             self.counts = (await engine_client.collective_rpc("recurrence_counts"))[0]
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics, for Prometheus' registry."""
         if not self.counts:
             return
         counter = CounterMetricFamily(
@@ -35,8 +36,8 @@ class DepthMetrics(Collector):
             "sequential_passes": "Passes of the core that requests waited for, since their prompts.",
             "core_items": "Positions in these passes.",
         }
-        for place, (name, told) in enumerate(about.items()):
-            family = CounterMetricFamily(f"loopwise:{name}", told, labels=["model_name", "decoder"])
+        for place, (name, text) in enumerate(about.items()):
+            family = CounterMetricFamily(f"loopwise:{name}", text, labels=["model_name", "decoder"])
             for decoder, work in self.counts["decoders"].items():
                 family.add_metric([self.model, decoder], work[place])
             yield family
@@ -50,7 +51,7 @@ class DepthMetrics(Collector):
         yield self._histogram("loopwise:coda_batch_size", "Lanes in a pass of the coda.", self.counts["codas"], 2)
 
     def _histogram(self, name: str, about: str, counts: Sequence[int], growth: int) -> HistogramMetricFamily:
-        """`counts[n]`: how often n was seen. Buckets at every n, or at powers of two."""
+        """A histogram of values n, each seen `counts[n]` times, with buckets at every n, or at powers of `growth` 2."""
         last = len(counts) - 1
         bounds = list(range(1, last + 1)) if growth == 1 else [1 << k for k in range((last - 1).bit_length() + 1)]
         buckets = [(str(float(bound)), float(sum(counts[: bound + 1]))) for bound in bounds]

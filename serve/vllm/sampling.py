@@ -1,8 +1,8 @@
-"""vLLM's sampler for lanes: several times a step, for whichever requests have exited, with noise of our own.
+"""vLLM's sampler for lanes: several times a step, for the requests that have exited, with the engine's own noise.
 
 Logits processors, penalties, cuts and log-probabilities are vLLM's. The noise is a function of (seed, position, token),
-so a seeded request gives the same tokens whatever else runs. vLLM's processors know requests by their row in its batch,
-so rows that have not exited are padding. Shapes: n rows of vLLM's batch, m tokens to sample, V vocabulary.
+so a seeded request gives the same tokens whatever else runs. vLLM's processors identify requests by their row in its
+batch, so rows that have not exited are padding. Shapes: n rows of vLLM's batch, m tokens to sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..engine.sampling import Draws, signed, waiting_times
 
 
 class NoisySampler(Sampler):
-    """vLLM's, but random tokens are argmax p / noise, with `noise` [n, V] set beforehand."""
+    """vLLM's sampler, but random tokens are argmax p / noise, with `noise` [n, V] set beforehand."""
 
     def __init__(self, logprobs_mode: Any):
         super().__init__(logprobs_mode)
@@ -42,37 +42,41 @@ class NoisySampler(Sampler):
 
 
 class LaneSampler:
-    """Samples for `rows` of the engine; `batch` is vLLM's input batch and `requests` its request states. What has no
-    use for vLLM's sampler stays on the device."""
+    """Samples the tokens of `rows` of the engine. Requests that do not need vLLM's sampler are sampled on the device.
+
+    batch: returns vLLM's input batch.   requests: vLLM's request states, by name.
+    """
 
     def __init__(self, logprobs_mode: Any, batch: Callable[[], Any], requests: dict[str, Any], rows: int, device: Any):
         self.sampler, self.draws = NoisySampler(logprobs_mode), Draws(rows, device)
         self.sampling: dict[int, str] = {}  # engine row -> Request.sampling
-        self.in_use: Any = None  # the engine's, of them all
+        self.in_use: Any = None  # the engine's: sampling methods of the running requests
         self.batch, self.requests = batch, requests
         self.name_of: dict[int, str] = {}  # engine row -> request
         self.seed: dict[int, int] = {}
         self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
-        self.told: dict[str, int] = {}  # tokens of this step that the request's state already has
-        self.ahead: dict[int, bool] = {}  # engine row -> whether its tokens are guesses, until the engine puts them out
+        self.appended: dict[str, int] = {}  # tokens of this step that are in the request's state already
+        self.drafts: dict[int, bool] = {}  # engine row -> True where its tokens are drafts until the engine emits them
         self.script: torch.Tensor | None = None  # the engine's, of tokens that are known beforehand
 
     def admit(self, row: int, name: str, decoder: str) -> None:
+        """Put request `name`, with this `decoder`, into engine row `row`. Sets its seed and its sampling method."""
         params = self.requests[name].sampling_params
-        self.name_of[row], self.ahead[row] = name, decoder != "plain"
-        digest = hashlib.sha256(name.encode()).digest()  # alike on all ranks, where none is given
+        self.name_of[row], self.drafts[row] = name, decoder != "plain"
+        digest = hashlib.sha256(name.encode()).digest()  # the default seed, equal on all ranks
         seed = self.seed[row] = int.from_bytes(digest[:7], "big") if params.seed is None else signed(params.seed)
         top_k = max(params.top_k, 0)
         sampling = self.draws.admit(row, params.temperature, top_k, params.top_p, params.min_p, seed)
         self.sampling[row] = "host" if self._needs_vllm(params) else sampling
 
     def _needs_vllm(self, p: Any) -> bool:
-        """Whether its sampler does more for these params than cut and draw, or than argmax."""
-        own = all(type(processor) in BUILTIN_LOGITS_PROCESSORS for processor in self.batch().logitsprocs.all)
-        return not own or history(p) is not None or bool(p.logit_bias or p.allowed_token_ids)
+        """True where vLLM's sampler does more for these params than argmax, or cuts and a random token."""
+        builtin = all(type(processor) in BUILTIN_LOGITS_PROCESSORS for processor in self.batch().logitsprocs.all)
+        return not builtin or history(p) is not None or bool(p.logit_bias or p.allowed_token_ids)
 
-    def begin(self) -> None:
-        self.logprobs, self.told = [], {}
+    def start_step(self) -> None:
+        """Forget the log-probabilities and tokens of the step before."""
+        self.logprobs, self.appended = [], {}
 
     def __call__(
         self,
@@ -82,12 +86,15 @@ class LaneSampler:
         position: torch.Tensor,
         mask: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
-        """logits [m, V] of engine rows [m], of which `best` [m] are the likeliest, for the tokens at positions [m] ->
-        tokens [m]. `mask` of a grammar changes logits [n, V] in place."""
+        """logits [m, V] of engine rows [m] for the tokens at positions [m] -> tokens [m].
+
+        best [m]: the argmax of the logits.   mask: changes logits [n, V] in place, for a grammar. Adds tokens to vLLM's
+        request states, as `appended` counts them, and log-probabilities to `logprobs`.
+        """
         tokens = self.draws(logits, best, row, position, self.in_use)
         if mask is None and not self.in_use["host"]:
             return tokens
-        rounds: list[list[int]] = []  # vLLM's sampler knows one token a request
+        rounds: list[list[int]] = []  # vLLM's sampler takes one token per request
         seen: dict[int, int] = {}
         for n, r in enumerate(row.tolist()):
             if mask is None and self.sampling[r] != "host":
@@ -102,7 +109,7 @@ class LaneSampler:
     def _sample(
         self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, mask: Callable | None
     ) -> torch.Tensor:
-        """The same, for rows that differ."""
+        """As __call__, for rows that differ, with vLLM's sampler."""
         rows, batch = row.tolist(), self.batch()
         metadata = batch.sampling_metadata
         at = torch.tensor([batch.req_id_to_index[self.name_of[r]] for r in rows], device=logits.device)
@@ -111,7 +118,7 @@ class LaneSampler:
         if mask is not None:
             mask(whole)
         for processor in metadata.logitsprocs.all:
-            processor.update_state(None)  # vLLM does so once a step; here tokens come several times in one
+            processor.update_state(None)  # vLLM does so once a step; lanes sample several times in one
         if not metadata.all_greedy:
             seed = torch.tensor([self.seed[r] for r in rows], device=logits.device)
             self.sampler.noise = whole.new_ones(whole.shape, dtype=torch.double)
@@ -120,11 +127,11 @@ class LaneSampler:
         tokens = out.sampled_token_ids[at, 0].long()
         assert self.script is not None, "sampling without an engine"
         known = (self.script[row, position] > 0).tolist()
-        new = [n for n, r in enumerate(rows) if not known[n] and not self.ahead[r]]  # put out for certain
+        new = [n for n, r in enumerate(rows) if not known[n] and not self.drafts[r]]  # certain to be emitted
         for n in new:
             name = self.name_of[rows[n]]
-            self.requests[name].output_token_ids.append(int(tokens[n]))  # penalties read it before the step is over
-            self.told[name] = self.told.get(name, 0) + 1
+            self.requests[name].output_token_ids.append(int(tokens[n]))  # penalties read it before the step ends
+            self.appended[name] = self.appended.get(name, 0) + 1
         if (values := out.logprobs_tensors) is not None and new:
             at = at[new]
             chosen = values.logprob_token_ids[at], values.logprobs[at], values.selected_token_ranks[at]
@@ -132,8 +139,10 @@ class LaneSampler:
         return tokens
 
     def lists(self, names: list[str], counts: list[int]) -> LogprobsLists | None:
-        """Log-probabilities of this step's tokens, request by request in the order of `names`, of which each has
-        `counts` tokens. Tokens of requests that asked for none have none: zeros hold their places."""
+        """Log-probabilities of this step's tokens; None without any.
+
+        Requests are in the order of `names`, with `counts` tokens each. Those that asked for none have zeros.
+        """
         if not self.logprobs:
             return None
         index = self.batch().req_id_to_index

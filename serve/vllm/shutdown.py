@@ -1,4 +1,4 @@
-"""How the server ends: open requests are drained, and cut off when the time for it is over, or on a second signal."""
+"""The end of the server: open requests are drained, then aborted after a time, or on a second signal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-GRACE = 3.0  # seconds between the cut and the end of what still runs then
+GRACE = 3.0  # seconds between the abort of requests and the kill of processes that still run
 
 
 @dataclass
 class Ending:
-    """Whether the engine's client was `told` to end, and whether the engine was `dead` already. `app` is the HTTP
-    application, once it is there."""
+    """The state of the server's end.
+
+    told: the engine's client has been asked to end.   dead: the engine had died before.   app: the HTTP application,
+    once vLLM has built it.   cutting: the task that aborts requests.
+    """
 
     told: bool = False
     dead: bool = False
@@ -23,8 +26,10 @@ class Ending:
     cutting: asyncio.Task | None = None
 
     def listen(self, engine: Any, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        """From now on, a signal ends the requests of `engine`, an AsyncLLM whose own handlers ignore a second one, as
-        does the end of `seconds`; it may say no longer that its engine ends."""
+        """Abort the requests of `engine`, an AsyncLLM, on the next signal, or after `seconds`.
+
+        vLLM's own handlers ignore a second signal. Also silences vLLM's error about the end of its engine.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._cut, engine, loop, "a second signal")
         if seconds:
@@ -32,7 +37,7 @@ class Ending:
         logging.getLogger(type(engine).__module__).addFilter(_is_news)
 
     def _cut(self, engine: Any, loop: asyncio.AbstractEventLoop, why: str) -> None:
-        """Abort all requests, whose replies end so; the engine ends after the step that it is in."""
+        """Abort all requests, which ends their replies; the engine ends after its running step."""
         if self.cutting is not None:
             return
         print(f"loopwise: {why}: open requests are cut off", file=sys.stderr, flush=True)
@@ -40,10 +45,10 @@ class Ending:
         loop.call_later(GRACE, self._force, engine)
 
     def _force(self, engine: Any) -> None:
-        """For a step that takes long, for clients that do not read replies, and for those that do not end requests."""
+        """Kill the engine's processes and close connections: for a long step, and for clients that do not read."""
         from vllm.utils.system_utils import kill_process_tree
 
-        engine.output_handler.cancel()  # which would wonder that the engine is dead
+        engine.output_handler.cancel()  # it would report the dead engine as an error
         manager = engine.engine_core.resources.engine_manager
         for process in manager.processes if manager else ():
             if process.is_alive():

@@ -1,4 +1,4 @@
-"""Checks and lines of `loopwise serve` before vLLM's engine starts. Its callers have imported vLLM."""
+"""Checks of `loopwise serve` before vLLM's engine starts. vLLM has been imported when they run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 
 
 def apply_generation_config(args: Any) -> None:
-    """Let `do_sample` of the model's generation_config.json mean what it does in transformers, unless flags say
-    otherwise, and say what vLLM does not do of it."""
+    """Give `do_sample` of the model's generation_config.json its meaning in transformers, unless flags replace it.
+
+    Changes `args`, and prints a warning that names the fields that vLLM ignores.
+    """
     if args.generation_config == "vllm":
         return
     fields = fields_of(args.model if args.generation_config == "auto" else args.generation_config)
@@ -31,7 +33,7 @@ def apply_generation_config(args: Any) -> None:
 
 
 def compare_vocabularies(model: str, tokenizer: Any) -> None:
-    """Say it where the tokenizer has ids without embeddings, which requests are then refused for."""
+    """Print a warning where the tokenizer has ids that the model has no embedding for; such requests are refused."""
     fields = config_fields(Path(model))
     count = fields.get("vocab_size") or fields["source_config"].get("vocab_size")
     if isinstance(count, int) and (greatest := greatest_id(tokenizer)) >= count:
@@ -43,8 +45,11 @@ def compare_vocabularies(model: str, tokenizer: Any) -> None:
 
 
 def check_memory(args: Any, defaults: Defaults) -> str | None:
-    """A line on what keys and values take, where that can be told. Raises UserError where a request of the greatest
-    length has no room in the cache, as far as that can be told before the engine is up."""
+    """A line on the memory of keys and values; None where the size of the cache is not known yet.
+
+    Raises UserError where a request of the greatest length does not fit into the cache, as far as that is known before
+    the engine starts.
+    """
     from vllm.platforms import current_platform
 
     from ...model import RecurrentDepthConfig
@@ -65,11 +70,11 @@ def check_memory(args: Any, defaults: Defaults) -> str | None:
     if cpu and os.environ.get(SPACE):
         if not os.environ[SPACE].isdecimal():
             raise UserError(f"{SPACE}={os.environ[SPACE]}: a whole number of GiB")
-        budget = int(os.environ[SPACE]) * GIB  # as vLLM: it wins
+        budget = int(os.environ[SPACE]) * GIB  # as in vLLM, the variable wins
     length = args.max_model_len or getattr(config, "max_position_embeddings", None)
     free = available() if cpu else None
     if budget and free is not None and budget > free:
-        raise UserError(f"{shown(budget)} for keys and values: {shown(free)} can be had; {SPACE}={free // GIB}")
+        raise UserError(f"{shown(budget)} for keys and values: {shown(free)} are free; {SPACE}={free // GIB}")
     if budget is None and not cpu:
         budget = int(current_platform.get_device_total_memory() * args.gpu_memory_utilization)
     if not budget:
@@ -80,14 +85,14 @@ def check_memory(args: Any, defaults: Defaults) -> str | None:
         if cpu and (free is None or space * GIB < free):
             advice.append(f"{SPACE}={space}")
         check_cache(each(deep), length, budget, f"{name}={deep}", [] if defaults.router else advice)
-    said = f"{shown(each(deep))} of keys and values a token at {name}={deep}"
+    line = f"{shown(each(deep))} of keys and values a token at {name}={deep}"
     if cpu or args.kv_cache_memory_bytes:
-        said += f", in a cache of {shown(budget)}: {budget // each(deep):,} tokens of all requests"
-    return said
+        line += f", in a cache of {shown(budget)}: {budget // each(deep):,} tokens of all requests"
+    return line
 
 
 def check_block_size(size: int) -> None:
-    """Raises UserError for a `size` that vLLM's attention on CPUs cannot have, of which its engine would die."""
+    """Raises UserError for a block `size` that vLLM's attention on CPUs does not support: its engine would die."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     if not CPUAttentionBackend.supports_block_size(size):
@@ -97,7 +102,7 @@ def check_block_size(size: int) -> None:
 
 
 def lacks_compiler() -> bool:
-    """Whether torch.compile would find no C++ compiler; that is said."""
+    """True where torch.compile finds no C++ compiler; prints a line about it."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -110,7 +115,8 @@ def lacks_compiler() -> bool:
 
 
 def share_cores(ranks: int) -> str:
-    """This process's cores for the tensor-parallel ranks, as `0,1|2,3`: vLLM's own binding wants a NUMA node each."""
+    """This process's cores, shared among tensor-parallel ranks, as `0,1|2,3`. vLLM's own binding needs a NUMA node for
+    each. Raises UserError where there are fewer cores than ranks."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < ranks:
         raise UserError(f"--tensor-parallel-size {ranks}: needs a core for each rank, this process has {len(cores)}")

@@ -138,7 +138,7 @@ class LaneSteps:
         self._update_states(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        self.sampler_of_lanes.begin()
+        self.sampler_of_lanes.start_step()
         names = list(scheduler_output.num_scheduled_tokens)
         for name in names:
             if name not in self.row:
@@ -253,7 +253,7 @@ class LaneSteps:
         depths = [row[:n] for row, n in zip(requests.depths[rows].tolist(), counts, strict=True)]
         spent = self._count(rows).tolist()
         for name, new, deep in zip(names, tokens, depths, strict=True):
-            self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.told.get(name, 0) :])
+            self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.appended.get(name, 0) :])
             for depth in deep:
                 self.exits[min(depth, len(self.exits) - 1)] += 1  # a diffusion may go deeper
         return LaneOutput(
