@@ -21,6 +21,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     output.py            the output of a step of lanes
     arrivals.py          ends a running step early when a new request is waiting
     scheduler.py         vLLM's scheduler, for steps that give a request several tokens
+    runner.py            types of vLLM's model runner and worker, as far as the lane engine reads them
     worker.py            vLLM's worker and model runner, around the lane engine
     process.py           engine processes end with their server
     announce.py          lines printed before the engine starts
