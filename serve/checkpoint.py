@@ -101,7 +101,7 @@ def check_config(model: str) -> Facts:
     vllm_architecture(architecture)
     check_model(given, routed=True)
     names = {field.name for field in fields(Facts)} & set(RecurrentDepthConfig.__annotations__)
-    values = {name: given.get(name, getattr(RecurrentDepthConfig, name, None)) for name in names}
+    values: dict[str, Any] = {name: given.get(name, getattr(RecurrentDepthConfig, name, None)) for name in names}
     router = _router(Path(model) / "config.json", values["router"], values["num_recurrences"])
     values |= {"router": router, "exit": values["exit"] or {}}
     values["max_recurrences"] = values["max_recurrences"] or default_max_recurrences(values["num_recurrences"], router)

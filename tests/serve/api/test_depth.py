@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from loopwise.errors import UserError
+from loopwise.recipe import validate
 from loopwise.serve import Engine, Params
 from loopwise.serve.api.depth import Depth, depth_of
 from loopwise.serve.api.fields import FieldError
@@ -50,16 +52,24 @@ def test_a_request_that_contradicts_itself_is_refused_by_name(given, default):
 
 def test_the_servers_own_defaults_are_clamped_as_a_requests():
     facts = Facts("llama", 4, 8, "last-exited", DEFAULT, False, "cycle")
-    assert choose(facts, ServeRecipe(num_recurrences=2)).config["exit"] == {**DEFAULT, "min_recurrences": 2}
-    assert choose(facts, ServeRecipe()).config["exit"] == DEFAULT
+    assert choose(facts, validate(ServeRecipe, {"num_recurrences": 2})).config["exit"] == {
+        **DEFAULT,
+        "min_recurrences": 2,
+    }
+    assert choose(facts, validate(ServeRecipe, {})).config["exit"] == DEFAULT
     with pytest.raises(UserError, match=r"^min_recurrences=3: at most num_recurrences, which is 2$"):
-        choose(facts, ServeRecipe(num_recurrences=2, min_recurrences=3))
+        choose(facts, validate(ServeRecipe, {"num_recurrences": 2, "min_recurrences": 3}))
 
 
 def test_the_offline_engine(tmp_path):
     save(tmp_path, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=4, exit=DEFAULT)
     engine = Engine(tmp_path, rows=2, length=64, dtype="float32")
-    for given, depth in (({}, 4), ({"num_recurrences": 2}, 2), ({"num_recurrences": 6, "min_recurrences": 1}, 1)):
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({}, 4),
+        ({"num_recurrences": 2}, 2),
+        ({"num_recurrences": 6, "min_recurrences": 1}, 1),
+    ]
+    for given, depth in cases:
         (done,) = engine.generate([prompts()[1]], Params(6, ignore_eos=True, **given))
         assert done.depths[1:] == [depth] * 5, given  # the first token is the prompt's, at full depth
     with pytest.raises(UserError, match=r"^min_recurrences=3: at most num_recurrences, which is 2$"):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,8 @@ def test_a_default_min_recurrences_above_the_requests_depth(tmp_path):
             call = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(), headers)
             return json.load(urllib.request.urlopen(call, timeout=60))
 
-        for given in ({}, {"num_recurrences": 2}, {"num_recurrences": 3}):
+        cases: list[dict[str, Any]] = [{}, {"num_recurrences": 2}, {"num_recurrences": 3}]
+        for given in cases:
             (done,) = engine.generate([prompt], Params(6, ignore_eos=True, **given))
             reply = post(**given)
             assert reply["usage"]["recurrences"]["per_token"] == [done.depths], given
