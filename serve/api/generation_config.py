@@ -102,7 +102,7 @@ def warning(fields: dict[str, Any], applied: Iterable[str]) -> str | None:
     """A line that names the fields that an engine with the `applied` names ignores; None where it applies all."""
     if not (ignored := unapplied(fields, applied)):
         return None
-    return f"warning: {FILE} says {', '.join(ignored)}, which this engine does not do"
+    return f"warning: {FILE} has {', '.join(ignored)}, which this engine ignores"
 
 
 def _integer(name: str, value: Any) -> int:

@@ -127,8 +127,8 @@ def test_what_an_engine_does_not_do_is_named_once(folder):
         engine.generate([PROMPT], Params(2))
     (line,) = told
     assert line == (
-        "warning: generation_config.json says length_penalty=1.2, num_beams=4, bad_words_ids=[[5]], which this "
-        "engine does not do"
+        "warning: generation_config.json has length_penalty=1.2, num_beams=4, bad_words_ids=[[5]], which this "
+        "engine ignores"
     )
     with pytest.warns(UserWarning, match="num_beams=4"):
         Engine(folder)

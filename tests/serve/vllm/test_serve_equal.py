@@ -148,7 +148,7 @@ def test_equals_transformers(name, answers):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma"])
-def test_what_vllm_has_no_place_for_is_refused(name, tmp_path):
+def test_tensors_that_vllm_ignores_are_refused(name, tmp_path):
     """Its Qwen3 has biases in some of its projections, its Gemma in none; it loads checkpoints with more, and drops
     what it lacks."""
     save(tmp_path / "m", source_config(name, **GROUPED, attention_bias=True), **RETROFIT)
