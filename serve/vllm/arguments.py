@@ -263,9 +263,9 @@ def check_arguments(values: dict[str, Any], defaults: dict[str, Any], lanes: boo
     defaults: vLLM's; a name that it lacks has no default. False is the same as a default of None.
     """
     for argument, whole in values.items():
-        usual = parts(argument, defaults.get(argument))
+        default = parts(argument, defaults.get(argument))
         for name, value in parts(argument, whole).items():
-            if value is None or value == usual.get(name) or (value is False and usual.get(name) is None):
+            if value is None or value == default.get(name) or (value is False and default.get(name) is None):
                 continue
             check_value(name, value, lanes)
 
@@ -299,11 +299,11 @@ def refuse(flags: dict[str, Any]) -> None:
 
 def check_vllm_config(config: Any, lanes: bool) -> None:
     """Raises UserError for a refused value in a VllmConfig: started without `loopwise serve`, or from a checkpoint."""
-    for name, (path, usual) in CONFIG.items():
+    for name, (path, default) in CONFIG.items():
         value = config
         for part in path.split("."):
             value = getattr(value, part, None)  # a release may lack it
-        if value is not None and value != usual:
+        if value is not None and value != default:
             check_value(name, value, lanes)
 
 

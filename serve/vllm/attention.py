@@ -105,9 +105,9 @@ class PagedAttention:
         """Memory for `Plan.kept`."""
         if not rows.fills:
             return None
-        of = self.layers[-1]
-        shape = len(self.layer_shift), 2, len(rows.position), of.num_kv_heads, of.head_size
-        return torch.empty(shape, dtype=of.dtype, device=rows.position.device)
+        last = self.layers[-1]
+        shape = len(self.layer_shift), 2, len(rows.position), last.num_kv_heads, last.head_size
+        return torch.empty(shape, dtype=last.dtype, device=rows.position.device)
 
     def _moves(self, plan: Plan, slots: int) -> bool:
         """Move a plan by so many slots, in place. Returns False where the backend does not keep its tensors."""
@@ -133,13 +133,13 @@ class PagedAttention:
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
         """Write keys and values [n, K, C] to places [n] of a layer's cache; layer -1: of all core layers as one."""
-        of, cache = self.layers[layer], self.core if layer < 0 else self.caches[layer]
-        of.impl.do_kv_cache_update(of, k, v, cache, where)
+        module, cache = self.layers[layer], self.core if layer < 0 else self.caches[layer]
+        module.impl.do_kv_cache_update(module, k, v, cache, where)
 
     def read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: Any) -> torch.Tensor:
         """Attention of queries [N, H, C] over a layer's cache, which holds their own k, v already. -> [N, H, C]"""
-        of, out = self.layers[layer], q.new_empty(q.shape)
-        of.impl.forward(of, q, k, v, self.caches[layer], metadata, out)
+        module, out = self.layers[layer], q.new_empty(q.shape)
+        module.impl.forward(module, q, k, v, self.caches[layer], metadata, out)
         return out
 
     def fill(self, plan: Plan, empty: torch.Tensor, count: int | None = None) -> None:

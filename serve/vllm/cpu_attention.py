@@ -32,9 +32,10 @@ class Facts(NamedTuple):
         """The values of vLLM's backend, for `cache` [blocks, K, block size, 2 C]."""
         blocks, heads, size, _ = cache.shape
         keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-        of, kind = layer.impl, (layer._k_scale_float, layer._v_scale_float, layer.impl.kv_cache_dtype)
-        sinks = of.sinks if of.sinks is None or of.sinks.dtype == torch.bfloat16 else of.sinks.float()
-        known = of.scale, of.alibi_slopes, of.sliding_window, of.logits_soft_cap, sinks
+        impl = layer.impl
+        kind = layer._k_scale_float, layer._v_scale_float, impl.kv_cache_dtype
+        sinks = impl.sinks if impl.sinks is None or impl.sinks.dtype == torch.bfloat16 else impl.sinks.float()
+        known = impl.scale, impl.alibi_slopes, impl.sliding_window, impl.logits_soft_cap, sinks
         return cls(keys, values, layer.isa, kind, *known)
 
 
@@ -50,17 +51,18 @@ class PagedCPU(PagedAttention):
             )
         ops = torch.ops._C
         self.update, self.attend = ops.cpu_attn_reshape_and_cache.default, ops.cpu_attention_with_kv_cache.default
-        of = [*self.layers, self.layers[-1]], [*self.caches, self.core]
-        self.facts = [Facts.of(*layer) for layer in zip(*of, strict=True)]
+        pairs = zip([*self.layers, self.layers[-1]], [*self.caches, self.core], strict=True)
+        self.facts = [Facts.of(layer, cache) for layer, cache in pairs]
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
-        of = self.facts[layer]
-        self.update(k, v, of.keys, of.values, where, of.isa, *of.cache)
+        facts = self.facts[layer]
+        self.update(k, v, facts.keys, facts.values, where, facts.isa, *facts.cache)
 
     def read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: Any) -> torch.Tensor:
-        of, rows, out = self.facts[layer], metadata, q.new_empty(q.shape)
+        facts, rows, out = self.facts[layer], metadata, q.new_empty(q.shape)
         self.attend(
-            q, of.keys, of.values, out, rows.query_start_loc, rows.seq_lens, of.scale, rows.causal, of.slopes,
-            of.window, rows.block_table, of.softcap, rows.scheduler_metadata, of.sinks, rows.dynamic_causal, *of.cache,
+            q, facts.keys, facts.values, out, rows.query_start_loc, rows.seq_lens, facts.scale, rows.causal,
+            facts.slopes, facts.window, rows.block_table, facts.softcap, rows.scheduler_metadata, facts.sinks,
+            rows.dynamic_causal, *facts.cache,
         )  # fmt: skip
         return out

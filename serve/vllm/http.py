@@ -95,7 +95,7 @@ class DepthFields:
             return await _refuse(400, "BadRequestError", f"{path}: {REFUSED[path]}", None, send)
         if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
             return await self.app(scope, receive, send)
-        if self.ending.told and not self.ending.dead:  # vLLM would send an empty reply with status 200
+        if self.ending.requested and not self.ending.dead:  # vLLM would send an empty reply with status 200
             return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
         body = await _read(receive)
         try:
@@ -209,11 +209,11 @@ def install(metrics: Callable | None) -> Ending:
     def end(self, timeout=None):
         handler = getattr(self, "output_handler", None)
         loop = None if handler is None or handler.get_loop().is_closed() else handler.get_loop()
-        if not ending.told:
+        if not ending.requested:
             if loop is not None and ending.app is not None:
                 loop.call_soon_threadsafe(ending.listen, self, loop, timeout)
             ending.dead = hasattr(self, "engine_core") and self.errored  # an engine that did not start lacks it
-            ending.told = True
+            ending.requested = True
         shutdown(self, timeout and timeout + 2 * GRACE)  # vLLM kills the engine after our own abort
         if loop is not None and not loop.is_closed():
             # The handler may have been cancelled before it noticed the engine's end. Open streams would then wait for

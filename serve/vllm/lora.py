@@ -140,8 +140,8 @@ class AllDepths(nn.Module):
             ReplicatedLinear(width, f.stop - f.start, **flags) for f, width in zip(factors, widths, strict=True)
         )
         self._ups = list(zip(widths, self.b, strict=True))
-        of = torch.cat([torch.arange(f.depths).repeat_interleave(f.rank) for f in factors])
-        self.register_buffer("column_depth", of, persistent=False)
+        column_depth = torch.cat([torch.arange(f.depths).repeat_interleave(f.rank) for f in factors])
+        self.register_buffer("column_depth", column_depth, persistent=False)
 
     def finish(self) -> None:
         """Copy the matrices of the factors, once all are loaded."""

@@ -127,10 +127,10 @@ def validate_beam_search(body: dict[str, Any], depth: Iterable[str]) -> None:
             raise FieldError(name, f"{name}={value!r:.60}: cannot be given with use_beam_search, which ignores it")
 
 
-def validate_sampling(params: Any, usual: Any) -> None:
-    """Raises FieldError for a field of vLLM's sampling `params` that is refused. `usual`: params with all defaults."""
-    for name in type(usual).__struct_fields__:
-        if name not in SAMPLING and (value := getattr(params, name, None)) != getattr(usual, name):
+def validate_sampling(params: Any, default: Any) -> None:
+    """Raises FieldError for a refused field of vLLM's sampling `params`. `default`: params with all defaults."""
+    for name in type(default).__struct_fields__:
+        if name not in SAMPLING and (value := getattr(params, name, None)) != getattr(default, name):
             _refuse(name, value, *REFUSED_SAMPLING.get(name, ((), UNKNOWN)))
     for name in ("kv_transfer_params", "ec_transfer_params"):
         _refuse(name, (getattr(params, "extra_args", None) or {}).get(name), (), CONNECTOR)

@@ -16,11 +16,11 @@ GRACE = 3.0  # seconds between the abort of requests and the kill of processes t
 class Ending:
     """The state of the server's end.
 
-    told: the engine's client has been asked to end.   dead: the engine had died before.   app: the HTTP application,
-    once vLLM has built it.   cutting: the task that aborts requests.
+    requested: the engine's client has been asked to end.   dead: the engine had died before.
+    app: the HTTP application, once vLLM has built it.   cutting: the task that aborts requests.
     """
 
-    told: bool = False
+    requested: bool = False
     dead: bool = False
     app: Any = None
     cutting: asyncio.Task | None = None
