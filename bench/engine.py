@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_sandwich import SandwichConfig
 from loopwise.serve import Engine, Params, offline
-from loopwise.serve.engine.attention import TorchAttention
+from loopwise.serve.engine.attention.reference import TorchAttention
 
 
 class Shape(NamedTuple):
@@ -116,7 +116,7 @@ class Timed:
 def waits(engine: Engine, run: Any) -> str:
     """How long the graphs of a run take, and for how much of a tick none of them runs, from the first to the last."""
     events: list[tuple[str, Any, Any]] = []
-    masked = engine.loop.masked
+    masked = engine.loop.graph_tick
     if masked is None:
         return "no graphs of whole ticks"
     plain = masked.replays
@@ -205,7 +205,7 @@ def main() -> None:
         print(f"    the engine is ready in {ready:.0f} s, warm in {time.perf_counter() - began:.0f} s", flush=True)
         times = [[decode(*system) for system in systems] for _ in range(args.pairs)]
         ratios = [a / b for a, b in times]
-        backend, ratio = type(engine.loop.attention).__name__, statistics.median(ratios)
+        backend, ratio = type(engine.loop.forward.attention).__name__, statistics.median(ratios)
         print(
             f"{args.shape}, {device}, {backend}, {policy}: {ratio:.3f}x of fixed depth ({min(ratios):.3f} to "
             f"{max(ratios):.3f}), E[d] {mean:.3f}, bound {bound:.3f}, share {ratio / bound:.1%}; "

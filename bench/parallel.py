@@ -27,7 +27,7 @@ import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 
 TERMS, R = 12, 32
 ANSWER = 2 * TERMS - 1  # characters
@@ -37,8 +37,10 @@ PLAIN = Params(max_tokens=ANSWER, num_recurrences=R, exit_rule="fixed", ignore_e
 DECODERS = {
     "plain": PLAIN,
     "wave, W=8": replace(PLAIN, decoder="wave", wave=8),
-    "diffusion, r'=4": replace(PLAIN, decoder="diffusion", wave=32, diffusion=Diffusion(inner=4, headway=1)),
-    "diffusion, r'=4, headway 2": replace(PLAIN, decoder="diffusion", wave=32, diffusion=Diffusion(inner=4, headway=2)),
+    "diffusion, r'=4": replace(PLAIN, decoder="diffusion", wave=32, diffusion=DiffusionSettings(inner=4, headway=1)),
+    "diffusion, r'=4, headway 2": replace(
+        PLAIN, decoder="diffusion", wave=32, diffusion=DiffusionSettings(inner=4, headway=2)
+    ),
 }
 
 
@@ -172,7 +174,7 @@ def crowded(pairs: int, rows: int = 16) -> None:
     config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=8)
     model = RecurrentDepthForCausalLM(config).eval().to(torch.bfloat16)
     engine = Engine(model, rows=rows, length=96, wave=8, kv_policy="last-exited")
-    engine.loop.budget = rows
+    engine.loop.eager_tick.budget = rows
     draw = random.Random(3)
     prompts = [[draw.randrange(1024) for _ in range(24)] for _ in range(rows)]
     plain = Params(max_tokens=24, ignore_eos=True)
@@ -203,12 +205,12 @@ def pictures(folder: Path, to: Path) -> None:
         loop, out, depths = engine.loop, [], []
         tick = loop.tick
 
-        def noted(tick: Any = tick, out: Any = out, depths: Any = depths, loop: Any = loop) -> bool:
-            own, lanes = slice(0, loop.lanes.own), loop.lanes
-            went = tick()
-            if bool(loop.requests.frontier[0] > 0):
-                out.append(max(int(loop.requests.frontier[0]) - first, 0))
-                on = (lanes.running[own] | lanes.open[own]).nonzero().squeeze(1)
+        def noted(most: int, tick: Any = tick, out: Any = out, depths: Any = depths, loop: Any = loop) -> Any:
+            own, lanes = slice(0, loop.state.num_decode_lanes), loop.state.lanes
+            went = tick(most)
+            if bool(loop.state.requests.next_position[0] > 0):
+                out.append(max(int(loop.state.requests.next_position[0]) - first, 0))
+                on = (lanes.running[own] | lanes.uncommitted[own]).nonzero().squeeze(1)
                 depths.append({int(lanes.position[n]) - first: int(lanes.depth[n]) for n in on})
             return went
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LINKED = ("convert", "train", "serve", "recipes")  # folders at the top that loopwise/ links to
-LINE = re.compile(r"^    (\w+)(?:\.py|/) {2,}\S", re.MULTILINE)
+LINE = re.compile(r"^ *(\w+)(?:\.py|/) {2,}\S", re.MULTILINE)
 
 
 def module_name(path: Path) -> str:

@@ -16,17 +16,24 @@ In reading order; a file imports only from files above it:
     server.py        `loopwise serve`
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .offline import Completion, Engine, Params
+    from .engine.diffusion_settings import DiffusionSettings
+    from .offline import Engine
+    from .params import Completion, Params
 
-__all__ = ["Completion", "Engine", "Params"]
+__all__ = ["Completion", "DiffusionSettings", "Engine", "Params"]
+_FILES = {
+    "Completion": ".params",
+    "DiffusionSettings": ".engine.diffusion_settings",
+    "Engine": ".offline",
+    "Params": ".params",
+}
 
 
 def __getattr__(name: str) -> Any:  # the command imports this package, and must not wait for torch
-    if name in __all__:
-        from . import offline
-
-        return getattr(offline, name)
+    if name in _FILES:
+        return getattr(import_module(_FILES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,18 +20,17 @@ from .api.lanes import MEASURED
 from .api.limits import check_model, check_packed, check_policy, check_router
 from .api.validation import check_frozen, check_threshold
 from .checkpoint import check_tensors, load_tokenizer, read_fields
+from .engine.adapters.transformers import TransformersParts
 from .engine.admission import refusal, too_narrow
-from .engine.attention import TorchAttention, attention_for
-from .engine.costs import measure
-from .engine.diffusion import NEVER
+from .engine.attention import attention_for
+from .engine.attention.reference import TorchAttention
 from .engine.exits import RULES
-from .engine.graphs import Graphs, Record, on_cuda
+from .engine.graphs import Record, on_cuda
 from .engine.kv import policy_of
-from .engine.lanes import MAX_STOPS, Request
-from .engine.loop import Counts, Loop, Prompt
-from .engine.masked import Masked
+from .engine.loop import Loop, Prompt
+from .engine.loop_config import LoopConfig
+from .engine.request import MAX_STOPS, NEVER, Request
 from .engine.sampling import Draws
-from .engine.transformers import TransformersParts
 from .memory import check_room, slot_bytes
 from .params import NEUTRAL, PENALTIES, Completion, Params, check_kinds
 
@@ -122,32 +121,28 @@ class Engine:
             parts.attention = attention = attention_for(like.device)(
                 shapes, outer, policy.slots, rows * blocks, BLOCK, like.detach()
             )
-            self.loop = Loop(
-                parts,
-                attention,
-                policy,
-                self._sample,
-                rows=rows,
-                length=room,
-                blocks=blocks,
-                prompt_lanes=max(prompt_lanes, room if policy.overwrites else 0),
-                ticks=ticks,
-                like=like.detach(),
-                width=width,
+            sizes = LoopConfig(
+                max_num_seqs=rows,
+                max_model_len=room,
+                num_blocks=blocks,
+                max_num_batched_tokens=max(prompt_lanes, room if policy.overwrites else 0),
+                passes_per_step=ticks,
+                max_lanes=width,
                 coda_wait=max(coda_wait, 0),
-                wave=wave,
+                max_in_flight=wave,
                 compile=compile,
             )
+            self.loop = Loop(parts, attention, policy, self._sample, sizes, dtype=like.dtype, device=like.device)
+            every = torch.arange(rows, device=like.device)
             table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
-            self.loop.requests.table[:rows] = table.view(rows, blocks)
+            self.loop.set_block_tables(every, table.view(rows, blocks))
             self.draws = Draws(rows, like.device)
+            if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # it waits for the device
+                self._record(on_cuda(like.device))
             if compile:
                 self.loop.warm_up()
-            if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # which waits for the device
-                self._record(on_cuda(like.device), compile)
             if coda_wait == MEASURED:
-                self.loop.costs = measure(self.loop)
-                self.loop.counts = Counts()
+                self.loop.schedule.costs = self.loop.measure()
         self.length, self.rows, self.prompt_lanes = room, rows, prompt_lanes
 
     def _defaults(self, said: dict[str, Any]) -> None:
@@ -164,16 +159,14 @@ class Engine:
             self.told.add(line)
             self.tell(line)
 
-    def _record(self, record: Record, compile: bool = False) -> None:
-        """Let the loop run from graphs."""
-        self.loop.graphs = Graphs(self.loop, record)
-        self.loop.masked = Masked(self.loop, record, compile=compile)
-        if compile:
-            self.loop.masked.warm_up()
+    def _record(self, record: Record) -> None:
+        """Run from graphs made by `record`, as far as requests fit them."""
+        self.loop.use_graphs(record)
+        self.loop.use_graph_ticks(record)
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""
-        config, policy = self.config, self.loop.policy
+        config, policy = self.config, self.loop.state.policy
         if isinstance(params, Params):
             params = params.filled(self.defaults)
         check_kinds(params)
@@ -209,19 +202,14 @@ class Engine:
         if len(stops) > MAX_STOPS:
             raise UserError(f"stop_token_ids: {len(stops)} tokens that stop, with the model's own; at most {MAX_STOPS}")
         request = Request(
-            limit=depth.num_recurrences,
-            minimum=depth.min_recurrences,
-            rule=depth.rule,
-            threshold=depth.threshold,
-            prompt_exit=depth.prompt_exit,
-            trace=depth.forced_depths,
-            remaining=params.max_tokens,
+            **vars(depth),
+            max_tokens=params.max_tokens,
             stops=tuple(sorted(stops)),
-            wave=params.wave if params.decoder == "wave" else 1,
-            diffusion=replace(params.diffusion, wave=params.wave) if params.decoder == "diffusion" else None,
+            max_in_flight=params.wave if params.decoder == "wave" else 1,
+            diffusion=replace(params.diffusion, max_in_flight=params.wave) if params.decoder == "diffusion" else None,
             penalised=any(getattr(params, name) != NEUTRAL[name] for name in PENALTIES),
         )
-        if reason := refusal(self.loop, request):
+        if reason := refusal(request, policy, config, self.loop.config.max_in_flight):
             raise UserError(reason)
         return request
 
@@ -284,15 +272,15 @@ class Engine:
                 running[row] = [number, 0]
             self.loop.eager = bool(queue)
             self._step(running, ids, done)
-            remaining = self.loop.requests.remaining.tolist()
+            remaining = self.loop.state.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 if remaining[row] == 0:
                     number, _ = running[row]
                     completion = done[number]
                     if completion.tokens and completion.tokens[-1] in requests[number].stops:
                         completion.finish_reason = "stop"
-                    completion.passes = int(self.loop.requests.ticks[row])
-                    completion.items = int(self.loop.requests.items[row])
+                    completion.passes = int(self.loop.state.requests.passes[row])
+                    completion.items = int(self.loop.state.requests.lane_passes[row])
                     self.loop.release(row)
                     free.append(row)
                     del running[row]
@@ -307,7 +295,7 @@ class Engine:
             left = len(ids[number]) - at
             if left:
                 take = min(left, room)
-                if loop.policy.overwrites and take < left:  # prompts cannot be cut
+                if loop.state.policy.overwrites and take < left:  # prompts cannot be cut
                     take = left if not prompts else 0
                 if not take:
                     continue
@@ -318,20 +306,17 @@ class Engine:
             live.append(row)
         if prompts:
             loop.prompt(prompts)
-        loop.step(torch.tensor(live, device=loop.device))
-        requests = loop.requests
-        counts = requests.count.tolist()
-        most = max(counts[row] for row in live)
-        tokens, depths = (part[:, :most].tolist() for part in (requests.tokens, requests.depths))
-        for row in live:
-            completion, count = done[running[row][0]], counts[row]
-            completion.tokens += tokens[row][:count]
-            completion.depths += depths[row][:count]
+        rows = torch.tensor(live, device=loop.state.device)
+        loop.step(rows)
+        for row, tokens, depths in zip(live, *loop.outputs(rows), strict=True):
+            completion = done[running[row][0]]
+            completion.tokens += tokens
+            completion.depths += depths
 
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        return self.draws(logits, best, row, position, self.loop.in_use)
+        return self.draws(logits, best, row, position, self.loop.work.in_use)
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

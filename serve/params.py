@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..sampling import SETTINGS, check_setting
-from .engine.diffusion import Diffusion
+from .engine.diffusion_settings import DiffusionSettings
 
 UNSAID: Any = None
 
@@ -51,7 +51,7 @@ class Params:
     ignore_eos: bool = False
     decoder: str = "plain"
     wave: int = 8
-    diffusion: Diffusion = field(default_factory=Diffusion)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
 
     def filled(self, defaults: dict[str, Any]) -> Params:
         """A copy in which None is replaced by the value in `defaults`, then by the one in NEUTRAL."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..engine.diffusion import Diffusion
+    from ..engine.diffusion_settings import DiffusionSettings
 
 DECODERS = ("plain", "wave", "diffusion")
 LARGE = 1 << 43  # above every number of a diffusion, and every threshold
@@ -30,7 +30,7 @@ class Decoder:
     """The decoder of a request. wave: positions in flight of an exact wave, 1 for plain decoding; or a `diffusion`."""
 
     wave: int = 1
-    diffusion: Diffusion | None = None
+    diffusion: DiffusionSettings | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ def decoder_of(params: Any, decoder: str, wave: int) -> Decoder:
     given = params.extra_args or {}
     name = given.get("decoder", decoder)
     if name == "diffusion":
-        return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), wave=given.get("wave", wave)))
+        return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=given.get("wave", wave)))
     return Decoder(given.get("wave", wave) if name == "wave" and history(params) is None else 1)
 
 
@@ -59,11 +59,11 @@ def history(params: Any) -> str | None:
     return next((n for n, off in HISTORY.items() if getattr(params, n, None) not in off), None)
 
 
-def diffusion(given: dict[str, Any] | str) -> Diffusion:
+def diffusion(given: dict[str, Any] | str) -> DiffusionSettings:
     """The settings in the field `diffusion`, an object or its JSON text. Raises ValueError, naming field and rule."""
-    from ..engine.diffusion import Diffusion
+    from ..engine.diffusion_settings import DiffusionSettings
 
-    kinds = {f.name: type(f.default) for f in fields(Diffusion) if f.name != "wave"}
+    kinds = {f.name: type(f.default) for f in fields(DiffusionSettings) if f.name != "max_in_flight"}
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -80,7 +80,7 @@ def diffusion(given: dict[str, Any] | str) -> Diffusion:
         if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or large:
             rule = {int: "an integer", float: "a finite number", bool: "true or false", str: "a name"}[kind]
             raise ValueError(f".{name}={value!r}: {rule}")
-    made = Diffusion(**given)
+    made = DiffusionSettings(**given)
     if mistake := made.mistake():
         raise ValueError(f".{mistake}")
     return made

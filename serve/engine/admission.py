@@ -1,19 +1,17 @@
-"""Which decoders and exits of prompts go with a model, its KV policy and a request."""
+"""Admission: the decoders and prompt exits that go with a model, its KV policy and a request."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .exits import RULES
 from .kv import KVPolicy
-from .lanes import Request
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .request import Request
 
 
 def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
-    """The decoders that do not go with a model of this config under `policy`, and why."""
+    """The decoders that do not go with a model of this RecurrentDepthConfig (or its fields) under `policy`, each with
+    the reason."""
     if config.router:
         reason = "a routed model's tokens have the depths of its router: decoder 'plain'"
         return {"wave": reason, "diffusion": reason}
@@ -38,31 +36,39 @@ def too_narrow(width: int, policy: KVPolicy) -> str | None:
 
 
 def prompt_rules(policy: KVPolicy, config: Any) -> tuple[str, ...]:
-    """The rules that may end prompt positions, too. Those that read logits read them through the coda, whose keys and
-    values of a prompt's other positions are of the depth that these are at: another one where a prompt is cut."""
+    """The rules that may end prompt positions, too.
+
+    A rule that reads logits needs the coda, whose keys and values of a prompt's other positions have the depth of
+    these. That depth depends on where a prompt is cut into chunks.
+    """
     whole = policy.overwrites or not config.coda
     return tuple(name for name, rule in RULES.items() if whole or rule.reads != "logits")
 
 
-def refusal(loop: Loop, request: Request) -> str | None:
-    """Why a request's decoder or exits do not go with the loop's model, its KV policy or the request itself; None if
-    they do."""
+def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int) -> str | None:
+    """Why a request's decoder or exits do not go with the model, its KV policy or the request itself; None if they do.
+
+    max_in_flight: most positions of one request in flight, as the engine was started.
+    """
     diffusion = request.diffusion
-    if loop.routing and (request.rule != "fixed" or request.trace):
+    if config.router and (request.rule != "fixed" or request.forced_depths):
         return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
-    if not 1 <= request.wave <= loop.wave:
-        return f"wave={request.wave}: the engine was started with wave={loop.wave}, the most positions in flight"
-    if (request.wave > 1 or diffusion) and request.fenced:
+    if not 1 <= request.max_in_flight <= max_in_flight:
+        return (
+            f"wave={request.max_in_flight}: the engine was started with wave={max_in_flight}, "
+            "the most positions in flight"
+        )
+    if (request.max_in_flight > 1 or diffusion) and request.sampled_by_host:
         return "tokens that are sampled outside of the engine come one by one: decoder 'plain'"
-    if request.prompt_exit and request.rule not in (may := prompt_rules(loop.policy, loop.parts.config)):
+    if request.prompt_exit and request.rule not in (may := prompt_rules(policy, config)):
         return f"prompt_exit with exit_rule={request.rule!r} reads logits through a coda: choose from {', '.join(may)}"
     if diffusion and request.penalised:
         return "a penalty needs the tokens before, which decoder 'diffusion' still changes: choose 'plain' or 'wave'"
-    decoder = "diffusion" if diffusion else "wave" if request.wave > 1 else "plain"
-    if reason := unfit(loop.policy, loop.parts.config).get(decoder):
+    decoder = "diffusion" if diffusion else "wave" if request.max_in_flight > 1 else "plain"
+    if reason := unfit(policy, config).get(decoder):
         return reason
-    if diffusion and diffusion.most(loop.wave) < 2:
+    if diffusion and diffusion.window(max_in_flight) < 2:
         return "diffusion needs at least 2 positions in flight: wave=2 or more, when the engine starts, too"
-    if diffusion and diffusion.inner > request.limit:
-        return f"inner={diffusion.inner}: at most num_recurrences={request.limit}, as deep as the prompt goes"
+    if diffusion and diffusion.inner > request.num_recurrences:
+        return f"inner={diffusion.inner}: at most num_recurrences={request.num_recurrences}, as deep as the prompt goes"
     return diffusion.mistake() if diffusion else None

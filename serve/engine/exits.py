@@ -1,140 +1,125 @@
-"""Exit rules: when a lane has recurred enough. Shapes: n lanes of a tick, D width, V vocabulary.
+"""Exit rules: a lane leaves once it has converged.
 
 The rules and their default thresholds are those of Huginn (arXiv 2502.05171, section 6 and its code), and Ouro's gate
-(arXiv 2510.25741). A rule compares what a recurrence gave with what the one before gave; the first is compared with the
-initial state, with a uniform distribution, or with an entropy of 100.
+(arXiv 2510.25741). A rule compares the result of a recurrence with that of the one before. The first is compared with
+the initial state, with a uniform distribution, or with an entropy of 100.
+Shapes: n lanes of a pass, m lanes of a call, D hidden size.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .lanes import Lanes
+from .forward import Forward
+from .readings import LogitMemory, LogitReadings, StateReadings
+from .state import State
 
 
 class Rule(NamedTuple):
-    """`reads`: nothing, the state, the exit gate, or the logits. The last costs coda and head at every depth."""
+    """An exit rule. threshold: its default.   reads: "nothing", "state", "gate" or "logits"; the last of these costs
+    coda and head at every depth.   fires: (readings, thresholds [m]) -> [m]."""
 
     threshold: float
     reads: str
+    fires: Callable[[Any, Tensor], Tensor] = lambda x, threshold: torch.zeros_like(threshold) > 0
 
 
 RULES = {
     "fixed": Rule(0.0, "nothing"),
-    "latent-diff": Rule(0.03, "state"),  # |s - s'| / |s| below it
-    "cosine": Rule(1e-3, "state"),  # 1 - cos(s, s') below it
-    "gate": Rule(1.0, "gate"),  # chance of having left by now, at least it
-    "entropy-diff": Rule(1e-3, "logits"),  # |H(p) - H(p')| below it
-    "kl": Rule(1e-3, "logits"),  # KL(p' || p) below it
-    "minp-kl": Rule(1e-5, "logits"),  # the same, of distributions flattened below a tenth of their maximum
-    "argmax-stability": Rule(5.0, "logits"),  # recurrences in a row without a new best token, at least it
+    "latent-diff": Rule(0.03, "state", lambda x, threshold: x.relative_change < threshold),
+    "cosine": Rule(1e-3, "state", lambda x, threshold: 1 - x.cosine < threshold),
+    "gate": Rule(1.0, "gate", lambda stays, threshold: 1 - stays >= threshold),  # probability of having left by now
+    "entropy-diff": Rule(1e-3, "logits", lambda x, threshold: x.entropy_change() < threshold),
+    "kl": Rule(1e-3, "logits", lambda x, threshold: x.divergence(x.p) < threshold),
+    "minp-kl": Rule(1e-5, "logits", lambda x, threshold: x.divergence(x.floored()) < threshold),
+    "argmax-stability": Rule(5.0, "logits", lambda x, threshold: x.stable() >= threshold),
 }
 NAMES = tuple(RULES)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
-SOME = 256  # lanes whose logits are looked at together: those of a long prompt take gigabytes
-
-
-@dataclass
-class Readings:
-    """What the rules may look at: states before and after [n, D], and functions that compute exit-gate logits [n], what
-    the head reads [m, D] of lanes `which` [m] of the n, and next-token logits [m, V] of that."""
-
-    before: torch.Tensor
-    after: torch.Tensor
-    gate: Callable[[], torch.Tensor]
-    read: Callable[[torch.Tensor], torch.Tensor]
-    logits: Callable[[torch.Tensor], torch.Tensor]
+CHUNK = 256  # lanes whose logits are computed together: those of a long prompt take gigabytes
 
 
 class ExitRules:
-    """The rules' memory of all `lanes`. A row has one at a time that is to leave by a rule, unless it runs waves
-    (`alone` is false)."""
+    """The exit rules in use, with their memory for all lanes of a State.
 
-    def __init__(self, lanes: Lanes, alone: bool, vocabulary: int):
-        count, own, device = len(lanes.row), lanes.own, lanes.row.device
-        self.place = number = torch.arange(count, device=device)  # in _log_p
-        if alone:
-            self.place = torch.where(number < own, number // lanes.ring, number - own + own // lanes.ring)
-        self.vocabulary = vocabulary
-        self.entropy = torch.zeros(count, device=device)
-        self.best = torch.zeros(count, dtype=torch.long, device=device)
-        self.stable = torch.zeros(count, dtype=torch.long, device=device)
-        self.stays = torch.zeros(count, device=device)  # chance of not having left yet
-        self._log_p = torch.zeros(0, vocabulary, device=device)  # of places from 0 to the last that a rule compared
+    A row has one lane at a time that may leave by a rule, unless its decoder is a wave: then distributions are kept for
+    every lane (`per_lane`), else for every row.
+    """
 
-    def begin(self, lanes: torch.Tensor, in_use: set[str]) -> None:
-        """Forget what was known of `lanes` by the rules `in_use`: a position starts there."""
-        if "gate" in in_use:
+    def __init__(self, state: State, per_lane: bool, vocabulary: int):
+        decodes = state.num_decode_lanes
+        place = number = torch.arange(len(state.lanes.row), device=state.device)
+        if not per_lane:
+            prompts = number - decodes + state.config.max_num_seqs
+            place = torch.where(number < decodes, number // state.ring, prompts)
+        self.by_logits = LogitMemory(place, vocabulary)
+        self.stays = torch.zeros(len(number), device=state.device)  # probability that the lane has not left yet
+        self.in_use: set[str] = set()  # rules of resident requests that read something
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; distributions come when a rule first compares them."""
+        held = [self.stays, *vars(self.by_logits).values()]
+        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+
+    def reading(self, kind: str) -> list[str]:
+        """Rules in use that read "state", "gate" or "logits"."""
+        return [name for name in NAMES if name in self.in_use and RULES[name].reads == kind]
+
+    def use(self, names: Iterable[str]) -> None:
+        """Resident requests have these rules, and no others; other names are ignored."""
+        self.in_use = {name for name in names if name in RULES and RULES[name].reads != "nothing"}
+
+    def start(self, lanes: Tensor) -> None:
+        """Positions start in `lanes` [m]: forget the readings of the positions before."""
+        if "gate" in self.in_use:
             self.stays.index_fill_(0, lanes, 1.0)
-        if any(RULES[name].reads == "logits" for name in in_use):
-            self.entropy.index_fill_(0, lanes, 100.0)
-            self.best.index_fill_(0, lanes, -1)
-            self.stable.index_fill_(0, lanes, 0)
-            place = self.place[lanes]
-            self._log_p[place[place < len(self._log_p)]] = -math.log(self.vocabulary)
+        if self.reading("logits"):
+            self.by_logits.start(lanes)
 
-    def check(
-        self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, readings: Readings
-    ) -> torch.Tensor:
-        """Whether each of `lanes` [n] has converged, by its `rule` [n] (a NUMBER) and `threshold` [n]. `in_use` names
-        the rules that occur, so that no others are computed."""
-        converged = torch.zeros(len(lanes), dtype=torch.bool, device=lanes.device)
-        if in_use & {"latent-diff", "cosine"}:
-            before, after = readings.before.float(), readings.after.float()
-            lengths = after.norm(dim=-1)
-            if "latent-diff" in in_use:
-                moved = (after - before).norm(dim=-1) / lengths
-                converged |= (rule == NUMBER["latent-diff"]) & (moved < threshold)
-            if "cosine" in in_use:
-                cosine = (after * before).sum(-1) / lengths / before.norm(dim=-1)
-                converged |= (rule == NUMBER["cosine"]) & (1 - cosine < threshold)
-        if "gate" in in_use:
-            stays = self.stays[lanes] * (1 - torch.sigmoid(readings.gate().float()))
-            self.stays.index_put_((lanes,), stays)
-            converged |= (rule == NUMBER["gate"]) & (1 - stays >= threshold)
-        if any(RULES[name].reads == "logits" for name in in_use):
-            reads = torch.tensor([RULES[name].reads == "logits" for name in NAMES], device=rule.device)
-            which = reads[rule].nonzero().squeeze(1)
-            if len(which):
-                for some, x in zip(which.split(SOME), readings.read(which).split(SOME), strict=True):
-                    logits = readings.logits(x)
-                    converged[some] = self._by_logits(in_use, lanes[some], rule[some], threshold[some], logits)
-        return converged
+    def converged(
+        self,
+        state: State,
+        forward: Forward,
+        which: Tensor,
+        row: Tensor,
+        position: Tensor,
+        depth: Tensor,
+        before: Tensor,
+        after: Tensor,
+    ) -> Tensor:
+        """[n]: lanes `which` [n], in rows at positions [n], leave by their rules.
 
-    def _by_logits(
-        self, in_use: set[str], lanes: torch.Tensor, rule: torch.Tensor, threshold: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
-        p = logits.float().softmax(-1)
-        entropy = -(p * (p + 1e-10).log()).sum(-1)
-        changed = (entropy - self.entropy[lanes]).abs()
-        self.entropy[lanes] = entropy
-
-        best = p.argmax(-1)
-        stable = torch.where(best == self.best[lanes], self.stable[lanes] + 1, 0)
-        self.best[lanes], self.stable[lanes] = best, stable
-
-        converged = torch.where(rule == NUMBER["argmax-stability"], stable >= threshold, changed < threshold)
-        if not in_use & {"kl", "minp-kl"}:
-            return converged
-        flat = rule == NUMBER["minp-kl"]
-        if "minp-kl" in in_use:
-            floored = torch.where(p < 0.1 * p.amax(-1, keepdim=True), 1 / self.vocabulary, p)
-            p = torch.where(flat[:, None], floored / floored.sum(-1, keepdim=True), p)
-        compares = flat | (rule == NUMBER["kl"])
-        return torch.where(compares, self._divergence(lanes, p) < threshold, converged)
-
-    def _divergence(self, lanes: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """KL [n] of distributions p [n, V] of lanes from those of the recurrence before."""
-        log_p, place = p.log(), self.place[lanes]
-        more = int(place.max()) + 1 - len(self._log_p)
-        if more > 0:
-            self._log_p = torch.cat([self._log_p, p.new_full((more, self.vocabulary), -math.log(self.vocabulary))])
-        old = self._log_p[place]
-        self._log_p[place] = log_p
-        weight = old.exp()
-        return torch.where(weight > 0, weight * (old - log_p), 0).sum(-1)
+        They recurred at `depth` [n] from the states before to those after [n, D]. Writes the rules' memory; rules that
+        read logits run coda and head.
+        """
+        may_exit = (state.lanes.may_exit[which] > 0) & ~state.lanes.exited[which]
+        rule = torch.where(may_exit, state.requests.rule[row], NUMBER["fixed"])
+        threshold = state.requests.threshold[row]
+        converged = torch.zeros(len(which), dtype=torch.bool, device=which.device)
+        if names := self.reading("state"):
+            readings = StateReadings(before, after)
+            for name in names:
+                converged |= (rule == NUMBER[name]) & RULES[name].fires(readings, threshold)
+        if "gate" in self.in_use:
+            stays = self.stays[which] * (1 - torch.sigmoid(forward.parts.gate(after).float()))
+            self.stays.index_put_((which,), stays)
+            converged |= (rule == NUMBER["gate"]) & RULES["gate"].fires(stays, threshold)
+        if names := self.reading("logits"):
+            numbers = torch.tensor([NUMBER[name] for name in names], device=rule.device)
+            readers = torch.isin(rule, numbers).nonzero().squeeze(1)
+            if len(readers):
+                x = forward.read_out(after[readers], row[readers], position[readers])
+                for some, part in zip(readers.split(CHUNK), x.split(CHUNK), strict=True):
+                    logits = forward.logits(part)
+                    for name in names:
+                        mine = (rule[some] == NUMBER[name]).nonzero().squeeze(1)
+                        lanes = some[mine]
+                        if len(lanes):
+                            readings = LogitReadings(self.by_logits, which[lanes], logits[mine])
+                            converged[lanes] = RULES[name].fires(readings, threshold[lanes])
+        return converged & (depth + 1 >= state.requests.min_recurrences[row])

@@ -1,27 +1,27 @@
-"""Passes of the core as CUDA graphs: one launch for a whole pass, whatever the host does.
+"""Passes of the core as CUDA graphs: one launch for a whole pass, however slow the host is.
 
 A graph is recorded for a number of rows and replays the same kernels on the same memory. So passes are padded to one of
-a few sizes, and what a pass is told goes through tensors that stay. Only attention's plan and the recurrence are
-recorded; what decides which lanes run, at which slots and places, and what becomes of their states stays outside.
-Shapes: n lanes of a pass, N >= n rows of a graph, D width.
+a few sizes, and their inputs go through tensors that stay. Only attention's plan and the recurrence are recorded; the
+choice of lanes, slots and places, and the writing of states stay outside.
+Shapes: n lanes of a pass, N >= n rows of a graph, D hidden size.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .attention import Rows
+from .attention.base import Rows
+from .forward import Forward
+from .state import State
 
-if TYPE_CHECKING:
-    from .loop import Loop
+MAX_ROWS = 256  # rows of a graph: wider passes keep the device busy without one
 
-MOST = 256  # rows of a graph: the host does not hold up wider passes
-
-# A function without arguments and results -> another that does the same again, on the same tensors
+# A function without arguments and results -> another that does the same again, on the same tensors.
 Record = Callable[[Callable[[], None]], Callable[[], Any]]
 
 
@@ -33,45 +33,61 @@ def padded(n: int) -> int:
     return -(-n // step) * step
 
 
-class Graphs:
-    """Stands for a loop's `attention.plan` and `recur`, with the same results up to rounding: a matrix product of more
-    rows may add up in another order.
+class Recorder:
+    """Records functions by `record`. After a RuntimeError, as when a layer waits for the device, it warns once, and
+    functions run as they are."""
 
-    A graph is recorded when a pass of its size comes up first, by `record`. Where that raises a RuntimeError, as when
-    a model's layers wait for the device, there is a warning, and passes run without graphs from then on. With
-    parameters of a depth's own, which are looked up row by row, they do from the start. LoRA waits for nothing; but
-    prompts that pass on their own for it (`loop.recur_alike`) are not for graphs.
+    def __init__(self, record: Record, max_rows: int):
+        self.record, self.max_rows = record, max_rows
+
+    def fits(self, rows: int) -> bool:
+        """So many rows are few enough for a graph."""
+        return rows <= self.max_rows
+
+    def __call__(self, run: Callable[[], None], rows: int) -> Callable[[], Any]:
+        """A replay of `run`, a function of `rows` rows; `run` itself where it cannot be recorded."""
+        try:
+            return self.record(run)
+        except RuntimeError as error:
+            warnings.warn(
+                f"CUDA graph capture failed at {rows} lanes; continuing without graphs: {error}", stacklevel=2
+            )
+            self.max_rows = 0
+            return run
+
+
+class Graphs:
+    """Stands in for `attention.plan` and `Forward.recur`, with the same results up to rounding: a matrix product of
+    more rows may add up in another order.
+
+    A graph is recorded when a pass of its size first comes up. Parameters of a depth's own are looked up row by row, so
+    models with them run without graphs, as do prompts that pass by `Forward.recur_alike`.
     """
 
-    def __init__(self, loop: Loop, record: Record, most: int = MOST):
-        self.loop, self.record, self.most = loop, record, most if loop.parts.compilable else 0
-        room, device, s = padded(most), loop.device, loop.lanes.s
+    def __init__(self, state: State, forward: Forward, record: Record, max_rows: int = MAX_ROWS):
+        self.state, self.forward = state, forward
+        self.recorder = Recorder(record, max_rows if forward.parts.compilable else 0)
+        room, device, s = padded(max_rows), state.device, state.lanes.s
         self.numbers = torch.zeros(5, room, dtype=torch.long, device=device)  # request, place, slot, position, depth
         self.flags = torch.zeros(2, room, dtype=torch.bool, device=device)  # begun, write
         self.s, self.e = torch.zeros(2, room, s.shape[1], dtype=s.dtype, device=device)
-        self.replays: dict[tuple[int, bool], Callable[[], Any]] = {}  # by N, and whether rows are alone
+        self.replays: dict[tuple[int, bool], Callable[[], Any]] = {}  # by N, and Rows.alone
         self.plans: dict[tuple[int, bool], Any] = {}
 
-    def fit(self, n: int) -> bool:
-        """Whether n lanes are few enough."""
-        return n <= self.most
+    def fits(self, n: int) -> bool:
+        """n lanes are few enough."""
+        return self.recorder.fits(n)
 
     def __call__(
-        self,
-        rows: Rows,
-        s: torch.Tensor,
-        e: torch.Tensor,
-        position: torch.Tensor,
-        begun: torch.Tensor,
-        depth: torch.Tensor,
-    ) -> tuple[Any, torch.Tensor]:
-        """What attention planned for `rows`, for a fill before the next call, and the new states [n, D]. The rest: as
-        in parts.recur."""
+        self, rows: Rows, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, depth: Tensor
+    ) -> tuple[Any, Tensor]:
+        """A pass of `rows`, with the inputs of `forward.recur`. Returns attention's plan, for a fill before the next
+        call, and the new states [n, D]."""
         n = len(s)
         key = padded(n), rows.alone
         if key not in self.replays:
             self._add(*key)
-        # Other rows write nothing, and read as little as there is: position 0 of request 0. Two of them are no run.
+        # Padding rows write nothing, and read position 0 of request 0. No two of them form a run.
         self.numbers[:, n : key[0]] = 0
         self.flags[:, n : key[0]] = False
         self.numbers[:, :n] = torch.stack([rows.request, rows.position, rows.slot, position, depth])
@@ -79,32 +95,28 @@ class Graphs:
         self.flags[1, :n] = True if rows.write is None else rows.write
         self.s[:n], self.e[:n] = s, e
         self.replays[key]()
-        return self.plans[key], self.s[:n].clone()  # the next call writes there
+        return self.plans[key], self.s[:n].clone()  # the next call overwrites self.s
 
     def _add(self, size: int, alone: bool) -> None:
         """Record a pass of `size` rows that write nothing, as recording may run it."""
-        loop, key = self.loop, (size, alone)
+        forward, key = self.forward, (size, alone)
         request, place, slot, position, depth = self.numbers[:, :size]
         begun, write = self.flags[:, :size]
         s, e = self.s[:size], self.e[:size]
-        rows = Rows(loop.requests.table, request, place, slot, write, alone, loop.policy.fills)
+        rows = Rows(forward.block_table, request, place, slot, write, alone, self.state.policy.fills)
 
         def run() -> None:
-            self.plans[key] = loop.attention.plan(rows)
-            # Back to where it came from, outside of the memory that graphs share: they may replay in any order.
-            s.copy_(loop.recur(loop.parts, s, e, position, begun, depth))
+            self.plans[key] = forward.attention.plan(rows)
+            # The result goes to memory outside of the graphs' shared pool: graphs replay in any order.
+            s.copy_(forward.recur(s, e, position, begun, depth))
 
         self.numbers[:, :size] = 0
         self.flags[:, :size] = False
-        try:
-            self.replays[key] = self.record(run)
-        except RuntimeError as error:
-            warnings.warn(f"passes run without CUDA graphs, as one of {size} lanes has none: {error}", stacklevel=2)
-            self.replays[key], self.most = run, 0
+        self.replays[key] = self.recorder(run, size)
 
 
 def on_cuda(device: torch.device) -> Record:
-    """`record` for tensors of this device, whose graphs share memory for what is computed on the way."""
+    """`record` for tensors of this device; its graphs share one memory pool for intermediate results."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(function: Callable[[], None]) -> Callable[[], Any]:
@@ -113,9 +125,9 @@ def on_cuda(device: torch.device) -> Record:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                function()  # compiles and loads kernels, which no capture could
+                function()  # compiles and loads kernels, which a capture cannot do
                 before = torch.cuda.get_sync_debug_mode()
-                torch.cuda.set_sync_debug_mode("error")  # before a capture, which would be left broken
+                torch.cuda.set_sync_debug_mode("error")  # before the capture, which a wait would leave broken
                 try:
                     function()
                 finally:

@@ -1,66 +1,56 @@
-"""The engine's loop: ticks over all lanes, exits, read-outs, and successors that start in the same step."""
+"""The engine's loop: requests come, their prompts run, steps of ticks generate tokens, requests go."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import diffusion, passes
+from . import costs, transitions
 from .admission import refusal, too_narrow
-from .attention import Attention, Rows
-from .compiled import ALONE, compiled
+from .attention.base import Attention
+from .compile import ALONE, compiled
 from .costs import Costs
-from .diffusion import Diffusion, Wave, refine
+from .decoders.diffusion import Diffusion
 from .exits import NUMBER, RULES, ExitRules
-from .graphs import Graphs
+from .forward import Forward
+from .graph_tick import GraphTick
+from .graphs import MAX_ROWS, Graphs, Record
 from .kv import KVPolicy
-from .lanes import Lanes, Request, Requests
-from .masked import Masked
-from .parts import Parts, embed, head, logits, recur, recur_alike, start
-from .readout import Reader, Sampler, coda, read, ready, sample
+from .loop_config import LoopConfig
+from .parts import Parts
+from .readout_schedule import ReadoutSchedule
+from .request import NEVER, Request
 from .routing import Routing
-from .tick import STEPS, Steps
-from .wave import speculative
+from .staggered_tick import StaggeredTick
+from .state import State
+from .tick import Chunk, Counts, Parked, Reader, Sampler, Starter, TickReport, Workload
+from .transitions.steps import STEPS, Steps
+from .warm_up import warm_up
 
 
 class Prompt(NamedTuple):
-    """`tokens` [n] of positions `first`, `first` + 1, ... of a row; `ends`: one is to be sampled after the last. From
-    position `generated` on an earlier run sampled them, so the request's rule ends them, where no trace does."""
+    """Tokens [n] of positions `first`, `first` + 1, ... of a row.
+
+    wants_token: one is sampled after the last.   generated: from this position on, an earlier run sampled the tokens,
+    so the request's rule ends their positions, where no depth is forced.
+    """
 
     row: int
-    tokens: torch.Tensor
+    tokens: Tensor
     first: int
-    ends: bool
-    generated: int = 1 << 40
-
-
-class Chunk(NamedTuple):
-    """Prompt lanes `first` to `last` of a row, in order."""
-
-    row: int
-    first: int
-    last: int
-
-
-@dataclass
-class Counts:
-    """What was done: how many `passes` of the core, and `reads` of the coda and the head, had n lanes."""
-
-    passes: Counter[int] = field(default_factory=Counter)
-    reads: Counter[int] = field(default_factory=Counter)
+    wants_token: bool
+    generated: int = NEVER
 
 
 class Loop:
-    """All resident requests at once. `rows` requests of up to `length` positions, with `prompt_lanes` for prompt tokens
-    in flight; a step has `ticks`. An exit waits at most `coda_wait` ticks for others that are read out with it; with
-    `costs` (an attribute), as many as the load makes worth while. With `graphs` (an attribute), passes that fit them
-    are replayed.
+    """All resident requests at once.
 
-    The caller keeps `requests.table` (block tables) right, with room for `ticks` more positions of every live row.
+    The caller keeps block tables right (`set_block_tables`), with room for `passes_per_step` more positions of every
+    live row.
     """
 
     def __init__(
@@ -69,305 +59,207 @@ class Loop:
         attention: Attention,
         policy: KVPolicy,
         sampler: Sampler,
+        config: LoopConfig,
         *,
-        rows: int,
-        length: int,
-        blocks: int,
-        prompt_lanes: int,
-        ticks: int,
-        like: torch.Tensor,
-        width: int = 0,
-        coda_wait: int = 0,
-        wave: int = 1,
+        dtype: torch.dtype,
+        device: torch.device | str,
         reader: Reader | None = None,
-        compile: bool = False,
     ):
-        """`like` gives dtype and device of states. `width`: lanes of a pass beside prompts', 0 for no bound; those
-        nearest to their token go first. `wave`: most positions that one request may have in flight before its token;
-        waves may fill a pass up to `budget` lanes (an attribute; 0 for no bound), certain positions always run.
-        `reader` gets the prompts of requests that are `shown`. `compile`: `warm_up` compiles the core, if `parts` can
-        be.
-        Raises ValueError where one request's lanes alone exceed the width."""
-        ring = (policy.depths if policy.complete else 1) + wave - 1
-        if reason := too_narrow(width, policy):
+        """`dtype` is that of states. `reader` gets the prompts of requests that want prompt logits.
+
+        Raises ValueError where the lanes of one request alone exceed `max_lanes`.
+        """
+        if reason := too_narrow(config.max_lanes, policy):
             raise ValueError(reason)
-        self.parts, self.attention, self.policy, self.sampler = parts, attention, policy, sampler
-        whole = (recur, recur_alike, embed, logits, head)
-        self.recur, self.recur_alike, self.embed, self.logits, self.head = (
-            map(compiled, whole) if compile and parts.compilable else whole
+        self.config, model = config, parts.config
+        self.state = state = State.create(config, policy, model, dtype, device)
+        self.forward = Forward(parts, attention, state.requests.block_table, config.compile)
+        self.rules = ExitRules(state, config.max_in_flight > 1, model.vocab_size)
+        self.routing = Routing(parts.router, state) if model.router else None
+        self.starter = Starter(state, self.forward, self.rules, self.routing)
+        self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)
+        self.work, self.counts = Workload(), Counts()
+        self.sampler = sampler
+        self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if config.compile else STEPS
+        self.diffusion = Diffusion(state, self.forward)
+        self.eager_tick = StaggeredTick(
+            self.steps, self.starter, self.schedule, self.work, self.counts, sampler, reader, self.diffusion
         )
-        self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if compile else STEPS
-        self.relaxed = bool((parts.config.relaxation or {}).get("rank"))
-        self.wave, self.budget = wave, 0
-        self.costs: Costs | None = None
-        self.graphs: Graphs | None = None
-        self.masked: Masked | None = None
-        self.load = [0.0, 0.0, 0.0]  # of late: ticks, lanes in them, exits
-        self.diffusions: dict[int, Diffusion] = {}  # by row
-        self.waves: dict[int, Wave] = {}
-        self.reader = reader
-        self.ticks, self.width, self.coda_wait = ticks, width, coda_wait
-        self.device = like.device
-        hidden = parts.config.hidden_size
-        room = (ticks + policy.depths + 1) * wave  # tokens of a step: each tick puts out a whole wave at most
-        self.requests = Requests(rows, length, blocks, room, self.device)
-        self.lanes = Lanes(rows, ring, prompt_lanes, hidden, like.dtype, self.device)
-        self.rules = ExitRules(self.lanes, wave == 1, parts.config.vocab_size)
-        self.features: dict[int, set[str]] = {}  # by row: its rule, and what else not every request has
-        self.in_use: Counter[str] = Counter()  # of all rows: what none has costs a tick nothing
-        self.prompt_exit: dict[int, bool] = {}
-        self.chunks: list[Chunk] = []
-        self.parked: list[list[torch.Tensor]] = []  # of fenced rows: what `sample` gets
-        self.none = torch.empty(0, dtype=torch.long, device=self.device)
-        self.reading: set[str] = set()  # rules in use that read something
-        self.never = torch.zeros(len(self.lanes.row), dtype=torch.bool, device=self.device)
-        self.always = torch.ones(len(self.lanes.row), dtype=torch.bool, device=self.device)
-        self.unread = True  # whether a lane may wait to be read out
-        self.eager = False  # whether a step ends when a request does, as others wait for its place
-        self.somebody_waits: Callable[[], bool] | None = None  # asked after every tick: whether the step is to end
-        self.ended = False  # whether a request has ended in this step
-        self.waits, self.runs = 0, 0  # rows' own lanes, after the last pass
-        self.order: torch.Tensor | None = None  # those that run, chosen for the next one, unless lanes changed since
-        self.turn = torch.zeros(2, dtype=torch.long, device=self.device)  # where passes without room for all begin
-        self.waited = 0  # ticks that an exit has waited
-        self.routing = Routing(self, parts.router) if parts.config.router else None
-        self.keeps_input = parts.config.injection != "none"
-        self.resident = 0  # requests of a step
-        self.counts = Counts()
+        self.graph_tick: GraphTick | None = None
+        self.features: dict[int, set[str]] = {}  # by row: its rule, and whatever else not every request has
+        self.prompt_exit: dict[int, bool] = {}  # by row
+        self.parked: list[Parked] = []  # reads of rows whose tokens the caller samples
+        self.eager = False  # a step ends when a request does, as others wait for its place
+        self.somebody_waits: Callable[[], bool] | None = None  # asked after every tick: the step should end
 
     @property
     def nbytes(self) -> int:
-        """Of the state of lanes and requests, as it is before any of them has come."""
-        holders = (self, self.requests, self.lanes, self.rules, self.routing)
-        held = [part for holder in holders if holder for part in vars(holder).values()]
-        return sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
+        """Bytes of the state of lanes and requests, before any of them has come."""
+        return self.state.nbytes + self.rules.nbytes + (self.routing.nbytes if self.routing else 0)
 
+    # ---- before the first request ---------------------------------------------------------------------------------
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Passes at the first position of block 0, so that what is compiled is compiled now."""
-        lanes, steps, two = self.lanes, self.steps, torch.arange(2, device=self.device)
-        s, at = lanes.s.new_zeros(3, lanes.s.shape[1]), torch.zeros(3, dtype=torch.long, device=self.device)
-        fills = self.policy.fills
-        plan = self.attention.plan(Rows(self.requests.table, at, at.clone(), at.clone(), at > 0, fills=fills))
-        for function in (self.recur, self.recur_alike)[: 1 + self.relaxed]:
-            function(self.parts, s, s.clone(), at.clone(), at > 0, at)
-        if fills:  # two slots behind three rows, as lengths are to differ
-            self.attention.fill(plan, torch.arange(3, device=self.device).clamp(max=1), 2)
-        self.embed(self.parts, at, at.clone())
-        self.logits(self.parts, s)
-        self.head(self.parts, s)
-        steps.choose(self)
-        row, position, depth, begun, _, s, _ = steps.enter(self, two)
-        steps.settle(self, two, row, position, depth, s, begun)
-        steps.fetch(self, two)
-        steps.emit(self, two, row, position, depth)
-        steps.begin(self, two, row, position, depth, self.always[:2], s, s.clone())
-        for flag in (lanes.running, lanes.emits, lanes.open, lanes.waiting, lanes.exited):
-            flag.zero_()
+        """Compile everything that can be compiled now."""
+        warm_up(self.state, self.forward, self.steps)
+        if self.graph_tick:
+            self.graph_tick.warm_up()
 
-    # ---- requests -----------------------------------------------------------------------------------------------
-    def admit(self, row: int, request: Request) -> None:
-        """Give `row` to a request; `prompt` brings its tokens. Raises ValueError for a wave or a diffusion that the
-        model or its KV policy does not allow."""
-        rule = request.rule if request.limit > request.minimum else "fixed"
-        if reason := refusal(self, request):
+    def use_graphs(self, record: Record, max_rows: int = MAX_ROWS) -> None:
+        """Replay the passes of eager ticks, of up to `max_rows` lanes, from graphs made by `record`."""
+        self.eager_tick.passes.graphs = Graphs(self.state, self.forward, record, max_rows)
+
+    def use_graph_ticks(self, record: Record) -> None:
+        """Run whole ticks from graphs made by `record`, where all requests of a step fit."""
+        self.graph_tick = GraphTick(
+            self.starter, self.schedule, self.work, self.counts, self.sampler, record, self.is_over, self.config.compile
+        )
+
+    def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
+        """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
+        recorded = self.graph_tick.recorded if self.graph_tick else lambda n: None
+        return costs.measure(self.state, self.forward, recorded, agree)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+    def admit(self, row: int, request: Request, passes: int = 0, lane_passes: int = 0) -> None:
+        """Give `row` to a request; `prompt` brings its tokens. `passes` and `lane_passes` were spent before a
+        preemption.
+
+        Raises ValueError for a decoder or an exit that the model, its KV policy or the request does not allow.
+        """
+        rule = request.rule if request.num_recurrences > request.min_recurrences else "fixed"
+        if reason := refusal(request, self.state.policy, self.forward.parts.config, self.config.max_in_flight):
             raise ValueError(reason)
+        transitions.requests.admit(self.state, row, request, NUMBER[rule], passes, lane_passes)
         if request.diffusion:
-            self.diffusions[row] = request.diffusion
-        self.requests.admit(row, request, NUMBER[rule])
+            self.diffusion.settings[row] = request.diffusion
         if self.routing:
             self.routing.admit(row)
+        at_one = request.min_recurrences == 1 and (rule != "fixed" or request.num_recurrences == 1)
         others = {
-            "wave": request.wave > 1,
-            "fenced": request.fenced,
-            "shown": request.shown,
+            "wave": request.max_in_flight > 1,
+            "diffusion": request.diffusion is not None,
+            "sampled_by_host": request.sampled_by_host,
             "penalised": request.penalised,
-            "shallow": (request.minimum == 1 and (rule != "fixed" or request.limit == 1)) or bool(request.trace),
+            "shallow": at_one or bool(request.forced_depths),  # a position may exit after its first recurrence
         }
         self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
-        self.in_use.update(self.features[row])
-        self._count_rules()
+        self.work.in_use.update(self.features[row])
+        self.rules.use(self.work.in_use)
         self.prompt_exit[row] = request.prompt_exit
 
-    def script(self, row: int, start: int, tokens: torch.Tensor) -> None:
-        """Tokens [n] of a row at positions `start` and after, which are known: they are not sampled, nor put out."""
-        self.requests.script[row, start : start + len(tokens)] = tokens.int() + 1
-        self.in_use["script"] += "script" not in self.features[row]
-        self.features[row].add("script")
+    def set_block_tables(self, rows: Tensor, blocks: Tensor) -> None:
+        """Rows [m] have the KV blocks [m, num_blocks] from now on."""
+        transitions.requests.set_block_table(self.state, rows, blocks)
 
-    def release(self, row: int) -> torch.Tensor:
-        """Take the row back. Returns the depths that its positions had, for `Request.trace`."""
-        lanes = self.lanes
-        own = [(row * lanes.ring, (row + 1) * lanes.ring)]
-        for first, last in own + [(chunk.first, chunk.last) for chunk in self.chunks if chunk.row == row]:
-            lanes.running[first:last] = lanes.waiting[first:last] = lanes.open[first:last] = False
-        self.chunks = [chunk for chunk in self.chunks if chunk.row != row]
-        self.requests.live[row] = False
-        if bool(self.requests.wild[row]):  # whoever gets its blocks weighs what it does not see by 0, and 0 NaN is NaN
-            self.attention.clean(self.requests.table[row])
-        self.diffusions.pop(row, None)
-        self.waves.pop(row, None)
-        self.in_use -= Counter(self.features.pop(row))
-        self._count_rules()
-        return self.requests.trace[row].clone()
-
-    def _count_rules(self) -> None:
-        self.reading = {rule for rule in self.in_use if rule in RULES and RULES[rule].reads != "nothing"}
+    def set_known_tokens(self, row: int, first: int, tokens: Tensor) -> None:
+        """Tokens [n] of a row, at positions `first` and after, are known: they are neither sampled nor put out."""
+        transitions.requests.set_known_tokens(self.state, row, first, tokens)
+        self.work.in_use["known_tokens"] += "known_tokens" not in self.features[row]
+        self.features[row].add("known_tokens")
 
     def prompt(self, prompts: list[Prompt]) -> None:
-        """Bring prompt tokens into lanes, where they run in the next step, to its end. Raises ValueError where there
-        are not enough lanes."""
-        lanes, prompts = self.lanes, [self._held(prompt) for prompt in prompts]
-        sizes = [len(prompt.tokens) for prompt in prompts]
-        end = lanes.own + sum(sizes)
-        if self.chunks or end > lanes.spare:
-            raise ValueError(f"{sum(sizes)} prompt tokens: there are {lanes.spare - lanes.own} lanes for a step's")
-        row = torch.tensor([prompt.row for prompt in prompts]).repeat_interleave(torch.tensor(sizes)).to(self.device)
-        position = torch.cat([torch.arange(p.first, p.first + n) for p, n in zip(prompts, sizes, strict=True)])
-        tokens = torch.cat([prompt.tokens for prompt in prompts]).to(self.device)
-        may_exit = torch.tensor([self.prompt_exit[p.row] for p in prompts]).repeat_interleave(torch.tensor(sizes))
-        may_exit |= position >= torch.tensor([p.generated for p in prompts]).repeat_interleave(torch.tensor(sizes))
-        where = torch.arange(lanes.own, end, device=self.device)
-        self._begin(where, row, position.to(self.device), tokens, may_exit.to(self.device))
-        lanes.emits[where] = False
-        first = lanes.own
-        for prompt, size in zip(prompts, sizes, strict=True):
-            self.chunks.append(Chunk(prompt.row, first, first + size))
-            first += size
-            lanes.emits[first - 1] = prompt.ends
+        """Start prompt tokens in lanes; the next step runs them to their end.
 
-    def _held(self, prompt: Prompt) -> Prompt:
-        """Without the newest generated token, where its rule reads it through a coda, which has not got the positions
-        before it until they are through: it follows them."""
+        Raises ValueError where there are not enough lanes, or prompts of an earlier call have not run yet.
+        """
+        state, prompts = self.state, [self._without_newest(prompt) for prompt in prompts]
+        sizes = [len(prompt.tokens) for prompt in prompts]
+        first, end = state.num_decode_lanes, state.num_decode_lanes + sum(sizes)
+        if self.work.chunks or end > state.spare:
+            raise ValueError(f"{sum(sizes)} prompt tokens: there are {state.spare - first} lanes for a step's")
+
+        def each(values: list[int]) -> Tensor:
+            return torch.tensor(values).repeat_interleave(torch.tensor(sizes))
+
+        position = torch.cat([torch.arange(p.first, p.first + n) for p, n in zip(prompts, sizes, strict=True)])
+        may_exit = each([self.prompt_exit[p.row] for p in prompts]).bool() | (
+            position >= each([p.generated for p in prompts])
+        )
+        tokens = torch.cat([prompt.tokens for prompt in prompts])
+        row, where = each([prompt.row for prompt in prompts]), torch.arange(first, end)
+        lanes = [part.to(state.device) for part in (where, row, position, tokens, may_exit)]
+        self.starter(self.steps.start, state, *lanes)
+        ends = torch.tensor(sizes).cumsum(0) + first
+        wants_token = torch.tensor([prompt.wants_token for prompt in prompts])
+        transitions.requests.start_prompts(state, lanes[0], (ends - 1).to(state.device), wants_token.to(state.device))
+        for prompt, size, last in zip(prompts, sizes, ends.tolist(), strict=True):
+            self.work.chunks.append(Chunk(prompt.row, last - size, last))
+
+    def _without_newest(self, prompt: Prompt) -> Prompt:
+        """Hold back the newest generated token, if its rule reads it through a coda: the coda lacks the positions
+        before it until they are through. It follows them as a known token."""
         last = prompt.first + len(prompt.tokens) - 1
         rules = (RULES[name] for name in self.features[prompt.row] if name in RULES)
-        reads = self.parts.config.coda and any(rule.reads == "logits" for rule in rules)
-        if not reads or not prompt.ends or last < max(prompt.generated, prompt.first + 1):
+        reads = self.forward.parts.config.coda and any(rule.reads == "logits" for rule in rules)
+        if not reads or not prompt.wants_token or last < max(prompt.generated, prompt.first + 1):
             return prompt
-        self.script(prompt.row, last, prompt.tokens[-1:].to(self.device))
+        self.set_known_tokens(prompt.row, last, prompt.tokens[-1:].to(self.state.device))
         return prompt._replace(tokens=prompt.tokens[:-1])
 
-    # ---- a step -------------------------------------------------------------------------------------------------
-    def step(self, live: torch.Tensor) -> None:
-        """Run ticks with the rows `live` [m] (others pause), until all prompts of this step are through and `ticks` are
-        over, or the step is, or nothing is left to do. What came of it: `requests.tokens`, `.depths` and `.count` of
-        each row."""
-        requests = self.requests
-        requests.count.zero_()
-        requests.live.zero_()
-        requests.live[live] = requests.remaining[live] > 0
-        self.resident = len(live)
-        self.unread, self.order = True, None
-        self._weigh()
-        self.ended, left = False, self.ticks
-        while (left > 0 or self.chunks) and (done := self.tick(max(left, 1))):
-            left = 0 if self.is_over() else left - done
+    def release(self, row: int) -> Tensor:
+        """Take the row back, and stop its lanes. Cleans its KV blocks, if a state was not finite.
 
-    def is_over(self) -> bool:
-        """Whether the step is to end before its ticks are over."""
-        return (self.eager and self.ended) or (self.somebody_waits is not None and self.somebody_waits())
+        Returns the depths [max_model_len + 1] of its positions, for `Request.forced_depths`.
+        """
+        requests, chunks = self.state.requests, self.work.chunks
+        transitions.requests.release(
+            self.state, row, [(chunk.first, chunk.last) for chunk in chunks if chunk.row == row]
+        )
+        self.work.chunks[:] = [chunk for chunk in chunks if chunk.row != row]
+        if bool(requests.saw_nonfinite[row]):
+            self.forward.attention.clean(requests.block_table[row])
+        self.diffusion.release(row)
+        self.work.in_use -= Counter(self.features.pop(row))
+        self.rules.use(self.work.in_use)
+        return requests.forced_depths[row].clone()
 
-    def tick(self, most: int) -> int:
-        """Passes of the core, `most` at most, until a lane leaves, and what follows from it. Returns how many; 1, too,
-        where there was only something to read out; 0 where nothing is left to do."""
-        if self.masked and self.masked.fits():
-            return self.masked.run(most)
-        lanes = passes.runnable(self)
-        done = passes.run(self, lanes, most) if len(lanes) else 0
-        waiting = ready(self, idle=not done)
-        ahead = speculative(self) if self.in_use["wave"] else self.none
-        if len(waiting) or len(ahead):
-            self.order = None
-            read(self, waiting, ahead)
-        if self.waves:
-            self._refine()
-        return done or int(len(waiting) > 0)
+    # ---- a step ---------------------------------------------------------------------------------------------------
+    def step(self, live: Tensor) -> None:
+        """Run ticks with the rows `live` [m]; the others pause.
 
-    def _weigh(self) -> None:
-        """How long exits wait in this step, by the load of the steps before."""
-        ticks, lanes, exits = self.load
-        if self.costs and exits:
-            self.coda_wait = self.costs.patience(lanes / ticks, exits / ticks, lanes / exits)
-        self.load = [part / 2 for part in self.load]
+        It ends when all prompts of this step are through and `passes_per_step` passes have run, when `is_over`, or when
+        nothing is left to do. `outputs` has the result.
+        """
+        transitions.requests.begin_step(self.state, live)
+        self.work.resident = len(live)
+        self.eager_tick.begin_step()
+        self.schedule.begin_step()
+        ended, left = False, self.config.passes_per_step
+        while left > 0 or self.work.chunks:
+            report = self.tick(max(left, 1))
+            if not report.passes:
+                return
+            self.work.chunks[:] = [chunk for chunk in self.work.chunks if chunk not in report.through]
+            self.parked += report.parked
+            ended |= report.ended
+            left = 0 if self.is_over(ended) else left - report.passes
+
+    def tick(self, max_passes: int) -> TickReport:
+        """As Tick.run, by graphs where they fit."""
+        if self.graph_tick and self.graph_tick.fits():
+            report = self.graph_tick.run(max_passes)
+            self.eager_tick.begin_step()
+            return report
+        return self.eager_tick.run(max_passes)
+
+    def is_over(self, ended: bool) -> bool:
+        """The step should end before its passes are over; `ended`: a request of it has."""
+        return (self.eager and ended) or (self.somebody_waits is not None and self.somebody_waits())
 
     def resume(self, sampler: Sampler) -> None:
-        """Sample for the fenced rows that exited in this step; their next positions run in the next one."""
+        """Sample for the rows that are sampled by the host and exited in this step; their next positions run in the
+        next step."""
         for parked in self.parked:
-            sample(self, sampler, *parked)
+            self.eager_tick.sample(sampler, parked)
         self.parked = []
 
-    # ---- a tick -------------------------------------------------------------------------------------------------
-    @property
-    def staggered(self) -> bool:
-        """Whether rows may have several lanes in flight before their token: waves, or diffusions."""
-        return bool(self.waves or self.in_use["wave"])
-
-    def _refine(self) -> None:
-        """Diffusions whose step is over go on to the next."""
-        lanes, requests = self.lanes, self.requests
-        rows = [row for row, wave in self.waves.items() if int(requests.phase[row]) == wave.of.inner]
-        if not rows:
-            return
-        self.order = None
-        which = torch.cat([lanes.span(row, self.waves[row].first, self.waves[row].last) for row in rows])
-        row, position = lanes.row[which], lanes.position[which]
-        self.counts.reads[len(which)] += 1
-        said, best = self.head(self.parts, coda(self, lanes.s[which], row, position))
-        refine(self, rows, self.sampler(said, best, row, position + 1))
-
-    def put_out(self, which: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Put out tokens of lanes `which`, of rows at positions [m], one a row at most, and start them."""
-        position, stopped = self.steps.emit(self, which, row, position, tokens)
-        if bool(stopped.any()):
-            self.ended = True
-            row, position, tokens = row[~stopped], position[~stopped], tokens[~stopped]
-        self.begin_next(row, position, tokens)
-
-    def emit(self, which: torch.Tensor) -> None:
-        """Put out the guesses of lanes `which` [m], one a row at most."""
-        lanes = self.lanes
-        self.steps.emit(self, which, lanes.row[which], lanes.position[which], lanes.guess[which])
-
-    def begin_next(self, row: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Start tokens [m] of rows in lanes of their own."""
-        if self.diffusions:
-            refined = self.requests.refines[row]
-            for n in refined.nonzero().squeeze(1).tolist():
-                diffusion.begin(self, int(row[n]), int(position[n]), tokens[n])
-            row, position, tokens = row[~refined], position[~refined], tokens[~refined]
-        if len(row):
-            self._begin(self.lanes.of(row, position), row, position, tokens)
-
-    def prelude(
-        self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor, only: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """e [m, D] of tokens [m] of rows at positions [m]. `only` [m]: which of them there are; no two are of one row
-        then."""
-        x = self.embed(self.parts, tokens, position)
-        if self.parts.config.prelude:
-            rows = Rows(self.requests.table, row, position, torch.zeros_like(row), only, alone=only is not None)
-            self.attention.plan(rows)
-            x = self.parts.layers("prelude", x, position, None)
-        return x
-
-    def _begin(
-        self,
-        where: torch.Tensor,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        tokens: torch.Tensor,
-        may_exit: torch.Tensor | None = None,
-    ) -> None:
-        """Start tokens [m] at depth 0 in lanes `where` [m]. Those that may not exit ([m]) run to their request's limit,
-        whatever its rule."""
-        x = self.prelude(tokens, row, position)
-        may_exit = self.always[: len(where)] if may_exit is None else may_exit
-        inputs = x, start(self.parts, x, position)
-        order, counts = self.steps.begin(self, where, row, position, tokens, may_exit, *inputs)
-        self.waits, self.runs = counts.tolist()
-        if self.reading:
-            self.rules.begin(where, self.reading)
-        if self.routing:
-            self.routing.begin(where)
-        # A router may end some at once, and waves start more lanes than these.
-        self.order = None if self.routing or self.staggered else order
+    def outputs(self, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens of this step for each of rows [m], and the recurrences that each of them took. Waits for the
+        device."""
+        requests = self.state.requests
+        counts = requests.count[rows].tolist()
+        most = max(counts, default=0)
+        tokens, depths = (part[rows, :most].tolist() for part in (requests.tokens, requests.depths))
+        tokens, depths = ([line[:n] for line, n in zip(part, counts, strict=True)] for part in (tokens, depths))
+        return tokens, depths

@@ -10,23 +10,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...model.relaxation import dora_scale, lora_by_depth, pack_depths, rescale
 
-Depths = Callable[[], torch.Tensor]
+Depths = Callable[[], Tensor]
 
 _library = torch.library.Library("loopwise", "FRAGMENT")
 _library.define("add_product(Tensor(a!) out, Tensor x, Tensor matrix, int start) -> ()")
 
 
-def add_product(out: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, start: int = 0) -> None:
+def add_product(out: Tensor, x: Tensor, matrix: Tensor, start: int = 0) -> None:
     """Add x [..., in] times `matrix` [width, in] to columns `start` and after of `out` [..., out], in place: what the
     rows of many prompts take is too much to be written more often than need be."""
     torch.ops.loopwise.add_product(out.flatten(0, -2), x.flatten(0, -2), matrix, start)
 
 
-def _add_product(out: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, start: int) -> None:
+def _add_product(out: Tensor, x: Tensor, matrix: Tensor, start: int) -> None:
     out.narrow(1, start, len(matrix)).addmm_(x, matrix.T)
 
 
@@ -35,13 +35,13 @@ torch.library.register_fake("loopwise::add_product", lambda out, x, matrix, star
 
 
 def add_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    depth: int | torch.Tensor,
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    depth: int | Tensor,
     start: int = 0,
-    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Add B_d (A_d x) to columns `start` and after of `out` [..., out], in place; all rows x [..., in] are at depth d.
 
@@ -56,7 +56,7 @@ def add_lora(
 class RowFactors:
     """LoRA of one linear module, for rows [..., N, in] at their own depths, or all at one, such as a prompt's."""
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, depths: Depths):
+    def __init__(self, a: Tensor, b: Tensor, depths: Depths):
         """a [depths, r, in], b [depths, out, r]."""
         self.a, self.b, self.depths, self.of_rows = a, b, len(a), depths
         down, up = (matrix.contiguous() for matrix in pack_depths(a, b))
@@ -64,7 +64,7 @@ class RowFactors:
         self.ups = [(len(down), partial(nn.functional.linear, weight=up))]
         self.column_depth = torch.arange(self.depths, device=a.device).repeat_interleave(a.shape[1])
 
-    def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, out: Tensor, x: Tensor) -> Tensor:
         """The module's output `out` [..., N, out] for x [..., N, in], with the LoRA added; it may be overwritten."""
         depth = self.of_rows().clamp(max=self.depths - 1)
         if len(depth) == 1:
@@ -74,11 +74,7 @@ class RowFactors:
 
 
 def relax_linear(
-    linear: Any,
-    factors: Any,
-    depths: Depths,
-    row: Callable[[torch.Tensor], torch.Tensor],
-    biases: torch.Tensor | None = None,
+    linear: Any, factors: Any, depths: Depths, row: Callable[[Tensor], Tensor], biases: Tensor | None = None
 ) -> None:
     """Add the LoRA `factors` (model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight;
     `biases` [depths, out]: those that it has at every depth, if it has more than one."""
@@ -88,7 +84,7 @@ def relax_linear(
         values = (factors.lora_A, factors.lora_B, factors.dora_magnitude)
         scale = dora_scale(row(linear.weight).detach(), *(value.detach() for value in values))
 
-    def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         out = change(out, args[0])
         if scale is None:
             return out
@@ -98,7 +94,7 @@ def relax_linear(
     linear.register_forward_hook(hook)
 
 
-def by_depth(module: nn.Module, own: dict[str, torch.Tensor], of_rows: Depths) -> Callable[..., torch.Tensor]:
+def by_depth(module: nn.Module, own: dict[str, Tensor], of_rows: Depths) -> Callable[..., Tensor]:
     """A forward for `module` in which each row meets the parameters `own` [depths, *shape] of its own depth.
 
     Which dimension of x is the rows' (a norm of heads may see them before the heads or behind) shows in the first call,
@@ -108,12 +104,12 @@ def by_depth(module: nn.Module, own: dict[str, torch.Tensor], of_rows: Depths) -
     depths = len(next(iter(own.values())))
     dim: list[int] = []
 
-    def at(number: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def at(number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for name, values in own.items():
             object.__setattr__(module, name, values[number])
         return plain(module, x, *args, **kwargs)
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         of = of_rows().clamp(max=depths - 1)
         if not dim:
             dim.extend([n for n, size in enumerate(x.shape) if size == len(of)][:1])

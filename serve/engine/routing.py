@@ -1,57 +1,60 @@
-"""Mixture-of-Recursions in the engine (arXiv 2507.10524): a lane stops where its router says so, and does no more work.
+"""Mixture-of-Recursions in the engine (arXiv 2507.10524): a lane leaves where its router decides so.
 
 Keys and values of a recurrence are those of the tokens that took part in it. They stand packed: the n-th token of a
-request that took part in recurrence r has place n at its slot, so that attention reads no gaps, and nothing is stored
-for tokens that stopped before. Shapes: n lanes of a call, D width.
+request that took part in recurrence r has place n at its slot. So attention reads no gaps, and tokens that left before
+take no memory. Shapes: n lanes of a call, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .loop import Loop
+from ...model.router import Router
+from .state import State
+from .transitions import routers
 
 
 class Routing:
-    """What a model's router (model.router.Router) makes of the lanes of a loop."""
+    """A model's router, with its memory of a State's lanes and rows."""
 
-    def __init__(self, loop: Loop, router: Any):
-        self.loop, self.router, self.fields = loop, router, router.fields
-        lanes, rows = loop.lanes, len(loop.requests.limit)
+    def __init__(self, router: Router, state: State):
+        self.router, self.fields = router, router.fields
+        lanes, rows, device = state.lanes, len(state.requests.live), state.device
         self.first = self.fields["kv"] == "first-recursion"
-        self.count = torch.zeros(rows, self.fields["depths"], dtype=torch.long, device=loop.device)  # packed so far
-        self.weight = torch.zeros(len(lanes.row), device=loop.device)  # token-choice: of the last recurrence's output
+        self.count = torch.zeros(rows, self.fields["depths"], dtype=torch.long, device=device)  # tokens packed so far
+        self.weight = torch.zeros(len(lanes.row), device=device)  # token-choice: weight of the last recurrence's output
         self.origin = torch.zeros_like(lanes.s)  # token-choice: s_0
-        self.chosen = torch.zeros(len(lanes.row), dtype=torch.bool, device=loop.device)  # expert-choice: for the first
+        self.chosen = torch.zeros(len(lanes.row), dtype=torch.bool, device=device)  # expert-choice: runs recurrence 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
 
     def admit(self, row: int) -> None:
+        """A request comes to `row`."""
         self.count[row] = 0
 
-    def begin(self, where: torch.Tensor) -> None:
-        """Lanes `where` [n] have their s_0: token-choice gives them their depth, expert-choice may end them here."""
-        lanes, router = self.loop.lanes, self.router
-        s = lanes.s[where]
+    def start(self, state: State, where: Tensor) -> None:
+        """Lanes `where` [n] have their s_0: token-choice sets their depth, expert-choice may end them here."""
+        s = state.lanes.s[where]
         if self.fields["kind"] == "token":
-            logits = router.logits(router.networks[0], s)
+            logits = self.router.logits(self.router.networks[0], s)
             gate = logits.softmax(-1) if self.fields["gate"] == "softmax" else logits.sigmoid()
             gate = gate * self.fields["alpha"]
-            depth = (gate + router.bias.float()).argmax(-1)
-            lanes.target[where] = depth + 1
+            depth = (gate + self.router.bias.float()).argmax(-1)
+            routers.set_exit(state, where, depth + 1)
             self.weight[where] = gate.gather(-1, depth[:, None]).squeeze(-1)
             self.origin[where] = s
             return
-        lanes.target[where] = 0
+        routers.set_exit(state, where, 0)
         self.chosen[where] = chosen = self._passes(torch.zeros_like(where), s)
         if not self.first:
-            out = where[~chosen]
-            lanes.left[out], self.loop.unread = 0, True
-            lanes.running[out], lanes.exited[out], lanes.waiting[out] = False, True, True
+            routers.exit_at_once(state, where[~chosen])
 
-    def places(self, row: torch.Tensor, position: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-        """Where [n] keys and values of lanes that recur at `depth` [n] stand, lanes of a row in order of position."""
+    def places(self, row: Tensor, position: Tensor, depth: Tensor) -> Tensor:
+        """Places [n] of the keys and values of lanes that recur at `depth` [n]; a row's lanes in order of position."""
         if self.first:
             return position
         group = row * self.count.shape[1] + depth
@@ -64,37 +67,37 @@ class Routing:
         self.count.view(-1).index_add_(0, group, torch.ones_like(group))
         return place
 
-    def combine(
-        self, which: torch.Tensor, depth: torch.Tensor, before: torch.Tensor, y: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new states [n, D] of lanes that recurred at `depth` [n] from `before` to the core's y; which leave."""
-        lanes = self.loop.lanes
+    def combine(self, state: State, which: Tensor, depth: Tensor, before: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Lanes `which` [n] recurred at `depth` [n] from `before` to the core's y. Returns their new states [n, D], and
+        which of them leave [n]."""
+        lanes = state.lanes
         if self.fields["kind"] == "token":
-            ends = depth + 1 == lanes.target[which]
+            ends = depth + 1 == lanes.exit_at[which]
             last = self.origin[which] + self.weight[which][:, None].to(y.dtype) * y
             return torch.where(ends[:, None], last, y), ends
         gate = getattr(torch, self.fields["gate"])(self._logits(self.router.networks, depth, before))
         after = before + (gate * self.fields["alpha"])[:, None].to(y.dtype) * y
-        limit = self.loop.requests.limit[lanes.row[which]]
+        limit = state.requests.num_recurrences[lanes.row[which]]
         stays = (depth + 1 < limit) & self._passes((depth + 1).clamp(max=self.fields["depths"] - 1), after)
         if self.first:
-            alone = (depth == 0) & ~self.chosen[which]  # ran for its keys and values only
+            alone = (depth == 0) & ~self.chosen[which]  # the lane ran for its keys and values only
             after, stays = torch.where(alone[:, None], before, after), stays & ~alone
         return after, ~stays
 
-    def recurrences(self, which: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-        """Of lanes that leave after `depth` [n] passes, how many of these changed their state."""
+    def recurrences(self, which: Tensor, depth: Tensor) -> Tensor:
+        """Recurrences [n] that changed the state of lanes `which` [n], which leave after `depth` [n] passes."""
         if self.first and self.fields["kind"] == "expert":
             return torch.where(self.chosen[which], depth, 0)
         return depth
 
-    def _passes(self, depth: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    def _passes(self, depth: Tensor, s: Tensor) -> Tensor:
+        """[n]: the router of `depth` [n] lets the state s [n, D] recur."""
         networks = self.router.auxiliary if self.fields["auxiliary"] else self.router.networks
         thresholds = torch.tensor(self.fields["thresholds"], device=s.device)
         return torch.sigmoid(self._logits(networks, depth, s)) >= thresholds[depth]
 
-    def _logits(self, networks: Any, depth: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """[n], each by the network of its own depth."""
+    def _logits(self, networks: nn.ModuleList, depth: Tensor, s: Tensor) -> Tensor:
+        """Logits [n] of s [n, D], each by the network of its own `depth` [n]."""
         out = torch.zeros(len(s), device=s.device)
         for number, network in enumerate(networks):
             of = (depth == number).nonzero().squeeze(1)

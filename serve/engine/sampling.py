@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from torch import Tensor
 
 from ...model.initial_state import counter_bits
 
 
-def waiting_times(seed: torch.Tensor, choice: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def waiting_times(seed: Tensor, choice: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """Exponential noise [n, V] as a function of (seed, choice, position) [n] and token; argmax p / noise samples p.
 
     float64, from 53 bits, so that the tail of a large vocabulary is not cut.
@@ -22,15 +23,15 @@ def waiting_times(seed: torch.Tensor, choice: torch.Tensor, position: torch.Tens
 
 
 def sample(
-    logits: torch.Tensor,
-    best: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    noise: torch.Tensor,
+    logits: Tensor,
+    best: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    noise: Tensor,
     cut: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """Tokens [n] for logits [n, V], of which `best` [n] are the likeliest; temperature 0 takes these, top_k 0, top_p 1
     and min_p 0 cut nothing (each [n]). top_p is a share of what the other two leave. `cut`: whether any row cuts.
 
@@ -55,13 +56,8 @@ def signed(seed: int) -> int:
 
 
 def penalise(
-    logits: torch.Tensor,
-    before: torch.Tensor,
-    generated: torch.Tensor,
-    repetition: torch.Tensor,
-    presence: torch.Tensor,
-    frequency: torch.Tensor,
-) -> torch.Tensor:
+    logits: Tensor, before: Tensor, generated: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
     """Logits [n, V] with penalties [n], float32 or wider. A token that was there `before`, in the prompt or after it,
     has its logit divided by `repetition`, or multiplied if it is negative; one that was generated has `presence`
     subtracted, and `frequency` for each time. `before`, `generated` [n, V]: how often tokens were there. As vLLM; the
@@ -76,7 +72,7 @@ class Draws:
     """Samples for the rows of an engine by parameters of each, which stand on the device: nothing waits for it."""
 
     def __init__(self, rows: int, device: torch.device):
-        def zeros(dtype: torch.dtype) -> torch.Tensor:
+        def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(rows + 1, dtype=dtype, device=device)  # and of the spare row, which takes the likeliest
 
         self.temperature, self.top_p, self.min_p = (zeros(torch.double) for _ in range(3))
@@ -107,14 +103,7 @@ class Draws:
         self.repetition[row], self.presence[row], self.frequency[row] = repetition, presence, frequency
         self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        best: torch.Tensor,
-        row: torch.Tensor,
-        position: torch.Tensor,
-        in_use: Counter[str],
-    ) -> torch.Tensor:
+    def __call__(self, logits: Tensor, best: Tensor, row: Tensor, position: Tensor, in_use: Counter[str]) -> Tensor:
         """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`. `in_use` counts the requests of each
         `sampling`, and those that are `penalised`: what none has is not done."""
         if in_use["penalised"]:
@@ -127,9 +116,7 @@ class Draws:
             self.tokens.index_put_((row, position), best)
         return best
 
-    def _penalised(
-        self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _penalised(self, logits: Tensor, best: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n, V] as penalties leave them, and the likeliest tokens [n] by them. A guess beyond `position`, of a
         wave, is none of the tokens before it."""
         tokens, place = self.tokens[row], torch.arange(self.tokens.shape[1], device=row.device)

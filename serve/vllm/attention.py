@@ -15,8 +15,8 @@ import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..engine.attention import Rows, clean, runs, slots_after
-from ..engine.compiled import ALONE, compiled
+from ..engine.attention.base import Rows, clean, runs, slots_after
+from ..engine.compile import ALONE, compiled
 
 
 class Plan(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
-from ..engine import attention as engine
-from ..engine.compiled import attend, own
+from ..engine.attention import base as engine
+from ..engine.compile import attend, register
 from .layers import attention_copy, convention_of, fold
 
 
@@ -41,7 +41,7 @@ class VllmParts:
         }
         self.outer = prelude + len(config.coda)
         self.convention = convention_of(layers[0])
-        self.number = own(self)
+        self.number = register(self)
         self.attention: engine.Attention | None = None
         self.caches: list[list[Attention]] = []  # by layer number (prelude, coda, core), by slot
         self.depths = torch.empty(0)

@@ -57,7 +57,7 @@ class LaneSampler:
         self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
         self.appended: dict[str, int] = {}  # tokens of this step that are in the request's state already
         self.drafts: dict[int, bool] = {}  # engine row -> True where its tokens are drafts until the engine emits them
-        self.script: torch.Tensor | None = None  # the engine's, of tokens that are known beforehand
+        self.known_tokens: torch.Tensor | None = None  # the engine's
 
     def admit(self, row: int, name: str, decoder: str) -> None:
         """Put request `name`, with this `decoder`, into engine row `row`. Sets its seed and its sampling method."""
@@ -125,8 +125,8 @@ class LaneSampler:
             self.sampler.noise[at] = waiting_times(seed, torch.zeros_like(seed), position, logits.shape[1])
         out = self.sampler(whole, dataclasses.replace(metadata, generators={}))
         tokens = out.sampled_token_ids[at, 0].long()
-        assert self.script is not None, "sampling without an engine"
-        known = (self.script[row, position] > 0).tolist()
+        assert self.known_tokens is not None, "sampling without an engine"
+        known = (self.known_tokens[row, position] > 0).tolist()
         new = [n for n, r in enumerate(rows) if not known[n] and not self.drafts[r]]  # certain to be emitted
         for n in new:
             name = self.name_of[rows[n]]

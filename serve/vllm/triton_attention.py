@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 
-from ..engine.triton_attention import TritonAttention
+from ..engine.attention.triton import TritonAttention
 
 
 class PagedTriton(TritonAttention):

@@ -25,13 +25,12 @@ from vllm.v1.worker.gpu_worker import Worker
 from ..api.decoders import DECODERS, Decoder, decoder_of
 from ..api.depth import depth_of
 from ..api.lanes import MEASURED, LaneConfig
-from ..engine.attention import Attention
-from ..engine.costs import measure
-from ..engine.graphs import Graphs, on_cuda
+from ..engine.attention.base import Attention
+from ..engine.graphs import on_cuda
 from ..engine.kv import policy_of
-from ..engine.lanes import MAX_STOPS, Request
-from ..engine.loop import Counts, Loop, Prompt
-from ..engine.masked import Masked
+from ..engine.loop import Loop, Prompt
+from ..engine.loop_config import LoopConfig
+from ..engine.request import MAX_STOPS, Request
 from .arrivals import arrivals
 from .attention import PagedAttention
 from .output import LaneOutput
@@ -74,9 +73,12 @@ class LaneSteps:
         self.sampler_of_lanes = LaneSampler(mode, lambda: self.input_batch, self.requests, rows, self.device)
         self.loop = self._loop(self.device, parts.attention, self.sampler_of_lanes)
         if not isinstance(parts.attention, PagedAttention):  # which waits for the device
-            self._record()
-        self.sampler_of_lanes.script, self.sampler_of_lanes.in_use = self.loop.requests.script, self.loop.in_use
-        self.loop.budget = max(lanes.budget, 0)
+            record = on_cuda(self.device)
+            self.loop.use_graphs(record)
+            self.loop.use_graph_ticks(record)
+        sampler = self.sampler_of_lanes
+        sampler.known_tokens, sampler.in_use = self.loop.state.requests.known_tokens, self.loop.work.in_use
+        self.loop.eager_tick.budget = max(lanes.budget, 0)
         if shared := arrivals():  # of a server, whose replies and newcomers are not to wait
             self.loop.eager = True
             if get_tp_group().world_size == 1:  # ranks would not hear of them in the same tick
@@ -94,23 +96,19 @@ class LaneSteps:
 
     def _loop(self: Any, device: Any, attention: Any, sampler: Any) -> Loop:
         lanes, scheduler = LaneConfig.of(self.vllm_config), self.vllm_config.scheduler_config
-        return Loop(
-            self.model.parts,
-            attention,
-            policy_of(self.model.config),
-            sampler,
-            rows=scheduler.max_num_seqs,
-            length=self.max_model_len,
-            blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
-            prompt_lanes=scheduler.max_num_batched_tokens,
-            ticks=lanes.ticks,
-            like=torch.empty(0, dtype=self.dtype, device=device),
-            width=lanes.width,
+        sizes = LoopConfig(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            passes_per_step=lanes.ticks,
+            max_lanes=lanes.width,
             coda_wait=max(lanes.coda_wait, 0),
-            wave=lanes.wave,
-            reader=self._read_prompt,
+            max_in_flight=lanes.wave,
             compile=lanes.compile,
         )
+        parts, policy, reader = self.model.parts, policy_of(self.model.config), self._read_prompt
+        return Loop(parts, attention, policy, sampler, sizes, dtype=self.dtype, device=device, reader=reader)
 
     def state_bytes(self: Any) -> int:
         """Of the loop that there will be: of its lanes and requests."""
@@ -119,12 +117,6 @@ class LaneSteps:
     def _attention(self: Any, block_size: int) -> Attention:
         builder = self.attn_groups[0][0].get_metadata_builder()
         return self.paged(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
-
-    def _record(self: Any) -> None:
-        """Let the loop run from CUDA graphs."""
-        record, compile = on_cuda(self.device), self.lane_config.compile
-        self.loop.graphs = Graphs(self.loop, record)
-        self.loop.masked = Masked(self.loop, record, compile=compile)
 
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -146,7 +138,7 @@ class LaneSteps:
         rows = torch.tensor([self.row[name] for name in names], device=self.device)
         batch = self.input_batch
         tables = batch.block_table[0].get_cpu_tensor()[[batch.req_id_to_index[name] for name in names]]
-        self.loop.requests.table[rows] = tables.to(self.device)
+        self.loop.set_block_tables(rows, tables.to(self.device))
         prompts = [self._prompt(n, count) for n, count in scheduler_output.num_scheduled_tokens.items()]
         if prompts := [prompt for prompt in prompts if prompt is not None]:
             self.loop.prompt(prompts)
@@ -182,28 +174,28 @@ class LaneSteps:
         self.loop.admit(
             row,
             Request(
-                limit=depth.num_recurrences,
-                minimum=depth.min_recurrences,
+                num_recurrences=depth.num_recurrences,
+                min_recurrences=depth.min_recurrences,
                 rule=depth.rule,
                 threshold=depth.threshold,
                 prompt_exit=depth.prompt_exit,
-                trace=past.trace if decoder.diffusion is None and not self.loop.routing else [],
-                remaining=min(params.max_tokens - done, self.max_model_len - state.num_tokens),
+                forced_depths=past.trace if decoder.diffusion is None and not self.loop.routing else [],
+                max_tokens=min(params.max_tokens - done, self.max_model_len - state.num_tokens),
                 stops=tuple(sorted(stops)[:MAX_STOPS]),  # at others, the scheduler cuts what came after
-                fenced=params.structured_outputs is not None,
-                shown=name in self.num_prompt_logprobs,
+                sampled_by_host=params.structured_outputs is not None,
+                wants_prompt_logits=name in self.num_prompt_logprobs,
                 sampling=self.sampler_of_lanes.sampling[row],
-                wave=decoder.wave,
+                max_in_flight=decoder.wave,
                 diffusion=decoder.diffusion,
             ),
+            past.passes,
+            past.lanes,
         )
-        requests = self.loop.requests
-        requests.ticks[row], requests.items[row] = past.passes, past.lanes
         self.counted[row], self.decoder[row] = torch.tensor([past.passes, past.lanes]), DECODERS.index(decoder.name)
-        if decoder.diffusion or self.loop.policy.overwrites:  # generated positions as they came
+        if decoder.diffusion or self.loop.state.policy.overwrites:  # generated positions as they came
             known = torch.tensor(state.output_token_ids, dtype=torch.int32, device=self.device)
             start = len(state.prompt_token_ids)
-            self.loop.script(row, start, known)
+            self.loop.set_known_tokens(row, start, known)
             self.sent[name] = min(state.num_computed_tokens, start - 1)
         self.row[name] = row
 
@@ -224,8 +216,8 @@ class LaneSteps:
         self.free.append(row)
         self.flying.discard(name)
         self.sent.pop(name, None)
-        requests = self.loop.requests
-        return Past(self.loop.release(row).tolist(), int(requests.ticks[row]), int(requests.items[row]))
+        requests = self.loop.state.requests
+        return Past(self.loop.release(row).tolist(), int(requests.passes[row]), int(requests.lane_passes[row]))
 
     def _prompt(self: Any, name: str, count: int) -> Prompt | None:
         """The known tokens that the scheduler wants computed; None for a request that decodes."""
@@ -236,8 +228,8 @@ class LaneSteps:
         last, prompt = first + count, len(state.prompt_token_ids)
         if last == len(tokens):
             self.flying.add(name)
-        if self.loop.policy.overwrites and (first or last < len(tokens)):
-            raise ValueError(f"kv_policy={self.loop.policy.name}: a prompt cannot be cut into chunks")
+        if self.loop.state.policy.overwrites and (first or last < len(tokens)):
+            raise ValueError(f"kv_policy={self.loop.state.policy.name}: a prompt cannot be cut into chunks")
         if name in self.sent:  # generated positions follow by themselves, once vLLM expects tokens
             first, last = self.sent[name], prompt if name in self.flying else min(last, prompt - 1)
             self.sent[name] = max(first, last)
@@ -246,11 +238,8 @@ class LaneSteps:
         return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying, generated=prompt)
 
     def _output(self: Any, names: list[str]) -> LaneOutput:
-        requests = self.loop.requests
         rows = torch.tensor([self.row[name] for name in names], device=self.device)
-        counts = requests.count[rows].tolist()
-        tokens = [row[:n] for row, n in zip(requests.tokens[rows].tolist(), counts, strict=True)]
-        depths = [row[:n] for row, n in zip(requests.depths[rows].tolist(), counts, strict=True)]
+        tokens, depths = self.loop.outputs(rows)
         spent = self._count(rows).tolist()
         for name, new, deep in zip(names, tokens, depths, strict=True):
             self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.appended.get(name, 0) :])
@@ -260,15 +249,15 @@ class LaneSteps:
             req_ids=names,
             req_id_to_index={name: number for number, name in enumerate(names)},
             sampled_token_ids=tokens,
-            logprobs=self.sampler_of_lanes.lists(names, counts),
+            logprobs=self.sampler_of_lanes.lists(names, [len(new) for new in tokens]),
             prompt_logprobs_dict=self._prompt_logprobs(names),
             work=[[(depth, *now) for depth in deep] for deep, now in zip(depths, spent, strict=True)],
         )
 
     def _count(self: Any, rows: Any) -> torch.Tensor:
         """Passes and lanes [n, 2] that requests in `rows` [n] have had, which the counters then have, too."""
-        requests = self.loop.requests
-        spent = torch.stack([requests.ticks[rows], requests.items[rows]], 1)
+        requests = self.loop.state.requests
+        spent = torch.stack([requests.passes[rows], requests.lane_passes[rows]], 1)
         new = torch.cat([requests.count[rows, None], spent - self.counted[rows]], 1)
         self.work.index_add_(0, self.decoder[rows], new)
         self.counted[rows] = spent
@@ -286,7 +275,7 @@ class LaneSteps:
                 state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
             some_at = at.nonzero().squeeze(1)
             for some in some_at.split(256) if len(some_at) else ():  # logits of a long prompt take memory
-                logprobs = self.loop.logits(self.parts, x[some]).float()
+                logprobs = self.loop.forward.logits(x[some]).float()
                 if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
                     logprobs = Sampler.compute_logprobs(logprobs)
                 values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
@@ -315,7 +304,7 @@ def counts(runner: Any) -> dict[str, Any]:
     done = runner.loop.counts
     found = {"exits": runner.exits, "lanes": by_number(done.passes), "codas": by_number(done.reads)}
     work = dict(zip(DECODERS, runner.work.tolist(), strict=True))
-    return {**found, "decoders": work, "budget": runner.loop.budget}
+    return {**found, "decoders": work, "budget": runner.loop.eager_tick.budget}
 
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
@@ -351,20 +340,18 @@ class LaneWork:
         # compiled: what an engine before this one has left in cycles goes now.
         gc.collect()
         loop.warm_up()
-        if loop.masked and lanes.compile:
-            loop.masked.warm_up()
         if MEASURED not in (lanes.budget, lanes.coda_wait):
             return done
         group: Any = get_tp_group()
-        costs = measure(loop, group.broadcast_object)
-        loop.counts = Counts()
+        costs = loop.measure(group.broadcast_object)
         if lanes.budget == MEASURED:
-            loop.budget = costs.knee()
+            loop.eager_tick.budget = costs.knee()
         if lanes.coda_wait == MEASURED:
-            loop.costs = costs
+            loop.schedule.costs = costs
         if group.is_first_rank:
             at = ", ".join(f"{n}: {s * 1e3:.1f} + {costs.reads[n] * 1e3:.1f}" for n, s in costs.passes.items())
-            waves = f"waves fill a pass up to budget={loop.budget} lanes; " if lanes.budget == MEASURED else ""
+            budget = loop.eager_tick.budget
+            waves = f"waves fill a pass up to budget={budget} lanes; " if lanes.budget == MEASURED else ""
             print(f"loopwise: {waves}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 

@@ -297,11 +297,13 @@ MEANINGS = json.loads((OLD / "expected/meanings.json").read_text())
 
 def parse_request(body: dict[str, Any]) -> dict[str, Any]:
     """The depth fields of a request's body, as the server reads them. Raises FieldError."""
-    from loopwise.serve.vllm.fields import Limits, check, take
+    from loopwise.serve.api.fields import take_fields
+    from loopwise.serve.api.limits import Limits
+    from loopwise.serve.api.validation import validate_fields
 
     rules = ("fixed", "latent-diff", "cosine", "entropy-diff", "kl", "minp-kl", "argmax-stability")
     limits = Limits(num_recurrences=3, max_recurrences=8, rules=rules, prompt_exit=True)
-    return check(take(body, ("model", "prompt", "max_tokens", "temperature", "vllm_xargs")), limits)
+    return validate_fields(take_fields(body, ("model", "prompt", "max_tokens", "temperature", "vllm_xargs")), limits)
 
 
 def request_names(refused: bool) -> list[str]:
@@ -315,7 +317,7 @@ def test_a_request_body_means_the_same(name):
 
 @pytest.mark.parametrize("name", request_names(refused=True))
 def test_a_request_body_is_refused_for_the_same_field(name):
-    from loopwise.serve.vllm.fields import FieldError
+    from loopwise.serve.api.fields import FieldError
 
     with pytest.raises(FieldError) as error:
         parse_request(deepcopy(REQUESTS[name]))
@@ -332,8 +334,7 @@ def test_every_request_field_of_then_is_asked_for():
 
 def test_the_offline_engine_gives_the_same_answers(old):
     """By keywords of the engine and of its parameters that are named as then."""
-    from loopwise.serve.engine.diffusion import Diffusion
-    from loopwise.serve.offline import Engine, Params
+    from loopwise.serve import DiffusionSettings, Engine, Params
 
     engine = Engine("retrofit", rows=2, length=48, wave=8)
     for name, meaning in MEANINGS.items():
@@ -343,7 +344,7 @@ def test_the_offline_engine_gives_the_same_answers(old):
         if "prompt_exit" in values:
             values["prompt_exit"] = bool(values["prompt_exit"])
         if "diffusion" in values:
-            values["diffusion"] = replace(Diffusion(), **json.loads(values["diffusion"]))
+            values["diffusion"] = replace(DiffusionSettings(), **json.loads(values["diffusion"]))
         if "trace" in values:
             values["trace"] = tuple(values["trace"])
         (done,) = engine.generate([REQUESTS[name]["prompt"]], Params(max_tokens=REQUESTS[name]["max_tokens"], **values))

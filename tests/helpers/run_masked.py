@@ -8,6 +8,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 from collections.abc import Callable
 from typing import Any
 
+from loopwise.serve.engine import loop
+from loopwise.serve.engine.graph_tick import GraphTick
+from loopwise.serve.engine.tick import TickReport
 from loopwise.serve.vllm import worker
 from tests.helpers import run_lanes
 from tests.helpers.run_engines import main
@@ -22,19 +25,19 @@ def run(case: dict) -> dict:
     worker.CpuLaneRunner._attention = worker.GpuLaneRunner._attention
     worker.on_cuda = lambda device: run_once
     runs: list[tuple[str, int]] = []
-    worker.Masked = lambda *args, **kwargs: Noted(runs, *args, **kwargs)
+    loop.GraphTick = lambda *args, **kwargs: Noted(runs, *args, **kwargs)
     result = run_lanes.run(case)
     return {**result, "masked": len(runs)}
 
 
-class Noted(worker.Masked):
+class Noted(GraphTick):
     def __init__(self, runs: list, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.runs_of = runs
 
-    def run(self, most: int) -> int:
-        self.runs_of.append(most)
-        return super().run(most)
+    def run(self, max_passes: int) -> TickReport:
+        self.runs_of.append(max_passes)
+        return super().run(max_passes)
 
 
 if __name__ == "__main__":

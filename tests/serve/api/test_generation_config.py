@@ -242,7 +242,7 @@ def test_a_model_of_learned_positions_fills_all_of_them(tmp_path, source, decode
 def test_what_does_not_fit_in_memory_is_one_line_with_advice_that_works(monkeypatch, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention: Any = Engine(folder, dtype="float32", rows=1, length=16).loop.attention
+        attention: Any = Engine(folder, dtype="float32", rows=1, length=16).loop.forward.attention
     bytes_of = sum(part.nbytes for pair in attention.caches for part in pair) // 32  # two blocks
     monkeypatch.setattr(memory, "available", lambda device=None: 4 * 100 * bytes_of)
     with pytest.raises(UserError, match=r"rows=4 of length=400 at max_recurrences=8 \(kv_policy=per-depth\)") as told:

@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import interpreter_builder
 
 from loopwise.serve import Engine, offline
-from loopwise.serve.engine import triton_attention
-from loopwise.serve.engine.attention import Rows, TorchAttention
-from loopwise.serve.engine.graphs import Graphs
-from loopwise.serve.engine.masked import Masked
-from loopwise.serve.engine.triton_attention import TritonAttention
+from loopwise.serve.engine.attention import triton as triton_attention
+from loopwise.serve.engine.attention.base import Rows
+from loopwise.serve.engine.attention.reference import TorchAttention
+from loopwise.serve.engine.attention.triton import TritonAttention
 from tests.serve.engine.test_engine import RELAXED, build, requests
 
 SLOTS, OUTER = 3, 1
@@ -151,7 +150,7 @@ def test_the_engine_puts_out_the_same_tokens(model_type, policy, decoder, monkey
         monkeypatch.setattr(offline, "attention_for", lambda device, backend=backend: backend)
         model = build(model_type, injection="none" if model_type == "gpt_oss" else "linear")
         engine = Engine(model, rows=2, length=60, kv_policy=policy, ticks=3, wave=2)
-        assert isinstance(engine.loop.attention, backend)
+        assert isinstance(engine.loop.forward.attention, backend)
         answers.append([(c.tokens, c.depths, c.passes) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert len({depth for _, depths, _ in answers[0] for depth in depths}) > 1
@@ -217,9 +216,9 @@ def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, 
         if graphs:
             with torch.inference_mode():
                 if kind == "padded":
-                    engine.loop.graphs = Graphs(engine.loop, record)
+                    engine.loop.use_graphs(record)
                 else:
-                    engine.loop.masked = Masked(engine.loop, record)
+                    engine.loop.use_graph_ticks(record)
         answers.append([(c.tokens, c.depths) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert replays > 3

@@ -18,7 +18,7 @@ import pytest
 from loopwise.cli import main
 from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from tests.serve.engine.huginn_tiny import write
 
 CASES = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_text())
@@ -45,7 +45,7 @@ def test_freezes_the_authors_tokens(folder, policy):
             ignore_eos=True,
             decoder="diffusion",
             wave=case["wave"],
-            diffusion=Diffusion(**{name: case[name] for name in knobs}),
+            diffusion=DiffusionSettings(**{name: case[name] for name in knobs}),
         )
         for case in cases
     ]

@@ -14,11 +14,12 @@ from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine import exits, passes
-from loopwise.serve.engine.compiled import compiled
-from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.compile import compiled
+from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from loopwise.serve.engine.exits import RULES
 from loopwise.serve.engine.loop import Prompt
-from loopwise.serve.engine.tick import choose, enter
+from loopwise.serve.engine.tick import TickReport
+from loopwise.serve.engine.transitions.steps import choose, enter
 from tests.helpers.model import RELAXED_PARTS, build_relaxed
 from tests.helpers.tiny import VOCAB, source_config
 from tests.serve.engine.oracle import Answer, Oracle
@@ -126,16 +127,16 @@ def test_every_rule(rule):
 @pytest.mark.parametrize(("policy", "rules"), [("per-depth", ["kl", "minp-kl"]), ("last-exited", [*RULES][4:])])
 def test_logits_of_many_lanes_are_looked_at_in_parts(policy, rules, monkeypatch):
     """And the distributions that are kept are one a request, not one a lane; none, where no rule compares any."""
-    monkeypatch.setattr(exits, "SOME", 3)
+    monkeypatch.setattr(exits, "CHUNK", 3)
     model = build(core=[1, 2, 3], coda=[])
     prompts, params = requests(5, 12, policy, rules)
     params = [replace(p, prompt_exit=policy != "per-depth") for p in params]
     check(model, policy, prompts, params)
     engine = Engine(model, rows=12, length=100, kv_policy=policy)
     for rule in ("argmax-stability", "kl"):
-        assert not len(engine.loop.rules._log_p)
+        assert not len(engine.loop.rules.by_logits.log_p)
         engine.generate(prompts, [replace(p, exit_rule=rule, exit_threshold=None, prompt_exit=False) for p in params])
-    assert 0 < len(engine.loop.rules._log_p) <= 12
+    assert 0 < len(engine.loop.rules.by_logits.log_p) <= 12
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
@@ -186,23 +187,23 @@ def test_limits_of_a_pass_change_nothing(policy, options):
 @torch.inference_mode()
 def test_rows_take_turns():
     """As many lanes as a pass has room for, one a row, from where the pass before has ended; the others behind them."""
-    taken = Engine(build(), rows=7, length=50, width=3, wave=4, kv_policy="last-exited").loop
+    taken = Engine(build(), rows=7, length=50, width=3, wave=4, kv_policy="last-exited").loop.state
     lanes, live, draw, turn = taken.lanes, taken.requests.live, random.Random(0), 0
     for _ in range(200):
-        lanes.running[: lanes.own] = False
+        lanes.running[: taken.num_decode_lanes] = False
         live[:7] = torch.tensor([draw.random() < 0.8 for _ in range(7)])
-        running = [row * lanes.ring + draw.randrange(lanes.ring) for row in range(7) if draw.random() < 0.7]
-        waiting = [lane for lane in range(lanes.own) if draw.random() < 0.1]
-        lanes.running[running], lanes.waiting[: lanes.own] = True, False
+        running = [row * taken.ring + draw.randrange(taken.ring) for row in range(7) if draw.random() < 0.7]
+        waiting = [lane for lane in range(taken.num_decode_lanes) if draw.random() < 0.1]
+        lanes.running[running], lanes.waiting[: taken.num_decode_lanes] = True, False
         lanes.waiting[waiting] = True
-        runs, waits = ([n for n in some if live[n // lanes.ring]] for some in (running, waiting))
-        first = [n for n in runs if n // lanes.ring >= turn] + [n for n in runs if n // lanes.ring < turn]
+        runs, waits = ([n for n in some if live[n // taken.ring]] for some in (running, waiting))
+        first = [n for n in runs if n // taken.ring >= turn] + [n for n in runs if n // taken.ring < turn]
         choose(taken)  # for a pass that does not come about, which costs nobody a turn
         order, counts = choose(taken)
         assert (order[: len(runs)].tolist(), counts.tolist()) == (first, [len(waits), len(runs)])
         if first:
             enter(taken, order[: min(len(runs), 3)])
-            turn = first[2] // lanes.ring + 1 if len(first) > 3 else turn
+            turn = first[2] // taken.ring + 1 if len(first) > 3 else turn
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
@@ -268,12 +269,12 @@ def test_a_routed_model_equals_transformers_and_saves_work(kind):
 
 
 REFINED = [
-    Diffusion(inner=2, threshold=0.3),
-    Diffusion(inner=3, headway=2, ema=0.0, threshold=0.2),
-    Diffusion(inner=2, freeze="acceleration", threshold=0.4),
-    Diffusion(inner=2, freeze="token-stability"),
-    Diffusion(inner=2, freeze="fixed", headway=2),
-    Diffusion(inner=4, threshold=0.3, continuous=True),
+    DiffusionSettings(inner=2, threshold=0.3),
+    DiffusionSettings(inner=3, headway=2, ema=0.0, threshold=0.2),
+    DiffusionSettings(inner=2, freeze="acceleration", threshold=0.4),
+    DiffusionSettings(inner=2, freeze="token-stability"),
+    DiffusionSettings(inner=2, freeze="fixed", headway=2),
+    DiffusionSettings(inner=4, threshold=0.3, continuous=True),
 ]
 
 
@@ -316,7 +317,7 @@ def test_diffusion_is_that_of_a_request_alone(policy, shape):
 
 def test_a_step_holds_whatever_a_diffusion_freezes_in_it():
     engine = Engine(build(), rows=2, length=100, ticks=3, wave=40, kv_policy="single")
-    leap = Diffusion(inner=1, headway=20, threshold=1e9)  # all converges at once
+    leap = DiffusionSettings(inner=1, headway=20, threshold=1e9)  # all converges at once
     params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=leap)
     assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 60
 
@@ -332,7 +333,7 @@ def test_a_step_holds_whatever_a_diffusion_freezes_in_it():
 def test_a_diffusion_that_makes_no_sense_is_refused(wrong, told):
     engine = Engine(build(), rows=1, length=50, wave=4)
     with pytest.raises(UserError, match=told):
-        engine.generate([[5]], Params(3, 4, decoder="diffusion", diffusion=Diffusion(**wrong)))
+        engine.generate([[5]], Params(3, 4, decoder="diffusion", diffusion=DiffusionSettings(**wrong)))
 
 
 def test_thresholds_and_traces_beyond_all_bounds():
@@ -412,7 +413,9 @@ def test_a_width_below_a_request_is_refused():
 
 def test_noise_of_a_diffusion_is_its_seeds_alone():
     model = build()
-    base = Params(12, 8, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3, noise=0.5))
+    base = Params(
+        12, 8, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.3, noise=0.5)
+    )
     engine = Engine(model, rows=3, length=100, kv_policy="single", ticks=3, wave=6)
     params = [replace(base, diffusion=replace(base.diffusion, seed=n)) for n in range(4)]
     together = engine.generate([[5, 6, 7]] * 4, params)
@@ -442,7 +445,7 @@ def test_what_breaks_off_leaves_nothing():
     engine.loop.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, params)
-    assert not engine.loop.in_use
+    assert not engine.loop.work.in_use
     assert engine.generate(prompts, params) == want
 
 
@@ -461,10 +464,10 @@ def test_a_step_ends_when_somebody_waits(masked):
         steps.append(0)
         type(engine.loop).step(engine.loop, live)
 
-    def counted(most: int) -> int:
-        done = tick(most)
-        steps[-1] += done
-        return done
+    def counted(max_passes: int) -> TickReport:
+        report = tick(max_passes)
+        steps[-1] += report.passes
+        return report
 
     engine.loop.step, engine.loop.tick = step, counted
     want = engine.generate(prompts, params)
@@ -528,19 +531,19 @@ def test_a_request_goes_on_after_others_had_its_blocks(rule):
     wanted = [oracle.generate(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
     engine = Engine(model, rows=1, length=100, kv_policy="last-exited", ticks=3)
     loop, row, preempted = engine.loop, torch.zeros(1, dtype=torch.long), 0
-    caches: Any = vars(loop.attention)["caches"]
+    caches: Any = vars(loop.forward.attention)["caches"]
     for prompt, asked, want in zip(prompts, params, wanted, strict=True):
         request, tokens = engine.request(asked), []
         if want.margin < NEAR:
             continue
         with torch.inference_mode():
             while len(tokens) < 20:
-                loop.admit(0, replace(request, remaining=20 - len(tokens)))
+                loop.admit(0, replace(request, max_tokens=20 - len(tokens)))
                 loop.prompt([Prompt(0, torch.tensor(prompt + tokens), 0, True, generated=len(prompt))])
                 for _ in range(3):
                     loop.step(row)
-                    tokens += loop.requests.tokens[0, : int(loop.requests.count[0])].tolist()
-                request = replace(request, trace=loop.release(0).tolist())
+                    tokens += loop.state.requests.tokens[0, : int(loop.state.requests.count[0])].tolist()
+                request = replace(request, forced_depths=loop.release(0).tolist())
                 for cache in (one for pair in caches for one in pair):
                     cache.normal_(std=4.0)
                 preempted += 1
@@ -557,8 +560,8 @@ def test_a_request_that_overflows_leaves_nothing_to_others():
     engine = Engine(model, rows=1, length=100, wave=8, kv_policy="last-exited")
     prompt, plain = list(range(3, 40)), Params(24, num_recurrences=4, ignore_eos=True)
     want = engine.generate([prompt], plain)
-    wild = Diffusion(inner=3, continuous=True, freeze="acceleration", threshold=0.3)
+    wild = DiffusionSettings(inner=3, continuous=True, freeze="acceleration", threshold=0.3)
     engine.generate([[5, 6, 7]], Params(90, ignore_eos=True, decoder="diffusion", wave=4, diffusion=wild))
-    assert bool(engine.loop.requests.wild[0])
+    assert bool(engine.loop.state.requests.saw_nonfinite[0])
     assert engine.generate([prompt], plain) == want
-    assert not bool(engine.loop.requests.wild[0])
+    assert not bool(engine.loop.state.requests.saw_nonfinite[0])

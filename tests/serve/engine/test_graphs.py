@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.attention import Rows
-from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.attention.base import Rows
+from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from loopwise.serve.engine.graphs import Graphs, Record, on_cuda, padded
 from tests.helpers.tiny import VOCAB
 from tests.serve.engine.test_engine import RELAXED, ROUTERS, build, requests
@@ -42,12 +42,12 @@ def engine(model: Any, most: int | None, **options: Any) -> Engine:
         for cache in caches(made):
             cache.normal_(generator=generator)
         if most is not None:
-            made.loop.graphs = Graphs(made.loop, record(), most)
+            made.loop.use_graphs(record(), most)
     return made
 
 
 def caches(of: Engine) -> list[torch.Tensor]:
-    return [cache for layer in of.loop.attention.caches for cache in layer]  # pyright: ignore[reportAttributeAccessIssue]
+    return [cache for layer in of.loop.forward.attention.caches for cache in layer]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def compare(
@@ -68,9 +68,11 @@ def compare(
     assert written
     passes = ours.loop.counts.passes
     assert passes == plain.loop.counts.passes
-    assert ours.loop.graphs is not None
+    assert ours.loop.eager_tick.passes.graphs is not None
     if wide:
-        assert {size for size, _ in ours.loop.graphs.replays} == {padded(n) for n in passes if n <= most}
+        assert {size for size, _ in ours.loop.eager_tick.passes.graphs.replays} == {
+            padded(n) for n in passes if n <= most
+        }
     assert any(padded(n) > n for n in passes if n <= most)
     return ours
 
@@ -87,7 +89,7 @@ MODELS = {
 def test_policies_and_exit_rules(policy, kind):
     prompts, params = requests(21, 10, policy, ["fixed", "latent-diff", "cosine", "kl"])
     done = compare(lambda: build(**MODELS[kind]), prompts, params, wide=kind == "huginn-like", kv_policy=policy)
-    graphs = done.loop.graphs
+    graphs = done.loop.eager_tick.passes.graphs
     assert graphs is not None
     assert len({size for size, _ in graphs.replays}) > 3
     assert {alone for _, alone in graphs.replays} == ({False} if policy == "per-depth" else {False, True})
@@ -101,7 +103,9 @@ def test_waves_and_diffusion_beside_plain_requests(policy):
     params = [replace(p, max_tokens=9) for p in params]
     for n in range(0, 9, 3):
         params[n] = replace(params[n], decoder="wave", wave=5)
-        params[n + 1] = Params(9, 4, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.5))
+        params[n + 1] = Params(
+            9, 4, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.5)
+        )
     compare(model, prompts, params, wide=False, kv_policy=policy, wave=6, width=13)
 
 
@@ -154,42 +158,43 @@ def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 
     request, position, depth = at % 5, at // 5 + 3, at % 3
     order = (request * 4 + depth).argsort(stable=True)
     request, position, depth = request[order], position[order], depth[order]
-    rows = Rows(graphs.loop.requests.table, request, position, depth, write)
+    rows = Rows(graphs.forward.block_table, request, position, depth, write)
     plan, out = graphs(rows, s, e, position, depth > 0, depth)
     assert not plan.rows.position[n:].any(), "what nobody asked for reads one key"
-    graphs.loop.attention.fill(plan, (depth == 1).long(), int((depth == 1).sum()))
+    graphs.forward.attention.fill(plan, (depth == 1).long(), int((depth == 1).sum()))
     return out
 
 
 @torch.inference_mode()
 def test_what_an_earlier_and_larger_pass_left_changes_nothing():
     used, fresh = (engine(build(), 256, kv_policy="last-exited") for _ in range(2))
-    assert used.loop.graphs is not None
-    assert fresh.loop.graphs is not None
-    first = call(used.loop.graphs, 16, seed=1)
+    used_graphs, fresh_graphs = (made.loop.eager_tick.passes.graphs for made in (used, fresh))
+    assert used_graphs is not None
+    assert fresh_graphs is not None
+    first = call(used_graphs, 16, seed=1)
     kept = first.clone()
     for ours, theirs in zip(caches(used), caches(fresh), strict=True):
         theirs.copy_(ours)
     before = [cache.clone() for cache in caches(used)]
     for n, write in ((11, None), (9, torch.arange(9) % 2 == 0), (3, None), (1, None)):
-        assert torch.equal(call(used.loop.graphs, n, write), call(fresh.loop.graphs, n, write))
+        assert torch.equal(call(used_graphs, n, write), call(fresh_graphs, n, write))
         assert all(torch.equal(a, b) for a, b in zip(caches(used), caches(fresh), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(caches(used), before, strict=True))
     assert torch.equal(first, kept), "a result is not overwritten by later passes"
-    assert list(used.loop.graphs.replays) == [(16, False), (4, False), (1, False)]
+    assert list(used_graphs.replays) == [(16, False), (4, False), (1, False)]
 
 
 @torch.inference_mode()
 def test_rows_that_pad_write_nothing():
     """Nothing is written at all, where no real row writes either."""
     made = engine(build(), 256, kv_policy="last-exited")
-    graphs = made.loop.graphs
+    graphs = made.loop.eager_tick.passes.graphs
     assert graphs is not None
     before = [cache.clone() for cache in caches(made)]
     at = torch.tensor([4, 0, 2])
     for _ in range(2):
         s, e = torch.randn(2, 3, graphs.s.shape[1])
-        graphs(Rows(made.loop.requests.table, at, at, at * 0, at < 0, True), s, e, at, at > 0, at * 0)
+        graphs(Rows(made.loop.forward.block_table, at, at, at * 0, at < 0, True), s, e, at, at > 0, at * 0)
     assert all(torch.equal(a, b) for a, b in zip(caches(made), before, strict=True))
 
 
@@ -201,8 +206,12 @@ def test_a_pass_that_cannot_be_recorded_runs_without():
     prompts, params = requests(25, 6, "single", ["fixed", "latent-diff"])
     made = engine(build(), None, kv_policy="single")
     with torch.inference_mode():
-        made.loop.graphs = graphs = Graphs(made.loop, refuse)
-    with pytest.warns(UserWarning, match="without CUDA graphs, as one of .* has none: it waits") as told:
+        made.loop.use_graphs(refuse)
+    graphs = made.loop.eager_tick.passes.graphs
+    assert graphs is not None
+    with pytest.warns(
+        UserWarning, match="CUDA graph capture failed at .* lanes; continuing without graphs: it waits"
+    ) as told:
         got = made.generate(prompts, params)
     assert len(told) == len(graphs.replays) == 1
     assert got == engine(build(), None, kv_policy="single").generate(prompts, params)
@@ -211,5 +220,5 @@ def test_a_pass_that_cannot_be_recorded_runs_without():
 def test_parameters_of_a_depths_own_are_not_for_graphs():
     made = engine(build(relaxation={**RELAXED, "dora": False}), 256)
     made.generate([[5, 6, 7]], Params(3, 4, ignore_eos=True))
-    assert made.loop.graphs is not None
-    assert not made.loop.graphs.replays
+    assert made.loop.eager_tick.passes.graphs is not None
+    assert not made.loop.eager_tick.passes.graphs.replays

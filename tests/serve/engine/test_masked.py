@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.costs import Costs, measure
+from loopwise.serve.engine.costs import Costs
 from tests.serve.engine.test_engine import RELAXED, build, requests
 from tests.serve.engine.test_graphs import record
 
@@ -20,15 +20,16 @@ def compare(make: Callable[[], Any], prompts: list, params: Any, costs: Costs | 
     """Completions are the same as without; and how many tokens and lanes a request took."""
     made = [Engine(make(), cuda_graphs=False, **{"rows": 5, "length": 100, "ticks": 7, **options}) for _ in range(2)]
     with torch.inference_mode():
-        made[1]._record(record(), bool(options.get("compile")))
+        made[1]._record(record())
+        made[1].loop.warm_up()
     for engine in made:
-        engine.loop.costs = costs
+        engine.loop.schedule.costs = costs
     want, got = (engine.generate(prompts, params) for engine in made)
     assert got == want
     passes = [engine.loop.counts.passes for engine in made]
     assert sum(n * count for n, count in passes[0].items()) == sum(n * count for n, count in passes[1].items())
-    assert made[1].loop.masked is not None
-    assert {kind for kind, *_ in made[1].loop.masked.replays} == {"pass", "read"}
+    assert made[1].loop.graph_tick is not None
+    assert {kind for kind, *_ in made[1].loop.graph_tick.replays} == {"pass", "read"}
     return made[1]
 
 
@@ -94,9 +95,9 @@ def test_full_depth_reads_out_once_a_token():
 
 def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():
     engine = masked(rows=8, length=60, ticks=1)
-    costs = measure(engine.loop)
+    costs = engine.loop.measure()
     assert set(costs.passes) == set(costs.reads) == {1, 2, 3, 4, 6, 8}
-    assert not engine.loop.requests.count.any()
+    assert not engine.loop.state.requests.count.any()
 
 
 def test_a_step_ends_with_a_request_whose_place_others_wait_for():

@@ -35,8 +35,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from loopwise.serve.engine import triton_attention
-from loopwise.serve.engine.attention import Rows
+from loopwise.serve.engine.attention import triton as triton_attention
+from loopwise.serve.engine.attention.base import Rows
 
 
 class Device:

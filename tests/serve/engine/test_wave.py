@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.costs import Costs, measure
+from loopwise.serve.engine.costs import Costs
 from tests.helpers.tiny import VOCAB
 from tests.serve.engine.test_engine import build
 
@@ -42,7 +42,7 @@ def test_a_wave_is_plain_decoding(seed, model_type, shape):
     rows, ticks = draw.randint(1, 6), draw.randint(1, 9)
     plain = Engine(build(model_type, **shape), rows=4, length=64, kv_policy=policy).generate(prompts, params)
     engine = Engine(build(model_type, **shape), rows=rows, length=64, kv_policy=policy, ticks=ticks, wave=7)
-    engine.loop.budget = draw.choice((0, 1, rows, 2 * rows + 1))
+    engine.loop.eager_tick.budget = draw.choice((0, 1, rows, 2 * rows + 1))
     got = engine.generate(prompts, waves)
     assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
 
@@ -54,10 +54,10 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
     engine = Engine(build(), rows=4, length=64, wave=6)
     plain = engine.generate(prompts, params)
     reads = engine.loop.counts.reads.total()
-    engine.loop.budget = 4
+    engine.loop.eager_tick.budget = 4
     assert engine.generate(prompts, replace(params, decoder="wave", wave=6)) == plain
     assert engine.loop.counts.reads.total() == 2 * reads
-    engine.loop.budget = 10
+    engine.loop.eager_tick.budget = 10
     some = engine.generate(prompts, [replace(params, decoder="wave", wave=6), *[params] * 3])
     assert [c.tokens for c in some] == [c.tokens for c in plain]
     assert some[0].items > plain[0].items  # guesses, most of them wrong in a random model
@@ -67,10 +67,10 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
 def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
     engine = Engine(build(), rows=8, length=64, wave=4)
     times = iter([0.7, 0.3, 0.6, 0.4, 0.7, 0.4, 0.8, 0.5, 0.9, 0.59, 1.0, 0.6, 1.0, 0.6])
-    costs = measure(engine.loop, lambda seconds: seconds * 0 + next(times))
+    costs = engine.loop.measure(lambda seconds: seconds * 0 + next(times))
     assert costs.knee() == 6
     assert costs.passes == {1: 0.7, 2: 0.6, 3: 0.7, 4: 0.8, 6: 0.9, 8: 1.0}
-    assert measure(engine.loop, lambda seconds: seconds * 0 + 1.0).knee() == 32
+    assert engine.loop.measure(lambda seconds: seconds * 0 + 1.0).knee() == 32
     params = Params(6, 4, ignore_eos=True)
     assert engine.generate([[5, 6]], params) == Engine(build(), rows=1, length=64).generate([[5, 6]], params)
 
@@ -112,12 +112,12 @@ def test_exits_of_one_depth_meet():
 
 
 def test_a_diffusion_ends_where_positions_do():
-    from loopwise.serve.engine.diffusion import Diffusion
+    from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 
     engine = Engine(build(), rows=1, length=20, wave=4, kv_policy="single")
-    params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=Diffusion(inner=2, threshold=0.3))
+    params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.3))
     assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 18
-    assert torch.isfinite(engine.loop.lanes.s).all()
+    assert torch.isfinite(engine.loop.state.lanes.s).all()
 
 
 def test_exits_wait_while_passes_are_full_without_them():
@@ -129,7 +129,9 @@ def test_exits_wait_while_passes_are_full_without_them():
     def run(width: int, measured: bool) -> tuple[list, Counter[int], Counter[int]]:
         engine = Engine(build(), rows=8, length=64, kv_policy="last-exited", ticks=50, width=width)
         if measured:
-            engine.loop.costs = Costs({1: 1.0, 8: 1.0}, {1: 0.0, 8: 0.0})  # nothing is won by waiting in itself
+            engine.loop.schedule.costs = Costs(
+                {1: 1.0, 8: 1.0}, {1: 0.0, 8: 0.0}
+            )  # nothing is won by waiting in itself
         done = engine.generate(prompts, params)
         counts = engine.loop.counts
         return [(c.tokens, c.depths) for c in done], counts.passes, counts.reads

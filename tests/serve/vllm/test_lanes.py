@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from loopwise.serve import Params
-from loopwise.serve.engine.diffusion import Diffusion
+from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
@@ -184,7 +184,7 @@ def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) ->
         return replace(params, decoder=decoder, wave=wave)
     limit: Any = params.num_recurrences
     freeze = draw.choice(("latent-diff", "acceleration", "token-stability", "fixed"))
-    diffusion = Diffusion(
+    diffusion = DiffusionSettings(
         inner=draw.randint(1, limit),
         headway=draw.randint(1, 2),
         ema=draw.choice((0.0, 0.1)),

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
 
-from ...errors import UserError
-from ...model.relaxation import matrix
-from .attention import Attention
-from .compiled import attend, own
-from .relaxation import by_depth, relax_linear
+from ....errors import UserError
+from ....model.relaxation import matrix
+from ..attention.base import Attention
+from ..compile import attend, register
+from ..relaxation import by_depth, relax_linear
 
 NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
 
@@ -39,10 +40,10 @@ class TransformersParts:
         name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
         AttentionInterface.register(name, self._attend)
         source.set_attn_implementation(name)
-        self.number = own(self)
+        self.number = register(self)
         self.attention: Attention | None = None
         self.layer, self.depths = 0, torch.empty(0)
-        self._visit: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor] | None = None
+        self._visit: Callable[[int, Tensor, tuple, dict], Tensor] | None = None
         self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
         for tap in self.taps:
             tap.visit = self._visited
@@ -59,7 +60,7 @@ class TransformersParts:
         found: dict[int, tuple[int, int]] = {}
 
         class Measure:
-            def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any):
+            def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **facts: Any):
                 if k.shape != v.shape:
                     raise UserError(f"keys of shape {list(k.shape)} and values of {list(v.shape)}: must be the same")
                 found[layer] = (k.shape[1], k.shape[2])
@@ -79,43 +80,43 @@ class TransformersParts:
         return not (self.config.relaxation or {}).get("own")
 
     # ---- the source model around the layers -----------------------------------------------------------------------
-    def _visited(self, index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    def _visited(self, index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         assert self._visit is not None
         return self._visit(index, x, args, kwargs)
 
-    def _through(self, tokens: torch.Tensor, positions: torch.Tensor, visit: Callable) -> Any:
+    def _through(self, tokens: Tensor, positions: Tensor, visit: Callable) -> Any:
         """The source model's forward with `visit` in place of its layers."""
         self._visit = visit
         return self.model.source(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, return_dict=True, logits_to_keep=1
         )
 
-    def _arguments(self, positions: torch.Tensor) -> dict[int, tuple[tuple, dict]]:
+    def _arguments(self, positions: Tensor) -> dict[int, tuple[tuple, dict]]:
         """What the source passes to each of its layers for these positions."""
         found: dict[int, tuple[tuple, dict]] = {}
 
-        def note(index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        def note(index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
             found[index] = (args, kwargs)
             return x
 
         self._through(torch.zeros_like(positions), positions, note)
         return found
 
-    def _of(self, value: Any, positions: torch.Tensor) -> Any:
+    def _of(self, value: Any, positions: Tensor) -> Any:
         """`value`, passed for all positions, for some of them."""
         if isinstance(value, tuple | list):
             return type(value)(self._of(part, positions) for part in value)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             if value.dim() > 1 and value.shape[1] == self.length:
                 return value[:, positions]
             if value.dim() == 1 and len(value) == self.length:
                 return value[positions]
         return value
 
-    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        first: list[torch.Tensor] = []
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        first: list[Tensor] = []
 
-        def note(index: int, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        def note(index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
             if not first:
                 first.append(x)
             return x
@@ -123,26 +124,26 @@ class TransformersParts:
         self._through(tokens, self._within(positions), note)
         return first[0][0]
 
-    def _within(self, positions: torch.Tensor) -> torch.Tensor:
+    def _within(self, positions: Tensor) -> Tensor:
         return positions.clamp(max=self.length - 1) if self.clamps else positions
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         last = len(self.taps) - 1
         self._visit = lambda index, hidden, args, kwargs: x[None] if index == last else hidden
         tokens = torch.zeros(1, len(x), dtype=torch.long, device=x.device)
         return self.model.source(input_ids=tokens, use_cache=False, return_dict=True).logits[0]
 
-    def norm_between(self, s: torch.Tensor) -> torch.Tensor:
+    def norm_between(self, s: Tensor) -> Tensor:
         return self.model._final_norm(s)
 
-    def norm_each(self, s: torch.Tensor) -> torch.Tensor:
+    def norm_each(self, s: Tensor) -> Tensor:
         return self.model.recurrence_norm(s)
 
-    def gate(self, s: torch.Tensor) -> torch.Tensor:
+    def gate(self, s: Tensor) -> Tensor:
         return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:
+    def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depths is not None:
@@ -165,16 +166,16 @@ class TransformersParts:
     def _attend(
         self,
         module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attention_mask: Any,
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """transformers' attention interface: q, k, v [1, H or K, N, C] -> [1, N, H, C]."""
         out = attend(
             self,
@@ -195,7 +196,7 @@ class TransformersParts:
             layer._forward_pre_hooks.clear()  # those of the relaxation, which know one depth for all rows
             layer._forward_pre_hooks_with_kwargs.clear()
             layer._forward_hooks.clear()
-            own: dict[Any, dict[str, torch.Tensor]] = {}
+            own: dict[Any, dict[str, Tensor]] = {}
             for module, here, name in relaxation._own:
                 own.setdefault(module, {})[name] = getattr(here, name).detach()
             for module, values in own.items():

@@ -1,7 +1,7 @@
 """Attention of rows at mixed depths as Triton kernels: the engine's backend on a GPU.
 
-Nothing is prepared for a call: the kernels find pages and runs by themselves, in `Rows` as they are. What is launched
-depends on the number of rows and the width of the block tables alone, and nothing waits for the device.
+The kernels need no per-call metadata: they find pages and runs in `Rows` by themselves. Launches depend on the number
+of rows and the width of the block tables alone, and nothing waits for the device.
 Shapes: N rows, H query heads, K key-value heads, C head size, G = H / K, S splits of a context, m rows that are filled.
 """
 
@@ -15,22 +15,23 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .attention import Rows, clean
+from .base import Rows, clean
 
 LANES = 64  # queries of a run times G that a program has, at most
 TILE = 64  # keys that it reads at once, at most
-BYTES = 16384  # of keys, or of values, that it reads at once; of queries twice as much. Smaller GPUs have room for it
+BYTES = 16384  # bytes of keys, or of values, that it reads at once, and half of those of queries; small GPUs have room
 SPAN, SPLITS = 512, 16  # a lone row's context is split: into so many keys at least, and so many programs at most
 
-jit: Any = triton.jit  # whose kernels take what no signature says
-# What changes from call to call without another kernel being worth it.
+jit: Any = triton.jit  # kernels have attributes that its signature lacks
+# Arguments that change from call to call, and are not worth another kernel each time.
 _anyhow = {"do_not_specialize": ["rows"], "do_not_specialize_on_alignment": ["request", "position", "slot"]}
 
 
 @jit
 def _place(tables, width, who, at, where, slot_step, block_step, at_step, SIZE: tl.constexpr):
-    """Where position `at` of request `who` stands in a cache, at slot `where`: elements behind its begin."""
+    """The offset in a cache, in elements, of position `at` of request `who` at slot `where`."""
     block = tl.load(tables + who * width + at // SIZE).to(tl.int64)
     return block * block_step + where.to(tl.int64) * slot_step + at % SIZE * at_step
 
@@ -52,6 +53,30 @@ def _write(
     tl.store(values + to, tl.load(v + row * v_row + head * v_head + c, mask=c < C), mask=c < C)
 
 
+@jit
+def _tile(
+    sums, top, total, query, keys, values, line, there, back, scaling, softcap,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys and values at places `line` [TILE] to an online softmax: weighted sums [LANES, PADDED], greatest
+    score and sum of weights [LANES]. `back` [LANES, TILE]: how far a key lies behind the query."""
+    c = tl.arange(0, PADDED)
+    k = tl.load(keys + line[None, :] + c[:, None], mask=there[None, :] & (c < C)[:, None], other=0.0)
+    scores = tl.dot(query, k, input_precision="ieee") * scaling
+    if CAPPED:  # softcap * tanh(scores / softcap)
+        scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+    seen = (back >= 0) & there[None, :]
+    if WINDOW:
+        seen &= back < WINDOW
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    p, shrink = tl.exp(scores - base[:, None]), tl.exp(top - base)
+    v = tl.load(values + line[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+    sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return sums, higher, total * shrink + tl.sum(p, 1)
+
+
 @jit(**_anyhow)
 def _attend(
     out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, slot_step, block_step, at_step,
@@ -60,13 +85,10 @@ def _attend(
     SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key-value head, split): a run's queries from this row to the next position that QUERIES divides,
-    with all their heads, so that they share what is read. Programs of rows in between have nothing to do.
-
-    A lane is (query, head of the group). Without splits (SPAN = 0) `out` is [N, H, C]; with them it is the weighted sum
-    [N, H, S, C] of a split, and `tops`, `totals` [N, H, S] are its greatest score and its sum of weights.
-    """
+    with all their heads, so that they share keys and values. Programs of rows in between return at once. A lane is
+    (query, head of the group). Without splits (SPAN = 0) `out` is [N, H, C]; with them it is the weighted sum
+    [N, H, S, C] of a split, and `tops`, `totals` [N, H, S] are its greatest score and its sum of weights."""
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    heads, splits = tl.num_programs(1), tl.num_programs(2)
     who, where = tl.load(request + row), tl.load(slot + row)
     at = tl.load(position + row).to(tl.int32)
     lane = tl.arange(0, LANES)
@@ -103,24 +125,12 @@ def _attend(
         there = key < end
         block = tl.load(tables + who * width + key // SIZE, mask=there, other=0).to(tl.int64)
         line = block * block_step + where.to(tl.int64) * slot_step + key % SIZE * at_step + head * head_step
-        k = tl.load(keys + line[None, :] + c[:, None], mask=there[None, :] & (c < C)[:, None], other=0.0)
-        scores = tl.dot(query, k, input_precision="ieee") * scaling
-        if CAPPED:  # softcap * tanh(scores / softcap)
-            scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
         back = (at + nth)[:, None] - key[None, :]
-        seen = (back >= 0) & there[None, :]
-        if WINDOW:
-            seen &= back < WINDOW
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-        p, shrink = tl.exp(scores - base[:, None]), tl.exp(top - base)
-        v = tl.load(values + line[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * shrink + tl.sum(p, 1)
-        top = higher
+        sums, top, total = _tile(
+            sums, top, total, query, keys, values, line, there, back, scaling, softcap, WINDOW, CAPPED, C, PADDED
+        )
 
-    to = ((row + nth) * heads * GROUPS + query_head) * splits + split
+    to = ((row + nth) * tl.num_programs(1) * GROUPS + query_head) * tl.num_programs(2) + split
     if SPAN:
         tl.store(tops + to, top, mask=mine)
         tl.store(totals + to, total, mask=mine)
@@ -132,7 +142,7 @@ def _attend(
 
 @jit
 def _merge(out, sums, tops, totals, S: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
-    """Program (row, head): what its splits give together."""
+    """Program (row, head): merge the softmaxes of its splits."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     c, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
     top = tl.load(tops + row * S + split, mask=split < S, other=float("-inf"))
@@ -149,7 +159,7 @@ def _fill(
     caches, empty, request, position, slot, tables, width, slot_step, block_step, at_step, head_step, layer_step,
     value_step, SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head, 2 layer + (0 keys, 1 values)): copy what stands at its slot to the next ones."""
+    """Program (row, head, 2 layer + (0 keys, 1 values)): copy the row's slot to the next ones."""
     row, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at, where = tl.load(position + row), tl.load(slot + row)
     place = _place(tables, width, tl.load(request + row), at, where, slot_step, block_step, at_step, SIZE)
@@ -161,15 +171,17 @@ def _fill(
         tl.store(start, values, mask=c < C)
 
 
-Cache = tuple[torch.Tensor, torch.Tensor]  # keys, values [blocks, block size, K, C] of a layer at a slot
+Cache = tuple[Tensor, Tensor]  # keys, values [blocks, block size, K, C] of a layer at a slot
 
 
 class Group(NamedTuple):
-    """Core layers of one shape, whose caches are equally far apart, so that one launch fills them all: the keys of the
-    first, how many there are, and how far a slot stands behind the one before, values behind keys, and a layer behind
-    the one before."""
+    """Core layers of one shape, whose caches are equally far apart, so that one launch fills them all.
 
-    keys: torch.Tensor
+    keys: those of the first layer.   layers: their number.   slot_step, value_step, layer_step: elements from a slot to
+    the next, from keys to values, from a layer to the next.
+    """
+
+    keys: Tensor
     layers: int
     slot_step: int
     value_step: int
@@ -177,10 +189,10 @@ class Group(NamedTuple):
 
 
 class TritonAttention:
-    """Caches of every layer by slot; those of a layer's slots are equally far apart."""
+    """The backend, with caches of every layer by slot; those of a layer's slots are equally far apart."""
 
     def __init__(
-        self, shapes: list[tuple[int, int]], outer: int, slots: int, blocks: int, block_size: int, like: torch.Tensor
+        self, shapes: list[tuple[int, int]], outer: int, slots: int, blocks: int, block_size: int, like: Tensor
     ):
         """`shapes`: (K, C) of every layer, of which the first `outer` are prelude and coda."""
         core = {  # by shape: [layers, 2, slots, blocks, block size, K, C]
@@ -196,8 +208,8 @@ class TritonAttention:
         self.take([list(zip(*keys_and_values, strict=True)) for keys_and_values in whole], outer)
 
     def take(self, slots: list[list[Cache]], outer: int) -> None:
-        """Work on these caches, of every layer by slot. Raises ValueError where they do not stand as the kernels want
-        them."""
+        """Work on these caches, of every layer by slot. Raises ValueError for distances in memory that the kernels do
+        not support."""
         self.slots, self.current = slots, None
         self.block_size = slots[0][0][0].shape[1]
         for keys, values in chain.from_iterable(slots):
@@ -225,7 +237,7 @@ class TritonAttention:
         )
         return self.current
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **facts: Any) -> Tensor:
         rows, (keys, values) = self.current, self.slots[layer][0]
         assert rows is not None, "attention before a plan"
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -261,8 +273,8 @@ class TritonAttention:
                 _merge[n, q.shape[1]](out, sums, tops, totals, **whole)
         return out
 
-    def fill(self, plan: Rows, empty: torch.Tensor, count: int | None = None) -> None:
-        """From the cache, in which they stand since the call."""
+    def fill(self, plan: Rows, empty: Tensor, count: int | None = None) -> None:
+        """As Attention.fill, from the cache."""
         where, tables = (plan.request, plan.position, plan.slot), (plan.tables, plan.tables.stride(0))
         with self.device:
             for keys, layers, slot_step, value_step, layer_step in self.groups:
@@ -273,15 +285,17 @@ class TritonAttention:
                     SIZE=self.block_size, C=size, PADDED=triton.next_power_of_2(size), num_warps=1,
                 )  # fmt: skip
 
-    def clean(self, table: torch.Tensor) -> None:
+    def clean(self, table: Tensor) -> None:
         for keys, values in chain.from_iterable(self.slots):
             clean(keys, table, [0])
             clean(values, table, [0])
 
 
-def _step(*lines: list[torch.Tensor]) -> int:
-    """How far apart the tensors of every line are, one behind the other, in elements; 0 where no line has two. Raises
-    ValueError where they are not equally far."""
+def _step(*lines: list[Tensor]) -> int:
+    """The distance of neighboring tensors in every line, in elements; 0 where no line has two.
+
+    Raises ValueError where it differs.
+    """
     steps = {
         int(b.storage_offset() - a.storage_offset()) if _storage(a) == _storage(b) else -1
         for line in lines
@@ -292,5 +306,5 @@ def _step(*lines: list[torch.Tensor]) -> int:
     return steps.pop() if steps else 0
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,4 @@
+"""Models in the engine's pieces (forward.Parts).
+
+transformers.py    a transformers RecurrentDepthForCausalLM
+"""

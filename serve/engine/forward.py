@@ -1,0 +1,102 @@
+"""The model in pieces, over rows of any requests, positions and depths. Knows no lanes.
+
+Shapes: N rows of a call, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...model.initial_state import initial_state
+from .attention.base import Attention, Rows
+from .compile import compiled
+from .parts import Parts
+
+
+def recur(parts: Parts, s: Tensor, e: Tensor, positions: Tensor, begun: Tensor, depth: Tensor) -> Tensor:
+    """One recurrence: s, e [N, D] -> s [N, D].
+
+    begun [N]: the row has recurred before.   depth [N]: number of this recurrence, from 0; [1]: the same for all rows.
+    """
+    norm = parts.config.recurrence_norm
+    if norm == "between":
+        s = torch.where(begun[:, None], parts.norm_between(s), s)
+    s = parts.layers("core", parts.injection(s, e), positions, depth)
+    return parts.norm_each(s) if norm == "each" else s
+
+
+def recur_alike(parts: Parts, *inputs: Tensor) -> Tensor:
+    """`recur` for rows that are all at one depth, with the same inputs."""
+    s, e, positions, begun, depth = inputs
+    return recur(parts, s, e, positions, begun, depth[:1])
+
+
+def embed(parts: Parts, tokens: Tensor, positions: Tensor) -> Tensor:
+    """As Parts.embed."""
+    return parts.embed(tokens, positions)
+
+
+def logits(parts: Parts, x: Tensor) -> Tensor:
+    """As Parts.logits."""
+    return parts.logits(x)
+
+
+def head(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] for the head's input [N, D], and the likeliest tokens [N]."""
+    logits = parts.logits(x)
+    wide = logits.float() if logits.element_size() < 4 else logits  # bfloat16's own argmax is slow on a CPU
+    return logits, wide.argmax(-1)
+
+
+class Forward:
+    """`parts` with their attention and the requests' block tables [requests, B]; compiled where wanted and possible.
+
+    recur, recur_alike, embed, logits, head: the functions above on these parts; attention is planned beforehand.
+    """
+
+    def __init__(self, parts: Parts, attention: Attention, block_table: Tensor, compile: bool = False):
+        self.parts, self.attention, self.block_table = parts, attention, block_table
+        compile = compile and parts.compilable
+        self.recur: Callable[..., Tensor] = partial(compiled(recur) if compile else recur, parts)
+        self.recur_alike: Callable[..., Tensor] = partial(compiled(recur_alike) if compile else recur_alike, parts)
+        self.logits: Callable[[Tensor], Tensor] = partial(compiled(logits) if compile else logits, parts)
+        self.head: Callable[[Tensor], tuple[Tensor, Tensor]] = partial(compiled(head) if compile else head, parts)
+        self.embed: Callable[[Tensor, Tensor], Tensor] = partial(compiled(embed) if compile else embed, parts)
+        self.has_lora = bool((parts.config.relaxation or {}).get("rank"))
+
+    def prelude(self, tokens: Tensor, row: Tensor, position: Tensor, only: Tensor | None = None) -> Tensor:
+        """e [N, D] for tokens [N] of rows at positions [N]. Plans attention.
+
+        only [N]: the real ones among padded tokens; no two of them belong to one row.
+        """
+        x = self.embed(tokens, position)
+        if self.parts.config.prelude:
+            self._plan(row, position, only)
+            x = self.parts.layers("prelude", x, position, None)
+        return x
+
+    def initial_state(self, e: Tensor, position: Tensor) -> Tensor:
+        """s_0 [N, D]. All requests have one sequence id, as transformers has by default: noise depends on the position
+        alone."""
+        return initial_state(self.parts.config, e[None], position[None], None)[0]
+
+    def read_out(self, s: Tensor, row: Tensor, position: Tensor, only: Tensor | None = None) -> Tensor:
+        """The head's input [N, D] for states s [N, D] of rows at positions [N], a row's in order. Plans attention.
+
+        only: as in `prelude`.
+        """
+        config = self.parts.config
+        if config.coda:
+            self._plan(row, position, only)
+        if config.recurrence_norm == "last":
+            s = self.parts.norm_between(s)
+        return self.parts.layers("coda", s, position, None)
+
+    def _plan(self, row: Tensor, position: Tensor, only: Tensor | None) -> None:
+        """Plan a call of prelude or coda, which have one slot."""
+        rows = Rows(self.block_table, row, position, torch.zeros_like(row), only, alone=only is not None)
+        self.attention.plan(rows)

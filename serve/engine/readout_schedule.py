@@ -1,0 +1,50 @@
+"""The time of a read-out: exits may wait some passes for others that are read out with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .costs import Costs
+
+
+class ReadoutSchedule:
+    """Decides when exits are read out. An exit waits at most `coda_wait` passes; with `costs`, as many as the load
+    makes worth while. Both kinds of tick ask it after every pass."""
+
+    def __init__(self, coda_wait: int, max_lanes: int):
+        self.coda_wait, self.max_lanes = coda_wait, max_lanes
+        self.costs: Costs | None = None
+        self.waited = 0  # passes that an exit has waited
+        self.load = [0.0, 0.0, 0.0]  # passes, lanes in them, exits; older steps count half as much each
+
+    def begin_step(self) -> None:
+        """Set `coda_wait` for this step by the load of the steps before."""
+        passes, lanes, exits = self.load
+        if self.costs and exits:
+            self.coda_wait = self.costs.patience(lanes / passes, exits / passes, lanes / exits)
+        self.load = [part / 2 for part in self.load]
+
+    def note(self, passes: int, lanes: int, exits: int) -> None:
+        """So many passes ran, with `lanes` in all, and lanes left."""
+        self.load = [a + b for a, b in zip(self.load, (passes, lanes, exits), strict=True)]
+
+    def due(
+        self,
+        pending: bool,
+        running: int,
+        *,
+        forced: bool = False,
+        more_within: Callable[[int], bool] = lambda passes: True,
+    ) -> bool:
+        """After a pass: exits are read out now. Counts the pass as waited, if exits are `pending`.
+
+        running: lanes of the next pass without those that wait; a full pass leaves them time at no cost.
+        forced: nothing else can go on.   more_within: another lane may leave within so many passes.
+        """
+        self.waited += pending
+        full = bool(self.costs and self.max_lanes) and running >= self.max_lanes
+        left = self.coda_wait - self.waited + 1
+        due = self.waited > 0 and (forced or not (full or (left > 0 and more_within(left))))
+        if due:
+            self.waited = 0
+        return due

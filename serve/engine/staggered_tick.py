@@ -1,0 +1,125 @@
+"""The eager tick with several positions of a request in flight: the decoders wave and diffusion beside plain decoding.
+
+Shapes: n lanes of a pass, m lanes that are read out, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .decoders import wave
+from .decoders.diffusion import Diffusion
+from .eager_tick import EagerTick
+from .readout_schedule import ReadoutSchedule
+from .tick import Counts, Reader, Sampler, Starter, TickReport, Workload
+from .transitions import windows
+from .transitions.steps import Steps
+
+
+class StaggeredTick(EagerTick):
+    """An EagerTick that puts out and starts the lanes of waves and diffusions, too."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        starter: Starter,
+        schedule: ReadoutSchedule,
+        work: Workload,
+        counts: Counts,
+        sampler: Sampler,
+        reader: Reader | None,
+        diffusion: Diffusion,
+    ):
+        super().__init__(steps, starter, schedule, work, counts, sampler, reader)
+        self.diffusion = diffusion
+        self.budget = 0  # lanes that waves may fill a pass up to; 0: no bound
+
+    @property
+    def staggered(self) -> bool:
+        return bool(self.diffusion.windows or self.work.in_use["wave"])
+
+    def run(self, max_passes: int) -> TickReport:
+        report = super().run(max_passes)
+        if self.diffusion.windows:
+            self._refine()
+        return report
+
+    # ---- a pass ---------------------------------------------------------------------------------------------------
+    def _width(self, decodes: Tensor) -> int:
+        width = super()._width(decodes)
+        if width or not (self.budget and self.staggered):
+            return width
+        return wave.lane_budget(self.state, decodes, self.budget)
+
+    def _slots(self, which: Tensor, row: Tensor, depth: Tensor) -> Tensor:
+        """Each step of a diffusion goes through the same recurrences, and writes their slots again."""
+        if not self.diffusion.windows:
+            return depth
+        refines = self.state.requests.refines[row] & (which < self.state.num_decode_lanes)
+        return torch.where(refines, self.state.requests.phase[row], depth)
+
+    # ---- waves ----------------------------------------------------------------------------------------------------
+    def _speculative(self) -> Tensor:
+        if not self.work.in_use["wave"]:
+            return super()._speculative()
+        return wave.speculative(self.state, self._allowed_widths())
+
+    def _allowed_widths(self) -> Tensor:
+        return wave.allowed_widths(self.state, self.budget, self.diffusion.uncertain)
+
+    def _emit(self, which: Tensor, row: Tensor, position: Tensor, tokens: Tensor) -> None:
+        """Put out tokens [m] of plain lanes; those of waves are drafts first."""
+        if not self.work.in_use["wave"]:
+            super()._emit(which, row, position, tokens)
+            return
+        windows.set_drafts(self.state, which, tokens)
+        plain = (self.state.requests.max_in_flight[row] == 1) | (which >= self.state.num_decode_lanes)
+        super()._emit(which[plain], row[plain], position[plain], tokens[plain])
+        if not bool(plain.all()):
+            self._advance(row[~plain].unique())
+
+    def _advance(self, rows: Tensor) -> None:
+        """The waves of `rows` [m] were read out: put out what is certain, and start one position more."""
+        live, done = self.state.requests.live, wave.advance(self.state, rows)
+        going = torch.ones_like(rows, dtype=torch.bool)
+        for column in range(done.certain.shape[1]):
+            out = done.certain[:, column] & going
+            if not bool(out.any()):
+                break
+            self._emit_drafts(done.lanes[out, column])
+            going &= live[rows]
+        self._start(*wave.starts(self.state, done, going, self._allowed_widths()))
+
+    def _emit_drafts(self, which: Tensor) -> None:
+        """Put out the draft tokens of lanes `which` [m], one a row at most; nothing starts."""
+        lanes = self.state.lanes
+        self.steps.emit(self.state, which, lanes.row[which], lanes.position[which], lanes.draft_token[which])
+
+    # ---- diffusions -----------------------------------------------------------------------------------------------
+    def _start(self, row: Tensor, position: Tensor, tokens: Tensor) -> None:
+        """Start tokens [m] in decode lanes, or as the first of a diffusion's window."""
+        if self.diffusion.settings:
+            refines = self.state.requests.refines[row]
+            for n in refines.nonzero().squeeze(1).tolist():
+                self.diffusion.start(int(row[n]), int(position[n]), tokens[n])
+            row, position, tokens = row[~refines], position[~refines], tokens[~refines]
+        super()._start(row, position, tokens)
+
+    def _refine(self) -> None:
+        """Diffusions whose step is over put out their frozen tokens, and go on to the next step."""
+        state, rows = self.state, self.diffusion.due()
+        if not rows:
+            return
+        self.order = None
+        which = self.diffusion.lanes(rows)
+        row, position = state.lanes.row[which], state.lanes.position[which]
+        self.counts.reads[len(which)] += 1
+        logits, best = self.forward.head(self.forward.read_out(state.lanes.s[which], row, position))
+        steps = self.diffusion.freeze(rows, self.sampler(logits, best, row, position + 1))
+        for step in steps:
+            for lane in step.committed:
+                self._emit_drafts(lane[None])
+                if not bool(state.requests.live[step.row]):
+                    break
+        self.diffusion.move_on(steps)

@@ -1,0 +1,158 @@
+"""Every dense tensor of the engine: requests by row, lanes by number. Only transitions write them (transitions.py, and
+decoders/transitions.py for windows).
+
+A *row* belongs to one resident request; a last, spare row takes part in passes that are padded. A *lane* is a position
+in flight. The first lanes are decode lanes, `ring` for each row; then come prompt lanes; the last one is the spare
+row's and never leaves. Compiled steps keep the tensors that they first saw, so no tensor is ever replaced.
+
+Shapes: R = max_num_seqs + 1 rows, L lanes, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ...model.configuration_recurrent_depth import RecurrentDepthConfig
+from .kv import KVPolicy
+from .loop_config import LoopConfig
+from .request import MAX_STOPS, NEVER
+
+int32, int64, float32, flag = torch.int32, torch.int64, torch.float32, torch.bool
+states = None  # the type of the model's states, known when a State is created
+
+
+@dataclass(eq=False)
+class RequestState:
+    """One entry for each resident request, and one for the spare row [R, ...].
+
+    Each line: type, further dimensions (sizes of State.create by name), meaning, the transitions that write it.
+    """
+
+    block_table: Annotated[Tensor, int32, "num_blocks"]  # numbers of the row's KV blocks; set_block_table
+    num_recurrences: Annotated[Tensor, int64]  # greatest depth; admit
+    min_recurrences: Annotated[Tensor, int64]  # recurrences before the exit rule may fire; admit
+    rule: Annotated[Tensor, int64]  # exit rule, as exits.NUMBER; admit
+    threshold: Annotated[Tensor, float32]  # threshold of the exit rule; admit
+    forced_depths: Annotated[Tensor, int32, "positions"]  # forced depth, later the actual one; 0: neither; admit, emit
+    remaining: Annotated[Tensor, int64]  # tokens that may still be generated; admit, emit
+    max_in_flight: Annotated[Tensor, int64]  # positions in flight with the decoder wave, else 1; admit
+    next_position: Annotated[Tensor, int64]  # position of the newest token, whose lane gives the next one; admit, emit
+    refines: Annotated[Tensor, flag]  # the decoder is diffusion; admit
+    phase: Annotated[Tensor, int64]  # recurrences done in the current step of a diffusion; settle, restart_phase
+    passes: Annotated[Tensor, int64]  # passes since the prompt; admit, settle
+    lane_passes: Annotated[Tensor, int64]  # sum of the row's lanes over these passes; admit, settle
+    stops: Annotated[Tensor, int64, "stops"]  # stop tokens; -1: none; admit
+    sampled_by_host: Annotated[Tensor, flag]  # tokens are sampled between steps; admit
+    wants_prompt_logits: Annotated[Tensor, flag]  # a reader gets the head's input at prompt positions; admit
+    samples: Annotated[Tensor, flag]  # tokens are not plain argmax; admit
+    live: Annotated[Tensor, flag]  # takes part in this step, and has not stopped; begin_step, emit
+    saw_nonfinite: Annotated[Tensor, flag]  # a state was not finite; admit, settle
+    known_tokens: Annotated[Tensor, int32, "positions"]  # token + 1; 0: to be sampled; admit, set_known_tokens
+    tokens: Annotated[Tensor, int64, "step_tokens"]  # tokens of this step; emit
+    count: Annotated[Tensor, int64]  # how many of them; begin_step, emit
+    depths: Annotated[Tensor, int64, "step_tokens"]  # recurrences of the position that gave each of them; emit
+
+
+@dataclass(eq=False)
+class LaneState:
+    """One entry for each lane [L, ...]. Each line as in RequestState."""
+
+    row: Annotated[Tensor, int64]  # row of the request; start
+    position: Annotated[Tensor, int64]  # position in the request; start
+    depth: Annotated[Tensor, int64]  # recurrences done; start, settle
+    exit_at: Annotated[Tensor, int64]  # depth at which the lane leaves, if no rule ends it before; start, set_exit
+    may_exit: Annotated[Tensor, int64]  # 1 where the request's rule may end it; start
+    token: Annotated[Tensor, int64]  # token that the lane started from; start, set_window_tokens
+    draft_token: Annotated[Tensor, int64]  # latest guess at the next token; -1: none; start, set_drafts
+    exit_depth: Annotated[Tensor, int64]  # recurrences at the exit; settle, set_exit_depth
+    steps_unchanged: Annotated[Tensor, int64]  # steps without a new token (diffusion); set_window_tokens
+    s: Annotated[Tensor, states, "hidden"]  # state; start, settle, mix_window
+    e: Annotated[Tensor, states, "hidden"]  # input, the prelude's output; start, mix_window
+    readout_state: Annotated[Tensor, states, "hidden"]  # state at the exit; settle, set_window_change
+    change: Annotated[Tensor, states, "hidden"]  # change of s in the last step (diffusion); set_window_change
+    running: Annotated[Tensor, flag]  # takes part in passes; start, settle, drop
+    wants_token: Annotated[Tensor, flag]  # a token comes of it; start, start_prompts
+    uncommitted: Annotated[Tensor, flag]  # its token is not out yet; start, emit, drop
+    waiting: Annotated[Tensor, flag]  # has left, and is not read out yet; start, settle, fetch
+    exited: Annotated[Tensor, flag]  # has left, though it may run on to fill its KV slots; start, settle, drop
+
+
+@dataclass(eq=False)
+class State:
+    """All of it, with the numbers that fix its shape."""
+
+    config: LoopConfig
+    policy: KVPolicy
+    requests: RequestState
+    lanes: LaneState
+    turn: Tensor  # int64 [2]: first row of this pass, and of the next one, where a pass has no room for all; choose
+    ring: int  # decode lanes of a row
+    num_decode_lanes: int  # of all rows; prompt lanes follow
+    spare: int  # number of the last lane
+    keeps_input: bool  # the core reads e
+
+    @classmethod
+    def create(
+        cls,
+        config: LoopConfig,
+        policy: KVPolicy,
+        model: RecurrentDepthConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> State:
+        """An empty state on `device` for a model with the RecurrentDepthConfig `model`; `dtype` is that of states."""
+        ring = (policy.depths if policy.complete else 1) + config.max_in_flight - 1
+        num_decode_lanes = config.max_num_seqs * ring
+        spare = num_decode_lanes + config.max_num_batched_tokens
+        sizes = {
+            "num_blocks": config.num_blocks,
+            "positions": config.max_model_len + 1,
+            # Each pass puts out at most a whole wave.
+            "step_tokens": (config.passes_per_step + policy.depths + 1) * config.max_in_flight,
+            "stops": MAX_STOPS,
+            "hidden": model.hidden_size,
+        }
+
+        def zeros(kind: type, count: int) -> dict[str, Tensor]:
+            made = {}
+            for name, hint in get_type_hints(kind, include_extras=True).items():
+                _, of, *shape = get_args(hint)
+                made[name] = torch.zeros(count, *(sizes[size] for size in shape), dtype=of or dtype, device=device)
+            return made
+
+        requests = RequestState(**zeros(RequestState, config.max_num_seqs + 1))
+        lanes = LaneState(**zeros(LaneState, spare + 1))
+        requests.num_recurrences[-1] = NEVER
+        lanes.row[spare], lanes.exit_at[spare] = config.max_num_seqs, NEVER
+        turn = torch.zeros(2, dtype=torch.int64, device=device)
+        return cls(config, policy, requests, lanes, turn, ring, num_decode_lanes, spare, model.injection != "none")
+
+    @property
+    def device(self) -> torch.device:
+        return self.lanes.row.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        held = [self.turn, *vars(self.requests).values(), *vars(self.lanes).values()]
+        return sum(tensor.nbytes for tensor in held)
+
+    def lane_of(self, row: Tensor, position: Tensor) -> Tensor:
+        """The decode lane of a position [...] of a row [...]."""
+        return row * self.ring + position % self.ring
+
+    def span(self, row: int, first: int, last: int) -> Tensor:
+        """The decode lanes [last - first] of positions `first` to `last` (excluded) of a row."""
+        return row * self.ring + torch.arange(first, last, device=self.device) % self.ring
+
+    def live_flags(self, flag: Tensor) -> Tensor:
+        """[num_decode_lanes]: the lane has `flag` [L], and its row is live."""
+        return (flag[: self.num_decode_lanes].view(-1, self.ring) & self.requests.live[:-1, None]).view(-1)
+
+    def live_lanes(self, flag: Tensor) -> Tensor:
+        """Numbers [n] of the decode lanes that have `flag` [L], of live rows. Waits for the device."""
+        return self.live_flags(flag).nonzero().squeeze(1)
