@@ -1,6 +1,34 @@
 """Loopwise: convert a pretrained decoder into a recurrent-depth model, retrain it, serve it.
 
-Importing `loopwise` is cheap; the model classes load torch and transformers on first use.
+Importing `loopwise` is cheap; the model classes load torch and transformers on first use. Files in reading order; a
+file imports only files above it:
+
+    version.py        the release
+    errors.py         UserError: one line, exit 2
+    quiet.py          less chatter of libraries
+    deprecated.py     old names of keys
+    unused.py         settings without effect
+    recipe.py         recipes: YAML files and key=value settings
+    hub.py            ids of the Hugging Face hub
+    carried.py        files that travel with a checkpoint
+    directory.py      output directories: written whole or not at all
+    sampling.py       ranges of sampling parameters
+    trained.py        depths beyond those that a model was trained at
+    arguments.py      command-line arguments
+    unroll.py         layers of a recurrent model as a plain one's
+    model/            the recurrent-depth model, which travels with checkpoints
+    checkpoint.py     reading a checkpoint directory
+    gguf_header.py    a GGUF file's header
+    gguf_config.py    its config
+    gguf_source.py    a GGUF file as a source
+    gguf_tensors.py   its tensors
+    convert/          loopwise convert, export, inspect, calibrate
+    train/            loopwise train, init, eval, plot
+    serve/            loopwise serve, generate
+    recipes/          recipes that come with loopwise
+    cli.py            the command `loopwise`
+    demo/             the main job end to end
+    __main__.py       python -m loopwise
 """
 
 from typing import TYPE_CHECKING

@@ -162,7 +162,6 @@ class Engine:
     def _record(self, record: Record) -> None:
         """Run from graphs made by `record`, as far as requests fit them."""
         self.loop.use_graphs(record)
-        self.loop.use_graph_ticks(record)
 
     def request(self, params: Params) -> Request:
         """`params` in the engine's words. Raises UserError for values out of range."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.code_map import LINKED, circles, imported, imports, sources
+from docs.code_map import LINKED, circles, imported, imports, map_faults, sources
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("convert", "train", "serve")
@@ -103,7 +103,7 @@ def circular_imports(root: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "violations",
-    [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports, vllm_imports_outside],
+    [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports, map_faults, vllm_imports_outside],
 )
 def test_imports(violations):
     assert violations(ROOT) == []
@@ -128,6 +128,11 @@ def test_imports(violations):
         (vllm_imports_outside, "serve/server.py", "def f():\n    from vllm.platforms import current_platform"),
         (vllm_imports_outside, "serve/api/a.py", "if TYPE_CHECKING:\n    from vllm import SamplingParams"),
         (vllm_imports_outside, "loopwise/a.py", "import_module('vllm.engine')"),
+        (map_faults, "convert/a.py", ""),
+        (map_faults, "loopwise/errors.py", "from .unused import check_used"),
+        (map_faults, "serve/engine/state.py", "from .loop import Loop"),
+        (map_faults, "train/tasks/hops.py", "from ..run import train"),
+        (map_faults, "serve/vllm/arrivals.py", "from .worker import LaneWorker"),
         (bare_imports, "tests/a.py", "import train"),
         (bare_imports, "bench/a.py", "from convert.plan import Plan"),
         (bare_imports, "serve/a.py", "def f():\n    from recipes import x"),

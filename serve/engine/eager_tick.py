@@ -7,6 +7,8 @@ Shapes: n lanes of a pass, m lanes that are read out, D hidden size, V vocabular
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -233,7 +235,9 @@ class EagerTick:
         state = self.state
         if not len(row):
             return
-        order, counts = self.starter(self.steps.start, state, state.lane_of(row, position), row, position, tokens)
+        order, counts = self.starter(
+            partial(self.steps.start, state), state.lane_of(row, position), row, position, tokens
+        )
         self.waits, self.runs = counts.tolist()
         self.unread |= self.routing is not None  # a router may end some at once
         self.order = None if self.routing or self.staggered else order

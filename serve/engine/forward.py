@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...model.initial_state import initial_state
+from ...model.recurrence_norm import norm_after, norm_at_end, norm_before
 from .attention.base import Attention, Rows
 from .compile import compiled
 from .parts import Parts
@@ -22,11 +23,10 @@ def recur(parts: Parts, s: Tensor, e: Tensor, positions: Tensor, begun: Tensor, 
 
     begun [N]: the row has recurred before.   depth [N]: number of this recurrence, from 0; [1]: the same for all rows.
     """
-    norm = parts.config.recurrence_norm
-    if norm == "between":
-        s = torch.where(begun[:, None], parts.norm_between(s), s)
+    kind = parts.config.recurrence_norm
+    s = norm_before(kind, s, parts.norm_between, begun)
     s = parts.layers("core", parts.injection(s, e), positions, depth)
-    return parts.norm_each(s) if norm == "each" else s
+    return norm_after(kind, s, parts.norm_each)
 
 
 def recur_alike(parts: Parts, *inputs: Tensor) -> Tensor:
@@ -92,8 +92,7 @@ class Forward:
         config = self.parts.config
         if config.coda:
             self._plan(row, position, only)
-        if config.recurrence_norm == "last":
-            s = self.parts.norm_between(s)
+        s = norm_at_end(config.recurrence_norm, s, self.parts.norm_between)
         return self.parts.layers("coda", s, position, None)
 
     def _plan(self, row: Tensor, position: Tensor, only: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +167,7 @@ def _emit(
     known = state.requests.known_tokens[row, position + 1].long()
     tokens = torch.where(known > 0, known - 1, tokens)
     position, stopped = transitions.steps.emit(state, which, row, position, tokens)
-    transitions.steps.clear_spare_count(state)
+    transitions.padding.clear_spare_count(state)
     there = real & ~stopped
     where = torch.where(there, state.lane_of(row, position), state.spare)
     row, position = torch.where(there, row, state.config.max_num_seqs), torch.where(there, position, 0)
@@ -317,7 +318,7 @@ class GraphTick:
         logits, best = self.forward.head(self.forward.read_out(s, row, position, real))
         tokens = self.sampler(logits, best, row, position + 1)
         where, there, row, position, tokens = self.steps.emit(self.graph, which, real, row, position, tokens)
-        self.starter(self.steps.start, self.graph, where, row, position, tokens, only=there)
+        self.starter(partial(self.steps.start, self.graph), where, row, position, tokens, only=there)
 
 
 class Notes:

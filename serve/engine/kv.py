@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...model.configuration_recurrent_depth import policy_slots
+
 
 @dataclass(frozen=True)
 class KVPolicy:
@@ -28,9 +30,7 @@ class KVPolicy:
     @property
     def slots(self) -> int:
         """Slots of a core layer."""
-        if self.name in ("per-depth", "last-exited", "routed"):
-            return self.depths
-        return 1 if self.name in ("single", "first") else min(int(self.name.removeprefix("modulo-")), self.depths)
+        return self.depths if self.name == "routed" else policy_slots(self.name, self.depths)
 
     @property
     def complete(self) -> bool:

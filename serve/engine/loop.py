@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,6 @@ class Loop:
         """Bytes of the state of lanes and requests, before any of them has come."""
         return self.state.nbytes + self.rules.nbytes + (self.routing.nbytes if self.routing else 0)
 
-    # ---- before the first request ---------------------------------------------------------------------------------
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile everything that can be compiled now."""
@@ -105,15 +105,12 @@ class Loop:
         if self.graph_tick:
             self.graph_tick.warm_up()
 
-    def use_graphs(self, record: Record, max_rows: int = MAX_ROWS) -> None:
-        """Replay the passes of eager ticks, of up to `max_rows` lanes, from graphs made by `record`."""
-        self.eager_tick.passes.graphs = Graphs(self.state, self.forward, record, max_rows)
-
-    def use_graph_ticks(self, record: Record) -> None:
-        """Run whole ticks from graphs made by `record`, where all requests of a step fit."""
-        self.graph_tick = GraphTick(
-            self.starter, self.schedule, self.work, self.counts, self.sampler, record, self.is_over, self.config.compile
-        )
+    def use_graphs(self, record: Record, max_rows: int = MAX_ROWS, ticks: bool = True) -> None:
+        """Replay graphs made by `record`: for passes of up to `max_rows` lanes, and for whole `ticks` where they
+        fit."""
+        parts = self.starter, self.schedule, self.work, self.counts, self.sampler, record, self.is_over
+        self.eager_tick.passes.graphs = Graphs(self.state, self.forward, record, max_rows) if max_rows else None
+        self.graph_tick = GraphTick(*parts, self.config.compile) if ticks else None
 
     def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
         """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
@@ -179,7 +176,7 @@ class Loop:
         tokens = torch.cat([prompt.tokens for prompt in prompts])
         row, where = each([prompt.row for prompt in prompts]), torch.arange(first, end)
         lanes = [part.to(state.device) for part in (where, row, position, tokens, may_exit)]
-        self.starter(self.steps.start, state, *lanes)
+        self.starter(partial(self.steps.start, state), *lanes)
         ends = torch.tensor(sizes).cumsum(0) + first
         wants_token = torch.tensor([prompt.wants_token for prompt in prompts])
         transitions.requests.start_prompts(state, lanes[0], (ends - 1).to(state.device), wants_token.to(state.device))

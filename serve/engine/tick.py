@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .forward import Forward
 from .routing import Routing
 from .state import State
 
+T = TypeVar("T")
 # (logits [m, V], the likeliest tokens [m] by them, rows [m], positions [m] of the tokens) -> tokens [m]
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # (the head's input [m, D], rows [m], positions [m] of prompt tokens)
@@ -90,24 +91,23 @@ class Starter:
 
     def __call__(
         self,
-        step: Callable[..., Tensor | tuple[Tensor, ...]],
-        owner: object,
+        step: Callable[..., T],
         where: Tensor,
         row: Tensor,
         position: Tensor,
         tokens: Tensor,
         may_exit: Tensor | None = None,
         only: Tensor | None = None,
-    ):
-        """Start tokens [m] of rows at positions [m] in lanes `where` [m], by `step` (transitions.start, or a tick's
-        own) on its `owner`. Returns the result of `step`.
+    ) -> T:
+        """Start tokens [m] of rows at positions [m] in lanes `where` [m], by a `step` like transitions.steps.start on a
+        State. Returns its result.
 
         may_exit [m]: the request's rule may end it; None: all.   only: as in Forward.prelude.
         """
         e = self.forward.prelude(tokens, row, position, only)
         may_exit = torch.ones_like(row, dtype=torch.bool) if may_exit is None else may_exit
         s = self.forward.initial_state(e, position)
-        result = step(owner, where, row, position, tokens, may_exit, e, s)
+        result = step(where, row, position, tokens, may_exit, e, s)
         if self.rules.in_use:
             self.rules.start(where)
         if self.routing:

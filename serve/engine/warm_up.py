@@ -29,4 +29,4 @@ def warm_up(state: State, forward: Forward, steps: Steps) -> None:
     steps.fetch(state, two)
     steps.emit(state, two, row, position, depth)
     steps.start(state, two, row, position, depth, two >= 0, s, s.clone())
-    transitions.steps.clear_flags(state)
+    transitions.padding.clear_flags(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ..engine.request import MAX_STOPS, Request
 from .arrivals import arrivals
 from .attention import PagedAttention
 from .output import LaneOutput
+from .runner import RunnerAttributes, WorkerAttributes
 from .sampling import LaneSampler
 
 
@@ -46,7 +48,7 @@ class Past:
     lanes: int = 0
 
 
-class LaneSteps:
+class LaneSteps(RunnerAttributes):
     """What a model runner of vLLM's does instead of a forward pass. Mixed into the runners of each platform."""
 
     loop: Loop
@@ -58,7 +60,7 @@ class LaneSteps:
         names = ("block_size", "num_kv_heads", "head_size", "dtype")
         return {layer: FullAttentionSpec(**{n: getattr(spec, n) for n in names}) for layer, spec in specs.items()}
 
-    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise ValueError(f"{len(kv_cache_config.kv_cache_groups)} groups of KV caches: lanes need one")
@@ -75,7 +77,6 @@ class LaneSteps:
         if not isinstance(parts.attention, PagedAttention):  # which waits for the device
             record = on_cuda(self.device)
             self.loop.use_graphs(record)
-            self.loop.use_graph_ticks(record)
         sampler = self.sampler_of_lanes
         sampler.known_tokens, sampler.in_use = self.loop.state.requests.known_tokens, self.loop.work.in_use
         self.loop.eager_tick.budget = max(lanes.budget, 0)
@@ -94,7 +95,7 @@ class LaneSteps:
         self.work = torch.zeros(len(DECODERS), 3, dtype=torch.long, device=self.device)  # tokens, passes, lanes
         self.parked: Any = None
 
-    def _loop(self: Any, device: Any, attention: Any, sampler: Any) -> Loop:
+    def _loop(self, device: Any, attention: Any, sampler: Any) -> Loop:
         lanes, scheduler = LaneConfig.of(self.vllm_config), self.vllm_config.scheduler_config
         sizes = LoopConfig(
             max_num_seqs=scheduler.max_num_seqs,
@@ -110,17 +111,17 @@ class LaneSteps:
         parts, policy, reader = self.model.parts, policy_of(self.model.config), self._read_prompt
         return Loop(parts, attention, policy, sampler, sizes, dtype=self.dtype, device=device, reader=reader)
 
-    def state_bytes(self: Any) -> int:
+    def state_bytes(self) -> int:
         """Of the loop that there will be: of its lanes and requests."""
         return self._loop("meta", None, None).nbytes
 
-    def _attention(self: Any, block_size: int) -> Attention:
+    def _attention(self, block_size: int) -> Attention:
         builder = self.attn_groups[0][0].get_metadata_builder()
         return self.paged(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
 
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         for name in sorted(scheduler_output.finished_req_ids):
             self._release(name)
             self.history.pop(name, None)
@@ -149,7 +150,7 @@ class LaneSteps:
         return self._output(names)
 
     @torch.inference_mode()
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+    def sample_tokens(self, grammar_output: Any) -> Any:
         scheduler_output, self.parked = self.parked, None
         if scheduler_output is None:
             return None
@@ -158,15 +159,16 @@ class LaneSteps:
             if grammar_output is not None:
                 apply_grammar_bitmask(scheduler_output, grammar_output, self.input_batch, logits)
 
-        self.loop.resume(lambda *read: self.sampler_of_lanes(*read, mask))
+        self.loop.resume(partial(self.sampler_of_lanes, mask=mask))
         return self._output(list(scheduler_output.num_scheduled_tokens))
 
     def take_draft_token_ids(self) -> None:
         return None
 
-    def _admit(self: Any, name: str) -> None:
+    def _admit(self, name: str) -> None:
         state, row = self.requests[name], self.free.pop()
         params, done = state.sampling_params, len(state.output_token_ids)
+        assert params.max_tokens is not None, "vLLM sets it"
         depth = depth_of(params.extra_args or {}, self.depth_config.num_recurrences, self.depth_config.exit)
         past = self.history.pop(name, Past(depth.forced_depths))
         decoder = self._decoder(row, name)
@@ -199,7 +201,7 @@ class LaneSteps:
             self.sent[name] = min(state.num_computed_tokens, start - 1)
         self.row[name] = row
 
-    def _decoder(self: Any, row: int, name: str) -> Decoder:
+    def _decoder(self, row: int, name: str) -> Decoder:
         """Of a request in `row`; the noise of a diffusion is the request's own, where it does not name a seed."""
         params, lanes = self.requests[name].sampling_params, self.lane_config
         decoder = decoder_of(params, lanes.decoder, lanes.wave)
@@ -209,7 +211,7 @@ class LaneSteps:
             decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=seed))
         return decoder
 
-    def _release(self: Any, name: str) -> Past:
+    def _release(self, name: str) -> Past:
         row = self.row.pop(name, None)
         if row is None:
             return Past([])
@@ -219,7 +221,7 @@ class LaneSteps:
         requests = self.loop.state.requests
         return Past(self.loop.release(row).tolist(), int(requests.passes[row]), int(requests.lane_passes[row]))
 
-    def _prompt(self: Any, name: str, count: int) -> Prompt | None:
+    def _prompt(self, name: str, count: int) -> Prompt | None:
         """The known tokens that the scheduler wants computed; None for a request that decodes."""
         if name in self.flying:
             return None
@@ -237,7 +239,7 @@ class LaneSteps:
                 return None
         return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying, generated=prompt)
 
-    def _output(self: Any, names: list[str]) -> LaneOutput:
+    def _output(self, names: list[str]) -> LaneOutput:
         rows = torch.tensor([self.row[name] for name in names], device=self.device)
         tokens, depths = self.loop.outputs(rows)
         spent = self._count(rows).tolist()
@@ -254,7 +256,7 @@ class LaneSteps:
             work=[[(depth, *now) for depth in deep] for deep, now in zip(depths, spent, strict=True)],
         )
 
-    def _count(self: Any, rows: Any) -> torch.Tensor:
+    def _count(self, rows: Any) -> torch.Tensor:
         """Passes and lanes [n, 2] that requests in `rows` [n] have had, which the counters then have, too."""
         requests = self.loop.state.requests
         spent = torch.stack([requests.passes[rows], requests.lane_passes[rows]], 1)
@@ -264,7 +266,7 @@ class LaneSteps:
         return spent
 
     # ---- log-probabilities of prompts ---------------------------------------------------------------------------
-    def _read_prompt(self: Any, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
+    def _read_prompt(self, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
         """x [m, D] of prompt positions [m] in engine rows [m]: each says how likely the next prompt token was."""
         for r in row.unique().tolist():
             name = self.sampler_of_lanes.name_of[r]
@@ -282,7 +284,7 @@ class LaneSteps:
                 for whole, part in zip(state.in_progress_prompt_logprobs_cpu[:3], values[:3], strict=True):
                     whole[position[some].cpu()] = part.to(whole.dtype).cpu()
 
-    def _prompt_logprobs(self: Any, names: list[str]) -> dict[str, LogprobsTensors | None]:
+    def _prompt_logprobs(self, names: list[str]) -> dict[str, LogprobsTensors | None]:
         """Of the requests whose prompts are through, once each."""
         found = {}
         for name in names if self.num_prompt_logprobs else ():
@@ -309,7 +311,7 @@ def counts(runner: Any) -> dict[str, Any]:
 
 # ---- platforms ------------------------------------------------------------------------------------------------------
 class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
-    def _attention(self: Any, block_size: int) -> Attention:
+    def _attention(self, block_size: int) -> Attention:
         """The engine's own kernels, if graphs are wanted, and no backend of vLLM's is asked for. Several ranks do
         without graphs, in which their all-reduce would have to be."""
         alone = get_tp_group().world_size == 1
@@ -320,19 +322,19 @@ class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompa
         return PagedTriton(self.parts.caches, self.parts.outer, block_size)
 
 
-class LaneWork:
+class LaneWork(WorkerAttributes):
     """What a worker of vLLM's does for lanes. Mixed into the workers of each platform."""
 
     runner: type[Any]
 
-    def init_device(self: Any) -> None:
+    def init_device(self) -> None:
         super().init_device()  # pyright: ignore[reportAttributeAccessIssue]
         if self.use_v2_model_runner:
             raise ValueError("the lane engine builds on vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         if not isinstance(self.model_runner, self.runner):
             self.model_runner = self.runner(self.vllm_config, self.device)
 
-    def compile_or_warm_up_model(self: Any) -> Any:
+    def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()  # pyright: ignore[reportAttributeAccessIssue]
         runner: Any = self.model_runner
         loop, lanes = runner.loop, runner.lane_config
@@ -355,17 +357,17 @@ class LaneWork:
             print(f"loopwise: {waves}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 
-    def recurrence_counts(self: Any) -> dict[str, Any]:
+    def recurrence_counts(self) -> dict[str, Any]:
         return counts(self.model_runner)
 
 
 class GpuLaneWorker(LaneWork, Worker):
     runner = GpuLaneRunner
 
-    def _make_model_runner(self: Any) -> GpuLaneRunner:
+    def _make_model_runner(self) -> GpuLaneRunner:
         return self.runner(self.vllm_config, self.device)
 
-    def determine_available_memory(self: Any) -> int:
+    def determine_available_memory(self) -> int:
         """Bytes for keys and values; vLLM knows nothing of what lanes take, unless it is told the bytes themselves."""
         free = super().determine_available_memory()
         return free if self.cache_config.kv_cache_memory_bytes else free - self.model_runner.state_bytes()

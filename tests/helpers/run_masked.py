@@ -22,7 +22,8 @@ def run_once(function: Callable[[], None]) -> Callable[[], Any]:
 
 
 def run(case: dict) -> dict:
-    worker.CpuLaneRunner._attention = worker.GpuLaneRunner._attention
+    runner: Any = worker.CpuLaneRunner
+    runner._attention = worker.GpuLaneRunner._attention
     worker.on_cuda = lambda device: run_once
     runs: list[tuple[str, int]] = []
     loop.GraphTick = lambda *args, **kwargs: Noted(runs, *args, **kwargs)

@@ -3,11 +3,12 @@
     steps.py     the steps of a pass and a read-out
     requests.py  requests come and go
     routers.py   a router sets depths
+    padding.py   padded and warm-up passes leave nothing
     windows.py   waves and diffusions move their windows
 
 In use, `transitions.requests.admit(state, ...)`.
 """
 
-from . import requests, routers, steps, windows
+from . import padding, requests, routers, steps, windows
 
-__all__ = ["requests", "routers", "steps", "windows"]
+__all__ = ["padding", "requests", "routers", "steps", "windows"]

@@ -42,7 +42,7 @@ def engine(model: Any, most: int | None, **options: Any) -> Engine:
         for cache in caches(made):
             cache.normal_(generator=generator)
         if most is not None:
-            made.loop.use_graphs(record(), most)
+            made.loop.use_graphs(record(), most, ticks=False)
     return made
 
 
@@ -206,7 +206,7 @@ def test_a_pass_that_cannot_be_recorded_runs_without():
     prompts, params = requests(25, 6, "single", ["fixed", "latent-diff"])
     made = engine(build(), None, kv_policy="single")
     with torch.inference_mode():
-        made.loop.use_graphs(refuse)
+        made.loop.use_graphs(refuse, ticks=False)
     graphs = made.loop.eager_tick.passes.graphs
     assert graphs is not None
     with pytest.warns(
