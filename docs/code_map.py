@@ -115,3 +115,80 @@ def map_faults(root: Path) -> list[str]:
                 elif target.startswith(prefix) and place.get(there, 0) > place.get(here, len(order)):
                     faults.append(f"{module} imports {target}, which stands below it in the map of {package}")
     return faults
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+PAGE = Path(__file__).parent / "architecture.md"
+FENCE = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+ROOMS = ("convert", "train", "model", "demo", "cli")  # rooms of the picture; serve is drawn entry by entry
+
+
+def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The imports among the packages; entry points are left out, as they import everything."""
+
+    def room(module: str) -> str:
+        _, first, *rest = module.split(".")
+        if first == "serve":
+            return f"serve/{rest[0]}"
+        return first if first in ROOMS else "core"
+
+    drawn: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        inside = {target for target in targets if not target.endswith(("__init__", "__main__"))}
+        if not module.endswith(("__init__", "__main__")):
+            here = drawn.setdefault(room(module), set())
+            here |= {room(target) for target in inside} - {room(module)}
+    return drawn
+
+
+def engine(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The imports among files and packages of serve/engine."""
+    prefix = "loopwise.serve.engine."
+
+    def place(module: str) -> str:
+        return module.removeprefix(prefix).split(".")[0]
+
+    drawn: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        if module.startswith(prefix) and place(module) != "__init__":
+            here = drawn.setdefault(place(module), set())
+            here |= {place(target) for target in targets if target.startswith(prefix)} - {place(module), "__init__"}
+    return drawn
+
+
+def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """`graph` without the arrows that follow from others. Circles are left as they are."""
+
+    def reached(start: str) -> set[str]:
+        seen, left = set[str](), [start]
+        while left:
+            for target in graph.get(left.pop(), set()) - seen:
+                seen.add(target)
+                left.append(target)
+        return seen
+
+    below = {node: reached(node) for node in graph}
+    return {
+        node: {t for t in targets if not any(t in below.get(o, ()) and node not in below.get(o, ()) for o in targets - {t})}
+        for node, targets in graph.items()
+    }
+
+
+def picture(graph: dict[str, set[str]]) -> str:
+    """A Mermaid diagram: an arrow from each room to those that it imports."""
+    lines = ["```mermaid", "graph TD"]
+    for node, targets in sorted(reduced(graph).items()):
+        name = node.removeprefix("loopwise.").replace(".", "/")
+        lines += [f"    {name} --> {target.removeprefix('loopwise.').replace('.', '/')}" for target in sorted(targets)]
+    return "\n".join([*lines, "```"])
+
+
+def drawn(page: str, root: Path) -> str:
+    """The page with its pictures drawn anew from the imports under `root`."""
+    graph = imports(root)
+    pictures = {"rooms": rooms, "engine": engine}
+    return FENCE.sub(lambda found: f"{found[1]}{picture(pictures[found[2]](graph))}{found[3]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(drawn(PAGE.read_text(encoding="utf-8"), PAGE.parents[1]), encoding="utf-8")

@@ -267,7 +267,7 @@ def test_refusals_are_one_line(noisy, folder, corpus, tmp_path, capsys):
         (
             f"data.train={folder}", "data.streaming=true", "steps=2",
             f"objectives.distillation={{teacher: {noisy}, top_k: 2}}",
-        ): "top_k computes the teacher before training",
+        ): "top_k reads the text before training",
     }.items():  # fmt: skip
         assert main(["train", str(noisy), str(tmp_path / "out"), *settings, "data.sequence_length=16"]) == 2
         error = capsys.readouterr().err
