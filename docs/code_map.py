@@ -119,7 +119,7 @@ def map_faults(root: Path) -> list[str]:
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 PAGE = Path(__file__).parent / "architecture.md"
-FENCE = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+FENCE = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ROOMS = ("convert", "train", "model", "demo", "cli")  # rooms of the picture; serve is drawn entry by entry
 
 
@@ -168,10 +168,12 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
         return seen
 
     below = {node: reached(node) for node in graph}
-    return {
-        node: {t for t in targets if not any(t in below.get(o, ()) and node not in below.get(o, ()) for o in targets - {t})}
-        for node, targets in graph.items()
-    }
+
+    def follows(node: str, target: str) -> bool:
+        others = graph[node] - {target}
+        return any(target in below.get(other, ()) and node not in below.get(other, ()) for other in others)
+
+    return {node: {target for target in targets if not follows(node, target)} for node, targets in graph.items()}
 
 
 def picture(graph: dict[str, set[str]]) -> str:
@@ -187,7 +189,7 @@ def drawn(page: str, root: Path) -> str:
     """The page with its pictures drawn anew from the imports under `root`."""
     graph = imports(root)
     pictures = {"rooms": rooms, "engine": engine}
-    return FENCE.sub(lambda found: f"{found[1]}{picture(pictures[found[2]](graph))}{found[3]}", page)
+    return FENCE.sub(lambda found: f"{found[1]}{picture(pictures[found[2]](graph))}\n{found[3]}", page)
 
 
 if __name__ == "__main__":

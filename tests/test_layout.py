@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.code_map import LINKED, circles, imported, imports, map_faults, sources
+from docs.code_map import LINKED, PAGE, circles, drawn, imported, imports, map_faults, sources
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("convert", "train", "serve")
@@ -152,6 +152,22 @@ def test_a_planted_violation_is_found(violations, path, line, tmp_path):
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text((target.read_text() if target.exists() else "") + f"\n{line}\n")
     assert len(violations(tmp_path)) >= 1
+
+
+def test_the_page_of_the_architecture_is_that_of_the_code(tmp_path):
+    """Its pictures are drawn from today's imports, and every file that it names exists."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert drawn(page, ROOT) == page, "draw the pictures anew: python docs/code_map.py"
+    assert page.count("-->") > 60
+    engine = ("", "serve/engine/")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    assert [name for name in named if not any((ROOT / folder / name).exists() for folder in engine)] == []
+    copy = tmp_path / "loopwise"
+    shutil.copytree(ROOT / "loopwise", copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in LINKED:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "serve/memory.py").write_text("from ..cli import main\n")
+    assert drawn(page, tmp_path) != page, "another import draws another picture"
 
 
 def test_the_command_names_modules_that_exist():
