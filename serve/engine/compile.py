@@ -33,7 +33,7 @@ _library.define(
 )
 
 
-def compiled(function: Callable, **options: Any) -> Callable:
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` of an object and tensors [N, ...], compiled at its first call.
 
     The tensors of that call must be distinct, with distinct lengths > 1 for every dynamic size: a length of 1 counts as
@@ -44,7 +44,7 @@ def compiled(function: Callable, **options: Any) -> Callable:
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     graph: list[_Graph] = []
 
-    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # these take seconds to import
 
@@ -64,7 +64,7 @@ def compiled(function: Callable, **options: Any) -> Callable:
         assert not torch.is_grad_enabled(), "autograd gives the code other tensors than the function's"
         assert len({id(tensor) for tensor in tensors}) == len(tensors), "one tensor for two is one input"
         for tensor in tensors:  # another size that equals N stays constant
-            torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(tensor, 0)  # pyright: ignore[reportPrivateUsage]
         out = first(owner, *tensors)
         graph[0].learn(tensors, out)
         return out
@@ -134,10 +134,25 @@ def attend(parts: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, **facts: Any
     return torch.ops.loopwise.attend(parts.number, layer, q, k, v, scaling, window, softcap, sinks)
 
 
-def _attend(owner, layer, q, k, v, scaling, window, softcap, sinks):
+def _attend(
+    owner: int,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
     facts = {"scaling": scaling, "sliding_window": window or None, "softcap": softcap or None, "sinks": sinks}
     return _owners[owner].attention(layer, q, k, v, **facts)
 
 
+def _attend_shape(owner: int, layer: int, q: Tensor, *rest: Any) -> Tensor:
+    """The shape of `_attend`, for torch.compile."""
+    return q.new_empty(q.shape)
+
+
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
-torch.library.register_fake("loopwise::attend", lambda owner, layer, q, *_: q.new_empty(q.shape), lib=_library)
+torch.library.register_fake("loopwise::attend", _attend_shape, lib=_library)

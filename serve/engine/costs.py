@@ -75,7 +75,7 @@ Steps = tuple[Callable[[], object], Callable[[], object]]
 def measure(
     state: State,
     forward: Forward,
-    recorded: Callable[[int], Steps | None] = lambda n: None,
+    recorded: Callable[[int], Steps | None] | None = None,
     agree: Callable[[float], float] = lambda seconds: seconds,
 ) -> Costs:
     """Measure on a State without requests, whose block tables may be written through.
@@ -90,7 +90,7 @@ def measure(
     for n in sizes:
         if n > rows and costs.knee() < max(costs.passes):
             break  # wider than any pass of plain requests, and behind the knee
-        seconds = torch.tensor(list(_samples(state, forward, recorded(n), n)))[1:]
+        seconds = torch.tensor(list(_samples(state, forward, recorded and recorded(n), n)))[1:]
         costs.passes[n], costs.reads[n] = (agree(min(part)) for part in seconds.T.tolist())
     return costs
 

@@ -9,7 +9,8 @@ Shapes: n lanes of a pass, m lanes of a call, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,18 @@ from .readings import LogitMemory, LogitReadings, StateReadings
 from .state import State
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """An exit rule. threshold: its default.   reads: "nothing", "state", "gate" or "logits"; the last of these costs
     coda and head at every depth.   fires: (readings, thresholds [m]) -> [m]."""
 
     threshold: float
     reads: str
-    fires: Callable[[Any, Tensor], Tensor] = lambda x, threshold: torch.zeros_like(threshold) > 0
+    fires: Callable[[Any, Tensor], Tensor]
 
 
-RULES = {
-    "fixed": Rule(0.0, "nothing"),
+RULES: dict[str, Rule] = {
+    "fixed": Rule(0.0, "nothing", lambda x, threshold: threshold < 0),
     "latent-diff": Rule(0.03, "state", lambda x, threshold: x.relative_change < threshold),
     "cosine": Rule(1e-3, "state", lambda x, threshold: 1 - x.cosine < threshold),
     "gate": Rule(1.0, "gate", lambda stays, threshold: 1 - stays >= threshold),  # probability of having left by now

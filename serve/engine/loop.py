@@ -114,8 +114,7 @@ class Loop:
 
     def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
         """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
-        recorded = self.graph_tick.recorded if self.graph_tick else lambda n: None
-        return costs.measure(self.state, self.forward, recorded, agree)
+        return costs.measure(self.state, self.forward, self.graph_tick and self.graph_tick.recorded, agree)
 
     # ---- requests -------------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request, passes: int = 0, lane_passes: int = 0) -> None:
@@ -257,6 +256,7 @@ class Loop:
         requests = self.state.requests
         counts = requests.count[rows].tolist()
         most = max(counts, default=0)
-        tokens, depths = (part[rows, :most].tolist() for part in (requests.tokens, requests.depths))
-        tokens, depths = ([line[:n] for line, n in zip(part, counts, strict=True)] for part in (tokens, depths))
+        tokens, depths = requests.tokens[rows, :most].tolist(), requests.depths[rows, :most].tolist()
+        for line, other, n in zip(tokens, depths, counts, strict=True):
+            del line[n:], other[n:]
         return tokens, depths

@@ -30,8 +30,12 @@ def _add_product(out: Tensor, x: Tensor, matrix: Tensor, start: int) -> None:
     out.narrow(1, start, len(matrix)).addmm_(x, matrix.T)
 
 
+def _add_nothing(out: Tensor, x: Tensor, matrix: Tensor, start: int) -> None:
+    """Shapes of `_add_product`, for torch.compile."""
+
+
 _library.impl("add_product", _add_product, "CompositeExplicitAutograd")
-torch.library.register_fake("loopwise::add_product", lambda out, x, matrix, start: None, lib=_library)
+torch.library.register_fake("loopwise::add_product", _add_nothing, lib=_library)
 
 
 def add_lora(
@@ -84,7 +88,7 @@ def relax_linear(
         values = (factors.lora_A, factors.lora_B, factors.dora_magnitude)
         scale = dora_scale(row(linear.weight).detach(), *(value.detach() for value in values))
 
-    def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         out = change(out, args[0])
         if scale is None:
             return out

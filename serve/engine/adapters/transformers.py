@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from ..attention.base import Attention
 from ..compile import attend, register
 from ..relaxation import by_depth, relax_linear
 
-NAME = "loopwise_lanes"  # of the attention that transformers' layers are told to use
+Args: TypeAlias = tuple[Any, ...]  # of a transformers layer
+Kwargs: TypeAlias = dict[str, Any]
+Visit = Callable[[int, Tensor, Args, Kwargs], Tensor]  # (layer number, hidden states, its arguments) -> hidden states
+NAME = "loopwise_lanes"  # the attention implementation of the model's config
 
 
 class TransformersParts:
@@ -43,7 +46,7 @@ class TransformersParts:
         self.number = register(self)
         self.attention: Attention | None = None
         self.layer, self.depths = 0, torch.empty(0)
-        self._visit: Callable[[int, Tensor, tuple, dict], Tensor] | None = None
+        self._visit: Visit | None = None
         self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
         for tap in self.taps:
             tap.visit = self._visited
@@ -80,22 +83,22 @@ class TransformersParts:
         return not (self.config.relaxation or {}).get("own")
 
     # ---- the source model around the layers -----------------------------------------------------------------------
-    def _visited(self, index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _visited(self, index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
         assert self._visit is not None
         return self._visit(index, x, args, kwargs)
 
-    def _through(self, tokens: Tensor, positions: Tensor, visit: Callable) -> Any:
+    def _through(self, tokens: Tensor, positions: Tensor, visit: Visit) -> Any:
         """The source model's forward with `visit` in place of its layers."""
         self._visit = visit
         return self.model.source(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, return_dict=True, logits_to_keep=1
         )
 
-    def _arguments(self, positions: Tensor) -> dict[int, tuple[tuple, dict]]:
+    def _arguments(self, positions: Tensor) -> dict[int, tuple[Args, Kwargs]]:
         """What the source passes to each of its layers for these positions."""
-        found: dict[int, tuple[tuple, dict]] = {}
+        found: dict[int, tuple[Args, Kwargs]] = {}
 
-        def note(index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        def note(index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
             found[index] = (args, kwargs)
             return x
 
@@ -116,7 +119,7 @@ class TransformersParts:
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         first: list[Tensor] = []
 
-        def note(index: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        def note(index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
             if not first:
                 first.append(x)
             return x
@@ -149,7 +152,7 @@ class TransformersParts:
         if depths is not None:
             self.depths = depths
         x, positions = x[None], self._within(positions)
-        passed: dict[int, tuple[tuple, dict]] = {}
+        passed: dict[int, tuple[Args, Kwargs]] = {}
         for n, (layer, source) in enumerate(zip(getattr(self.model, part), getattr(config, part), strict=True)):
             if source not in passed:
                 args, kwargs = self.arguments[source]
