@@ -79,6 +79,8 @@ def _load(run: Run, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
 
     Raises UserError if the weights leave the range of `dtype`, or if the model cannot separate documents.
     """
+    import torch
+
     from . import adapters, compute, optimisers, separation
     from .pretrained import load_model, overflow
 
@@ -89,6 +91,7 @@ def _load(run: Run, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
     if recipe.data.separate_documents:
         separation.check(loaded, run.model)
     if recipe.adapters:
+        torch.manual_seed(recipe.seed)
         adapters.inject(loaded, recipe.adapters, checkpoint)
     compute.configure(loaded, recipe.gradient_checkpointing, recipe.compile)
     optimisers.freeze(loaded, recipe.optimiser, recipe.objectives, recipe.adapters is not None)

@@ -11,7 +11,7 @@ from loopwise.cli import main
 from loopwise.train.optimisers import MuonAndAdamW, build, freeze, groups, roles
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Adapters, Objectives, Optimiser
-from tests.helpers.train_tiny import RECURRENCE, history, run, save_recurrent, weights
+from tests.helpers.train_tiny import RECURRENCE, history, run, same, save_recurrent, weights
 
 RELAXED: dict[str, Any] = {
     "injection": "none",
@@ -160,6 +160,16 @@ def test_adapters_are_merged_and_resume(recurrent, command, tmp_path):
     # What was measured with adapters beside the weights holds for the merged ones.
     run(command(out, tmp_path / "again", "steps=1", "optimiser.learning_rate=1e-30", "data.eval_fraction=0.1"))
     assert history(tmp_path / "again", "eval_loss_r3")[-1] == pytest.approx(at_end, abs=1e-5)
+
+
+def test_adapters_of_one_seed_start_alike(recurrent, command, tmp_path):
+    """Whatever the process has drawn before."""
+    outs = [tmp_path / name for name in ("first", "second", "other")]
+    for n, out in enumerate(outs):
+        torch.manual_seed(n)
+        run(command(recurrent, out, *ADAPTERS[:2], "steps=1", f"seed={n // 2}"))
+    assert same(outs[0], outs[1])
+    assert not same(outs[0], outs[2])
 
 
 def test_adapters_beside_relaxation(relaxed, command, tmp_path):
