@@ -90,7 +90,11 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "settings", "said"),
     [
-        ({"router": {"kind": "expert", "inference": "topk"}}, [], "router.inference='topk' takes the best"),
+        (
+            {"router": {"kind": "expert", "inference": "topk"}},
+            [],
+            "router.inference='topk' ranks the tokens of a whole sequence",
+        ),
         ({"router": {"kind": "token"}}, ["kv_policy=single"], "a routed model has router.kv='recursion-wise' instead"),
         ({"router": {"kind": "token"}}, ["decoder=wave"], "a routed model's tokens have the depths of its router"),
         ({"router": {"kind": "token"}, "num_recurrences": 3, "max_recurrences": 3}, ["num_recurrences=2"], "has 3"),
