@@ -21,8 +21,8 @@ from loopwise.serve.engine.loop import Prompt
 from loopwise.serve.engine.tick import TickReport
 from loopwise.serve.engine.transitions.steps import choose, enter
 from tests.helpers.model import RELAXED_PARTS, build_relaxed
+from tests.helpers.oracle import Answer, Oracle
 from tests.helpers.tiny import VOCAB, source_config
-from tests.serve.engine.oracle import Answer, Oracle
 
 NEAR = 1e-4
 

@@ -14,8 +14,8 @@ from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.sampling import Draws, penalise
+from tests.helpers.oracle import Oracle
 from tests.helpers.tiny import VOCAB, tokenizer
-from tests.serve.engine.oracle import Oracle
 from tests.serve.engine.test_engine import NEAR, build, requests
 from tests.serve.engine.test_masked import compare
 

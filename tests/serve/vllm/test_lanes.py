@@ -1,7 +1,7 @@
 """vLLM's lane engine: every request's greedy tokens and depths are those that it has alone, on transformers' layers.
 
 Requests of random prompts, depths, rules and arrival share an engine of six rows and too few KV blocks; some are
-aborted, many preempted. The oracle is tests/serve/engine's: one request, one position at a time.
+aborted, many preempted. The oracle is tests/helpers/oracle.py: one request, one position at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 
 from loopwise.serve import Params
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
+from tests.helpers.oracle import Answer, Oracle
 from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
@@ -40,7 +41,6 @@ from tests.helpers.serve_tiny import (
     save,
     source_config,
 )
-from tests.serve.engine.oracle import Answer, Oracle
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time

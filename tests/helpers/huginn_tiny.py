@@ -1,4 +1,4 @@
-"""A tiny checkpoint in Huginn's format whose weights are arithmetic: the same for everybody, with nothing to store."""
+"""A tiny checkpoint in Huginn's format, whose weights are computed by integer arithmetic: nothing to store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-CONFIG = Path(__file__).parents[2] / "convert" / "golden" / "huginn" / "config.json"
+CONFIG = Path(__file__).parents[1] / "convert" / "golden" / "huginn" / "config.json"
 LAYERS = {"prelude": 2, "core_block": 2, "coda": 1}
 WIDTH, INNER, VOCABULARY, HEADS = 32, 48, 64, 2
 

@@ -1,6 +1,6 @@
-"""What the engine must compute, written the slow way: one request, one position at a time, on transformers' layers.
+"""The engine's computation, written the slow way: one request, one position at a time, on transformers' layers.
 
-Keys and values stand in one plain tensor for every layer and slot; exits, rules and policies are written out anew.
+Each layer and slot has a plain tensor of keys and one of values. Exits, rules and policies are implemented anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Answer:
 
 
 class Store:
-    """Stands in for transformers' cache: what a layer writes goes to `layer`, `slot` and `positions`."""
+    """A stand-in for transformers' cache: keys and values of a layer go to `layer`, `slot` and `positions`."""
 
     def __init__(self, policy: str, limit: int, length: int):
         self.policy, self.limit, self.length = policy, limit, length
@@ -53,7 +53,7 @@ class Store:
         return kept[0][:, :, :reach], kept[1][:, :, :reach]
 
     def leave(self, layers: int, depth: int, position: int) -> None:
-        """An exit after `depth` recurrences: slots that it leaves empty get its last keys and values."""
+        """An exit after `depth` recurrences copies its last keys and values to the slots beyond."""
         last = self.limit if self.policy == "last-exited" else 0
         if self.policy.startswith("modulo-"):
             last = min(self.limit, int(self.policy[7:]))
@@ -124,8 +124,10 @@ class Oracle:
 
     # ---- positions in lockstep --------------------------------------------------------------------------------
     def positions(self, ids, first: int, store: Store, answer: Answer, params: Any, forced: list[int]) -> torch.Tensor:
-        """Tokens `ids` from position `first` on: what the head reads of the last. `forced`: their depths, 0 for the
-        rule's."""
+        """Run tokens `ids` from position `first` on. Returns the head's input [D] at the last.
+
+        `forced`: their depths; 0 leaves a token to the rule.
+        """
         positions = torch.arange(first, first + len(ids))
         embedded: list[torch.Tensor] = []
         self.source(ids, positions, lambda i, h, a, k: embedded.append(h) or h)
@@ -186,7 +188,7 @@ class Oracle:
 
     @torch.no_grad()
     def diffuse(self, prompt: list[int], params: Any, width: int) -> Answer:
-        """Diffusion forcing without noise, in the order of the authors' loop; the longest converged prefix freezes."""
+        """Diffusion forcing without noise, in the order of the authors' loop. The longest converged prefix freezes."""
         of, limit = params.diffusion, params.num_recurrences
         answer, store = Answer(), Store(self.policy, limit, self.length)
         x = self.positions(prompt, 0, store, answer, params, [limit] * len(prompt))
@@ -220,7 +222,7 @@ class Oracle:
             s = torch.stack([starts[i] if s is None else s for i, s in enumerate(states)])
             previous = torch.stack([starts[i] if p is None else p for i, p in enumerate(previous)])
             for depth in range(of.inner):
-                if self.config.recurrence_norm == "between":  # a state goes on where the step before left it
+                if self.config.recurrence_norm == "between":  # a state continues from the step before
                     begun = torch.tensor(depths)[:, None] + depth > 0
                     s = torch.where(begun, self.model._final_norm(s), s)
                 s = self.run("core", self.model.injection(s, e), positions, store, depth)
@@ -267,8 +269,10 @@ class Oracle:
 
 
 def penalised(logits: torch.Tensor, ids: list[int], prompt: int, params: Any) -> torch.Tensor:
-    """Logits [V] after tokens `ids`, of which `prompt` were given: transformers' repetition penalty, then OpenAI's
-    two."""
+    """Logits [V] after tokens `ids`, the first `prompt` of them given.
+
+    transformers' repetition penalty applies first, then OpenAI's two penalties.
+    """
     if params.repetition_penalty not in (None, 1):
         process = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
         logits = process(torch.tensor([ids]), logits[None].float())[0]  # pyright: ignore[reportArgumentType]
@@ -278,7 +282,7 @@ def penalised(logits: torch.Tensor, ids: list[int], prompt: int, params: Any) ->
 
 
 class Rule:
-    """One position's exit rule; `distance` below zero means that it fires, relative to the threshold."""
+    """The exit rule of one position. It fires where `distance`, relative to the threshold, is below 0."""
 
     def __init__(self, name: str | None, threshold: float, oracle: Oracle, s: torch.Tensor):
         self.name, self.threshold, self.oracle = name, threshold, oracle

@@ -19,7 +19,7 @@ from loopwise.cli import main
 from loopwise.model import RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
-from tests.serve.engine.huginn_tiny import write
+from tests.helpers.huginn_tiny import write
 
 CASES = json.loads((Path(__file__).parent / "golden" / "diffusion.json").read_text())
 

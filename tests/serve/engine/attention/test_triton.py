@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted, by run_triton.py, and compiled for two."""
+"""The Triton kernels without a GPU: interpreted (tests/helpers/run_triton.py), and compiled for two GPUs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def run(command: list[str], environment: dict[str, str]) -> str:
-    """What a process of its own puts out: Triton reads its environment when it is imported."""
-    done = subprocess.run(
-        command, env=os.environ | environment, cwd=HERE.parents[2], capture_output=True, text=True, timeout=600
-    )
+    """The output of a command in a new process: Triton reads its environment at import."""
+    done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_interpreted_kernels_equal_the_torch_backend():
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "run_triton.py")]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/helpers/run_triton.py")]
     assert " passed" in run(tests, {"TRITON_INTERPRET": "1"})
 
 
