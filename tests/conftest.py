@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -9,6 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import transformers
 
+pytest.register_assert_rewrite("tests.helpers")  # failures inside helpers show both sides, too
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

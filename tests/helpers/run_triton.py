@@ -1,5 +1,4 @@
-"""The Triton kernels against TorchAttention, on CPU tensors: in a process with TRITON_INTERPRET=1, which
-test_triton.py starts."""
+"""The Triton kernels equal TorchAttention, on CPU tensors. test_triton.py runs this file with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -16,18 +15,18 @@ from loopwise.serve.engine.attention import triton as triton_attention
 from loopwise.serve.engine.attention.base import Rows
 from loopwise.serve.engine.attention.reference import TorchAttention
 from loopwise.serve.engine.attention.triton import TritonAttention
-from tests.serve.engine.test_engine import RELAXED, build, requests
+from tests.helpers.engines import RELAXED, build, requests
 
 SLOTS, OUTER = 3, 1
 
 
 class Pair:
-    """Both backends, with the same random caches: of a layer outside the core, and of three in it, of two shapes."""
+    """Both backends with the same random caches: one layer outside the core, three in it, of two shapes."""
 
     def __init__(
         self, shape: tuple[int, int], size: int, width: int, count: int = 3, dtype: torch.dtype = torch.float32
     ):
-        """Blocks of `size` positions, `width` of them for each of `count` requests."""
+        """Each of `count` requests has `width` blocks of `size` positions."""
         torch.manual_seed(0)
         self.shapes, self.dtype = [shape, shape, (1, 16), shape], dtype
         arguments = (self.shapes, OUTER, SLOTS, count * width + 2, size)
@@ -39,13 +38,13 @@ class Pair:
         self.table = torch.randperm(count * width + 2, dtype=torch.int32)[: count * width].view(count, width)
 
     def rows(self, runs: list[tuple[int, int, int, int]], **facts: Any) -> Rows:
-        """Of runs (request, slot, first position, rows)."""
+        """Rows of the runs (request, slot, first position, number of rows)."""
         table = [(request, slot, first + n) for request, slot, first, count in runs for n in range(count)]
         request, slot, position = torch.tensor(table).unbind(1)
         return Rows(self.table, request, position, slot, **facts)
 
     def check(self, rows: Rows, groups: int, tolerance: float = 1e-5, **facts: Any) -> None:
-        """Outputs are equal within the tolerance, caches to the bit: of two layers, or of all and a fill."""
+        """Outputs are equal within the tolerance, caches bit for bit: two layers, or all layers and a fill."""
         plans = self.want.plan(rows), self.got.plan(rows)
         n = len(rows.request)
         for layer in range(OUTER, len(self.shapes)) if rows.fills else (1, 2):
@@ -57,7 +56,7 @@ class Pair:
             assert got.dtype == self.dtype
             torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
         self.same()
-        if rows.fills:  # of rows at the least slot of their position: those of others are not empty
+        if rows.fills:  # of rows at the least slot of their position; the slots above other rows are in use
             key = (rows.request * 10**6 + rows.position) * SLOTS + rows.slot
             least = torch.stack([~((key // SLOTS == one // SLOTS) & (key < one)).any() for one in key])
             some = least & (torch.rand(len(key)) < 0.8)
@@ -72,8 +71,7 @@ class Pair:
             assert all(torch.equal(a.float(), b) for a, b in zip(ours, theirs, strict=True))
 
 
-# Neighbours that are one in all but the slot, the request, or a position between; two depths of the same positions; the
-# end of a table.
+# Neighbors that differ by slot alone, by request, or by a gap of positions; positions at two depths; a table's end.
 MIXED = [(0, 0, 5, 30), (0, 1, 7, 1), (0, 1, 9, 4), (1, 2, 0, 3), (1, 1, 3, 2), (2, 1, 5, 2), (2, 0, 58, 2)]
 FEW = [(0, 0, 5, 9), (0, 1, 7, 1), (1, 2, 0, 2), (1, 1, 2, 2), (2, 1, 4, 1), (2, 1, 58, 2)]
 FACTS = {
@@ -85,7 +83,7 @@ FACTS = {
 
 @pytest.fixture(params=["forwards", "backwards"])
 def programs(request, monkeypatch):
-    """The order in which programs run, whose results must not depend on it."""
+    """Programs run in either order; results must not depend on it."""
     builder = interpreter_builder
     plain = builder.set_grid_idx
 
@@ -123,7 +121,7 @@ def test_rows_that_do_not_write(alone):
 
 @pytest.mark.parametrize("facts", [{}, {"sliding_window": 300, "softcap": 2.0, "sinks": True}])
 def test_a_context_in_splits(facts):
-    """Rows that end in the first, the second and the third; at the border of two; windows that begin in the second."""
+    """Rows end in each of three splits, and at a border. Windows begin in the second split."""
     pair = Pair((1, 24), size=16, width=70, count=5)
     runs = [(0, 0, 0, 1), (1, 2, 511, 1), (2, 1, 512, 1), (3, 1, 900, 1), (4, 0, 1119, 1)]
     pair.check(pair.rows(runs, alone=True, fills=True), 2, **facts)
@@ -131,7 +129,7 @@ def test_a_context_in_splits(facts):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_half_precision_rounds_weights_and_outputs_alone(alone):
-    """bfloat16 cannot be tried: the interpreter multiplies its matrices as integers."""
+    """The test leaves out bfloat16: the interpreter multiplies bfloat16 matrices as integers."""
     pair = Pair((1, 24), size=16, width=36, dtype=torch.float16)
     rows = pair.rows([(0, 0, 560, 1), (1, 2, 30, 1), (2, 0, 7, 1)] if alone else FEW, alone=alone)
     pair.check(rows, 2, 2**-10, softcap=20.0, sinks=True)
@@ -141,8 +139,8 @@ def test_half_precision_rounds_weights_and_outputs_alone(alone):
     ("model_type", "policy", "decoder"),
     [("gpt_oss", "last-exited", "plain"), ("gemma2", "per-depth", "wave"), ("gpt2", "first", "plain")],
 )
-def test_the_engine_puts_out_the_same_tokens(model_type, policy, decoder, monkeypatch):
-    """With windows, and sinks or a cap of scores; rows that leave early, and several lanes of one request."""
+def test_the_engine_generates_the_same_tokens(model_type, policy, decoder, monkeypatch):
+    """Models with windows, sinks or softcap; rows exit early, and a request has several lanes."""
     prompts, params = requests(14, 4, policy, ["fixed", "latent-diff"], depth=3)
     params = [replace(p, max_tokens=min(p.max_tokens, 3), decoder=decoder, wave=2) for p in params]
     answers = []
@@ -157,7 +155,7 @@ def test_the_engine_puts_out_the_same_tokens(model_type, policy, decoder, monkey
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses what would wait for a GPU: values that the host reads, and shapes that depend on values."""
+    """Refuses operations that wait for a GPU: values read by the host, shapes that depend on values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0]
@@ -168,7 +166,7 @@ class NoHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_it_knows_what_waits():
+def test_no_host_refuses_operations_that_wait():
     ones = torch.ones(3)
     for look in (lambda: int(ones[0]), lambda: ones.nonzero(), lambda: ones[ones > 0], lambda: bool(ones.any())):
         with pytest.raises(AssertionError, match="waits"), NoHost():
@@ -180,12 +178,12 @@ def test_it_knows_what_waits():
     [
         ("padded", "per-depth", False),
         ("padded", "last-exited", True),
-        ("masked", "last-exited", True),
-        ("masked", "single", False),
+        ("graph-tick", "last-exited", True),
+        ("graph-tick", "single", False),
     ],
 )
-def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, lora, monkeypatch):
-    """Every replay would launch what the recording did: same kernels, grids and arguments."""
+def test_recorded_graphs_never_wait_and_give_the_same_tokens(kind, policy, lora, monkeypatch):
+    """Every replay launches the same kernels as the recording, with the same grids and arguments."""
     monkeypatch.setattr(offline, "attention_for", lambda device: TritonAttention)
     fields = {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"} if lora else {}
     prompts, params = requests(15, 4, policy, ["fixed", "latent-diff"], depth=3)
@@ -193,7 +191,7 @@ def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, 
     launched: list[Any] = []
     for name in ("_write", "_attend", "_merge"):
         kernel = getattr(triton_attention, name)
-        monkeypatch.setattr(triton_attention, name, Noted(kernel, launched))
+        monkeypatch.setattr(triton_attention, name, RecordedKernel(kernel, launched))
     answers, replays = [], 0
     for graphs in (False, True):
         engine = Engine(build(**fields), rows=3, length=60, kv_policy=policy, ticks=3)
@@ -225,16 +223,16 @@ def test_what_graphs_record_never_waits_and_gives_the_same_tokens(kind, policy, 
     assert len(launched) > 2
 
 
-class Noted:
-    """A kernel that notes how it is launched: of tensors their shapes and strides."""
+class RecordedKernel:
+    """A kernel that records its launches: grids and arguments, for tensors the shape and strides."""
 
     def __init__(self, kernel: Any, launched: list[Any]):
         self.kernel, self.launched = kernel, launched
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            what = [(tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
-            self.launched.append((grid, what, kwargs))
+            arguments = [(tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
+            self.launched.append((grid, arguments, kwargs))
             self.kernel[grid](*args, **kwargs)
 
         return launch

@@ -1,4 +1,4 @@
-"""Passes that are padded and replayed from tensors that stay, on the CPU: all of CUDA graphs but CUDA."""
+"""Passes padded to fixed sizes and replayed from static tensors, on the CPU: CUDA graphs without CUDA."""
 
 from __future__ import annotations
 
@@ -13,21 +13,10 @@ import torch
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.attention.base import Rows
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
-from loopwise.serve.engine.graphs import Graphs, Record, on_cuda, padded
+from loopwise.serve.engine.graphs import Graphs, padded
+from tests.helpers.engines import RELAXED, ROUTERS, build, build_routed, requests
+from tests.helpers.graph_ticks import MODELS, recorder
 from tests.helpers.tiny import VOCAB
-from tests.serve.engine.test_engine import RELAXED, ROUTERS, build, requests
-
-
-def run_once(function: Callable[[], None]) -> Callable[[], Any]:
-    """As recording on a GPU does, which runs what it records."""
-    function()
-    return function
-
-
-def record() -> Record:
-    """Of the GPU, if tensors are there."""
-    device = torch.get_default_device()
-    return on_cuda(device) if device.type == "cuda" else run_once
 
 
 def random_numbers(seed: int) -> torch.Generator:
@@ -35,14 +24,14 @@ def random_numbers(seed: int) -> torch.Generator:
 
 
 def engine(model: Any, most: int | None, **options: Any) -> Engine:
-    """With graphs of up to `most` rows, or none; its caches hold random values."""
+    """An engine with graphs of up to `most` rows, or without graphs for None. Its caches hold random values."""
     made = Engine(model, rows=5, length=100, ticks=3, cuda_graphs=False, **options)
     with torch.inference_mode():
         generator = random_numbers(0)
         for cache in caches(made):
             cache.normal_(generator=generator)
         if most is not None:
-            made.loop.use_graphs(record(), most, ticks=False)
+            made.loop.use_graphs(recorder(), most, ticks=False)
     return made
 
 
@@ -53,8 +42,10 @@ def caches(of: Engine) -> list[torch.Tensor]:
 def compare(
     make: Callable[[], Any], prompts: list, params: Any, most: int = 256, wide: bool = True, **options: Any
 ) -> Engine:
-    """Completions are the same with graphs and without; caches too, to the bit where nothing has been written. Returns
-    the engine with graphs."""
+    """Completions are the same with graphs and without. Caches are the same, bit for bit where nothing was written.
+
+    Returns the engine with graphs.
+    """
     plain, ours = engine(make(), None, **options), engine(make(), most, **options)
     blank = [cache.clone() for cache in caches(plain)]
     want, got = plain.generate(prompts, params), ours.generate(prompts, params)
@@ -75,13 +66,6 @@ def compare(
         }
     assert any(padded(n) > n for n in passes if n <= most)
     return ours
-
-
-MODELS = {
-    "huginn-like": {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
-    "lora": {"relaxation": {**RELAXED, "own": [], "dora": False}, "recurrence_norm": "between"},
-    "dora": {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"},
-}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -111,16 +95,9 @@ def test_waves_and_diffusion_beside_plain_requests(policy):
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
 def test_routed_models(kind):
-    def model() -> Any:
-        made = build(num_recurrences=3, max_recurrences=3, injection="none", router=ROUTERS[kind])
-        with torch.no_grad():
-            for name, parameter in made.router.named_parameters():
-                parameter *= 3 if "networks" in name or "auxiliary" in name else 1
-        return made
-
     draw = random.Random(23)
     prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 9)))] for _ in range(7)]
-    compare(model, prompts, Params(10, ignore_eos=True), prompt_lanes=20)
+    compare(lambda: build_routed(kind), prompts, Params(10, ignore_eos=True), prompt_lanes=20)
 
 
 def test_passes_beyond_the_most_run_without():
@@ -151,7 +128,7 @@ def test_sizes():
 
 
 def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
-    """A pass of rows at positions 3, 4, ... of all requests."""
+    """Run a pass of `n` rows, at positions 3, 4, ... of all requests."""
     generator = random_numbers(seed)
     s, e = torch.randn(2, n, graphs.s.shape[1], generator=generator)
     at = torch.arange(n)
@@ -166,7 +143,7 @@ def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 
 
 
 @torch.inference_mode()
-def test_what_an_earlier_and_larger_pass_left_changes_nothing():
+def test_an_earlier_and_larger_pass_changes_nothing():
     used, fresh = (engine(build(), 256, kv_policy="last-exited") for _ in range(2))
     used_graphs, fresh_graphs = (made.loop.eager_tick.passes.graphs for made in (used, fresh))
     assert used_graphs is not None
@@ -186,7 +163,7 @@ def test_what_an_earlier_and_larger_pass_left_changes_nothing():
 
 @torch.inference_mode()
 def test_rows_that_pad_write_nothing():
-    """Nothing is written at all, where no real row writes either."""
+    """No slot changes in a pass whose real rows do not write."""
     made = engine(build(), 256, kv_policy="last-exited")
     graphs = made.loop.eager_tick.passes.graphs
     assert graphs is not None
@@ -211,13 +188,13 @@ def test_a_pass_that_cannot_be_recorded_runs_without():
     assert graphs is not None
     with pytest.warns(
         UserWarning, match="CUDA graph capture failed at .* lanes; continuing without graphs: it waits"
-    ) as told:
+    ) as warned:
         got = made.generate(prompts, params)
-    assert len(told) == len(graphs.replays) == 1
+    assert len(warned) == len(graphs.replays) == 1
     assert got == engine(build(), None, kv_policy="single").generate(prompts, params)
 
 
-def test_parameters_of_a_depths_own_are_not_for_graphs():
+def test_parameters_per_depth_are_not_for_graphs():
     made = engine(build(relaxation={**RELAXED, "dora": False}), 256)
     made.generate([[5, 6, 7]], Params(3, 4, ignore_eos=True))
     assert made.loop.eager_tick.passes.graphs is not None

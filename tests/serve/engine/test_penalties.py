@@ -1,4 +1,4 @@
-"""Penalties in the engine: those of transformers and vLLM, whatever else is in flight; no work where nobody asks."""
+"""Penalties in the engine equal those of transformers and vLLM. Without a request that has one, they cost nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.sampling import Draws, penalise
+from tests.helpers.engines import NEAR, build, requests
+from tests.helpers.graph_ticks import compare_ticks
 from tests.helpers.oracle import Oracle
 from tests.helpers.tiny import VOCAB, tokenizer
-from tests.serve.engine.test_engine import NEAR, build, requests
-from tests.serve.engine.test_masked import compare
 
 KINDS: tuple[dict[str, float], ...] = (
     {"repetition_penalty": 1.4},
@@ -54,7 +54,7 @@ def test_repetition_is_as_in_transformers_generate(penalty):
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
 @pytest.mark.parametrize("wave", [1, 5])
 def test_every_request_has_its_own_at_its_own_depth(policy, wave):
-    """Lanes of different lengths and depths share an engine with requests that have none; waves give the same."""
+    """Requests with and without penalties, of mixed lengths and depths, share an engine. Waves give the same tokens."""
     model = build(kv_policy=policy)
     prompts, params = requests(42, 24, policy, ["fixed", "latent-diff", "cosine"])
     params = penalised([replace(p, max_tokens=20) for p in params])
@@ -70,12 +70,12 @@ def test_every_request_has_its_own_at_its_own_depth(policy, wave):
 def test_ticks_of_a_fixed_width_have_them_too():
     prompts, params = requests(43, 12, "last-exited", ["fixed", "latent-diff"])
     params = [replace(p, temperature=n % 2 / 2, top_k=n % 5, seed=n) for n, p in enumerate(penalised(params))]
-    compare(build, prompts, params, kv_policy="last-exited")
+    compare_ticks(build, prompts, params, kv_policy="last-exited")
 
 
 def test_they_come_before_temperature_and_cuts():
     model = build()
-    free = Params(12, ignore_eos=True, temperature=0.8, top_k=1, seed=3)  # the likeliest, by another way
+    free = Params(12, ignore_eos=True, temperature=0.8, top_k=1, seed=3)  # top_k=1: the likeliest token
     engine = Engine(model, rows=2, length=100)
     drawn, greedy = (
         engine.generate([[5, 6, 7]], replace(free, temperature=t, repetition_penalty=1.5)) for t in (0.8, 0.0)
@@ -103,7 +103,7 @@ def test_the_arithmetic_is_that_of_vllm():
     assert torch.equal(got[-1], logits[-1])
 
 
-def test_nothing_is_done_or_kept_where_nobody_asks(monkeypatch):
+def test_penalties_cost_nothing_without_a_request_that_has_one(monkeypatch):
     engine = Engine(build(), rows=2, length=100)
 
     def fail(*args: Any) -> Any:
@@ -117,7 +117,9 @@ def test_nothing_is_done_or_kept_where_nobody_asks(monkeypatch):
             engine.generate([[5, 6]], Params(5, presence_penalty=0.1))
     engine.generate([[5, 6], [7]], Params(5, ignore_eos=True, presence_penalty=2.0))
     assert engine.draws.tokens.shape == (3, 101)
-    assert engine.generate([[5, 6]], Params(5, ignore_eos=True, temperature=1.0)) == plain  # in a row that had one
+    assert (
+        engine.generate([[5, 6]], Params(5, ignore_eos=True, temperature=1.0)) == plain
+    )  # in a row that had a penalty before
 
 
 def test_a_diffusion_has_none():
@@ -133,16 +135,16 @@ def test_the_file_and_the_keys_of_the_command(capsys, tmp_path):
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"repetition_penalty": 1.4, "max_new_tokens": 12}))
     ids = torch.tensor([tokenizer()("the cat")["input_ids"]])
-    said, want = [], []
+    results, want = [], []
     for penalty, keys in ((1.4, []), (1.0, ["repetition_penalty=1"])):
         assert main(["generate", str(tmp_path), "prompt=the cat", "details=true", "dtype=float32", *keys]) == 0
-        said.append(json.loads(capsys.readouterr().out))
+        results.append(json.loads(capsys.readouterr().out))
         out = model.generate(
             ids, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, eos_token_id=1, pad_token_id=2
         )
         want.append(out[0, ids.shape[1] :].tolist())
-    assert [one["tokens"] for one in said] == want
+    assert [one["tokens"] for one in results] == want
     assert want[0] != want[1]
-    assert [one["sampling"]["repetition_penalty"] for one in said] == [1.4, 1.0]
+    assert [one["sampling"]["repetition_penalty"] for one in results] == [1.4, 1.0]
     assert main(["generate", str(tmp_path), "prompt=a", "repetition_penalty=0"]) == 2
     assert "repetition_penalty" in capsys.readouterr().err

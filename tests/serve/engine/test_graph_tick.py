@@ -1,9 +1,8 @@
-"""Ticks of a fixed width, on the CPU: all of them but CUDA."""
+"""Graph ticks, of a fixed width, on the CPU: without CUDA."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,81 +11,60 @@ import torch
 
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.costs import Costs
-from tests.serve.engine.test_engine import RELAXED, build, requests
-from tests.serve.engine.test_graphs import record
+from tests.helpers.engines import build, requests
+from tests.helpers.graph_ticks import MODELS, compare_ticks, recorder
+
+GATED = {"prelude": [], "core": [0, 1, 2], "coda": [], "injection": "none", "exit_gate": True}
+KINDS = {**MODELS, "gated": GATED}
 
 
-def compare(make: Callable[[], Any], prompts: list, params: Any, costs: Costs | None = None, **options: Any) -> Engine:
-    """Completions are the same as without; and how many tokens and lanes a request took."""
-    made = [Engine(make(), cuda_graphs=False, **{"rows": 5, "length": 100, "ticks": 7, **options}) for _ in range(2)]
-    with torch.inference_mode():
-        made[1]._record(record())
-        made[1].loop.warm_up()
-    for engine in made:
-        engine.loop.schedule.costs = costs
-    want, got = (engine.generate(prompts, params) for engine in made)
-    assert got == want
-    passes = [engine.loop.counts.passes for engine in made]
-    assert sum(n * count for n, count in passes[0].items()) == sum(n * count for n, count in passes[1].items())
-    assert made[1].loop.graph_tick is not None
-    assert {kind for kind, *_ in made[1].loop.graph_tick.replays} == {"pass", "read"}
-    return made[1]
-
-
-MODELS = {
-    "huginn-like": {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
-    "lora": {"relaxation": {**RELAXED, "own": [], "dora": False}, "recurrence_norm": "between"},
-    "dora": {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"},
-    "gated": {"prelude": [], "core": [0, 1, 2], "coda": [], "injection": "none", "exit_gate": True},
-}
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["last-exited", "single", "first", "modulo-2"])
 @pytest.mark.parametrize("options", [{}, {"width": 2, "coda_wait": 2, "wave": 3}])
 def test_policies_and_exit_rules(policy, kind, options):
     rules = ["fixed", "latent-diff", "cosine", *(["gate"] if kind == "gated" else [])]
     prompts, params = requests(31, 14, policy, rules)
-    compare(lambda: build(**MODELS[kind]), prompts, params, kv_policy=policy, **options)
+    compare_ticks(lambda: build(**KINDS[kind]), prompts, params, kv_policy=policy, **options)
 
 
 def test_sampling_stop_tokens_and_waves_beside_them():
-    """What does not fit runs as ever, and what follows it here again."""
+    """Requests that graph ticks cannot run take eager ticks; graph ticks run again after them."""
     prompts, params = requests(32, 16, "last-exited", ["fixed", "latent-diff"])
     for n, p in enumerate(params):
         params[n] = replace(p, temperature=n % 3 / 2, top_k=n % 5, top_p=0.9, seed=n, stop_token_ids=tuple(range(9)))
     params[7] = replace(params[7], decoder="wave", wave=3, max_tokens=6)
     params[9] = replace(params[9], exit_rule="kl", exit_threshold=0.3, prompt_exit=False, trace=(), max_tokens=6)
-    compare(build, prompts, params, wave=3, kv_policy="last-exited")
+    compare_ticks(build, prompts, params, wave=3, kv_policy="last-exited")
 
 
 def test_compiled():
     prompts, params = requests(33, 10, "last-exited", ["fixed", "latent-diff"])
-    compare(build, prompts, params, kv_policy="last-exited", compile=True)
+    compare_ticks(build, prompts, params, kv_policy="last-exited", compile=True)
 
 
 @pytest.mark.parametrize("width", [0, 3])
-def test_read_outs_wait_as_costs_say(width):
+def test_read_outs_wait_by_the_costs(width):
     costs = Costs({1: 1.0, 16: 1.0}, {1: 3.0, 16: 3.0})
     draw = random.Random(34)
     prompts = [[draw.randrange(3, 50) for _ in range(5)] for _ in range(12)]
     params = [Params(12, 4, ignore_eos=True, trace=(4,) * 5 + tuple(draw.choices(range(1, 5), k=12))) for _ in prompts]
-    engine = compare(build, prompts, params, costs, rows=6, width=width, kv_policy="last-exited")
+    engine = compare_ticks(build, prompts, params, costs, rows=6, width=width, kv_policy="last-exited")
     reads = sum(engine.loop.counts.reads.values())
     assert reads < 0.7 * sum(engine.loop.counts.passes.values())
 
 
-def masked(**options: Any) -> Engine:
+def recorded(**options: Any) -> Engine:
+    """An engine with graph ticks."""
     engine = Engine(build(), kv_policy="last-exited", cuda_graphs=False, **options)
     with torch.inference_mode():
-        engine._record(record())
+        engine._record(recorder())
     return engine
 
 
 def test_full_depth_reads_out_once_a_token():
-    """No pass and no read-out is in vain, but for the two passes that are started before it is known that the last
-    request is done."""
-    engine = masked(rows=4, length=60, ticks=100)
+    """Two passes run without lanes: they start before the host knows that the last request has ended. No other pass
+    or read-out is wasted."""
+    engine = recorded(rows=4, length=60, ticks=100)
     engine.generate([[5, 6, 7]] * 4, Params(21, 4, ignore_eos=True))
     counts = engine.loop.counts
     assert counts.passes == {12: 4, 4: 80, 0: 2}
@@ -94,14 +72,14 @@ def test_full_depth_reads_out_once_a_token():
 
 
 def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():
-    engine = masked(rows=8, length=60, ticks=1)
+    engine = recorded(rows=8, length=60, ticks=1)
     costs = engine.loop.measure()
     assert set(costs.passes) == set(costs.reads) == {1, 2, 3, 4, 6, 8}
     assert not engine.loop.state.requests.count.any()
 
 
-def test_a_step_ends_with_a_request_whose_place_others_wait_for():
-    engine = masked(rows=2, length=80, ticks=64)
+def test_a_step_ends_with_a_request_whose_row_others_wait_for():
+    engine = recorded(rows=2, length=80, ticks=64)
     steps: list[int] = []
     step = engine.loop.step
     engine.loop.step = lambda live: (step(live), steps.append(sum(engine.loop.counts.passes.values())))[0]
@@ -112,8 +90,8 @@ def test_a_step_ends_with_a_request_whose_place_others_wait_for():
 
 
 def test_exits_wait_no_longer_over_several_steps_than_in_one():
-    """And passes are as narrow as they are to be."""
-    engine = masked(rows=5, length=80, ticks=1, width=3, coda_wait=2)
+    """Passes have at most the width that was set."""
+    engine = recorded(rows=5, length=80, ticks=1, width=3, coda_wait=2)
     trace = [(4,) * 3 + (depth,) * 9 for depth in (1, 4, 4, 4, 4)]
     done = engine.generate([[5, 6, 7]] * 5, [Params(9, 4, ignore_eos=True, trace=one) for one in trace])
     assert max(n for n in engine.loop.counts.passes if n < 9) == 3

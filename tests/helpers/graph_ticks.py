@@ -1,0 +1,53 @@
+"""Graph ticks on the CPU: recorded as on a GPU, and compared with eager ticks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loopwise.serve import Engine
+from loopwise.serve.engine.costs import Costs
+from loopwise.serve.engine.graphs import Record, on_cuda
+from tests.helpers.engines import RELAXED
+
+MODELS = {
+    "huginn-like": {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
+    "lora": {"relaxation": {**RELAXED, "own": [], "dora": False}, "recurrence_norm": "between"},
+    "dora": {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"},
+}
+
+
+def run_once(function: Callable[[], None]) -> Callable[[], Any]:
+    """A recorder without a GPU: it runs `function` once, as CUDA graph capture does, and replays by a call."""
+    function()
+    return function
+
+
+def recorder() -> Record:
+    """The recorder of the GPU for tensors on one, else `run_once`."""
+    device = torch.get_default_device()
+    return on_cuda(device) if device.type == "cuda" else run_once
+
+
+def compare_ticks(
+    make: Callable[[], Any], prompts: list, params: Any, costs: Costs | None = None, **options: Any
+) -> Engine:
+    """Compare graph ticks with eager ticks: completions and the sum of lanes over all passes are equal.
+
+    Returns the engine with graph ticks.
+    """
+    made = [Engine(make(), cuda_graphs=False, **{"rows": 5, "length": 100, "ticks": 7, **options}) for _ in range(2)]
+    with torch.inference_mode():
+        made[1]._record(recorder())
+        made[1].loop.warm_up()
+    for engine in made:
+        engine.loop.schedule.costs = costs
+    want, got = (engine.generate(prompts, params) for engine in made)
+    assert got == want
+    passes = [engine.loop.counts.passes for engine in made]
+    assert sum(n * count for n, count in passes[0].items()) == sum(n * count for n, count in passes[1].items())
+    assert made[1].loop.graph_tick is not None
+    assert {kind for kind, *_ in made[1].loop.graph_tick.replays} == {"pass", "read"}
+    return made[1]

@@ -1,0 +1,81 @@
+"""A wave is exact: its tokens and depths are those of plain decoding, for any model, prompt, seed, width and budget."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopwise.serve import Engine, Params
+from tests.helpers.engines import build, requests
+from tests.helpers.tiny import VOCAB
+
+RULES = {"fixed": None, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
+
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"prelude": [], "core": [0, 2], "coda": [], "injection": "none"},
+    {"prelude": [], "core": [0, 1, 2], "coda": [3], "injection": "add", "recurrence_norm": "each"},
+    {"prelude": [0, 1], "core": [3], "coda": [2], "recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
+]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.sampled_from(["llama", "qwen3", "olmo2", "gemma3_text"]), st.sampled_from(SHAPES))
+def test_a_wave_is_plain_decoding(seed, model_type, shape):
+    draw = random.Random(seed)
+    policy = draw.choice(["per-depth", "last-exited"])
+    prompts, params = [], []
+    for _ in range(6):
+        prompts.append([draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 17)))])
+        rule = draw.choice(list(RULES))
+        limit = draw.randint(1, 6)
+        more = {"temperature": draw.choice((0.0, 0.7, 1.5)), "top_k": draw.choice((0, 9)), "seed": draw.randrange(99)}
+        least = draw.randint(1, limit)
+        params.append(Params(draw.randint(1, 16), limit, least, rule, RULES[rule], ignore_eos=True, **more))
+    waves = [replace(p, decoder="wave", wave=draw.randint(2, 7)) for p in params]
+    rows, ticks = draw.randint(1, 6), draw.randint(1, 9)
+    plain = Engine(build(model_type, **shape), rows=4, length=64, kv_policy=policy).generate(prompts, params)
+    engine = Engine(build(model_type, **shape), rows=rows, length=64, kv_policy=policy, ticks=ticks, wave=7)
+    engine.loop.eager_tick.budget = draw.choice((0, 1, rows, 2 * rows + 1))
+    got = engine.generate(prompts, waves)
+    assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+@pytest.mark.parametrize("width", [0, 10])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
+    rules = ["fixed", "latent-diff", "cosine", "kl"]
+    prompts, params = requests(9, 24, policy, rules)
+    params = [replace(p, temperature=temperature, seed=n, max_tokens=20) for n, p in enumerate(params)]
+    waves = [replace(p, decoder="wave", wave=n % 7 + 1) if n % 4 else p for n, p in enumerate(params)]
+    plain = Engine(build(), rows=5, length=100, kv_policy=policy).generate(prompts, params)
+    engine = Engine(build(), rows=5, length=100, kv_policy=policy, ticks=3, wave=7, width=width)
+    got = engine.generate(prompts, waves)
+    assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
+    if not width:
+        assert sum(c.passes for c in got) < sum(c.passes for c in plain)
+    assert all(c.items >= sum(c.depths[1:]) for c in got)
+
+
+def test_waves_leave_no_lane_where_the_budget_leaves_none():
+    """A wave without free lanes has the passes and read-outs of plain decoding."""
+    params = Params(12, 4, ignore_eos=True)
+    prompts = [[5 + n, 6, 7] for n in range(4)]
+    engine = Engine(build(), rows=4, length=64, wave=6)
+    plain = engine.generate(prompts, params)
+    reads = engine.loop.counts.reads.total()
+    engine.loop.eager_tick.budget = 4
+    assert engine.generate(prompts, replace(params, decoder="wave", wave=6)) == plain
+    assert engine.loop.counts.reads.total() == 2 * reads
+    engine.loop.eager_tick.budget = 10
+    some = engine.generate(prompts, [replace(params, decoder="wave", wave=6), *[params] * 3])
+    assert [c.tokens for c in some] == [c.tokens for c in plain]
+    assert some[0].items > plain[0].items  # draft tokens: most are wrong in a random model
+    assert [c.passes for c in some[1:]] == [c.passes for c in plain[1:]]

@@ -1,0 +1,37 @@
+"""Measured costs of passes and read-outs, and their use: lanes of a wave, waits of exits."""
+
+from __future__ import annotations
+
+from loopwise.serve import Engine, Params
+from loopwise.serve.engine.costs import Costs
+from tests.helpers.engines import build
+
+
+def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
+    engine = Engine(build(), rows=8, length=64, wave=4)
+    times = iter([0.7, 0.3, 0.6, 0.4, 0.7, 0.4, 0.8, 0.5, 0.9, 0.59, 1.0, 0.6, 1.0, 0.6])
+    costs = engine.loop.measure(lambda seconds: seconds * 0 + next(times))
+    assert costs.knee() == 6
+    assert costs.passes == {1: 0.7, 2: 0.6, 3: 0.7, 4: 0.8, 6: 0.9, 8: 1.0}
+    assert engine.loop.measure(lambda seconds: seconds * 0 + 1.0).knee() == 32
+    params = Params(6, 4, ignore_eos=True)
+    assert engine.generate([[5, 6]], params) == Engine(build(), rows=1, length=64).generate([[5, 6]], params)
+
+
+def test_exits_wait_as_long_as_costs_the_least():
+    """`patience` picks the wait with the least time a token, by the model in its docstring, over all waits."""
+    a, b, c, d, residents, depth = 1.0, 0.02, 3.0, 0.05, 32, 4.0
+    sizes = [1, 8, 64]
+    costs = Costs({n: a + b * n for n in sizes}, {n: c + d * n for n in sizes})
+
+    def seconds(every: int) -> float:
+        running = residents * depth / (depth + (every - 1) / 2)
+        tokens = running * every / depth
+        return (every * (a + b * running) + c + d * tokens) / tokens
+
+    best = min(range(1, 9), key=seconds)
+    assert best > 2
+    assert costs.patience(20, 5, depth) == min(best, depth) - 1
+    assert costs.patience(20, 5, 1.0) == 0
+    free = Costs(costs.passes, dict.fromkeys(sizes, 0.0))
+    assert free.patience(20, 5, depth) == 0

@@ -1,0 +1,106 @@
+"""The offline engine: its settings, its requests, its completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from loopwise.errors import UserError
+from loopwise.serve import Engine, Params
+from tests.helpers.engines import build
+from tests.helpers.tiny import VOCAB
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens=-1: an integer of 0 or more"),
+        ({"num_recurrences": 0}, "num_recurrences=0: an integer of 1 or more"),
+        ({"num_recurrences": "3"}, "num_recurrences='3': an integer"),
+        ({"temperature": -1.0}, "temperature=-1.0: a number of 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan: a number of 0 or more"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0: a number above 0, up to 1"),
+        ({"exit_threshold": 0.1}, "exit_threshold=0.1: exit_rule='fixed' has no threshold"),
+        ({"temperature": "1"}, "temperature='1': a number"),
+        ({"top_k": 1.0}, "top_k=1.0: an integer of 0 or more; -1: all"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: a number above 0"),
+        ({"presence_penalty": 3.0}, "presence_penalty=3.0: a number from -2 to 2"),
+        ({"frequency_penalty": True}, "frequency_penalty=True: a number from -2 to 2"),
+        ({"seed": 1.0}, "seed=1.0: an integer"),
+        ({"trace": (1, "2")}, "trace: '2' in it is no integer"),
+        ({"stop_token_ids": tuple(range(17))}, "stop_token_ids: 17 tokens that stop"),
+        ({"decoder": "wave"}, "wave=8: the engine was started with wave=1"),
+        ({"decoder": "diffusion", "exit_rule": "cosine"}, "exit_rule='cosine': decoder='diffusion' freezes"),
+        ({"decoder": "diffusion", "exit_threshold": 0.0}, "exit_threshold=0.0: decoder='diffusion' freezes"),
+        ({"decoder": "diffusion", "prompt_exit": True}, "prompt_exit=True: decoder='diffusion' freezes"),
+    ],
+)
+def test_params_out_of_range_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Engine(build(), rows=1, length=50).generate([[5]], Params(**wrong))
+
+
+def test_thresholds_and_traces_beyond_all_bounds():
+    engine = Engine(build(), rows=1, length=50)
+    with pytest.raises(UserError, match="exit_threshold=1e\\+300: a finite number"):
+        engine.generate([[5]], Params(3, 4, exit_rule="kl", exit_threshold=1e300))
+    assert engine.generate([[5]], Params(3, 4, ignore_eos=True, trace=(2,) * 9999))[0].depths == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("prompts", "params"), [("hello", None), ([["a"]], None), ([5], None), ([[5]], {"seed": 1})])
+def test_prompts_and_params_of_other_types_are_refused(prompts, params):
+    with pytest.raises(UserError, match=r"prompts='hello': a list|a prompt .* or a list of token ids|is no Params"):
+        Engine(build(), rows=1, length=50).generate(prompts, params)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_that_the_model_lacks_are_refused(token):
+    with pytest.raises(UserError, match=f"token id {token} in a prompt: the model has 0 to {VOCAB - 1}"):
+        Engine(build(), rows=1, length=50).generate([[5], [5, token]])
+
+
+@pytest.mark.parametrize("name", ["rows", "length", "ticks", "max_recurrences", "prompt_lanes"])
+def test_settings_out_of_range_are_refused(name):
+    wrong: dict[str, Any] = {name: 0}
+    with pytest.raises(UserError, match=f"{name}=0: an integer of 1 or more"):
+        Engine(build(), **wrong)
+
+
+def test_a_width_below_a_request_is_refused():
+    with pytest.raises(UserError, match="width=1: kv_policy=per-depth has up to"):
+        Engine(build(), width=1, kv_policy="per-depth")
+
+
+def test_finish_reasons():
+    engine = Engine(build(), rows=2, length=20)
+    long, short = engine.generate([[5, 6]] * 2, [Params(99, ignore_eos=True), Params(3, ignore_eos=True)])
+    assert [(len(long.tokens), long.finish_reason), (len(short.tokens), short.finish_reason)] == [
+        (19, "length"),
+        (3, "length"),
+    ]
+    (stopped,) = engine.generate([[5, 6]], Params(99, ignore_eos=True, stop_token_ids=(long.tokens[4],)))
+    assert (stopped.tokens, stopped.finish_reason) == (long.tokens[: long.tokens.index(long.tokens[4]) + 1], "stop")
+    many = build().config.max_position_embeddings
+    assert Engine(build(), rows=1, length=many).length == Engine(build(), rows=1).length == min(many, 1024)
+    with pytest.raises(UserError, match=f"length={many + 1}: this model has {many} positions"):
+        Engine(build(), rows=1, length=many + 1)
+
+
+def test_an_interrupted_call_leaves_nothing():
+    engine = Engine(build(), rows=2, length=60, ticks=4, wave=3, kv_policy="last-exited")
+    prompts, params = [[5] * 30, [6, 7]], Params(20, 4, ignore_eos=True, decoder="wave", wave=3, temperature=1.0)
+    want = engine.generate(prompts, params)
+    step, calls = engine.loop.step, []
+
+    def interrupted(live: torch.Tensor) -> None:
+        calls.append(step(live))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    engine.loop.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, params)
+    assert not engine.loop.work.in_use
+    assert engine.generate(prompts, params) == want
