@@ -7,7 +7,7 @@ as `a,b`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from .deprecated import RECIPE_KEYS, current_name, rename
+from .deprecated import RECIPE_KEYS, current_name, print_warning, rename
 from .errors import UserError, reason, shorten, unknown
 from .unused import Unused, refuse, turned_off
 
@@ -123,17 +123,24 @@ def settled(model: type[BaseModel], values: dict[str, Any], settings: list[str])
     Raises UserError for text that is no setting, and for a key that is given by its old and its new name.
     """
     values = _renamed(model, values)
-    spellings: dict[tuple[str, ...], str] = {}
+    _check_spellings(model, settings)
     for setting in settings:
         key, eq, text = setting.partition("=")
         if not eq or not key:
             raise UserError(f"{setting!r} is not a setting: write key=value, for example {_example(model)}")
         path = _path(model, key)
-        if (other := spellings.setdefault(tuple(path), key)) != key:
-            raise UserError(f"{other} and {key} are two names of one recipe key: give {'.'.join(path)} alone")
         plain = _takes_text(model, path) and not text.startswith(("[", "'", '"'))
         _put(values, path, _text(model, path, text) if plain else _yaml(text, shorten(repr(setting), 80)))
     return values
+
+
+def _check_spellings(model: type[BaseModel], settings: list[str]) -> None:
+    """Raises UserError, before any warning, for a key that `settings` give by its old and its new name."""
+    spellings: dict[tuple[str, ...], str] = {}
+    for key in (setting.partition("=")[0] for setting in settings):
+        path = _path(model, key, None)
+        if (other := spellings.setdefault(tuple(path), key)) != key:
+            raise UserError(f"{other} and {key} are two names of one recipe key: give {'.'.join(path)} alone")
 
 
 def _renamed(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
@@ -146,13 +153,16 @@ def _renamed(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _path(model: type[BaseModel], key: str) -> list[str]:
-    """The parts of a dotted key by today's names. Parts of an unknown key stay as they are."""
+def _path(model: type[BaseModel], key: str, warn: Callable[[str], object] | None = print_warning) -> list[str]:
+    """The parts of a dotted key by today's names. Parts of an unknown key stay as they are.
+
+    warn: as for `current_name`.
+    """
     path: list[str] = []
     section: type[BaseModel] | None = model
     for part in key.split("."):
         fields = section.model_fields if section else {}
-        path.append(current_name(part, RECIPE_KEYS, fields, "recipe key"))
+        path.append(current_name(part, RECIPE_KEYS, fields, "recipe key", warn))
         sections = _sections(fields[path[-1]].annotation) if path[-1] in fields else []
         section = sections[0] if sections else None
     return path

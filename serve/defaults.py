@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .api.depth import exit_of
 from .api.fields import FieldError
-from .api.lanes import MEASURED, LaneConfig
+from .api.lanes import LaneConfig
 from .api.limits import check_depth, check_policy, check_router, limits_of
 from .api.validation import validate_fields
 from .checkpoint import Facts
@@ -50,12 +50,13 @@ class Defaults:
         policy = self.policy
         cache = "" if policy.shares else "; keys and values are packed: no prefix cache"
         cache = "; slots are overwritten: whole prompts, no prefix cache" if policy.overwrites else cache
-        width = f", passes of {self.lanes.width} lanes" if self.lanes.width else ""
+        bound = f", max_lanes={self.lanes.max_lanes}" if self.lanes.max_lanes else ""
         return (
             f"engine=lanes: num_recurrences={config['num_recurrences']} (a request may ask for 1 to "
             f"{config['max_recurrences']}), exit_rule={exit['rule']}{threshold}, min_recurrences="
-            f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to wave="
-            f"{self.lanes.wave} tokens of a request in flight), {self.lanes.ticks} ticks a step{width}{cache}"
+            f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to "
+            f"max_in_flight={self.lanes.max_in_flight} tokens of a request), "
+            f"passes_per_step={self.lanes.passes_per_step}{bound}{cache}"
         )
 
 
@@ -84,22 +85,22 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; use engine=lanes")
-        for name in ("decoder", "ticks", "wave", "width", "budget", "coda_wait"):
+        for name in ("decoder", "passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait"):
             if (given := getattr(recipe, name)) != ServeRecipe.model_fields[name].default:
                 raise UserError(
                     f"{name}={given}: the fixed engine has one position of a request in flight, and no "
-                    "ticks; use engine=lanes"
+                    "passes of lanes; use engine=lanes"
                 )
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     from .engine.admission import too_narrow
 
     lanes = LaneConfig(
-        recipe.ticks,
-        recipe.width,
-        coda_wait=MEASURED if recipe.coda_wait is None else recipe.coda_wait,
+        recipe.passes_per_step,
+        recipe.max_lanes,
+        coda_wait=recipe.coda_wait,
         decoder=recipe.decoder,
-        wave=recipe.wave,
-        budget=MEASURED if recipe.budget is None else recipe.budget,
+        max_in_flight=recipe.max_in_flight,
+        budget=recipe.budget,
     )
     try:
         rule, threshold, minimum = exit_of(vars(recipe), depth, facts.exit)
@@ -113,6 +114,6 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     except FieldError as error:
         raise UserError(str(error)) from None
     defaults = Defaults(engine, why, lanes, config, facts.router)
-    if reason := too_narrow(lanes.width, defaults.policy):
+    if reason := too_narrow(lanes.max_lanes, defaults.policy):
         raise UserError(reason)
     return defaults

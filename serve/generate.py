@@ -40,7 +40,7 @@ class GenerateRecipe(Section):
     decoder: Literal["plain", "wave", "diffusion"] = Field(
         "plain", description="wave: several tokens in flight, the same text; diffusion: refined together"
     )
-    wave: Count = Field(8, description="most tokens in flight of wave and diffusion")
+    max_in_flight: Count = Field(8, description="most tokens in flight, in a wave or a diffusion")
     temperature: Number | None = Field(
         None, description="0 is greedy (default: generation_config.json's, as for the next three; or 0)"
     )
@@ -57,8 +57,8 @@ class GenerateRecipe(Section):
         None, description="above 0: against tokens of the text, each time (default as before, or 0)"
     )
     seed: Integer = Field(0, ge=0, lt=2**62, description="of random sampling")
-    rows: Count = Field(16, description="prompts in the engine at once")
-    length: Count | None = Field(
+    max_num_seqs: Count = Field(16, description="prompts in the engine at once")
+    max_model_len: Count | None = Field(
         None,
         description="greatest number of tokens of prompt and continuation (default: 1024, or all that the model has)",
     )
@@ -76,7 +76,9 @@ class GenerateRecipe(Section):
 
     def unused(self) -> Iterator[Unused]:
         if self.decoder == "plain":
-            yield Unused("wave", ("decoder",), "decoder=plain has one token in flight; choose wave or diffusion")
+            yield Unused(
+                "max_in_flight", ("decoder",), "decoder=plain has one token in flight; choose wave or diffusion"
+            )
         if self.temperature == 0:
             yield from self.without_draws(("temperature",))
         if self.exit_rule == "fixed":
@@ -122,11 +124,11 @@ def main(argv: list[str]) -> int:
     params = Params(**{name: getattr(recipe, name) for name in names})
     engine = Engine(
         folder,
-        rows=min(recipe.rows, len(prompts)),
-        length=recipe.length,
+        max_num_seqs=min(recipe.max_num_seqs, len(prompts)),
+        max_model_len=recipe.max_model_len,
         kv_policy=recipe.kv_policy,
         max_recurrences=recipe.max_recurrences,
-        wave=recipe.wave if recipe.decoder != "plain" else 1,
+        max_in_flight=recipe.max_in_flight if recipe.decoder != "plain" else 1,
         dtype=recipe.dtype,
         tell=warn,
     )

@@ -64,19 +64,21 @@ def available(device: Any = None) -> int | None:
     return free
 
 
-def check_room(each: int, policy: KVPolicy, rows: int, length: int, device: Any) -> None:
-    """Raises UserError, naming settings to lower, where `rows` requests of `length` positions of `each` bytes do not
-    fit into the free memory of `device`."""
-    need, free = each * rows * (length + 1), available(device)
+def check_room(each: int, policy: KVPolicy, max_num_seqs: int, max_model_len: int, device: Any) -> None:
+    """Raises UserError, naming settings to lower, where `max_num_seqs` requests of `max_model_len` positions of `each`
+    bytes do not fit into the free memory of `device`."""
+    need, free = each * max_num_seqs * (max_model_len + 1), available(device)
     if free is None or need <= free:
         return
     fits = max(free * 9 // 10 // each, 0)  # positions
-    advice = [f"length={fits // rows - 1}"] if fits // rows > 1 else []
-    advice += [f"rows={fits // (length + 1)}"] if rows > 1 and fits >= length + 1 else []
+    seqs, longest = fits // (max_model_len + 1), fits // max_num_seqs - 1
+    advice = [f"max_model_len={longest}"] if longest > 0 else []
+    advice += [f"max_num_seqs={seqs}"] if max_num_seqs > 1 and seqs else []
     advice += ["a smaller max_recurrences"] if policy.slots > 1 else []
     raise UserError(
-        f"rows={rows} of length={length} at max_recurrences={policy.depths} (kv_policy={policy.name}) need "
-        f"{shown(need)} of keys and values, and {shown(free)} are free; choose {', or '.join(advice) or 'less'}"
+        f"max_num_seqs={max_num_seqs} of max_model_len={max_model_len} at max_recurrences={policy.depths} "
+        f"(kv_policy={policy.name}) need {shown(need)} of keys and values, and {shown(free)} are free; "
+        f"choose {', or '.join(advice) or 'less'}"
     )
 
 

@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError, unknown
 from ..trained import beyond_trained
 from .api.decoders import DECODERS
 from .api.depth import depth_of, exit_of
 from .api.fields import FieldError
 from .api.generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
-from .api.lanes import MEASURED
+from .api.lanes import AUTO, read_auto
 from .api.limits import check_model, check_packed, check_policy, check_router
 from .api.validation import check_frozen, check_threshold
 from .checkpoint import check_tensors, load_tokenizer, read_fields
@@ -35,48 +36,55 @@ from .memory import check_room, slot_bytes
 from .params import NEUTRAL, PENALTIES, Completion, Params, check_kinds
 
 BLOCK = 16  # positions in a block of the KV cache
-POSITIONS = 1024  # of a request, unless told otherwise
+POSITIONS = 1024  # default of max_model_len
 
 
+@accept_old_names(SERVING)
 class Engine:
     """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
 
-    `rows` requests run at once, each of at most `length` positions (default 1024, or as many as the model has);
-    `kv_policy` and `max_recurrences`, the greatest depth of a request, default to the model's; keys and values take
-    memory for all of it. A pass of the core has at most `width` lanes beside
-    prompts', 0: one for every row; an exit waits at most `coda_wait` ticks for others that are read out with it, -1: as
-    many as the load makes worth while, measured now. `wave`: most positions of a request in flight, which the decoders
-    `wave` and `diffusion` need.
-    `cuda_graphs`: on a GPU, passes of the core of up to 256 lanes are replayed as CUDA graphs, which the host
-    starts at once; the first pass of a size records it, and they hold as much memory as the widest such pass needs, and
-    a little for each size. `tell` gets, once each, what generation_config.json says and the engine does not do, and
-    depths beyond those that the model was trained at. Raises UserError for a model that cannot be served so, and where
-    memory lacks for its keys and values.
+    max_num_seqs: requests that run at once.
+    max_model_len: positions of each (default 1024, or as many as the model has).
+    kv_policy, max_recurrences: KV policy, and the greatest depth of a request (default: the model's).
+    passes_per_step: passes of the core in a step.
+    max_lanes: most lanes of a pass beside prompts'; 0 for one for every request.
+    coda_wait: passes that an exit waits at most for others to be read out with; "auto" or None: as many as the load
+    makes worth while, measured now.
+    max_num_batched_tokens: prompt tokens of a step.
+    max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need.
+    dtype: type of weights and cache, for a directory (default: the checkpoint's).
+    compile: compile passes of the core.
+    cuda_graphs: on a GPU, replay passes of up to 256 lanes as CUDA graphs. The first pass of a size records its graph.
+    The graphs hold as much memory as the widest such pass needs, and a little for each size.
+    tell: gets, once each, a line about fields of generation_config.json that the engine ignores, and one about depths
+    beyond those that the model was trained at.
+
+    Keys and values are allocated for all of it. Raises UserError for a model that cannot be served so, and where memory
+    lacks for its keys and values.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        rows: int = 16,
-        length: int | None = None,
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
         kv_policy: str | None = None,
         max_recurrences: int | None = None,
-        ticks: int = 16,
-        width: int = 0,
-        coda_wait: int = 0,
-        prompt_lanes: int = 512,
-        wave: int = 1,
+        passes_per_step: int = 16,
+        max_lanes: int = 0,
+        coda_wait: int | Literal["auto"] | None = 0,
+        max_num_batched_tokens: int = 512,
+        max_in_flight: int = 1,
         dtype: str | None = None,
         compile: bool = False,
         cuda_graphs: bool = True,
         tell: Callable[[str], Any] = warnings.warn,
     ):
-        _check_least(
-            1, rows=rows, length=length, max_recurrences=max_recurrences, ticks=ticks, prompt_lanes=prompt_lanes
-        )
-        _check_least(0, width=width)
-        _check_least(MEASURED, coda_wait=coda_wait)
+        coda_wait = read_auto(coda_wait)
+        _check_least(1, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_recurrences=max_recurrences)
+        _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
+        _check_least(0, max_lanes=max_lanes, coda_wait=coda_wait)
         self.tokenizer = None
         self.tell, self.told = tell, set[str]()
         said: dict[str, Any] | None = None
@@ -101,15 +109,15 @@ class Engine:
         said = given(model.generation_config.to_diff_dict()) if said is None else said
         self._defaults(said)
         limit = getattr(config, "max_position_embeddings", None)
-        room = min(length or POSITIONS, limit or NEVER)
-        if length and room < length:
-            raise UserError(f"length={length}: this model has {limit} positions")
+        room = min(max_model_len or POSITIONS, limit or NEVER)
+        if max_model_len and room < max_model_len:
+            raise UserError(f"max_model_len={max_model_len}: this model has {limit} positions")
         if config.router and max_recurrences not in (None, config.max_recurrences):
             raise UserError(
                 f"max_recurrences={max_recurrences}: this model's router has {config.max_recurrences} recurrences"
             )
         policy = policy_of(config, kv_policy, max_recurrences)
-        if reason := too_narrow(width, policy):
+        if reason := too_narrow(max_lanes, policy):
             raise UserError(reason)
         like = model.get_input_embeddings().weight
         with torch.inference_mode():
@@ -117,33 +125,35 @@ class Engine:
             blocks = -(-(room + 1) // BLOCK)
             outer = len(config.prelude) + len(config.coda)
             shapes = parts.shapes()
-            check_room(slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize), policy, rows, room, like.device)
+            each = slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize)
+            check_room(each, policy, max_num_seqs, room, like.device)
             parts.attention = attention = attention_for(like.device)(
-                shapes, outer, policy.slots, rows * blocks, BLOCK, like.detach()
+                shapes, outer, policy.slots, max_num_seqs * blocks, BLOCK, like.detach()
             )
             sizes = LoopConfig(
-                max_num_seqs=rows,
+                max_num_seqs=max_num_seqs,
                 max_model_len=room,
                 num_blocks=blocks,
-                max_num_batched_tokens=max(prompt_lanes, room if policy.overwrites else 0),
-                passes_per_step=ticks,
-                max_lanes=width,
-                coda_wait=max(coda_wait, 0),
-                max_in_flight=wave,
+                max_num_batched_tokens=max(max_num_batched_tokens, room if policy.overwrites else 0),
+                passes_per_step=passes_per_step,
+                max_lanes=max_lanes,
+                coda_wait=coda_wait or 0,
+                max_in_flight=max_in_flight,
                 compile=compile,
             )
             self.loop = Loop(parts, attention, policy, self._sample, sizes, dtype=like.dtype, device=like.device)
-            every = torch.arange(rows, device=like.device)
-            table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
-            self.loop.set_block_tables(every, table.view(rows, blocks))
-            self.draws = Draws(rows, like.device)
+            every = torch.arange(max_num_seqs, device=like.device)
+            table = torch.arange(max_num_seqs * blocks, dtype=torch.int32, device=like.device)
+            self.loop.set_block_tables(every, table.view(max_num_seqs, blocks))
+            self.draws = Draws(max_num_seqs, like.device)
             if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # it waits for the device
                 self._record(on_cuda(like.device))
             if compile:
                 self.loop.warm_up()
-            if coda_wait == MEASURED:
+            if coda_wait is AUTO:
                 self.loop.schedule.costs = self.loop.measure()
-        self.length, self.rows, self.prompt_lanes = room, rows, prompt_lanes
+        self.max_num_seqs, self.max_model_len = max_num_seqs, room
+        self.max_num_batched_tokens = max_num_batched_tokens
 
     def _defaults(self, said: dict[str, Any]) -> None:
         """Take what generation_config.json `said`: `defaults` of Params, and the `stops` of every text."""
@@ -169,8 +179,9 @@ class Engine:
         if isinstance(params, Params):
             params = params.filled(self.defaults)
         check_kinds(params)
+        most = params.max_in_flight
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
-        _check_least(1, **depths, wave=params.wave)
+        _check_least(1, **depths, max_in_flight=most)
         _check_least(0, max_tokens=params.max_tokens)
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
@@ -204,8 +215,8 @@ class Engine:
             **vars(depth),
             max_tokens=params.max_tokens,
             stops=tuple(sorted(stops)),
-            max_in_flight=params.wave if params.decoder == "wave" else 1,
-            diffusion=replace(params.diffusion, max_in_flight=params.wave) if params.decoder == "diffusion" else None,
+            max_in_flight=most if params.decoder == "wave" else 1,
+            diffusion=replace(params.diffusion, max_in_flight=most) if params.decoder == "diffusion" else None,
             penalised=any(getattr(params, name) != NEUTRAL[name] for name in PENALTIES),
         )
         if reason := refusal(request, policy, config, self.loop.config.max_in_flight):
@@ -228,8 +239,8 @@ class Engine:
         each = [p.filled(self.defaults) for p in each]
         for tokens in ids:
             self._check_tokens(tokens, "in a prompt")
-            if not 1 <= len(tokens) <= self.length:
-                raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.length}")
+            if not 1 <= len(tokens) <= self.max_model_len:
+                raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.max_model_len}")
         done = [Completion() for _ in prompts]
         running: dict[int, list[int]] = {}  # row -> [request, prompt tokens brought in]
         try:
@@ -259,14 +270,14 @@ class Engine:
         done: list[Completion],
     ) -> None:
         queue = [n for n in range(len(ids)) if each[n].max_tokens][::-1]
-        free = list(range(self.rows))[::-1]
+        free = list(range(self.max_num_seqs))[::-1]
         while queue or running:
             while queue and free:
                 row, number = free.pop(), queue.pop()
                 p = each[number]
                 sampling = self.draws.admit(row, p.temperature, max(p.top_k, 0), p.top_p, p.min_p, p.seed, p.choice)
                 if requests[number].penalised:
-                    self.draws.penalise(row, ids[number], self.length, *(getattr(p, name) for name in PENALTIES))
+                    self.draws.penalise(row, ids[number], self.max_model_len, *(getattr(p, name) for name in PENALTIES))
                 self.loop.admit(row, replace(requests[number], sampling=sampling))
                 running[row] = [number, 0]
             self.loop.eager = bool(queue)
@@ -286,7 +297,7 @@ class Engine:
 
     def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
         """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""
-        loop, room = self.loop, self.prompt_lanes
+        loop, room = self.loop, self.max_num_batched_tokens
         prompts = []
         live = []
         for row in sorted(running):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError
 from ..sampling import SETTINGS, check_setting
 from .engine.diffusion_settings import DiffusionSettings
@@ -12,6 +13,7 @@ from .engine.diffusion_settings import DiffusionSettings
 UNSAID: Any = None
 
 
+@accept_old_names(SERVING)
 @dataclass(frozen=True)
 class Params:
     """The settings for one prompt.
@@ -27,8 +29,8 @@ class Params:
     Where `max_tokens` or a sampling setting is None, the model's generation_config.json has the default; without one it
     is 64 tokens, greedy, nothing cut, no penalty.
 
-    Decoder: "plain"; "wave", with up to `wave` positions in flight and the same tokens; "diffusion", which refines
-    positions together, with the settings `diffusion`.
+    Decoder: "plain"; "wave", with the same tokens; "diffusion", which refines positions together, with the settings
+    `diffusion`. Both have up to `max_in_flight` positions in flight.
     """
 
     max_tokens: int = UNSAID
@@ -50,7 +52,7 @@ class Params:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     decoder: str = "plain"
-    wave: int = 8
+    max_in_flight: int = 8
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
 
     def filled(self, defaults: dict[str, Any]) -> Params:

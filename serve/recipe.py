@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..recipe import Count, Integer, Number, Section
+from .api.lanes import read_auto
 
 
 class ServeRecipe(Section):
@@ -27,19 +28,24 @@ class ServeRecipe(Section):
     kv_policy: str | None = Field(
         None, description="keys and values of deeper recurrences after an exit; default the model's"
     )
-    ticks: Count = Field(16, description="passes of the core in one step of the engine")
+    passes_per_step: Count = Field(16, description="passes of the core in one step of the engine")
     decoder: Literal["plain", "wave", "diffusion"] = Field(
-        "plain", description="of a request that names none; wave: several tokens in flight, the same text"
+        "plain", description="decoder of a request that names none; wave: several tokens in flight, the same text"
     )
-    wave: Count = Field(8, description="most tokens of a request in flight")
-    width: Integer = Field(
+    max_in_flight: Count = Field(8, description="most tokens of a request in flight, in a wave or a diffusion")
+    max_lanes: Integer = Field(
         0, ge=0, description="most lanes of a pass beside prompts'; more requests take turns; 0 for no bound"
     )
     budget: Integer | None = Field(
-        None, ge=0, description="lanes of a pass that waves may fill; 0 for no bound; default measured at the start"
+        None,
+        ge=0,
+        description="lanes of a pass that waves may fill; 0 for no bound; default auto: measured at start-up",
     )
     coda_wait: Integer | None = Field(
-        None, ge=0, description="ticks that an exit waits for others to be read out with; default as the load pays for"
+        None,
+        ge=0,
+        description="passes that an exit waits for others to be read out with; default auto: as many as pay off at the "
+        "load",
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: Integer = Field(8000, ge=1, le=65535, description="port to listen on")
@@ -48,3 +54,8 @@ class ServeRecipe(Section):
     )
     name: str | None = Field(None, description="model name in the API; default the directory's name")
     drain_seconds: Integer = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")
+
+    @field_validator("budget", "coda_wait", mode="before")
+    @classmethod
+    def _auto(cls, value: object) -> object:
+        return read_auto(value)

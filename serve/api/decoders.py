@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .fields import rename_fields
+
 if TYPE_CHECKING:
     from ..engine.diffusion_settings import DiffusionSettings
 
@@ -27,31 +29,34 @@ HISTORY: dict[str, tuple] = {
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder of a request. wave: positions in flight of an exact wave, 1 for plain decoding; or a `diffusion`."""
+    """The decoder of a request.
 
-    wave: int = 1
+    max_in_flight: most positions in flight of a wave; 1 for plain decoding.   diffusion: its settings; None without.
+    """
+
+    max_in_flight: int = 1
     diffusion: DiffusionSettings | None = None
 
     @property
     def name(self) -> str:
-        return "diffusion" if self.diffusion else "wave" if self.wave > 1 else "plain"
+        return "diffusion" if self.diffusion else "wave" if self.max_in_flight > 1 else "plain"
 
-    def ahead(self, ticks: int, wave: int) -> int:
-        """Positions beyond the newest token's that a step of `ticks` may reach, in an engine that allows `wave` in
-        flight. A wave starts one position a tick."""
-        return self.diffusion.ahead(ticks, wave) if self.diffusion else ticks + self.wave
+    def ahead(self, passes: int, max_in_flight: int) -> int:
+        """Positions beyond the newest token's that a step of `passes` may reach, in an engine that allows
+        `max_in_flight`. A wave starts one position a pass."""
+        return self.diffusion.ahead(passes, max_in_flight) if self.diffusion else passes + self.max_in_flight
 
 
-def decoder_of(params: Any, decoder: str, wave: int) -> Decoder:
-    """The decoder of a request with vLLM's sampling `params`. `decoder` and `wave` are the server's defaults.
+def decoder_of(params: Any, decoder: str, max_in_flight: int) -> Decoder:
+    """The decoder of a request with vLLM's sampling `params`. `decoder` and `max_in_flight` are the server's defaults.
 
     A wave whose parameters read earlier tokens is decoded plainly, which gives the same tokens.
     """
-    given = params.extra_args or {}
-    name = given.get("decoder", decoder)
+    given = rename_fields(params.extra_args or {}, None)  # validation has warned
+    name, most = given.get("decoder", decoder), given.get("max_in_flight", max_in_flight)
     if name == "diffusion":
-        return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=given.get("wave", wave)))
-    return Decoder(given.get("wave", wave) if name == "wave" and history(params) is None else 1)
+        return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=most))
+    return Decoder(most if name == "wave" and history(params) is None else 1)
 
 
 def history(params: Any) -> str | None:

@@ -10,13 +10,17 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
+
+from ...deprecated import SERVING, current_name, old_names, print_warning, rename, two_names
+from ...errors import UserError
 
 FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
-    "decoder", "wave", "diffusion",
+    "decoder", "max_in_flight", "diffusion",
 )  # fmt: skip
+OLD_FIELDS = old_names(SERVING, FIELDS)  # accepted: old name -> today's name
 FLAGS = ("prompt_exit", "return_recurrences")
 ALIASES = re.compile(  # names of num_recurrences in other programs, and in papers
     r"((n|num|number_of)_?)?(loops?|depths?|recurrences?|recursions?|recurrent_(steps|depth))"
@@ -24,6 +28,7 @@ ALIASES = re.compile(  # names of num_recurrences in other programs, and in pape
 )
 SERVER_KEYS = ("kv_policy", "max_recurrences")
 XARGS = "vllm_xargs"
+KIND = "request field"  # in messages about old names
 UNREAD = ("extra_body", "extra_args", "sampling_params")  # names in Python clients; a server ignores them
 
 
@@ -33,6 +38,19 @@ class FieldError(ValueError):
     def __init__(self, field: str, message: str):
         super().__init__(message)
         self.field = field
+
+
+def rename_fields(values: dict[str, Any], warn: Callable[[str], object] | None = print_warning) -> dict[str, Any]:
+    """A copy of `values` with today's names of fields; `warn` is that of `loopwise.deprecated.rename`.
+
+    Raises FieldError where both names of one field have a value. A null counts as not given.
+    """
+    twice = {new for old, new in OLD_FIELDS.items() if old in values and new in values}
+    given = {n: v for n, v in values.items() if v is not None or OLD_FIELDS.get(n, n) not in twice}
+    try:
+        return rename(given, SERVING, FIELDS, KIND, warn)
+    except UserError as error:
+        raise FieldError(min(twice), str(error)) from None
 
 
 class Doubled(dict):
@@ -51,23 +69,27 @@ def parse_body(body: bytes) -> Any:
 def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, Any]:
     """The depth fields of a request's `body`, removed from it; `known` are the names that vLLM's server reads.
 
-    A field that is null counts as not given. Raises FieldError for:
-    - a field with different values at the two places,
+    A field that is null counts as not given. An old name becomes today's, with one warning line in a process.
+    Raises FieldError for:
+    - a field with different values at the two places, or under its old and its new name,
     - a field whose key stands twice, or that stands where it is not read,
     - a name that is nearly one of ours.
     """
     values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}  # today's name -> the name in the body
     _check_doubled(body, XARGS)
     for place, names in ((body, known), (body.get(XARGS), ())):
         if not isinstance(place, dict):
             continue
         _check_doubled(place)
         for name in list(place):
-            if name in FIELDS:
-                value = place.pop(name)
+            if name in FIELDS or name in OLD_FIELDS:
+                value, new = place.pop(name), OLD_FIELDS.get(name, name)
                 if value is None:
                     continue
-                other = values.setdefault(name, value)
+                if spelled.setdefault(new, name) != name:
+                    raise FieldError(new, two_names(*sorted((name, spelled[new]), key=FIELDS.__contains__), KIND))
+                other = values.setdefault(new, value)
                 unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
                 if other is not value and (other != value or unlike):
                     raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in {XARGS}")
@@ -76,6 +98,8 @@ def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, A
             elif name not in names:
                 check_name(name)
     _check_unread(body, known)
+    for name in spelled.values():
+        current_name(name, SERVING, FIELDS, KIND)  # warns
     return values
 
 
@@ -84,13 +108,14 @@ def check_name(name: str) -> None:
     if name in SERVER_KEYS:
         raise FieldError(name, f"{name} is the server's, not a request's: loopwise serve MODEL {name}=...")
     alias_of = ["num_recurrences"] if ALIASES.fullmatch(name.lower()) else []
-    if near := alias_of or difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8):
-        raise FieldError(name, f"unknown field {name!r}: did you mean {near[0]!r}? The fields are {', '.join(FIELDS)}")
+    if near := alias_of or difflib.get_close_matches(name.lower(), (*FIELDS, *OLD_FIELDS), n=1, cutoff=0.8):
+        meant = OLD_FIELDS.get(near[0], near[0])
+        raise FieldError(name, f"unknown field {name!r}: did you mean {meant!r}? The fields are {', '.join(FIELDS)}")
 
 
 def _check_doubled(place: dict[str, Any], *more: str) -> None:
     for name in place.twice if isinstance(place, Doubled) else ():
-        if name in FIELDS or name in more:
+        if name in FIELDS or name in OLD_FIELDS or name in more:
             raise FieldError(name, f"{name} stands twice in the body: give one value")
 
 
@@ -101,10 +126,11 @@ def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str,
         if not isinstance(place, dict):
             continue
         for name, value in place.items():
-            if name in FIELDS and value is not None:
+            ours = name in FIELDS or name in OLD_FIELDS
+            if ours and value is not None:
                 raise FieldError(
                     name, f"{name} in {where!r} is not read: put it at the top level of the body, or in its {XARGS}"
                 )
-            if name not in FIELDS and name not in known:
+            if not ours and name not in known:
                 check_name(name)
         _check_unread(place, known, (*UNREAD, XARGS))

@@ -6,32 +6,44 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...deprecated import SERVING, accept_old_names
+
 LANES = "loopwise_lanes"  # key in vLLM's additional_config
-MEASURED = -1  # of coda_wait and budget: measured at start-up
+AUTO = None  # coda_wait, budget: measured at start-up
 
 
+def read_auto(value: Any) -> Any:
+    """The `value` of a setting; AUTO where it is "auto" or -1, which users write."""
+    return AUTO if value == "auto" or (type(value) is int and value == -1) else value
+
+
+@accept_old_names(SERVING)
 @dataclass(frozen=True)
 class LaneConfig:
     """Settings of the lane engine.
 
-    ticks: passes of the core in one step of vLLM's engine.
-    width: lanes of a pass beside prompts'; 0 for no bound.
-    coda_wait: ticks that an exit waits for others to be read out with; MEASURED: as many as pay off at the load.
-    decoder: of requests that name none.
-    wave: most positions of one request in flight.
-    budget: lanes of a pass that waves may fill; 0 for no bound; MEASURED: as many as add little time.
+    passes_per_step: passes of the core in one step of vLLM's engine.
+    max_lanes: most lanes of a pass beside prompts'; 0 for no bound.
+    coda_wait: passes that an exit waits for others to be read out with; AUTO: as many as pay off at the load.
+    decoder: the decoder of requests that name none.
+    max_in_flight: most positions of one request in flight.
+    budget: lanes of a pass that waves may fill; 0 for no bound; AUTO: as many as add little time.
     compile: compile passes of the core.
     graphs: on a GPU, run ticks as CUDA graphs, with the engine's own attention kernels.
     """
 
-    ticks: int = 16
-    width: int = 0
-    coda_wait: int = 0
+    passes_per_step: int = 16
+    max_lanes: int = 0
+    coda_wait: int | None = 0
     decoder: str = "plain"
-    wave: int = 8
-    budget: int = 0
+    max_in_flight: int = 8
+    budget: int | None = 0
     compile: bool = True
     graphs: bool = True
+
+    def __post_init__(self):
+        for name in ("coda_wait", "budget"):
+            object.__setattr__(self, name, read_auto(getattr(self, name)))
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:
@@ -48,7 +60,7 @@ class LaneConfig:
             "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
             "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",
             "additional_config": {LANES: asdict(self)},
-            "async_scheduling": False,  # a step gives a request 0 to `ticks` tokens
+            "async_scheduling": False,  # a step gives a request 0 to `passes_per_step` tokens
             "enforce_eager": True,  # vLLM's own forward does not run
         }
 

@@ -69,7 +69,7 @@ class Limits:
 
     num_recurrences: of a request that names none.   max_recurrences: the greatest.   rules: exit rules.
     prompt_exit: exits may end prompt positions.   fixed: every request runs at `num_recurrences`, whatever its fields.
-    rule, decoder: of a request that names none.   wave: most positions in flight.
+    rule, decoder: of a request that names none.   max_in_flight: most positions of a request in flight.
     unfit: decoders that do not go with the model, and why.   routed: a router decides the depth of tokens.
     prompt_rules: exit rules that may end prompt positions; None: all.
     """
@@ -81,7 +81,7 @@ class Limits:
     fixed: bool = False
     rule: str = "fixed"
     decoder: str = "plain"
-    wave: int = 8
+    max_in_flight: int = 8
     unfit: dict[str, str] = field(default_factory=dict)
     routed: bool = False
     prompt_rules: tuple[str, ...] | None = None
@@ -103,7 +103,7 @@ def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:
         prompt_exit=config["kv_policy"] != "per-depth",
         rule=(config["exit"] or {}).get("rule", "fixed"),
         decoder=lanes.decoder,
-        wave=lanes.wave,
+        max_in_flight=lanes.max_in_flight,
         unfit=unfit(policy, fields),
         routed=bool(config["router"]),
         prompt_rules=tuple(name for name in prompt_rules(policy, fields) if name in rules),

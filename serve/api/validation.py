@@ -8,7 +8,7 @@ from typing import Any
 
 from .decoders import DECODERS, LARGE, diffusion, history
 from .depth import check_minimum
-from .fields import FIELDS, FLAGS, FieldError, check_name
+from .fields import FIELDS, FLAGS, FieldError, check_name, rename_fields
 from .limits import Limits
 
 
@@ -90,11 +90,12 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     if decoder in limits.unfit:
         raise FieldError("decoder", f"decoder={decoder!r}: {limits.unfit[decoder]}")
     least = 2 if decoder == "diffusion" else 1
-    wave = values.get("wave", limits.wave)
-    if isinstance(wave, bool) or not isinstance(wave, int) or not least <= wave <= limits.wave:
-        raise FieldError("wave", f"wave={wave!r}: an integer from {least} to {limits.wave}, the server's wave")
-    if "wave" in values and decoder == "plain":
-        raise FieldError("wave", f"wave={wave}: decoder='plain' has one position in flight; use decoder='wave'")
+    name, most = "max_in_flight", limits.max_in_flight
+    in_flight = values.get(name, most)
+    if isinstance(in_flight, bool) or not isinstance(in_flight, int) or not least <= in_flight <= most:
+        raise FieldError(name, f"{name}={in_flight!r}: an integer from {least} to {most}, the server's {name}")
+    if name in values and decoder == "plain":
+        raise FieldError(name, f"{name}={in_flight}: decoder='plain' has one position in flight; use decoder='wave'")
     if decoder != "diffusion":
         if "diffusion" in values:
             raise FieldError("diffusion", f"diffusion: belongs to decoder='diffusion', and the decoder is {decoder!r}")
@@ -105,7 +106,7 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     except ValueError as error:
         raise FieldError("diffusion", f"diffusion{error}") from None
     depth = values.get("num_recurrences", limits.num_recurrences)
-    for name, most, of in (("inner", depth, "num_recurrences"), ("headway", wave, "wave")):
+    for name, most, of in (("inner", depth, "num_recurrences"), ("headway", in_flight, "max_in_flight")):
         if getattr(made, name) > most:
             raise FieldError("diffusion", f"diffusion.{name}={getattr(made, name)}: at most {of}, which is {most}")
     if isinstance(values.get("diffusion"), dict):
@@ -115,7 +116,7 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 def validate_params(params: Any, limits: Limits) -> None:
     """Raises FieldError for a value in vLLM's sampling `params`, or their `extra_args`, that the model excludes."""
-    given = dict(getattr(params, "extra_args", None) or {})
+    given = rename_fields(getattr(params, "extra_args", None) or {})
     for name in given:
         if name not in FIELDS:
             check_name(name)

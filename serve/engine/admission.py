@@ -25,13 +25,13 @@ def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
     return reasons
 
 
-def too_narrow(width: int, policy: KVPolicy) -> str | None:
-    """Why passes of `width` lanes (0: no bound) cannot hold the lanes of one request; None if they can."""
-    if not policy.complete or not 0 < width < policy.depths:
+def too_narrow(max_lanes: int, policy: KVPolicy) -> str | None:
+    """Why passes of `max_lanes` lanes (0: no bound) cannot hold the lanes of one request; None if they can."""
+    if not policy.complete or not 0 < max_lanes < policy.depths:
         return None
     return (
-        f"width={width}: kv_policy={policy.name} has up to {policy.depths} lanes of a request in flight; "
-        f"width={policy.depths} or more, or 0 for no bound"
+        f"max_lanes={max_lanes}: kv_policy={policy.name} has up to {policy.depths} lanes of a request in flight; "
+        f"max_lanes={policy.depths} or more, or 0 for no bound"
     )
 
 
@@ -55,7 +55,7 @@ def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int)
         return "a routed model's tokens have the depths of its router: exit_rule 'fixed', no trace"
     if not 1 <= request.max_in_flight <= max_in_flight:
         return (
-            f"wave={request.max_in_flight}: the engine was started with wave={max_in_flight}, "
+            f"max_in_flight={request.max_in_flight}: the engine was started with max_in_flight={max_in_flight}, "
             "the most positions in flight"
         )
     if (request.max_in_flight > 1 or diffusion) and request.sampled_by_host:
@@ -68,7 +68,7 @@ def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int)
     if reason := unfit(policy, config).get(decoder):
         return reason
     if diffusion and diffusion.window(max_in_flight) < 2:
-        return "diffusion needs at least 2 positions in flight: wave=2 or more, when the engine starts, too"
+        return "diffusion needs at least 2 positions in flight: max_in_flight=2 or more, when the engine starts, too"
     if diffusion and diffusion.inner > request.num_recurrences:
         return f"inner={diffusion.inner}: at most num_recurrences={request.num_recurrences}, as deep as the prompt goes"
     return diffusion.mistake() if diffusion else None

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from ..api.fields import FIELDS, FieldError, parse_body, take_fields
+from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
 from ..api.validation import validate_fields
 from .requests import validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
@@ -234,7 +234,7 @@ def _route(scope: dict) -> str:
 
 def _refuse_fields(path: str, fields: dict[str, Any]) -> None:
     """Raises FieldError for a depth field in a body of route `path`, which has none."""
-    if name := next((name for name in FIELDS if fields.get(name) is not None), None):
+    if name := next((name for name in (*FIELDS, *OLD_FIELDS) if fields.get(name) is not None), None):
         those = ", ".join(path for path, kinds in GENERATION.items() if kinds)
         raise FieldError(name, f"{name}: {path} has no depth fields, and uses the server's defaults; use {those}")
 

@@ -144,7 +144,7 @@ def _set_lanes(args: Any, defaults: Defaults, unfit: list[str]) -> dict[str, Any
     Raises UserError for flags that contradict them, and for features in `unfit` that are on.
     """
     if LANES in (args.additional_config or {}):
-        raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as ticks=16")
+        raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as passes_per_step=16")
     lanes: dict[str, Any] = {}
     if defaults.engine == "lanes":  # it compiles its own core, in place of vLLM's forward
         lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager).flags()

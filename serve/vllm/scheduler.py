@@ -1,4 +1,4 @@
-"""vLLM's scheduler, for engine steps that give a request 0 to `ticks` tokens.
+"""vLLM's scheduler, for engine steps that give a request 0 to `passes_per_step` tokens.
 
 As in vLLM, a request that decodes is scheduled with one token a step, blocks are allocated some tokens ahead, and
 `update_from_output` accepts ragged lists of tokens and cuts them at a stop. Four things differ:
@@ -46,9 +46,8 @@ class LaneScheduler(Scheduler):
             )
         self.lanes = LaneConfig.of(self.vllm_config)
         count_arrivals()
-        self.longest = (
-            max(self.lanes.ticks, config.max_recurrences) + 1
-        )  # most ticks of a step: prompts run to their end
+        # The most passes of a step: prompts run to their end.
+        self.longest = max(self.lanes.passes_per_step, config.max_recurrences) + 1
         self.num_lookahead_tokens = self.longest
         self.depths: dict[str, Depth] = {}
         self.decoders: dict[str, Decoder] = {}
@@ -56,7 +55,7 @@ class LaneScheduler(Scheduler):
 
         def allocate_slots(request: Request, *args, **kwargs):
             decoder = self.decoders[request.request_id]
-            kwargs["num_lookahead_tokens"] = decoder.ahead(self.longest, self.lanes.wave)
+            kwargs["num_lookahead_tokens"] = decoder.ahead(self.longest, self.lanes.max_in_flight)
             # vLLM publishes blocks when it schedules their last position: its own forward completes it in the step.
             if request.num_output_tokens:
                 kwargs["delay_cache_blocks"] = True
@@ -75,7 +74,7 @@ class LaneScheduler(Scheduler):
         assert params is not None, "the lane engine generates text only"
         depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
         self.depths[request.request_id] = depth
-        self.decoders[request.request_id] = decoder_of(params, self.lanes.decoder, self.lanes.wave)
+        self.decoders[request.request_id] = decoder_of(params, self.lanes.decoder, self.lanes.max_in_flight)
         if self.cache_config.enable_prefix_caching:
             request.cache_salt = f"{request.cache_salt or ''} {depth.key}"
             request.block_hashes.clear()

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ..api.decoders import DECODERS, Decoder, decoder_of
 from ..api.depth import depth_of
-from ..api.lanes import MEASURED, LaneConfig
+from ..api.lanes import AUTO, LaneConfig
 from ..engine.attention.base import Attention
 from ..engine.graphs import on_cuda
 from ..engine.kv import policy_of
@@ -79,7 +79,7 @@ class LaneSteps(RunnerAttributes):
             self.loop.use_graphs(record)
         sampler = self.sampler_of_lanes
         sampler.known_tokens, sampler.in_use = self.loop.state.requests.known_tokens, self.loop.work.in_use
-        self.loop.eager_tick.budget = max(lanes.budget, 0)
+        self.loop.eager_tick.budget = lanes.budget or 0
         if shared := arrivals():  # of a server, whose replies and newcomers are not to wait
             self.loop.eager = True
             if get_tp_group().world_size == 1:  # ranks would not hear of them in the same tick
@@ -102,10 +102,10 @@ class LaneSteps(RunnerAttributes):
             max_model_len=self.max_model_len,
             num_blocks=self.input_batch.block_table[0].get_cpu_tensor().shape[1],
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            passes_per_step=lanes.ticks,
-            max_lanes=lanes.width,
-            coda_wait=max(lanes.coda_wait, 0),
-            max_in_flight=lanes.wave,
+            passes_per_step=lanes.passes_per_step,
+            max_lanes=lanes.max_lanes,
+            coda_wait=lanes.coda_wait or 0,
+            max_in_flight=lanes.max_in_flight,
             compile=lanes.compile,
         )
         parts, policy, reader = self.model.parts, policy_of(self.model.config), self._read_prompt
@@ -187,7 +187,7 @@ class LaneSteps(RunnerAttributes):
                 sampled_by_host=params.structured_outputs is not None,
                 wants_prompt_logits=name in self.num_prompt_logprobs,
                 sampling=self.sampler_of_lanes.sampling[row],
-                max_in_flight=decoder.wave,
+                max_in_flight=decoder.max_in_flight,
                 diffusion=decoder.diffusion,
             ),
             past.passes,
@@ -204,7 +204,7 @@ class LaneSteps(RunnerAttributes):
     def _decoder(self, row: int, name: str) -> Decoder:
         """Of a request in `row`; the noise of a diffusion is the request's own, where it does not name a seed."""
         params, lanes = self.requests[name].sampling_params, self.lane_config
-        decoder = decoder_of(params, lanes.decoder, lanes.wave)
+        decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight)
         self.sampler_of_lanes.admit(row, name, decoder.name)
         if decoder.diffusion and not decoder.diffusion.seed:
             seed = self.sampler_of_lanes.seed[row]
@@ -342,18 +342,18 @@ class LaneWork(WorkerAttributes):
         # compiled: what an engine before this one has left in cycles goes now.
         gc.collect()
         loop.warm_up()
-        if MEASURED not in (lanes.budget, lanes.coda_wait):
+        if AUTO not in (lanes.budget, lanes.coda_wait):
             return done
         group: Any = get_tp_group()
         costs = loop.measure(group.broadcast_object)
-        if lanes.budget == MEASURED:
+        if lanes.budget is AUTO:
             loop.eager_tick.budget = costs.knee()
-        if lanes.coda_wait == MEASURED:
+        if lanes.coda_wait is AUTO:
             loop.schedule.costs = costs
         if group.is_first_rank:
             at = ", ".join(f"{n}: {s * 1e3:.1f} + {costs.reads[n] * 1e3:.1f}" for n, s in costs.passes.items())
             budget = loop.eager_tick.budget
-            waves = f"waves fill a pass up to budget={budget} lanes; " if lanes.budget == MEASURED else ""
+            waves = f"waves fill a pass up to budget={budget} lanes; " if lanes.budget is AUTO else ""
             print(f"loopwise: {waves}pass and read-out by lanes, in ms: {at}", file=sys.stderr, flush=True)
         return done
 

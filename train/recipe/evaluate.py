@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from loopwise.deprecated import SERVING, rename
 from loopwise.recipe import Count, Integer, Section
 from loopwise.unused import Unused
 
@@ -14,7 +15,7 @@ from .. import tasks
 from .fields import BAD, BadRecords, Depths, Fraction, Strings
 
 # Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
-REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "wave", "diffusion")
+REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "max_in_flight", "diffusion")
 
 
 class Evaluate(Section):
@@ -74,6 +75,7 @@ class Evaluate(Section):
             raise ValueError(f"endpoint={self.endpoint} measures answers, and text has none: give chat_field")
         if "num_recurrences" in self.request:
             raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
+        self.request = rename(self.request, SERVING, REQUEST, "request field")
         if wrong := [name for name in self.request if name not in REQUEST]:
             raise ValueError(f"request.{wrong[0]}: choose from {', '.join(REQUEST)}")
         return self
