@@ -149,11 +149,11 @@ def main() -> None:
     parser.add_argument("--resident", type=int, default=0, help="default: as many as --batch")
     parser.add_argument("--requests", type=int, default=0, help="default: as many as --resident")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--ticks", type=int, default=256)
+    parser.add_argument("--passes-per-step", "--ticks", type=int, default=256)
     parser.add_argument("--mean", type=float)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--policy", default="single,last-exited")
-    parser.add_argument("--coda-wait", type=int, default=-1)
+    parser.add_argument("--coda-wait", type=int, help="default: measured")
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -184,8 +184,9 @@ def main() -> None:
         once = parameters(model.prelude, model.coda, model.get_output_embeddings())
         bound = (once + shape.depths * core) / (once + mean * core)
         engine = Engine(
-            model, rows=resident, length=48 + args.tokens, kv_policy=policy, ticks=args.ticks, width=args.batch,
-            coda_wait=args.coda_wait, prompt_lanes=48 * resident, compile=args.compile, cuda_graphs=not args.no_graphs,
+            model, max_num_seqs=resident, max_model_len=48 + args.tokens, kv_policy=policy, max_lanes=args.batch,
+            passes_per_step=args.passes_per_step, max_num_batched_tokens=48 * resident, coda_wait=args.coda_wait,
+            compile=args.compile, cuda_graphs=not args.no_graphs,
         )  # fmt: skip
         ready = time.perf_counter() - began
 

@@ -36,10 +36,12 @@ CHAT += "{% endgeneration %}{% endif %}{% endfor %}"
 PLAIN = Params(max_tokens=ANSWER, num_recurrences=R, exit_rule="fixed", ignore_eos=True)
 DECODERS = {
     "plain": PLAIN,
-    "wave, W=8": replace(PLAIN, decoder="wave", wave=8),
-    "diffusion, r'=4": replace(PLAIN, decoder="diffusion", wave=32, diffusion=DiffusionSettings(inner=4, headway=1)),
+    "wave, W=8": replace(PLAIN, decoder="wave", max_in_flight=8),
+    "diffusion, r'=4": replace(
+        PLAIN, decoder="diffusion", max_in_flight=32, diffusion=DiffusionSettings(inner=4, headway=1)
+    ),
     "diffusion, r'=4, headway 2": replace(
-        PLAIN, decoder="diffusion", wave=32, diffusion=DiffusionSettings(inner=4, headway=2)
+        PLAIN, decoder="diffusion", max_in_flight=32, diffusion=DiffusionSettings(inner=4, headway=2)
     ),
 }
 
@@ -111,7 +113,7 @@ def compare(folder: Path, batches: list[int], pairs: int, count: int) -> None:
     """Every decoder at every batch: passes, items, time, and what comes out."""
     asked = sums(2, count)
     for batch in batches:
-        engine = Engine(folder, rows=batch, length=96, wave=32, dtype="float32")
+        engine = Engine(folder, max_num_seqs=batch, max_model_len=96, max_in_flight=32, dtype="float32")
         tokenizer = Tokens(folder)
         prompts, answers = [tokenizer.ids(q) for q, _ in asked], [a for _, a in asked]
         few = max(batch, min(count, 2 * batch))
@@ -173,7 +175,7 @@ def crowded(pairs: int, rows: int = 16) -> None:
     )  # fmt: skip
     config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=8)
     model = RecurrentDepthForCausalLM(config).eval().to(torch.bfloat16)
-    engine = Engine(model, rows=rows, length=96, wave=8, kv_policy="last-exited")
+    engine = Engine(model, max_num_seqs=rows, max_model_len=96, max_in_flight=8, kv_policy="last-exited")
     engine.loop.eager_tick.budget = rows
     draw = random.Random(3)
     prompts = [[draw.randrange(1024) for _ in range(24)] for _ in range(rows)]
@@ -194,7 +196,7 @@ def pictures(folder: Path, to: Path) -> None:
     """parallel-frozen.png: tokens out after every pass; parallel-wave.png: which position is how deep in which pass."""
     from matplotlib.figure import Figure
 
-    engine = Engine(folder, rows=1, length=96, wave=32, dtype="float32")
+    engine = Engine(folder, max_num_seqs=1, max_model_len=96, max_in_flight=32, dtype="float32")
     tokens = Tokens(folder)
     question, _ = sums(4, 1)[0]
     first = len(tokens.ids(question))

@@ -176,8 +176,8 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
     from loopwise.serve.api.lanes import LaneConfig
     from loopwise.serve.engine.kv import KVPolicy
 
-    width = options["max_num_seqs"] if args.resident else 0
-    lanes = {**options, **LaneConfig(args.ticks, width, args.coda_wait, compile=not args.eager).flags()}
+    most = options["max_num_seqs"] if args.resident else 0
+    lanes = {**options, **LaneConfig(args.passes_per_step, most, args.coda_wait, compile=not args.eager).flags()}
     lanes["max_num_seqs"] = args.resident or options["max_num_seqs"]
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
@@ -188,7 +188,7 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
         engines["lora"] = LLM(str(folders["lora"]), **lanes)
         systems.append("lora")
     if args.decode:  # exits wait for the last of their token's pass: no successor takes the place that one leaves
-        every = LaneConfig(args.ticks, coda_wait=DEPTHS, compile=not args.eager).flags()
+        every = LaneConfig(args.passes_per_step, coda_wait=DEPTHS, compile=not args.eager).flags()
         seats = {"max_num_seqs": options["max_num_seqs"]}
         engines["compaction"] = LLM(str(folders["plain"]), **{**lanes, **every, **seats})
         generate = transformers_generate(folders["plain"], options["max_num_seqs"])
@@ -242,7 +242,7 @@ def routed(args: argparse.Namespace, work: Path) -> None:
 
     from loopwise.serve.api.lanes import LaneConfig
 
-    options |= LaneConfig(args.ticks, coda_wait=args.coda_wait, compile=not args.eager).flags()
+    options |= LaneConfig(args.passes_per_step, coda_wait=args.coda_wait, compile=not args.eager).flags()
     engines, passes, items = {}, {}, {}
     for full in (True, False):
         thresholds = [0.0] * 4 if full else [0.0, 0.45, 0.5, 0.5]
@@ -361,8 +361,8 @@ async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> Non
     compiled = ("--enforce-eager",) if args.eager else ("--no-enforce-eager",)
     seats = ("--max-num-seqs", str(args.clients))
     servers = {"fixed": Server(folder, "engine=fixed", flags=(*compiled, *seats))}
-    settings = [f"kv_policy={args.policy}", f"ticks={args.ticks}"]
-    settings += [f"coda_wait={args.coda_wait}"] if args.coda_wait >= 0 else []
+    settings = [f"kv_policy={args.policy}", f"passes_per_step={args.passes_per_step}"]
+    settings += [f"coda_wait={args.coda_wait}"] if args.coda_wait is not None else []
     servers["lanes"] = Server(folder, *settings, flags=(*compiled, *seats))
     try:
         timeout = aiohttp.ClientTimeout(total=None)
@@ -445,8 +445,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--each", type=int, default=3, help="requests of a client in a pair")
     parser.add_argument("--policy", default="last-exited", help="kv_policy of the lane engine")
-    parser.add_argument("--ticks", type=int, default=16)
-    parser.add_argument("--coda-wait", type=int, default=-1)
+    parser.add_argument("--passes-per-step", "--ticks", type=int, default=16)
+    parser.add_argument("--coda-wait", type=int, help="default: measured")
     parser.add_argument("--lora", type=int, default=0, help="offline: rank of the LoRA of every depth")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--load", default="", help="http: shares of the capacity, as 0.5,0.8,0.95,1.2")

@@ -26,8 +26,8 @@ class Renamed(NamedTuple):
     since: str | None = None
 
 
-# Old names of serving, for every place that has the new name: keywords of Engine, Params and LaneConfig, recipe keys,
-# request fields.
+# Old names of serving, for every place that has the new name: keywords of Engine, Params, DiffusionSettings and
+# LaneConfig, recipe keys, request fields.
 SERVING: dict[str, Renamed] = {
     "rows": Renamed("max_num_seqs", "0.2.0"),
     "length": Renamed("max_model_len", "0.2.0"),

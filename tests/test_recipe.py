@@ -119,7 +119,7 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("convert", "exit.min_recurrences", ["exit.rule=fixed", "method=recursive"], "2", ["exit.rule=cosine"]),
     ("convert", "exit.rule", [], "cosine", ["method=recursive"]),
     ("convert", "exit.rule", ["method=recursive", "sharing=sequence"], "cosine", ["sharing=cycle"]),
-    ("generate", "wave", [], "8", ["decoder=wave"]),
+    ("generate", "max_in_flight", [], "8", ["decoder=wave"]),
     ("generate", "top_p", ["temperature=0"], "0.9", ["temperature=1"]),
     ("generate", "top_k", ["temperature=0"], "5", ["temperature=1"]),
     ("generate", "min_p", ["temperature=0"], "0.1", ["temperature=1"]),
@@ -149,7 +149,7 @@ WITH_EFFECT = {
         router.gate router.network router.auxiliary router.kv router.inference injection recurrence_norm
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
         kv_policy dtype revision seed""",
-    "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature rows length dtype
+    "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature max_num_seqs max_model_len dtype
         repetition_penalty presence_penalty frequency_penalty
         details""",
 }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...deprecated import SERVING, accept_old_names
+
 FREEZES = ("latent-diff", "acceleration", "token-stability", "fixed")
 
 
+@accept_old_names(SERVING)
 @dataclass(frozen=True)
 class DiffusionSettings:
     """Settings of the decoder `diffusion` for one request (diffusion forcing, arXiv 2510.14961).

@@ -312,7 +312,10 @@ def request_names(refused: bool) -> list[str]:
 
 @pytest.mark.parametrize("name", request_names(refused=False))
 def test_a_request_body_means_the_same(name):
-    assert parse_request(deepcopy(REQUESTS[name])) == MEANINGS[name]["values"]
+    from loopwise.serve.api.fields import OLD_FIELDS
+
+    meaning = {OLD_FIELDS.get(field, field): value for field, value in MEANINGS[name]["values"].items()}
+    assert parse_request(deepcopy(REQUESTS[name])) == meaning
 
 
 @pytest.mark.parametrize("name", request_names(refused=True))

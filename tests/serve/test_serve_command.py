@@ -104,7 +104,7 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
         ({"sharing": "sequence"}, ["engine=lanes"], "use engine=fixed"),
         *(
             ({}, ["engine=fixed", f"{name}=3"], f"{name}=3: the fixed engine has one position of a request in flight")
-            for name in ("ticks", "wave", "width", "budget", "coda_wait")
+            for name in ("passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait")
         ),
         ({"num_recurrences": 4}, ["min_recurrences=6"], "min_recurrences=6: at most num_recurrences, which is 4"),
         ({}, ["engine=fixed", "exit_rule=cosine"], "exit_rule=cosine: the fixed engine has no exits"),
@@ -113,7 +113,7 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
         ({}, ["exit_rule=cosine", "exit_threshold=-1"], "exit_threshold=-1.0: at least 0"),
         ({}, ["kv_policy=double"], "kv_policy='double': choose from per-depth, last-exited"),
         ({}, ["num_recurrences=3", "max_recurrences=2"], "num_recurrences=3"),
-        ({}, ["kv_policy=per-depth", "max_recurrences=6", "width=5"], "width=6 or more, or 0 for no bound"),
+        ({}, ["kv_policy=per-depth", "max_recurrences=6", "max_lanes=5"], "max_lanes=6 or more, or 0 for no bound"),
     ],
 )
 def test_refuses_what_the_model_or_the_engine_cannot_do(capsys, model, tmp_path, fields, settings, said):
@@ -193,13 +193,13 @@ def test_says_what_it_picked():
     facts = Facts("llama", 3, 8, "last-exited", {"rule": "cosine", "threshold": 0.1}, False, "cycle")
     assert "engine=lanes: num_recurrences=3 (a request may ask for 1 to 8), exit_rule=cosine" in line(facts)
     assert (
-        "exit_threshold=0.1, min_recurrences=1, kv_policy=last-exited, decoder=plain (up to wave=8 tokens of "
+        "exit_threshold=0.1, min_recurrences=1, kv_policy=last-exited, decoder=plain (up to max_in_flight=8 "
         in line(facts)
     )
-    assert "decoder=wave (up to wave=5 tokens of a request in flight), 16 ticks a step" in line(
-        facts, decoder="wave", wave=5
+    assert "decoder=wave (up to max_in_flight=5 tokens of a request), passes_per_step=16" in line(
+        facts, decoder="wave", max_in_flight=5
     )
-    assert "16 ticks a step, passes of 12 lanes" in line(facts, width=12)
+    assert "passes_per_step=16, max_lanes=12" in line(facts, max_lanes=12)
     assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
     assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")
     sequence = Facts("llama", 3, 8, "per-depth", {}, False, "sequence")
@@ -371,7 +371,7 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
         "--optimization-level 3": "the lane engine compiles and records its own passes",
         "-ac.flash_attn_version 2": "--attention-config.flash-attn-version 2 does not fit",
         '--hf-overrides {"kv_policy":"single"}': "--hf-overrides kv_policy: it replaces num_recurrences and",
-        '--additional-config {"loopwise_lanes":{"ticks":2}}': "--additional-config loopwise_lanes: the keys of",
+        '--additional-config {"loopwise_lanes":{"passes_per_step":2}}': "--additional-config loopwise_lanes: the keys of",
         "--kv-cache-memory-bytes 2000000": "at max_recurrences=8, and the cache has 1.91 MiB; choose '-- "
         "--max-model-len 256', or max_recurrences=4, or VLLM_CPU_KVCACHE_SPACE=1",
     }

@@ -21,7 +21,7 @@ from loopwise.serve import Engine, Params
 
 folder, prompts = json.loads(sys.argv[1])
 params = Params(max_tokens=8, num_recurrences=3, ignore_eos=True)
-done = Engine(folder, rows=4, length=128, dtype="float32").generate(prompts, params)
+done = Engine(folder, max_num_seqs=4, max_model_len=128, dtype="float32").generate(prompts, params)
 print(json.dumps([each.tokens for each in done]))
 try:
     import vllm

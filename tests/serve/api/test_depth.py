@@ -63,7 +63,7 @@ def test_the_servers_own_defaults_are_clamped_as_a_requests():
 
 def test_the_offline_engine(tmp_path):
     save(tmp_path, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=4, exit=DEFAULT)
-    engine = Engine(tmp_path, rows=2, length=64, dtype="float32")
+    engine = Engine(tmp_path, max_num_seqs=2, max_model_len=64, dtype="float32")
     cases: list[tuple[dict[str, Any], int]] = [
         ({}, 4),
         ({"num_recurrences": 2}, 2),

@@ -115,10 +115,10 @@ DIFFUSION = {"decoder": "diffusion"}
     [
         ({"decoder": "Wave"}, "decoder", "choose from plain, wave, diffusion"),
         ({"decoder": 3}, "decoder", "choose from plain, wave, diffusion"),
-        ({"decoder": "wave", "wave": 9}, "wave", "an integer from 1 to 8"),
-        ({"decoder": "wave", "wave": True}, "wave", "an integer from 1 to 8"),
-        ({"decoder": "diffusion", "wave": 1}, "wave", "an integer from 2 to 8"),
-        ({"wave": 2}, "wave", "decoder='plain' has one position"),
+        ({"decoder": "wave", "max_in_flight": 9}, "max_in_flight", "an integer from 1 to 8"),
+        ({"decoder": "wave", "max_in_flight": True}, "max_in_flight", "an integer from 1 to 8"),
+        ({"decoder": "diffusion", "max_in_flight": 1}, "max_in_flight", "an integer from 2 to 8"),
+        ({"max_in_flight": 2}, "max_in_flight", "decoder='plain' has one position"),
         ({"decoder": "wave", "diffusion": {}}, "diffusion", "belongs to decoder='diffusion'"),
         ({**DIFFUSION, "exit_rule": "cosine"}, "exit_rule", "diffusion.freeze"),
         ({**DIFFUSION, "trace": [1]}, "trace", "diffusion.freeze"),
@@ -146,7 +146,7 @@ def test_decoders_and_what_they_take(values, field, said):
 
 
 def test_a_diffusion_is_handed_on_as_text():
-    given = {**DIFFUSION, "wave": 4, "diffusion": {"inner": 2, "threshold": 0.1}}
+    given = {**DIFFUSION, "max_in_flight": 4, "diffusion": {"inner": 2, "threshold": 0.1}}
     handed = validate_fields(given, LANES)
     assert json.loads(handed["diffusion"]) == given["diffusion"]
     assert validate_fields(handed, LANES) == handed
@@ -161,7 +161,7 @@ def test_a_diffusion_cannot_look_back(values):
         validate_params(params, LANES)
     assert caught.value.field == next(iter(values))
     assert decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8).name == "plain"
-    assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).wave == 8
+    assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).max_in_flight == 8
 
 
 def test_a_model_says_which_decoders_do_not_go_with_it():
@@ -256,8 +256,8 @@ def test_a_field_in_an_object_that_nothing_reads_is_named(path):
     [
         ('{"num_recurrences": 2, "num_recurrences": 4}', "num_recurrences", "num_recurrences stands twice"),
         ('{"exit_rule": null, "exit_rule": "kl"}', "exit_rule", "exit_rule stands twice"),
-        ('{"vllm_xargs": {"wave": 2, "wave": 2}}', "wave", "wave stands twice"),
-        ('{"vllm_xargs": {"wave": 2}, "vllm_xargs": {}}', "vllm_xargs", "vllm_xargs stands twice"),
+        ('{"vllm_xargs": {"max_in_flight": 2, "max_in_flight": 2}}', "max_in_flight", "max_in_flight stands twice"),
+        ('{"vllm_xargs": {"max_in_flight": 2}, "vllm_xargs": {}}', "vllm_xargs", "vllm_xargs stands twice"),
         ('{"diffusion": {"inner": 2, "inner": 4}}', "diffusion", "diffusion.inner stands twice"),
     ],
 )
@@ -268,9 +268,11 @@ def test_a_key_that_stands_twice_is_named(body, field, said):
 
 
 def test_other_keys_may_stand_twice():
-    body = parse_body(b'{"prompt": "a", "prompt": "b", "tools": [{"wave": 1, "wave": 2}], "wave": 3}')
-    assert take_fields(body) == {"wave": 3}
-    assert body == {"prompt": "b", "tools": [{"wave": 2}]}
+    body = parse_body(
+        b'{"prompt": "a", "prompt": "b", "tools": [{"max_in_flight": 1, "max_in_flight": 2}], "max_in_flight": 3}'
+    )
+    assert take_fields(body) == {"max_in_flight": 3}
+    assert body == {"prompt": "b", "tools": [{"max_in_flight": 2}]}
     assert json.loads(json.dumps(body)) == body
     with pytest.raises(ValueError):
         parse_body(b"{")

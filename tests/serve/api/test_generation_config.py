@@ -227,10 +227,10 @@ def test_a_model_of_learned_positions_fills_all_of_them(tmp_path, source, decode
     fields: dict[str, Any] = {"max_position_embeddings": 24} if source == "opt" else {"n_positions": 24}
     tiny.save_source(tmp_path / "s", source, **fields)
     assert main(["convert", str(tmp_path / "s"), str(tmp_path / "m"), "sizes=1,2,1", "--no-verify"]) == 0
-    wave = 4 if decoder == "wave" else 1
-    engine = Engine(tmp_path / "m", dtype="float32", wave=wave)
-    assert engine.length == 24
-    params = Params(99, 2, ignore_eos=True, temperature=0, decoder=decoder, wave=wave)
+    in_flight = 4 if decoder == "wave" else 1
+    engine = Engine(tmp_path / "m", dtype="float32", max_in_flight=in_flight)
+    assert engine.max_model_len == 24
+    params = Params(99, 2, ignore_eos=True, temperature=0, decoder=decoder, max_in_flight=in_flight)
     (done,) = engine.generate([[5, 6, 7]], params)
     assert (len(done.tokens), done.finish_reason) == (22, "length")
     model = load(tmp_path / "m")
@@ -242,17 +242,19 @@ def test_a_model_of_learned_positions_fills_all_of_them(tmp_path, source, decode
 def test_what_does_not_fit_in_memory_is_one_line_with_advice_that_works(monkeypatch, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention: Any = Engine(folder, dtype="float32", rows=1, length=16).loop.forward.attention
+        attention: Any = Engine(folder, dtype="float32", max_num_seqs=1, max_model_len=16).loop.forward.attention
     bytes_of = sum(part.nbytes for pair in attention.caches for part in pair) // 32  # two blocks
     monkeypatch.setattr(memory, "available", lambda device=None: 4 * 100 * bytes_of)
-    with pytest.raises(UserError, match=r"rows=4 of length=400 at max_recurrences=8 \(kv_policy=per-depth\)") as told:
-        Engine(folder, dtype="float32", rows=4, length=400)
+    with pytest.raises(
+        UserError, match=r"max_num_seqs=4 of max_model_len=400 at max_recurrences=8 \(kv_policy=per-depth\)"
+    ) as told:
+        Engine(folder, dtype="float32", max_num_seqs=4, max_model_len=400)
     advice = str(told.value).split("choose ")[1]
-    assert advice == "length=89, or a smaller max_recurrences"
-    Engine(folder, dtype="float32", rows=4, length=89)
-    with pytest.raises(UserError, match="choose length=89, or rows=3, or a smaller"):
-        Engine(folder, dtype="float32", rows=4, length=111)
-    Engine(folder, dtype="float32", rows=3, length=111)
+    assert advice == "max_model_len=89, or a smaller max_recurrences"
+    Engine(folder, dtype="float32", max_num_seqs=4, max_model_len=89)
+    with pytest.raises(UserError, match="choose max_model_len=89, or max_num_seqs=3, or a smaller"):
+        Engine(folder, dtype="float32", max_num_seqs=4, max_model_len=111)
+    Engine(folder, dtype="float32", max_num_seqs=3, max_model_len=111)
 
 
 @pytest.mark.parametrize("verb", ["generate", "serve"])

@@ -129,7 +129,7 @@ def test_a_request_chooses_its_decoder(client, model, server, place):
     prompt, usage = prompts()[3], {}
     want = generate(model[1], prompt, 3, 24).tokens
     for decoder in ("plain", "wave", "diffusion"):
-        fields: dict = {"decoder": decoder} | ({"wave": 4} if decoder != "plain" else {})
+        fields: dict = {"decoder": decoder} | ({"max_in_flight": 4} if decoder != "plain" else {})
         fields |= {"diffusion": {"inner": 1, "threshold": 1e-5}} if decoder == "diffusion" else {}
         more = {"ignore_eos": True, "return_token_ids": True, **(fields if place == "body" else {"vllm_xargs": fields})}
         reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, extra_body=more)
@@ -204,7 +204,7 @@ def test_streamed_usage_counts_recurrences(client):
         ("trace", [0], "integers from 1 to num_recurrences, which is 3"),
         ("num_recurences", 3, "did you mean 'num_recurrences'?"),
         ("decoder", "waves", "did you mean 'wave'?"),
-        ("wave", 4, "decoder='plain' has one position in flight"),
+        ("max_in_flight", 4, "decoder='plain' has one position in flight"),
         ("diffusion", {"inner": 2}, "belongs to decoder='diffusion'"),
     ],
 )
@@ -497,7 +497,7 @@ def check_deeper_than_the_config(server, model) -> None:
 @pytest.mark.parametrize("seconds", [300, 1])
 def test_a_second_signal_or_the_end_of_the_drain_cuts_it_short(request, model, seconds):
     """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
-    deep = ["num_recurrences=8", "max_recurrences=16", "ticks=1"]
+    deep = ["num_recurrences=8", "max_recurrences=16", "passes_per_step=1"]
     server = Server(model[0], *deep, f"drain_seconds={seconds}", "--", "--enforce-eager")
     request.addfinalizer(server.kill)
     server.wait_until(server.healthy, 240)

@@ -54,7 +54,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too deep": ({"num_recurrences": 99}, "num_recurrences=99: an integer from 1 to 8"),
     "none": ({"num_recurrences": None}, "num_recurrences=None: an integer"),
     "a trace of text": ({"trace": "4444"}, "trace='4444': a list"),
-    "too wide": ({"decoder": "wave", "wave": 99}, "wave=99: an integer from 1 to 8"),
+    "too wide": ({"decoder": "wave", "max_in_flight": 99}, "max_in_flight=99: an integer from 1 to 8"),
     "a misspelt field": ({"exit_treshold": 0.1}, "did you mean 'exit_threshold'?"),
 }
 
@@ -69,7 +69,7 @@ def model(tmp_path_factory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def alone(model) -> Any:
     """What the offline engine gives for sampling by `fields`, one request at a time."""
-    engine = Engine(model[1], rows=1, length=200)
+    engine = Engine(model[1], max_num_seqs=1, max_model_len=200)
 
     def generate(**fields: Any) -> list[int]:
         return engine.generate(
@@ -102,7 +102,7 @@ def ran(model, greedy) -> dict[str, Any]:
     case = {
         "folder": str(model[0]),
         "engine": {"max_model_len": 200, "max_logprobs": -1},
-        "lanes": {"ticks": 8},
+        "lanes": {"passes_per_step": 8},
         "requests": asked,
         "rounds": 2,
         "refused": [{"extra_args": fields} for fields, _ in BAD.values()],
@@ -168,7 +168,12 @@ def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, al
     fields = [{}, RANDOM, {"temperature": 0.8, "seed": 5}, {**RANDOM, "seed": 12}]
     common = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "extra_args": {"trace": TRACE}}
     asked = [{"prompt": PROMPT, "sampling": common | some, "arrive": n, "abort": -1} for n, some in enumerate(fields)]
-    case = {"folder": str(model[0]), "engine": {"max_model_len": 200}, "lanes": {"ticks": 4}, "requests": asked}
+    case = {
+        "folder": str(model[0]),
+        "engine": {"max_model_len": 200},
+        "lanes": {"passes_per_step": 4},
+        "requests": asked,
+    }
     result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_masked.py")[0]
     assert "error" not in result, result["error"]
     assert result["masked"] > 1

@@ -90,7 +90,7 @@ CASES = {
     "per-depth": Case(count=64, seed=1, decoders=ALL),
     "last-exited": Case(policy="last-exited", count=64, seed=2, decoders=ALL),
     "rules-that-read-logits": Case(
-        policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"ticks": 5}
+        policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
     ),
     "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
     "transformers-backend": Case(
@@ -118,13 +118,15 @@ CASES = {
         count=4,
         program="run_masked.py",
         engine=WHOLE_PROMPTS,
-        lanes={"width": 3, "compile": True},
+        lanes={"max_lanes": 3, "compile": True},
     ),
     "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
-    "batched-codas": Case(policy="last-exited", lanes={"coda_wait": 3, "ticks": 6, "budget": 9}, decoders=ALL),
-    "narrow": Case(policy="last-exited", lanes={"width": 3, "ticks": 40, "compile": True}, decoders=ALL),
-    "narrow-plain": Case(policy="last-exited", lanes={"width": 3, "coda_wait": -1, "compile": True}),
+    "batched-codas": Case(
+        policy="last-exited", lanes={"coda_wait": 3, "passes_per_step": 6, "budget": 9}, decoders=ALL
+    ),
+    "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40, "compile": True}, decoders=ALL),
+    "narrow-plain": Case(policy="last-exited", lanes={"max_lanes": 3, "coda_wait": -1, "compile": True}),
     "compiled": Case(
         "gemma3_text",
         shape={**RETROFIT, "relaxation": {**OWN, "own": [*NORMS, "self_attn.q_norm.weight"]}},
@@ -179,9 +181,9 @@ def requests(case: Case, seed: int) -> tuple[list[list[int]], list[Params], list
 
 def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) -> Params:
     """`params` with a decoder."""
-    decoder, wave = draw.choice(decoders), draw.randint(2, 8)
+    decoder, in_flight = draw.choice(decoders), draw.randint(2, 8)
     if decoder != "diffusion":
-        return replace(params, decoder=decoder, wave=wave)
+        return replace(params, decoder=decoder, max_in_flight=in_flight)
     limit: Any = params.num_recurrences
     freeze = draw.choice(("latent-diff", "acceleration", "token-stability", "fixed"))
     diffusion = DiffusionSettings(
@@ -193,7 +195,7 @@ def in_flight(params: Params, decoders: tuple[str, ...], draw: random.Random) ->
         continuous=draw.random() < 0.3,
     )
     depth = {"exit_rule": "fixed", "exit_threshold": None, "min_recurrences": None, "prompt_exit": False, "trace": ()}
-    return replace(params, decoder=decoder, wave=wave, diffusion=diffusion, **depth)
+    return replace(params, decoder=decoder, max_in_flight=in_flight, diffusion=diffusion, **depth)
 
 
 def alone(oracle: Oracle, prompt: list[int], params: Params) -> Answer:
@@ -201,7 +203,7 @@ def alone(oracle: Oracle, prompt: list[int], params: Params) -> Answer:
         got = generate(oracle.model, prompt, 4, params.max_tokens)
         return Answer(tokens=got.tokens, margin=got.gap)
     return (
-        oracle.diffuse(prompt, params, params.wave)
+        oracle.diffuse(prompt, params, params.max_in_flight)
         if params.decoder == "diffusion"
         else oracle.generate(prompt, params)
     )
@@ -211,10 +213,10 @@ def sampling(params: Params) -> dict[str, Any]:
     """vLLM's, with the extra arguments that go together."""
     arguments: dict[str, Any] = {"num_recurrences": params.num_recurrences, "decoder": params.decoder}
     if params.decoder != "plain":
-        arguments["wave"] = params.wave
+        arguments["max_in_flight"] = params.max_in_flight
     if params.decoder == "diffusion":
         arguments["diffusion"] = asdict(params.diffusion)
-        del arguments["diffusion"]["wave"]
+        del arguments["diffusion"]["max_in_flight"]
     elif params.trace:
         arguments["trace"] = list(params.trace)
     else:
@@ -270,7 +272,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         wanted[name] = [alone(oracle, p, q) for p, q in zip(prompts, params, strict=True)], times
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
-        task = {"folder": str(folder / name), "engine": case.engine, "lanes": {"ticks": 8, **case.lanes}}
+        task = {"folder": str(folder / name), "engine": case.engine, "lanes": {"passes_per_step": 8, **case.lanes}}
         task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
         work.setdefault(case.program, {})[name] = task
     return {

@@ -25,7 +25,7 @@ def test_a_default_min_recurrences_above_the_requests_depth(tmp_path):
     folder, prompt = tmp_path / "tiny", prompts()[1]
     exit = {"rule": "latent-diff", "threshold": 10.0, "min_recurrences": 4}
     save(folder, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=4, exit=exit)
-    engine = Engine(folder, rows=1, length=64, dtype="float32")
+    engine = Engine(folder, max_num_seqs=1, max_model_len=64, dtype="float32")
     with serving(folder) as server:
 
         def post(**fields) -> dict:
