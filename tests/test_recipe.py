@@ -149,7 +149,8 @@ WITH_EFFECT = {
         router.gate router.network router.auxiliary router.kv router.inference injection recurrence_norm
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
         kv_policy dtype revision seed""",
-    "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature max_num_seqs max_model_len dtype
+    "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature
+        max_num_seqs max_model_len dtype
         repetition_penalty presence_penalty frequency_penalty
         details""",
 }

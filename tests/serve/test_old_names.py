@@ -110,7 +110,9 @@ DOORS = {
         ).request,
     ),
     "body": Door(("wave",), "request field", lambda tiny, tmp_path, v: take_fields({"prompt": "a", **v}), FieldError),
-    "vllm_xargs": Door(("wave",), "request field", lambda tiny, tmp_path, v: take_fields({"vllm_xargs": v}), FieldError),
+    "vllm_xargs": Door(
+        ("wave",), "request field", lambda tiny, tmp_path, v: take_fields({"vllm_xargs": v}), FieldError
+    ),
 }  # fmt: skip
 CASES = [(door, old) for door, of in DOORS.items() for old in of.names]
 

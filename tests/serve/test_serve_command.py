@@ -371,7 +371,7 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
         "--optimization-level 3": "the lane engine compiles and records its own passes",
         "-ac.flash_attn_version 2": "--attention-config.flash-attn-version 2 does not fit",
         '--hf-overrides {"kv_policy":"single"}': "--hf-overrides kv_policy: it replaces num_recurrences and",
-        '--additional-config {"loopwise_lanes":{"passes_per_step":2}}': "--additional-config loopwise_lanes: the keys of",
+        '--additional-config {"loopwise_lanes":{"max_lanes":2}}': "--additional-config loopwise_lanes: the keys of",
         "--kv-cache-memory-bytes 2000000": "at max_recurrences=8, and the cache has 1.91 MiB; choose '-- "
         "--max-model-len 256', or max_recurrences=4, or VLLM_CPU_KVCACHE_SPACE=1",
     }
