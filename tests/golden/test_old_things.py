@@ -358,8 +358,7 @@ def test_the_offline_engine_gives_the_same_answers(old):
 @pytest.mark.xdist_group("vllm")
 def test_a_server_gives_the_same_answers(old):
     """vLLM's server, in float32. Tokens of a diffusion depend on which steps the server runs together."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "serve"))
-    from serving import serving  # pyright: ignore[reportMissingImports]
+    from tests.helpers.serving import serving
 
     vocabulary = json.loads((old / "retrofit/tokenizer.json").read_text())["model"]["vocab"]
     characters = {number: text for text, number in vocabulary.items() if number}  # 0 ends a text

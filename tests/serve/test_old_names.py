@@ -63,7 +63,7 @@ def from_file(model: type[Section], verb: str, tmp_path, values: dict[str, Any])
     return load_recipe(model, verb, str(tmp_path / "recipe.yaml"), [])
 
 
-def from_settings(model: type[Section], verb: str, values: dict[str, Any]) -> Section:
+def from_settings(model: type[Section], verb: str, values: dict[str, Any]) -> Any:
     return load_recipe(model, verb, None, [f"{name}={value}" for name, value in values.items()])
 
 

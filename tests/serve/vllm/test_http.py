@@ -222,6 +222,24 @@ def test_bad_depth_fields_are_400_and_named(server, path, place, field, value, s
     assert said in error["message"]
 
 
+def test_an_old_field_is_taken_and_warned_of_once(server):
+    """In a server's log, too, however many requests have it."""
+
+    def ask(body: dict) -> dict:
+        text = json.dumps({**GREEDY, "prompt": "a", "decoder": "wave", **body}).encode()
+        request = urllib.request.Request(server.url + "/v1/completions", text, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    assert all(ask(body)["usage"]["passes"] for body in ({"wave": 4}, {"vllm_xargs": {"wave": 4}}, {"wave": 2}))
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask({"wave": 4, "max_in_flight": 4})
+    error = json.load(caught.value)["error"]
+    assert (caught.value.code, error["param"]) == (400, "max_in_flight")
+    assert "'wave' and 'max_in_flight' are two names of one value" in error["message"]
+    warned = [line for line in server.log.read_text().splitlines() if "deprecated since loopwise" in line]
+    assert warned == ["loopwise: warning: request field 'wave' is deprecated since loopwise 0.2.0: use 'max_in_flight'"]
+
+
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"])
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
 def test_other_routes_take_the_fields_too(server, path, place):
