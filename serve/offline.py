@@ -81,10 +81,10 @@ class Engine:
         cuda_graphs: bool = True,
         tell: Callable[[str], Any] = warnings.warn,
     ):
-        coda_wait = read_auto(coda_wait)
+        wait: int | None = read_auto(coda_wait)
         _check_least(1, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_recurrences=max_recurrences)
         _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
-        _check_least(0, max_lanes=max_lanes, coda_wait=coda_wait)
+        _check_least(0, max_lanes=max_lanes, coda_wait=wait)
         self.tokenizer = None
         self.tell, self.told = tell, set[str]()
         said: dict[str, Any] | None = None
@@ -137,7 +137,7 @@ class Engine:
                 max_num_batched_tokens=max(max_num_batched_tokens, room if policy.overwrites else 0),
                 passes_per_step=passes_per_step,
                 max_lanes=max_lanes,
-                coda_wait=coda_wait or 0,
+                coda_wait=wait or 0,
                 max_in_flight=max_in_flight,
                 compile=compile,
             )
@@ -150,7 +150,7 @@ class Engine:
                 self._record(on_cuda(like.device))
             if compile:
                 self.loop.warm_up()
-            if coda_wait is AUTO:
+            if wait is AUTO:
                 self.loop.schedule.costs = self.loop.measure()
         self.max_num_seqs, self.max_model_len = max_num_seqs, room
         self.max_num_batched_tokens = max_num_batched_tokens

@@ -87,8 +87,8 @@ def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, A
                 value, new = place.pop(name), OLD_FIELDS.get(name, name)
                 if value is None:
                     continue
-                if spelled.setdefault(new, name) != name:
-                    raise FieldError(new, two_names(*sorted((name, spelled[new]), key=FIELDS.__contains__), KIND))
+                if (first := spelled.setdefault(new, name)) != name:
+                    raise FieldError(new, two_names(first if name == new else name, new, KIND))
                 other = values.setdefault(new, value)
                 unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
                 if other is not value and (other != value or unlike):

@@ -339,7 +339,7 @@ def test_the_offline_engine_gives_the_same_answers(old):
     """By keywords of the engine and of its parameters that are named as then."""
     from loopwise.serve import DiffusionSettings, Engine, Params
 
-    engine = Engine("retrofit", rows=2, length=48, wave=8)
+    engine = Engine("retrofit", rows=2, length=48, wave=8)  # pyright: ignore[reportCallIssue]
     for name, meaning in MEANINGS.items():
         if "refused" in meaning:
             continue
