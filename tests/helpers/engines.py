@@ -82,7 +82,15 @@ def check(model: Any, policy: str, prompts: list, params: list[Params], **option
     """
     oracle = Oracle(model, policy)
     want = [oracle.generate(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    engine = Engine(model, rows=5, length=100, kv_policy=policy, ticks=3, prompt_lanes=40, **options)
+    engine = Engine(
+        model,
+        max_num_seqs=5,
+        max_model_len=100,
+        kv_policy=policy,
+        passes_per_step=3,
+        max_num_batched_tokens=40,
+        **options,
+    )
     got = engine.generate(prompts, params)
     clear = [n for n, answer in enumerate(want) if answer.margin > NEAR]
     assert len(clear) >= 0.9 * len(want)

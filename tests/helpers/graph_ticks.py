@@ -38,7 +38,10 @@ def compare_ticks(
 
     Returns the engine with graph ticks.
     """
-    made = [Engine(make(), cuda_graphs=False, **{"rows": 5, "length": 100, "ticks": 7, **options}) for _ in range(2)]
+    made = [
+        Engine(make(), cuda_graphs=False, **{"max_num_seqs": 5, "max_model_len": 100, "passes_per_step": 7, **options})
+        for _ in range(2)
+    ]
     with torch.inference_mode():
         made[1]._record(recorder())
         made[1].loop.warm_up()

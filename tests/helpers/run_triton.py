@@ -142,12 +142,12 @@ def test_half_precision_rounds_weights_and_outputs_alone(alone):
 def test_the_engine_generates_the_same_tokens(model_type, policy, decoder, monkeypatch):
     """Models with windows, sinks or softcap; rows exit early, and a request has several lanes."""
     prompts, params = requests(14, 4, policy, ["fixed", "latent-diff"], depth=3)
-    params = [replace(p, max_tokens=min(p.max_tokens, 3), decoder=decoder, wave=2) for p in params]
+    params = [replace(p, max_tokens=min(p.max_tokens, 3), decoder=decoder, max_in_flight=2) for p in params]
     answers = []
     for backend in (TorchAttention, TritonAttention):
         monkeypatch.setattr(offline, "attention_for", lambda device, backend=backend: backend)
         model = build(model_type, injection="none" if model_type == "gpt_oss" else "linear")
-        engine = Engine(model, rows=2, length=60, kv_policy=policy, ticks=3, wave=2)
+        engine = Engine(model, max_num_seqs=2, max_model_len=60, kv_policy=policy, passes_per_step=3, max_in_flight=2)
         assert isinstance(engine.loop.forward.attention, backend)
         answers.append([(c.tokens, c.depths, c.passes) for c in engine.generate(prompts, params)])
     assert answers[0] == answers[1]
@@ -194,7 +194,7 @@ def test_recorded_graphs_never_wait_and_give_the_same_tokens(kind, policy, lora,
         monkeypatch.setattr(triton_attention, name, RecordedKernel(kernel, launched))
     answers, replays = [], 0
     for graphs in (False, True):
-        engine = Engine(build(**fields), rows=3, length=60, kv_policy=policy, ticks=3)
+        engine = Engine(build(**fields), max_num_seqs=3, max_model_len=60, kv_policy=policy, passes_per_step=3)
 
         def record(function: Any) -> Any:
             first: list[Any] = []

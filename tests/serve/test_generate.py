@@ -40,7 +40,18 @@ def test_text_and_details(model, capsys, monkeypatch):
     assert two[0] == one
     assert two[1]["prompt"] == "def f(x):"
     assert (
-        main(["generate", str(model), "prompt=the cat", "max_tokens=6", "decoder=wave", "wave=3", "details=true"]) == 0
+        main(
+            [
+                "generate",
+                str(model),
+                "prompt=the cat",
+                "max_tokens=6",
+                "decoder=wave",
+                "max_in_flight=3",
+                "details=true",
+            ]
+        )
+        == 0
     )
     wave = lines(capsys)[0]
     assert (wave["tokens"], wave["depths"]) == (one["tokens"], one["depths"])
@@ -58,7 +69,7 @@ def test_text_and_details(model, capsys, monkeypatch):
         (["decoder=wave", "kv_policy=single"], "kv_policy=single does not keep"),
         (["prompt="], "a prompt is empty"),
         (["temperature=-1"], "temperature"),
-        (["lenght=3"], "length"),
+        (["max_model_length=3"], "max_model_len"),
     ],
 )
 def test_bad_input_is_one_line(model, capsys, keys, told):

@@ -31,7 +31,7 @@ from tests.helpers.tiny import VOCAB
         ({"seed": 1.0}, "seed=1.0: an integer"),
         ({"trace": (1, "2")}, "trace: '2' in it is no integer"),
         ({"stop_token_ids": tuple(range(17))}, "stop_token_ids: 17 tokens that stop"),
-        ({"decoder": "wave"}, "wave=8: the engine was started with wave=1"),
+        ({"decoder": "wave"}, "max_in_flight=8: the engine was started with max_in_flight=1"),
         ({"decoder": "diffusion", "exit_rule": "cosine"}, "exit_rule='cosine': decoder='diffusion' freezes"),
         ({"decoder": "diffusion", "exit_threshold": 0.0}, "exit_threshold=0.0: decoder='diffusion' freezes"),
         ({"decoder": "diffusion", "prompt_exit": True}, "prompt_exit=True: decoder='diffusion' freezes"),
@@ -39,11 +39,11 @@ from tests.helpers.tiny import VOCAB
 )
 def test_params_out_of_range_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
-        Engine(build(), rows=1, length=50).generate([[5]], Params(**wrong))
+        Engine(build(), max_num_seqs=1, max_model_len=50).generate([[5]], Params(**wrong))
 
 
 def test_thresholds_and_traces_beyond_all_bounds():
-    engine = Engine(build(), rows=1, length=50)
+    engine = Engine(build(), max_num_seqs=1, max_model_len=50)
     with pytest.raises(UserError, match="exit_threshold=1e\\+300: a finite number"):
         engine.generate([[5]], Params(3, 4, exit_rule="kl", exit_threshold=1e300))
     assert engine.generate([[5]], Params(3, 4, ignore_eos=True, trace=(2,) * 9999))[0].depths == [2, 2, 2]
@@ -52,16 +52,18 @@ def test_thresholds_and_traces_beyond_all_bounds():
 @pytest.mark.parametrize(("prompts", "params"), [("hello", None), ([["a"]], None), ([5], None), ([[5]], {"seed": 1})])
 def test_prompts_and_params_of_other_types_are_refused(prompts, params):
     with pytest.raises(UserError, match=r"prompts='hello': a list|a prompt .* or a list of token ids|is no Params"):
-        Engine(build(), rows=1, length=50).generate(prompts, params)
+        Engine(build(), max_num_seqs=1, max_model_len=50).generate(prompts, params)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_tokens_that_the_model_lacks_are_refused(token):
     with pytest.raises(UserError, match=f"token id {token} in a prompt: the model has 0 to {VOCAB - 1}"):
-        Engine(build(), rows=1, length=50).generate([[5], [5, token]])
+        Engine(build(), max_num_seqs=1, max_model_len=50).generate([[5], [5, token]])
 
 
-@pytest.mark.parametrize("name", ["rows", "length", "ticks", "max_recurrences", "prompt_lanes"])
+@pytest.mark.parametrize(
+    "name", ["max_num_seqs", "max_model_len", "passes_per_step", "max_recurrences", "max_num_batched_tokens"]
+)
 def test_settings_out_of_range_are_refused(name):
     wrong: dict[str, Any] = {name: 0}
     with pytest.raises(UserError, match=f"{name}=0: an integer of 1 or more"):
@@ -69,12 +71,12 @@ def test_settings_out_of_range_are_refused(name):
 
 
 def test_a_width_below_a_request_is_refused():
-    with pytest.raises(UserError, match="width=1: kv_policy=per-depth has up to"):
-        Engine(build(), width=1, kv_policy="per-depth")
+    with pytest.raises(UserError, match="max_lanes=1: kv_policy=per-depth has up to"):
+        Engine(build(), max_lanes=1, kv_policy="per-depth")
 
 
 def test_finish_reasons():
-    engine = Engine(build(), rows=2, length=20)
+    engine = Engine(build(), max_num_seqs=2, max_model_len=20)
     long, short = engine.generate([[5, 6]] * 2, [Params(99, ignore_eos=True), Params(3, ignore_eos=True)])
     assert [(len(long.tokens), long.finish_reason), (len(short.tokens), short.finish_reason)] == [
         (19, "length"),
@@ -83,14 +85,23 @@ def test_finish_reasons():
     (stopped,) = engine.generate([[5, 6]], Params(99, ignore_eos=True, stop_token_ids=(long.tokens[4],)))
     assert (stopped.tokens, stopped.finish_reason) == (long.tokens[: long.tokens.index(long.tokens[4]) + 1], "stop")
     many = build().config.max_position_embeddings
-    assert Engine(build(), rows=1, length=many).length == Engine(build(), rows=1).length == min(many, 1024)
-    with pytest.raises(UserError, match=f"length={many + 1}: this model has {many} positions"):
-        Engine(build(), rows=1, length=many + 1)
+    assert (
+        Engine(build(), max_num_seqs=1, max_model_len=many).max_model_len
+        == Engine(build(), max_num_seqs=1).max_model_len
+        == min(many, 1024)
+    )
+    with pytest.raises(UserError, match=f"max_model_len={many + 1}: this model has {many} positions"):
+        Engine(build(), max_num_seqs=1, max_model_len=many + 1)
 
 
 def test_an_interrupted_call_leaves_nothing():
-    engine = Engine(build(), rows=2, length=60, ticks=4, wave=3, kv_policy="last-exited")
-    prompts, params = [[5] * 30, [6, 7]], Params(20, 4, ignore_eos=True, decoder="wave", wave=3, temperature=1.0)
+    engine = Engine(
+        build(), max_num_seqs=2, max_model_len=60, passes_per_step=4, max_in_flight=3, kv_policy="last-exited"
+    )
+    prompts, params = (
+        [[5] * 30, [6, 7]],
+        Params(20, 4, ignore_eos=True, decoder="wave", max_in_flight=3, temperature=1.0),
+    )
     want = engine.generate(prompts, params)
     step, calls = engine.loop.step, []
 

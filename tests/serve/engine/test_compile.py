@@ -11,7 +11,7 @@ from tests.helpers.engines import build, check, requests
 
 @pytest.mark.parametrize(("policy", "width"), [("per-depth", 8), ("single", 3)])
 def test_a_compiled_tick_narrower_than_the_lanes(policy, width):
-    check(build(), policy, *requests(7, 16, policy, ["fixed", "latent-diff"]), compile=True, width=width)
+    check(build(), policy, *requests(7, 16, policy, ["fixed", "latent-diff"]), compile=True, max_lanes=width)
 
 
 def test_a_call_with_autograd_on_is_refused():

@@ -8,14 +8,16 @@ from tests.helpers.engines import build
 
 
 def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
-    engine = Engine(build(), rows=8, length=64, wave=4)
+    engine = Engine(build(), max_num_seqs=8, max_model_len=64, max_in_flight=4)
     times = iter([0.7, 0.3, 0.6, 0.4, 0.7, 0.4, 0.8, 0.5, 0.9, 0.59, 1.0, 0.6, 1.0, 0.6])
     costs = engine.loop.measure(lambda seconds: seconds * 0 + next(times))
     assert costs.knee() == 6
     assert costs.passes == {1: 0.7, 2: 0.6, 3: 0.7, 4: 0.8, 6: 0.9, 8: 1.0}
     assert engine.loop.measure(lambda seconds: seconds * 0 + 1.0).knee() == 32
     params = Params(6, 4, ignore_eos=True)
-    assert engine.generate([[5, 6]], params) == Engine(build(), rows=1, length=64).generate([[5, 6]], params)
+    assert engine.generate([[5, 6]], params) == Engine(build(), max_num_seqs=1, max_model_len=64).generate(
+        [[5, 6]], params
+    )
 
 
 def test_exits_wait_as_long_as_costs_the_least():

@@ -34,7 +34,7 @@ def test_logits_of_many_lanes_are_read_in_chunks(policy, rules, monkeypatch):
     prompts, params = requests(5, 12, policy, rules)
     params = [replace(p, prompt_exit=policy != "per-depth") for p in params]
     check(model, policy, prompts, params)
-    engine = Engine(model, rows=12, length=100, kv_policy=policy)
+    engine = Engine(model, max_num_seqs=12, max_model_len=100, kv_policy=policy)
     for rule in ("argmax-stability", "kl"):
         assert not len(engine.loop.rules.by_logits.log_p)
         engine.generate(prompts, [replace(p, exit_rule=rule, exit_threshold=None, prompt_exit=False) for p in params])
@@ -60,7 +60,7 @@ def test_prompts_that_exit_are_the_same_in_chunks():
 
             def engine(policy: str, lanes: int, coda: list[int] = coda) -> Engine:
                 model = build(coda=coda)
-                return Engine(model, rows=2, length=80, kv_policy=policy, prompt_lanes=lanes)
+                return Engine(model, max_num_seqs=2, max_model_len=80, kv_policy=policy, max_num_batched_tokens=lanes)
 
             params = Params(6, 4, exit_rule=rule, exit_threshold=threshold, prompt_exit=True, ignore_eos=True)
             engines = [engine("last-exited", lanes) for lanes in (16, 200)]

@@ -20,7 +20,7 @@ KINDS = {**MODELS, "gated": GATED}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["last-exited", "single", "first", "modulo-2"])
-@pytest.mark.parametrize("options", [{}, {"width": 2, "coda_wait": 2, "wave": 3}])
+@pytest.mark.parametrize("options", [{}, {"max_lanes": 2, "coda_wait": 2, "max_in_flight": 3}])
 def test_policies_and_exit_rules(policy, kind, options):
     rules = ["fixed", "latent-diff", "cosine", *(["gate"] if kind == "gated" else [])]
     prompts, params = requests(31, 14, policy, rules)
@@ -32,9 +32,9 @@ def test_sampling_stop_tokens_and_waves_beside_them():
     prompts, params = requests(32, 16, "last-exited", ["fixed", "latent-diff"])
     for n, p in enumerate(params):
         params[n] = replace(p, temperature=n % 3 / 2, top_k=n % 5, top_p=0.9, seed=n, stop_token_ids=tuple(range(9)))
-    params[7] = replace(params[7], decoder="wave", wave=3, max_tokens=6)
+    params[7] = replace(params[7], decoder="wave", max_in_flight=3, max_tokens=6)
     params[9] = replace(params[9], exit_rule="kl", exit_threshold=0.3, prompt_exit=False, trace=(), max_tokens=6)
-    compare_ticks(build, prompts, params, wave=3, kv_policy="last-exited")
+    compare_ticks(build, prompts, params, max_in_flight=3, kv_policy="last-exited")
 
 
 def test_compiled():
@@ -48,7 +48,7 @@ def test_read_outs_wait_by_the_costs(width):
     draw = random.Random(34)
     prompts = [[draw.randrange(3, 50) for _ in range(5)] for _ in range(12)]
     params = [Params(12, 4, ignore_eos=True, trace=(4,) * 5 + tuple(draw.choices(range(1, 5), k=12))) for _ in prompts]
-    engine = compare_ticks(build, prompts, params, costs, rows=6, width=width, kv_policy="last-exited")
+    engine = compare_ticks(build, prompts, params, costs, max_num_seqs=6, max_lanes=width, kv_policy="last-exited")
     reads = sum(engine.loop.counts.reads.values())
     assert reads < 0.7 * sum(engine.loop.counts.passes.values())
 
@@ -64,7 +64,7 @@ def recorded(**options: Any) -> Engine:
 def test_full_depth_reads_out_once_a_token():
     """Two passes run without lanes: they start before the host knows that the last request has ended. No other pass
     or read-out is wasted."""
-    engine = recorded(rows=4, length=60, ticks=100)
+    engine = recorded(max_num_seqs=4, max_model_len=60, passes_per_step=100)
     engine.generate([[5, 6, 7]] * 4, Params(21, 4, ignore_eos=True))
     counts = engine.loop.counts
     assert counts.passes == {12: 4, 4: 80, 0: 2}
@@ -72,14 +72,14 @@ def test_full_depth_reads_out_once_a_token():
 
 
 def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():
-    engine = recorded(rows=8, length=60, ticks=1)
+    engine = recorded(max_num_seqs=8, max_model_len=60, passes_per_step=1)
     costs = engine.loop.measure()
     assert set(costs.passes) == set(costs.reads) == {1, 2, 3, 4, 6, 8}
     assert not engine.loop.state.requests.count.any()
 
 
 def test_a_step_ends_with_a_request_whose_row_others_wait_for():
-    engine = recorded(rows=2, length=80, ticks=64)
+    engine = recorded(max_num_seqs=2, max_model_len=80, passes_per_step=64)
     steps: list[int] = []
     step = engine.loop.step
     engine.loop.step = lambda live: (step(live), steps.append(sum(engine.loop.counts.passes.values())))[0]
@@ -91,7 +91,7 @@ def test_a_step_ends_with_a_request_whose_row_others_wait_for():
 
 def test_exits_wait_no_longer_over_several_steps_than_in_one():
     """Passes have at most the width that was set."""
-    engine = recorded(rows=5, length=80, ticks=1, width=3, coda_wait=2)
+    engine = recorded(max_num_seqs=5, max_model_len=80, passes_per_step=1, max_lanes=3, coda_wait=2)
     trace = [(4,) * 3 + (depth,) * 9 for depth in (1, 4, 4, 4, 4)]
     done = engine.generate([[5, 6, 7]] * 5, [Params(9, 4, ignore_eos=True, trace=one) for one in trace])
     assert max(n for n in engine.loop.counts.passes if n < 9) == 3

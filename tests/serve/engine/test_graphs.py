@@ -25,7 +25,7 @@ def random_numbers(seed: int) -> torch.Generator:
 
 def engine(model: Any, most: int | None, **options: Any) -> Engine:
     """An engine with graphs of up to `most` rows, or without graphs for None. Its caches hold random values."""
-    made = Engine(model, rows=5, length=100, ticks=3, cuda_graphs=False, **options)
+    made = Engine(model, max_num_seqs=5, max_model_len=100, passes_per_step=3, cuda_graphs=False, **options)
     with torch.inference_mode():
         generator = random_numbers(0)
         for cache in caches(made):
@@ -86,18 +86,18 @@ def test_waves_and_diffusion_beside_plain_requests(policy):
     prompts, params = requests(22, 9, policy, ["fixed", "latent-diff"])
     params = [replace(p, max_tokens=9) for p in params]
     for n in range(0, 9, 3):
-        params[n] = replace(params[n], decoder="wave", wave=5)
+        params[n] = replace(params[n], decoder="wave", max_in_flight=5)
         params[n + 1] = Params(
             9, 4, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.5)
         )
-    compare(model, prompts, params, wide=False, kv_policy=policy, wave=6, width=13)
+    compare(model, prompts, params, wide=False, kv_policy=policy, max_in_flight=6, max_lanes=13)
 
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
 def test_routed_models(kind):
     draw = random.Random(23)
     prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4, 9)))] for _ in range(7)]
-    compare(lambda: build_routed(kind), prompts, Params(10, ignore_eos=True), prompt_lanes=20)
+    compare(lambda: build_routed(kind), prompts, Params(10, ignore_eos=True), max_num_batched_tokens=20)
 
 
 def test_passes_beyond_the_most_run_without():

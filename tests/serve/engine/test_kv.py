@@ -26,5 +26,5 @@ def test_transformers_generate_follows_the_policy(policy):
     ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     want = model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
-    got = Engine(model, rows=3, length=100).generate(prompts, Params(10, ignore_eos=True))
+    got = Engine(model, max_num_seqs=3, max_model_len=100).generate(prompts, Params(10, ignore_eos=True))
     assert [c.tokens for c in got] == want

@@ -16,7 +16,7 @@ from tests.helpers.engines import NEAR, build, check, requests
 from tests.helpers.oracle import Oracle
 
 
-@pytest.mark.parametrize("options", [{"width": 8}, {"coda_wait": 4}, {"width": 8, "coda_wait": 3}])
+@pytest.mark.parametrize("options", [{"max_lanes": 8}, {"coda_wait": 4}, {"max_lanes": 8, "coda_wait": 3}])
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
 def test_limits_of_a_pass_change_nothing(policy, options):
     check(build(), policy, *requests(6, 16, policy, ["fixed", "latent-diff"]), **options)
@@ -24,7 +24,9 @@ def test_limits_of_a_pass_change_nothing(policy, options):
 
 def test_a_request_for_no_tokens_gets_none():
     """A request for 0 tokens returns none beside running ones, also with a prompt longer than `prompt_lanes`."""
-    engine = Engine(build(), rows=3, length=60, ticks=4, kv_policy="last-exited", prompt_lanes=8)
+    engine = Engine(
+        build(), max_num_seqs=3, max_model_len=60, passes_per_step=4, kv_policy="last-exited", max_num_batched_tokens=8
+    )
     params = [Params(tokens, 4, ignore_eos=True) for tokens in (30, 0, 0)]
     got = engine.generate([[5, 6], [7] * 3, [5] * 30], params)
     assert [len(done.tokens) for done in got] == [30, 0, 0]
@@ -33,7 +35,9 @@ def test_a_request_for_no_tokens_gets_none():
 @pytest.mark.parametrize("graph_tick", [False, True])
 def test_a_step_ends_when_somebody_waits(graph_tick):
     """A step ends early for a waiting request, or with a request whose row is wanted. Tokens stay the same."""
-    engine = Engine(build(), rows=6, length=100, ticks=40, kv_policy="last-exited", cuda_graphs=False)
+    engine = Engine(
+        build(), max_num_seqs=6, max_model_len=100, passes_per_step=40, kv_policy="last-exited", cuda_graphs=False
+    )
     if graph_tick:
         with torch.inference_mode():
             engine._record(lambda run: run)
@@ -63,7 +67,7 @@ def test_a_step_ends_when_somebody_waits(graph_tick):
     assert len(steps) > 4
     engine.loop.somebody_waits, params[0] = None, replace(params[0], max_tokens=2)
     steps.clear()
-    engine.rows, engine.loop.eager = 2, False
+    engine.max_num_seqs, engine.loop.eager = 2, False
     short = engine.generate(prompts[:3], params[:3])  # the third waits for the row of the first
     assert short[1:] == want[1:3]
     assert steps[0] < 20
@@ -77,7 +81,7 @@ def test_a_preempted_request_continues_after_its_blocks_were_reused(rule):
     some = {"max_tokens": 20, "num_recurrences": 4, "min_recurrences": 1, "ignore_eos": True}
     params, oracle = [replace(asked, **some) for asked in params], Oracle(model, "last-exited")
     wanted = [oracle.generate(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
-    engine = Engine(model, rows=1, length=100, kv_policy="last-exited", ticks=3)
+    engine = Engine(model, max_num_seqs=1, max_model_len=100, kv_policy="last-exited", passes_per_step=3)
     loop, row, preempted = engine.loop, torch.zeros(1, dtype=torch.long), 0
     caches: Any = vars(loop.forward.attention)["caches"]
     for prompt, asked, want in zip(prompts, params, wanted, strict=True):

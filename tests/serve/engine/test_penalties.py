@@ -45,7 +45,7 @@ def test_repetition_is_as_in_transformers_generate(penalty):
         ]
         for p in (penalty, 1.0)
     )
-    engine = Engine(model, rows=3, length=100, ticks=5)
+    engine = Engine(model, max_num_seqs=3, max_model_len=100, passes_per_step=5)
     got = engine.generate(prompts, Params(20, ignore_eos=True, repetition_penalty=penalty))
     assert [done.tokens for done in got] == want
     assert sum(a != b for a, b in zip(want, free, strict=True)) >= 4
@@ -60,8 +60,12 @@ def test_every_request_has_its_own_at_its_own_depth(policy, wave):
     params = penalised([replace(p, max_tokens=20) for p in params])
     oracle = Oracle(model)
     wanted = [oracle.generate(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    decoded = [replace(p, decoder="wave", wave=n % wave + 1) for n, p in enumerate(params)] if wave > 1 else params
-    got = Engine(model, rows=5, length=100, ticks=3, wave=wave).generate(prompts, decoded)
+    decoded = (
+        [replace(p, decoder="wave", max_in_flight=n % wave + 1) for n, p in enumerate(params)] if wave > 1 else params
+    )
+    got = Engine(model, max_num_seqs=5, max_model_len=100, passes_per_step=3, max_in_flight=wave).generate(
+        prompts, decoded
+    )
     clear = [n for n, answer in enumerate(wanted) if answer.margin > NEAR]
     assert len(clear) >= 22
     assert [(got[n].tokens, got[n].depths) for n in clear] == [(wanted[n].tokens, wanted[n].depths) for n in clear]
@@ -76,7 +80,7 @@ def test_ticks_of_a_fixed_width_have_them_too():
 def test_they_come_before_temperature_and_cuts():
     model = build()
     free = Params(12, ignore_eos=True, temperature=0.8, top_k=1, seed=3)  # top_k=1: the likeliest token
-    engine = Engine(model, rows=2, length=100)
+    engine = Engine(model, max_num_seqs=2, max_model_len=100)
     drawn, greedy = (
         engine.generate([[5, 6, 7]], replace(free, temperature=t, repetition_penalty=1.5)) for t in (0.8, 0.0)
     )
@@ -104,7 +108,7 @@ def test_the_arithmetic_is_that_of_vllm():
 
 
 def test_penalties_cost_nothing_without_a_request_that_has_one(monkeypatch):
-    engine = Engine(build(), rows=2, length=100)
+    engine = Engine(build(), max_num_seqs=2, max_model_len=100)
 
     def fail(*args: Any) -> Any:
         raise AssertionError("penalties without a request that has one")
@@ -123,9 +127,9 @@ def test_penalties_cost_nothing_without_a_request_that_has_one(monkeypatch):
 
 
 def test_a_diffusion_has_none():
-    engine = Engine(build(), rows=1, length=50, wave=4)
+    engine = Engine(build(), max_num_seqs=1, max_model_len=50, max_in_flight=4)
     with pytest.raises(UserError, match="a penalty needs the tokens before, which decoder 'diffusion' still changes"):
-        engine.generate([[5]], Params(3, decoder="diffusion", wave=4, frequency_penalty=0.5))
+        engine.generate([[5]], Params(3, decoder="diffusion", max_in_flight=4, frequency_penalty=0.5))
 
 
 def test_the_file_and_the_keys_of_the_command(capsys, tmp_path):

@@ -16,7 +16,15 @@ def test_exits_of_one_depth_meet():
 
     def run(wait: int) -> tuple[list, int, int]:
         """Start a prompt in each of the first steps, of 8 ticks. Returns tokens, read-outs and passes."""
-        engine = Engine(build(), rows=3, length=64, max_recurrences=6, ticks=8, prompt_lanes=4, coda_wait=wait)
+        engine = Engine(
+            build(),
+            max_num_seqs=3,
+            max_model_len=64,
+            max_recurrences=6,
+            passes_per_step=8,
+            max_num_batched_tokens=4,
+            coda_wait=wait,
+        )
         done = engine.generate(prompts, params)
         return [c.tokens for c in done], engine.loop.counts.reads.total(), engine.loop.counts.passes.total()
 
@@ -34,7 +42,9 @@ def test_exits_wait_while_passes_are_full_without_them():
     params = [Params(30, 4, ignore_eos=True, trace=tuple(draw.randint(1, 4) for _ in range(40))) for _ in prompts]
 
     def run(width: int, measured: bool) -> tuple[list, Counter[int], Counter[int]]:
-        engine = Engine(build(), rows=8, length=64, kv_policy="last-exited", ticks=50, width=width)
+        engine = Engine(
+            build(), max_num_seqs=8, max_model_len=64, kv_policy="last-exited", passes_per_step=50, max_lanes=width
+        )
         if measured:
             engine.loop.schedule.costs = Costs({1: 1.0, 8: 1.0}, {1: 0.0, 8: 0.0})  # read-outs are free
         done = engine.generate(prompts, params)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("policy", ["single", "modulo-2"])
 def test_freezes_the_authors_tokens(folder, policy):
     model: Any = RecurrentDepthForCausalLM.from_pretrained(folder, state_init="zeros")
-    engine = Engine(model, rows=16, length=100, kv_policy=policy, max_recurrences=64, wave=128)
+    engine = Engine(model, max_num_seqs=16, max_model_len=100, kv_policy=policy, max_recurrences=64, max_in_flight=128)
     cases = [case for case in CASES if case["kv_policy"] == policy]
     knobs = ("inner", "threshold", "ema", "continuous")
     params = [
@@ -44,7 +44,7 @@ def test_freezes_the_authors_tokens(folder, policy):
             num_recurrences=64,
             ignore_eos=True,
             decoder="diffusion",
-            wave=case["wave"],
+            max_in_flight=case["wave"],
             diffusion=DiffusionSettings(**{name: case[name] for name in knobs}),
         )
         for case in cases

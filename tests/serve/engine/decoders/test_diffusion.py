@@ -51,7 +51,9 @@ def test_a_diffusion_equals_the_oracle_beside_other_requests(policy, shape):
     others = [replace(p, decoder="plain") for p in params]
     plain = [oracle.generate(prompt, p) for prompt, p in zip(prompts, others, strict=True)]
     assert any(tokens != answer.tokens for tokens, answer in zip(want, plain, strict=True))
-    engine = Engine(model, rows=5, length=100, kv_policy=policy, ticks=3, wave=6, width=13)
+    engine = Engine(
+        model, max_num_seqs=5, max_model_len=100, kv_policy=policy, passes_per_step=3, max_in_flight=6, max_lanes=13
+    )
     got = engine.generate(
         [p for p in prompts for _ in "ab"], [p for pair in zip(params, others, strict=True) for p in pair]
     )
@@ -62,7 +64,7 @@ def test_a_diffusion_equals_the_oracle_beside_other_requests(policy, shape):
 
 
 def test_a_step_has_room_for_all_tokens_that_a_diffusion_freezes():
-    engine = Engine(build(), rows=2, length=100, ticks=3, wave=40, kv_policy="single")
+    engine = Engine(build(), max_num_seqs=2, max_model_len=100, passes_per_step=3, max_in_flight=40, kv_policy="single")
     leap = DiffusionSettings(inner=1, headway=20, threshold=1e9)  # every position converges at once
     params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=leap)
     assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 60
@@ -77,7 +79,7 @@ def test_a_step_has_room_for_all_tokens_that_a_diffusion_freezes():
     ],
 )
 def test_a_diffusion_that_makes_no_sense_is_refused(wrong, message):
-    engine = Engine(build(), rows=1, length=50, wave=4)
+    engine = Engine(build(), max_num_seqs=1, max_model_len=50, max_in_flight=4)
     with pytest.raises(UserError, match=message):
         engine.generate([[5]], Params(3, 4, decoder="diffusion", diffusion=DiffusionSettings(**wrong)))
 
@@ -87,7 +89,7 @@ def test_noise_of_a_diffusion_depends_on_its_seed_alone():
     base = Params(
         12, 8, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.3, noise=0.5)
     )
-    engine = Engine(model, rows=3, length=100, kv_policy="single", ticks=3, wave=6)
+    engine = Engine(model, max_num_seqs=3, max_model_len=100, kv_policy="single", passes_per_step=3, max_in_flight=6)
     params = [replace(base, diffusion=replace(base.diffusion, seed=n)) for n in range(4)]
     together = engine.generate([[5, 6, 7]] * 4, params)
     assert [engine.generate([[5, 6, 7]], p)[0].tokens for p in params] == [c.tokens for c in together]
@@ -100,18 +102,18 @@ def test_a_request_that_overflows_leaves_nothing_to_others():
         for name, parameter in model.named_parameters():
             if "injection" in name:
                 parameter.mul_(8)
-    engine = Engine(model, rows=1, length=100, wave=8, kv_policy="last-exited")
+    engine = Engine(model, max_num_seqs=1, max_model_len=100, max_in_flight=8, kv_policy="last-exited")
     prompt, plain = list(range(3, 40)), Params(24, num_recurrences=4, ignore_eos=True)
     want = engine.generate([prompt], plain)
     diverging = DiffusionSettings(inner=3, continuous=True, freeze="acceleration", threshold=0.3)
-    engine.generate([[5, 6, 7]], Params(90, ignore_eos=True, decoder="diffusion", wave=4, diffusion=diverging))
+    engine.generate([[5, 6, 7]], Params(90, ignore_eos=True, decoder="diffusion", max_in_flight=4, diffusion=diverging))
     assert bool(engine.loop.state.requests.saw_nonfinite[0])
     assert engine.generate([prompt], plain) == want
     assert not bool(engine.loop.state.requests.saw_nonfinite[0])
 
 
 def test_a_diffusion_ends_where_positions_do():
-    engine = Engine(build(), rows=1, length=20, wave=4, kv_policy="single")
+    engine = Engine(build(), max_num_seqs=1, max_model_len=20, max_in_flight=4, kv_policy="single")
     params = Params(60, 4, ignore_eos=True, decoder="diffusion", diffusion=DiffusionSettings(inner=2, threshold=0.3))
     assert len(engine.generate([[5, 6, 7]], params)[0].tokens) == 18
     assert torch.isfinite(engine.loop.state.lanes.s).all()

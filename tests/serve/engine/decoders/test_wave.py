@@ -38,10 +38,19 @@ def test_a_wave_is_plain_decoding(seed, model_type, shape):
         more = {"temperature": draw.choice((0.0, 0.7, 1.5)), "top_k": draw.choice((0, 9)), "seed": draw.randrange(99)}
         least = draw.randint(1, limit)
         params.append(Params(draw.randint(1, 16), limit, least, rule, RULES[rule], ignore_eos=True, **more))
-    waves = [replace(p, decoder="wave", wave=draw.randint(2, 7)) for p in params]
+    waves = [replace(p, decoder="wave", max_in_flight=draw.randint(2, 7)) for p in params]
     rows, ticks = draw.randint(1, 6), draw.randint(1, 9)
-    plain = Engine(build(model_type, **shape), rows=4, length=64, kv_policy=policy).generate(prompts, params)
-    engine = Engine(build(model_type, **shape), rows=rows, length=64, kv_policy=policy, ticks=ticks, wave=7)
+    plain = Engine(build(model_type, **shape), max_num_seqs=4, max_model_len=64, kv_policy=policy).generate(
+        prompts, params
+    )
+    engine = Engine(
+        build(model_type, **shape),
+        max_num_seqs=rows,
+        max_model_len=64,
+        kv_policy=policy,
+        passes_per_step=ticks,
+        max_in_flight=7,
+    )
     engine.loop.eager_tick.budget = draw.choice((0, 1, rows, 2 * rows + 1))
     got = engine.generate(prompts, waves)
     assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
@@ -54,9 +63,17 @@ def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     rules = ["fixed", "latent-diff", "cosine", "kl"]
     prompts, params = requests(9, 24, policy, rules)
     params = [replace(p, temperature=temperature, seed=n, max_tokens=20) for n, p in enumerate(params)]
-    waves = [replace(p, decoder="wave", wave=n % 7 + 1) if n % 4 else p for n, p in enumerate(params)]
-    plain = Engine(build(), rows=5, length=100, kv_policy=policy).generate(prompts, params)
-    engine = Engine(build(), rows=5, length=100, kv_policy=policy, ticks=3, wave=7, width=width)
+    waves = [replace(p, decoder="wave", max_in_flight=n % 7 + 1) if n % 4 else p for n, p in enumerate(params)]
+    plain = Engine(build(), max_num_seqs=5, max_model_len=100, kv_policy=policy).generate(prompts, params)
+    engine = Engine(
+        build(),
+        max_num_seqs=5,
+        max_model_len=100,
+        kv_policy=policy,
+        passes_per_step=3,
+        max_in_flight=7,
+        max_lanes=width,
+    )
     got = engine.generate(prompts, waves)
     assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in plain]
     if not width:
@@ -68,14 +85,14 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
     """A wave without free lanes has the passes and read-outs of plain decoding."""
     params = Params(12, 4, ignore_eos=True)
     prompts = [[5 + n, 6, 7] for n in range(4)]
-    engine = Engine(build(), rows=4, length=64, wave=6)
+    engine = Engine(build(), max_num_seqs=4, max_model_len=64, max_in_flight=6)
     plain = engine.generate(prompts, params)
     reads = engine.loop.counts.reads.total()
     engine.loop.eager_tick.budget = 4
-    assert engine.generate(prompts, replace(params, decoder="wave", wave=6)) == plain
+    assert engine.generate(prompts, replace(params, decoder="wave", max_in_flight=6)) == plain
     assert engine.loop.counts.reads.total() == 2 * reads
     engine.loop.eager_tick.budget = 10
-    some = engine.generate(prompts, [replace(params, decoder="wave", wave=6), *[params] * 3])
+    some = engine.generate(prompts, [replace(params, decoder="wave", max_in_flight=6), *[params] * 3])
     assert [c.tokens for c in some] == [c.tokens for c in plain]
     assert some[0].items > plain[0].items  # draft tokens: most are wrong in a random model
     assert [c.passes for c in some[1:]] == [c.passes for c in plain[1:]]

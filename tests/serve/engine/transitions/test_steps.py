@@ -14,7 +14,9 @@ from tests.helpers.engines import build
 @torch.inference_mode()
 def test_rows_take_turns():
     """A pass takes one lane a row, from the row at which the last pass ended; the other lanes come behind."""
-    state = Engine(build(), rows=7, length=50, width=3, wave=4, kv_policy="last-exited").loop.state
+    state = Engine(
+        build(), max_num_seqs=7, max_model_len=50, max_lanes=3, max_in_flight=4, kv_policy="last-exited"
+    ).loop.state
     lanes, live, draw, turn = state.lanes, state.requests.live, random.Random(0), 0
     for _ in range(200):
         lanes.running[: state.num_decode_lanes] = False
