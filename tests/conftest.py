@@ -10,8 +10,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import transformers
+from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.helpers")  # failures inside helpers show both sides, too
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
