@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.repository import ROOT
 
 # A Python of version $VERSION, which `-m venv` copies into the environment beside a pip that notes how it is called.
 # pip fails where its arguments match the extended regular expression $FAIL.

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.cli import main
+from tests.helpers.blocked import without
 from tests.helpers.tiny import ARCHITECTURES, save_source
 
 GOLDEN = Path(__file__).parent / "convert" / "golden"
@@ -37,21 +38,6 @@ METHODS: dict[str, tuple[str, list[str]]] = {  # name -> architecture, settings
 }
 
 STRANGER = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "loopwise":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocked())
-try:
-    import loopwise
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("loopwise can be imported")
-
 import copy, json, pathlib, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,7 +95,11 @@ def ask(root: Path, names: list[str]) -> dict[str, Any]:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(root)], cwd=root, env=env, capture_output=True, text=True
+        [sys.executable, "-I", "-c", without("loopwise", STRANGER), str(root)],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("False")

@@ -26,6 +26,7 @@ from loopwise.deprecated import RECIPE_KEYS
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_fields import FORMAT_VERSION
 from loopwise.recipe import load_recipe
+from tests.helpers.blocked import without
 
 OLD = Path(__file__).parent / "fe1419e"
 CHECKPOINTS = ("recursive", "retrofit", "mor")
@@ -39,14 +40,6 @@ DEFAULTS = {
 }
 # The old commit's own files of the model compute the logits, in a process without loopwise.
 STRANGER = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "loopwise":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocked())
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -97,7 +90,7 @@ def stranger(tmp_path_factory) -> Path:
     save_newer(folder / "retrofit", folder / "newer")
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", STRANGER, *CHECKPOINTS]
+    command = [sys.executable, "-c", without("loopwise", STRANGER), *CHECKPOINTS]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder / "newer.txt").write_text(done.stdout)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import loopwise.model
 from loopwise.model import RecurrentDepthConfig
 from loopwise.model.initial_state import counter_normal
+from tests.helpers.blocked import without
 from tests.helpers.model import GREEDY, build, ids
 from tests.helpers.tiny import VOCAB, source_config
 
@@ -270,13 +271,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_batch():
         torch.testing.assert_close(model(ids(), labels=ids(), num_items_in_batch=52).loss, want * 26 / 52)
 
 
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] == "loopwise":
-            raise ImportError("loopwise is not installed here")
-sys.meta_path.insert(0, Blocked())
+STRANGER = """
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -296,7 +291,7 @@ def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_pa
     torch.save(ids(), tmp_path / "ids.pt")
     paths = [str(tmp_path / name) for name in ("model", "ids.pt", "out.pt", "again")]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", BLOCKED, *paths], env=env, check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", without("loopwise", STRANGER), *paths], env=env, check=True, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "out.pt"), model.generate(ids(), num_recurrences=3, **GREEDY))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()  # saved there, it loads here
     with torch.no_grad():

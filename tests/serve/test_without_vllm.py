@@ -6,17 +6,12 @@ import json
 import subprocess
 import sys
 
+from tests.helpers.blocked import without
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, generate, prompts, save, source_config
 
 PROGRAM = """
-import json, sys
+import json
 
-class NoVllm:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vllm":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NoVllm())
 from loopwise.serve import Engine, Params
 
 folder, prompts = json.loads(sys.argv[1])
@@ -36,7 +31,9 @@ def test_the_offline_engine_needs_no_vllm(tmp_path):
     model = save(folder, source_config("llama", **GROUPED), **RETROFIT, num_recurrences=2)
     some = prompts(4)
     arguments = json.dumps([str(folder), some])
-    done = subprocess.run([sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", without("vllm", PROGRAM), arguments], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     tokens, blocked = done.stdout.strip().splitlines()[-2:]
     assert blocked == "blocked"
