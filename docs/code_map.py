@@ -1,4 +1,4 @@
-"""Which file imports which, and the map in every package's docstring: `python docs/code_map.py` draws the picture.
+"""The imports among files, and the map in every package's docstring. `python docs/code_map.py` draws the pictures.
 
 A package's map lists its files in reading order, one line each: `    name.py    its subject`, or `    name/` for a
 package inside it. A file imports only files above it in the map. tests/test_layout.py checks both.

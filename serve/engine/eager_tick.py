@@ -24,11 +24,6 @@ from .transitions.steps import Steps
 class EagerTick:
     """A Tick for plain decoding, with all samplers and rules."""
 
-    @property
-    def staggered(self) -> bool:
-        """A row may have several positions in flight before its token."""
-        return False
-
     def __init__(
         self,
         steps: Steps,
@@ -48,6 +43,12 @@ class EagerTick:
         self.waits, self.runs = 0, 0  # decode lanes, after the last pass
         self.unread = True  # a lane may wait to be read out
         self.ended, self.parked = False, list[Parked]()  # of the tick that runs
+        self.none = torch.empty(0, dtype=torch.long, device=self.state.device)  # no lanes
+
+    @property
+    def staggered(self) -> bool:
+        """A row may have several positions in flight before its token."""
+        return False
 
     def begin_step(self) -> None:
         """Lanes have changed since the last tick."""
@@ -153,11 +154,11 @@ class EagerTick:
         """Lanes [m] to be read out now: prompts that are through, and, when enough of them wait, the others."""
         state = self.state
         if not self.unread and not self.work.chunks:
-            return torch.empty(0, dtype=torch.long, device=state.device)
+            return self.none
         if not self.waits:
-            self.schedule.waited = 0
+            self.schedule.reset()
         elif not self.schedule.due(True, self.runs, forced=forced, more_within=self._more_within):
-            return torch.empty(0, dtype=torch.long, device=state.device)
+            return self.none
         self.unread = False
         which = state.live_lanes(state.lanes.waiting)
         prompts = [torch.arange(chunk.first, chunk.last, device=state.device) for chunk in through]
@@ -171,7 +172,7 @@ class EagerTick:
 
     def _speculative(self) -> Tensor:
         """Lanes [k] that are read out although they may not have left."""
-        return torch.empty(0, dtype=torch.long, device=self.state.device)
+        return self.none
 
     def _read_out(self, waiting: Tensor, ahead: Tensor) -> None:
         """Read out lanes that have left, and speculative ones: coda, head, tokens, next positions."""

@@ -46,5 +46,9 @@ class ReadoutSchedule:
         left = self.coda_wait - self.waited + 1
         due = self.waited > 0 and (forced or not (full or (left > 0 and more_within(left))))
         if due:
-            self.waited = 0
+            self.reset()
         return due
+
+    def reset(self) -> None:
+        """No exit waits."""
+        self.waited = 0

@@ -62,6 +62,7 @@ def begin_step(state: State, rows: Tensor) -> None:
 
 
 def start_prompts(state: State, where: Tensor, last: Tensor, wants_token: Tensor) -> None:
-    """Of the started prompt lanes `where` [n], the `last` of each prompt [m] give a token, where `wants_token` [m]."""
+    """The `last` lane of each prompt [m] gives a token where `wants_token` [m]; the other prompt lanes `where` [n] give
+    none."""
     state.lanes.wants_token[where] = False
     state.lanes.wants_token[last] = wants_token
