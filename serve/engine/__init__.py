@@ -29,7 +29,7 @@ imports only files above it:
     sampling.py            Gumbel-max sampling on the device, penalties
     costs.py               measured costs of passes and read-outs
     readout_schedule.py    how long exits wait for others
-    tick.py                the protocol of a tick; the start of lanes
+    tick.py                the protocol of a tick, and what ticks share
     warm_up.py             compile everything before the first request
     graphs.py              passes as CUDA graphs
     passes.py              a pass of the core over rows

@@ -14,31 +14,20 @@ from torch import Tensor
 
 from . import transitions
 from .attention.base import Rows
-from .exits import ExitRules
 from .passes import Passes
-from .readout_schedule import ReadoutSchedule
-from .tick import Chunk, Counts, Parked, Reader, Sampler, Starter, TickReport, Workload
+from .tick import Chunk, Parked, Reader, Sampler, TickContext, TickReport
 from .transitions.steps import Steps
 
 
 class EagerTick:
     """A Tick for plain decoding, with all samplers and rules."""
 
-    def __init__(
-        self,
-        steps: Steps,
-        starter: Starter,
-        schedule: ReadoutSchedule,
-        work: Workload,
-        counts: Counts,
-        sampler: Sampler,
-        reader: Reader | None,
-    ):
-        self.steps, self.starter, self.schedule = steps, starter, schedule
-        self.work, self.counts, self.sampler, self.reader = work, counts, sampler, reader
-        self.state, self.forward, self.routing = starter.state, starter.forward, starter.routing
-        self.rules: ExitRules = starter.rules
-        self.passes = Passes(self.state, self.forward, counts)
+    def __init__(self, context: TickContext, steps: Steps, reader: Reader | None):
+        self.context, self.steps, self.reader = context, steps, reader
+        self.state, self.forward = context.state, context.forward
+        self.rules, self.routing = context.rules, context.routing
+        self.schedule, self.work, self.counts = context.schedule, context.work, context.counts
+        self.passes = Passes(self.state, self.forward, self.counts)
         self.order: Tensor | None = None  # running decode lanes, chosen for the next pass; None: choose anew
         self.waits, self.runs = 0, 0  # decode lanes, after the last pass
         self.unread = True  # a lane may wait to be read out
@@ -202,7 +191,7 @@ class EagerTick:
                 self.parked.append(Parked(*(each[by_host] for each in read)))
                 read = Parked(*(each[~by_host] for each in read))
         if len(read.which):
-            self.sample(self.sampler, read)
+            self.sample(self.context.sampler, read)
 
     def _for_reader(self, which: Tensor) -> Tensor:
         """[m]: the lane is a prompt position whose read-out the reader gets."""
@@ -236,9 +225,8 @@ class EagerTick:
         state = self.state
         if not len(row):
             return
-        order, counts = self.starter(
-            partial(self.steps.start, state), state.lane_of(row, position), row, position, tokens
-        )
+        step, where = partial(self.steps.start, state), state.lane_of(row, position)
+        order, counts = self.context.start(step, where, row, position, tokens)
         self.waits, self.runs = counts.tolist()
         self.unread |= self.routing is not None  # a router may end some at once
         self.order = None if self.routing or self.staggered else order

@@ -23,10 +23,9 @@ from . import transitions
 from .attention.base import Rows
 from .compile import ALONE, compiled
 from .graphs import MAX_ROWS, Record, Recorder, padded
-from .readout_schedule import ReadoutSchedule
 from .request import NEVER
 from .state import State
-from .tick import Counts, Sampler, Starter, TickReport, Workload
+from .tick import TickContext, TickReport
 
 
 class Note(NamedTuple):
@@ -197,29 +196,18 @@ class GraphTick:
     """A Tick for steps in which every request decodes plainly: the same tokens and depths as an eager tick, in passes
     that may have other lanes."""
 
-    def __init__(
-        self,
-        starter: Starter,
-        schedule: ReadoutSchedule,
-        work: Workload,
-        counts: Counts,
-        sampler: Sampler,
-        record: Record,
-        is_over: Callable[[bool], bool],
-        compile: bool = False,
-    ):
+    def __init__(self, context: TickContext, record: Record, is_over: Callable[[bool], bool], compile: bool = False):
         """`is_over`(a request has ended): the step should end now."""
-        self.starter, self.schedule, self.work, self.counts = starter, schedule, work, counts
-        self.sampler, self.is_over = sampler, is_over
-        self.state, self.forward, self.rules = starter.state, starter.forward, starter.rules
+        self.context, self.is_over, self.compiled = context, is_over, compile
+        self.state, self.forward, self.rules = context.state, context.forward, context.rules
+        self.schedule, self.work, self.counts = context.schedule, context.work, context.counts
         complete = self.state.policy.complete
-        graphs = self.forward.parts.compilable and not starter.routing and not complete
+        graphs = self.forward.parts.compilable and not context.routing and not complete
         self.recorder = Recorder(record, MAX_ROWS if graphs else 0)
         self.graph = GraphState.create(self.state)
         self.notes = Notes(self.graph.note)
         self.replays: dict[tuple[Any, ...], Callable[[], Any]] = {}
         self.steps = GraphSteps(*(compiled(step, **ALONE) for step in STEPS)) if compile else STEPS
-        self.compiled = compile
 
     def fits(self) -> bool:
         """The step has no prompts, no request with several positions in flight, and no tokens or exits for which the
@@ -316,9 +304,9 @@ class GraphTick:
     def _read_out(self, every: Tensor) -> None:
         which, real, row, position, s = self.steps.fetch(self.graph, every)
         logits, best = self.forward.head(self.forward.read_out(s, row, position, real))
-        tokens = self.sampler(logits, best, row, position + 1)
+        tokens = self.context.sampler(logits, best, row, position + 1)
         where, there, row, position, tokens = self.steps.emit(self.graph, which, real, row, position, tokens)
-        self.starter(partial(self.steps.start, self.graph), where, row, position, tokens, only=there)
+        self.context.start(partial(self.steps.start, self.graph), where, row, position, tokens, only=there)
 
 
 class Notes:

@@ -28,7 +28,7 @@ from .request import NEVER, Request
 from .routing import Routing
 from .staggered_tick import StaggeredTick
 from .state import State
-from .tick import Chunk, Counts, Parked, Reader, Sampler, Starter, TickReport, Workload
+from .tick import Chunk, Parked, Reader, Sampler, TickContext, TickReport
 from .transitions.steps import STEPS, Steps
 from .warm_up import warm_up
 
@@ -77,15 +77,12 @@ class Loop:
         self.forward = Forward(parts, attention, state.requests.block_table, config.compile)
         self.rules = ExitRules(state, config.max_in_flight > 1, model.vocab_size)
         self.routing = Routing(parts.router, state) if model.router else None
-        self.starter = Starter(state, self.forward, self.rules, self.routing)
         self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)
-        self.work, self.counts = Workload(), Counts()
-        self.sampler = sampler
+        self.context = TickContext(state, self.forward, self.rules, self.routing, self.schedule, sampler)
+        self.work, self.counts = self.context.work, self.context.counts
         self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if config.compile else STEPS
         self.diffusion = Diffusion(state, self.forward)
-        self.eager_tick = StaggeredTick(
-            self.steps, self.starter, self.schedule, self.work, self.counts, sampler, reader, self.diffusion
-        )
+        self.eager_tick = StaggeredTick(self.context, self.steps, reader, self.diffusion)
         self.graph_tick: GraphTick | None = None
         self.features: dict[int, set[str]] = {}  # by row: its rule, and whatever else not every request has
         self.prompt_exit: dict[int, bool] = {}  # by row
@@ -108,9 +105,8 @@ class Loop:
     def use_graphs(self, record: Record, max_rows: int = MAX_ROWS, ticks: bool = True) -> None:
         """Replay graphs made by `record`: for passes of up to `max_rows` lanes, and for whole `ticks` where they
         fit."""
-        parts = self.starter, self.schedule, self.work, self.counts, self.sampler, record, self.is_over
         self.eager_tick.passes.graphs = Graphs(self.state, self.forward, record, max_rows) if max_rows else None
-        self.graph_tick = GraphTick(*parts, self.config.compile) if ticks else None
+        self.graph_tick = GraphTick(self.context, record, self.is_over, self.config.compile) if ticks else None
 
     def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
         """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
@@ -175,7 +171,7 @@ class Loop:
         tokens = torch.cat([prompt.tokens for prompt in prompts])
         row, where = each([prompt.row for prompt in prompts]), torch.arange(first, end)
         lanes = [part.to(state.device) for part in (where, row, position, tokens, may_exit)]
-        self.starter(partial(self.steps.start, state), *lanes)
+        self.context.start(partial(self.steps.start, state), *lanes)
         ends = torch.tensor(sizes).cumsum(0) + first
         wants_token = torch.tensor([prompt.wants_token for prompt in prompts])
         transitions.requests.start_prompts(state, lanes[0], (ends - 1).to(state.device), wants_token.to(state.device))

@@ -11,8 +11,7 @@ from torch import Tensor
 from .decoders import wave
 from .decoders.diffusion import Diffusion
 from .eager_tick import EagerTick
-from .readout_schedule import ReadoutSchedule
-from .tick import Counts, Reader, Sampler, Starter, TickReport, Workload
+from .tick import Reader, TickContext, TickReport
 from .transitions import windows
 from .transitions.steps import Steps
 
@@ -20,18 +19,8 @@ from .transitions.steps import Steps
 class StaggeredTick(EagerTick):
     """An EagerTick that puts out and starts the lanes of waves and diffusions, too."""
 
-    def __init__(
-        self,
-        steps: Steps,
-        starter: Starter,
-        schedule: ReadoutSchedule,
-        work: Workload,
-        counts: Counts,
-        sampler: Sampler,
-        reader: Reader | None,
-        diffusion: Diffusion,
-    ):
-        super().__init__(steps, starter, schedule, work, counts, sampler, reader)
+    def __init__(self, context: TickContext, steps: Steps, reader: Reader | None, diffusion: Diffusion):
+        super().__init__(context, steps, reader)
         self.diffusion = diffusion
         self.budget = 0  # lanes that waves may fill a pass up to; 0: no bound
 
@@ -116,7 +105,7 @@ class StaggeredTick(EagerTick):
         row, position = state.lanes.row[which], state.lanes.position[which]
         self.counts.reads[len(which)] += 1
         logits, best = self.forward.head(self.forward.read_out(state.lanes.s[which], row, position))
-        steps = self.diffusion.freeze(rows, self.sampler(logits, best, row, position + 1))
+        steps = self.diffusion.freeze(rows, self.context.sampler(logits, best, row, position + 1))
         for step in steps:
             for lane in step.committed:
                 self._emit_drafts(lane[None])

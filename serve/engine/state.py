@@ -1,5 +1,4 @@
-"""Every dense tensor of the engine: requests by row, lanes by number. Only transitions write them (transitions.py, and
-decoders/transitions.py for windows).
+"""Every dense tensor of the engine: requests by row, lanes by number. Only transitions/ writes them.
 
 A *row* belongs to one resident request; a last, spare row takes part in passes that are padded. A *lane* is a position
 in flight. The first lanes are decode lanes, `ring` for each row; then come prompt lanes; the last one is the spare

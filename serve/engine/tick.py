@@ -1,7 +1,7 @@
 """A tick: passes of the core until a lane leaves, a read-out, and the start of the next positions.
 
 eager_tick.py chooses the lanes of each pass on the host; graph_tick.py replays CUDA graphs of a fixed width. Both have
-the protocol `Tick`, and start lanes by `Starter`.
+the protocol `Tick`, and share a `TickContext`.
 Shapes: m lanes that start, D hidden size, V vocabulary.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .exits import ExitRules
 from .forward import Forward
+from .readout_schedule import ReadoutSchedule
 from .routing import Routing
 from .state import State
 
@@ -83,13 +84,20 @@ class Tick(Protocol):
         ...
 
 
-class Starter:
-    """Starts positions in lanes: prelude, initial state, and the memory of exit rules and routers."""
+@dataclass(eq=False)
+class TickContext:
+    """The parts that all ticks of a loop share. The loop makes them."""
 
-    def __init__(self, state: State, forward: Forward, rules: ExitRules, routing: Routing | None):
-        self.state, self.forward, self.rules, self.routing = state, forward, rules, routing
+    state: State
+    forward: Forward
+    rules: ExitRules
+    routing: Routing | None
+    schedule: ReadoutSchedule
+    sampler: Sampler
+    work: Workload = field(default_factory=Workload)
+    counts: Counts = field(default_factory=Counts)
 
-    def __call__(
+    def start(
         self,
         step: Callable[..., T],
         where: Tensor,
@@ -99,8 +107,8 @@ class Starter:
         may_exit: Tensor | None = None,
         only: Tensor | None = None,
     ) -> T:
-        """Start tokens [m] of rows at positions [m] in lanes `where` [m], by a `step` like transitions.steps.start on a
-        State. Returns its result.
+        """Start tokens [m] of rows at positions [m] in lanes `where` [m]: prelude, initial state, and the memory of
+        exit rules and routers. Returns the result of `step`, transitions.steps.start on a State.
 
         may_exit [m]: the request's rule may end it; None: all.   only: as in Forward.prelude.
         """
