@@ -116,14 +116,14 @@ class Timed:
 def waits(engine: Engine, run: Any) -> str:
     """How long the graphs of a run take, and for how much of a tick none of them runs, from the first to the last."""
     events: list[tuple[str, Any, Any]] = []
-    masked = engine.loop.graph_tick
-    if masked is None:
+    ticks = engine.loop.graph_tick
+    if ticks is None:
         return "no graphs of whole ticks"
-    plain = masked.replays
-    masked.replays = {key: Timed(replay, key[0], events) for key, replay in plain.items()}
+    plain = ticks.replays
+    ticks.replays = {key: Timed(replay, key[0], events) for key, replay in plain.items()}
     run()
     torch.cuda.synchronize()
-    masked.replays = plain
+    ticks.replays = plain
     took: dict[str, list[float]] = {"pass": [], "read": []}
     for kind, start, end in events:
         took[kind].append(start.elapsed_time(end))

@@ -32,7 +32,7 @@ FILES = {
     errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 
-USAGE = "usage: loopwise VERB ... (loopwise VERB --help tells more)\n\n" + "\n".join(
+USAGE = "usage: loopwise VERB ... (loopwise VERB --help for more)\n\n" + "\n".join(
     f"  {verb:<11}{text}" for verb, (_, text) in VERBS.items()
 )
 

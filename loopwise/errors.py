@@ -28,7 +28,7 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
 def nearest(value: str, choices: list[str], count: int = 4) -> list[str]:
     """The `choices` that `value` may stand for, best first: its abbreviation, then what is spelt alike.
 
-    The last part of a dotted key says most: `optimiser.lr` is `optimiser.learning_rate`, and so is `learning_rate`.
+    The last part of a dotted key counts most: `optimiser.lr` is `optimiser.learning_rate`, and so is `learning_rate`.
     """
     section, _, name = value.rpartition(".")
 
@@ -52,7 +52,7 @@ def missing(what: str, needed: str, extra: str, otherwise: str = "") -> UserErro
 
 
 def reason(error: Exception) -> str:
-    """What another library's error says, in one line of bearable length."""
+    """The message of another library's error, in one line of bearable length."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 

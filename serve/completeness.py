@@ -59,7 +59,7 @@ class Completeness:
             raise ValueError(f"unexpected tensor {name!r} in the checkpoint")
         wanted = list(self._tensors[key].shape)
         if shape is not None and whole and list(shape) != wanted:
-            raise ValueError(f"tensor {name!r} has shape {list(shape)}; config.json says {wanted}")
+            raise ValueError(f"tensor {name!r} has shape {list(shape)}; config.json implies {wanted}")
         number = id(self._tensors[key])  # tied tensors share it
         self._seen.add(number)
         return number

@@ -210,14 +210,14 @@ def run_server(
         lines.append(line)
     try:
         if uvloop.run(_run(args, lines)):
-            print("loopwise: error: vLLM's engine died; the lines above tell why", file=sys.stderr)
+            print("loopwise: error: vLLM's engine died; the reason stands in the lines above", file=sys.stderr)
             return 1
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
         raise UserError(explained(error, given)) from error
     except RuntimeError as error:
         if "Engine core initialization failed" not in str(error):
             raise
-        print("loopwise: error: vLLM's engine did not start; the lines above tell why", file=sys.stderr)
+        print("loopwise: error: vLLM's engine did not start; the reason stands in the lines above", file=sys.stderr)
         return 1
     return 0
 

@@ -267,7 +267,7 @@ class LaneSteps(RunnerAttributes):
 
     # ---- log-probabilities of prompts ---------------------------------------------------------------------------
     def _read_prompt(self, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
-        """x [m, D] of prompt positions [m] in engine rows [m]: each says how likely the next prompt token was."""
+        """x [m, D] of prompt positions [m] in engine rows [m]: reads the log-probability of the next prompt token."""
         for r in row.unique().tolist():
             name = self.sampler_of_lanes.name_of[r]
             state, wanted = self.requests[name], self.num_prompt_logprobs[name]
@@ -368,7 +368,7 @@ class GpuLaneWorker(LaneWork, Worker):
         return self.runner(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        """Bytes for keys and values; vLLM knows nothing of what lanes take, unless it is told the bytes themselves."""
+        """Bytes for keys and values. The state of lanes takes some of them, unless the user set their number."""
         free = super().determine_available_memory()
         return free if self.cache_config.kv_cache_memory_bytes else free - self.model_runner.state_bytes()
 

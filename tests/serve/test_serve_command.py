@@ -266,13 +266,13 @@ def damage(folder: Path, fields: dict) -> None:
         (
             {"source_config.hidden_size": 128},
             "model.safetensors",
-            "layernorm.weight' has shape [64]; config.json says [128]",
+            "layernorm.weight' has shape [64]; config.json implies [128]",
         ),
-        ({"source_config.vocab_size": 260}, "model.safetensors", "has shape [259, 64]; config.json says [260, 64]"),
+        ({"source_config.vocab_size": 260}, "model.safetensors", "has shape [259, 64]; config.json implies [260, 64]"),
         (
             {"source_config.num_key_value_heads": 4},
             "model.safetensors",
-            "k_proj.weight' has shape [64, 64]; config.json says",
+            "k_proj.weight' has shape [64, 64]; config.json implies",
         ),
     ],
 )

@@ -110,13 +110,13 @@ CASES = {
     ),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
-    "masked": Case(policy="last-exited", count=6, program="run_masked.py"),
-    "masked-compiled": Case(
+    "graph-ticks": Case(policy="last-exited", count=6, program="run_graph_tick.py"),
+    "graph-ticks-compiled": Case(
         "gemma3_text",
         "single",
         source=WINDOWS,
         count=4,
-        program="run_masked.py",
+        program="run_graph_tick.py",
         engine=WHOLE_PROMPTS,
         lanes={"max_lanes": 3, "compile": True},
     ),
@@ -300,4 +300,4 @@ def test_equals_every_request_alone(name, answers):
         assert [got[n]["depths"] for n in plain] == [wanted[n].depths for n in plain]
     assert result["held"] == {"blocks": 0, "requests": 0}
     assert result["preemptions"] > 0
-    assert result.get("masked", 1) > 0
+    assert result.get("graph_ticks", 1) > 0

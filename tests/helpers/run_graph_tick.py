@@ -5,7 +5,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 
-from collections.abc import Callable
 from typing import Any
 
 from loopwise.serve.engine import loop
@@ -13,12 +12,8 @@ from loopwise.serve.engine.graph_tick import GraphTick
 from loopwise.serve.engine.tick import TickReport
 from loopwise.serve.vllm import worker
 from tests.helpers import run_lanes
+from tests.helpers.graph_ticks import run_once
 from tests.helpers.run_engines import main
-
-
-def run_once(function: Callable[[], None]) -> Callable[[], Any]:
-    function()
-    return function
 
 
 def run(case: dict) -> dict:
@@ -28,7 +23,7 @@ def run(case: dict) -> dict:
     runs: list[tuple[str, int]] = []
     loop.GraphTick = lambda *args, **kwargs: Noted(runs, *args, **kwargs)
     result = run_lanes.run(case)
-    return {**result, "masked": len(runs)}
+    return {**result, "graph_ticks": len(runs)}
 
 
 class Noted(GraphTick):
