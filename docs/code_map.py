@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-LINKED = ("convert", "train", "serve", "recipes")  # folders at the top that loopwise/ links to
+LINKED = ("convert", "train", "serve", "evaluate", "recipes")  # folders at the top that loopwise/ links to
 LINE = re.compile(r"^ *(\w+)(?:\.py|/) {2,}\S", re.MULTILINE)
 
 

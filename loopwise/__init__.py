@@ -23,8 +23,9 @@ file imports only files above it:
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
     convert/          loopwise convert, export, inspect, calibrate
-    train/            loopwise train, init, eval, plot
+    train/            loopwise train, init
     serve/            loopwise serve, generate
+    evaluate/         loopwise eval, plot
     recipes/          recipes that come with loopwise
     cli.py            the command `loopwise`
     demo/             the main job end to end

@@ -1,12 +1,11 @@
-"""Retrain a model under a recurrence curriculum, and measure its held-out loss at several recurrences.
+"""Retrain a model under a recurrence curriculum. `loopwise.train.run.train` trains.
 
-`Curriculum` and the recipe sections need no torch. `loopwise.train.run.train` trains, and
-`loopwise.train.evaluate.evaluate` measures.
+`Curriculum` and the recipe sections need no torch.
 
     tasks/                generated tasks as data sources
     schedule.py           whole numbers that grow over a run
     samplers.py           random draws of a step
-    recipe/               the recipes of `loopwise train` and `loopwise eval`
+    recipe/               the recipe of `loopwise train`
     curriculum.py         R of every step, and how many recurrences carry gradient
     losses.py             losses on plain tensors
     objectives.py         the loss of a micro-batch
@@ -39,16 +38,10 @@
     worker.py             several processes: one of them
     command.py            `loopwise train`
     init.py               `loopwise init`
-    evaluation/           the measurement of `loopwise eval`
-    evaluate.py           `loopwise eval`
-    plot_curriculum.py    picture of a curriculum
-    plot_run.py           picture of a run
-    plot_eval.py          picture of a measurement
-    plot.py               `loopwise plot`
 """
 
 from .curriculum import Curriculum, Depth
-from .recipe import Data, Evaluate, Optimiser, Recurrence, Train
+from .recipe import Data, Optimiser, Recurrence, Train
 from .schedule import Schedule
 
-__all__ = ["Curriculum", "Data", "Depth", "Evaluate", "Optimiser", "Recurrence", "Schedule", "Train"]
+__all__ = ["Curriculum", "Data", "Depth", "Optimiser", "Recurrence", "Schedule", "Train"]

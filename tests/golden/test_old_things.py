@@ -226,9 +226,10 @@ def test_a_stopped_run_that_was_changed_is_refused_by_name(old, capsys):
 def recipe_kinds() -> dict[str, Any]:
     """The recipe class of every verb."""
     from loopwise.convert.recipe import ConvertRecipe
+    from loopwise.evaluate.recipe import Evaluate
     from loopwise.serve.generate import GenerateRecipe
     from loopwise.serve.recipe import ServeRecipe
-    from loopwise.train.recipe import Evaluate, Train
+    from loopwise.train.recipe import Train
 
     verbs = ("convert", "train", "eval", "generate", "serve")
     return dict(zip(verbs, (ConvertRecipe, Train, Evaluate, GenerateRecipe, ServeRecipe), strict=True))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from loopwise.convert.recipe import ConvertRecipe
+from loopwise.evaluate.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve.generate import GenerateRecipe
 from loopwise.serve.recipe import ServeRecipe
-from loopwise.train.recipe import Evaluate, Train
+from loopwise.train.recipe import Train
 
 MODELS: dict[str, type[Section]] = {
     "train": Train,

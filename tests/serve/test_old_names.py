@@ -14,6 +14,7 @@ import yaml
 from loopwise import deprecated
 from loopwise.cli import main
 from loopwise.deprecated import SERVING
+from loopwise.evaluate.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve import DiffusionSettings, Engine, Params
 from loopwise.serve.api.decoders import decoder_of
@@ -23,7 +24,6 @@ from loopwise.serve.api.limits import Limits
 from loopwise.serve.api.validation import validate_params
 from loopwise.serve.generate import GenerateRecipe
 from loopwise.serve.recipe import ServeRecipe
-from loopwise.train.recipe import Evaluate
 
 # Today's name of each old one, written out, so that a change of the table shows.
 NAMES = {

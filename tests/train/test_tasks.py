@@ -13,10 +13,11 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.errors import UserError
+from loopwise.evaluate.recipe import Evaluate
 from loopwise.train import tasks
 from loopwise.train.data import LEARN, build
 from loopwise.train.data.stream import Mark, Stream
-from loopwise.train.recipe import Data, Evaluate
+from loopwise.train.recipe import Data
 from tests.helpers.train_tiny import run, same
 
 

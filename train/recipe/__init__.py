@@ -1,4 +1,4 @@
-"""The recipes of `loopwise train` and `loopwise eval`. No torch here: `--help` prints these keys.
+"""The recipe of `loopwise train`. No torch here: `--help` prints these keys.
 
 Files in reading order:
 
@@ -9,12 +9,10 @@ Files in reading order:
     optimiser.py     section `optimiser`
     adapters.py      section `adapters`
     train.py         Train, the recipe of a training run
-    evaluate.py      Evaluate, the recipe of a measurement
 """
 
 from .adapters import Adapters
 from .data import Data, Phase
-from .evaluate import Evaluate
 from .objectives import Distillation, ExitGate, Exits, Objectives, Ponder, RouterLosses
 from .optimiser import ROLES, Optimiser
 from .recurrence import Recurrence
@@ -25,7 +23,6 @@ __all__ = [
     "Adapters",
     "Data",
     "Distillation",
-    "Evaluate",
     "ExitGate",
     "Exits",
     "Objectives",

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from loopwise.errors import UserError
-
-from .. import tasks
-from ..data import LEARN, split, tokenise
-from ..data.documents import documents, some_generated, spread
-from ..data.reader import Reader
-from ..recipe import Evaluate
+from ..errors import UserError
+from ..train import tasks
+from ..train.data import LEARN, split, tokenise
+from ..train.data.documents import documents, some_generated, spread
+from ..train.data.reader import Reader
+from .recipe import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

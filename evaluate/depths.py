@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..losses import cross_entropy, shifted
+from ..train.losses import cross_entropy, shifted
 from .answers import Sequences
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from loopwise.errors import UserError, reason
-
-from ..recipe import Evaluate
+from ..errors import UserError, reason
 from .answers import Answer, Sequences, accuracy
+from .recipe import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

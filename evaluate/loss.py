@@ -1,67 +1,21 @@
-"""`loopwise eval MODEL data=...`: held-out loss, right answers, and the effect of the recurrences."""
+"""Held-out loss, right answers, and the effect of the recurrences."""
 
 from __future__ import annotations
 
-import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwise.arguments import RecipeParser
-from loopwise.directory import check_file, new_file
-from loopwise.errors import UserError
-from loopwise.gguf_source import find_gguf, unpacked
-from loopwise.quiet import quiet
-from loopwise.recipe import load_recipe
-from loopwise.trained import beyond_trained
-
-from .recipe import Data, Evaluate
+from ..errors import UserError
+from ..gguf_source import find_gguf, unpacked
+from ..quiet import quiet
+from ..trained import beyond_trained
+from .recipe import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .evaluation.answers import Sequences
-
-
-def main(argv: list[str]) -> int:
-    """Measure a model and print the result. Returns the exit code; raises UserError for bad input."""
-    from .evaluation.report import table
-
-    parser = RecipeParser(
-        "eval",
-        {"model": "model directory, hub id, or GGUF file"},
-        Evaluate,
-        "Held-out loss per token, and the share of right answers of conversations, at several recurrences.",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON object to FILE; loopwise plot eval draws it")
-    args = parser.parse(argv)
-    recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
-    out = Path(args.out).expanduser() if args.out else None
-    if out:
-        check_file(out)
-        _check_result(out)
-    result = evaluate(args.model, recipe)
-    print(json.dumps(result) if args.json else table(result), flush=True)  # before FILE, whose write may fail
-    if out:
-        try:
-            with new_file(out) as partial:
-                partial.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {args.out}: {error.strerror}") from None
-    return 0
-
-
-def _check_result(file: Path) -> None:
-    """Raises UserError if `file` exists and is not a result: it may be the data, or a model's config.json."""
-    if not file.is_file() or not file.stat().st_size:
-        return
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "results" in found:
-            return
-    raise UserError(f"--out {file} exists and is not a result of loopwise eval; name another file")
+    from .answers import Sequences
 
 
 def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
@@ -82,10 +36,10 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
 
 
 def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
-    from .checks import check_length, check_vocabulary
-    from .data import sources
-    from .evaluation.answers import conversations
-    from .pretrained import is_recurrent, load_config, load_tokenizer
+    from ..train.checks import check_length, check_vocabulary
+    from ..train.data import sources
+    from ..train.pretrained import is_recurrent, load_config, load_tokenizer
+    from .answers import conversations
 
     quiet()
     recipe.refuse_unused(sources.unused(recipe.data, recipe.split, recipe.subset))
@@ -108,7 +62,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     if recipe.limit:
         sequences = sequences.spread(recipe.limit)
     if recipe.endpoint:
-        from .evaluation import endpoint
+        from . import endpoint
 
         return endpoint.evaluate(model, recipe, sequences, tokenizer)
     check_vocabulary(model, config, max(int(ids.max()) for ids in sequences.ids))
@@ -122,10 +76,10 @@ def _measure(
     import torch
     from tqdm import tqdm
 
-    from .evaluation import result
-    from .evaluation.answers import accuracy
-    from .evaluation.depths import measure
-    from .pretrained import load_model, parameters
+    from ..train.pretrained import load_model, parameters
+    from . import result
+    from .answers import accuracy
+    from .depths import measure
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded: Any = load_model(model, recipe.revision).to(device)  # pyright: ignore[reportArgumentType]
@@ -157,8 +111,9 @@ def _text(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Sequences:
     """Packed blocks of the text; all tokens count."""
     import numpy as np
 
-    from .data import blocks, packing
-    from .evaluation.answers import Sequences
+    from ..train.data import blocks, packing
+    from ..train.recipe import Data
+    from .answers import Sequences
 
     keys = {key: getattr(recipe, key) for key in ("text_field", "split", "subset", "bad_records", "sequence_length")}
     corpus = blocks.read(recipe.data, Data(train=recipe.data, **keys), tokenizer)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loopwise.errors import UserError
-from loopwise.recipe import read_recipe, settled, validate
-
-from .curriculum import Curriculum, curriculum_of
-from .recipe import Train
-from .schedule import capacities
+from ...errors import UserError
+from ...recipe import read_recipe, settled, validate
+from ...train.curriculum import Curriculum, curriculum_of
+from ...train.recipe import Train
+from ...train.schedule import capacities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loopwise.arguments import Parser
-from loopwise.directory import new_file
-from loopwise.errors import UserError, reason
-
-from .plot_curriculum import curriculum_figure, curriculum_of_recipe
+from ...arguments import Parser
+from ...directory import new_file
+from ...errors import UserError, reason
+from .curriculum import curriculum_figure, curriculum_of_recipe
 
 
 def main(argv: list[str]) -> int:
@@ -44,12 +43,12 @@ def draw(args: argparse.Namespace) -> Path:
             f"{args.settings[0]!r}: settings belong to loopwise plot curriculum; a measurement has its own already"
         )
     elif args.what == "run":
-        from .plot_run import run_figure
+        from .run import run_figure
 
         file = Path(args.out or Path(args.source) / "run.png")
         figure = run_figure(Path(args.source))
     else:
-        from .plot_eval import depth_figure, eval_figure
+        from .evaluation import depth_figure, eval_figure
 
         suffix = ".depth.png" if args.what == "depth" else ".png"
         file = Path(args.out or Path(args.source).expanduser().with_suffix(suffix))

@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from loopwise.deprecated import SERVING, rename
-from loopwise.recipe import Count, Integer, Section
-from loopwise.unused import Unused
-
-from .. import tasks
-from .fields import BAD, BadRecords, Depths, Fraction, Strings
+from ..deprecated import SERVING, rename
+from ..recipe import Count, Integer, Section
+from ..train import tasks
+from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Strings
+from ..unused import Unused
 
 # Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
 REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "max_in_flight", "diffusion")

@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwise.errors import UserError
-
-from .checkpoint import RUN, checkpoints
-from .curriculum import curriculum_of
-from .plot_curriculum import histogram
-from .recipe import Recurrence
+from ...errors import UserError
+from ...train.checkpoint import RUN, checkpoints
+from ...train.curriculum import curriculum_of
+from ...train.recipe import Recurrence
+from .curriculum import histogram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopwise.checkpoint import read_json
-from loopwise.errors import UserError
+from ...checkpoint import read_json
+from ...errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

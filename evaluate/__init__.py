@@ -1,0 +1,15 @@
+"""Measure a model: held-out loss and right answers by recurrences, with pictures.
+
+`loopwise.evaluate.loss.evaluate` measures, from Python. This package may use `convert`, `train` and `serve`. Files in
+reading order:
+
+    recipe.py      Evaluate, the recipe of `loopwise eval`
+    answers.py     conversations as sequences, with their answers and groups
+    depths.py      losses, right answers and states at several depths, in one pass if possible
+    result.py      means, standard errors, the effect of the recurrences
+    endpoint.py    the answers of a running server
+    loss.py        the whole measurement of loss and answers
+    report.py      the result as a table
+    command.py     `loopwise eval`
+    plot/          `loopwise plot`
+"""
