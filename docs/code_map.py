@@ -34,7 +34,7 @@ def sources(root: Path, *folders: str) -> Iterator[tuple[str, ast.Module]]:
 
 def imported(module: str, tree: ast.AST) -> Iterator[str]:
     """Absolute names of all imports of a module, type-only ones included; `from a import b` gives `a.b`."""
-    package = module.split(".")[:-1]  # of a file and of an __init__ alike
+    package = module.split(".")[:-1]  # package of a file and of an __init__ alike
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

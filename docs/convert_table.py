@@ -68,7 +68,7 @@ def cell(source: Path, out: Path, keys: dict[str, Any], reasons: list[str]) -> s
     except UserError as error:
         return noted(str(error), reasons)
     worst = facts["max_dlogit"]
-    if "lora" in keys or "method" not in keys:  # what the conversion itself compared was less than this
+    if "lora" in keys or "method" not in keys:  # the conversion itself compared less than this
         worst = against_source(source, out, keys)
     if worst > 1e-4:
         return noted(

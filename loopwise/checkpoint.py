@@ -95,7 +95,7 @@ def _beside(path: Path, name: str, where: str) -> Path:
 
 
 def read_json(file: Path, absent: str = "") -> dict[str, Any]:
-    """The JSON object in `file`. Raises UserError where it is none; `absent` is said where there is no file."""
+    """The JSON object in `file`. Raises UserError where it is none; `absent` is the message where there is no file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

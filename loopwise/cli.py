@@ -58,7 +58,7 @@ def _leave(code: int) -> int:
 
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `run(argv)` returns, or the exit code of how it ended: 2 bad input (one line on stderr), 130 interrupted."""
+    """The result of `run(argv)`, or the exit code of its end: 2 bad input (one line on stderr), 130 interrupted."""
     try:
         try:
             return run(argv)
@@ -77,7 +77,7 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         if error.errno not in FILES:
             raise
         print(f"loopwise: error: {error.filename or 'what was to be printed'}: {error.strerror}", file=sys.stderr)
-        if not error.filename:  # what was to be printed: the file it goes to is full
+        if not error.filename:  # the file behind stdout is full
             _forget_stdout()
         return 2
 

@@ -27,7 +27,7 @@ UNREACHED = (
 
 
 def why_not(error: BaseException) -> str:
-    """Why the hub does not give what `error` is about: the first known cause in its chain, else its own words."""
+    """The reason of an `error` of the hub: the first known cause in its chain, else its own words."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

@@ -1,4 +1,4 @@
-"""Quiet libraries: what matters is said by Loopwise's own lines."""
+"""Quiet libraries: Loopwise's own lines name all that matters."""
 
 from __future__ import annotations
 

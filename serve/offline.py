@@ -156,7 +156,7 @@ class Engine:
         self.max_num_batched_tokens = max_num_batched_tokens
 
     def _defaults(self, said: dict[str, Any]) -> None:
-        """Take what generation_config.json `said`: `defaults` of Params, and the `stops` of every text."""
+        """Set `defaults` of Params and the `stops` of every text by the fields of generation_config.json."""
         self.defaults = sampling_of(said)
         self.stops = stop_ids(said)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:  # as vLLM does
@@ -246,7 +246,7 @@ class Engine:
         try:
             self._run(running, ids, each, requests, done)
         finally:
-            for row in running:  # of what was broken off
+            for row in running:  # rows of requests that were broken off
                 self.loop.release(row)
         if self.tokenizer is not None:
             for completion in done:

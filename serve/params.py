@@ -79,7 +79,7 @@ class Completion:
     depths: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = "length"
-    passes: int = 0  # of the core since the prompt, one after the other
+    passes: int = 0  # passes of the core since the prompt, one after the other
     items: int = 0  # lanes in these passes; those above the sum of the depths were wasted
 
 

@@ -1,4 +1,4 @@
-"""How a model computes during training: gradient checkpointing and torch.compile."""
+"""Settings of the computation in training: gradient checkpointing and torch.compile."""
 
 from __future__ import annotations
 

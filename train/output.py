@@ -50,7 +50,7 @@ def discard(out: Path) -> None:
         shutil.rmtree(out / TOKENS, ignore_errors=True)
         for partial in partials(out):
             shutil.rmtree(partial, ignore_errors=True)
-        for events in out.glob("runs/*/events.out.tfevents.*"):  # of the Trainer, for TensorBoard
+        for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
             events.unlink()
         for folder in [*out.glob("runs/*"), out / "runs"]:
             with suppress(OSError):

@@ -23,7 +23,7 @@ def count() -> int:
 
 
 def layout() -> str:
-    """How the checkpoints of this run are laid out: `whole`, or the launcher of `LAUNCHERS` that shards them."""
+    """The layout of this run's checkpoints: `whole`, or the launcher of `LAUNCHERS` that shards them."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

@@ -9,7 +9,7 @@ import hashlib
 import math
 from statistics import NormalDist
 
-SIGMA = 0.5  # of the log-normal rate in `poisson_lognormal`
+SIGMA = 0.5  # sigma of the log-normal rate in `poisson_lognormal`
 
 
 def uniforms(seed: int, step: int, purpose: str = "recurrence") -> tuple[float, float]:

@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int, type(None)), "an integer, or None"),
     "int | list[int] | None": ((int, list, tuple, type(None)), "an integer, a list of them, or None"),
 }
-EXIT_FIELDS = {"rule": "str", "threshold": "float | None", "min_recurrences": "int"}  # of the field `exit`
+EXIT_FIELDS = {"rule": "str", "threshold": "float | None", "min_recurrences": "int"}  # keys of the field `exit`
 
 
 def check_fields(values: Mapping[str, Any], annotations: Mapping[str, str]) -> None:

@@ -79,7 +79,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     ]  # fmt: skip
 
     source_config: PreTrainedConfig = None  # pyright: ignore[reportAssignmentType] - as transformers' empty config
-    format_version: int = 1  # of a config.json without the field
+    format_version: int = 1  # version of a config.json without the field
     prelude: list[int] = field(default_factory=list[int])
     core: list[int] = field(default_factory=list[int])
     coda: list[int] = field(default_factory=list[int])
@@ -202,7 +202,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "sharing='sequence' runs no recurrence of the whole core, so nothing can stand between two of them: "
                 f"{', '.join(name for name, there in between.items() if there)} cannot"
             )
-        if self.router and self.recurrence_norm == "between":  # of all tokens, also of those that have stopped
+        if self.router and self.recurrence_norm == "between":  # norms of all tokens, also of those that have stopped
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
         if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
             raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")

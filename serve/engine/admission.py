@@ -26,7 +26,7 @@ def unfit(policy: KVPolicy, config: Any) -> dict[str, str]:
 
 
 def too_narrow(max_lanes: int, policy: KVPolicy) -> str | None:
-    """Why passes of `max_lanes` lanes (0: no bound) cannot hold the lanes of one request; None if they can."""
+    """The reason why passes of `max_lanes` lanes (0: no bound) cannot hold one request's; None if they can."""
     if not policy.complete or not 0 < max_lanes < policy.depths:
         return None
     return (
@@ -46,8 +46,9 @@ def prompt_rules(policy: KVPolicy, config: Any) -> tuple[str, ...]:
 
 
 def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int) -> str | None:
-    """Why a request's decoder or exits do not go with the model, its KV policy or the request itself; None if they do.
+    """The reason why a request's decoder or exits do not go with the model, its KV policy or the request itself.
 
+    None if they do.
     max_in_flight: most positions of one request in flight, as the engine was started.
     """
     diffusion = request.diffusion

@@ -31,7 +31,7 @@ class EagerTick:
         self.order: Tensor | None = None  # running decode lanes, chosen for the next pass; None: choose anew
         self.waits, self.runs = 0, 0  # decode lanes, after the last pass
         self.unread = True  # a lane may wait to be read out
-        self.ended, self.parked = False, list[Parked]()  # of the tick that runs
+        self.ended, self.parked = False, list[Parked]()  # report of the running tick
         self.none = torch.empty(0, dtype=torch.long, device=self.state.device)  # no lanes
 
     @property

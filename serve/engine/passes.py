@@ -27,7 +27,7 @@ class Passes:
         self.graphs: Graphs | None = None  # passes that fit are replayed
 
     def mixed(self, which: Tensor, prompts: bool) -> int:
-        """How many of the lanes `which` [n] pass together, from the first on; prompt lanes behind them, all at one
+        """The number of lanes `which` [n] that pass together, from the first on; prompt lanes behind them, all at one
         depth, have a pass of their own where LoRA makes that cheaper."""
         if not (self.forward.has_lora and prompts):
             return len(which)

@@ -90,7 +90,7 @@ class State:
     lanes: LaneState
     turn: Tensor  # int64 [2]: first row of this pass, and of the next one, where a pass has no room for all; choose
     ring: int  # decode lanes of a row
-    num_decode_lanes: int  # of all rows; prompt lanes follow
+    num_decode_lanes: int  # decode lanes of all rows; prompt lanes follow
     spare: int  # number of the last lane
     keeps_input: bool  # the core reads e
 

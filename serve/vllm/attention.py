@@ -56,7 +56,7 @@ class PagedAttention:
         if every[0] is not first[0]:
             raise ValueError("the first layer of the core must come first in vLLM's cache")
         device = self.caches[0].device
-        self.outer, self.core = outer, Whole.of(every).blocks  # of all core layers
+        self.outer, self.core = outer, Whole.of(every).blocks  # caches of all core layers
         self.layer_shift = torch.arange(len(first), device=device)[:, None] * Whole.of(first).stride  # [core layers, 1]
         self.starts = torch.arange(1, dtype=torch.int32, device=device)
         self.tables: torch.Tensor | None = None

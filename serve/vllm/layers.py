@@ -16,7 +16,7 @@ Convention = Literal["fused", "plain", "transformers"]
 
 
 def convention_of(layer: nn.Module) -> Convention:
-    """How vLLM's model calls its `layer`:
+    """The way in which vLLM's model calls its `layer`:
 
     fused: (positions, x, residual) -> (x, residual). The next norm adds the residual stream.
     plain: (positions, x) -> x.

@@ -27,7 +27,7 @@ class Relaxation(nn.Module):
         super().__init__()
         self.depths, self._layer = depths, (layer,)
         self.factors, self.per_depth = nn.ModuleDict(), nn.ParameterDict()
-        self.mixed: Any = nn.ModuleDict()  # of relax_rows: AllDepths by vLLM's module
+        self.mixed: Any = nn.ModuleDict()  # set by relax_rows: AllDepths by vLLM's module
         self._factors: dict[str, tuple[str, Factors]] = {}  # the source's name -> vLLM's, factors
         self._places: dict[str, tuple[str, Any]] = {}  # the source's parameter -> vLLM's, part
         for path, r in rank.items():
@@ -45,7 +45,7 @@ class Relaxation(nn.Module):
                 values = shared.data.new_empty(depths, *shared.shape)
                 self.per_depth[target.replace(".", "-")] = nn.Parameter(values, requires_grad=False)
         self._loaded: set[tuple[str, Any]] = set()
-        self._depths_of_rows: Callable[[], torch.Tensor] | None = None  # of relax_rows
+        self._depths_of_rows: Callable[[], torch.Tensor] | None = None  # set by relax_rows
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
         """Load this rank's share of checkpoint tensor `name`, a name within this layer's relaxation."""

@@ -54,7 +54,7 @@ class LaneSampler:
         self.batch, self.requests = batch, requests
         self.name_of: dict[int, str] = {}  # engine row -> request
         self.seed: dict[int, int] = {}
-        self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # of this step: rows of the batch, values
+        self.logprobs: list[tuple[torch.Tensor, LogprobsTensors]] = []  # this step's: rows of the batch, values
         self.appended: dict[str, int] = {}  # tokens of this step that are in the request's state already
         self.drafts: dict[int, bool] = {}  # engine row -> True where its tokens are drafts until the engine emits them
         self.known_tokens: torch.Tensor | None = None  # the engine's

@@ -42,7 +42,7 @@ def validate_request(params: Any, vllm_config: Any, prompt: Any = None) -> None:
 def _validate(params: Any, prompt: Any, vllm_config: Any) -> None:
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if not isinstance(params, type(_default_params())):
-        return  # of a beam search, whose requests come one by one, or of a type that vLLM refuses
+        return  # params of a beam search, whose requests come one by one, or of a type that vLLM refuses
     validate_sampling(params, _default_params())
     validate_tokens({"prompt": ids, **tokens_of(params)}, vllm_config.model_config.hf_config.vocab_size)
     validate_params(params, served_limits(vllm_config))

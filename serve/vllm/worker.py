@@ -41,7 +41,7 @@ from .sampling import LaneSampler
 
 @dataclass
 class Past:
-    """What a preempted request leaves: depths of its positions, passes of the core and lanes in them."""
+    """The past of a preempted request: depths of its positions, passes of the core and lanes in them."""
 
     trace: list[int]
     passes: int = 0
@@ -49,7 +49,7 @@ class Past:
 
 
 class LaneSteps(RunnerAttributes):
-    """What a model runner of vLLM's does instead of a forward pass. Mixed into the runners of each platform."""
+    """The steps of the loop, in place of a model runner's forward pass. Mixed into vLLM's runners of each platform."""
 
     loop: Loop
     paged: type[PagedAttention] = PagedAttention
@@ -80,7 +80,7 @@ class LaneSteps(RunnerAttributes):
         sampler = self.sampler_of_lanes
         sampler.known_tokens, sampler.in_use = self.loop.state.requests.known_tokens, self.loop.work.in_use
         self.loop.eager_tick.budget = lanes.budget or 0
-        if shared := arrivals():  # of a server, whose replies and newcomers are not to wait
+        if shared := arrivals():  # a server's, whose replies and new requests must not wait
             self.loop.eager = True
             if get_tp_group().world_size == 1:  # ranks would not hear of them in the same tick
                 self.loop.somebody_waits = shared.waiting
@@ -88,7 +88,7 @@ class LaneSteps(RunnerAttributes):
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through
         self.sent: dict[str, int] = {}  # prompt tokens of requests that are replayed from their prompts
-        self.history: dict[str, Past] = {}  # of preempted requests
+        self.history: dict[str, Past] = {}  # preempted requests
         self.exits = [0] * (config.max_recurrences + 1)
         self.decoder = torch.zeros(rows, dtype=torch.long, device=self.device)  # by row, a number in DECODERS
         self.counted = torch.zeros(rows, 2, dtype=torch.long, device=self.device)  # passes and lanes, by row
@@ -112,7 +112,7 @@ class LaneSteps(RunnerAttributes):
         return Loop(parts, attention, policy, sampler, sizes, dtype=self.dtype, device=device, reader=reader)
 
     def state_bytes(self) -> int:
-        """Of the loop that there will be: of its lanes and requests."""
+        """Bytes of the loop's state: of its lanes and requests. The loop need not exist yet."""
         return self._loop("meta", None, None).nbytes
 
     def _attention(self, block_size: int) -> Attention:
@@ -202,7 +202,7 @@ class LaneSteps(RunnerAttributes):
         self.row[name] = row
 
     def _decoder(self, row: int, name: str) -> Decoder:
-        """Of a request in `row`; the noise of a diffusion is the request's own, where it does not name a seed."""
+        """The decoder of a request in `row`. A diffusion without a seed gets the request's own."""
         params, lanes = self.requests[name].sampling_params, self.lane_config
         decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight)
         self.sampler_of_lanes.admit(row, name, decoder.name)
@@ -285,7 +285,7 @@ class LaneSteps(RunnerAttributes):
                     whole[position[some].cpu()] = part.to(whole.dtype).cpu()
 
     def _prompt_logprobs(self, names: list[str]) -> dict[str, LogprobsTensors | None]:
-        """Of the requests whose prompts are through, once each."""
+        """Log-probabilities of the requests whose prompts are through, once each."""
         found = {}
         for name in names if self.num_prompt_logprobs else ():
             if name in self.num_prompt_logprobs and name in self.flying:
@@ -297,7 +297,7 @@ class LaneSteps(RunnerAttributes):
 
 
 def counts(runner: Any) -> dict[str, Any]:
-    """How often tokens left after n recurrences, passes of the core had n lanes, and passes of the coda; by decoder,
+    """Counts of tokens that left after n recurrences, of passes of core and coda with n lanes; by decoder,
     the tokens, passes and lanes of requests since their prompts; lanes that waves fill a pass up to."""
 
     def by_number(counter: Any) -> list[int]:
@@ -323,7 +323,7 @@ class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompa
 
 
 class LaneWork(WorkerAttributes):
-    """What a worker of vLLM's does for lanes. Mixed into the workers of each platform."""
+    """The part of a worker for lanes. Mixed into vLLM's workers of each platform."""
 
     runner: type[Any]
 

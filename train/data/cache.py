@@ -18,7 +18,7 @@ from .sources import files_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # of an entry; raised when the same files give other tokens or marks
+FORMAT = 3  # version of an entry; raised when the same files give other tokens or marks
 DONE = "done"  # written last, so that a killed run leaves no entry that looks complete
 
 

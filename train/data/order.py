@@ -53,7 +53,7 @@ class Mixture:
         return int(self.chosen[sample]), int(self.places[sample])
 
     def taken(self, samples: int) -> list[int]:
-        """How many of the first `samples` come from each source."""
+        """The number of the first `samples` that come from each source."""
         return np.bincount(self.chosen[:samples], minlength=len(self.orders)).tolist()
 
     def __getitem__(self, sample: int) -> int:

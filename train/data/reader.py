@@ -21,7 +21,7 @@ Document = str | Encoded
 
 @dataclass
 class Reader:
-    """How a record becomes a document: the text in `field`, or with `chat` the conversation there.
+    """Makes documents of records: the text in `field`, or with `chat` the conversation there.
 
     tokenizer: encodes conversations; not used for text.   skip: name a bad record on stderr and leave it out, instead
     of stopping.   skipped: number of records left out so far.

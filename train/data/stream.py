@@ -72,10 +72,10 @@ class Stream:
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
-        self.marks = [mark]  # of the present window, last, and of earlier ones that `mark()` may need
+        self.marks = [mark]  # marks of earlier windows that `mark()` may need, then of the present one
         self.blocks = self._empty()
         self.next = mark
-        self.dataset: Any = None  # of `stream_of`
+        self.dataset: Any = None  # dataset of `stream_of`
         self.rows: Iterator[Any] = iter(())
 
     def _empty(self) -> Packed:

@@ -21,7 +21,7 @@ PREFIX = "task:"
 MESSAGES = "messages"  # the field that holds a record's conversation
 TRAIN, HELD_OUT = "train", "held-out"
 RECORDS = {TRAIN: 60_000, HELD_OUT: 2000}
-HELD_OUT_SHARE = 1 / 8  # of all problems
+HELD_OUT_SHARE = 1 / 8  # share of all problems
 
 COMMON = {
     "records": Parameter(integer(1), None, "records of the source (default: 60000, held out 2000)"),

@@ -15,7 +15,7 @@ from ..attention.base import Attention
 from ..compile import attend, register
 from ..relaxation import by_depth, relax_linear
 
-Args: TypeAlias = tuple[Any, ...]  # of a transformers layer
+Args: TypeAlias = tuple[Any, ...]  # arguments of a transformers layer
 Kwargs: TypeAlias = dict[str, Any]
 Visit = Callable[[int, Tensor, Args, Kwargs], Tensor]  # (layer number, hidden states, its arguments) -> hidden states
 NAME = "loopwise_lanes"  # the attention implementation of the model's config
@@ -79,7 +79,7 @@ class TransformersParts:
 
     @property
     def compilable(self) -> bool:
-        """Whether a pass of the core is one graph: parameters of a depth's own are looked up row by row."""
+        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row."""
         return not (self.config.relaxation or {}).get("own")
 
     # ---- the source model around the layers -----------------------------------------------------------------------
@@ -95,7 +95,7 @@ class TransformersParts:
         )
 
     def _arguments(self, positions: Tensor) -> dict[int, tuple[Args, Kwargs]]:
-        """What the source passes to each of its layers for these positions."""
+        """The arguments that the source passes to each of its layers for these positions."""
         found: dict[int, tuple[Args, Kwargs]] = {}
 
         def note(index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:

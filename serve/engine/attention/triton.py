@@ -204,7 +204,7 @@ class TritonAttention:
             next(left[shape]) if n >= outer else like.new_zeros(2, 1, blocks, block_size, *shape)
             for n, shape in enumerate(shapes)
         ]
-        self.caches = [tuple(keys_and_values.flatten(1, 2).unbind()) for keys_and_values in whole]  # of all slots
+        self.caches = [tuple(keys_and_values.flatten(1, 2).unbind()) for keys_and_values in whole]  # all slots
         self.take([list(zip(*keys_and_values, strict=True)) for keys_and_values in whole], outer)
 
     def take(self, slots: list[list[Cache]], outer: int) -> None:
