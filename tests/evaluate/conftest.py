@@ -1,0 +1,5 @@
+"""The fixtures that tests of training and of measurement share."""
+
+from tests.helpers.train_fixtures import command, corpus, noisy, plain, recurrent, text, tokenizer
+
+__all__ = ["command", "corpus", "noisy", "plain", "recurrent", "text", "tokenizer"]
