@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..exit_rules import ExitRule
 from ..recipe import Count, Integer, Integers, Number, Section
 from ..unused import Unused
 
@@ -112,9 +113,7 @@ class Router(Section):
 class Exit(Section):
     """When a token has recurred enough."""
 
-    rule: Literal["fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability"] = (
-        Field(description="quantity that is compared between recurrences; gate needs a model with an exit gate")
-    )
+    rule: ExitRule = Field(description="test after which a token exits; gate needs a model with an exit gate")
     threshold: Number | None = Field(None, description="threshold of the rule (default: the rule's own)")
     min_recurrences: Count = Field(1, description="recurrences before the rule may fire")
 

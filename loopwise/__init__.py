@@ -13,6 +13,7 @@ file imports only files above it:
     carried.py        files that travel with a checkpoint
     directory.py      output directories: written whole or not at all
     sampling.py       ranges of sampling parameters
+    exit_rules.py     names of the exit rules
     trained.py        depths beyond those that a model was trained at
     arguments.py      command-line arguments
     unroll.py         layers of a recurrent model as a plain one's

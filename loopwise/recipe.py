@@ -273,6 +273,12 @@ def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
     return all(kind in (str, NoneType, list[str]) or get_origin(kind) is Literal for kind in bare)
 
 
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a Literal, which may be optional; none for another type."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((get_args(option) for option in options if get_origin(option) is Literal), ())
+
+
 def _optional(model: type[BaseModel], path: list[str]) -> bool:
     return NoneType in get_args(_field(model, path))
 
@@ -291,6 +297,9 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
             lines += [describe(section, f"{prefix}{name}.") for section in sections]
         else:
             hidden = field.is_required() or field.default is None  # a computed default stands in the description
-            default = "" if hidden else f" (default {field.default!r})"
-            lines.append(f"  {prefix}{name}: {field.description or ''}{default}")
+            choices = ", ".join(map(str, _choices(field.annotation)))
+            notes = [f"one of {choices}"] if choices else []
+            notes += [] if hidden else [f"default {field.default!r}"]
+            note = f" ({'; '.join(notes)})" if notes else ""
+            lines.append(f"  {prefix}{name}: {field.description or ''}{note}")
     return "\n".join(lines)

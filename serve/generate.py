@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..arguments import RecipeParser
 from ..checkpoint import weight_files
 from ..errors import UserError
+from ..exit_rules import CHOICES
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..sampling import SETTINGS
@@ -33,7 +34,9 @@ class GenerateRecipe(Section):
         None, description="greatest R, for which keys and values get memory (default: the model's)"
     )
     min_recurrences: Count | None = Field(None, description="recurrences before the exit rule may fire")
-    exit_rule: str | None = Field(None, description="when a token has recurred enough (default: the model's, or fixed)")
+    exit_rule: str | None = Field(
+        None, description=f"test after which a token exits: {CHOICES} (default: the model's, or fixed)"
+    )
     exit_threshold: Number | None = Field(None, description="of the exit rule (default: the rule's own)")
     prompt_exit: bool = Field(False, description="let the rule end prompt tokens, too")
     kv_policy: str | None = Field(None, description="which recurrences keep keys and values (default: the model's)")

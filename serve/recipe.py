@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from ..exit_rules import CHOICES
 from ..recipe import Count, Integer, Number, Section
 from .api.lanes import read_auto
 
@@ -22,7 +23,9 @@ class ServeRecipe(Section):
     max_recurrences: Count | None = Field(
         None, description="greatest depth of a request, for which the cache has room; default the model's"
     )
-    exit_rule: str | None = Field(None, description="exit rule of a request that names none; default the model's")
+    exit_rule: str | None = Field(
+        None, description=f"exit rule of a request that names none: {CHOICES}; default the model's"
+    )
     exit_threshold: Number | None = Field(None, description="its threshold; default the rule's")
     min_recurrences: Count | None = Field(None, description="recurrences before it may fire; default the model's")
     kv_policy: str | None = Field(

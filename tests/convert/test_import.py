@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from loopwise.cli import main
 from loopwise.convert import formats
-from tests.helpers.convert import GOLDEN, expected, golden_formats, import_refused, source
+from tests.helpers.convert import GOLDEN, expected, golden_formats, import_refused, sizes, source
 
 # Golden folder -> its format. The routed ones are those of test_mor.py.
 FORMATS = {name: kind for name, kind in golden_formats().items() if "MoR" not in kind}
@@ -110,7 +110,8 @@ def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_
             line = import_refused(capsys, folder, out, "--dry-run")
             assert wrong is None or tensor.rpartition(".")[2] in line
     save_file(tensors, folder / "model.safetensors")
-    for key, value in (("intermediate_size", -1), ("intermediate_size", "x"), ("vocab_size", 63)):
+    width, vocabulary = sizes(name)
+    for key, value in ((width, -1), (width, "x"), (vocabulary, 63)):
         (folder / "config.json").write_text(json.dumps({**json.loads(config), key: value, "padded_vocab_size": None}))
         import_refused(capsys, folder, out, "--dry-run")
 

@@ -53,10 +53,23 @@ def expected(name: str) -> dict[str, torch.Tensor]:
 
 def golden_formats() -> dict[str, str]:
     """Golden folder -> the name of its format, which stands in the metadata of expected.safetensors."""
+    return {folder: facts["format"] for folder, facts in _golden_facts().items()}
+
+
+def sizes(folder: str) -> tuple[str, str]:
+    """The names of two fields in a golden folder's config.json: the width of its MLP, and its vocabulary.
+
+    They are Llama's, if the metadata of expected.safetensors has no others in `sizes`.
+    """
+    width, vocabulary = _golden_facts()[folder].get("sizes", "intermediate_size,vocab_size").split(",")
+    return width, vocabulary
+
+
+def _golden_facts() -> dict[str, dict[str, str]]:
     found = {}
     for file in sorted(GOLDEN.glob("*/expected.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            found[file.parent.name] = stored.metadata()["format"]
+        with safe_open(file, "pt") as stored:
+            found[file.parent.name] = stored.metadata()
     return found
 
 

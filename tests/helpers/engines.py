@@ -58,7 +58,8 @@ def requests(
         rule = draw.choice(rules)
         limit = draw.randint(1, depth)
         likely = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
-        threshold = {**likely, "argmax-stability": 1.0, "fixed": 0.0}[rule] * draw.uniform(0.5, 1.5) or None
+        likely |= {"argmax-stability": 1.0, "fixed": 0.0}
+        threshold = likely.get(rule, RULES[rule].threshold) * draw.uniform(0.5, 1.5) or None
         forced = rule == "fixed" and draw.random() < 0.7
         params.append(
             Params(

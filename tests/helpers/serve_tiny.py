@@ -55,6 +55,33 @@ BIASES = ["self_attn.q_proj.bias", "self_attn.v_proj.bias"]
 BIASED = {**RETROFIT, "relaxation": {"depths": 2, "rank": LORA, "own": NORMS + BIASES, "dora": True}}
 WIDE = {"hidden_size": 128, "num_key_value_heads": 2}  # for architectures without a head_dim of their own
 MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+# Fields of the source, by architecture. Those of REQUIRED are served in several shapes.
+REQUIRED = {
+    "llama": GROUPED,
+    "qwen3": {**GROUPED, "tie_word_embeddings": True},
+    "mistral": {**GROUPED, "sliding_window": 8},
+    "gemma3_text": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
+}
+OTHERS = {
+    "arcee": WIDE,
+    "gemma": GROUPED,
+    "gemma2": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
+    "glm": GROUPED,
+    "glm4": GROUPED,
+    "gpt_neox": {"hidden_size": 128, "rotary_pct": 0.5},
+    "granite": {**WIDE, **GRANITE},
+    "ministral": {**GROUPED, **MIXED},
+    "nemotron": WIDE,
+    "olmo": WIDE,
+    "olmo2": WIDE,
+    "phi": {"hidden_size": 128, "intermediate_size": 4 * 128},  # as published; vLLM 0.31 has no other shape
+    "phi3": {**WIDE, "sliding_window": 8},
+    "qwen2": WIDE,
+    "seed_oss": GROUPED,
+    "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
+    "starcoder2": {**WIDE, "sliding_window": 8},
+}
 TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 

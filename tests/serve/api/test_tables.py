@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from loopwise.convert.recipe import Exit
 from loopwise.errors import UserError
+from loopwise.exit_rules import ExitRule
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES, KV_POLICIES, policy_slots
 from loopwise.serve.api.limits import check_policy
 from loopwise.serve.engine.exits import RULES
@@ -15,7 +15,7 @@ from loopwise.serve.engine.kv import KVPolicy
 
 
 def test_exit_rules():
-    assert tuple(RULES) == EXIT_RULES == get_args(Exit.model_fields["rule"].annotation)
+    assert tuple(RULES) == EXIT_RULES == get_args(ExitRule)
 
 
 @pytest.mark.parametrize("depths", [1, 4, 9])

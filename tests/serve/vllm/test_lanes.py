@@ -27,9 +27,11 @@ from tests.helpers.serve_tiny import (
     MIXED,
     NORMS,
     ON_TWO_CORES,
+    OTHERS,
     OWN,
     RECURSIVE,
     RELAXED,
+    REQUIRED,
     RETROFIT,
     SANDWICH,
     SCHEDULING,
@@ -85,6 +87,14 @@ RANKS = {"engine": {**MANY_AT_ONCE, **TWO_RANKS}, "environment": ON_TWO_CORES}
 ALL = ("plain", "plain", "wave", "wave", "diffusion")
 POLICIES = ("per-depth", "last-exited")
 SEEDS = {f"seed-{n}": Case(policy=POLICIES[n % 2], count=64, seed=100 + n, decoders=ALL) for n in range(20)}
+# Every architecture with few requests: the other cases have the rest.
+ARCHITECTURES = {
+    f"architecture-{name}": Case(
+        name, "last-exited", source={**fields, "initializer_range": 0.12}, count=6, decoders=("plain", "wave")
+    )
+    for name, fields in {**REQUIRED, **OTHERS}.items()
+}
+SLOW = {**SEEDS, **ARCHITECTURES}
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
     "per-depth": Case(count=64, seed=1, decoders=ALL),
@@ -264,7 +274,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     folder = tmp_path_factory.mktemp("lanes")
     wanted: dict[str, tuple[list[Answer], list[dict]]] = {}
     work: dict[str, dict[str, dict]] = {}  # by program, by name
-    for name, case in cases_run(request, CASES | SEEDS).items():
+    for name, case in cases_run(request, CASES | SLOW).items():
         shape = {"num_recurrences": 4, "max_recurrences": 6, "kv_policy": case.policy, **case.shape}
         model = save(folder / name, source_config(case.model_type, **case.source), **shape)
         prompts, params, times = requests(case, case.seed)
@@ -282,7 +292,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
     }
 
 
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SEEDS)])
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_equals_every_request_alone(name, answers):
     wanted, times, result = answers[name]
     assert "error" not in result, result["error"]

@@ -20,15 +20,15 @@ from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
     HUGINN,
-    MIXED,
     ON_TWO_CORES,
+    OTHERS,
     RECURSIVE,
     RELAXED,
+    REQUIRED,
     RETROFIT,
     SANDWICH,
     SCHEDULING,
     TWO_RANKS,
-    WIDE,
     Answer,
     cases_run,
     generate,
@@ -45,32 +45,6 @@ pytestmark = [
 
 TOKENS = 12
 TIE = 1e-4  # kernels round differently: prompts that come closer to a tie are dropped, at most one in ten
-GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
-REQUIRED = {
-    "llama": GROUPED,
-    "qwen3": {**GROUPED, "tie_word_embeddings": True},
-    "mistral": {**GROUPED, "sliding_window": 8},
-    "gemma3_text": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
-}
-OTHERS = {
-    "arcee": WIDE,
-    "gemma": GROUPED,
-    "gemma2": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
-    "glm": GROUPED,
-    "glm4": GROUPED,
-    "gpt_neox": {"hidden_size": 128, "rotary_pct": 0.5},
-    "granite": {**WIDE, **GRANITE},
-    "ministral": {**GROUPED, **MIXED},
-    "nemotron": WIDE,
-    "olmo": WIDE,
-    "olmo2": WIDE,
-    "phi": {"hidden_size": 128, "intermediate_size": 4 * 128},  # as published; vLLM 0.31 has no other shape
-    "phi3": {**WIDE, "sliding_window": 8},
-    "qwen2": WIDE,
-    "seed_oss": GROUPED,
-    "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
-    "starcoder2": {**WIDE, "sliding_window": 8},
-}
 NORMAL = {**RETROFIT, "state_init": "normal", "state_std": 0.7, "state_seed": 5}
 
 
