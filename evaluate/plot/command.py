@@ -1,61 +1,124 @@
-"""`loopwise plot`: pictures of a curriculum, of a training run, and of a measurement."""
+"""`loopwise plot`: pictures of a curriculum, a training run, a measurement, a model on a text, and a running server."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...arguments import Parser
 from ...directory import new_file
 from ...errors import UserError, reason
+from ...recipe import describe, load_recipe
 from .curriculum import curriculum_figure, curriculum_of_recipe
+from .recipe import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = {
+    "curriculum": "R by step: a recipe (name or file), with key=value",
+    "run": "loss and depth of a training run: the directory OUT",
+    "eval": "score or loss by recurrences and FLOPs: a FILE of loopwise eval --out",
+    "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint and group",
+    "text": "a text, each token in the colour of its depth: a MODEL, with keys below (writes .html and .png)",
+    "states": "paths of the states: a MODEL, with keys below",
+    "router": "the tokens that each recurrence takes: a routed MODEL, with keys below",
+    "exits": "depths of generated tokens: the URL of a running server",
+}
+OF_MODELS = ("text", "states", "router")
 
 
 def main(argv: list[str]) -> int:
     """Draw a picture into a file. Returns the exit code; raises UserError for bad input."""
-    parser = Parser("loopwise plot", description="Pictures of a curriculum, of a training run, or of a measurement.")
-    parser.add_argument(
-        "what",
-        choices=["curriculum", "run", "eval", "depth"],
-        help="a recipe's curriculum; a run's log; right answers (or loss) by recurrences; recurrences by group",
+    parser = Parser(
+        "loopwise plot",
+        description="Pictures. WHAT is one of these, and SOURCE what follows its colon:\n\n"
+        + "\n".join(f"  {what:<11}{text}" for what, text in PICTURES.items()),
+        epilog="keys of text, states and router:\n" + describe(Picture),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "source",
-        metavar="RECIPE|OUT|FILE",
-        help="a recipe (name or file); the directory of a run; a FILE of loopwise eval --out (for depth, measured with "
-        "endpoint and group)",
-    )
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    parser.add_argument("--out", metavar="FILE", help="picture (default: curriculum.png, OUT/run.png, FILE.png)")
+    parser.add_argument("what", metavar="WHAT", choices=[*PICTURES], help="the kind of picture")
+    parser.add_argument("source", metavar="SOURCE", help="a recipe, a directory, a file, a model or a URL")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings, for a recipe or a model")
+    parser.add_argument("--out", metavar="FILE", help="picture (default: named for WHAT and SOURCE)")
     args = parser.parse_intermixed_args(argv)
-    file = draw(args)
-    print(f"picture written to {file}")
+    if args.settings and args.what not in ("curriculum", *OF_MODELS):
+        raise UserError(
+            f"{args.settings[0]!r}: settings belong to {', '.join(('curriculum', *OF_MODELS))}; loopwise plot "
+            f"{args.what} has none"
+        )
+    for file in draw(args):
+        print(f"picture written to {file}")
     return 0
 
 
-def draw(args: argparse.Namespace) -> Path:
-    """Draw the picture of `args.what` and write its file. Raises UserError for bad input."""
+def draw(args: argparse.Namespace) -> list[Path]:
+    """Draw the picture of `args.what` and write its files. Raises UserError for bad input."""
+    if args.what in OF_MODELS:
+        return _draw_model(args)
     if args.what == "curriculum":
-        file = Path(args.out or "curriculum.png")
-        figure = curriculum_figure(*curriculum_of_recipe(args.source, args.settings))
-    elif args.settings:
-        raise UserError(
-            f"{args.settings[0]!r}: settings belong to loopwise plot curriculum; a measurement has its own already"
-        )
+        default, figure = Path("curriculum.png"), curriculum_figure(*curriculum_of_recipe(args.source, args.settings))
     elif args.what == "run":
         from .run import run_figure
 
-        file = Path(args.out or Path(args.source) / "run.png")
-        figure = run_figure(Path(args.source))
+        default, figure = Path(args.source) / "run.png", run_figure(Path(args.source))
+    elif args.what == "exits":
+        from .exits import exit_counts, exits_figure
+
+        default, figure = Path("exits.png"), exits_figure(exit_counts(args.source), args.source)
     else:
         from .evaluation import depth_figure, eval_figure
 
         suffix = ".depth.png" if args.what == "depth" else ".png"
-        file = Path(args.out or Path(args.source).expanduser().with_suffix(suffix))
+        default = Path(args.source).expanduser().with_suffix(suffix)
         figure = (eval_figure if args.what == "eval" else depth_figure)(Path(args.source))
+    file = Path(args.out or default)
+    _save(figure, file)
+    return [file]
+
+
+def _draw_model(args: argparse.Namespace) -> list[Path]:
+    from .observe import depths, states
+
+    picture = load_recipe(Picture, "plot", None, args.settings)
+    name = Path(args.source).expanduser().resolve().name
+    file = Path(args.out or f"{args.what}.png")
+    if args.what == "states":
+        if picture.exit_rule or picture.kv_policy:
+            raise UserError("exit_rule and kv_policy: loopwise plot states draws all recurrences of every token")
+        from .states import states_figure
+
+        _save(states_figure(*states(args.source, picture), picture.tokens, name), file)
+        return [file]
+    if picture.tokens:
+        raise UserError(f"tokens={picture.tokens[0]}: loopwise plot states follows tokens; {args.what} shows all")
+    found = depths(args.source, picture)
+    if args.what == "router":
+        from .router import router_figure
+
+        if not found.routed:
+            raise UserError(f"{args.source}: no routed model; loopwise plot text shows its depths")
+        _save(router_figure(found, name), file)
+        return [file]
+    from .text import text_figure, text_page
+
+    files = [Path(args.out)] if args.out else [Path("text.html"), Path("text.png")]
+    for file in files:
+        if file.suffix == ".html":
+            _save(text_page(found, name), file)
+        else:
+            _save(text_figure(found, name), file)
+    return files
+
+
+def _save(picture: Figure | str, file: Path) -> None:
+    """Write a figure, or a page of HTML, whole or not at all. Raises UserError where that fails."""
     try:
         with new_file(file) as partial:
-            figure.savefig(partial, dpi=150, format=file.suffix[1:] or "png")
+            if isinstance(picture, str):
+                partial.write_text(picture, encoding="utf-8")
+            else:
+                picture.savefig(partial, dpi=150, format=file.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # a missing folder, or a suffix that is not an image format
         raise UserError(f"--out {file}: {reason(error)}") from None
-    return file

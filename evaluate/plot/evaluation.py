@@ -18,7 +18,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def eval_figure(file: Path) -> Figure:
-    """Right answers by group and R, or the loss by R for a result without groups.
+    """Right answers by group and R; for a result without groups, scores or the loss by R, and by FLOPs if known.
 
     file: of `loopwise eval --out`. Raises UserError for any other file.
     """
@@ -29,7 +29,7 @@ def eval_figure(file: Path) -> Figure:
         if groups:
             shares = [[row["groups"][name]["accuracy"] for name in groups] for row in rows]
             return _heat_map(result["group"] or "", groups, [_depth(row) for row in rows], shares)
-        return _loss([_depth(row) for row in rows], [row["loss"] for row in rows], [row["loss_error"] for row in rows])
+        return _curves(rows, str(result["model"]))
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{file}: not a result of loopwise eval (write one with --out)") from None
 
@@ -87,12 +87,38 @@ def _heat_map(group: str, groups: list[str], depths: list[str], shares: list[lis
     return figure
 
 
-def _loss(depths: list[str], losses: list[float], errors: list[float | None]) -> Figure:
+def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
+    """Scores of each task, or the loss, against recurrences and FLOPs. A baseline is a level of its own."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.errorbar(depths, losses, [error or 0.0 for error in errors], fmt="o-", color="C3", capsize=3)
-    axes.set_xlabel("recurrences")
-    axes.set_ylabel("held-out loss")
+    value = "score" if "score" in rows[0] else "loss"
+    known = all(row.get("flops_per_token") for row in rows)
+    figure = Figure(figsize=(11 if known else 6, 4), layout="constrained")
+    figure.suptitle(name, fontsize="medium")
+    panels = figure.subplots(1, 1 + known, squeeze=False, sharey=True)[0]
+    for number, task in enumerate(dict.fromkeys(row.get("task") for row in rows)):
+        of_task = [row for row in rows if row.get("task") == task]
+        ours = sorted((row for row in of_task if row["num_recurrences"]), key=lambda row: row["num_recurrences"])
+        plain = [row for row in of_task if not row["num_recurrences"]]
+        errors = [row[f"{value}_error"] or 0.0 for row in ours]
+        for axes, key, scale in zip(panels, ("num_recurrences", "flops_per_token"), (1, 1e-9), strict=False):
+            x, colour = [row[key] * scale for row in ours], f"C{number}"
+            style = {"color": colour, "capsize": 3, "label": task or name}
+            axes.errorbar(x, [row[value] for row in ours], errors, fmt="o-", **style)
+            for row in plain:  # of the same FLOPs at any R
+                axes.axhline(row[value], color=colour, linestyle="--", label=f"{task or ''} baseline".strip())
+                if key == "flops_per_token":
+                    axes.plot(row[key] * scale, row[value], "s", color=colour)
+    panels[0].set_ylabel(_what(rows[0]))
+    panels[0].set_xlabel("recurrences")
+    panels[0].set_xticks(sorted({row["num_recurrences"] for row in rows if row["num_recurrences"]}))
+    if known:
+        panels[1].set_xlabel("GFLOP a token")
+    if rows[0].get("task"):
+        panels[0].legend(frameon=False, fontsize="small")
     return figure
+
+
+def _what(row: dict[str, Any]) -> str:
+    """The label of the values: the metric's name, or the loss."""
+    return str(row["metric"]).partition(",")[0] if "score" in row else "held-out loss, nats a token"

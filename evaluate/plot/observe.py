@@ -1,0 +1,97 @@
+"""The tokens of a text, their depths and their states, as pictures show them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+from ...quiet import quiet
+from ..exit_depths import exit_depths
+from .recipe import Picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Tokens:
+    """The tokens of a text. ids [T].   pieces [T]: the part of the text that each stands for; "" where a character
+    takes several tokens, for all but the first."""
+
+    ids: list[int]
+    pieces: list[str]
+
+
+def tokens_of(text: str, tokenizer: Any) -> Tokens:
+    """The tokens of `text`. Raises UserError for a tokenizer that does not know their places in it."""
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__}: a picture needs a fast tokenizer, which knows the tokens' places")
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    pieces, end = [], 0
+    for first, last in encoded["offset_mapping"]:
+        pieces.append(text[max(first, end) : last])
+        end = max(end, last)
+    return Tokens(encoded["input_ids"], pieces)
+
+
+@dataclass
+class Depths:
+    """depths [T]: recurrences of each token.   most: the greatest depth that one may have.   rule: in words.
+    routed: a router has set them."""
+
+    tokens: Tokens
+    depths: list[int]
+    most: int
+    rule: str
+    routed: bool
+
+
+def depths(model: str, picture: Picture) -> Depths:
+    """The tokens of the picture's text with the depths at which they leave. Raises UserError for bad settings."""
+    quiet()
+    from ...serve import Engine, Params
+    from ...train.pretrained import load_config, load_tokenizer
+
+    text, config = picture.content, load_config(model, None)
+    if config.model_type != "recurrent_depth":
+        raise UserError(f"{model}: a plain {config.model_type}; its tokens have no depths")
+    tokens = tokens_of(text, load_tokenizer(model, None))
+    deeper = (picture.num_recurrences or 0) > config.max_recurrences and not config.router
+    engine = Engine(
+        model,
+        max_num_seqs=1,
+        max_model_len=len(tokens.ids),
+        kv_policy=picture.kv_policy,
+        max_recurrences=picture.num_recurrences if deeper else None,
+        tell=lambda line: print(f"loopwise: {line}", file=sys.stderr),
+    )
+    keys = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold")
+    params = Params(**{key: getattr(picture, key) for key in keys}, max_tokens=1, temperature=0.0, ignore_eos=True)
+    request = engine.request(params)
+    (found,) = exit_depths(engine, [tokens.ids], params)
+    rule = f"{request.rule} at {request.threshold:g}" if request.rule != "fixed" else f"R = {request.num_recurrences}"
+    rule = "router" if config.router else f"{rule}, {engine.loop.state.policy.name}"
+    return Depths(tokens, found, request.num_recurrences, rule, bool(config.router))
+
+
+def states(model: str, picture: Picture) -> tuple[Tokens, Tensor]:
+    """The tokens of the picture's text, and their states s_1 .. s_R [R, T, D] in float32."""
+    quiet()
+    import torch
+
+    from ...train.pretrained import load_config, load_model, load_tokenizer
+
+    config = load_config(model, None)
+    if config.model_type != "recurrent_depth" or config.router:
+        kind = "routed" if config.model_type == "recurrent_depth" else f"plain {config.model_type}"
+        raise UserError(f"{model}: a {kind} model has no states of all tokens after each recurrence")
+    tokens = tokens_of(picture.content, load_tokenizer(model, None))
+    loaded: Any = load_model(model, None)
+    with torch.no_grad():
+        out = loaded.eval()(
+            torch.tensor([tokens.ids]), num_recurrences=picture.num_recurrences, output_states=True, use_cache=False,
+            logits_to_keep=1,
+        )  # fmt: skip
+    return tokens, out.states[:, 0].float()
