@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 def exit_depths(engine: Engine, texts: list[list[int]], params: Params) -> list[list[int]]:
     """Recurrences of every token of `texts`, lists of token ids, in an engine with a row for each text.
 
-    Each token after the first follows the ones before as if it had been generated: it meets the keys and values that
-    they left at their exits. Raises UserError for `params` that the engine refuses.
+    The first token is a prompt, and runs to the end unless `params.prompt_exit`. The others follow as if they had been
+    generated: each meets the keys and values that the ones before left at their exits. Raises UserError for `params`
+    that the engine refuses.
     """
     import torch
 
@@ -24,7 +25,7 @@ def exit_depths(engine: Engine, texts: list[list[int]], params: Params) -> list[
             loop.admit(row, request)
             tokens = torch.tensor(ids, device=loop.state.device)
             loop.set_known_tokens(row, 1, tokens[1:])
-            loop.prompt([Prompt(row, tokens[:1].cpu(), 0, True, generated=0)])
+            loop.prompt([Prompt(row, tokens[:1].cpu(), 0, True)])
             loop.step(torch.tensor([row], device=loop.state.device))
         rows = torch.arange(len(texts), device=loop.state.device)
         while bool((loop.state.requests.remaining[rows] > 0).any()):

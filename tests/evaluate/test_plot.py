@@ -1,0 +1,160 @@
+"""Pictures of a model on a text, of measurements, and of a running server."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loopwise.cli import main
+from loopwise.evaluate.exit_depths import exit_depths
+from loopwise.evaluate.plot.observe import depths, states, tokens_of
+from loopwise.evaluate.plot.recipe import Picture
+from loopwise.evaluate.plot.states import components, states_figure
+from loopwise.evaluate.plot.text import text_page
+from loopwise.serve import Engine, Params
+from tests.helpers.engines import build, build_routed
+
+TEXT = 'the core <runs> again & "depth"\ngrows – with every pass'  # with characters that HTML escapes, and a long one
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [("last-exited", "latent-diff"), ("single", "latent-diff"), ("first", "entropy-diff"), ("per-depth", "kl")],
+)
+def test_depths_of_a_text_are_those_of_its_generation(policy, rule):
+    """A text that the engine has generated gets the depths that its tokens had then."""
+    threshold = {"latent-diff": 1.0, "entropy-diff": 0.03, "kl": 0.6}[rule]
+    engine = Engine(build(), kv_policy=policy, max_num_seqs=2, max_model_len=40)
+    params = Params(exit_rule=rule, exit_threshold=threshold, max_tokens=24, ignore_eos=True, temperature=0.0)
+    prompts = [[5], [9]]
+    done = engine.generate(prompts, params)
+    texts = [prompt + completion.tokens[:-1] for prompt, completion in zip(prompts, done, strict=True)]
+    found = exit_depths(engine, texts, params)
+    assert found == [completion.depths for completion in done]
+    assert len({depth for of in found for depth in of}) > 1
+
+
+def test_the_page_holds_the_text_and_its_depths(recurrent):
+    picture = Picture(text=TEXT, exit_rule="latent-diff", exit_threshold=0.4, kv_policy="last-exited")
+    found = depths(str(recurrent), picture)
+    page = text_page(found, "m")
+    body = page.partition('<div class="text">')[2]
+    spans = re.findall(r'title="(\d+) of (\d+)">(.*?)</span>', body, re.DOTALL)
+    assert "".join(unescape(piece) for *_, piece in spans) == TEXT
+    shown = [depth for piece, depth in zip(found.tokens.pieces, found.depths, strict=True) if piece]
+    assert [int(depth) for depth, *_ in spans] == shown
+    assert len({*shown}) > 1
+    assert not re.search(r"(src|href)=|https?:|@import", page), "the page stands alone"
+
+
+def test_pieces_of_the_tokens_are_the_text(tokenizer):
+    """Characters that take several tokens stand with the first of them."""
+    tokens = tokens_of(TEXT, tokenizer)
+    assert "".join(tokens.pieces) == TEXT
+    assert len(tokens.ids) > len(TEXT)
+    assert tokens.pieces.count("") == len(tokens.ids) - len(TEXT)
+
+
+def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
+    from loopwise.train.pretrained import load_model
+
+    tokens, found = states(str(recurrent), Picture(text=TEXT, num_recurrences=4))
+    model = load_model(str(recurrent)).eval()
+    with torch.no_grad():
+        lasts = [
+            model(torch.tensor([tokens.ids]), num_recurrences=r, use_cache=False).last_state[0] for r in (1, 2, 3, 4)
+        ]
+    moves = [(after - before).norm(dim=-1) for before, after in pairwise(lasts)]
+    figure = states_figure(tokens, found, [2, 5], "m")
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+    for place in (2, 5):
+        label = f"{place}: {tokens.pieces[place]!r}"
+        assert np.allclose(lines[label], [move[place] for move in moves], rtol=1e-4)
+    assert np.allclose(lines["median of all tokens"], [move.median() for move in moves], rtol=0.05)
+    paths, shares = components(found[:, [2, 5]])
+    relative = (found - found[-1])[:, [2, 5]]
+    assert torch.allclose(paths[-1], torch.zeros(2, 2), atol=1e-5)
+    assert paths.square().sum() <= relative.square().sum() * (1 + 1e-5)
+    assert sum(shares) == pytest.approx(float(paths.square().sum() / relative.square().sum()), rel=1e-4)
+
+
+def test_a_router_takes_the_tokens_that_its_picture_shows(tmp_path, tokenizer, capsys):
+    from loopwise.evaluate.plot.router import router_figure
+
+    model = build_routed("token")
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    found = depths(str(tmp_path / "m"), Picture(text="the core runs"))
+    assert found.routed
+    squares = sum(len(axes.patches) for axes in router_figure(found, "m").axes)
+    assert squares == sum(found.depths)
+    assert main(["plot", "router", str(tmp_path / "m"), "text=the core", "--out", str(tmp_path / "r.png")]) == 0
+    assert (tmp_path / "r.png").stat().st_size > 1000
+    capsys.readouterr()
+
+
+def test_exits_are_counted_from_metrics():
+    """From the text that prometheus_client makes of the engine's counters."""
+    from prometheus_client import generate_latest
+    from prometheus_client.registry import REGISTRY
+
+    from loopwise.evaluate.plot.exits import counted
+    from loopwise.serve.vllm.metrics import DepthMetrics
+
+    metrics = DepthMetrics('a "model"')
+    try:
+        metrics.counts = {"exits": [0, 3, 0, 5], "lanes": [0, 1], "codas": [0, 1], "decoders": {}, "budget": 0}
+        text = generate_latest(REGISTRY).decode()
+    finally:
+        REGISTRY.unregister(metrics)
+    assert counted(text, "here") == {1: 3, 2: 0, 3: 5}
+
+
+def test_scores_by_recurrences_and_flops(tmp_path):
+    from loopwise.evaluate.plot.evaluation import eval_figure
+
+    def row(task: str, depth: int | None, score: float, flops: float) -> dict:
+        facts = {"task": task, "metric": "exact_match,none", "score": score, "score_error": 0.01}
+        return {**facts, "num_recurrences": depth, "flops_per_token": flops}
+
+    rows = [row("sums", 4, 0.6, 5e9), row("sums", 1, 0.2, 2e9), row("sums", None, 0.3, 1e9), row("copy", 1, 0.9, 2e9)]
+    (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
+    by_depth, by_flops = eval_figure(tmp_path / "r.json").axes
+    assert next(list(line.get_xdata()) for line in by_depth.lines if len(line.get_xdata()) == 2) == [1, 4]
+    drawn = {(float(x), float(y)) for line in by_flops.lines for x, y in line.get_xydata()}
+    assert {(2.0, 0.2), (5.0, 0.6), (1.0, 0.3), (2.0, 0.9)} <= drawn
+    assert by_depth.get_ylabel() == "exact_match"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text", "MODEL"], "give the text by text=... or by file=..., one of the two"),
+        (["text", "MODEL", "file=nowhere.txt"], "file=nowhere.txt: No such file or directory"),
+        (["text", "MODEL", "text=the", "exit_rule=late"], "exit_rule 'late'"),
+        (["text", "MODEL", "text=the", "tokens=1"], "tokens=1: loopwise plot states follows tokens"),
+        (["text", "PLAIN", "text=the"], "a plain llama; its tokens have no depths"),
+        (["states", "PLAIN", "text=the"], "a plain llama model has no states"),
+        (["states", "MODEL", "text=the", "num_recurrences=1"], "num_recurrences=1: one recurrence has no path"),
+        (["states", "MODEL", "text=the", "tokens=3"], "tokens=3: the text has 3 tokens, 0 to 2"),
+        (["states", "MODEL", "text=the", "exit_rule=gate"], "draws all recurrences of every token"),
+        (["router", "MODEL", "text=the"], "no routed model"),
+        (["exits", "http://127.0.0.1:9"], "http://127.0.0.1:9/metrics: no server answers there"),
+        (["picture", "MODEL"], "invalid choice: 'picture'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, recurrent, plain, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(recurrent), "PLAIN": str(plain)}
+    assert main(["plot", *(names.get(argument, argument) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
+    assert [*Path().iterdir()] == []
