@@ -8,6 +8,7 @@ from ...errors import UserError
 # transformers.
 ARCHITECTURES = {
     "arcee": "ArceeForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",

@@ -65,6 +65,7 @@ REQUIRED = {
 }
 OTHERS = {
     "arcee": WIDE,
+    "ernie4_5": GROUPED,
     "gemma": GROUPED,
     "gemma2": {**GROUPED, **MIXED, "query_pre_attn_scalar": 48},
     "glm": GROUPED,
