@@ -10,7 +10,7 @@ reading order:
     endpoint.py    the answers of a running server
     loss.py        the whole measurement of loss and answers
     report.py      the result as a table
-    exit_depths.py the depths at which the tokens of a text leave
+    exit_depths.py  the depths at which the tokens of a text leave
     command.py     `loopwise eval`
     plot/          `loopwise plot`
 """
