@@ -25,10 +25,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--seed", metavar="N", help="the same as seed=N")
+    parser.add_argument(
+        "--seed", metavar="N", dest="added", action="append", type="seed={}".format, help="the same as seed=N"
+    )
     args = parser.parse(argv)
-    if args.seed is not None:
-        args.settings.append(f"seed={args.seed}")
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
 
     from ..quiet import quiet

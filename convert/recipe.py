@@ -41,9 +41,9 @@ class Layers(Section):
 class Lora(Section):
     """Relaxation: a LoRA for every layer of the core at every depth; norms and biases that differ stay per depth."""
 
-    rank: Annotated[int | dict[str, int], BeforeValidator(_rank)] = Field(
-        description="rank r, or one for each target: {q: 8, down: 32}"
-    )
+    rank: Annotated[
+        int | dict[str, int], BeforeValidator(_rank, json_schema_input_type=Count | dict[Target, Count])
+    ] = Field(description="rank r, or one for each target: {q: 8, down: 32}")
     targets: Targets | None = Field(
         None, description=f"projections that get one: {', '.join(TARGETS)} (default: all, or those that rank names)"
     )

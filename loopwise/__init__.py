@@ -9,6 +9,7 @@ file imports only files above it:
     deprecated.py     old names of keys
     unused.py         settings without effect
     recipe.py         recipes: YAML files and key=value settings
+    recipe_schema.py  JSON schemas of recipes, for editors
     hub.py            ids of the Hugging Face hub
     carried.py        files that travel with a checkpoint
     directory.py      output directories: written whole or not at all

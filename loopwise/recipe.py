@@ -147,7 +147,7 @@ def _renamed(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
     """`values` and the sections in them by today's names of their keys."""
     values = rename(values, RECIPE_KEYS, model.model_fields, "recipe key")
     for key, value in values.items():
-        sections = _sections(model.model_fields[key].annotation) if key in model.model_fields else []
+        sections = sections_of(model.model_fields[key].annotation) if key in model.model_fields else []
         if sections and isinstance(value, dict):
             values[key] = _renamed(sections[0], value)
     return values
@@ -163,7 +163,7 @@ def _path(model: type[BaseModel], key: str, warn: Callable[[str], object] | None
     for part in key.split("."):
         fields = section.model_fields if section else {}
         path.append(current_name(part, RECIPE_KEYS, fields, "recipe key", warn))
-        sections = _sections(fields[path[-1]].annotation) if path[-1] in fields else []
+        sections = sections_of(fields[path[-1]].annotation) if path[-1] in fields else []
         section = sections[0] if sections else None
     return path
 
@@ -235,6 +235,11 @@ def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
     return values or {}
 
 
+def as_yaml(recipe: BaseModel) -> str:
+    """All settings of `recipe`, defaults included, as a recipe file that gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         if not isinstance(values.get(part), dict):
@@ -247,27 +252,28 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for section in _sections(field.annotation):
+        for section in sections_of(field.annotation):
             keys += _keys(section, f"{prefix}{name}.")
     return keys
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key of this type holds: none, or one."""
     options = getattr(annotation, "__args__", (annotation,))
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
-def _field(model: type[BaseModel], path: list[str]) -> Any:
+def field_of(model: type[BaseModel], path: list[str]) -> Any:
     """The type of a dotted key; None for an unknown key."""
     field = model.model_fields.get(path[0])
     if field is None or not path[1:]:
         return field and field.annotation
-    return next(filter(None, (_field(section, path[1:]) for section in _sections(field.annotation))), None)
+    return next(filter(None, (field_of(section, path[1:]) for section in sections_of(field.annotation))), None)
 
 
 def _takes_text(model: type[BaseModel], path: list[str]) -> bool:
     """True if the key takes only text or lists of text, so that revision=0123 is not read as an octal number."""
-    annotation = _field(model, path)
+    annotation = field_of(model, path)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     bare = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options]
     return all(kind in (str, NoneType, list[str]) or get_origin(kind) is Literal for kind in bare)
@@ -280,7 +286,7 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _optional(model: type[BaseModel], path: list[str]) -> bool:
-    return NoneType in get_args(_field(model, path))
+    return NoneType in get_args(field_of(model, path))
 
 
 def _example(model: type[BaseModel]) -> str:
@@ -292,7 +298,7 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
     """The keys of a recipe with their defaults and meanings, for `--help`."""
     lines = []
     for name, field in model.model_fields.items():
-        sections = _sections(field.annotation)
+        sections = sections_of(field.annotation)
         if sections:
             lines += [describe(section, f"{prefix}{name}.") for section in sections]
         else:

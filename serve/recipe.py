@@ -58,7 +58,7 @@ class ServeRecipe(Section):
     name: str | None = Field(None, description="model name in the API; default the directory's name")
     drain_seconds: Integer = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")
 
-    @field_validator("budget", "coda_wait", mode="before")
+    @field_validator("budget", "coda_wait", mode="before", json_schema_input_type=Count | Literal["auto", 0, -1] | None)
     @classmethod
     def _auto(cls, value: object) -> object:
         return read_auto(value)

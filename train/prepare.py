@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.quiet import quiet
+from loopwise.recipe import as_yaml
 from loopwise.version import __version__
 
 from .checkpoint import RUN, check_same_run, last_sound
@@ -73,8 +72,7 @@ def _write_tokens(run: Run, config: PretrainedConfig, checkpoint: Path | None) -
         if checkpoint:
             check_same_run(checkpoint, run.facts(built.digest), run.accept_changes)
         header = f"{RUN_HEADER}{__version__}: loopwise train {run.model} {out}\n"
-        text = header + yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
-        (partial / RECIPE).write_text(text, encoding="utf-8")
+        (partial / RECIPE).write_text(header + as_yaml(run.recipe), encoding="utf-8")
         if run.force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has a checkpoint
         out.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ from loopwise.evaluate.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve.generate import GenerateRecipe
 from loopwise.serve.recipe import ServeRecipe
+from loopwise.train.init import Init
 from loopwise.train.recipe import Train
 
 MODELS: dict[str, type[Section]] = {
+    "init": Init,
     "train": Train,
     "eval": Evaluate,
     "convert": ConvertRecipe,
@@ -21,6 +23,7 @@ MODELS: dict[str, type[Section]] = {
 }
 # What a command needs beside the setting that is looked at.
 NEEDED = {
+    "init": [],
     "train": ["data.train=text.txt"],
     "eval": ["data=text.txt"],
     "convert": ["method=mor", "loops=2"],

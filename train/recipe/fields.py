@@ -56,6 +56,10 @@ HeldOutSources = Annotated[
 ]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Pair = tuple[Number, Number]
-Levels = Annotated[list[tuple[Fraction, Count]], BeforeValidator(_levels), PlainSerializer(lambda levels: dict(levels))]
+Levels = Annotated[
+    list[tuple[Fraction, Count]],
+    BeforeValidator(_levels, json_schema_input_type=dict[Fraction, Count]),
+    PlainSerializer(lambda levels: dict(levels)),
+]
 BadRecords = Literal["stop", "skip"]
 BAD = "a record without the field it needs, or a named file that is not UTF-8"

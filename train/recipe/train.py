@@ -19,7 +19,10 @@ from .recurrence import Recurrence
 
 Checkpointing = Annotated[
     Literal["none", "layer", "recurrence"],
-    BeforeValidator(lambda value: {"true": "layer", "false": "none"}.get(str(value).lower(), value)),
+    BeforeValidator(
+        lambda value: {"true": "layer", "false": "none"}.get(str(value).lower(), value),
+        json_schema_input_type=Literal["none", "layer", "recurrence"] | bool,
+    ),
 ]
 
 
