@@ -16,7 +16,9 @@ file imports only files above it:
     sampling.py       ranges of sampling parameters
     exit_rules.py     names of the exit rules
     trained.py        depths beyond those that a model was trained at
+    candidates.py     answers to TAB
     arguments.py      command-line arguments
+    completion.py     loopwise completion
     unroll.py         layers of a recurrent model as a plain one's
     model/            the recurrent-depth model, which travels with checkpoints
     checkpoint.py     reading a checkpoint directory

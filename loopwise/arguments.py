@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from .candidates import answer, operands_and_keys, recipe_names
 from .errors import UserError
 from .recipe import Section, as_yaml, describe, load_recipe
 from .recipe_schema import recipe_schema
@@ -15,7 +17,19 @@ SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors: one line, exit 2."""
+    """An argument parser whose errors are UserErrors: one line, exit 2. At TAB, parsing answers the shell."""
+
+    def parse_args(self, *args: Any, **keywords: Any) -> Any:
+        self._answer_tab()
+        return super().parse_args(*args, **keywords)
+
+    def parse_intermixed_args(self, *args: Any, **keywords: Any) -> Any:
+        self._answer_tab()
+        return super().parse_intermixed_args(*args, **keywords)
+
+    def _answer_tab(self) -> None:
+        if "_ARGCOMPLETE" in os.environ:
+            answer(self, len(self.prog.split()))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -45,12 +59,14 @@ class RecipeParser(Parser):
 
     def _add_arguments(self, names: str) -> None:
         """Add what every such verb takes. names: the operands, for the help."""
-        self.add_argument(
+        words: Any = self.add_argument(
             "positional", metavar="ARGUMENT", nargs="*", help=f"{names}, and key=value, all listed below"
         )
-        self.add_argument(
+        words.completer = operands_and_keys(self.recipe, len(self.operands), SETTING.match)
+        recipe: Any = self.add_argument(
             "--recipe", metavar="NAME|FILE", help=f"a YAML file, or the name of one in recipes/{self.verb}"
         )
+        recipe.completer = recipe_names(self.verb)
         self.add_argument("--print-config", action="store_true", help="print all settings as a recipe file, and stop")
         self.add_argument("--print-schema", action="store_true", help="print the recipe's JSON schema, and stop")
         self.set_defaults(added=[])

@@ -24,6 +24,7 @@ VERBS = {
     "calibrate": ("loopwise.convert.calibrate", "thresholds at which a router takes its capacities"),
     "generate": ("loopwise.serve.generate", "continue prompts on this machine, without a server"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
+    "completion": ("loopwise.completion", "print a script by which a shell completes these commands"),
 }
 
 # Errors of a file or a disk that the user can mend: no room, no such place, no permission, a name that cannot be.
@@ -88,6 +89,8 @@ def _forget_stdout() -> None:
 
 
 def _run(argv: list[str]) -> int:
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        return importlib.import_module("loopwise.completion").complete(VERBS)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
