@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -20,8 +23,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.serve import Engine, Params
+from tests.helpers.dashboard import missing, needs, queries
+from tests.helpers.repository import ROOT
 from tests.helpers.serve_tiny import VOCABULARY, change_config, generate, prompts
-from tests.helpers.serving import Server, serving
+from tests.helpers.serving import Server, free_port, serving
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),  # one engine at a time
@@ -110,6 +115,40 @@ def test_models_and_metrics(client, server):
     assert float(metrics['loopwise:exit_depth_count{model_name="tiny"}']) >= 8
     for name in ("lanes_per_tick", "coda_batch_size"):
         assert float(metrics[f'loopwise:{name}_sum{{model_name="tiny"}}']) > 0
+
+
+def test_series_of_the_dashboard_are_there(client, server):
+    """Every series that a query of deploy/'s dashboard selects, with its labels, and rates of counters alone."""
+    client.completions.create(**GREEDY, prompt=[1, 2], extra_body={"ignore_eos": True})
+    text = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode()
+    assert missing({need for query in queries().values() for need in needs(query)}, text) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian's package) is not installed")
+def test_prometheus_answers_the_dashboard(client, server, tmp_path):
+    """Prometheus itself reads the server by deploy/'s configuration; every query has a number while requests run."""
+    port = free_port()
+    settings = (ROOT / "deploy/prometheus.yaml").read_text().replace("server:8000", server.url.removeprefix("http://"))
+    (tmp_path / "prometheus.yaml").write_text(settings)
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]
+    with (tmp_path / "log").open("w") as log:
+        prometheus = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stderr=log)
+    try:
+        end = time.monotonic() + 25
+        while time.monotonic() < end:
+            for body in ({}, {"decoder": "wave"}, {"decoder": "diffusion", "num_recurrences": 4}):
+                client.completions.create(**GREEDY, prompt=[1, 2, 3], extra_body={"ignore_eos": True, **body})
+            time.sleep(0.5)
+        answers = {}
+        for name, query in queries().items():
+            address = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+            result = json.load(urllib.request.urlopen(address, timeout=30))["data"]["result"]
+            answers[name] = [float(series["value"][1]) for series in result]
+    finally:
+        prometheus.terminate()
+        prometheus.wait(30)
+    assert {name: values for name, values in answers.items() if not any(map(math.isfinite, values))} == {}
 
 
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
