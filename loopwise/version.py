@@ -1,3 +1,3 @@
 """The release of loopwise that saved files name."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
