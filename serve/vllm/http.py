@@ -1,4 +1,4 @@
-"""Depth over HTTP: a request's fields are validated, and its reply's usage gets recurrences and passes.
+"""Depth over HTTP: a request's fields are validated, and its reply gets recurrences and passes.
 
 One ASGI middleware around vLLM's application, inside its authentication. It relies on the shape of OpenAI's requests
 and replies, on `vllm_xargs`, and on the functions that `install` wraps.
@@ -7,8 +7,7 @@ and replies, on `vllm_xargs`, and on the functions that `install` wraps.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,64 +17,10 @@ from .requests import validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
 from .shutdown import GRACE, Ending
 from .validation import served_limits, validate_request
+from .work import Work, note_tokens
 
+CHUNKED = ("/v1/completions", "/v1/chat/completions", "/invocations")  # whose streams have choices in their chunks
 WORK: ContextVar[Work | None] = ContextVar("loopwise_work", default=None)
-
-
-class Work:
-    """The recurrences and passes of one HTTP request: those of every choice, once it has finished.
-
-    fixed: the depth of all tokens in the fixed engine; None in the lane engine.   per_token: list depths in the usage.
-    """
-
-    def __init__(self, fixed: int | None, per_token: bool):
-        self.fixed, self.per_token = fixed, per_token
-        self.choices: list[dict[int, list[list[int]]]] = []
-
-    def follow(self, stream: AsyncGenerator) -> AsyncGenerator:
-        """The `stream` of vLLM's RequestOutputs of one prompt, whose `routed_experts` are moved into `choices`."""
-        work: dict[int, list[list[int]]] = {}  # by choice: LaneOutput.work
-        self.choices.append(work)
-
-        async def noted():
-            async with aclosing(stream):
-                async for output in stream:
-                    for choice in output.outputs:
-                        if choice.finish_reason is None:
-                            continue
-                        if choice.routed_experts is not None:
-                            work[choice.index] = choice.routed_experts.tolist()
-                            choice.routed_experts = None
-                    yield output
-
-        return noted()
-
-    def usage(self, tokens: int) -> dict[str, Any] | None:
-        """Additional usage of a reply of `tokens` tokens; None while it is unknown.
-
-        recurrences: mean, total, and with `per_token` a list for each choice.
-        passes: of the core after the prompt. `sequential`: one after the other. `per_token`: their mean for a token.
-        `wave`: the mean of positions in flight. `items`: positions in all passes. `wasted`: those that gave no token.
-        """
-        if self.fixed is not None:
-            return {"recurrences": {"mean": float(self.fixed), "total": self.fixed * tokens}}
-        lists = [choice[index] for choice in self.choices for index in sorted(choice)]
-        depths = [work[0] for one in lists for work in one]
-        if not depths:
-            return None
-        usage: dict[str, Any] = {"mean": sum(depths) / len(depths), "total": sum(depths)}
-        if self.per_token:
-            usage["per_token"] = [[work[0] for work in one] for one in lists]
-        sequential, items = (sum(one[-1][n] for one in lists if one) for n in (1, 2))
-        later = sum(work[0] for one in lists for work in one[1:])  # the first token comes from the prompt's pass
-        passes = {
-            "sequential": sequential,
-            "per_token": sequential / max(len(depths) - len(lists), 1),
-            "wave": items / max(sequential, 1),
-            "items": items,
-            "wasted": max(items - later, 0),
-        }
-        return {"recurrences": usage, "passes": passes}
 
 
 class DepthFields:
@@ -114,7 +59,7 @@ class DepthFields:
             validate_beam_search(fields, values)
         except FieldError as error:
             return await _refuse(400, "BadRequestError", str(error), error.field, send)
-        work = Work(limits.num_recurrences if limits.fixed else None, bool(values.pop("return_recurrences", 0)))
+        work = _work_of(path, fields, values, limits.num_recurrences if limits.fixed else None)
         if values:
             given = fields.get("vllm_xargs")
             if given is not None and not isinstance(given, dict):
@@ -150,7 +95,7 @@ class Reply:
             return await self.send(message)
         part = message.get("body", b"")
         if self.streams:
-            if b'"usage":{' in part:
+            if self.work.in_chunks or b'"usage":{' in part:
                 part = b"\n\n".join(self._event(event) for event in part.split(b"\n\n"))
             return await self.send({**message, "body": part})
         self.whole += part
@@ -170,23 +115,25 @@ class Reply:
         return prefix + self._with_usage(event.removeprefix(prefix))
 
     def _with_usage(self, text: bytes) -> bytes:
+        """The JSON `text` of a reply or chunk, with recurrences in its usage, and in its choices where asked for."""
         reply = json.loads(text)
-        usage = reply.get("usage") if isinstance(reply, dict) else None  # null where the client has disconnected
-        if not isinstance(usage, dict):
+        if not isinstance(reply, dict):
             return text
-        tokens = usage.get("completion_tokens", usage.get("output_tokens"))
-        if (more := self.work.usage(tokens or 0)) is None:
-            return text
-        usage.update(more)
+        if self.streams and self.work.in_chunks:
+            self.work.add_to_chunk(reply)
+        usage = reply.get("usage")  # null where the client has disconnected
+        if isinstance(usage, dict):
+            tokens = usage.get("completion_tokens", usage.get("output_tokens"))
+            usage.update(self.work.usage(tokens or 0) or {})
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def install(metrics: Callable | None) -> Ending:
     """Wrap vLLM's application and AsyncLLM in this process. Returns the state of the server's end.
 
-    Three functions are wrapped: the application gets the middleware; `generate` validates requests of all routes before
-    a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own `--middleware` would
-    run outside of its authentication, and has no access to the engine's outputs.
+    Functions are wrapped: the application gets the middleware; `generate` validates requests of all routes
+    before a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own
+    `--middleware` would run outside of its authentication, and has no access to the engine's outputs.
     """
     from starlette.middleware import Middleware
     from vllm.entrypoints.launchers import app as launcher
@@ -204,7 +151,8 @@ def install(metrics: Callable | None) -> Ending:
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         validate_request(sampling_params, self.vllm_config, prompt)
         work = WORK.get() or Work(None, False)  # removes the field that carries it from every reply
-        return work.follow(generate(self, prompt, sampling_params, request_id, **kwargs))
+        stream = generate(self, prompt, sampling_params, request_id, **kwargs)
+        return work.follow(stream, getattr(sampling_params, "n", 1) or 1)
 
     def end(self, timeout=None):
         handler = getattr(self, "output_handler", None)
@@ -220,10 +168,26 @@ def install(metrics: Callable | None) -> Ending:
             # ever, and the HTTP server for them.
             loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
+    note_tokens()
     launcher.init_entrypoints_middleware = init_middleware
     AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
     AsyncLLM.shutdown = end
     return ending
+
+
+def _work_of(path: str, fields: dict[str, Any], values: dict[str, Any], fixed: int | None) -> Work:
+    """The Work of a request with the depth fields `values`, and all others, `fields`.
+
+    Where chunks of a stream get depths, vLLM is asked for token ids, too: they tell which tokens a chunk has.
+    """
+    asked, with_ids = bool(values.get("return_recurrences")), bool(fields.get("return_token_ids"))
+    chat = "messages" in fields
+    # vLLM leaves the text of a prompt that it echoes out where a completion has token ids.
+    echoes = bool(fields.get("echo")) and not chat and not with_ids
+    in_chunks = asked and bool(fields.get("stream")) and path in CHUNKED and not echoes
+    if in_chunks:
+        fields["return_token_ids"] = True
+    return Work(fixed, asked, in_chunks, remove_ids=not with_ids)
 
 
 def _route(scope: dict) -> str:

@@ -229,6 +229,86 @@ def test_streamed_usage_counts_recurrences(client):
     assert list(client.chat.completions.create(**request))[-1].usage.recurrences["total"] == 3 + 7
 
 
+def stream(server, path: str, **body) -> list[dict]:
+    """The chunks of a streamed reply that is asked for its recurrences; the last one has its usage."""
+    body = {**GREEDY, "stream": True, "stream_options": {"include_usage": True}, "return_recurrences": True, **body}
+    call = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    lines = urllib.request.urlopen(call, timeout=60).read().decode().splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def joined(chunks: list[dict]) -> dict[int, tuple[list[int], str, str]]:
+    """By choice of a stream: depths, texts of tokens, and text, put together from its chunks."""
+    found: dict[int, tuple[list[int], str, str]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            assert len(choice["recurrences"]) == len(choice["tokens"])
+            depths, tokens, text = found.get(choice["index"], ([], "", ""))
+            more = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+            found[choice["index"]] = depths + choice["recurrences"], tokens + "".join(choice["tokens"]), text + more
+    return found
+
+
+LETTERS = [*range(32, 58), *range(64, 90)]  # ids of tokens that are a letter each
+
+
+@pytest.mark.parametrize("decoder", ["plain", "wave"])
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
+def test_chunks_have_the_depths_of_their_tokens(server, path, choices, decoder):
+    """Those that the request forces, and that its usage has, for every choice of every prompt."""
+    chat = path.endswith("/chat/completions")
+    asked = {"messages": [{"role": "user", "content": "hello"}]} if chat else {"prompt": [prompts()[2]] * 2}
+    trace = [1, 2, 3, 3, 2, 2] * 80
+    more = {"ignore_eos": True, "trace": trace, "decoder": decoder, "n": choices, "temperature": 1, "max_tokens": 20}
+    chunks = stream(server, path, **asked, **more)
+    usage, found = chunks[-1]["usage"], joined(chunks)
+    length = usage["prompt_tokens"] // (1 if chat else 2)
+    assert [found[index][0] for index in sorted(found)] == usage["recurrences"]["per_token"]
+    assert usage["recurrences"]["per_token"] == [[3, *trace[length : length + 19]]] * choices * (1 if chat else 2)
+    assert all(tokens == text for _, tokens, text in found.values())
+    sizes = [len(choice["recurrences"]) for chunk in chunks for choice in chunk["choices"]]
+    assert max(sizes) > 1  # a step gives several tokens
+    places = [place for chunk in chunks for place in (chunk, *chunk["choices"])]
+    assert not any(place.get(name) for place in places for name in ("token_ids", "prompt_token_ids"))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_chunks_whose_text_is_held_back_have_the_depths_of_their_tokens(server, path):
+    """vLLM holds text back that a stop string may begin in, and cuts the string off: its tokens are there at once."""
+    asked = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    asked |= {"allowed_token_ids": LETTERS, "ignore_eos": True, "max_tokens": 40, "return_token_ids": True, "seed": 3}
+    asked |= {"exit_rule": "latent-diff", "exit_threshold": 0.95, "temperature": 2.0}
+    asked.pop("messages" if path == "/v1/completions" else "prompt")
+    ((_, tokens, whole),) = joined(stream(server, path, **asked)).values()
+    assert len(whole) == len(tokens) == 40
+    stop = whole[18:22]
+    end = whole.index(stop)
+    chunks = stream(server, path, **asked, stop=[stop])
+    ((depths, tokens, text),) = joined(chunks).values()
+    assert (text, tokens) == (whole[:end], whole[: end + 4])
+    assert chunks[-1]["usage"]["recurrences"]["per_token"] == [depths]
+    assert len(depths) == chunks[-1]["usage"]["completion_tokens"] == end + 4
+    assert len(set(depths)) > 1
+    ids = [choice.get("token_ids") or [] for chunk in chunks for choice in chunk["choices"]]
+    assert [len(one) for one in ids] == [len(c["recurrences"]) for chunk in chunks for c in chunk["choices"]]
+
+
+def test_chunks_without_a_place_for_depths_stay_as_they_are(server):
+    """Of requests that do not ask, of prompts that are echoed, and of routes whose streams have no choices."""
+    for more in ({"return_recurrences": False}, {"echo": True}):
+        chunks = stream(server, "/v1/completions", prompt="abc", **more)
+        assert not any({"recurrences", "tokens"} & {*c} for chunk in chunks for c in chunk["choices"])
+        assert chunks[-1]["usage"]["recurrences"]["mean"] == 3
+    assert chunks[0]["choices"][0]["text"].startswith("abc")
+    for path, asked in (
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"input": "a"}),
+    ):
+        kinds = [event["type"] for event in stream(server, path, **asked)]
+        assert kinds[-1] in ("message_stop", "response.completed")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -497,6 +577,16 @@ def test_depths_beyond_training_are_warned_of_once(server):
     assert server.log.read_text().count(said) == 1
 
 
+def check_chunks_of_the_fixed_engine(server) -> None:
+    """Every token has the model's depth."""
+    for path, asked in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        ((depths, tokens, text),) = joined(stream(server, path, **asked, ignore_eos=True)).values()
+        assert (depths, tokens) == ([1] * 8, text)
+
+
 @pytest.mark.parametrize("to_group", [False, True], ids=["sigterm", "ctrl-c"])
 def test_drains_and_leaves_no_process(request, to_group, server, model):
     """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
@@ -505,6 +595,7 @@ def test_drains_and_leaves_no_process(request, to_group, server, model):
         request.addfinalizer(server.kill)
         server.wait_until(server.healthy, 240)
         check_tokens_beyond_the_model(server)
+        check_chunks_of_the_fixed_engine(server)
     body = {**GREEDY, "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
     call = urllib.request.Request(

@@ -90,12 +90,18 @@ def test_streams_end_when_the_engine_is_stopped(monkeypatch):
     from vllm.entrypoints.launchers import app
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
     from vllm.v1.engine.exceptions import EngineDeadError
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
     from loopwise.serve.vllm.http import install
 
-    for owner, name in ((app, "init_entrypoints_middleware"), (AsyncLLM, "generate")):
+    for owner, name in (
+        (app, "init_entrypoints_middleware"),
+        (AsyncLLM, "generate"),
+        (IncrementalDetokenizer, "from_new_request"),
+        (RequestState, "_new_completion_output"),
+    ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(
         AsyncLLM,
