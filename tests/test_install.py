@@ -51,12 +51,13 @@ def test_wheel_holds_everything_as_real_files(built):
     wanted = set()
     for folder in ("loopwise", *LINKED):
         for path in (tree / folder).rglob("*"):  # does not follow links
-            if path.suffix in (".py", ".yaml", ".typed"):
+            if path.suffix in (".py", ".yaml", ".typed", ".html", ".css", ".js", ".svg"):
                 name = path.relative_to(tree).as_posix()
                 wanted.add(name if folder == "loopwise" else f"loopwise/{name}")
     assert held == wanted
     assert "loopwise/py.typed" in held
     assert any(name.startswith("loopwise/recipes/convert/") for name in held)
+    assert {f"loopwise/serve/vllm/page/page.{kind}" for kind in ("html", "css", "js")} <= held
 
 
 @pytest.mark.xdist_group("wheel")

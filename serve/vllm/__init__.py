@@ -29,6 +29,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     shutdown.py          open requests are drained, then aborted
     metrics.py           Prometheus metrics of the lane engine
     work.py              recurrences of a request, from vLLM's outputs to its reply
+    page/                the page /depth, and the settings that it offers
     http.py              depth fields in HTTP requests, recurrences in their replies
     launch.py            vLLM's server: its arguments, its start and its end
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
 from ..api.validation import validate_fields
+from .page.routes import page_routes
 from .requests import validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
 from .shutdown import GRACE, Ending
@@ -131,7 +132,7 @@ class Reply:
 def install(metrics: Callable | None) -> Ending:
     """Wrap vLLM's application and AsyncLLM in this process. Returns the state of the server's end.
 
-    Functions are wrapped: the application gets the middleware; `generate` validates requests of all routes
+    Functions are wrapped: the application gets the middleware and the page; `generate` validates requests of all routes
     before a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own
     `--middleware` would run outside of its authentication, and has no access to the engine's outputs.
     """
@@ -146,6 +147,7 @@ def install(metrics: Callable | None) -> Ending:
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
         ending.app = app
+        app.router.routes.extend(page_routes())
         app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):

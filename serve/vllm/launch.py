@@ -203,8 +203,8 @@ def run_server(
     os.environ[SERVER] = str(os.getpid())
     if defaults.engine == "lanes" and sys.platform == "linux":
         os.environ[ARRIVALS] = share()
-    where = f"http://{args.host}:{args.port}/v1"
-    lines.append(f"{args.served_model_name[0]} ({facts.architecture}) will be at {where}")
+    where, name = f"http://{args.host}:{args.port}", args.served_model_name[0]
+    lines.append(f"{name} ({facts.architecture}) will be at {where}/v1, and a page to try it at {where}/depth")
     lines.append(replace(defaults, config=defaults.config | args.hf_overrides).line())
     if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
         lines.append(line)

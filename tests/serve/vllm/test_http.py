@@ -578,13 +578,15 @@ def test_depths_beyond_training_are_warned_of_once(server):
 
 
 def check_chunks_of_the_fixed_engine(server) -> None:
-    """Every token has the model's depth."""
+    """Every token has the model's depth, in chunks and in /v1/depth, which the page reads."""
     for path, asked in (
         ("/v1/completions", {"prompt": "a"}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
     ):
         ((depths, tokens, text),) = joined(stream(server, path, **asked, ignore_eos=True)).values()
         assert (depths, tokens) == ([1] * 8, text)
+    settings = json.load(urllib.request.urlopen(server.url + "/v1/depth", timeout=60))
+    assert (settings["engine"], settings["num_recurrences"], settings["max_recurrences"]) == ("fixed", 1, 1)
 
 
 @pytest.mark.parametrize("to_group", [False, True], ids=["sigterm", "ctrl-c"])
