@@ -1,5 +1,5 @@
-# Targets: setup, demo, test, test-slow, test-real, test-vllm, results-train, lint, wheel, clean. All but test-vllm work in
-# .venv, which the first of them creates.
+# Targets: setup, demo, test, test-slow, test-browser, test-real, test-vllm, results-train, lint, wheel, clean. All but
+# test-vllm work in .venv, which the first of them creates.
 #
 # make demo MODEL=model.gguf TEXT=my/files OUT=folder    the main job, on your own model and text
 # make test ARGS="-k identity -x"       options for pytest
@@ -27,7 +27,7 @@ VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
 	case $$($$python -c '$(VERSION)' 2>/dev/null) in (3.11|3.12|3.13) echo $$python; break;; esac; done)
 
-.PHONY: deps setup demo test test-slow test-real test-vllm results-train lint wheel clean anew
+.PHONY: deps setup demo test test-slow test-browser test-real test-vllm results-train lint wheel clean anew
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -112,6 +112,14 @@ test: lint
 # What takes minutes a test: every launcher, many kills.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+
+# The page of `loopwise serve` in headless Chromium, such as Debian's (apt-get install chromium). CHROMIUM=path names another.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-browser: setup
+	@test -x "$(CHROMIUM)" || { \
+		echo "no Chromium here: apt-get install chromium, or name one with CHROMIUM=path" >&2; exit 1; }
+	LOOPWISE_BROWSER="$(CHROMIUM)" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m slow tests/serve/vllm/test_browser.py $(ARGS)
 
 # What runs on a real model, SmolLM2-135M-Instruct: downloaded once into the user's cache, or LOOPWISE_SMOLLM2=its.gguf.
 test-real: setup
