@@ -20,6 +20,29 @@ FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
     "decoder", "max_in_flight", "diffusion",
 )  # fmt: skip
+# Value and meaning of every field, for the reference of the documentation.
+ABOUT: dict[str, tuple[str, str]] = {
+    "num_recurrences": (
+        "integer, 1 to max_recurrences",
+        "recurrences R of every token; without it the server's default",
+    ),
+    "min_recurrences": ("integer, 1 to num_recurrences", "recurrences before the exit rule may fire"),
+    "exit_rule": ("name", "test after which a token needs no more recurrences"),
+    "exit_threshold": ("number, at least 0", "threshold of the rule; without it the rule's own"),
+    "prompt_exit": (
+        "true or false",
+        "the rule ends prompt tokens, too; not with kv_policy=per-depth, and not by a rule that reads logits in a "
+        "model with a coda",
+    ),
+    "trace": (
+        "list of integers",
+        "depth of every position, from the prompt's first on, in place of a rule; for measurements",
+    ),
+    "return_recurrences": ("true or false", "list the depth of every token in usage, beside the mean"),
+    "decoder": ("plain, wave or diffusion", "way in which tokens are decoded"),
+    "max_in_flight": ("integer, up to the server's", "most positions in flight, with decoder wave or diffusion"),
+    "diffusion": ("object", "settings of decoder=diffusion"),
+}
 OLD_FIELDS = old_names(SERVING, FIELDS)  # accepted: old name -> today's name
 FLAGS = ("prompt_exit", "return_recurrences")
 ALIASES = re.compile(  # names of num_recurrences in other programs, and in papers
