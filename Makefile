@@ -1,4 +1,4 @@
-# Targets: setup, demo, test, test-slow, test-browser, test-real, test-vllm, results-train, lint, wheel, clean. All but
+# Targets: setup, demo, docs, test, test-slow, test-browser, test-real, test-vllm, results-train, lint, wheel, clean. All but
 # test-vllm work in .venv, which the first of them creates.
 #
 # make demo MODEL=model.gguf TEXT=my/files OUT=folder    the main job, on your own model and text
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 GPU ?= $(if $(wildcard $(VENV)/.deps-gpu),1,0)
 KIND := $(if $(filter-out 0,$(GPU)),gpu,cpu)
 WORKERS ?= 2
-EXTRAS := [train,serve,eval,dev]
+EXTRAS := [train,serve,eval,dev,docs]
 # PyTorch's own index of CPU builds: PyPI has builds for CUDA only, except for macOS.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -27,7 +27,7 @@ VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
 	case $$($$python -c '$(VERSION)' 2>/dev/null) in (3.11|3.12|3.13) echo $$python; break;; esac; done)
 
-.PHONY: deps setup demo test test-slow test-browser test-real test-vllm results-train lint wheel clean anew
+.PHONY: deps setup demo docs test test-slow test-browser test-real test-vllm results-train lint wheel clean anew
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -98,6 +98,11 @@ $(VENV)/.setup-$(KIND): pyproject.toml $(VENV)/.deps-$(KIND)
 demo: setup
 	$(BIN)/python -m loopwise.demo \
 		$(if $(MODEL),--model "$$MODEL") $(if $(TEXT),--text "$$TEXT") $(if $(OUT),--out "$$OUT")
+
+# The documentation's site, in build/site. Its reference is written from the code; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site 8001"
 
 lint: setup
 	$(BIN)/ruff check .

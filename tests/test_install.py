@@ -102,7 +102,7 @@ def test_metadata_is_fit_for_publishing(built):
     assert len(metadata.summary) < 512
     # PEP 639 has the expression alone; docs/release.md says what looks at the other classifiers.
     assert not any(entry.startswith("License ::") for entry in metadata.classifiers or [])
-    assert set(metadata.provides_extra or []) == {"train", "serve", "serve-cpu", "eval", "dev"}
+    assert set(metadata.provides_extra or []) == {"train", "serve", "serve-cpu", "eval", "dev", "docs"}
 
 
 @pytest.mark.xdist_group("wheel")
@@ -116,7 +116,7 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built):
 
 
 @pytest.mark.xdist_group("wheel")
-@pytest.mark.parametrize("extras", ["train,eval,dev", "serve-cpu"])
+@pytest.mark.parametrize("extras", ["train,eval,dev,docs", "serve-cpu"])
 def test_extras_resolve_to_what_is_pinned(built, extras, tmp_path):
     """pip itself finds every extra of the wheel met by the pinned set, with stand-ins for the packages left out."""
     if not holds_cpu_set():
@@ -130,7 +130,7 @@ def test_extras_resolve_to_what_is_pinned(built, extras, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("wheel")
-@pytest.mark.parametrize("extras", ["", "[train,eval]", "[dev]", "[train,serve,eval,dev]"])
+@pytest.mark.parametrize("extras", ["", "[train,eval]", "[dev,docs]", "[train,serve,eval,dev]"])
 def test_extras_resolve_from_pypi_alone(built, extras, tmp_path):
     """On a machine whose pip has no settings: all but serve-cpu, whose torch is not on PyPI."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
@@ -278,7 +278,7 @@ def test_constraints_pin_all_that_the_extras_need_and_nothing_else(python, platf
         pytest.skip("constraints.txt pins the CPU environment, this is another")
     place = environment(python, platform)
     pinned = pins(place)
-    needed = needs(place, pinned, ("train", "serve-cpu", "eval", "dev"))
+    needed = needs(place, pinned, ("train", "serve-cpu", "eval", "dev", "docs"))
     if platform in LINUX:
         assert needed == set(pinned)
     else:

@@ -24,7 +24,7 @@ FIELDS = (
 ABOUT: dict[str, tuple[str, str]] = {
     "num_recurrences": (
         "integer, 1 to max_recurrences",
-        "recurrences R of every token; without it the server's default",
+        "R, the most recurrences of a token; without it the server's default",
     ),
     "min_recurrences": ("integer, 1 to num_recurrences", "recurrences before the exit rule may fire"),
     "exit_rule": ("name", "test after which a token needs no more recurrences"),
