@@ -1,4 +1,4 @@
-"""Writes the table of docs/convert.md: `python docs/convert_table.py`, from the root of the repository."""
+"""Writes the table of docs/reference/sources.md: `python docs/convert_table.py`, from the root of the repository."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main() -> None:
         lines.append(f"| {architecture} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     lines += ["", *(f"{n + 1}. {reason}" for n, reason in enumerate(reasons))]
-    page = ROOT / "docs" / "convert.md"
+    page = ROOT / "docs/reference/sources.md"
     before, _, rest = page.read_text().partition("<!-- table -->")
     after = rest.partition("<!-- /table -->")[2]
     page.write_text(f"{before}<!-- table -->\n" + "\n".join(lines).rstrip() + f"\n<!-- /table -->{after}")
