@@ -224,7 +224,7 @@ class ConvertRecipe(Section):
         return self
 
     def settle_init(self, hidden_size: int) -> None:
-        """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD (docs/negative.md)."""
+        """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD: docs/negative.md."""
         if self.method == "retrofit" or self.init is not None:
             return
         rank = max(self.lora.ranks().values()) if self.lora and self.lora.init != "zero" else 0
