@@ -101,10 +101,12 @@ def _verb(verb: str) -> str:
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
     recipe = getattr(parser, "recipe", None)
     rows = [[f"`{name.upper()}`", cell(text)] for name, text in getattr(parser, "operands", {}).items()]
-    rows += [[f"`{_flag(action)}`", cell(_help(action))] for action in parser._actions if _shown(action, recipe)]
+    rows += [[f"`{_flag(action)}`", cell(action.help or "")] for action in parser._actions if _shown(action, recipe)]
     keys = f"Its keys are in [Recipe keys](keys.md#loopwise-{verb})." if recipe else ""
     heading = f"## {verb} {{ #{verb} }}"
-    return "\n\n".join([heading, cell(parser.description or ""), f"```text\n{usage}\n```", keys, table(["", ""], rows)])
+    return "\n\n".join(
+        [heading, cell(parser.description or ""), f"```text\n{usage}\n```", keys, table(["argument", "meaning"], rows)]
+    )
 
 
 def _shown(action: argparse.Action, recipe: type[BaseModel] | None) -> bool:
@@ -115,11 +117,6 @@ def _flag(action: argparse.Action) -> str:
     name = ", ".join(action.option_strings)
     value = "" if action.nargs == 0 else str(action.metavar or "|".join(map(str, action.choices or [action.dest])))
     return f"{name} {value}".strip().replace("|", "\\|")
-
-
-def _help(action: argparse.Action) -> str:
-    choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-    return f"{action.help or ''}{choices}"
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------

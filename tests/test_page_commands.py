@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.gguf_files import family_model, write_gguf
-from tests.helpers.pages import Block, blocks, commands, pages
+from tests.helpers.pages import Block, commands, pages
 from tests.helpers.repository import ROOT
 from tests.helpers.serving import free_port
 
@@ -159,9 +159,3 @@ def test_the_site_can_be_searched(site):
     index = json.loads((site / "search/search_index.json").read_text())["docs"]
     for word, page in (("latent-diff", "concepts/exit-rules.html"), ("gradient_accumulation", "reference/keys.html")):
         assert any(word in entry["text"] and entry["location"].startswith(page) for entry in index), word
-
-
-def test_headings_of_the_reference_are_what_messages_link_to(site):
-    """Anchors that other pages use, beyond those that the build itself checks."""
-    assert 'id="loopwise-convert"' in (site / "reference/keys.html").read_text()
-    assert blocks(ROOT / "docs/architecture.md")
