@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 MERMAID = re.compile(r"```mermaid\ngraph TD\n(.*?)```", re.DOTALL)
+OPERAND = re.compile(r"^([A-Z]+): (.*)$", re.MULTILINE)  # in the epilog of a parser with a recipe
 ARROW = re.compile(r"^ *(\S+) --> (\S+)$", re.MULTILINE)
 TYPES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any value"}
 BOUNDS: dict[type, str] = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
@@ -100,7 +101,7 @@ def _verb(verb: str) -> str:
     parser = parser_of(verb)
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
     recipe = getattr(parser, "recipe", None)
-    rows = [[f"`{name.upper()}`", cell(text)] for name, text in getattr(parser, "operands", {}).items()]
+    rows = [[f"`{name}`", cell(text)] for name, text in OPERAND.findall(parser.epilog or "") if recipe]
     rows += [[f"`{_flag(action)}`", cell(action.help or "")] for action in parser._actions if _shown(action, recipe)]
     keys = f"Its keys are in [Recipe keys](keys.md#loopwise-{verb})." if recipe else ""
     heading = f"## {verb} {{ #{verb} }}"
