@@ -34,9 +34,10 @@ set -euo pipefail
 SERVER=
 stop() { if [ -n "$SERVER" ]; then kill -TERM $SERVER; wait $SERVER || true; SERVER=; fi; }
 trap stop EXIT
+curl() { command curl --fail-with-body "$@"; }  # a reply with an error is an error
 ready() {
     for _ in $(seq 600); do
-        if curl -sf http://127.0.0.1:PORT/health; then return; fi
+        if command curl -sf http://127.0.0.1:PORT/health; then return; fi
         kill -0 $SERVER || { cat server.log; exit 1; }
         sleep 0.5
     done
