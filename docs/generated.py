@@ -105,9 +105,11 @@ def _verb(verb: str) -> str:
     rows += [[f"`{_flag(action)}`", cell(action.help or "")] for action in parser._actions if _shown(action, recipe)]
     keys = f"Its keys are in [Recipe keys](keys.md#loopwise-{verb})." if recipe else ""
     heading = f"## {verb} {{ #{verb} }}"
-    return "\n\n".join(
-        [heading, cell(parser.description or ""), f"```text\n{usage}\n```", keys, table(["argument", "meaning"], rows)]
-    )
+    about = parser.description or ""
+    about = f"```text\n{about}\n```" if "\n" in about else cell(about)
+    more = f"```text\n{parser.epilog}\n```" if parser.epilog and not recipe else ""
+    parts = [heading, about, f"```text\n{usage}\n```", keys, table(["argument", "meaning"], rows), more]
+    return "\n\n".join(filter(None, parts))
 
 
 def _shown(action: argparse.Action, recipe: type[BaseModel] | None) -> bool:
