@@ -38,7 +38,10 @@ ABOUT: dict[str, tuple[str, str]] = {
         "list of integers",
         "depth of every position, from the prompt's first on, in place of a rule; for measurements",
     ),
-    "return_recurrences": ("true or false", "list the depth of every token in usage, beside the mean"),
+    "return_recurrences": (
+        "true or false",
+        "list the depth of every token in usage, beside the mean; in a stream also in its chunks",
+    ),
     "decoder": ("plain, wave or diffusion", "way in which tokens are decoded"),
     "max_in_flight": ("integer, up to the server's", "most positions in flight, with decoder wave or diffusion"),
     "diffusion": ("object", "settings of decoder=diffusion"),
