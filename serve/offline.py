@@ -141,7 +141,16 @@ class Engine:
                 max_in_flight=max_in_flight,
                 compile=compile,
             )
-            self.loop = Loop(parts, attention, policy, self._sample, sizes, dtype=like.dtype, device=like.device)
+            self.loop = Loop(
+                parts,
+                attention,
+                policy,
+                self._sample,
+                sizes,
+                dtype=like.dtype,
+                device=like.device,
+                reader=self._read_prompt,
+            )
             every = torch.arange(max_num_seqs, device=like.device)
             table = torch.arange(max_num_seqs * blocks, dtype=torch.int32, device=like.device)
             self.loop.set_block_tables(every, table.view(max_num_seqs, blocks))
@@ -327,6 +336,9 @@ class Engine:
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
         return self.draws(logits, best, row, position, self.loop.work.in_use)
+
+    def _read_prompt(self, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
+        """Take the head's input [m, D] at prompt positions, of requests that want it: those of subclasses."""
 
     def _ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):

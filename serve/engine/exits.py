@@ -23,25 +23,33 @@ from .state import State
 @dataclass(frozen=True)
 class Rule:
     """An exit rule. threshold: its default.   reads: "nothing", "state", "gate" or "logits"; the last of these costs
-    coda and head at every depth.   fires: (readings, thresholds [m]) -> [m]."""
+    coda and head at every depth.   value: readings -> [m].   rises: it fires where the value has reached the threshold;
+    the other rules fire below theirs."""
 
     threshold: float
     reads: str
-    fires: Callable[[Any, Tensor], Tensor]
+    value: Callable[[Any], Tensor]
+    rises: bool = False
+
+    def fires(self, value: Tensor, threshold: Tensor) -> Tensor:
+        """[m]: lanes with this value [m] leave at this threshold [m]."""
+        return value >= threshold if self.rises else value < threshold
 
 
 RULES: dict[str, Rule] = {
-    "fixed": Rule(0.0, "nothing", lambda x, threshold: threshold < 0),
-    "latent-diff": Rule(0.03, "state", lambda x, threshold: x.relative_change < threshold),
-    "cosine": Rule(1e-3, "state", lambda x, threshold: 1 - x.cosine < threshold),
-    "gate": Rule(1.0, "gate", lambda stays, threshold: 1 - stays >= threshold),  # probability of having left by now
-    "entropy-diff": Rule(1e-3, "logits", lambda x, threshold: x.entropy_change() < threshold),
-    "kl": Rule(1e-3, "logits", lambda x, threshold: x.divergence(x.p) < threshold),
-    "minp-kl": Rule(1e-5, "logits", lambda x, threshold: x.divergence(x.floored()) < threshold),
-    "argmax-stability": Rule(5.0, "logits", lambda x, threshold: x.stable() >= threshold),
+    "fixed": Rule(0.0, "nothing", lambda x: x),  # reads no value
+    "latent-diff": Rule(0.03, "state", lambda x: x.relative_change),
+    "cosine": Rule(1e-3, "state", lambda x: 1 - x.cosine),
+    "gate": Rule(1.0, "gate", lambda stays: 1 - stays, rises=True),  # probability of having left by now
+    "entropy-diff": Rule(1e-3, "logits", lambda x: x.entropy_change()),
+    "kl": Rule(1e-3, "logits", lambda x: x.divergence(x.p)),
+    "minp-kl": Rule(1e-5, "logits", lambda x: x.divergence(x.floored())),
+    "argmax-stability": Rule(5.0, "logits", lambda x: x.stable(), rises=True),
 }
 NAMES = tuple(RULES)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
+# (rule, rows [m], positions [m], depths [m] counted from 0, values [m]) of lanes that the rule may end
+Watch = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 CHUNK = 256  # lanes whose logits are computed together: those of a long prompt take gigabytes
 
 
@@ -61,6 +69,7 @@ class ExitRules:
         self.by_logits = LogitMemory(place, vocabulary)
         self.stays = torch.zeros(len(number), device=state.device)  # probability that the lane has not left yet
         self.in_use: set[str] = set()  # rules of resident requests that read something
+        self.watch: Watch | None = None  # gets what the rules read, in eager ticks
 
     @property
     def nbytes(self) -> int:
@@ -103,14 +112,22 @@ class ExitRules:
         rule = torch.where(may_exit, state.requests.rule[row], NUMBER["fixed"])
         threshold = state.requests.threshold[row]
         converged = torch.zeros(len(which), dtype=torch.bool, device=which.device)
+
+        def fires(name: str, readings: Any, some: Tensor | slice = slice(None)) -> Tensor:
+            value, places = RULES[name].value(readings), [each[some] for each in (row, position, depth)]
+            if self.watch:
+                mine = rule[some] == NUMBER[name]
+                self.watch(name, *(each[mine] for each in (*places, value)))
+            return RULES[name].fires(value, threshold[some])
+
         if names := self.reading("state"):
             readings = StateReadings(before, after)
             for name in names:
-                converged |= (rule == NUMBER[name]) & RULES[name].fires(readings, threshold)
+                converged |= (rule == NUMBER[name]) & fires(name, readings)
         if "gate" in self.in_use:
             stays = self.stays[which] * (1 - torch.sigmoid(forward.parts.gate(after).float()))
             self.stays.index_put_((which,), stays)
-            converged |= (rule == NUMBER["gate"]) & RULES["gate"].fires(stays, threshold)
+            converged |= (rule == NUMBER["gate"]) & fires("gate", stays)
         if names := self.reading("logits"):
             numbers = torch.tensor([NUMBER[name] for name in names], device=rule.device)
             readers = torch.isin(rule, numbers).nonzero().squeeze(1)
@@ -123,5 +140,5 @@ class ExitRules:
                         lanes = some[mine]
                         if len(lanes):
                             readings = LogitReadings(self.by_logits, which[lanes], logits[mine])
-                            converged[lanes] = RULES[name].fires(readings, threshold[lanes])
+                            converged[lanes] = fires(name, readings, lanes)
         return converged & (depth + 1 >= state.requests.min_recurrences[row])
