@@ -8,6 +8,7 @@ reading order:
     depths.py      losses, right answers and states at several depths, in one pass if possible
     result.py      means, standard errors, the effect of the recurrences
     endpoint.py    the answers of a running server
+    exits/         exit rules: loss, right answers and mean depth along their thresholds
     loss.py        the whole measurement of loss and answers
     report.py      the result as a table
     exit_depths.py  the depths at which the tokens of a text leave

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,8 +43,11 @@ class Sequences:
 
     def spread(self, most: int) -> Sequences:
         """At most `most` of the sequences, evenly spread."""
-        count = len(self.ids)
-        kept = spread(count, most)
+        return self.some(spread(len(self.ids), most))
+
+    def some(self, kept: Iterable[int]) -> Sequences:
+        """The sequences of these numbers, in this order."""
+        kept = [*kept]
         place = {old: new for new, old in enumerate(kept)}
         answers = [a._replace(sequence=place[a.sequence]) for a in self.answers if a.sequence in place]
         return Sequences([self.ids[i] for i in kept], [self.learned[i] for i in kept], answers)

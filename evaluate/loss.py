@@ -26,6 +26,7 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     For conversations "tokens" counts the assistant's tokens, and "records", "answers" and "group" are added. Each
     result then has "accuracy" and "groups". An answer is right if each of its tokens is the likeliest one after the
     true tokens before it. Every "_error" is a standard error over sequences or answers, None for a single one.
+    With `exit_sweep` the result is that of `exits.sweep`, with the facts of its `Decoding`.
     Raises UserError for bad input.
     """
     if find_gguf(Path(model)) is None:
@@ -36,23 +37,38 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
 
 
 def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
-    from ..train.checks import check_length, check_vocabulary
-    from ..train.data import sources
     from ..train.pretrained import is_recurrent, load_config, load_tokenizer
-    from .answers import conversations
 
     quiet()
-    recipe.refuse_unused(sources.unused(recipe.data, recipe.split, recipe.subset))
     config = load_config(model, recipe.revision)
     recurrent = is_recurrent(config)
     if recipe.num_recurrences and not recurrent:
         raise UserError(
             f"num_recurrences={recipe.num_recurrences}: {model} is a plain {config.model_type}, without recurrence"
         )
+    if recipe.exit_sweep and not recurrent:
+        raise UserError(f"exit_sweep: {model} is a plain {config.model_type}, without recurrence")
     depths = (recipe.num_recurrences or [config.num_recurrences]) if recurrent else None
     if depths and (warning := beyond_trained(config.trained_recurrences, depths)):
         print(warning, file=sys.stderr)
     tokenizer = load_tokenizer(model, recipe.revision)
+    sequences = held_out(model, recipe, config, tokenizer)
+    if recipe.endpoint:
+        from . import endpoint
+
+        return endpoint.evaluate(model, recipe, sequences, tokenizer)
+    if recipe.exit_sweep:
+        return _sweep(model, recipe, sequences, config)
+    return _measure(model, recipe, sequences, config, depths)
+
+
+def held_out(model: str, recipe: Evaluate, config: Any, tokenizer: PreTrainedTokenizerBase) -> Sequences:
+    """The sequences of `recipe` for `model`. Raises UserError for bad data, and for ids or positions that it lacks."""
+    from ..train.checks import check_length, check_vocabulary
+    from ..train.data import sources
+    from .answers import conversations
+
+    recipe.refuse_unused(sources.unused(recipe.data, recipe.split, recipe.subset))
     if recipe.has_answers:
         sequences = conversations(recipe, tokenizer)
         check_length("data", max(map(len, sequences.ids)), model, config)
@@ -61,12 +77,8 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
         sequences = _text(recipe, tokenizer)
     if recipe.limit:
         sequences = sequences.spread(recipe.limit)
-    if recipe.endpoint:
-        from . import endpoint
-
-        return endpoint.evaluate(model, recipe, sequences, tokenizer)
     check_vocabulary(model, config, max(int(ids.max()) for ids in sequences.ids))
-    return _measure(model, recipe, sequences, config, depths)
+    return sequences
 
 
 def _measure(
@@ -76,13 +88,13 @@ def _measure(
     import torch
     from tqdm import tqdm
 
-    from ..train.pretrained import load_model, parameters
+    from ..train.pretrained import parameters
     from . import result
     from .answers import accuracy
     from .depths import measure
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    loaded: Any = load_model(model, recipe.revision).to(device)  # pyright: ignore[reportArgumentType]
+    loaded = load_weights(model, recipe.revision)
+    device = loaded.device
     with (
         tqdm(total=len(sequences.ids), desc="eval", unit="sequence", disable=not sys.stderr.isatty()) as bar,
         torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"),
@@ -90,11 +102,7 @@ def _measure(
         size = recipe.batch_size * recipe.sequence_length
         found = measure(loaded, sequences, _with_one(config, depths), size, bar.update)
     report: dict[str, Any] = {"model": model, "parameters": parameters(loaded), "data": recipe.data}
-    if recipe.has_answers:
-        report |= {"tokens": int(found.tokens.sum()), "records": len(sequences.ids)}
-        report |= {"answers": len(sequences.answers), "group": recipe.group}
-    else:
-        report["tokens"] = sum(map(len, sequences.ids))
+    report |= counts(recipe, sequences)
     report["results"] = [
         {
             "num_recurrences": depth,
@@ -105,6 +113,41 @@ def _measure(
     ]
     report["loop"] = None if depths is None else result.loop_effect(found)
     return report
+
+
+def _sweep(model: str, recipe: Evaluate, sequences: Sequences, config: Any) -> dict[str, Any]:
+    """The result of `evaluate` with exit_sweep: see `exits.sweep`. It has no "loop"."""
+    import torch
+
+    from ..train.pretrained import parameters
+    from .exits.bench import Decoding
+    from .exits.sweep import spread_depths, sweep
+
+    depths = recipe.num_recurrences or spread_depths(config.num_recurrences)
+    decoding = Decoding.of(recipe, config, max(depths))
+    loaded = load_weights(model, recipe.revision).to(getattr(torch, recipe.precision))
+    report = {"model": model, "parameters": parameters(loaded), "data": recipe.data, **counts(recipe, sequences)}
+    report |= vars(decoding)
+    names: list[str] = [*(recipe.exit_sweep or [])]
+    return report | sweep(loaded, sequences, decoding, names, depths, recipe.thresholds, recipe.batch_size)
+
+
+def load_weights(model: str, revision: str | None) -> Any:
+    """The model `model` on the accelerator, if there is one."""
+    import torch
+
+    from ..train.pretrained import load_model
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return load_model(model, revision).to(device)  # pyright: ignore[reportArgumentType]
+
+
+def counts(recipe: Evaluate, sequences: Sequences) -> dict[str, Any]:
+    """Numbers of tokens, and for conversations of records and answers."""
+    if not recipe.has_answers:
+        return {"tokens": sum(map(len, sequences.ids))}
+    found = {"tokens": sum(int(learned[1:].sum()) for learned in sequences.learned), "records": len(sequences.ids)}
+    return {**found, "answers": len(sequences.answers), "group": recipe.group}
 
 
 def _text(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Sequences:

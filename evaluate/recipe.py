@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..deprecated import SERVING, rename
+from ..exit_rules import ExitRule
 from ..recipe import Count, Integer, Section
 from ..train import tasks
-from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Strings
+from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Strings, once
 from ..unused import Unused
 
 # Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
 REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "max_in_flight", "diffusion")
+Rules = Annotated[list[Literal["all", ExitRule]], AfterValidator(once)]
 
 
 class Evaluate(Section):
@@ -60,6 +62,20 @@ class Evaluate(Section):
     request: dict[str, Any] = Field(
         default={}, description="with endpoint: more fields of every request, as request.exit_rule=cosine"
     )
+    exit_sweep: Rules | None = Field(
+        default=None,
+        min_length=1,
+        description="exit rules to measure along their thresholds, or all: loss, right answers and mean depth, as the "
+        "engine decodes. num_recurrences are fixed depths beside them; the greatest is the depth of the rules",
+    )
+    thresholds: Count = Field(
+        default=8, description="with exit_sweep: thresholds of each rule; their mean depths are spread"
+    )
+    kv_policy: str | None = Field(default=None, description="with exit_sweep: KV policy (default: the model's own)")
+    min_recurrences: Count | None = Field(
+        default=None, description="with exit_sweep: recurrences before a rule may fire (default: the model's own, or 1)"
+    )
+    prompt_exit: bool = Field(default=False, description="with exit_sweep: rules end positions of the prompt, too")
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
@@ -72,6 +88,10 @@ class Evaluate(Section):
             raise ValueError(f"group={self.group} groups right answers, and text has none: give chat_field")
         if self.endpoint and not self.has_answers:
             raise ValueError(f"endpoint={self.endpoint} measures answers, and text has none: give chat_field")
+        if "fixed" in (self.exit_sweep or []):
+            raise ValueError("exit_sweep=fixed: every sweep has fixed depths (num_recurrences); name a rule that exits")
+        if self.endpoint and self.exit_sweep:
+            raise ValueError(f"endpoint={self.endpoint} measures at fixed settings: leave endpoint or exit_sweep out")
         if "num_recurrences" in self.request:
             raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
         self.request = rename(self.request, SERVING, REQUEST, "request field")
@@ -84,6 +104,9 @@ class Evaluate(Section):
             yield Unused("precision", ("endpoint",), "the server sets its own precision; start it with dtype")
         else:
             yield Unused("request", ("endpoint",), "its fields are sent to a server, and endpoint names none")
+        if not self.exit_sweep:
+            for name in ("thresholds", "kv_policy", "min_recurrences", "prompt_exit"):
+                yield Unused(name, ("exit_sweep",), "it sets how exit_sweep decodes, which names no rule")
 
     @property
     def has_answers(self) -> bool:

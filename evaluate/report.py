@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .exits.table import sweep_table
+
 NO_CHANGE = (
     "the recurrences change nothing: R=1 and R={} agree within noise; this model supports no claim about depth, exits "
     "or waves"
@@ -14,6 +16,8 @@ def table(result: dict[str, Any]) -> str:
     """The result of `evaluate`, one line per depth."""
     if "endpoint" in result:
         return _endpoint_table(result)
+    if "exits" in result:
+        return sweep_table(result)
     has_answers = "answers" in result
     counted = (
         f"{result['answers']:,} answers, {result['tokens']:,} tokens"

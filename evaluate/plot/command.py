@@ -21,6 +21,7 @@ PICTURES = {
     "run": "loss and depth of a training run: the directory OUT",
     "eval": "score or loss by recurrences and FLOPs: a FILE of loopwise eval --out",
     "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint and group",
+    "sweep": "score or loss by mean depth, for exit rules: a FILE of loopwise eval exit_sweep=.. --out, or calibration.json",
     "text": "a text, each token in the colour of its depth: a MODEL, with keys below (writes .html and .png)",
     "states": "paths of the states: a MODEL, with keys below",
     "router": "the tokens that each recurrence takes: a routed MODEL, with keys below",
@@ -69,10 +70,12 @@ def draw(args: argparse.Namespace) -> list[Path]:
         default, figure = Path("exits.png"), exits_figure(exit_counts(args.source), args.source)
     else:
         from .evaluation import depth_figure, eval_figure
+        from .sweep import sweep_figure
 
-        suffix = ".depth.png" if args.what == "depth" else ".png"
+        suffix = ".png" if args.what == "eval" else f".{args.what}.png"
         default = Path(args.source).expanduser().with_suffix(suffix)
-        figure = (eval_figure if args.what == "eval" else depth_figure)(Path(args.source))
+        draws = {"eval": eval_figure, "depth": depth_figure, "sweep": sweep_figure}
+        figure = draws[args.what](Path(args.source))
     file = Path(args.out or default)
     _save(figure, file)
     return [file]

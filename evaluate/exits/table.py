@@ -1,0 +1,75 @@
+"""A sweep of exit rules, or a calibration, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BUDGET = 0.01  # nats a token above full depth that the last line of a sweep allows
+
+
+def sweep_table(result: dict[str, Any]) -> str:
+    """The result of `loopwise eval exit_sweep=..`: one line for each fixed depth and each threshold."""
+    has_answers, top = "answers" in result, result["num_recurrences"]
+    counted = f"{result['answers']:,} answers, " if has_answers else ""
+    lines = [f"{result['model']}: {result['parameters']:,} parameters, {counted}{result['tokens']:,} tokens"]
+    lines.append(f"decoded up to R={top} under {_conditions(result)}")
+    lines.append(f"{'':<16} {_head(top)}" + (f" {'right in %':>11}" if has_answers else ""))
+    for name, rows in {"fixed": result["results"], **result["exits"]}.items():
+        for row in rows:
+            right = f" {100 * row['accuracy']:>11.1f}" if has_answers else ""
+            lines.append(f"{name:<16} {_line(row)}{right}")
+    found = {name: _spent(row) for name, row in least_depths(result, BUDGET).items()}
+    least = ", ".join(f"{name} {spent}" for name, spent in found.items())
+    lines.append(f"fewest recurrences within {BUDGET} nats a token of R={top}: {least}")
+    return "\n".join(lines)
+
+
+def least_depths(result: dict[str, Any], budget: float) -> dict[str, dict[str, Any]]:
+    """By rule, and "fixed": the row of the smallest mean depth whose loss is at most `budget` above full depth's."""
+    found = {}
+    for name, rows in {"fixed": result["results"], **result["exits"]}.items():
+        within = [row for row in rows if row["over_full"] <= budget]
+        if within:
+            found[name] = min(within, key=lambda row: row["mean_recurrences"])
+    return found
+
+
+def calibration_table(found: dict[str, Any]) -> str:
+    """The result of `exits.calibration`: the curve, the choice, and its check."""
+    top, rule, check = found["num_recurrences"], found["rule"], found["check"]
+    lines = [f"{rule}, loss within {found['budget']:g} nats a token of R={top}, decoded under {_conditions(found)}"]
+    lines.append(f"one half of the data, {found['tokens']:,} tokens:")
+    lines.append(_head(top))
+    for row in [*found["exits"][rule], *found["results"]]:
+        lines.append(_line(row) + ("  chosen" if row == found["chosen"] else ""))
+    lines.append(f"the other half, {found['check_tokens']:,} tokens, which had no part in the choice:")
+    lines += [_line(check["chosen"]), _line(check["full"])]
+    if (found["chosen"]["over_full_error"] or 0) > found["budget"]:
+        lines.append("note: the standard error of the choice is above the budget; more data makes it surer")
+    if (over := check["chosen"]["over_full"]) > found["budget"]:
+        lines.append(f"warning: on the other half the loss is {over:.4f} above full depth's, over the budget")
+    return "\n".join(lines)
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    exits = ", prompt_exit" if result["prompt_exit"] else ""
+    least = result["min_recurrences"]
+    return f"kv_policy={result['kv_policy']}{exits}" + (f", min_recurrences={least}" if least > 1 else "")
+
+
+def _head(top: int) -> str:
+    return f"{'threshold':>9} {'recurrences':>12} {'loss':>9} {'±':>7} {f'above R={top}':>17}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    threshold = f"{row['threshold']:.3g}" if "threshold" in row else "-"
+    error = "-" if row["loss_error"] is None else f"{row['loss_error']:.4f}"
+    above = f"{row['over_full']:.4f}"
+    if row["over_full_error"] is not None:
+        above += f" ± {row['over_full_error']:.4f}"
+    return f"{threshold:>9} {row['mean_recurrences']:>12.2f} {row['loss']:>9.4f} {error:>7} {above:>17}"
+
+
+def _spent(row: dict[str, Any]) -> str:
+    at = f" (at {row['threshold']:.3g})" if "threshold" in row else ""
+    return f"{row['mean_recurrences']:.2f}{at}"

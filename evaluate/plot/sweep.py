@@ -1,0 +1,63 @@
+"""A sweep of exit rules, or a calibration, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+from .evaluation import read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MARKERS = "o^vDP*X"  # of up to seven rules, whose lines may lie on each other
+
+
+def sweep_figure(file: Path) -> Figure:
+    """Right answers, or the loss of a text, against mean depth: one line a rule, and fixed depths.
+
+    file: of `loopwise eval exit_sweep=.. --out`, or calibration.json, whose losses show the chosen threshold. Raises
+    UserError for any other file.
+    """
+    from matplotlib.figure import Figure
+
+    result = read(file)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    try:
+        chosen, top = result.get("chosen"), result["num_recurrences"]
+        kind = "accuracy" if "answers" in result and not chosen else "loss"
+        _draw(axes, result["results"], kind, f"R={top}" if chosen else "fixed depths", "s--", "0.35")
+        for number, (rule, rows) in enumerate(result["exits"].items()):
+            _draw(axes, rows, kind, rule, f"{MARKERS[number]}-", f"C{number}")
+        if chosen:
+            limit = chosen["loss"] - chosen["over_full"] + result["budget"]
+            axes.axhline(limit, linewidth=1, color="0.6", label=f"budget: R={top} and {result['budget']:g}")
+            label = f"chosen: {chosen['threshold']:.3g}"
+            axes.plot(chosen["mean_recurrences"], chosen["loss"], "*", markersize=14, color="C3", label=label)
+        axes.set_title(_title(result), fontsize="medium")
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f"{file}: not a sweep (loopwise eval with exit_sweep and --out), nor a calibration") from None
+    axes.set_xlabel("mean recurrences of an answer's token" if "answers" in result else "mean recurrences of a token")
+    axes.set_ylabel("right answers in %" if kind == "accuracy" else "held-out loss")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _draw(axes: Axes, rows: list[dict[str, Any]], kind: str, label: str, marker: str, color: str) -> None:
+    scale = 100 if kind == "accuracy" else 1
+    depths = [row["mean_recurrences"] for row in rows]
+    values = [scale * row[kind] for row in rows]
+    if kind == "accuracy":  # losses vary between texts far more than between depths: their error bars would hide all
+        errors = [scale * (row["accuracy_error"] or 0.0) for row in rows]
+        axes.errorbar(depths, values, errors, fmt=marker, color=color, label=label, markersize=5, alpha=0.8, capsize=2)
+    else:
+        axes.plot(depths, values, marker, color=color, label=label, markersize=5, alpha=0.8)
+
+
+def _title(result: dict[str, Any]) -> str:
+    ends = ", prompts exit, too" if result["prompt_exit"] else ""
+    return f"exit rules up to R={result['num_recurrences']}, kv_policy={result['kv_policy']}{ends}"

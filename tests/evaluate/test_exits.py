@@ -1,0 +1,361 @@
+"""Exit rules on held-out data: decoding with forced tokens against the naive engine, sweeps, calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loopwise.cli import main
+from loopwise.evaluate.answers import Answer, Sequences
+from loopwise.evaluate.exits.bench import Bench, Decoding
+from loopwise.evaluate.exits.choose import choose
+from loopwise.evaluate.exits.forced import ForcedEngine, Span
+from loopwise.evaluate.exits.readings import Recorder, Saved
+from loopwise.exit_rules import ExitRule
+from loopwise.serve import Engine, Params
+from tests.helpers.engines import NEAR, build
+from tests.helpers.oracle import Answer as Naive
+from tests.helpers.oracle import Oracle, Store
+from tests.helpers.tiny import VOCAB
+from tests.helpers.train_tiny import run, save_recurrent
+
+DEPTH = 4
+
+
+def spans(count: int = 5) -> list[Span]:
+    rng = np.random.default_rng(0)
+    return [Span(rng.integers(3, VOCAB, 4 + 3 * i), 1 + i * 2, i) for i in range(count)]
+
+
+@torch.no_grad()
+def naive(oracle: Oracle, span: Span, params: Params) -> tuple[float, list[int], float]:
+    """(loss, depths of the answer's tokens, margin), one position at a time on the oracle."""
+    store, answer = Store(oracle.policy, DEPTH, oracle.length), Naive()
+    ids = span.ids.tolist()
+    forced = [0 if params.prompt_exit else DEPTH] * span.start
+    x = oracle.positions(ids[: span.start], 0, store, answer, params, forced)
+    loss = 0.0
+    for place in range(span.start, len(ids)):
+        loss += float(F.cross_entropy(oracle.logits(x[None]), torch.tensor(ids[place : place + 1])))
+        if place + 1 < len(ids):
+            x = oracle.positions(ids[place : place + 1], place, store, answer, params, [0])
+    return loss, answer.depths, answer.margin
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule", "coda", "prompt_exit"),
+    [
+        ("per-depth", "latent-diff", [3], False),
+        ("per-depth", "kl", [3], False),
+        ("last-exited", "cosine", [3], True),
+        ("last-exited", "entropy-diff", [], True),
+        ("last-exited", "gate", [], False),
+        ("first", "latent-diff", [3], True),
+        ("single", "cosine", [3], True),
+        ("modulo-2", "kl", [3], False),
+        ("last-exited", "fixed", [3], False),
+    ],
+)
+def test_forced_decoding_equals_the_naive_engine(policy, rule, coda, prompt_exit):
+    """Losses and depths, whether positions run together or one by one."""
+    fields: dict[str, Any] = {"coda": coda, "exit_gate": rule == "gate"}
+    options: dict[str, Any] = {"kv_policy": policy, "max_model_len": 20, "max_recurrences": DEPTH}
+    engine = ForcedEngine(build(**fields), max_num_seqs=2, max_num_batched_tokens=12, **options)
+    given, params = spans(), Params(1, DEPTH, 1, exit_rule=rule, prompt_exit=prompt_exit)
+    if rule != "fixed":  # exits at half the recurrences
+        recorder = Recorder(given, DEPTH)
+        engine.decode(given, params, watch=recorder)
+        params = replace(params, exit_threshold=Saved.of(rule, recorder.values, 1).threshold(0.5))
+    want = [naive(Oracle(build(**fields), policy), span, params) for span in given]
+    ways = [False, True] if engine.at_once(rule) else [False]
+    assert (len(ways) == 1) == (policy in ("single", "modulo-2") or (rule == "kl" and bool(coda)))
+    for at_once in ways:
+        found = engine.decode(given, params, at_once=at_once)
+        clear = 0
+        for number, (loss, depths, margin) in enumerate(want):
+            if margin > NEAR:
+                clear += 1
+                assert found.depths[number] == sum(depths)
+                assert found.losses[number] == pytest.approx(loss, abs=2e-4)
+        assert clear >= 4
+    seen = {depth for _, depths, _ in want for depth in depths}
+    assert len(seen) > 1 or rule == "fixed"  # the rule does fire, and not always at once
+    assert not engine.loop.work.in_use
+    assert engine.loop.rules.watch is None
+
+
+def test_an_answer_is_right_where_the_engine_would_generate_it():
+    model = build()
+    params = Params(4, DEPTH, exit_rule="latent-diff", exit_threshold=0.7, ignore_eos=True)
+    prompts = [span.ids.tolist() for span in spans(3)]
+    engine = Engine(model, max_num_seqs=2, max_model_len=40, kv_policy="last-exited")
+    done = engine.generate(prompts, params)
+    given = [Span(np.array(p + d.tokens), len(p), i) for i, (p, d) in enumerate(zip(prompts, done, strict=True))]
+    given[1].ids[-1] = (given[1].ids[-1] + 1) % VOCAB
+    found = ForcedEngine(model, max_num_seqs=2, max_model_len=40, kv_policy="last-exited").decode(given, params)
+    assert found.right.tolist() == [True, False, True]
+    assert found.depths.tolist() == [sum(d.depths) for d in done]
+
+
+@pytest.mark.parametrize("rule", ["cosine", "argmax-stability"])
+def test_thresholds_save_the_share_of_recurrences_that_they_are_chosen_for(rule):
+    """Readings [P, R] as numbers; depths are counted position by position."""
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 6, (400, 9)).astype(float) if rule == "argmax-stability" else rng.random((400, 9))
+    values[:100] = np.nan  # positions that may not leave
+    saved = Saved.of(rule, values, 2)
+
+    def mean_depth(threshold: float) -> float:
+        depths = []
+        for row in values[100:]:
+            fires = row >= threshold if rule == "argmax-stability" else row < threshold
+            depths.append(next((r for r in range(2, 9) if fires[r - 1]), 9))
+        return float(np.mean(depths))
+
+    for share in (0.2, 0.5, 0.8):
+        threshold = saved.threshold(share)
+        assert threshold is not None
+        if rule == "cosine":
+            assert mean_depth(threshold) == pytest.approx(9 - share * 7, abs=0.1)
+        else:  # whole numbers: no other one is nearer
+            distances = {whole: abs(mean_depth(whole) - (9 - share * 7)) for whole in range(1, 6)}
+            assert distances[int(threshold)] == min(distances.values())
+    depths = [mean_depth(threshold) for threshold in saved.thresholds(5)]
+    if rule == "cosine":
+        assert np.allclose(np.diff(depths), -7 / 6, atol=0.15)
+    else:
+        assert saved.thresholds(20) == [1, 2, 3, 4, 5]
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer) -> Path:
+    """A model whose state changes at every depth."""
+    path = save_recurrent(tmp_path_factory.mktemp("exits") / "model", tokenizer, num_recurrences=4, max_recurrences=8)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    torch.manual_seed(0)
+    for parameter in loaded.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    loaded.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, text) -> Path:
+    """Conversations of two turns."""
+    path = tmp_path_factory.mktemp("exits") / "chats.jsonl"
+    roles = ("user", "assistant", "user", "assistant")
+    records = [
+        {"messages": [{"role": r, "content": text[4 * i + j][: 4 + j]} for j, r in enumerate(roles)], "kind": i % 2}
+        for i in range(12)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def said(arguments: list[str], capsys) -> dict[str, Any]:
+    capsys.readouterr()
+    run([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(arguments: list[str], capsys) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_a_sweep_beside_fixed_depths(model, chats, tmp_path, capsys):
+    """Fixed depths are those of the transformers model; the picture and the table are drawn from the result."""
+    arguments = ["eval", str(model), f"data={chats}", "chat_field=messages", "group=kind", "batch_size=5"]
+    want = said([*arguments, "num_recurrences=1,2,3,4"], capsys)
+    out = tmp_path / "sweep.json"
+    sweep = [*arguments, "exit_sweep=latent-diff,cosine", "thresholds=3", "kv_policy=last-exited"]
+    found = said([*sweep, "prompt_exit=true", "--out", str(out)], capsys)
+    assert (found["answers"], found["tokens"]) == (want["answers"], want["tokens"])
+    for row, other in zip(found["results"], want["results"], strict=True):
+        assert row["num_recurrences"] == other["num_recurrences"] == row["mean_recurrences"]
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert row["loss_error"] == pytest.approx(other["loss_error"], abs=1e-4)
+        assert row["accuracy"] == other["accuracy"]
+        assert row["over_full"] == pytest.approx(row["loss"] - found["results"][-1]["loss"], abs=1e-6)
+        assert [*row["groups"]] == ["0", "1"]
+    depths = [row["mean_recurrences"] for row in found["exits"]["latent-diff"]]
+    assert len(depths) == 3
+    assert 1 < depths[0] < depths[1] < depths[2] < 4
+    run(["plot", "sweep", str(out)])
+    assert (tmp_path / "sweep.sweep.png").read_bytes().startswith(b"\x89PNG")
+    run([*sweep, "prompt_exit=true"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "decoded up to R=4 under kv_policy=last-exited, prompt_exit"
+    assert sum(line.startswith("latent-diff ") for line in lines) == 3
+    assert lines[-1].startswith("fewest recurrences within 0.01 nats a token of R=4: fixed ")
+
+
+def test_a_text_is_decoded_from_its_first_token_on(model, tmp_path, text, capsys):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in text[:3]))
+    arguments = ["eval", str(model), f"data={file}", "sequence_length=16", "limit=4"]
+    found = said([*arguments, "exit_sweep=all", "thresholds=1", "num_recurrences=2,4"], capsys)
+    want = said([*arguments, "num_recurrences=2,4"], capsys)
+    for row, other in zip(found["results"], want["results"], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert [*found["exits"]] == [rule for rule in get_args(ExitRule) if rule not in ("fixed", "gate")]
+    assert "accuracy" not in found["results"][0]
+    for rows in found["exits"].values():
+        assert 1 < rows[0]["mean_recurrences"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["exit_sweep=gate"], "exit_rule='gate': this model has no exit gate"),
+        (["exit_sweep=fixed,cosine"], "every sweep has fixed depths"),
+        (["exit_sweep=cosine,cosine"], "cosine stands twice"),
+        (["exit_sweep=depth"], "exit_sweep='depth': Input should be 'all'"),
+        (["exit_sweep=kl", "kv_policy=last-exited", "prompt_exit=true"], "reads logits through a coda"),
+        (["exit_sweep=cosine", "kv_policy=all"], "kv_policy='all': choose from per-depth"),
+        (["exit_sweep=cosine", "prompt_exit=true"], "prompt_exit saves nothing with kv_policy='per-depth'"),
+        (["exit_sweep=cosine", "num_recurrences=1"], "num_recurrences=1, min_recurrences=1: a rule has no recurrence"),
+        (["kv_policy=first"], "kv_policy=first has no effect"),
+        (["exit_sweep=cosine", "endpoint=http://127.0.0.1:9/v1"], "leave endpoint or exit_sweep out"),
+    ],
+)
+def test_sweeps_that_measure_nothing_are_refused(model, chats, more, message, capsys):
+    assert message in refused(["eval", str(model), f"data={chats}", "chat_field=messages", *more], capsys)
+
+
+def test_answers_of_one_token_come_of_the_prompt(model):
+    given = Sequences([np.arange(3, 9)] * 2, [np.arange(6) == 5] * 2, [Answer(0, 5, 5, None), Answer(1, 5, 5, None)])
+    from loopwise.errors import UserError
+    from loopwise.train.pretrained import load_model
+
+    bench = Bench.open(load_model(str(model)), given, Decoding(4, 1, "last-exited"), 2)
+    with pytest.raises(UserError, match=r"answers of one token .* set prompt_exit=true"):
+        bench.saved("cosine")
+
+
+class Scripted:
+    """A Bench whose loss above full depth is a function of the mean depth, 1 to 8; thresholds are mean depths."""
+
+    def __init__(self, over: Any):
+        self.over, self.decoding = over, Decoding(8, 1, "last-exited")
+
+    def fixed(self, depth: int) -> dict[str, Any]:
+        return {"num_recurrences": 8, "mean_recurrences": 8.0, "over_full": 0.0, "loss": 1.0}
+
+    def saved(self, rule: str) -> Any:
+        return self
+
+    def threshold(self, share: float) -> float:
+        return 8 - 7 * share
+
+    def at(self, rule: str, threshold: float) -> dict[str, Any]:
+        return {"threshold": threshold, "mean_recurrences": threshold, "over_full": self.over(threshold), "loss": 1.0}
+
+
+@pytest.mark.parametrize("least", [1.0, 2.3, 5.1, 7.8])
+def test_the_smallest_mean_depth_within_the_budget_is_found(least):
+    bench: Any = Scripted(lambda depth: 0.0 if depth >= least else 0.5)
+    full, chosen, curve = choose(bench, "cosine", 0.01)
+    assert full["mean_recurrences"] == 8
+    assert least <= chosen["mean_recurrences"] <= least + 7 / 64
+    assert chosen in curve
+    assert [row["mean_recurrences"] for row in curve] == sorted(row["mean_recurrences"] for row in curve)
+
+
+def test_a_calibrated_copy(model, chats, tmp_path, capsys):
+    """The source stays, weights are links, the config has the exit of the curve beside it, and the engine uses it."""
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    out = tmp_path / "out"
+    arguments = ["calibrate", str(model), str(out), f"data={chats}", "chat_field=messages", "rule=latent-diff"]
+    run([*arguments, "kv_policy=last-exited", "budget=3"])
+    printed = capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert (out / "model.safetensors").samefile(model / "model.safetensors")
+    config, found = (json.loads((out / name).read_text()) for name in ("config.json", "calibration.json"))
+    chosen = found["chosen"]
+    assert config["exit"] == {"rule": "latent-diff", "threshold": chosen["threshold"], "min_recurrences": 1}
+    assert config["kv_policy"] == "last-exited"
+    original = json.loads((model / "config.json").read_text())
+    assert {**original, "exit": config["exit"], "kv_policy": "last-exited"} == config
+    rows = found["exits"]["latent-diff"]
+    assert chosen == min((r for r in rows if r["over_full"] <= 3), key=lambda row: row["mean_recurrences"])
+    assert found["check"]["chosen"]["threshold"] == chosen["threshold"]
+    assert f"exit.threshold={chosen['threshold']:.3g}" in printed
+    request = Engine(str(out), max_num_seqs=1, max_model_len=20).request(Params())
+    assert (request.rule, request.threshold) == ("latent-diff", chosen["threshold"])
+    run(["plot", "sweep", str(out / "calibration.json")])
+    assert "is not empty" in refused([*arguments, "budget=3"], capsys)
+    run([*arguments, "budget=3", "--force"])
+
+
+def test_halves_share_no_sequence_and_check_the_choice(model, chats, tmp_path, capsys, monkeypatch):
+    from loopwise.evaluate.exits import calibration
+
+    seen = []
+    monkeypatch.setattr(calibration, "choose", lambda bench, *_: seen.append(bench) or choose(bench, *_))
+    out = tmp_path / "out"
+    run(["calibrate", str(model), str(out), f"data={chats}", "chat_field=messages", "rule=cosine", "budget=5"])
+    (bench,) = seen
+    found = json.loads((out / "calibration.json").read_text())
+    assert found["tokens"] == int(bench.tokens.sum())
+    everything = said(["eval", str(model), f"data={chats}", "chat_field=messages"], capsys)
+    assert found["tokens"] + found["check_tokens"] == everything["tokens"]
+    mean = (
+        found["results"][0]["loss"] * found["tokens"] + found["check"]["full"]["loss"] * found["check_tokens"]
+    ) / everything["tokens"]
+    assert mean == pytest.approx(everything["results"][0]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["rule=latent-diff", "budget=0.5"], "no threshold stays within budget=0.5 nats a token"),
+        ([], "rule: name the exit rule to calibrate"),
+        (["rule=gate"], "this model has no exit gate"),
+        (["rule=cosine", "budget=-1"], "budget=-1"),
+        (["rule=cosine", "limit=1"], "one sequence, and a half of the data checks the other"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_not_written(model, chats, more, message, tmp_path, capsys, monkeypatch):
+    at = Bench.at
+    monkeypatch.setattr(Bench, "at", lambda *args: {**at(*args), "over_full": 1.0})
+    arguments = ["calibrate", str(model), str(tmp_path / "out"), f"data={chats}", "chat_field=messages", *more]
+    assert message in refused(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_without_data_says_what_is_missing(model, tmp_path, capsys):
+    message = refused(["calibrate", str(model), str(tmp_path / "out")], capsys)
+    assert "data: name the data to calibrate on: loopwise calibrate MODEL OUT data=" in message
+
+
+def test_a_router_is_calibrated_in_a_copy(tokenizer, tmp_path, text, capsys):
+    router = {"kind": "expert", "depths": 2, "inference": "topk", "capacity": [0.9, 0.4]}
+    model = save_recurrent(tmp_path / "model", tokenizer, router=router, injection="none", num_recurrences=2)
+    file, before = tmp_path / "text.txt", (model / "config.json").read_text()
+    file.write_text("\n".join(text))
+    run(["calibrate", str(model), str(tmp_path / "out"), f"data={file}"])
+    assert "0.9" in capsys.readouterr().out
+    assert (model / "config.json").read_text() == before
+    copied = json.loads((tmp_path / "out" / "config.json").read_text())["router"]
+    assert copied["inference"] == "threshold"
+    assert "rule=cosine has no effect" in refused(
+        ["calibrate", str(model), str(tmp_path / "new"), f"data={file}", "rule=cosine"], capsys
+    )
+    run(["calibrate", str(model), str(file)])
+    assert "is deprecated" in capsys.readouterr().err
+    assert json.loads((model / "config.json").read_text())["router"] == copied
