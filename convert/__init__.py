@@ -31,7 +31,7 @@ Files in reading order, each importing only those above it:
     pipeline.py              `convert`, from source to directory
     unrolled.py              a fixed depth as a plain model
     export.py                `loopwise export`
-    calibrate.py             `loopwise calibrate`
+    calibrate.py             thresholds of an expert-choice router
     command.py               `loopwise convert`
 """
 

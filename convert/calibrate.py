@@ -1,4 +1,4 @@
-"""`loopwise calibrate MODEL TEXT`: thresholds by which an expert-choice router takes its capacities, token by token."""
+"""Thresholds by which an expert-choice router takes its capacities, token by token."""
 
 from __future__ import annotations
 
@@ -6,38 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Parser
 from ..directory import new_file
 from ..errors import UserError
-
-
-def main(argv: list[str]) -> int:
-    """Parse, calibrate, print. Returns the exit code."""
-    parser = Parser(
-        prog="loopwise calibrate",
-        description="Let an expert-choice router choose tokens by thresholds, which as many tokens of TEXT pass as its "
-        "capacities take. Thresholds are causal, so the model can be cached and served. Changes MODEL's config.json.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint with a router")
-    parser.add_argument("text", metavar="TEXT", help="a text file")
-    args = parser.parse_args(argv)
-
-    from ..quiet import quiet
-
-    quiet()
-    router = calibrate(args.model, args.text)
-    print(f"{'recurrence':>10} {'capacity':>9} {'threshold':>10}")
-    for r, (share, threshold) in enumerate(zip(router["capacity"], router["thresholds"], strict=True)):
-        print(f"{r + 1:>10} {share:>9.3g} {threshold:>10.4f}")
-    print(f"written: {args.model}/config.json (router.inference=threshold)")
-    return 0
 
 
 def calibrate(model: str | Path, text: str) -> dict[str, Any]:
     """Set the thresholds of the router of the checkpoint `model` by the first tokens of file `text`; its new fields.
 
-    Changes config.json. Recurrences are calibrated in order, as each chooses among the tokens of the one before. Raises
-    UserError for a model without an expert-choice router, and for a file that is no text, or too short.
+    Changes config.json. Raises UserError as `router_thresholds` does, and where config.json cannot be written.
+    """
+    path = Path(model).expanduser()
+    router = router_thresholds(path, text, "TEXT ")
+    write_fields(path / "config.json", {"router": router})
+    return router
+
+
+def router_thresholds(path: Path, text: str, label: str) -> dict[str, Any]:
+    """The fields of the router of the checkpoint `path`, with thresholds by the first tokens of file `text`.
+
+    As many tokens pass a threshold as the router's capacity takes. Recurrences are calibrated in order, as each chooses
+    among the tokens of the one before. Raises UserError for a model without an expert-choice router, and, in which
+    `label` precedes the name of the file, for a file that is no text, or too short.
     """
     import torch
 
@@ -45,11 +34,10 @@ def calibrate(model: str | Path, text: str) -> dict[str, Any]:
     from .source_config import read_recurrent_config
     from .verify import reloaded
 
-    path = Path(model).expanduser()
     config = read_recurrent_config(path)
     if not config.router or config.router["kind"] != "expert":
         raise UserError(f"{path} has no expert-choice router; there is nothing to calibrate")
-    ids = text_tokens(path, config, text, "TEXT ")
+    ids = text_tokens(path, config, text, label)
     with reloaded(path) as (streamed, _), torch.no_grad():
         router = streamed.config.router or {}
         router["inference"] = "threshold"
@@ -60,15 +48,22 @@ def calibrate(model: str | Path, text: str) -> dict[str, Any]:
             taken = max(1, round(share * ids.numel()))
             # The threshold lies between two scores: rounding may undercut a token's own.
             router["thresholds"][r] = scores[taken - 1 : taken + 1].mean().item() if taken < len(scores) else 0.0
-    _write_router(path / "config.json", router)
     return router
 
 
-def _write_router(file: Path, router: dict[str, Any]) -> None:
-    """Replace the field `router` of config.json. Raises UserError where `file` cannot be written."""
-    fields = {**json.loads(file.read_text()), "router": router}
+def router_table(router: dict[str, Any]) -> str:
+    """Capacities and thresholds of a router's fields."""
+    lines = [f"{'recurrence':>10} {'capacity':>9} {'threshold':>10}"]
+    for r, (share, threshold) in enumerate(zip(router["capacity"], router["thresholds"], strict=True)):
+        lines.append(f"{r + 1:>10} {share:>9.3g} {threshold:>10.4f}")
+    return "\n".join(lines)
+
+
+def write_fields(file: Path, fields: dict[str, Any]) -> None:
+    """Replace `fields` of the config.json `file`. Raises UserError where it cannot be written."""
+    content = {**json.loads(file.read_text(encoding="utf-8")), **fields}
     try:
         with new_file(file) as partial:
-            partial.write_text(json.dumps(fields, indent=2) + "\n")
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error

@@ -13,5 +13,6 @@ reading order:
     report.py      the result as a table
     exit_depths.py  the depths at which the tokens of a text leave
     command.py     `loopwise eval`
+    calibrate.py   `loopwise calibrate`: an exit threshold, or those of a router
     plot/          `loopwise plot`
 """

@@ -26,7 +26,7 @@ file imports only files above it:
     gguf_config.py    its config
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
-    convert/          loopwise convert, export, inspect, calibrate
+    convert/          loopwise convert, export, inspect
     train/            loopwise train, init
     serve/            loopwise serve, generate
     evaluate/         loopwise eval, plot

@@ -21,7 +21,7 @@ VERBS = {
     "eval": ("loopwise.evaluate.command", "held-out loss at several recurrences"),
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),
-    "calibrate": ("loopwise.convert.calibrate", "thresholds at which a router takes its capacities"),
+    "calibrate": ("loopwise.evaluate.calibrate", "the exit threshold that keeps the loss; thresholds of a router"),
     "generate": ("loopwise.serve.generate", "continue prompts on this machine, without a server"),
     "serve": ("loopwise.serve.server", "serve a model behind an OpenAI-compatible endpoint"),
     "completion": ("loopwise.completion", "print a script by which a shell completes these commands"),

@@ -25,6 +25,7 @@ LISTS: dict[tuple[str, str], tuple[str, list[Any], list[str]]] = {
     ("eval", "data"): ("a.txt,b.txt", ["a.txt", "b.txt"], []),
     ("eval", "num_recurrences"): ("1,4", [1, 4], []),
     ("eval", "exit_sweep"): ("kl,cosine", ["kl", "cosine"], []),
+    ("calibrate", "data"): ("a.txt,b.txt", ["a.txt", "b.txt"], []),
     ("convert", "sizes"): ("1,4,1", [1, 4, 1], ["method=retrofit", "loops=null"]),
     ("convert", "layers.prelude"): ("0,1", [0, 1], ["method=retrofit", "loops=null"]),
     ("convert", "layers.core"): ("2,3", [2, 3], ["method=retrofit", "loops=null"]),

@@ -21,7 +21,7 @@ PICTURES = {
     "run": "loss and depth of a training run: the directory OUT",
     "eval": "score or loss by recurrences and FLOPs: a FILE of loopwise eval --out",
     "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint and group",
-    "sweep": "score or loss by mean depth, for exit rules: a FILE of loopwise eval exit_sweep=.. --out, or calibration.json",
+    "sweep": "score or loss by mean depth: a FILE of loopwise eval exit_sweep=.. --out, or a calibration.json",
     "text": "a text, each token in the colour of its depth: a MODEL, with keys below (writes .html and .png)",
     "states": "paths of the states: a MODEL, with keys below",
     "router": "the tokens that each recurrence takes: a routed MODEL, with keys below",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loopwise.convert.recipe import ConvertRecipe
+from loopwise.evaluate.calibrate import Calibrate
 from loopwise.evaluate.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve.generate import GenerateRecipe
@@ -17,6 +18,7 @@ MODELS: dict[str, type[Section]] = {
     "init": Init,
     "train": Train,
     "eval": Evaluate,
+    "calibrate": Calibrate,
     "convert": ConvertRecipe,
     "generate": GenerateRecipe,
     "serve": ServeRecipe,
@@ -26,6 +28,7 @@ NEEDED = {
     "init": [],
     "train": ["data.train=text.txt"],
     "eval": ["data=text.txt"],
+    "calibrate": ["data=text.txt"],
     "convert": ["method=mor", "loops=2"],
     "generate": [],
     "serve": [],

@@ -1,0 +1,206 @@
+"""`loopwise calibrate MODEL OUT data=...`: a copy of MODEL that exits early, or routes by thresholds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..arguments import RecipeParser
+from ..checkpoint import config_fields, weight_files
+from ..convert.calibrate import calibrate as calibrate_in_place
+from ..convert.calibrate import router_table, router_thresholds, write_fields
+from ..deprecated import print_warning
+from ..directory import RECORD, check_new, ended_by_sigterm, new_directory
+from ..errors import UserError
+from ..exit_rules import ExitRule
+from ..quiet import quiet
+from ..recipe import Count, Integer, Number, Section, load_recipe
+from ..train.recipe.fields import BadRecords, Fraction, Strings
+from ..unused import Unused
+from ..version import __version__
+from .exits.table import calibration_table
+from .recipe import Evaluate
+
+CURVE = "calibration.json"  # the measured curve, in OUT
+OLD_FORM = (
+    "warning: 'loopwise calibrate MODEL TEXT', which changes MODEL, is deprecated since loopwise 0.2.0: use 'loopwise "
+    "calibrate MODEL OUT data=TEXT'"
+)
+DATA = (
+    "data", "eval_fraction", "text_field", "chat_field", "split", "subset", "bad_records", "sequence_length", "limit",
+    "batch_size", "precision",
+)  # fmt: skip
+
+
+def _as_eval(name: str) -> Any:
+    """The key `name` of `loopwise eval`."""
+    return copy(Evaluate.model_fields[name])
+
+
+class Calibrate(Section):
+    """The choice of an exit threshold, or of a router's thresholds."""
+
+    data: Strings = Field(
+        min_length=1,
+        description="source or list of sources, like data of loopwise eval; one text file for an expert-choice router, "
+        "which has no other key",
+    )
+    rule: ExitRule | None = Field(default=None, description="exit rule (default: that of the model's config)")
+    kv_policy: str | None = Field(default=None, description="KV policy that will be served (default: the model's own)")
+    budget: Number = Field(default=0.01, ge=0, description="nats a token that the loss may lie above full depth's")
+    num_recurrences: Count | None = Field(default=None, description="full depth R (default: the model's own)")
+    min_recurrences: Count | None = Field(
+        default=None, description="recurrences before the rule may fire (default: the model's own, or 1)"
+    )
+    prompt_exit: bool = Field(
+        default=False,
+        description="measure requests with prompt_exit, in which the rule ends the prompt's positions, too",
+    )
+    eval_fraction: Fraction = _as_eval("eval_fraction")
+    text_field: str = _as_eval("text_field")
+    chat_field: str | None = _as_eval("chat_field")
+    split: str = _as_eval("split")
+    subset: str | None = _as_eval("subset")
+    bad_records: BadRecords = _as_eval("bad_records")
+    sequence_length: Integer = _as_eval("sequence_length")
+    limit: Count | None = _as_eval("limit")
+    batch_size: Count = Field(default=8, description="blocks or conversations that are decoded at once")
+    precision: Literal["float32", "bfloat16"] = _as_eval("precision")
+
+    def without_exits(self) -> Iterator[Unused]:
+        """The keys without effect for a model with an expert-choice router."""
+        for name in type(self).model_fields:
+            if name != "data":
+                yield Unused(name, (), "an expert-choice router is calibrated on the first tokens of a text file, data")
+
+
+def main(argv: list[str]) -> int:
+    """Parse, measure, write OUT, print. Returns the exit code; raises UserError for bad input."""
+    parser = RecipeParser(
+        "calibrate",
+        {"model": "directory of a recurrent-depth checkpoint", "out": f"directory to write: a copy, and {CURVE}"},
+        Calibrate,
+        "Choose the exit threshold that spends the fewest recurrences within a budget of loss, on one half of the "
+        "data, and check it on the other. For an expert-choice router: choose thresholds that as many tokens pass as "
+        "its capacities take, so that the model can be cached and served.",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
+    args = parser.parse(argv)
+    model, out = Path(args.model).expanduser(), Path(args.out).expanduser()
+    quiet()
+    if not args.settings and not args.recipe:
+        return _old_form(args.model, args.out)
+    recipe = load_recipe(Calibrate, "calibrate", args.recipe, args.settings)
+    with ended_by_sigterm():
+        print(calibrate(model, out, recipe, args.force), flush=True)
+    return 0
+
+
+def _old_form(model: str, text: str) -> int:
+    from ..convert.source_config import read_recurrent_config
+
+    path = Path(model).expanduser()
+    if not read_recurrent_config(path).router and not Path(text).expanduser().exists():
+        raise UserError("data: name the data to calibrate on: loopwise calibrate MODEL OUT data=.. rule=..")
+    router = calibrate_in_place(model, text)
+    print(router_table(router))
+    print(f"written: {model}/config.json (router.inference=threshold)")
+    print_warning(OLD_FORM)
+    return 0
+
+
+def calibrate(model: Path, out: Path, recipe: Calibrate, force: bool = False) -> str:
+    """Write the calibrated copy `out` of the checkpoint `model`. Returns the result in lines of text.
+
+    force: replace an `out` that Loopwise wrote. `out` is written whole or not at all; `model` does not change. Raises
+    UserError for bad input, and where no threshold stays within the budget.
+    """
+    from ..convert.source_config import read_recurrent_config
+
+    config = read_recurrent_config(model)
+    files = weight_files(model)
+    check_new(out, model, force)
+    if config.router:
+        recipe.refuse_unused(recipe.without_exits())
+        if len(recipe.data) > 1:
+            raise UserError(f"data={','.join(recipe.data)}: a router is calibrated on one text file")
+        router = router_thresholds(model, recipe.data[0], "data=")
+        _write(model, out, files, {"router": router}, None, force)
+        return f"{router_table(router)}\nwritten: {out} (router.inference=threshold)"
+    found = measure(model, config, recipe)
+    _write(model, out, files, _settings(found, config), found, force)
+    return f"{calibration_table(found)}\nwritten: {out} ({_told(found)}; {CURVE})"
+
+
+def measure(model: Path, config: Any, recipe: Calibrate) -> dict[str, Any]:
+    """The result of `exits.calibration` for `recipe`, with the facts of the data."""
+    import torch
+
+    from ..train.pretrained import load_config, load_tokenizer
+    from .exits import calibration
+    from .exits.bench import Bench, Decoding
+    from .loss import counts, held_out, load_weights
+
+    rule = recipe.rule or (config.exit or {}).get("rule", "fixed")
+    if rule == "fixed":
+        raise UserError("rule: name the exit rule to calibrate, as rule=latent-diff; the model's own is fixed")
+    asked = Evaluate(**{name: getattr(recipe, name) for name in DATA})
+    sequences = held_out(str(model), asked, load_config(str(model), None), load_tokenizer(str(model), None))
+    halves = calibration.halves(sequences)
+    decoding = Decoding.of(recipe, config, recipe.num_recurrences or config.num_recurrences)
+    weights = load_weights(str(model), None).to(getattr(torch, recipe.precision))
+    bench = Bench.open(weights, sequences, decoding, recipe.batch_size)
+    facts = {"loopwise": __version__, "model": str(model), "data": recipe.data, **counts(asked, halves[0])}
+    facts["check_tokens"] = counts(asked, halves[1])["tokens"]
+    return {**facts, **calibration.calibrate(bench, halves, rule, recipe.budget)}
+
+
+def _settings(found: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The fields of config.json by which the model is served as it was measured."""
+    chosen, top = found["chosen"], found["num_recurrences"]
+    exit = {"rule": found["rule"], "threshold": chosen["threshold"], "min_recurrences": found["min_recurrences"]}
+    depths = {"num_recurrences": top, "max_recurrences": max(top, config.max_recurrences)}
+    return {"exit": exit, "kv_policy": found["kv_policy"], **(depths if top != config.num_recurrences else {})}
+
+
+def _write(
+    model: Path, out: Path, files: list[Path], settings: dict[str, Any], found: dict[str, Any] | None, force: bool
+) -> None:
+    """Write `out`: the files of `model`, `settings` in its config.json, and the curve `found`.
+
+    files: the weights, which are linked where the file system allows it.
+    """
+    with new_directory(out, model, force) as directory:
+        for file in sorted(path for path in model.iterdir() if path.is_file() and path.name != CURVE):
+            copy_file(file, directory / file.name, link=file in files)
+        write_fields(directory / "config.json", settings)
+        record = json.loads((model / RECORD).read_text(encoding="utf-8")) if (model / RECORD).is_file() else {}
+        record = {"loopwise": __version__, **record, "calibrated": {"from": str(model), **settings}}
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if found:
+            (directory / CURVE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        config_fields(directory)
+
+
+def copy_file(source: Path, target: Path, link: bool) -> None:
+    """Copy the file `source`, or the one that it links to; with `link`, make a hard link where that is possible."""
+    if link:
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copy2(source, target)
+
+
+def _told(found: dict[str, Any]) -> str:
+    chosen = f"exit.rule={found['rule']}, exit.threshold={found['chosen']['threshold']:.3g}"
+    ask = "; requests need prompt_exit=true" if found["prompt_exit"] else ""
+    return f"{chosen}, kv_policy={found['kv_policy']}{ask}"
