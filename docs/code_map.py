@@ -120,7 +120,7 @@ def map_faults(root: Path) -> list[str]:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 PAGE = Path(__file__).parent / "architecture.md"
 FENCE = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ROOMS = ("convert", "train", "model", "demo", "cli")  # rooms of the picture; serve is drawn entry by entry
+ROOMS = ("convert", "train", "evaluate", "model", "demo", "cli")  # rooms of the picture; serve is drawn entry by entry
 
 
 def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
