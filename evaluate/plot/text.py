@@ -88,7 +88,7 @@ def text_figure(found: Depths, name: str) -> Figure:
         ScalarMappable(Normalize(1, max(found.most, 2)), "cividis_r"), ax=axes, orientation="horizontal", aspect=60,
         shrink=0.6, label="recurrences",
     )  # fmt: skip
-    bar.ax.xaxis.get_major_locator().set_params(integer=True)
+    bar.set_ticks(range(1, found.most + 1))
     return figure
 
 

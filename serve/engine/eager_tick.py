@@ -121,7 +121,7 @@ class EagerTick:
         if self.routing:
             after, leaves = self.routing.combine(state, which, depth, before, after)
         if self.rules.in_use:
-            leaves = leaves | self.rules.converged(state, self.forward, which, row, position, depth, before, after)
+            leaves = leaves | self.rules.converged(which, row, position, depth, before, after)
         counts, empty, self.order = self.steps.settle(state, which, row, position, depth, after, leaves)
         exits, empties, self.waits, self.runs = counts.tolist()
         self.unread |= exits > 0

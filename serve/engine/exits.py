@@ -60,13 +60,14 @@ class ExitRules:
     every lane (`per_lane`), else for every row.
     """
 
-    def __init__(self, state: State, per_lane: bool, vocabulary: int):
+    def __init__(self, state: State, forward: Forward, per_lane: bool):
+        self.state, self.forward = state, forward
         decodes = state.num_decode_lanes
         place = number = torch.arange(len(state.lanes.row), device=state.device)
         if not per_lane:
             prompts = number - decodes + state.config.max_num_seqs
             place = torch.where(number < decodes, number // state.ring, prompts)
-        self.by_logits = LogitMemory(place, vocabulary)
+        self.by_logits = LogitMemory(place, forward.parts.config.vocab_size)
         self.stays = torch.zeros(len(number), device=state.device)  # probability that the lane has not left yet
         self.in_use: set[str] = set()  # rules of resident requests that read something
         self.watch: Watch | None = None  # gets what the rules read, in eager ticks
@@ -93,31 +94,24 @@ class ExitRules:
             self.by_logits.start(lanes)
 
     def converged(
-        self,
-        state: State,
-        forward: Forward,
-        which: Tensor,
-        row: Tensor,
-        position: Tensor,
-        depth: Tensor,
-        before: Tensor,
-        after: Tensor,
+        self, which: Tensor, row: Tensor, position: Tensor, depth: Tensor, before: Tensor, after: Tensor
     ) -> Tensor:
         """[n]: lanes `which` [n], in rows at positions [n], leave by their rules.
 
         They recurred at `depth` [n] from the states before to those after [n, D]. Writes the rules' memory; rules that
         read logits run coda and head.
         """
+        state, forward = self.state, self.forward
         may_exit = (state.lanes.may_exit[which] > 0) & ~state.lanes.exited[which]
         rule = torch.where(may_exit, state.requests.rule[row], NUMBER["fixed"])
         threshold = state.requests.threshold[row]
         converged = torch.zeros(len(which), dtype=torch.bool, device=which.device)
 
         def fires(name: str, readings: Any, some: Tensor | slice = slice(None)) -> Tensor:
-            value, places = RULES[name].value(readings), [each[some] for each in (row, position, depth)]
+            value = RULES[name].value(readings)
             if self.watch:
                 mine = rule[some] == NUMBER[name]
-                self.watch(name, *(each[mine] for each in (*places, value)))
+                self.watch(name, *(each[mine] for each in (row[some], position[some], depth[some], value)))
             return RULES[name].fires(value, threshold[some])
 
         if names := self.reading("state"):

@@ -295,7 +295,7 @@ class GraphTick:
         plan = forward.attention.plan(Rows(forward.block_table, row, position, slot, write, True, fills))
         after = forward.recur(before, e, position, begun, depth)
         if self.rules.in_use:
-            converged = self.rules.converged(self.state, forward, which, row, position, depth, before, after)
+            converged = self.rules.converged(which, row, position, depth, before, after)
             leaves = leaves | (real & converged)
         empty = self.steps.settle(self.graph, which, real, row, position, depth, leaves, after)
         if fills:
