@@ -53,6 +53,7 @@ class Engine:
     max_num_batched_tokens: prompt tokens of a step.
     max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need.
     dtype: type of weights and cache, for a directory (default: the checkpoint's).
+    tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
     cuda_graphs: on a GPU, replay passes of up to 256 lanes as CUDA graphs. The first pass of a size records its graph.
     The graphs hold as much memory as the widest such pass needs, and a little for each size.
@@ -80,12 +81,13 @@ class Engine:
         compile: bool = False,
         cuda_graphs: bool = True,
         tell: Callable[[str], Any] = warnings.warn,
+        tokenizer: Any = None,
     ):
         wait: int | None = read_auto(coda_wait)
         _check_least(1, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_recurrences=max_recurrences)
         _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
         _check_least(0, max_lanes=max_lanes, coda_wait=wait)
-        self.tokenizer = None
+        self.tokenizer = tokenizer
         self.tell, self.told = tell, set[str]()
         said: dict[str, Any] | None = None
         if isinstance(model, str | Path):
@@ -188,6 +190,8 @@ class Engine:
         if isinstance(params, Params):
             params = params.filled(self.defaults)
         check_kinds(params)
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop: texts to stop at need the model's tokenizer; give stop_token_ids")
         most = params.max_in_flight
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
         _check_least(1, **depths, max_in_flight=most)
@@ -258,8 +262,10 @@ class Engine:
             for row in running:  # rows of requests that were broken off
                 self.loop.release(row)
         if self.tokenizer is not None:
-            for completion in done:
+            for completion, p in zip(done, each, strict=True):
                 completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                for text in p.stop:
+                    completion.text = completion.text.partition(text)[0]
         return done
 
     def _check_tokens(self, tokens: Any, where: str) -> None:
@@ -293,16 +299,31 @@ class Engine:
             self._step(running, ids, done)
             remaining = self.loop.state.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
-                if remaining[row] == 0:
-                    number, _ = running[row]
-                    completion = done[number]
-                    if completion.tokens and completion.tokens[-1] in requests[number].stops:
+                number, _ = running[row]
+                completion = done[number]
+                stopped = self._cut(completion, each[number].stop)
+                if stopped or remaining[row] == 0:
+                    if stopped or (completion.tokens and completion.tokens[-1] in requests[number].stops):
                         completion.finish_reason = "stop"
                     completion.passes = int(self.loop.state.requests.passes[row])
                     completion.items = int(self.loop.state.requests.lane_passes[row])
                     self.loop.release(row)
                     free.append(row)
                     del running[row]
+
+    def _cut(self, completion: Completion, stop: tuple[str, ...]) -> bool:
+        """True if one of the texts `stop` is in `completion`, which then ends with the token that completes it."""
+
+        def has_stop(count: int) -> bool:
+            text = self.tokenizer.decode(completion.tokens[:count])  # pyright: ignore[reportOptionalMemberAccess]
+            return any(one in text for one in stop)
+
+        count = len(completion.tokens)
+        if not stop or not has_stop(count):
+            return False
+        end = next(n for n in range(1, count + 1) if has_stop(n))
+        del completion.tokens[end:], completion.depths[end:]
+        return True
 
     def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
         """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""

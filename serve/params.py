@@ -29,6 +29,9 @@ class Params:
     Where `max_tokens` or a sampling setting is None, the model's generation_config.json has the default; without one it
     is 64 tokens, greedy, nothing cut, no penalty.
 
+    Ends: a token of `stop_token_ids`; the model's own, unless `ignore_eos`; the token that completes a text of `stop`.
+    That text, and what follows it, is not in `Completion.text`.
+
     Decoder: "plain"; "wave", with the same tokens; "diffusion", which refines positions together, with the settings
     `diffusion`. Both have up to `max_in_flight` positions in flight.
     """
@@ -54,6 +57,7 @@ class Params:
     decoder: str = "plain"
     max_in_flight: int = 8
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    stop: tuple[str, ...] = ()
 
     def filled(self, defaults: dict[str, Any]) -> Params:
         """A copy in which None is replaced by the value in `defaults`, then by the one in NEUTRAL."""
@@ -72,7 +76,7 @@ class Completion:
     """The continuation of one prompt.
 
     tokens, text: the generated ones.   depths: recurrences of the position that gave each token.
-    finish_reason: "stop" after a stop token, "length" after the last allowed token.
+    finish_reason: "stop" after a stop token or a stop text, "length" after the last allowed token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -96,3 +100,5 @@ def check_kinds(params: Params) -> None:
         for value in getattr(params, name):
             if type(value) is not int:
                 raise UserError(f"{name}: {value!r} in it is no integer")
+    if isinstance(params.stop, str) or not all(isinstance(text, str) and text for text in params.stop):
+        raise UserError(f"stop={params.stop!r}: a tuple of texts, none of them empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build
-from tests.helpers.tiny import VOCAB
+from tests.helpers.tiny import VOCAB, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,28 @@ def test_finish_reasons():
     )
     with pytest.raises(UserError, match=f"max_model_len={many + 1}: this model has {many} positions"):
         Engine(build(), max_num_seqs=1, max_model_len=many + 1)
+
+
+def test_a_text_ends_at_a_stop_of_several_tokens():
+    """Beside a request that goes on; with decoders that have several tokens in flight, too."""
+    known = tokenizer()
+    engine = Engine(build(), max_num_seqs=2, max_model_len=60, max_in_flight=3, tokenizer=known)
+    whole = Params(40, ignore_eos=True, temperature=1.0, seed=3)
+    prompt = known("def f").input_ids
+    (long,) = engine.generate([prompt], whole)
+    before, stop = (str(known.decode(long.tokens[a:b])) for a, b in ((0, 9), (9, 11)))
+    assert stop not in before
+    for more in ({}, {"decoder": "wave", "max_in_flight": 3}):
+        two = [replace(whole, stop=("never in it", stop), **more), replace(whole, **more)]
+        stopped, other = engine.generate([prompt] * 2, two)
+        assert (stopped.tokens, stopped.text, stopped.finish_reason) == (long.tokens[:11], before, "stop")
+        assert stopped.depths == long.depths[:11]
+        assert other.tokens == long.tokens
+    for wrong in ("ab", ("",), (3,)):
+        with pytest.raises(UserError, match="a tuple of texts, none of them empty"):
+            engine.generate([prompt], Params(stop=wrong))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="stop: texts to stop at need the model's tokenizer"):
+        Engine(build(), max_num_seqs=1, max_model_len=60).generate([prompt], Params(stop=("a",)))
 
 
 def test_an_interrupted_call_leaves_nothing():
