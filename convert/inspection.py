@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..arguments import Parser
 from ..trained import trained_at
@@ -14,6 +14,7 @@ from .plan import PARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from ..model import RecurrentDepthConfig
 
@@ -83,6 +84,33 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }
 
 
+def flops_per_token(config: PreTrainedConfig, depth: float | None) -> int | None:
+    """FLOPs of a token's forward pass at `depth` recurrences, counted as by `inspect`.
+
+    config: of a recurrent-depth model, or of a plain causal language model, whose `depth` is None. Returns None for a
+    recurrent-depth model whose depth is unknown.
+    """
+    if config.model_type != "recurrent_depth":
+        return round(2 * _plain_size(config))
+    sizes = _sizes(cast("RecurrentDepthConfig", config))
+    return None if depth is None else round(2 * (sizes.once + sizes.each * depth))
+
+
+def _plain_size(config: PreTrainedConfig) -> float:
+    """The number of parameters of a plain model that multiply."""
+    import torch
+
+    from ..model.source_layers import layer_list_name
+    from .source_config import empty_model
+
+    with torch.device("meta"):
+        model = empty_model(config)
+    layers = model.get_submodule(layer_list_name(model, config.num_hidden_layers))
+    head = model.get_output_embeddings()
+    head_size = 0 if head is None else head.get_parameter("weight").numel()
+    return sum(_used(config, name, parameter) for name, parameter in layers.named_parameters()) + head_size
+
+
 class _Sizes(NamedTuple):
     """Numbers of parameters: `counts` of all and of each part; of those that multiply, `once` and at `each` depth."""
 
@@ -112,11 +140,11 @@ def _sizes(config: RecurrentDepthConfig) -> _Sizes:
     )
 
 
-def _used(config: RecurrentDepthConfig, name: str, parameter: Tensor) -> float:
+def _used(config: PreTrainedConfig, name: str, parameter: Tensor) -> float:
     """The numbers of a layer's parameter that take part in a token's pass: of experts, those of the chosen ones."""
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     routed = ".experts." in name or parameter.dim() == 3 or name.endswith(("up_embed.weight", "down_embed.weight"))
-    return parameter.numel() * (config.num_experts_per_tok / experts if experts and routed else 1)
+    return parameter.numel() * (getattr(config, "num_experts_per_tok", 0) / experts if experts and routed else 1)
 
 
 def _kept(config: RecurrentDepthConfig, share: list[float]) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
-from loopwise.convert.inspection import inspect, table
+from loopwise.convert.inspection import flops_per_token, inspect, table
 from loopwise.recipe import validate
 from tests.helpers.tiny import VOCAB, save_source
 
@@ -35,7 +35,11 @@ def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):
     assert kv["single"]["3"] == kv["first"]["3"] == kv["per-depth"]["1"]
     assert (kv["modulo-2"]["8"], kv["modulo-8"]["8"]) == (kv["per-depth"]["2"], kv["per-depth"]["8"])
     once = sum(p.numel() for p in [*model.prelude.parameters(), *model.coda.parameters()]) + VOCAB * 64
-    assert facts["flops_per_token"]["2"] == 2 * (once + 2 * core)
+    assert facts["flops_per_token"]["2"] == flops_per_token(model.config, 2) == 2 * (once + 2 * core)
+    assert flops_per_token(model.config, 2.5) == 2 * (once + 2.5 * core)
+    assert flops_per_token(model.config, None) is None
+    layers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "source").model.layers.parameters())
+    assert flops_per_token(model.config.source_config, None) == 2 * (layers + VOCAB * 64)
     assert main(["inspect", str(tmp_path / "model")]) == 0
     shown = capsys.readouterr().out
     assert "served up to 8" in shown
