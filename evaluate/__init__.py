@@ -1,7 +1,7 @@
 """Measure a model: held-out loss and right answers by recurrences, with pictures.
 
-`loopwise.evaluate.loss.evaluate` measures, from Python. This package may use `convert`, `train` and `serve`. Files in
-reading order:
+`loopwise.evaluate.loss.evaluate` measures, from Python, and `loopwise.evaluate.harness.measure.evaluate_tasks` scores
+tasks. This package may use `convert`, `train` and `serve`. Files in reading order:
 
     recipe.py      Evaluate, the recipe of `loopwise eval`
     answers.py     conversations as sequences, with their answers and groups
@@ -11,6 +11,7 @@ reading order:
     exits/         exit rules: loss, right answers and mean depth along their thresholds
     loss.py        the whole measurement of loss and answers
     report.py      the result as a table
+    harness/       scores of lm-eval's tasks by recurrences
     exit_depths.py  the depths at which the tokens of a text leave
     command.py     `loopwise eval`
     calibrate.py   `loopwise calibrate`: an exit threshold, or those of a router

@@ -1,8 +1,10 @@
-"""`loopwise eval MODEL data=...`: held-out loss, right answers, and the effect of the recurrences."""
+"""`loopwise eval MODEL data=...` or `tasks=...`: loss, right answers or scores of tasks, by recurrences."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,31 +17,60 @@ from .recipe import Evaluate
 
 def main(argv: list[str]) -> int:
     """Measure a model and print the result. Returns the exit code; raises UserError for bad input."""
-    from .loss import evaluate
-    from .report import table
-
     parser = RecipeParser(
         "eval",
         {"model": "model directory, hub id, or GGUF file"},
         Evaluate,
-        "Held-out loss per token, and the share of right answers of conversations, at several recurrences.",
+        "At several recurrences: held-out loss per token and right answers of conversations (data), or scores of "
+        "lm-eval's tasks and of your own (tasks).",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON object to FILE; loopwise plot eval draws it")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="also write the JSON object to FILE; loopwise plot eval draws that of data. With tasks, FILE gets each "
+        "score as soon as it is known, scores in it are not measured again, and a .md beside it gets the table",
+    )
+    parser.add_argument("--force", action="store_true", help="with tasks: start anew, whatever --out FILE holds")
     args = parser.parse(argv)
     recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
     out = Path(args.out).expanduser() if args.out else None
+    if args.force and not (recipe.tasks and out):
+        raise UserError("--force has no effect: it starts a measurement of tasks with --out FILE anew")
+    if recipe.tasks:
+        return _tasks(args.model, recipe, out, args.force, args.json)
+    return _data(args.model, recipe, out, args.json)
+
+
+def _tasks(model: str, recipe: Evaluate, out: Path | None, force: bool, as_json: bool) -> int:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
+    from .harness.measure import evaluate_tasks
+    from .harness.record import check_out
+    from .harness.table import markdown
+
+    if out:
+        check_out(out)
+    result = evaluate_tasks(model, recipe, out, force)
+    print(json.dumps(result) if as_json else markdown(result), flush=True)
+    return 0
+
+
+def _data(model: str, recipe: Evaluate, out: Path | None, as_json: bool) -> int:
+    from .loss import evaluate
+    from .report import table
+
     if out:
         check_file(out)
         _check_result(out)
-    result = evaluate(args.model, recipe)
-    print(json.dumps(result) if args.json else table(result), flush=True)  # before FILE, whose write may fail
+    result = evaluate(model, recipe)
+    print(json.dumps(result) if as_json else table(result), flush=True)  # before FILE, whose write may fail
     if out:
         try:
             with new_file(out) as partial:
                 partial.write_text(json.dumps(result, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"--out {args.out}: {error.strerror}") from None
+            raise UserError(f"--out {out}: {error.strerror}") from None
     return 0
 
 

@@ -37,6 +37,8 @@ class Replies:
 class Endpoint:
     """An OpenAI-compatible server at `url` (as http://127.0.0.1:8000/v1) that serves one model.
 
+    name: the model's, as the server calls it.   positions: most of a request; None if the server reports none.
+
     Raises UserError if no server answers there, or if the `openai` package is missing.
     """
 
@@ -48,7 +50,9 @@ class Endpoint:
         self.url, self.errors = url, openai
         self._hint = "" if urlsplit(url).path.strip("/") else f"; its address usually ends in /v1: {url.rstrip('/')}/v1"
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=SECONDS)
-        self.name = self._call(self.client.models.list).data[0].id
+        served = self._call(self.client.models.list).data[0]
+        self.name = served.id
+        self.positions: int | None = (served.model_extra or {}).get("max_model_len")
 
     def ask(
         self,
@@ -76,6 +80,17 @@ class Endpoint:
                 raise
             seconds = time.monotonic() - start
         return Replies([f[0] for f in found], [f[1] for f in found], sum(f[2] for f in found), seconds)
+
+    def try_fields(self, prompt: list[int], fields: dict[str, Any]) -> None:
+        """Ask for one token after `prompt` with `fields` in the body. Raises UserError if they are refused."""
+        self._call(
+            self.client.completions.create,
+            model=self.name,
+            prompt=prompt,
+            max_tokens=1,
+            temperature=0,
+            extra_body=fields,
+        )
 
     def _ask(
         self, sequences: Sequences, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], answer: Answer

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from ..deprecated import SERVING, rename
 from ..exit_rules import ExitRule
 from ..recipe import Count, Integer, Section
 from ..train import tasks
-from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Strings, once
+from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Names, Strings, once
 from ..unused import Unused
 
 # Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
@@ -19,10 +19,24 @@ REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "dec
 Rules = Annotated[list[Literal["all", ExitRule]], AfterValidator(once)]
 
 
-class Evaluate(Section):
-    """A measurement of held-out loss and of answers."""
+# Keys that describe `data`, and those that belong to `tasks`.
+DATA_KEYS = (
+    "eval_fraction", "text_field", "chat_field", "group", "split", "subset", "bad_records", "sequence_length",
+)  # fmt: skip
+TASK_KEYS = (
+    "engine", "baseline", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples",
+)  # fmt: skip
 
-    data: Strings = Field(min_length=1, description="source or list of sources, like data.train of loopwise train")
+
+class Evaluate(Section):
+    """A measurement of held-out loss and of answers (`data`), or of scores of lm-eval's tasks (`tasks`)."""
+
+    data: Strings = Field(default=[], description="source or list of sources, like data.train of loopwise train")
+    tasks: Names = Field(
+        default=[],
+        description="in place of data: names of lm-eval's tasks, and files of your own: a .jsonl of question and "
+        "answer, or a .yaml that describes one",
+    )
     eval_fraction: Fraction = Field(
         default=0.0,
         lt=0.5,
@@ -49,10 +63,16 @@ class Evaluate(Section):
         default=None, min_length=1, description="recurrences to measure at (default: the model's own)"
     )
     limit: Count | None = Field(
-        default=None, description="most blocks or conversations to measure, evenly spread over the data"
+        default=None,
+        description="most blocks or conversations to measure, evenly spread over the data; with tasks, the first "
+        "questions of each, as in lm-eval",
     )
-    batch_size: Count = Field(default=8, description="blocks in a batch; with endpoint, concurrent requests")
-    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32, or bfloat16 autocast")
+    batch_size: Count = Field(
+        default=8, description="blocks in a batch; with endpoint or engine=lanes, requests at once"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="float32, or bfloat16 autocast; with tasks, the type of the weights"
+    )
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
     endpoint: str | None = Field(
         default=None,
@@ -60,7 +80,28 @@ class Evaluate(Section):
         "every request carries num_recurrences",
     )
     request: dict[str, Any] = Field(
-        default={}, description="with endpoint: more fields of every request, as request.exit_rule=cosine"
+        default={},
+        description="with endpoint or engine=lanes: more fields of every request, as request.exit_rule=cosine",
+    )
+    engine: Literal["transformers", "lanes"] = Field(
+        default="transformers",
+        description="with tasks, what generates answers: transformers, or the lane engine of loopwise generate. "
+        "Log-likelihoods are always transformers'",
+    )
+    baseline: str | None = Field(
+        default=None, description="with tasks: a plain model, as the source, that is measured once beside MODEL"
+    )
+    num_fewshot: Annotated[int, Strict(), Field(ge=0)] | None = Field(
+        default=None, description="with tasks: solved examples before each question (default: the task's own)"
+    )
+    apply_chat_template: bool = Field(default=False, description="with tasks: ask in the tokenizer's chat template")
+    system_instruction: str | None = Field(default=None, description="with tasks: a system message before each prompt")
+    gen_kwargs: dict[str, Any] = Field(
+        default={},
+        description="with tasks: changes of a task's generation_kwargs, as gen_kwargs.max_gen_toks=64",
+    )
+    log_samples: bool = Field(
+        default=False, description="with tasks: keep each question's prompt, target, response and score in the result"
     )
     exit_sweep: Rules | None = Field(
         default=None,
@@ -79,14 +120,18 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
+        if bool(self.data) == bool(self.tasks):
+            raise ValueError(
+                "give data=..., to measure a loss, or tasks=..., for scores" + "; not both" * bool(self.data)
+            )
         split = tasks.TRAIN if self.eval_fraction else tasks.HELD_OUT
         self.data = [tasks.placed(source, split) for source in self.data]
         generated = [source for source in self.data if tasks.is_task(source)]
         if generated and len(generated) < len(self.data) and self.chat_field is None:
             raise ValueError(f"{generated[0]} has answers, and the other data is text: measure them one by one")
-        if self.group is not None and not self.has_answers:
+        if self.group is not None and not self.tasks and not self.has_answers:
             raise ValueError(f"group={self.group} groups right answers, and text has none: give chat_field")
-        if self.endpoint and not self.has_answers:
+        if self.endpoint and not self.tasks and not self.has_answers:
             raise ValueError(f"endpoint={self.endpoint} measures answers, and text has none: give chat_field")
         if "fixed" in (self.exit_sweep or []):
             raise ValueError("exit_sweep=fixed: every sweep has fixed depths (num_recurrences); name a rule that exits")
@@ -94,16 +139,25 @@ class Evaluate(Section):
             raise ValueError(f"endpoint={self.endpoint} measures at fixed settings: leave endpoint or exit_sweep out")
         if "num_recurrences" in self.request:
             raise ValueError("request.num_recurrences: give num_recurrences, which takes several")
-        self.request = rename(self.request, SERVING, REQUEST, "request field")
+        if self.request:  # an assignment counts as given
+            self.request = rename(self.request, SERVING, REQUEST, "request field")
         if wrong := [name for name in self.request if name not in REQUEST]:
             raise ValueError(f"request.{wrong[0]}: choose from {', '.join(REQUEST)}")
         return self
 
     def unused(self) -> Iterator[Unused]:
+        for key in DATA_KEYS if self.tasks else TASK_KEYS:
+            yield Unused(key, ("tasks",), "tasks have their own data" if self.tasks else "it belongs to tasks=...")
         if self.endpoint:
             yield Unused("precision", ("endpoint",), "the server sets its own precision; start it with dtype")
-        else:
-            yield Unused("request", ("endpoint",), "its fields are sent to a server, and endpoint names none")
+            yield Unused("engine", ("endpoint",), "the server at endpoint generates")
+        elif self.engine != "lanes":
+            why = "its fields are sent to a server, and endpoint names none"
+            yield Unused("request", ("endpoint", "engine"), why + "; engine=lanes takes them, too" * bool(self.tasks))
+        if self.tasks:
+            yield Unused(
+                "exit_sweep", ("tasks",), "it measures data; with tasks, give engine=lanes request.exit_rule=..."
+            )
         if not self.exit_sweep:
             for name in ("thresholds", "kv_policy", "min_recurrences", "prompt_exit"):
                 yield Unused(name, ("exit_sweep",), "it sets how exit_sweep decodes, which names no rule")
@@ -111,4 +165,4 @@ class Evaluate(Section):
     @property
     def has_answers(self) -> bool:
         """True if conversations are measured, not text."""
-        return self.chat_field is not None or tasks.is_task(self.data[0])
+        return self.chat_field is not None or any(map(tasks.is_task, self.data))

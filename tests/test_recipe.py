@@ -23,6 +23,7 @@ LISTS: dict[tuple[str, str], tuple[str, list[Any], list[str]]] = {
     ("train", "optimiser.betas"): ("0.8,0.9", [0.8, 0.9], []),
     ("train", "report_to"): ("tensorboard,wandb", ["tensorboard", "wandb"], []),
     ("eval", "data"): ("a.txt,b.txt", ["a.txt", "b.txt"], []),
+    ("eval", "tasks"): ("a,b.jsonl", ["a", "b.jsonl"], ["data=[]"]),
     ("eval", "num_recurrences"): ("1,4", [1, 4], []),
     ("eval", "exit_sweep"): ("kl,cosine", ["kl", "cosine"], []),
     ("calibrate", "data"): ("a.txt,b.txt", ["a.txt", "b.txt"], []),
@@ -62,6 +63,7 @@ def test_a_path_may_hold_a_comma(tmp_path):
 
 EXITS = ["objectives.exits.target=labels"]
 GATE = ["objectives.exit_gate.stage=gate"]
+TASKS = ["data=[]", "tasks=arc_easy"]
 STREAMED = ["data.streaming=true", "steps=1"]
 STEPS = ["recurrence.schedule=steps", "recurrence.levels={0: 2}"]
 # (command, key): settings beside which the key has no effect, a value, and the key that gives it one.
@@ -115,6 +117,17 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("train", "optimiser.muon_learning_rate", [], "1e-3", ["optimiser.kind=muon"]),
     ("train", "optimiser.muon_momentum", [], "0.9", ["optimiser.kind=muon"]),
     ("train", "optimiser.muon_adjust", [], "match_rms_adamw", ["optimiser.kind=muon"]),
+    ("eval", "engine", [], "lanes", TASKS),
+    ("eval", "baseline", [], "plain", TASKS),
+    ("eval", "num_fewshot", [], "2", TASKS),
+    ("eval", "apply_chat_template", [], "true", TASKS),
+    ("eval", "system_instruction", [], "Answer.", TASKS),
+    ("eval", "gen_kwargs", [], "{max_gen_toks: 9}", TASKS),
+    ("eval", "log_samples", [], "true", TASKS),
+    ("eval", "chat_field", TASKS, "messages", ["data=text.txt", "tasks=[]"]),
+    ("eval", "precision", ["endpoint=http://a/v1", "chat_field=messages"], "bfloat16", ["endpoint=null"]),
+    ("eval", "engine", [*TASKS, "endpoint=http://a/v1"], "lanes", ["endpoint=null"]),
+    ("eval", "request", [], "{exit_rule: kl}", [*TASKS, "engine=lanes"]),
     ("convert", "state_std", [], "0.1", ["state_init=normal"]),
     ("convert", "router.thresholds", ["router.inference=topk"], "0.5,0.5", ["router.inference=threshold"]),
     ("convert", "exit.threshold", ["exit.rule=fixed", "method=recursive"], "0.1", ["exit.rule=cosine"]),

@@ -1,0 +1,131 @@
+"""Names and files in `tasks` as tasks of lm-eval, with errors of one line."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from ...errors import UserError, nearest, reason
+from .local import is_short, located, read_short
+
+FILES = (".yaml", ".yml", ".jsonl")
+SHOTS = 1000  # solved examples that the hash of a task covers
+# Errors of libraries that read data sets over a network, by their names: they share no base class.
+UNREACHABLE = (
+    "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
+    "MaxRetryError", "NameResolutionError", "ReadTimeout", "ProxyError",
+)  # fmt: skip
+
+
+@dataclass
+class Catalogue:
+    """tasks: lm-eval's tasks by name, in the order that was asked for.   groups: those of them that are one score."""
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+
+
+def load_tasks(names: list[str]) -> Catalogue:
+    """The tasks that `names` stand for: lm-eval's names of tasks, groups and tags, with * for any letters; files.
+
+    Raises UserError for an unknown name, a wrong file, data that need a network where there is none, and tasks that
+    run the model's code or show images.
+    """
+    places = [None if _registered(name) else Path(name).expanduser() for name in names]
+    manager = TaskManager(include_defaults=any(place is None for place in places))
+    found = Catalogue()
+    for name, place in zip(names, places, strict=True):
+        for spec in _matching(manager, name) if place is None else [_of_file(place)]:
+            loaded = _load(manager, name, spec)
+            if twice := next((task for task in loaded["tasks"] if task in found.tasks), None):
+                raise UserError(f"tasks={','.join(names)}: two of them hold a task named {twice!r}")
+            found.tasks |= loaded["tasks"]
+            found.groups |= loaded.get("groups", {})
+    for name, task in found.tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"task {name} runs code that the model writes, and Loopwise does not; use lm-eval itself")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} shows images or sound, and Loopwise's models read text alone")
+    return found
+
+
+def fingerprint(task: Any) -> str:
+    """A hash of a task's config, questions, and solved examples (the first SHOTS of them)."""
+    digest = hashlib.sha256()
+    shots = itertools.islice(task.fewshot_docs() or [], SHOTS)
+    for part in itertools.chain([task.dump_config()], task.eval_docs, shots):
+        digest.update(json.dumps(part, sort_keys=True, default=_named).encode())
+    return digest.hexdigest()[:16]
+
+
+def _named(value: Any) -> str:
+    """A name for what is no JSON, the same in every process."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _registered(name: str) -> bool:
+    """True for a name, False for a path."""
+    return not (name.endswith(FILES) or "/" in name)
+
+
+def _matching(manager: TaskManager, name: str) -> list[str]:
+    found = manager.match_tasks([name]) if "*" in name else [name] if name in manager.all_tasks else []
+    if not found:
+        near = [] if "*" in name else nearest(name, manager.all_tasks)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        others = f"near it are {', '.join(near[1:])}; " if near[1:] else ""
+        raise UserError(
+            f"unknown task {name!r}: {hint}{others}`lm-eval ls tasks` lists all; a file of your own ends in "
+            f"{' or '.join(FILES[::2])}"
+        )
+    return found
+
+
+def _of_file(file: Path) -> str | dict[str, Any]:
+    """What lm-eval's manager loads the task of `file` from: its config, or its path for a group."""
+    if not file.is_file():
+        raise UserError(f"tasks={file}: no such file")
+    if file.suffix == ".jsonl":
+        return read_short(file)
+    try:
+        values = load_yaml(file, resolve_func=False)
+    except Exception as error:  # PyYAML's, and those of lm-eval for includes
+        raise UserError(f"{file}: not a task file ({reason(error)})") from None
+    if is_short(values):
+        return read_short(file)
+    if "group" in values:
+        return str(file)
+    if not isinstance(values.get("task"), str):
+        raise UserError(f"{file}: no key 'data' (short form) or 'task' (lm-eval's) in it")
+    try:
+        return located(file, load_yaml(file))
+    except Exception as error:  # those of the functions' modules
+        raise UserError(f"{file}: its functions cannot be imported ({reason(error)})") from None
+
+
+def _load(manager: TaskManager, name: str, spec: str | dict[str, Any]) -> Any:
+    try:
+        return manager.load([spec])
+    except UserError:
+        raise
+    except Exception as error:  # of lm-eval, datasets, the hub and tasks' own modules
+        if any(type(one).__name__ in UNREACHABLE for one in _chain(error)):
+            raise UserError(
+                f"task {name}: its data are not on this machine, and the network cannot be reached ({reason(error)})"
+            ) from error
+        raise UserError(f"task {name}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

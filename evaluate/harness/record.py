@@ -1,0 +1,136 @@
+"""The file of results: finished pairs of task and depth stay in it, and are not measured again.
+
+FILE.json holds the settings of its measurement, and hashes of the models and tasks. It is replaced whole after each
+pair, so a kill at any moment loses the pair that was running at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...directory import check_file, new_file
+from ...errors import UserError, shorten
+from .table import markdown
+
+ANEW = "name another file, or start anew with --force"
+ENDINGS = (".safetensors", ".bin", ".gguf")  # of weights, whose size and time stand for their content
+
+
+class Record:
+    """The result of one measurement, with `results` in it, and the file that it is kept in.
+
+    out: the .json file, or None to keep nothing. A regular file has a .md file beside it, with the table.
+    """
+
+    def __init__(self, out: Path | None, facts: dict[str, Any]):
+        self.out = out
+        self.result: dict[str, Any] = {**facts, "results": []}
+
+    def resume(self) -> None:
+        """Take over the finished pairs in the file. Raises UserError if other models, tasks or settings gave them."""
+        found = _read(self.out) if self.out else None
+        if found is None:
+            return
+        before, now = found["settings"], self.result["settings"]
+        if before.get("baseline") and now.get("baseline") is None:
+            now["baseline"] = before["baseline"]  # its column stays
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name) and (name, before.get(name)) != ("baseline", None):
+                values = [shorten(json.dumps(one.get(name)), 60) for one in (before, now)]
+                raise UserError(
+                    f"--out {self.out}: it was measured with {name}={values[0]}, and now {name}={values[1]}; {ANEW}"
+                )
+        for kind in ("models", "tasks"):
+            for name, value in self.result[kind].items():
+                if found[kind].get(name, value) != value:
+                    raise UserError(f"--out {self.out}: {kind.removesuffix('s')} {name} has changed since; {ANEW}")
+            self.result[kind] = {**found[kind], **self.result[kind]}
+        self.result["groups"] = list(dict.fromkeys([*found["groups"], *self.result["groups"]]))
+        self.result["results"] = found["results"]
+
+    def has(self, task: str, depth: int | None, baseline: bool) -> bool:
+        """True if the pair was measured."""
+        return any(_key(row) == (task, depth, baseline) for row in self.result["results"])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the result of a pair, in place of an earlier one, and write the files."""
+        rows = [one for one in self.result["results"] if _key(one) != _key(row)]
+        tasks = [*self.result["tasks"], *self.result["groups"]]
+        rows.append(row)
+        rows.sort(key=lambda one: (tasks.index(one["task"]), not one["baseline"], one["num_recurrences"] or 0))
+        self.result["results"] = rows
+        self.write()
+
+    def write(self) -> None:
+        """Replace FILE.json, then FILE.md. Raises UserError for a full disk."""
+        if self.out is None:
+            return
+        try:
+            with new_file(self.out) as partial:
+                partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            if not _is_special(self.out):
+                with new_file(beside(self.out)) as partial:
+                    partial.write_text(markdown(self.result) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {self.out}: {error.strerror}") from None
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError if `out`, or the .md beside it, cannot be written, or is a file of another kind."""
+    check_file(out)
+    if _is_special(out):
+        return
+    if out.suffix == ".md":
+        raise UserError(f"--out {out}: the table is written to the .md; name a .json file")
+    check_file(beside(out))
+    if not out.exists() and beside(out).exists():
+        raise UserError(f"--out {out}: its table would replace {beside(out)}, which is of something else")
+    if out.exists() and out.stat().st_size and _read(out) is None:
+        raise UserError(f"--out {out} exists and is not a result of loopwise eval tasks=...; name another file")
+
+
+def beside(out: Path) -> Path:
+    """The Markdown file of the result file `out`."""
+    return out.with_suffix(".md")
+
+
+def model_fingerprint(model: str, config: Any) -> str:
+    """A hash of the files of `model`, a directory; of a hub id, its commit.
+
+    Weights count by name, size and time of their last change: reading them would take as long as a short measurement.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        return str(getattr(config, "_commit_hash", None) or model)
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in ENDINGS:
+            facts = file.stat()
+            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+        elif file.suffix in (".json", ".jinja"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    """The result of tasks in `out`; None where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(out.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(
+            key in found for key in ("results", "settings", "tasks", "groups", "models")
+        ):
+            return found
+    return None
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int | None, bool]:
+    return row["task"], row["num_recurrences"], row["baseline"]
+
+
+def _is_special(out: Path) -> bool:
+    """True for a device or a pipe, like /dev/stdout."""
+    return out.exists() and not out.is_file()
