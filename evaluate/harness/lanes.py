@@ -80,13 +80,20 @@ class LanesLM(LoopwiseLM):
         for prompt, one in zip(prompts, done, strict=True):
             count = len(one.depths)
             self.work.add(len(prompt) + count, sum(one.depths) / max(count, 1), count)
-        if self.fields:
-            self.work.computed = (self.work.computed or 0) + _computed(done)
+        self.work.computed = (self.work.computed or 0) + self._computed(done, engine)
         width = max(len(one.tokens) for one in done)
         made = torch.full((len(done), width), self.tokenizer.pad_token_id)
         for row, one in zip(made, done, strict=True):
             row[: len(one.tokens)] = torch.tensor(one.tokens, dtype=made.dtype)
         return torch.cat([context, made.to(context.device)], 1)
+
+    def _computed(self, done: list[Completion], engine: Engine) -> float:
+        """Recurrences that ran for the tokens of `done`."""
+        if self.fields.get("decoder", "plain") != "plain":  # lanes in all passes, dropped ones among them
+            return sum(one.items + sum(one.depths[:1]) for one in done)
+        if engine.loop.state.policy.complete:  # tokens that have left run on, to fill their cache
+            return float((self.depth or 0) * sum(len(one.depths) for one in done))
+        return float(sum(sum(one.depths) for one in done))
 
     def _params(self, most: int, stop: list[str], settings: dict[str, Any]) -> Params:
         """The engine's parameters for transformers' `settings` of generate."""
@@ -120,11 +127,6 @@ def _twin(model: Any) -> Any:
     """A copy of `model` with the same tensors: the engine takes over a model's attention, and its layers' order."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _computed(done: list[Completion]) -> int:
-    """Recurrences that ran for the tokens of `done`: lanes in all passes, and those of the last prompt token."""
-    return sum(one.items + sum(one.depths[:1]) for one in done)
 
 
 register_model("loopwise-lanes")(LanesLM)

@@ -43,10 +43,10 @@ def outcomes(folder: Path, out: Path, *settings: str) -> dict[tuple[str, int], l
 
 def of_lm_eval(plain: Path, folder: Path) -> dict[str, list[Any]]:
     """The same of lm-eval's own `hf` on the plain model `plain`, by task."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    arguments = {"pretrained": str(plain), "dtype": "float32"}
+    arguments: dict[str, Any] = {"pretrained": str(plain), "dtype": "float32"}
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     options: dict[str, Any] = {"device": "cpu", "batch_size": 8, "task_manager": manager, "log_samples": True}
     there = Path.cwd()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def server():
             text = "x" if depth > 1 else "y"
             choices = [{"index": n, "text": text, "finish_reason": "stop"} for n in range(len(prompts))]
             read, made = sum(map(len, prompts)), len(prompts)
-            usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+            usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
             usage["recurrences"] = {"mean": spent, "total": spent * made}
             self.reply(200, {"object": "text_completion", "model": "tiny", "choices": choices, "usage": usage})
 
