@@ -155,9 +155,7 @@ class Evaluate(Section):
             why = "its fields are sent to a server, and endpoint names none"
             yield Unused("request", ("endpoint", "engine"), why + "; engine=lanes takes them, too" * bool(self.tasks))
         if self.tasks:
-            yield Unused(
-                "exit_sweep", ("tasks",), "it measures data; with tasks, give engine=lanes request.exit_rule=..."
-            )
+            yield Unused("exit_sweep", ("tasks",), "it measures data; tasks take engine=lanes request.exit_rule=...")
         if not self.exit_sweep:
             for name in ("thresholds", "kv_policy", "min_recurrences", "prompt_exit"):
                 yield Unused(name, ("exit_sweep",), "it sets how exit_sweep decodes, which names no rule")

@@ -126,6 +126,7 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("eval", "log_samples", [], "true", TASKS),
     ("eval", "chat_field", TASKS, "messages", ["data=text.txt", "tasks=[]"]),
     ("eval", "precision", ["endpoint=http://a/v1", "chat_field=messages"], "bfloat16", ["endpoint=null"]),
+    ("eval", "exit_sweep", TASKS, "kl", ["data=text.txt", "tasks=[]"]),
     ("eval", "engine", [*TASKS, "endpoint=http://a/v1"], "lanes", ["endpoint=null"]),
     ("eval", "request", [], "{exit_rule: kl}", [*TASKS, "engine=lanes"]),
     ("convert", "state_std", [], "0.1", ["state_init=normal"]),
