@@ -160,4 +160,4 @@ wheel: setup
 # Build products and caches only: not .venv, and never what the demo or a training run wrote.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find $(wildcard loopwise convert train serve evaluate recipes tests bench) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard loopwise convert train serve evaluation recipes tests bench) -name __pycache__ -prune -exec rm -rf {} +

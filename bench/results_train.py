@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from loopwise.cli import main as command
 from loopwise.errors import UserError
-from loopwise.evaluate.loss import evaluate
+from loopwise.evaluation.loss import evaluate
 from loopwise.train.fitting import curriculum
 from loopwise.train.measure import parameter_costs, token_flops
 from loopwise.train.output import RECIPE

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-LINKED = ("convert", "train", "serve", "evaluate", "recipes")  # folders at the top that loopwise/ links to
+LINKED = ("convert", "train", "serve", "evaluation", "recipes")  # folders at the top that loopwise/ links to
 LINE = re.compile(r"^ *(\w+)(?:\.py|/) {2,}\S", re.MULTILINE)
 
 
@@ -120,7 +120,8 @@ def map_faults(root: Path) -> list[str]:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 PAGE = Path(__file__).parent / "architecture.md"
 FENCE = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ROOMS = ("convert", "train", "evaluate", "model", "demo", "cli")  # rooms of the picture; serve is drawn entry by entry
+# Boxes of the first picture; serve is drawn entry by entry.
+ROOMS = ("convert", "train", "evaluation", "model", "demo", "cli")
 
 
 def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:

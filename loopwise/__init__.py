@@ -29,7 +29,7 @@ file imports only files above it:
     convert/          loopwise convert, export, inspect
     train/            loopwise train, init
     serve/            loopwise serve, generate
-    evaluate/         loopwise eval, plot
+    evaluation/       loopwise eval, plot, calibrate
     recipes/          recipes that come with loopwise
     cli.py            the command `loopwise`
     demo/             the main job end to end

@@ -15,8 +15,8 @@ import pytest
 from docs.code_map import LINKED, PAGE, circles, drawn, imported, imports, map_faults, sources
 from tests.helpers.repository import ROOT, git
 
-VERBS = ("convert", "train", "serve", "evaluate")
-ABOVE = "evaluate"  # may use the other verbs
+VERBS = ("convert", "train", "serve", "evaluation")
+ABOVE = "evaluation"  # may use the other verbs
 # The clients at the top may import everything; nothing may import them.
 CLIENTS = ("loopwise.cli", "loopwise.demo", "loopwise.__main__")
 # What a checkpoint that travels may count on, beside the standard library.
@@ -135,7 +135,7 @@ def test_imports(violations):
     [
         (wrong_way_imports, "train/a.py", "from ..convert.plan import Plan"),
         (wrong_way_imports, "train/a.py", "from .. import convert"),
-        (wrong_way_imports, "serve/a.py", "from ..evaluate import loss"),
+        (wrong_way_imports, "serve/a.py", "from ..evaluation import loss"),
         (wrong_way_imports, "train/a.py", "def f():\n    import loopwise.convert.plan"),
         (wrong_way_imports, "serve/vllm/__init__.py", "from ...train import data"),
         (wrong_way_imports, "serve/a.py", "MODULE = 'loopwise.convert.plan:Plan'"),

@@ -226,7 +226,7 @@ def test_a_stopped_run_that_was_changed_is_refused_by_name(old, capsys):
 def recipe_kinds() -> dict[str, Any]:
     """The recipe class of every verb."""
     from loopwise.convert.recipe import ConvertRecipe
-    from loopwise.evaluate.recipe import Evaluate
+    from loopwise.evaluation.recipe import Evaluate
     from loopwise.serve.generate import GenerateRecipe
     from loopwise.serve.recipe import ServeRecipe
     from loopwise.train.recipe import Train

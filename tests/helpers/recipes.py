@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from loopwise.convert.recipe import ConvertRecipe
-from loopwise.evaluate.calibrate import Calibrate
-from loopwise.evaluate.recipe import Evaluate
+from loopwise.evaluation.calibrate import Calibrate
+from loopwise.evaluation.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve.generate import GenerateRecipe
 from loopwise.serve.recipe import ServeRecipe

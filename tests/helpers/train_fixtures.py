@@ -1,4 +1,4 @@
-"""Fixtures of tests/train and tests/evaluate: a byte-level tokenizer, tiny models and a text, without downloads."""
+"""Fixtures of tests/train and tests/evaluation: a byte-level tokenizer, tiny models and a text, without downloads."""
 
 from __future__ import annotations
 

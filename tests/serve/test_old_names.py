@@ -14,7 +14,7 @@ import yaml
 from loopwise import deprecated
 from loopwise.cli import main
 from loopwise.deprecated import SERVING
-from loopwise.evaluate.recipe import Evaluate
+from loopwise.evaluation.recipe import Evaluate
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve import DiffusionSettings, Engine, Params
 from loopwise.serve.api.decoders import decoder_of

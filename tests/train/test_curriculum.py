@@ -271,7 +271,7 @@ def test_a_curriculum_is_drawn(tmp_path, capsys):
 def test_a_run_is_drawn(recurrent, plain, command, tmp_path, capsys):
     from PIL import Image
 
-    from loopwise.evaluate.plot.run import by_depth, sampled_recurrences, series
+    from loopwise.evaluation.plot.run import by_depth, sampled_recurrences, series
     from tests.helpers.train_tiny import RECURRENCE, history, run
 
     out = tmp_path / "out"

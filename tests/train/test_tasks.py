@@ -13,7 +13,7 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.errors import UserError
-from loopwise.evaluate.recipe import Evaluate
+from loopwise.evaluation.recipe import Evaluate
 from loopwise.train import tasks
 from loopwise.train.data import LEARN, build
 from loopwise.train.data.stream import Mark, Stream

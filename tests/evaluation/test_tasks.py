@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
-from loopwise.evaluate.harness import pairs
-from loopwise.evaluate.harness.local import read_short
+from loopwise.evaluation.harness import pairs
+from loopwise.evaluation.harness.local import read_short
 from loopwise.train.tasks import tokenizer
 from tests.helpers.train_tiny import run
 

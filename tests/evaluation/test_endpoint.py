@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from loopwise.cli import main
-from loopwise.evaluate.answers import Answer, Sequences, conversations
-from loopwise.evaluate.recipe import Evaluate
+from loopwise.evaluation.answers import Answer, Sequences, conversations
+from loopwise.evaluation.recipe import Evaluate
 from loopwise.train.tasks import Source, parse, tokenizer
 from tests.helpers.train_tiny import run, save_recurrent
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from loopwise.cli import main
-from loopwise.evaluate import depths
-from loopwise.evaluate.answers import Answer, Sequences
-from loopwise.evaluate.recipe import Evaluate
+from loopwise.evaluation import depths
+from loopwise.evaluation.answers import Answer, Sequences
+from loopwise.evaluation.recipe import Evaluate
 from loopwise.train import tasks
 from loopwise.train.pretrained import load_model
 from tests.helpers.train_tiny import run, save_recurrent
@@ -317,7 +317,7 @@ def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path
 
 def test_the_noise_is_paired_over_blocks():
     """A gain of 0.01 per token is noise if blocks differ by more, and significant if every block has it."""
-    from loopwise.evaluate.result import loop_effect
+    from loopwise.evaluation.result import loop_effect
 
     rng = np.random.default_rng(0)
     base, tokens = 100 + 30 * rng.standard_normal(50), np.full(50, 100)
@@ -345,7 +345,7 @@ def test_a_plain_model_and_its_answers(tmp_path, capsys):
 def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
     from matplotlib.image import imread
 
-    from loopwise.evaluate.plot.evaluation import eval_figure
+    from loopwise.evaluation.plot.evaluation import eval_figure
 
     run(["eval", str(small), f"data={TASK}", "group=hops", "num_recurrences=1,2,4", "--out", f"{tmp_path}/hops.json"])
     text = ["eval", str(recurrent), f"data={short}", "sequence_length=32", "num_recurrences=1,2"]

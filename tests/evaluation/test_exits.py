@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from loopwise.cli import main
-from loopwise.evaluate.answers import Answer, Sequences
-from loopwise.evaluate.exits.bench import Bench, Decoding
-from loopwise.evaluate.exits.choose import choose
-from loopwise.evaluate.exits.forced import ForcedEngine, Span
-from loopwise.evaluate.exits.readings import Recorder, Saved
+from loopwise.evaluation.answers import Answer, Sequences
+from loopwise.evaluation.exits.bench import Bench, Decoding
+from loopwise.evaluation.exits.choose import choose
+from loopwise.evaluation.exits.forced import ForcedEngine, Span
+from loopwise.evaluation.exits.readings import Recorder, Saved
 from loopwise.exit_rules import ExitRule
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import NEAR, build
@@ -303,7 +303,7 @@ def test_a_calibrated_copy(model, chats, tmp_path, capsys):
 
 
 def test_halves_share_no_sequence_and_check_the_choice(model, chats, tmp_path, capsys, monkeypatch):
-    from loopwise.evaluate.exits import calibration
+    from loopwise.evaluation.exits import calibration
 
     seen = []
     monkeypatch.setattr(calibration, "choose", lambda bench, *_: seen.append(bench) or choose(bench, *_))

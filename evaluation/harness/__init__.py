@@ -1,7 +1,7 @@
 """Scores of lm-eval's tasks by recurrences: `loopwise eval MODEL tasks=... num_recurrences=1,2,4`.
 
-`loopwise.evaluate.harness.measure.evaluate_tasks` measures, from Python. Prompts, batches, stops and metrics are those
-of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness, 0.4.13); only the models are Loopwise's. Files in
+From Python, `loopwise.evaluation.harness.measure.evaluate_tasks` measures. Prompts, batches, stops and metrics are
+those of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness, 0.4.13); only the models are Loopwise's. Files in
 reading order:
 
     local.py       a .jsonl of questions and answers, or a short .yaml about one, as a task of lm-eval

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from loopwise.cli import main
-from loopwise.evaluate.exit_depths import exit_depths
-from loopwise.evaluate.plot.observe import depths, states, tokens_of
-from loopwise.evaluate.plot.recipe import Picture
-from loopwise.evaluate.plot.states import components, states_figure
-from loopwise.evaluate.plot.text import text_page
+from loopwise.evaluation.exit_depths import exit_depths
+from loopwise.evaluation.plot.observe import depths, states, tokens_of
+from loopwise.evaluation.plot.recipe import Picture
+from loopwise.evaluation.plot.states import components, states_figure
+from loopwise.evaluation.plot.text import text_page
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build, build_routed
 
@@ -86,7 +86,7 @@ def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
 
 
 def test_a_router_takes_the_tokens_that_its_picture_shows(tmp_path, tokenizer, capsys):
-    from loopwise.evaluate.plot.router import router_figure
+    from loopwise.evaluation.plot.router import router_figure
 
     model = build_routed("token")
     model.save_pretrained(tmp_path / "m")
@@ -105,7 +105,7 @@ def test_exits_are_counted_from_metrics():
     from prometheus_client import generate_latest
     from prometheus_client.registry import REGISTRY
 
-    from loopwise.evaluate.plot.exits import counted
+    from loopwise.evaluation.plot.exits import counted
     from loopwise.serve.vllm.metrics import DepthMetrics
 
     metrics = DepthMetrics('a "model"')
@@ -118,7 +118,7 @@ def test_exits_are_counted_from_metrics():
 
 
 def test_scores_by_recurrences_and_flops(tmp_path):
-    from loopwise.evaluate.plot.evaluation import eval_figure
+    from loopwise.evaluation.plot.evaluation import eval_figure
 
     def row(task: str, depth: int | None, score: float, flops: float) -> dict:
         facts = {"task": task, "metric": "exact_match,none", "score": score, "score_error": 0.01}

@@ -1,7 +1,7 @@
 """Measure a model: held-out loss and right answers by recurrences, with pictures.
 
-`loopwise.evaluate.loss.evaluate` measures, from Python, and `loopwise.evaluate.harness.measure.evaluate_tasks` scores
-tasks. This package may use `convert`, `train` and `serve`. Files in reading order:
+From Python, `loopwise.evaluation.loss.evaluate` measures, and `loopwise.evaluation.harness.measure.evaluate_tasks`
+scores tasks. This package may use `convert`, `train` and `serve`. Files in reading order:
 
     recipe.py      Evaluate, the recipe of `loopwise eval`
     answers.py     conversations as sequences, with their answers and groups
