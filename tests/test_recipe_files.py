@@ -65,6 +65,7 @@ SETTINGS = {
               "optimiser.betas=0.8,0.9", "optimiser.learning_rate=1e-5", "optimiser.multipliers={embeddings: 0.1}",
               "data.text_field=0123", "adapters.rank=4", "epochs=2", "gradient_checkpointing=true"],
     "eval": ["data=task:hops?hops=1..4", "group=hops", "endpoint=http://localhost:1/v1", "request.exit_rule=cosine"],
+    "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010"],
     "generate": ["prompt=yes: 'no'\n", "temperature=0.5", "top_k=-1", "decoder=wave"],
     "serve": ["budget=auto", "coda_wait=-1", "name=null", "max_lanes=4", "ticks=8"],
