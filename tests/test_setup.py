@@ -167,7 +167,7 @@ def test_a_folder_that_setup_did_not_make_is_left_alone(machine):
 def test_the_other_kind_is_made_anew(machine):
     machine.make("setup")
     code, calls, _ = machine.make("setup", "GPU=1")
-    assert (code, calls) == (0, ["install -e .[train,serve,eval,dev]", REST[-1]])
+    assert (code, calls) == (0, ["install -e .[train,serve,eval,dev,docs]", REST[-1]])
     assert machine.make("setup") == (0, [], "")
     assert machine.make("setup", "GPU=0") == (0, [TORCH, *REST], "")
 

@@ -447,12 +447,15 @@ def test_who_comes_shortens_the_step_that_runs(server, client):
                 yield told[-1] - told[-2]
 
     assert {*list(chunks())[1:-1]} == {5, 6}
-    sizes = []
-    for size in chunks():
-        sizes.append(size)
-        client.completions.create(**{**GREEDY, "max_tokens": 1}, prompt=[4, 5])
-    assert sum(sizes) == 200
-    assert min(sizes[1:-1]) < 5
+    for _ in range(4):  # a busy machine may read the chunks only after the server has made them all
+        sizes = []
+        for size in chunks():
+            sizes.append(size)
+            client.completions.create(**{**GREEDY, "max_tokens": 1}, prompt=[4, 5])
+        assert sum(sizes) == 200
+        if min(sizes[1:-1]) < 5:
+            return
+    raise AssertionError("no step was shortened")
 
 
 def test_a_client_that_leaves_is_no_error(server):
