@@ -1,4 +1,4 @@
-"""What shells complete: bash, zsh and fish themselves, each by the script that `loopwise completion` prints."""
+"""Completion in shells: bash, zsh and fish themselves, each by the script that `loopwise completion` prints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Terminal:
             os.execvpe(command[0], command, environment(COLUMNS="200", LINES="200"))
 
     def read_until(self, pattern: str, seconds: float = 60) -> str:
-        """What was shown up to the end of the first match of `pattern`, which is then forgotten."""
+        """The output up to the end of the first match of `pattern`, which is then forgotten."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.shown)):
             assert time.monotonic() < end, f"{pattern!r} is not in {self.shown!r}"

@@ -1,4 +1,4 @@
-"""What an exit rule reads at each depth of a position, and the thresholds that follow from it."""
+"""The values that an exit rule reads at each depth of a position, and the thresholds that follow from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recorder:
 
     @property
     def values(self) -> np.ndarray:
-        """What was read so far."""
+        """The values that were read so far."""
         return self.read.numpy()
 
 
@@ -49,7 +49,7 @@ class Saved:
 
     @classmethod
     def of(cls, rule: str, values: np.ndarray, min_recurrences: int) -> Saved:
-        """Of values [P, R] at full depth."""
+        """The thresholds for values [P, R] that were read at full depth."""
         within = values[:, min_recurrences - 1 : -1]
         running = (np.fmax if RULES[rule].rises else np.fmin).accumulate(within, axis=1)
         return cls(rule, np.sort(running[np.isfinite(running)]))

@@ -90,7 +90,7 @@ def _matching(manager: TaskManager, name: str) -> list[str]:
 
 
 def _of_file(file: Path) -> str | dict[str, Any]:
-    """What lm-eval's manager loads the task of `file` from: its config, or its path for a group."""
+    """The task of `file` as lm-eval's manager takes it: its config, or its path for a group."""
     if not file.is_file():
         raise UserError(f"tasks={file}: no such file")
     if file.suffix == ".jsonl":

@@ -65,7 +65,7 @@ def read_short(file: Path) -> dict[str, Any]:
         "task": file.stem,
         "doc_to_text": "question",
         "test_split": "test",
-        # Of the questions themselves, lm-eval's sampler leaves out the one that is asked.
+        # lm-eval's sampler draws from the questions themselves, and leaves out the one that is asked.
         "fewshot_split": "fewshot" if "fewshot" in values else "test",
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         **(LIKELIHOOD if metric == "acc" else GENERATION),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from loopwise.cli import main
 from loopwise.evaluation.answers import Answer, Sequences, conversations
 from loopwise.evaluation.recipe import Evaluate
 from loopwise.train.tasks import Source, parse, tokenizer
+from tests.helpers.json_server import JsonHandler, answering
 from tests.helpers.train_tiny import run, save_recurrent
 
 SOURCE = "task:hops?hops=1+2+4&lookups=0&questions=1&records=30"
@@ -38,7 +37,7 @@ def server():
         problems[tuple(known(question)["input_ids"])] = answer, record["hops"][0]
     bodies = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
             if self.path != "/v1/models":
                 self.reply(404, {"error": {"message": "Not Found"}})
@@ -46,7 +45,7 @@ def server():
             self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             bodies.append(body)
             if "temprature" in body:
                 self.reply(400, {"error": {"message": "temprature: did you mean temperature?"}})
@@ -66,22 +65,8 @@ def server():
                 200, {"id": "0", "object": "text_completion", "model": "tiny", "choices": [choice], "usage": usage}
             )
 
-        def reply(self, status, value):
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format, *args):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1", bodies
-    httpd.shutdown()
-    httpd.server_close()
+    with answering(Handler) as url:
+        yield url, bodies
 
 
 def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_path, capsys):

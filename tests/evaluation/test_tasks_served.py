@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from loopwise.cli import main
 from loopwise.train.tasks import tokenizer
+from tests.helpers.json_server import JsonHandler, answering
 from tests.helpers.train_tiny import run
 
 
@@ -22,12 +21,12 @@ def server():
     """
     bodies = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
             self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 60}]})
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             bodies.append(body)
             depth = body["num_recurrences"]
             if depth == 9:
@@ -42,22 +41,8 @@ def server():
             usage["recurrences"] = {"mean": spent, "total": spent * made}
             self.reply(200, {"object": "text_completion", "model": "tiny", "choices": choices, "usage": usage})
 
-        def reply(self, status, value):
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format, *args):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1", bodies
-    httpd.shutdown()
-    httpd.server_close()
+    with answering(Handler) as url:
+        yield url, bodies
 
 
 def test_every_request_carries_its_depth_and_the_fields_of_the_recipe(asked, server, tmp_path, capsys):

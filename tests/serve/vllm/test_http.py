@@ -295,7 +295,7 @@ def test_chunks_whose_text_is_held_back_have_the_depths_of_their_tokens(server, 
 
 
 def test_chunks_without_a_place_for_depths_stay_as_they_are(server):
-    """Of requests that do not ask, of prompts that are echoed, and of routes whose streams have no choices."""
+    """Chunks of requests that do not ask, of prompts that are echoed, and of routes whose streams have no choices."""
     for more in ({"return_recurrences": False}, {"echo": True}):
         chunks = stream(server, "/v1/completions", prompt="abc", **more)
         assert not any({"recurrences", "tokens"} & {*c} for chunk in chunks for c in chunk["choices"])
