@@ -12,7 +12,6 @@ scores tasks. This package may use `convert`, `train` and `serve`. Files in read
     loss.py        the whole measurement of loss and answers
     report.py      the result as a table
     harness/       scores of lm-eval's tasks by recurrences
-    exit_depths.py  the depths at which the tokens of a text leave
     command.py     `loopwise eval`
     calibrate.py   `loopwise calibrate`: an exit threshold, or those of a router
     plot/          `loopwise plot`

@@ -28,8 +28,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="also write the JSON object to FILE; loopwise plot eval draws it. With tasks, FILE gets each score as "
-        "soon as it is known, scores in it are not measured again, and a .md beside it gets the table",
+        help="also write the JSON object to FILE; loopwise plot eval draws it (plot sweep for exit_sweep). With tasks, "
+        "FILE gets each score as soon as it is known, and a .md beside it the table; what is in FILE is not measured "
+        "again",
     )
     parser.add_argument("--force", action="store_true", help="with tasks: start anew, whatever --out FILE holds")
     args = parser.parse(argv)

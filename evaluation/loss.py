@@ -22,7 +22,8 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     """Loss per token (nats) of `model` on the held-out data of `recipe`, at each of its depths.
 
     Returns {"model", "parameters", "data", "tokens", "results": [{"num_recurrences", "loss", "loss_error",
-    "perplexity"}], "loop"}. `num_recurrences` is None for a plain model; "loop" as from `loop_effect`.
+    "perplexity", "flops_per_token"}], "loop"}. `num_recurrences` is None for a plain model; "loop" as from
+    `loop_effect`. "flops_per_token" are those of a forward pass, None for a routed model.
     For conversations "tokens" counts the assistant's tokens, and "records", "answers" and "group" are added. Each
     result then has "accuracy" and "groups". An answer is right if each of its tokens is the likeliest one after the
     true tokens before it. Every "_error" is a standard error over sequences or answers, None for a single one.
@@ -88,6 +89,7 @@ def _measure(
     import torch
     from tqdm import tqdm
 
+    from ..convert.inspection import flops_per_token
     from ..train.pretrained import parameters
     from . import result
     from .answers import accuracy
@@ -103,11 +105,13 @@ def _measure(
         found = measure(loaded, sequences, _with_one(config, depths), size, bar.update)
     report: dict[str, Any] = {"model": model, "parameters": parameters(loaded), "data": recipe.data}
     report |= counts(recipe, sequences)
+    routed = depths is not None and bool(config.router)  # how many recurrences a token has is not measured here
     report["results"] = [
         {
             "num_recurrences": depth,
             **result.loss(found.losses[depth], found.tokens),
             **(accuracy(sequences, found.right[depth].tolist()) if recipe.has_answers else {}),
+            "flops_per_token": None if routed else flops_per_token(config, depth),
         }
         for depth in depths or [None]
     ]

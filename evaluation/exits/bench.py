@@ -147,7 +147,8 @@ class Bench:
 
     def _row(self, decoded: Decoded) -> dict[str, Any]:
         losses = self._by_sequence(decoded.losses)
-        row: dict[str, Any] = {"mean_recurrences": float(decoded.depths.sum() / self.tokens.sum())}
+        spent = [sum(depths[span.start - 1 :]) for span, depths in zip(self.spans, decoded.depths, strict=True)]
+        row: dict[str, Any] = {"mean_recurrences": float(sum(spent) / self.tokens.sum())}
         row |= result.loss(losses, self.tokens)
         if self.full is not None:
             over = losses - self.full
@@ -160,5 +161,5 @@ class Bench:
             for name, group in row["groups"].items():
                 mine = [i for i, answer in zip(places, self.sequences.answers, strict=True) if answer.group == name]
                 tokens = sum(self.spans[i].answers for i in mine)
-                group["mean_recurrences"] = float(decoded.depths[mine].sum() / tokens)
+                group["mean_recurrences"] = sum(spent[i] for i in mine) / tokens
         return row

@@ -43,13 +43,13 @@ class Span(NamedTuple):
 class Decoded:
     """One entry for each span.
 
-    losses: sum over its answer [n] float64, in nats.   right: all its tokens were the likeliest ones [n].   depths: sum
-    of the recurrences of the positions that gave them [n].
+    losses: sum over its answer [n] float64, in nats.   right: all its tokens were the likeliest ones [n].
+    depths: recurrences of all its positions but the last [T - 1], prompt included.
     """
 
     losses: np.ndarray
     right: np.ndarray
-    depths: np.ndarray
+    depths: list[list[int]]
 
 
 # (rule, spans [m], their positions [m], depths [m] counted from 0, values [m]) of positions that give an answer's token
@@ -98,12 +98,21 @@ class ForcedEngine(Engine):
         together = self.at_once(request.rule) if at_once is None else at_once
         request.wants_prompt_logits = together
         self.loop.rules.watch = watch and self._watch(watch)
-        found = Decoded(np.zeros(len(spans)), np.zeros(len(spans), bool), np.zeros(len(spans), np.int64))
+        found = Decoded(np.zeros(len(spans)), np.zeros(len(spans), bool), [[] for _ in spans])
         try:
             self._decode(spans, request, together, found, report)
         finally:
             self.loop.rules.watch = None
         return found
+
+    def depths_of(self, texts: Sequence[Sequence[int]], params: Params) -> list[list[int]]:
+        """Recurrences of every token of `texts`, lists of token ids.
+
+        The first token is a prompt, and runs to the end unless `params.prompt_exit`. The others follow as if they had
+        been generated. Raises UserError for `params` that the model or its KV policy exclude.
+        """
+        spans = [Span(np.array([*ids, ids[-1]]), 1, 0) for ids in texts]  # a span's last token has no depth
+        return self.decode(spans, params).depths
 
     def _decode(
         self, spans: Sequence[Span], request: Request, together: bool, found: Decoded, report: Callable[[], object]
@@ -119,10 +128,9 @@ class ForcedEngine(Engine):
                 self._advance(spans, running, together)
                 for row in self._through(spans, running, together):
                     number, _ = running.pop(row)
-                    span, depths = spans[number], self.loop.release(row)
                     found.losses[number] = float(self.loss[row])
                     found.right[number] = not int(self.wrong[row])
-                    found.depths[number] = int(depths[span.start - 1 : len(span.ids) - 1].sum())
+                    found.depths[number] = self.loop.release(row)[: len(spans[number].ids) - 1].tolist()
                     free.append(row)
                     report()
         finally:

@@ -96,20 +96,23 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     figure = Figure(figsize=(11 if known else 6, 4), layout="constrained")
     figure.suptitle(name, fontsize="medium")
     panels = figure.subplots(1, 1 + known, squeeze=False, sharey=True)[0]
+    metrics = {task: _what(row) for row in reversed(rows) if (task := row.get("task"))}
+    several = len({*metrics.values()}) > 1
     for number, task in enumerate(dict.fromkeys(row.get("task") for row in rows)):
+        label = f"{task}, {metrics[task]}" if several else task or name
         of_task = [row for row in rows if row.get("task") == task]
         ours = sorted((row for row in of_task if row["num_recurrences"]), key=lambda row: row["num_recurrences"])
         plain = [row for row in of_task if not row["num_recurrences"]]
         errors = [row[f"{value}_error"] or 0.0 for row in ours]
         for axes, key, scale in zip(panels, ("num_recurrences", "flops_per_token"), (1, 1e-9), strict=False):
             x, colour = [row[key] * scale for row in ours], f"C{number}"
-            style = {"color": colour, "capsize": 3, "label": task or name}
+            style = {"color": colour, "capsize": 3, "label": label}
             axes.errorbar(x, [row[value] for row in ours], errors, fmt="o-", **style)
             for row in plain:  # of the same FLOPs at any R
                 axes.axhline(row[value], color=colour, linestyle="--", label=f"{task or ''} baseline".strip())
                 if key == "flops_per_token":
                     axes.plot(row[key] * scale, row[value], "s", color=colour)
-    panels[0].set_ylabel(_what(rows[0]))
+    panels[0].set_ylabel("score" if several else _what(rows[0]))
     panels[0].set_xlabel("recurrences")
     panels[0].set_xticks(sorted({row["num_recurrences"] for row in rows if row["num_recurrences"]}))
     if known:

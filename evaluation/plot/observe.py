@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...quiet import quiet
-from ..exit_depths import exit_depths
 from .recipe import Picture
 
 if TYPE_CHECKING:
@@ -51,15 +50,16 @@ class Depths:
 def depths(model: str, picture: Picture) -> Depths:
     """The tokens of the picture's text with the depths at which they leave. Raises UserError for bad settings."""
     quiet()
-    from ...serve import Engine, Params
+    from ...serve import Params
     from ...train.pretrained import load_config, load_tokenizer
+    from ..exits.forced import ForcedEngine
 
     text, config = picture.content, load_config(model, None)
     if config.model_type != "recurrent_depth":
         raise UserError(f"{model}: a plain {config.model_type}; its tokens have no depths")
     tokens = tokens_of(text, load_tokenizer(model, None))
     deeper = (picture.num_recurrences or 0) > config.max_recurrences and not config.router
-    engine = Engine(
+    engine = ForcedEngine(
         model,
         max_num_seqs=1,
         max_model_len=len(tokens.ids),
@@ -70,7 +70,7 @@ def depths(model: str, picture: Picture) -> Depths:
     keys = ("num_recurrences", "min_recurrences", "exit_rule", "exit_threshold")
     params = Params(**{key: getattr(picture, key) for key in keys}, max_tokens=1, temperature=0.0, ignore_eos=True)
     request = engine.request(params)
-    (found,) = exit_depths(engine, [tokens.ids], params)
+    (found,) = engine.depths_of([tokens.ids], params)
     rule = f"{request.rule} at {request.threshold:g}" if request.rule != "fixed" else f"R = {request.num_recurrences}"
     rule = "router" if config.router else f"{rule}, {engine.loop.state.policy.name}"
     return Depths(tokens, found, request.num_recurrences, rule, bool(config.router))

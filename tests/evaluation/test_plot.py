@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loopwise.cli import main
-from loopwise.evaluation.exit_depths import exit_depths
+from loopwise.evaluation.exits.forced import ForcedEngine
 from loopwise.evaluation.plot.observe import depths, states, tokens_of
 from loopwise.evaluation.plot.recipe import Picture
 from loopwise.evaluation.plot.states import components, states_figure
@@ -36,7 +36,8 @@ def test_depths_of_a_text_are_those_of_its_generation(policy, rule):
     prompts = [[5], [9]]
     done = engine.generate(prompts, params)
     texts = [prompt + completion.tokens[:-1] for prompt, completion in zip(prompts, done, strict=True)]
-    found = exit_depths(engine, texts, params)
+    forced = ForcedEngine(build(), kv_policy=policy, max_num_seqs=2, max_model_len=40)
+    found = forced.depths_of(texts, params)
     assert found == [completion.depths for completion in done]
     assert len({depth for of in found for depth in of}) > 1
 
@@ -132,6 +133,18 @@ def test_scores_by_recurrences_and_flops(tmp_path):
     drawn = {(float(x), float(y)) for line in others for x, y in line}
     assert {(2.0, 0.2), (5.0, 0.6), (1.0, 0.3), (2.0, 0.9)} <= drawn
     assert by_depth.get_ylabel() == "exact_match"
+
+
+def test_tasks_of_several_metrics_have_them_in_the_legend(tmp_path):
+    from loopwise.evaluation.plot.evaluation import eval_figure
+
+    facts = {"score_error": 0.01, "num_recurrences": 2, "flops_per_token": None}
+    rows = [{"task": "sums", "metric": "exact_match,none", "score": 0.6, **facts}]
+    rows.append({"task": "kinds", "metric": "acc,none", "score": 0.7, **facts})
+    (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
+    (axes,) = eval_figure(tmp_path / "r.json").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sums, exact_match", "kinds, acc"]
+    assert axes.get_ylabel() == "score"
 
 
 @pytest.mark.parametrize(
