@@ -28,7 +28,7 @@ states = None  # the type of the model's states, known when a State is created
 class RequestState:
     """One entry for each resident request, and one for the spare row [R, ...].
 
-    Each line: type, further dimensions (sizes of State.create by name), meaning, the transitions that write it.
+    Each line: type, further dimensions (sizes of State.create by name), meaning; the transitions that write it.
     """
 
     block_table: Annotated[Tensor, int32, "num_blocks"]  # numbers of the row's KV blocks; set_block_table
@@ -36,29 +36,29 @@ class RequestState:
     min_recurrences: Annotated[Tensor, int64]  # recurrences before the exit rule may fire; admit
     rule: Annotated[Tensor, int64]  # exit rule, as exits.NUMBER; admit
     threshold: Annotated[Tensor, float32]  # threshold of the exit rule; admit
-    forced_depths: Annotated[Tensor, int32, "positions"]  # forced depth, later the actual one; 0: neither; admit, emit
+    forced_depths: Annotated[Tensor, int32, "positions"]  # depth, forced or actual; 0: neither yet; admit, settle, emit
     remaining: Annotated[Tensor, int64]  # tokens that may still be generated; admit, emit
     max_in_flight: Annotated[Tensor, int64]  # positions in flight with the decoder wave, else 1; admit
     next_position: Annotated[Tensor, int64]  # position of the newest token, whose lane gives the next one; admit, emit
     refines: Annotated[Tensor, flag]  # the decoder is diffusion; admit
-    phase: Annotated[Tensor, int64]  # recurrences done in the current step of a diffusion; settle, restart_phase
+    phase: Annotated[Tensor, int64]  # recurrences in this step of a diffusion; admit, settle, restart_phase
     passes: Annotated[Tensor, int64]  # passes since the prompt; admit, settle
     lane_passes: Annotated[Tensor, int64]  # sum of the row's lanes over these passes; admit, settle
     stops: Annotated[Tensor, int64, "stops"]  # stop tokens; -1: none; admit
     sampled_by_host: Annotated[Tensor, flag]  # tokens are sampled between steps; admit
     wants_prompt_logits: Annotated[Tensor, flag]  # a reader gets the head's input at prompt positions; admit
     samples: Annotated[Tensor, flag]  # tokens are not plain argmax; admit
-    live: Annotated[Tensor, flag]  # takes part in this step, and has not stopped; begin_step, emit
+    live: Annotated[Tensor, flag]  # takes part in this step, and has not stopped; admit, release, begin_step, emit
     saw_nonfinite: Annotated[Tensor, flag]  # a state was not finite; admit, settle
     known_tokens: Annotated[Tensor, int32, "positions"]  # token + 1; 0: to be sampled; admit, set_known_tokens
     tokens: Annotated[Tensor, int64, "step_tokens"]  # tokens of this step; emit
-    count: Annotated[Tensor, int64]  # how many of them; begin_step, emit
+    count: Annotated[Tensor, int64]  # how many of them; begin_step, emit, clear_spare_count
     depths: Annotated[Tensor, int64, "step_tokens"]  # recurrences of the position that gave each of them; emit
 
 
 @dataclass(eq=False)
 class LaneState:
-    """One entry for each lane [L, ...]. Each line as in RequestState."""
+    """One entry for each lane [L, ...]. Each line as in RequestState. `clear_flags` clears flags after a warm-up."""
 
     row: Annotated[Tensor, int64]  # row of the request; start
     position: Annotated[Tensor, int64]  # position in the request; start
@@ -66,18 +66,18 @@ class LaneState:
     exit_at: Annotated[Tensor, int64]  # depth at which the lane leaves, if no rule ends it before; start, set_exit
     may_exit: Annotated[Tensor, int64]  # 1 where the request's rule may end it; start
     token: Annotated[Tensor, int64]  # token that the lane started from; start, set_window_tokens
-    draft_token: Annotated[Tensor, int64]  # latest guess at the next token; -1: none; start, set_drafts
-    exit_depth: Annotated[Tensor, int64]  # recurrences at the exit; settle, set_exit_depth
-    steps_unchanged: Annotated[Tensor, int64]  # steps without a new token (diffusion); set_window_tokens
-    s: Annotated[Tensor, states, "hidden"]  # state; start, settle, mix_window
-    e: Annotated[Tensor, states, "hidden"]  # input, the prelude's output; start, mix_window
-    readout_state: Annotated[Tensor, states, "hidden"]  # state at the exit; settle, set_window_change
-    change: Annotated[Tensor, states, "hidden"]  # change of s in the last step (diffusion); set_window_change
-    running: Annotated[Tensor, flag]  # takes part in passes; start, settle, drop
+    draft_token: Annotated[Tensor, int64]  # draft of the next token; -1: none; start, set_drafts
+    exit_depth: Annotated[Tensor, int64]  # recurrences at the exit; settle, routers.py, set_window_change
+    steps_unchanged: Annotated[Tensor, int64]  # steps without a new token (diffusion); windows.py
+    s: Annotated[Tensor, states, "hidden"]  # state; start, settle, windows.py
+    e: Annotated[Tensor, states, "hidden"]  # input, the prelude's output; start, windows.py
+    readout_state: Annotated[Tensor, states, "hidden"]  # state at the exit; settle, windows.py
+    change: Annotated[Tensor, states, "hidden"]  # change of s in the last step (diffusion); windows.py
+    running: Annotated[Tensor, flag]  # takes part in passes; start, settle, release, exit_at_once, drop
     wants_token: Annotated[Tensor, flag]  # a token comes of it; start, start_prompts
-    uncommitted: Annotated[Tensor, flag]  # its token is not out yet; start, emit, drop
-    waiting: Annotated[Tensor, flag]  # has left, and is not read out yet; start, settle, fetch
-    exited: Annotated[Tensor, flag]  # has left, though it may run on to fill its KV slots; start, settle, drop
+    uncommitted: Annotated[Tensor, flag]  # its token is not out yet; start, emit, release, drop
+    waiting: Annotated[Tensor, flag]  # has left, and is not read out yet; steps.py, release, exit_at_once
+    exited: Annotated[Tensor, flag]  # has left; may run on to fill its KV slots; start, settle, exit_at_once, drop
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class State:
     policy: KVPolicy
     requests: RequestState
     lanes: LaneState
-    turn: Tensor  # int64 [2]: first row of this pass, and of the next one, where a pass has no room for all; choose
+    turn: Tensor  # int64 [2]: first row of this pass, then of the next, where not all fit; choose, enter, set_next_turn
     ring: int  # decode lanes of a row
     num_decode_lanes: int  # decode lanes of all rows; prompt lanes follow
     spare: int  # number of the last lane
