@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .api.depth import exit_of
+from .api.depth import check_minimum, exit_of
 from .api.fields import FieldError
 from .api.lanes import LaneConfig
 from .api.limits import check_depth, check_policy, check_router, limits_of
@@ -46,6 +46,7 @@ class Defaults:
         if self.engine == "fixed":
             return f"engine=fixed ({self.why}): every request at num_recurrences={config['num_recurrences']}"
         exit = config["exit"]
+        minimum = min(exit["min_recurrences"], config["num_recurrences"])
         threshold = "" if exit.get("threshold") is None else f", exit_threshold={exit['threshold']}"
         policy = self.policy
         cache = "" if policy.shares else "; keys and values are packed: no prefix cache"
@@ -54,7 +55,7 @@ class Defaults:
         return (
             f"engine=lanes: num_recurrences={config['num_recurrences']} (a request may ask for 1 to "
             f"{config['max_recurrences']}), exit_rule={exit['rule']}{threshold}, min_recurrences="
-            f"{exit['min_recurrences']}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to "
+            f"{minimum}, kv_policy={config['kv_policy']}, decoder={self.lanes.decoder} (up to "
             f"max_in_flight={self.lanes.max_in_flight} tokens of a request), "
             f"passes_per_step={self.lanes.passes_per_step}{bound}{cache}"
         )
@@ -103,9 +104,10 @@ def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         budget=recipe.budget,
     )
     try:
-        rule, threshold, minimum = exit_of(vars(recipe), depth, facts.exit)
+        check_minimum(recipe.min_recurrences, depth)
+        rule, threshold, minimum = exit_of(vars(recipe), most, facts.exit)  # requests may be deeper than `depth`
         exit = {"rule": rule, "threshold": threshold, "min_recurrences": minimum}
-        values = {"exit_rule": rule, "exit_threshold": threshold, "min_recurrences": minimum}
+        values = {"exit_rule": rule, "exit_threshold": threshold, "min_recurrences": recipe.min_recurrences}
         config = {"num_recurrences": depth, "max_recurrences": most, "kv_policy": policy, "exit": exit}
         limits = limits_of({**vars(facts), **config}, lanes)
         of_rule = replace(limits, decoder="plain", routed=False)

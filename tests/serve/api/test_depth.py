@@ -50,13 +50,23 @@ def test_a_request_that_contradicts_itself_is_refused_by_name(given, default):
         validate_params(SimpleNamespace(extra_args=given), Limits(4, 8, ("fixed", "latent-diff"), prompt_exit=False))
 
 
-def test_the_servers_own_defaults_are_clamped_as_a_requests():
+@pytest.mark.parametrize(("recipe", "kept"), [({}, 4), ({"num_recurrences": 2}, 4), ({"max_recurrences": 3}, 3)])
+def test_a_server_keeps_the_models_default(recipe, kept):
+    """Its own num_recurrences may be below: requests that go deeper have the same exit as without a server."""
     facts = Facts("llama", 4, 8, "last-exited", DEFAULT, False, "cycle")
-    assert choose(facts, validate(ServeRecipe, {"num_recurrences": 2})).config["exit"] == {
-        **DEFAULT,
-        "min_recurrences": 2,
-    }
-    assert choose(facts, validate(ServeRecipe, {})).config["exit"] == DEFAULT
+    config = choose(facts, validate(ServeRecipe, recipe)).config
+    assert config["exit"] == {**DEFAULT, "min_recurrences": kept}
+    for given in ({}, {"num_recurrences": 1}, {"num_recurrences": 3}, {"num_recurrences": config["max_recurrences"]}):
+        assert depth_of(given, config["num_recurrences"], config["exit"]) == depth_of(
+            given, config["num_recurrences"], DEFAULT
+        )
+
+
+def test_the_line_of_a_server_has_the_depths_of_a_request_that_names_none():
+    facts = Facts("llama", 4, 8, "last-exited", DEFAULT, False, "cycle")
+    line = choose(facts, validate(ServeRecipe, {"num_recurrences": 2})).line()
+    assert "num_recurrences=2 (a request may ask for 1 to 8)" in line
+    assert "min_recurrences=2," in line
     with pytest.raises(UserError, match=r"^min_recurrences=3: at most num_recurrences, which is 2$"):
         choose(facts, validate(ServeRecipe, {"num_recurrences": 2, "min_recurrences": 3}))
 
