@@ -19,7 +19,7 @@ VERBS = ("convert", "train", "serve", "evaluation")
 ABOVE = "evaluation"  # may use the other verbs
 # The clients at the top may import everything; nothing may import them.
 CLIENTS = ("loopwise.cli", "loopwise.demo", "loopwise.__main__")
-# What a checkpoint that travels may count on, beside the standard library.
+# Packages that a travelling checkpoint may import, beside the standard library.
 TRAVELS_WITH = ("torch", "transformers")
 
 
@@ -84,6 +84,14 @@ def imports_that_do_not_travel(root: Path) -> list[str]:
     return wrong
 
 
+def called_imports(tree: ast.Module) -> Iterator[str]:
+    """Names of modules in calls of import_module and __import__."""
+    for node in ast.walk(tree):
+        name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+        if name in ("import_module", "__import__"):
+            yield from (part.value for part in node.args if isinstance(part, ast.Constant) and type(part.value) is str)
+
+
 def vllm_imports_outside(root: Path) -> list[str]:
     """Imports of vLLM in files outside of serve/vllm, lazy ones and names of modules in strings included."""
     wrong = []
@@ -91,6 +99,7 @@ def vllm_imports_outside(root: Path) -> list[str]:
         if not module.startswith("loopwise.serve.vllm."):
             strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
             lazy = [text for text in strings if isinstance(text, str) and re.fullmatch(r"vllm(\.\w+)+(:\w+)?", text)]
+            lazy += [text for text in called_imports(tree) if text == "vllm"]
             targets = [name for name in imported(module, tree) if name.split(".")[0] == "vllm"]
             wrong += [f"{module} imports {target}" for target in [*targets, *lazy]]
     return wrong
@@ -150,6 +159,8 @@ def test_imports(violations):
         (vllm_imports_outside, "serve/server.py", "def f():\n    from vllm.platforms import current_platform"),
         (vllm_imports_outside, "serve/api/a.py", "if TYPE_CHECKING:\n    from vllm import SamplingParams"),
         (vllm_imports_outside, "loopwise/a.py", "import_module('vllm.engine')"),
+        (vllm_imports_outside, "serve/api/a.py", "def f():\n    importlib.import_module('vllm')"),
+        (vllm_imports_outside, "serve/offline.py", "def f():\n    __import__('vllm')"),
         (map_faults, "convert/a.py", ""),
         (map_faults, "loopwise/errors.py", "from .unused import check_used"),
         (map_faults, "serve/engine/state.py", "from .loop import Loop"),
