@@ -32,6 +32,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     page/                the page /depth, and the settings that it offers
     http.py              depth fields in HTTP requests, recurrences in their replies
     launch.py            vLLM's server: its arguments, its start and its end
+    lanes.py             the old place of LaneConfig
 """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -207,6 +209,15 @@ def test_replace_and_attributes_have_old_names(tiny, capsys):
     assert (engine.max_num_seqs, engine.rows, engine.length, engine.prompt_lanes) == (2, 2, 40, 512)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(set(lines)) == 6  # keywords wave, ticks; attributes wave, rows, length, prompt_lanes
+
+
+def test_the_old_place_of_the_lane_config(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "loopwise.serve.vllm.lanes", raising=False)
+    assert importlib.import_module("loopwise.serve.vllm.lanes").LaneConfig is LaneConfig
+    assert capsys.readouterr().err == (
+        "loopwise: warning: module 'loopwise.serve.vllm.lanes' is deprecated since loopwise 0.2.0: "
+        "use 'loopwise.serve.api.lanes'\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["auto", -1, None])
