@@ -114,7 +114,7 @@ class Timed:
 
 
 def waits(engine: Engine, run: Any) -> str:
-    """How long the graphs of a run take, and for how much of a tick none of them runs, from the first to the last."""
+    """Time that the graphs of a run take, and share of a tick in which none runs, from the first to the last."""
     events: list[tuple[str, Any, Any]] = []
     ticks = engine.loop.graph_tick
     if ticks is None:

@@ -163,7 +163,7 @@ def report(rates: dict[str, list[float]], bounds: dict[str, tuple[float, float]]
 
 # ---- offline ------------------------------------------------------------------------------------------------------
 def in_process(seats: int) -> dict[str, Any]:
-    """What a vLLM engine in this process is made with, for as many requests at once; before vLLM is imported."""
+    """Arguments of a vLLM engine in this process, for as many requests at once. Call it before vLLM is imported."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": seats}
     return options | {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}

@@ -111,7 +111,7 @@ class Router(Section):
 
 
 class Exit(Section):
-    """When a token has recurred enough."""
+    """The exit rule that serving uses by default."""
 
     rule: ExitRule = Field(description="test after which a token exits; gate needs a model with an exit gate")
     threshold: Number | None = Field(None, description="threshold of the rule (default: the rule's own)")

@@ -81,7 +81,7 @@ def bash(folder):
 
 
 def typed(terminal: Terminal, line: str, pattern: str) -> str:
-    """What the shell shows after `line` and TAB, until `pattern`; the line is then taken back."""
+    """The shell's output after `line` and TAB, until `pattern`; the line is then taken back."""
     terminal.send(line + "\t")
     found = terminal.read_until(pattern)
     terminal.send("\x15")

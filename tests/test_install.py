@@ -1,4 +1,4 @@
-"""What is installed: the package, its metadata, the pins, the advice that errors give, and what the Makefile runs."""
+"""Installation: the package, its metadata, the pins, the advice in errors, and the commands of the Makefile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """What `make wheel` builds, offline and through the source distribution, and the copy of the tree it came from."""
+    """The wheel of `make wheel`, built offline and through the source distribution, and the copy of the tree."""
     copy, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     for path in git("ls-files", "--cached", "--others", "--exclude-standard"):
         if not os.path.lexists(ROOT / path):  # deleted, but not yet for git
@@ -315,7 +315,7 @@ def docker_lines() -> list[list[str]]:
 
 
 def commands(*arguments: str) -> list[str]:
-    """What make would run for `arguments`, were everything still to be made."""
+    """The commands of make for `arguments`, if nothing was made yet."""
     # The variables of the make that may have started this test are none of the question's.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "GPU"))}
     dry = ["make", "--dry-run", "--always-make", "--no-print-directory", "PYTHON=python3", *arguments]

@@ -170,6 +170,6 @@ def test_diagrams_become_tables():
 
 
 def test_commands_that_a_test_runs_are_many():
-    """Of the pages that a newcomer follows, most commands are run."""
+    """Most commands on the pages that a newcomer follows are run."""
     found = [block for page in PLAIN for block in commands(page)]
     assert sum(block.reason is None for block in found) > 0.85 * len(found)

@@ -75,7 +75,7 @@ def test_the_main_job_without_vllm_and_without_linux(folder):
 @pytest.mark.slow
 @pytest.mark.xdist_group("portable")
 def test_without_any_extra(folder):
-    """What needs no extra runs with none of their packages."""
+    """Commands that need no extra run without the packages of all extras."""
     extras = f"{LINUX_ALONE} accelerate datasets peft lm_eval openai"
     lines = [CONVERT.format(out="bare"), "inspect bare", EVAL.format(out="bare"), GENERATE.format(out="bare")]
     assert "perplexity" in run(folder, extras, *lines)

@@ -47,7 +47,7 @@ def read(name: str) -> Any:
 
 
 def faults(name: str, values: Any) -> list[str]:
-    """What the published schema of the file `name` finds in `values`."""
+    """Errors in `values` by the published schema of the file `name`."""
     schema: Any = get_builtin_schema(f"vendor.{FILES[name]}")
     return [error.message for error in validators.validator_for(schema)(schema).iter_errors(values)]
 

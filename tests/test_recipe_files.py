@@ -22,14 +22,14 @@ SHIPPED = [(verb, path) for verb in MODELS for path in sorted((RECIPES / verb).g
 OLD = [
     (verb, path) for verb in MODELS for path in sorted((ROOT / "tests/golden/fe1419e/recipes").glob(f"{verb}-*.yaml"))
 ]
-# What a user adds to a recipe of `loopwise train`.
+# Settings that a user adds to a recipe of `loopwise train`.
 BESIDE = ["data.train=text.txt", "steps=7"]
 OWN = {"hops": [], "hops-base": [], "distill": [*BESIDE, "objectives.distillation.teacher=SOURCE"]}
 NAMES = [f"{verb}-{path.stem}" for verb, path in SHIPPED + OLD]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a command prints before it ends with exit code 0."""
+    """The output of a command that ends with exit code 0."""
     with pytest.raises(SystemExit) as caught:
         main([*argv])
     assert caught.value.code == 0
@@ -75,7 +75,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("verb", MODELS)
 def test_settings_that_are_printed_and_fed_back_are_the_same(verb, capsys, tmp_path):
-    """Of every verb with a recipe, with operands or without them."""
+    """Every verb with a recipe, with operands or without them."""
     text = printed(capsys, verb, *SETTINGS[verb], "--print-config")
     assert text == printed(capsys, verb, "--print-config", "MODEL", *SETTINGS[verb])
     file = tmp_path / "printed.yaml"
@@ -119,7 +119,7 @@ def places(value: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(("verb", "path"), SHIPPED + OLD, ids=NAMES)
 def test_schemas_take_every_recipe_and_refuse_every_typo(verb, path):
-    """Of every key of every recipe: with a letter less, it is refused; so is a mapping as its value."""
+    """Every key of every recipe is refused with a letter less, and with a mapping as its value."""
     check = checker(verb)
     values = as_editor(path.read_text())
     assert [*check.iter_errors(values)] == []

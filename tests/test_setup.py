@@ -28,7 +28,7 @@ echo "$*" >> "$CALLS"
 [[ -n $FAIL && "$*" =~ $FAIL ]] && { echo "ERROR: no matching distribution" >&2; exit 1; }
 exit 0
 """
-# What the Makefile may take for granted: no Python of this machine's is found beside the stand-ins.
+# Tools that the Makefile may use. No Python of this machine is found beside the stand-ins.
 SYSTEM = ("make", "bash", "sh", "grep", "ls", "mkdir", "touch", "rm", "find", "cp", "dirname")
 PYTORCH = "https://download.pytorch.org/whl/cpu"
 

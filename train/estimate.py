@@ -14,7 +14,7 @@ from .curriculum import Depth
 from .objectives import Objective
 from .recipe import Train
 
-# What each launcher shards over the ranks.
+# Tensors that each launcher shards over the ranks.
 SPLIT = {
     "fsdp2": {"weights", "gradients", "optimiser"},
     "zero1": {"optimiser"},

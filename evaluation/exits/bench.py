@@ -20,7 +20,7 @@ from .readings import Recorder, Saved
 
 @dataclass(frozen=True)
 class Decoding:
-    """How requests are decoded.
+    """Decoding of requests.
 
     num_recurrences: the full depth R.   min_recurrences: recurrences before a rule may fire.
     prompt_exit: rules end the prompt's positions, too.

@@ -252,7 +252,7 @@ def test_randomised_svd_is_near_the_exact_one(monkeypatch):
     ],
 )
 def test_a_lora_is_verified_as_it_was_written(model_type, fields, dtype, tmp_path):
-    """What is computed in float32 is what was rounded on writing: weights, and norms and biases of every depth."""
+    """Computation in float32 uses the rounded weights, and the rounded norms and biases of every depth."""
     source = save_source(tmp_path / "source", model_type, **fields)
     keys: dict[str, Any] = {"method": "recursive", "loops": 2, "init": "average", "lora": {"rank": 8}, "dtype": dtype}
     assert convert(source, tmp_path / "out", validate(ConvertRecipe, keys))["max_dlogit"] < 1e-4

@@ -95,7 +95,7 @@ def test_fields_that_the_comparison_replaces_are_read_back(keys, change, named, 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_factors_that_are_rounded_are_checked_too(dtype, tmp_path):
-    """Of a LoRA in 16 bits, a part in 20 at one depth."""
+    """A LoRA in 16 bits that is off by one part in 20, at one depth, is refused."""
     with written(save_source(tmp_path / "source"), tmp_path / "out", **RELAXED, dtype=dtype) as made:
         assert made.verify(tmp_path / "out")["float64"] < 1e-12
         for factor in "AB":

@@ -40,7 +40,7 @@ def mixed(two: Path, directory: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize("left", [["model-*.safetensors", INDEX], ["model-*.safetensors"], [INDEX]])
 def test_the_single_file_comes_first(two, tmp_path, left):
-    """What another save left behind is no part of the model, as in transformers."""
+    """Leftovers of another save are no part of the model, as in transformers."""
     source = mixed(two, tmp_path / "source", *left)
     assert [file.name for file in weight_files(source)] == ["model.safetensors"]
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,4,1"]) == 0

@@ -1,4 +1,4 @@
-"""What `loopwise inspect` says, against the model itself."""
+"""The output of `loopwise inspect`, against the model itself."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MODELS: dict[str, type[Section]] = {
     "generate": GenerateRecipe,
     "serve": ServeRecipe,
 }
-# What a command needs beside the setting that is looked at.
+# Settings that a command needs beside the one in question.
 NEEDED = {
     "init": [],
     "train": ["data.train=text.txt"],

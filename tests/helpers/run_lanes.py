@@ -86,7 +86,7 @@ def _sampling(fields: dict) -> dict:
 
 
 def _refusal(engine: Any, prompt: list[int], fields: dict) -> str:
-    """What a user is told who asks for that; nothing where the engine takes it."""
+    """The message for a user who asks for that; empty where the engine accepts it."""
     from vllm import SamplingParams
 
     try:

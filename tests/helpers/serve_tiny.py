@@ -163,7 +163,7 @@ class Answer:
 
 @torch.no_grad()
 def generate(model, prompt: list[int], num_recurrences: int, count: int) -> Answer:
-    """What transformers continues `prompt` with, `count` tokens long."""
+    """transformers' continuation of `prompt`, `count` tokens long."""
     out = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=count,

@@ -411,7 +411,7 @@ def test_accumulation_changes_no_objective(gated, command, tmp_path):
 
 
 ROUTED = {"injection": "none", "num_recurrences": 2}
-# What a model is made with: settings, and what they are refused with, before a token is read.
+# Fields of a model: settings, and the error that refuses them before a token is read.
 UNFIT = {
     "expert": (
         {**ROUTED, "router": {"kind": "expert", "depths": 2}},

@@ -51,7 +51,7 @@ def dead() -> int:
 
 
 STANDING = ["absent", "empty", "foreign", "config alone", "copied recipe", "killed", "killed, with a note"]
-# What --force replaces: what is absent or empty needs none.
+# Contents that --force replaces; an absent or empty OUT needs no --force.
 REPLACED = {"killed", "killed, with a note"}
 
 

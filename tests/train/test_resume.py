@@ -208,7 +208,7 @@ def test_sigterm_saves_and_exits_0(launcher, noisy, command, tmp_path):
     assert not (out / "config.json").exists()
     newest = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert 5 <= newest < 400
-    # What a stopped run leaves is what one leaves that saves there.
+    # A stopped run leaves the same files as a run that saves at that step.
     if not launcher:
         more = [*RECURRENCE, "steps=400", f"save_every={newest}"]
         other = start(command(noisy, tmp_path / "other", *more))

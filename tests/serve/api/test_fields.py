@@ -1,4 +1,4 @@
-"""What requests may say about depth: every mistake is named with its field, the rule and the choices."""
+"""Request fields about depth: every mistake is named with its field, the rule and the choices."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def words(folder: Path, text: str) -> list[int]:
 
 
 def free(folder: Path, count: int = 12) -> list[int]:
-    """What transformers continues PROMPT with where nothing stops it."""
+    """transformers' continuation of PROMPT, where nothing stops it."""
     model = load(folder)
     out = model.generate(
         torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0

@@ -68,7 +68,7 @@ def python(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def offline(model):
-    """What the offline engine makes of the prompt, as it is or as a chat's first message."""
+    """The offline engine's text for the prompt, as it is or as a chat's first message."""
     engine = Engine(model[0], dtype="float32")
     message = [{"role": "user", "content": PROMPT}]
 
@@ -80,7 +80,7 @@ def offline(model):
 
 
 def test_the_offline_engine_is_transformers(model, offline):
-    """What the clients' answers are held against."""
+    """The expected answers of all clients."""
     assert offline(RULES[0]).tokens == generate(model[1], ids(PROMPT), 5, TOKENS).tokens
 
 
@@ -269,7 +269,7 @@ def exits_at(server: Server, depth: int) -> float:
 
 
 def run(python: Path, script: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What `script` leaves in `said`, started with the variables `given`."""
+    """The value of `said` after `script`, started with the variables `given`."""
     program = f"import json, sys\nglobals().update(json.loads(sys.argv[1]))\n{script}\nprint('\\n' + json.dumps(said))"
     done = subprocess.run(
         [python, "-c", program, json.dumps(given)],

@@ -1,4 +1,4 @@
-"""What vLLM's sampling parameters do in the lane engine, where a step gives a request several tokens.
+"""vLLM's sampling parameters in the lane engine, where a step gives a request several tokens.
 
 One engine runs all requests at once, twice, the second time in the opposite order: neighbours must not matter.
 """
@@ -68,7 +68,7 @@ def model(tmp_path_factory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def alone(model) -> Any:
-    """What the offline engine gives for sampling by `fields`, one request at a time."""
+    """Completions of the offline engine for sampling by `fields`, one request at a time."""
     engine = Engine(model[1], max_num_seqs=1, max_model_len=200)
 
     def generate(**fields: Any) -> list[int]:
@@ -86,7 +86,7 @@ def greedy(alone) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ran(model, greedy) -> dict[str, Any]:
-    """What came of all requests, those that are refused first."""
+    """Results of all requests, the refused ones first."""
     stop = greedy[11]
     more = {
         "stop-id": {"stop_token_ids": [stop]},

@@ -88,7 +88,7 @@ def test_a_conversation_that_the_template_refuses(recurrent, chatting, tmp_path,
 
 
 ASSISTANT = {"role": "assistant", "content": "x"}
-# What a record holds: the reason that is named.
+# Content of a record: the reason in the error.
 BAD: dict[str, tuple[Any, str]] = {
     "null content": ([{"role": "user", "content": None}, ASSISTANT], "message 0 lacks text in 'role' or 'content'"),
     "null message": ([None, ASSISTANT], "message 0 lacks text"),
