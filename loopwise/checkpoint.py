@@ -25,11 +25,13 @@ def config_fields(path: Path) -> dict[str, Any]:
     fields = read_json(path / "config.json", f"{path} has no config.json; give the directory of a checkpoint")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
-    if fields["model_type"] == "recurrent_depth" and fields.get("format_version", 1) != 1:  # the first is always known
+    version = fields.get("format_version", 1)
+    known = type(version) is int and version == 1  # the first, without an import; True and 1.0 equal it, too
+    if fields["model_type"] == "recurrent_depth" and not known:
         from .model.configuration_fields import check_version
 
         try:
-            check_version(fields["format_version"])
+            check_version(version)
         except ValueError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from None
     return fields

@@ -1,4 +1,4 @@
-"""What commit fe1419e wrote: its checkpoints, a stopped run, recipes and request bodies keep their meaning.
+"""Files of commit fe1419e: its checkpoints, a stopped run, recipes and request bodies keep their meaning.
 
 `fe1419e/README.md` names the files and how they were made.
 """
@@ -186,6 +186,15 @@ def test_a_newer_format_is_refused_by_every_command(old, command, capsys):
     assert len(lines) == 1
     assert NEWER in lines[0]
     assert str(Path("newer/config.json")) in lines[0]
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None])
+def test_a_version_that_is_none_is_refused_in_one_line(old, version, capsys):
+    config = json.loads((old / "retrofit/config.json").read_text())
+    (old / "retrofit/config.json").write_text(json.dumps({**config, "format_version": version}))
+    assert main(["inspect", "retrofit"]) == 2
+    line = f"retrofit/config.json: format_version={version!r}: an integer of 1 or more"
+    assert capsys.readouterr().err.splitlines() == [f"loopwise: error: {line}"]
 
 
 def test_a_newer_format_is_refused_by_the_files_that_travel(stranger):
