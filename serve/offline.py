@@ -27,7 +27,7 @@ from .engine.attention import attention_for
 from .engine.attention.reference import TorchAttention
 from .engine.exits import RULES
 from .engine.graphs import Record, on_cuda
-from .engine.kv import policy_of
+from .engine.kv import KVPolicy, policy_of
 from .engine.loop import Loop, Prompt
 from .engine.loop_config import LoopConfig
 from .engine.request import MAX_STOPS, NEVER, Request
@@ -87,33 +87,12 @@ class Engine:
         _check_least(1, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_recurrences=max_recurrences)
         _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
         _check_least(0, max_lanes=max_lanes, coda_wait=wait)
-        self.tokenizer = tokenizer
-        self.tell, self.told = tell, set[str]()
-        said: dict[str, Any] | None = None
-        if isinstance(model, str | Path):
-            from transformers import AutoModelForCausalLM
-
-            read_fields(model)
-            said = fields_of(model)
-            check_tensors(model)
-            self.tokenizer = load_tokenizer(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
-        self.model = model.eval()
-        self.config = config = model.config
-        if config.model_type != "recurrent_depth":
-            raise UserError(f"model_type {config.model_type!r}: convert the model first (loopwise convert)")
-        check_model(vars(config), routed=True)
-        if config.router:
-            check_router(config.router, kv_policy)
-            check_packed(config.router, config.source_config)
-        if kv_policy is not None:
-            check_policy(kv_policy)
-        said = given(model.generation_config.to_diff_dict()) if said is None else said
-        self._defaults(said)
-        limit = getattr(config, "max_position_embeddings", None)
-        room = min(max_model_len or POSITIONS, limit or NEVER)
-        if max_model_len and room < max_model_len:
-            raise UserError(f"max_model_len={max_model_len}: this model has {limit} positions")
+        self.tokenizer, self.tell, self.warned = tokenizer, tell, set[str]()
+        self.model, fields = self._load(model, dtype)
+        self.config = config = self.model.config
+        _check_config(config, kv_policy)
+        self._defaults(fields)
+        room = _positions(config, max_model_len)
         if config.router and max_recurrences not in (None, config.max_recurrences):
             raise UserError(
                 f"max_recurrences={max_recurrences}: this model's router has {config.max_recurrences} recurrences"
@@ -121,44 +100,24 @@ class Engine:
         policy = policy_of(config, kv_policy, max_recurrences)
         if reason := too_narrow(max_lanes, policy):
             raise UserError(reason)
-        like = model.get_input_embeddings().weight
+        sizes = LoopConfig(
+            max_num_seqs=max_num_seqs,
+            max_model_len=room,
+            num_blocks=-(-(room + 1) // BLOCK),
+            max_num_batched_tokens=max(max_num_batched_tokens, room if policy.overwrites else 0),
+            passes_per_step=passes_per_step,
+            max_lanes=max_lanes,
+            coda_wait=wait or 0,
+            max_in_flight=max_in_flight,
+            compile=compile,
+        )
         with torch.inference_mode():
-            parts = TransformersParts(model, room + 1)
-            blocks = -(-(room + 1) // BLOCK)
-            outer = len(config.prelude) + len(config.coda)
-            shapes = parts.shapes()
-            each = slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize)
-            check_room(each, policy, max_num_seqs, room, like.device)
-            parts.attention = attention = attention_for(like.device)(
-                shapes, outer, policy.slots, max_num_seqs * blocks, BLOCK, like.detach()
-            )
-            sizes = LoopConfig(
-                max_num_seqs=max_num_seqs,
-                max_model_len=room,
-                num_blocks=blocks,
-                max_num_batched_tokens=max(max_num_batched_tokens, room if policy.overwrites else 0),
-                passes_per_step=passes_per_step,
-                max_lanes=max_lanes,
-                coda_wait=wait or 0,
-                max_in_flight=max_in_flight,
-                compile=compile,
-            )
-            self.loop = Loop(
-                parts,
-                attention,
-                policy,
-                self._sample,
-                sizes,
-                dtype=like.dtype,
-                device=like.device,
-                reader=self._read_prompt,
-            )
-            every = torch.arange(max_num_seqs, device=like.device)
-            table = torch.arange(max_num_seqs * blocks, dtype=torch.int32, device=like.device)
-            self.loop.set_block_tables(every, table.view(max_num_seqs, blocks))
-            self.draws = Draws(max_num_seqs, like.device)
-            if cuda_graphs and like.is_cuda and not isinstance(attention, TorchAttention):  # it waits for the device
-                self._record(on_cuda(like.device))
+            self.loop = self._make_loop(policy, sizes)
+            device = self.loop.state.device
+            self.draws = Draws(max_num_seqs, device)
+            waits = isinstance(self.loop.forward.attention, TorchAttention)  # for the device, as no graph can
+            if cuda_graphs and device.type == "cuda" and not waits:
+                self._record(on_cuda(device))
             if compile:
                 self.loop.warm_up()
             if wait is AUTO:
@@ -166,18 +125,62 @@ class Engine:
         self.max_num_seqs, self.max_model_len = max_num_seqs, room
         self.max_num_batched_tokens = max_num_batched_tokens
 
-    def _defaults(self, said: dict[str, Any]) -> None:
+    def _load(self, model: Any, dtype: str | None) -> tuple[Any, dict[str, Any]]:
+        """The model, loaded if it is a directory, and the fields of its generation_config.json.
+
+        Sets the tokenizer of a directory. Raises UserError for files that cannot be loaded, and another kind of model.
+        """
+        fields: dict[str, Any] | None = None
+        if isinstance(model, str | Path):
+            from transformers import AutoModelForCausalLM
+
+            read_fields(model)
+            fields = fields_of(model)
+            check_tensors(model)
+            self.tokenizer = load_tokenizer(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
+        model = model.eval()
+        if model.config.model_type != "recurrent_depth":
+            raise UserError(f"model_type {model.config.model_type!r}: convert the model first (loopwise convert)")
+        return model, given(model.generation_config.to_diff_dict()) if fields is None else fields
+
+    def _make_loop(self, policy: KVPolicy, sizes: LoopConfig) -> Loop:
+        """The loop around the model, with its keys and values. Raises UserError where memory lacks for these."""
+        config, like = self.config, self.model.get_input_embeddings().weight
+        room, rows, blocks = sizes.max_model_len, sizes.max_num_seqs, sizes.num_blocks
+        parts = TransformersParts(self.model, room + 1)
+        outer, shapes = len(config.prelude) + len(config.coda), parts.shapes()
+        each = slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize)
+        check_room(each, policy, rows, room, like.device)
+        parts.attention = attention = attention_for(like.device)(
+            shapes, outer, policy.slots, rows * blocks, BLOCK, like.detach()
+        )
+        loop = Loop(
+            parts,
+            attention,
+            policy,
+            self._sample,
+            sizes,
+            dtype=like.dtype,
+            device=like.device,
+            reader=self._read_prompt,
+        )
+        table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
+        loop.set_block_tables(torch.arange(rows, device=like.device), table.view(rows, blocks))
+        return loop
+
+    def _defaults(self, fields: dict[str, Any]) -> None:
         """Set `defaults` of Params and the `stops` of every text by the fields of generation_config.json."""
-        self.defaults = sampling_of(said)
-        self.stops = stop_ids(said)
+        self.defaults = sampling_of(fields)
+        self.stops = stop_ids(fields)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:  # as vLLM does
             self.stops.add(self.tokenizer.eos_token_id)
         self.stops = self.stops or stop_ids({"eos_token_id": self.config.eos_token_id})
-        self._warn(warning(said, APPLIED))
+        self._warn(warning(fields, APPLIED))
 
     def _warn(self, line: str | None) -> None:
-        if line and line not in self.told:
-            self.told.add(line)
+        if line and line not in self.warned:
+            self.warned.add(line)
             self.tell(line)
 
     def _record(self, record: Record) -> None:
@@ -372,6 +375,25 @@ class Engine:
                 "a prompt in words needs the model's tokenizer: give a directory that has one, or token ids"
             )
         return self.tokenizer(prompt)["input_ids"]
+
+
+def _check_config(config: Any, kv_policy: str | None) -> None:
+    """Raises UserError for a model of this `config` that cannot be served, or not with this KV policy."""
+    check_model(vars(config), routed=True)
+    if config.router:
+        check_router(config.router, kv_policy)
+        check_packed(config.router, config.source_config)
+    if kv_policy is not None:
+        check_policy(kv_policy)
+
+
+def _positions(config: Any, max_model_len: int | None) -> int:
+    """Positions of a request, by default as many as fit in POSITIONS. Raises UserError for more than the model has."""
+    limit = getattr(config, "max_position_embeddings", None)
+    room = min(max_model_len or POSITIONS, limit or NEVER)
+    if max_model_len and room < max_model_len:
+        raise UserError(f"max_model_len={max_model_len}: this model has {limit} positions")
+    return room
 
 
 def _check_least(least: int, **values: int | None) -> None:

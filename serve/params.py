@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..sampling import SETTINGS, check_setting
 from .engine.diffusion_settings import DiffusionSettings
 
-UNSAID: Any = None
+UNSET: Any = None  # the default is in generation_config.json
 
 
 @accept_old_names(SERVING)
@@ -36,20 +36,20 @@ class Params:
     `diffusion`. Both have up to `max_in_flight` positions in flight.
     """
 
-    max_tokens: int = UNSAID
+    max_tokens: int = UNSET
     num_recurrences: int | None = None
     min_recurrences: int | None = None
     exit_rule: str | None = None
     exit_threshold: float | None = None
     prompt_exit: bool = False
     trace: tuple[int, ...] = ()
-    temperature: float = UNSAID
-    top_k: int = UNSAID
-    top_p: float = UNSAID
-    min_p: float = UNSAID
-    repetition_penalty: float = UNSAID
-    presence_penalty: float = UNSAID
-    frequency_penalty: float = UNSAID
+    temperature: float = UNSET
+    top_k: int = UNSET
+    top_p: float = UNSET
+    min_p: float = UNSET
+    repetition_penalty: float = UNSET
+    presence_penalty: float = UNSET
+    frequency_penalty: float = UNSET
     seed: int = 0
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()

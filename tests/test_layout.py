@@ -87,8 +87,7 @@ def imports_that_do_not_travel(root: Path) -> list[str]:
 def called_imports(tree: ast.Module) -> Iterator[str]:
     """Names of modules in calls of import_module and __import__."""
     for node in ast.walk(tree):
-        name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
-        if name in ("import_module", "__import__"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
             yield from (part.value for part in node.args if isinstance(part, ast.Constant) and type(part.value) is str)
 
 
@@ -212,6 +211,18 @@ def test_the_page_of_the_architecture_is_that_of_the_code(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "serve/memory.py").write_text("from ..cli import main\n")
     assert drawn(page, tmp_path) != page, "another import draws another picture"
+
+
+def test_no_function_has_more_than_60_lines():
+    functions = (
+        (module, node)
+        for module, tree in sources(ROOT, "loopwise", *LINKED)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    sizes = {f"{module}: {node.name}": (node.end_lineno or 0) - node.lineno + 1 for module, node in functions}
+    assert {name: size for name, size in sizes.items() if size > 60} == {}
+    assert max(sizes.values()) > 50
 
 
 def test_the_command_names_modules_that_exist():
