@@ -76,7 +76,7 @@ class Loop:
         self.state = state = State.create(config, policy, model, dtype, device)
         self.forward = Forward(parts, attention, state.requests.block_table, config.compile)
         self.rules = ExitRules(state, self.forward, config.max_in_flight > 1)
-        self.routing = Routing(parts.router, state) if model.router else None
+        self.routing = Routing(parts.router, state) if parts.router is not None else None
         self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)
         self.context = TickContext(state, self.forward, self.rules, self.routing, self.schedule, sampler)
         self.work, self.counts = self.context.work, self.context.counts

@@ -5,12 +5,13 @@ Shapes: N rows of a call, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from ...model.configuration_recurrent_depth import RecurrentDepthConfig
 from ...model.injection import Injection
+from ...model.router import Router
 
 
 class Parts(Protocol):
@@ -18,7 +19,7 @@ class Parts(Protocol):
 
     config: RecurrentDepthConfig
     injection: Injection
-    router: Any  # a model.router.Router, or None
+    router: Router | None
 
     @property
     def compilable(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model.relaxation import dora_scale, lora_by_depth, pack_depths, rescale
+from ...model.relaxation import Factors, dora_scale, lora_by_depth, pack_depths, rescale
 
 Depths = Callable[[], Tensor]
 
@@ -21,8 +21,10 @@ _library.define("add_product(Tensor(a!) out, Tensor x, Tensor matrix, int start)
 
 
 def add_product(out: Tensor, x: Tensor, matrix: Tensor, start: int = 0) -> None:
-    """Add x [..., in] times `matrix` [width, in] to columns `start` and after of `out` [..., out], in place: what the
-    rows of many prompts take is too much to be written more often than need be."""
+    """Add x [..., in] times `matrix` [width, in] to columns `start` and after of `out` [..., out], in place.
+
+    A second tensor of the size of `out` would cost memory and time: many prompts have many rows.
+    """
     torch.ops.loopwise.add_product(out.flatten(0, -2), x.flatten(0, -2), matrix, start)
 
 
@@ -78,15 +80,17 @@ class RowFactors:
 
 
 def relax_linear(
-    linear: Any, factors: Any, depths: Depths, row: Callable[[Tensor], Tensor], biases: Tensor | None = None
+    linear: Any, factors: Factors, depths: Depths, row: Callable[[Tensor], Tensor], biases: Tensor | None = None
 ) -> None:
-    """Add the LoRA `factors` (model.relaxation.Factors) to what `linear` gives. `row` makes [out, in] of its weight;
-    `biases` [depths, out]: those that it has at every depth, if it has more than one."""
+    """Add the LoRA `factors` to the output of `linear`, by a hook.
+
+    row: its weight -> [out, in].   biases [depths, out]: its biases, if each depth has one of its own.
+    """
     change = RowFactors(factors.lora_A.detach(), factors.lora_B.detach(), depths)
     scale = None
     if factors.dora_magnitude is not None:  # [depths, out]
-        values = (factors.lora_A, factors.lora_B, factors.dora_magnitude)
-        scale = dora_scale(row(linear.weight).detach(), *(value.detach() for value in values))
+        a, b, magnitude = (value.detach() for value in (factors.lora_A, factors.lora_B, factors.dora_magnitude))
+        scale = dora_scale(row(linear.weight).detach(), a, b, magnitude)
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         out = change(out, args[0])
@@ -98,31 +102,32 @@ def relax_linear(
     linear.register_forward_hook(hook)
 
 
-def by_depth(module: nn.Module, own: dict[str, Tensor], of_rows: Depths) -> Callable[..., Tensor]:
-    """A forward for `module` in which each row meets the parameters `own` [depths, *shape] of its own depth.
+def by_depth(module: nn.Module, per_depth: dict[str, Tensor], depths: Depths) -> Callable[..., Tensor]:
+    """A forward for `module` in which each row meets the parameters `per_depth` [depths, *shape] of its own depth.
 
-    Which dimension of x is the rows' (a norm of heads may see them before the heads or behind) shows in the first call,
-    which must have more rows than there are heads. Raises ValueError where none has their number.
+    The first call finds the dimension of x that has the rows: a norm of heads may see them before the heads or behind.
+    So it must have more rows than there are heads. Raises ValueError where no dimension has as many entries as rows.
     """
     plain = type(module).forward
-    depths = len(next(iter(own.values())))
+    count = len(next(iter(per_depth.values())))
     dim: list[int] = []
 
     def at(number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        for name, values in own.items():
+        for name, values in per_depth.items():
             object.__setattr__(module, name, values[number])
         return plain(module, x, *args, **kwargs)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        of = of_rows().clamp(max=depths - 1)
+        depth = depths().clamp(max=count - 1)
         if not dim:
-            dim.extend([n for n, size in enumerate(x.shape) if size == len(of)][:1])
+            dim.extend([n for n, size in enumerate(x.shape) if size == len(depth)][:1])
             if not dim:
-                raise ValueError(f"{type(module).__name__}: parameters of each depth for what is no row of {len(of)}")
-        present = of.unique().tolist()
+                shape = list(x.shape)
+                raise ValueError(f"{type(module).__name__}: no dimension of its input {shape} has {len(depth)} rows")
+        present = depth.unique().tolist()
         if len(present) == 1:
             return at(present[0], x, *args, **kwargs)
-        rows = [(of == number).nonzero().squeeze(1) for number in present]
+        rows = [(depth == number).nonzero().squeeze(1) for number in present]
         parts = [at(n, x.index_select(dim[0], of_n), *args, **kwargs) for n, of_n in zip(present, rows, strict=True)]
         return torch.cat(parts, dim[0]).index_select(dim[0], torch.cat(rows).argsort())
 

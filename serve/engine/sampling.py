@@ -104,8 +104,10 @@ class Draws:
         self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
 
     def __call__(self, logits: Tensor, best: Tensor, row: Tensor, position: Tensor, in_use: Counter[str]) -> Tensor:
-        """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`. `in_use` counts the requests of each
-        `sampling`, and those that are `penalised`: what none has is not done."""
+        """Tokens [n] at positions [n] of rows [n]; the rest as in `sample`.
+
+        `in_use` counts the requests with each `sampling`, and those that are `penalised`; steps of none are skipped.
+        """
         if in_use["penalised"]:
             logits, best = self._penalised(logits, best, row, position)
         if in_use["drawn"] or in_use["cut"]:
@@ -117,8 +119,10 @@ class Draws:
         return best
 
     def _penalised(self, logits: Tensor, best: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] as penalties leave them, and the likeliest tokens [n] by them. A guess beyond `position`, of a
-        wave, is none of the tokens before it."""
+        """Logits [n, V] with penalties, and the likeliest tokens [n] by them.
+
+        Drafts of a wave, beyond `position`, do not count as tokens before it.
+        """
         tokens, place = self.tokens[row], torch.arange(self.tokens.shape[1], device=row.device)
         before = (place < position[:, None]).float()
         generated = before * (place >= self.prompt[row][:, None])

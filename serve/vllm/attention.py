@@ -64,7 +64,11 @@ class PagedAttention:
         self.current: Plan | None = None
 
     def plan(self, rows: Rows) -> Plan:
-        """The plan for a call with these rows, which also becomes `current`. A moved plan is changed in place."""
+        """As Attention.plan, for `rows` [N] in M runs. Sets `current`.
+
+        Builds the backend's metadata: block tables [M, b] of this depth, sequence lengths [M], places [N] that the rows
+        write. For `rows.moved`, it changes the metadata of the earlier plan in place. May wait for the device.
+        """
         if rows.moved and self._moves(*rows.moved):
             self.current = plan = rows.moved[0]._replace(kept=self._room(rows))
             return plan

@@ -122,6 +122,12 @@ class LaneSteps(RunnerAttributes):
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        """Run one step of the loop with the requests of vLLM's SchedulerOutput.
+
+        Releases the rows of finished and preempted requests, admits new requests to rows, sets block tables, and starts
+        prompt tokens. Returns a LaneOutput: tokens [ragged] and their work. Returns None where grammars mask tokens,
+        until `sample_tokens` samples them.
+        """
         for name in sorted(scheduler_output.finished_req_ids):
             self._release(name)
             self.history.pop(name, None)
@@ -151,6 +157,7 @@ class LaneSteps(RunnerAttributes):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample the tokens that wait for the masks in vLLM's GrammarOutput. Returns the LaneOutput of the step."""
         scheduler_output, self.parked = self.parked, None
         if scheduler_output is None:
             return None

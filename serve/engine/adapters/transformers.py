@@ -192,19 +192,19 @@ class TransformersParts:
         return out[None], None
 
     def _relax(self) -> None:
-        """Let the core's layers take what they have at every row's own depth."""
+        """Let the core's layers use LoRA, norms and biases of each row's own depth."""
         if not self.config.relaxation:
             return
         for layer, relaxation in zip(self.model.core, self.model.relaxation, strict=True):
             layer._forward_pre_hooks.clear()  # those of the relaxation, which know one depth for all rows
             layer._forward_pre_hooks_with_kwargs.clear()
             layer._forward_hooks.clear()
-            own: dict[Any, dict[str, Tensor]] = {}
+            per_depth: dict[Any, dict[str, Tensor]] = {}
             for module, here, name in relaxation._own:
-                own.setdefault(module, {})[name] = getattr(here, name).detach()
-            for module, values in own.items():
+                per_depth.setdefault(module, {})[name] = getattr(here, name).detach()
+            for module, values in per_depth.items():
                 module.forward = by_depth(module, values, lambda: self.depths)
             for factors, linear in relaxation._factors:
                 linear._forward_hooks.clear()
-                biases = own.get(linear, {}).get("bias")
+                biases = per_depth.get(linear, {}).get("bias")
                 relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), biases)

@@ -30,6 +30,7 @@ class TorchAttention:
         self.current: _Plan | None = None
 
     def plan(self, rows: Rows) -> _Plan:
+        """As Attention.plan, for `rows` [N]. Sets `current`. Waits for the device: shapes depend on the runs."""
         size = self.block_size
         first, count = runs(rows)
         shift = rows.slot * self.blocks

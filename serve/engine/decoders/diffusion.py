@@ -87,32 +87,32 @@ class Diffusion:
         state, lanes, done = self.state, self.state.lanes, []
         for row, draft in zip(rows, drafts.split([self.windows[row].size for row in rows]), strict=True):
             window = self.windows[row]
-            own = state.span(row, window.first, window.last)
-            windows.set_drafts(state, own, draft)
-            windows.set_window_tokens(state, own, torch.cat([lanes.token[own[:1]], draft[:-1]]))
-            frozen = self._converged(row, window, own)
-            windows.set_window_change(state, own)
-            if frozen == len(own) and window.last == state.config.max_model_len:
+            which = state.span(row, window.first, window.last)
+            windows.set_drafts(state, which, draft)
+            windows.set_window_tokens(state, which, torch.cat([lanes.token[which[:1]], draft[:-1]]))
+            frozen = self._converged(row, window, which)
+            windows.set_window_change(state, which)
+            if frozen == len(which) and window.last == state.config.max_model_len:
                 frozen += 1  # no position can follow that the last one would have to wait for
             # Position i is frozen with the token that position i - 1 gave.
-            done.append(Frozen(row, own, own[: max(frozen - 1, 0)], draft[-1:]))
+            done.append(Frozen(row, which, which[: max(frozen - 1, 0)], draft[-1:]))
         return done
 
     def move_on(self, steps: list[Frozen]) -> None:
         """After the tokens of these steps are out: windows of requests that have not stopped go on, the rest end."""
         state, going = self.state, []
-        for row, own, committed, newest in steps:
+        for row, which, committed, newest in steps:
             window = self.windows[row]
             settings = window.settings
             if not bool(state.requests.live[row]):
-                windows.drop(state, own)
+                windows.drop(state, which)
                 del self.windows[row]
                 continue
-            room = min(settings.window(state.config.max_in_flight) - len(own), state.config.max_model_len - window.last)
-            more = max(min(settings.headway, room), 0)
-            continues = settings.continuous and len(own) >= settings.headway
+            room = settings.window(state.config.max_in_flight) - len(which)
+            more = max(min(settings.headway, room, state.config.max_model_len - window.last), 0)
+            continues = settings.continuous and len(which) >= settings.headway
             if more:
-                s = state.lanes.s[own[-settings.headway :]][:more] if continues else None
+                s = state.lanes.s[which[-settings.headway :]][:more] if continues else None
                 self._append(row, window.last, newest.expand(more), s)
             windows.drop(state, committed)
             window.first += len(committed)
@@ -124,28 +124,28 @@ class Diffusion:
         if going:
             self._embed(going)
 
-    def _converged(self, row: int, window: DiffusionWindow, own: Tensor) -> int:
-        """Positions from the left that have converged; the last of them stays in the window, to give the next token."""
+    def _converged(self, row: int, window: DiffusionWindow, which: Tensor) -> int:
+        """How many lanes `which` [n] have converged, from the left. The last of these stays, to give the next token."""
         state, lanes, settings = self.state, self.state.lanes, window.settings
         limit = state.requests.num_recurrences[row]
         steps = int(limit) // settings.inner
         if settings.freeze == "fixed":
-            return min(settings.headway + 1, len(own)) if window.steps > steps else 0
+            return min(settings.headway + 1, len(which)) if window.steps > steps else 0
         if settings.freeze == "token-stability":
-            converged = lanes.steps_unchanged[own] > steps
+            converged = lanes.steps_unchanged[which] > steps
         else:
-            change = (lanes.s[own] - lanes.readout_state[own]).float()
+            change = (lanes.s[which] - lanes.readout_state[which]).float()
             if settings.freeze == "acceleration":
-                change = change - lanes.change[own].float()
-            converged = change.norm(dim=-1) / lanes.s[own].float().norm(dim=-1) < settings.threshold
-        converged = converged | (lanes.depth[own] >= limit)
+                change = change - lanes.change[which].float()
+            converged = change.norm(dim=-1) / lanes.s[which].float().norm(dim=-1) < settings.threshold
+        converged = converged | (lanes.depth[which] >= limit)
         return int(converged.long().cumprod(0).sum())
 
     def _append(self, row: int, first: int, tokens: Tensor, s: Tensor | None) -> None:
         """Start tokens [n] at positions `first` and after, with states s [n, D] or the model's own."""
-        own = self.state.span(row, first, first + len(tokens))
-        position = torch.arange(first, first + len(tokens), device=own.device)
-        windows.append_to_window(self.state, row, own, position, tokens, s)
+        which = self.state.span(row, first, first + len(tokens))
+        position = torch.arange(first, first + len(tokens), device=which.device)
+        windows.append_to_window(self.state, row, which, position, tokens, s)
 
     def _embed(self, rows: list[int]) -> None:
         """Embed the windows of `rows` anew, and mix in the earlier embeddings and noise.
@@ -153,9 +153,9 @@ class Diffusion:
         The earlier embedding of a new position is zero, as in the authors' code, except in a window's very first.
         """
         lanes, moving = self.state.lanes, [self.windows[row] for row in rows]
-        own = self.lanes(rows)
-        position = lanes.position[own]
-        e = self.forward.prelude(lanes.token[own], lanes.row[own], position)
+        which = self.lanes(rows)
+        position = lanes.position[which]
+        e = self.forward.prelude(lanes.token[which], lanes.row[which], position)
 
         def each(values: list[float]) -> Tensor:
             sizes = torch.tensor([window.size for window in moving])
@@ -164,13 +164,13 @@ class Diffusion:
         fresh = position[:, None] >= each([float(window.fresh) for window in moving])
         ema = each([window.settings.ema for window in moving])
         opening = each([float(window.steps == 0) for window in moving]) > 0
-        old = torch.where(opening, e, lanes.e[own])
+        old = torch.where(opening, e, lanes.e[which])
         mixed = ((1 - ema) * e + ema * old).to(e.dtype)
-        windows.mix_window(self.state, own, fresh, self.forward.initial_state(e, position), mixed)
+        windows.mix_window(self.state, which, fresh, self.forward.initial_state(e, position), mixed)
         if any(window.settings.noise for window in moving):
-            share = each([window.settings.noise for window in moving]) / (1 + lanes.depth[own][:, None])
-            steps = torch.cat([torch.full((window.size,), window.steps) for window in moving]).to(own.device)
-            seeds = torch.cat([torch.full((window.size,), window.settings.seed) for window in moving]).to(own.device)
+            share = each([window.settings.noise for window in moving]) / (1 + lanes.depth[which][:, None])
+            steps = torch.cat([torch.full((window.size,), window.steps) for window in moving]).to(which.device)
+            seeds = torch.cat([torch.full((window.size,), window.settings.seed) for window in moving]).to(which.device)
             noise = counter_normal(0, seeds * (1 << 20) + steps, position[:, None], e.shape[-1])[:, 0]
-            noisy = lanes.s[own] * (1 - share) + share * noise * self.forward.parts.config.state_std
-            windows.set_window_states(self.state, own, noisy.to(e.dtype))
+            noisy = lanes.s[which] * (1 - share) + share * noise * self.forward.parts.config.state_std
+            windows.set_window_states(self.state, which, noisy.to(e.dtype))

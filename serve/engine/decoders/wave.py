@@ -30,10 +30,10 @@ class Advance(NamedTuple):
 
 def speculative(state: State, allowed: Tensor) -> Tensor:
     """Lanes [n] of live waves that have recurred and whose tokens are not out. `allowed` [R]: see `allowed_widths`."""
-    lanes, requests, own = state.lanes, state.requests, state.num_decode_lanes
-    row = lanes.row[:own]
-    uncommitted = requests.live[row] & (requests.max_in_flight[row] > 1) & lanes.uncommitted[:own]
-    which = (uncommitted & (lanes.depth[:own] > 0)).nonzero().squeeze(1)
+    lanes, requests, count = state.lanes, state.requests, state.num_decode_lanes
+    row = lanes.row[:count]
+    uncommitted = requests.live[row] & (requests.max_in_flight[row] > 1) & lanes.uncommitted[:count]
+    which = (uncommitted & (lanes.depth[:count] > 0)).nonzero().squeeze(1)
     if not len(which):
         return which
     row, alone = row[which], torch.bincount(row[uncommitted], minlength=len(requests.live)) == 1
