@@ -14,12 +14,12 @@ class UserError(ValueError):
 FEW = 12  # choices that one line names all of
 
 
-def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
-    """An error for `value`, which is none of `choices`: names the nearest one, then all of them where they are few."""
+def unknown(kind: str, value: str, choices: Iterable[str], few: int = FEW) -> UserError:
+    """An error for `value`, which is none of `choices`: names the nearest one, then all if they are at most `few`."""
     choices = sorted(choices)
     near = nearest(value, choices)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    if len(choices) <= FEW:
+    if len(choices) <= few:
         return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
     others = f"near it are {', '.join(near[1:])}; " if near[1:] else ""
     return UserError(f"unknown {kind} {value!r}: {hint}{others}--help lists all {len(choices)}")

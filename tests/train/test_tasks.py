@@ -153,8 +153,11 @@ def test_lists_name_nothing_twice_and_no_part_of_a_task(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("task:hop", "unknown task 'hop': did you mean 'hops'? choose from hops"),
-        ("task:hops?hop=3", "unknown parameter of task:hops 'hop': did you mean 'hops'? choose from hops, lookups, q"),
+        ("task:hop", "unknown task 'hop': did you mean 'hops'? choose from hops, parity, s5, sums"),
+        (
+            "task:hops?hop=3",
+            "unknown parameter of task:hops 'hop': did you mean 'hops'? choose from digits, distract",
+        ),
         (
             "task:hops?hops=0..27",
             "hops=0..27: a whole number, a range as 1..8, or several of these joined by +, from 0",

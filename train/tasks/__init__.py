@@ -4,6 +4,10 @@ Files in reading order:
 
     parameters.py    parameters of a task, and reproducible draws
     hops.py          the task `hops`: chains of assignments
+    words.py         named words, and questions about their values
+    sums.py          the task `sums`: signed numbers
+    parity.py        the task `parity`: bits
+    s5.py            the task `s5`: permutations of five points
     registry.py      all tasks by name
     source.py        `task:NAME?...` as a data source, and its records
     vocabulary.py    the tokenizer of a task

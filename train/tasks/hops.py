@@ -1,14 +1,15 @@
 """Chains of assignments: `c=b;a=7;x=4;b=a;` and then a question.
 
 `?c=` asks for the digit at the end of the chain. The number of hops is the difficulty: here it is three, from c to b to
-a to 7. `!c=` is a lookup: it asks for the right-hand side of c's statement, a letter or a digit, and counts as 0 hops.
+a to 7. `!c=` is a lookup: it asks for the right-hand side of c's statement, a name or a digit, and counts as 0 hops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from .parameters import Draws, Parameter, integer, numbers, share
+from .parameters import Draws, Parameter, choice, choices, conversation, either, integer, letters, numbers, share
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
@@ -18,6 +19,7 @@ SILENT = "="  # has no token
 LINES = 21  # default statements and questions of a record: 3 tokens each, 64 with EOS
 QUESTIONS = {1: 10, 2: 8, 3: 7, 4: 6, 5: 5}  # default number, by the most hops; 4 for more hops
 LONGEST = 8  # most statements of a chain without a question
+SAME = "same"
 
 PARAMETERS = {
     "hops": Parameter(
@@ -25,7 +27,34 @@ PARAMETERS = {
     ),
     "lookups": Parameter(share, 0.25, "share of the questions that are lookups, independent of hops"),
     "questions": Parameter(integer(1, 20), None, "questions of a record (default: by the most hops, 10 to 4)"),
-    "statements": Parameter(numbers(1, 26), None, "statements of a record (default: 21 - questions, 64 tokens in all)"),
+    "statements": Parameter(numbers(1, 99), None, "statements of a record (default: 21 - questions, 64 tokens in all)"),
+    "names": Parameter(letters, tuple(LETTERS), "letters of the names: a..z, a..m+x", later=True),
+    "name_length": Parameter(numbers(1, 3), (1,), "letters of a name; one number a record", later=True),
+    "distractors": Parameter(
+        numbers(0, 26),
+        None,
+        "chains that are not asked for, in place of statements (default: as many as fill the record)",
+        later=True,
+    ),
+    "distractor_hops": Parameter(
+        either(SAME, numbers(1, 26)),
+        None,
+        "statements of such a chain, or same: as many as a chain that is asked for (default: 1 to the most hops, at "
+        "most 8)",
+        later=True,
+    ),
+    "digits": Parameter(
+        choice("any", "distinct"), "any", "any, or distinct: the first ten chains end in different digits", later=True
+    ),
+    "order": Parameter(
+        choices("shuffled", "forward", "reverse"),
+        ("shuffled",),
+        "order of a chain's statements: shuffled over the record, forward (a=7;b=a;) or reverse; several joined by +",
+        later=True,
+    ),
+    "place": Parameter(
+        choice("any", "first", "last"), "any", "where the chains that are asked for stand in the record", later=True
+    ),
 }
 
 
@@ -33,12 +62,17 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the defaults that depend on other parameters. Raises ValueError for values without room."""
     hops, lookups = values["hops"], values["lookups"]
     needed = sum(hops) / len(hops) * (1 - lookups)  # statements of a question's chain, on average
-    questions = values["questions"]
+    names = len(values["names"]) ** values["name_length"][0]
+    if values["distractors"] is not None:
+        return _settle_distractors(values, needed, names)
+    questions, given = values["questions"], values["statements"]
     if questions is None:
         questions = QUESTIONS.get(max(1, hops[-1]), 4)
         while questions > 1 and not _fit(questions, hops, needed, LINES - questions):
             questions -= 1
-    statements = values["statements"] or (LINES - questions,)
+        while given and questions > 1 and not _fit(questions, hops, needed, given[0]):
+            questions -= 1
+    statements = given or (LINES - questions,)
     if hops[-1] > statements[0]:
         raise ValueError(f"a chain of {hops[-1]} hops needs as many statements, and a record may have {statements[0]}")
     if not _fit(questions, hops, needed, statements[0]):
@@ -46,11 +80,37 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
             f"{questions} questions about chains of {needed:g} statements on average do not fit into {statements[0]} "
             "statements; ask for fewer questions or hops, or for more statements"
         )
+    if statements[-1] > names:
+        raise ValueError(f"{statements[-1]} statements need as many names, and there are {names}; give more letters")
     return {**values, "questions": questions, "statements": statements}
 
 
 def _fit(questions: int, hops: tuple[int, ...], needed: float, statements: int) -> bool:
     return questions <= statements and questions * needed <= statements and questions * hops[0] <= statements
+
+
+def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> dict[str, Any]:
+    """`settle` for a given number of distractors, from which the number of statements follows."""
+    if values["statements"] is not None:
+        raise ValueError("distractors and statements both set the number of statements: give one")
+    hops, distractors = values["hops"], values["distractors"]
+    sizes = [n for n in hops if n] if values["distractor_hops"] == SAME else []
+    sizes = sizes or _distractor_hops(values, [])
+    each = sum(sizes) / len(sizes) * sum(distractors) / len(distractors)
+    zero = 1 - sum(n > 0 for n in hops) / len(hops) * (1 - values["lookups"])  # share of lookups
+    questions = values["questions"] or QUESTIONS.get(max(1, hops[-1]), 4)
+    least = 1 if values["questions"] is None else questions
+    while questions > least and questions * needed + each > names:
+        questions -= 1
+    most = max(questions * needed + each, hops[-1] + max(sizes) * distractors[-1])
+    if most > names:
+        raise ValueError(
+            f"{questions} questions and {distractors[-1]} distractors may need {most:g} names, and there are {names}; "
+            "ask for fewer or shorter chains, or give more letters"
+        )
+    if questions * zero > questions * needed + each:
+        raise ValueError(f"{questions} questions look up more statements than there are; ask for more distractors")
+    return {**values, "questions": questions}
 
 
 def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[str, Any]]:
@@ -60,39 +120,90 @@ def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[st
     Every chain has at most one question. Lookups may ask for any statement.
     """
     hops, count = values["hops"], values["questions"]
-    length = draws.pick(values["statements"])
+    total = draws.pick(values["statements"]) if values["statements"] else None
     while True:
         asked = [hops[index % len(hops)]] if count == 1 else [draws.pick(hops) for _ in range(count)]
         asked = [0 if draws.uniform() < values["lookups"] else n for n in asked]
-        if sum(asked) <= length:
+        chains = _chains(values, draws, [n for n in asked if n], total)
+        if chains and asked.count(0) <= sum(chains):
             break
-    statements, ends = _program(draws, [n for n in asked if n], length, min(LONGEST, hops[-1] or 4))
+    statements, ends = _program(values, draws, chains, len(asked) - asked.count(0))
     looked_up = draws.sample(statements, asked.count(0))
     program = "".join(f"{name}={value};" for name, value in statements)
-    messages, before = [], program
+    answered = []
     for n in asked:
         name, answer = ends.pop() if n else looked_up.pop()
-        question = f"{before}{'?' if n else '!'}{name}="
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        before = ""
-    return program, {"messages": messages, "hops": asked, "kind": ["chain" if n else "lookup" for n in asked]}
+        answered.append((f"{'?' if n else '!'}{name}=", answer))
+    kinds = ["chain" if n else "lookup" for n in asked]
+    return program, {"messages": conversation(program, answered), "hops": asked, "kind": kinds}
+
+
+def _chains(values: dict[str, Any], draws: Draws, asked: list[int], total: int | None) -> list[int]:
+    """Statements of each chain: of those that are `asked` for, then of the others. [] if they do not fit.
+
+    total: statements of the record, which chains of drawn sizes fill up; None: `distractors` sets their number.
+    """
+    sizes = _distractor_hops(values, asked)
+    chains = list(asked)
+    if total is None:
+        chains += [draws.pick(sizes) for _ in range(draws.pick(values["distractors"]))]
+        return chains if sum(chains) <= len(values["names"]) ** values["name_length"][0] else []
+    if sum(asked) > total:
+        return []
+    while (left := total - sum(chains)) > 0:
+        chains.append(min(draws.pick(sizes), left))
+    return chains
+
+
+def _distractor_hops(values: dict[str, Any], asked: Sequence[int]) -> Sequence[int]:
+    """The sizes, equally likely, of a chain that is not asked for."""
+    given = values["distractor_hops"]
+    if given == SAME and asked:
+        return asked
+    return range(1, min(LONGEST, values["hops"][-1] or 4) + 1) if given in (None, SAME) else given
 
 
 def _program(
-    draws: Draws, lengths: list[int], total: int, longest: int
+    values: dict[str, Any], draws: Draws, chains: list[int], asked: int
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(statements, ends): `total` pairs (name, value) in random order, and (last name, digit) for each of `lengths`.
+    """(statements, ends): pairs (name, value) in the order of the program, and (last name, digit) of `asked` chains.
 
-    ends: in reverse order. Chains of 1 to `longest` statements fill up the program.
+    chains: statements of each chain; the first ones are asked for.   ends: in reverse order.
     """
-    chains = list(lengths)
-    while (left := total - sum(chains)) > 0:
-        chains.append(min(1 + draws.below(longest), left))
-    names = draws.sample(LETTERS, total)
-    statements, ends = [], []
-    for chain in chains:
-        links, names = names[:chain], names[chain:]
-        digit = draws.pick(DIGITS)
-        statements += zip(links, [digit, *links[:-1]], strict=True)
+    names = _names(values, draws, sum(chains))
+    distinct = draws.sample(DIGITS, min(len(DIGITS), len(chains))) if values["digits"] == "distinct" else []
+    made, ends = [], []
+    for number, size in enumerate(chains):
+        links, names = names[:size], names[size:]
+        digit = distinct[number] if number < len(distinct) else draws.pick(DIGITS)
+        made.append(list(zip(links, [digit, *links[:-1]], strict=True)))
         ends.append((links[-1], digit))
-    return draws.shuffled(statements), ends[: len(lengths)][::-1]
+    return _ordered(values, draws, made, asked), ends[:asked][::-1]
+
+
+def _names(values: dict[str, Any], draws: Draws, count: int) -> list[str]:
+    sizes = values["name_length"]
+    size = sizes[0] if len(sizes) == 1 else draws.pick(sizes)
+    if size == 1:
+        return draws.sample(values["names"], count)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(draws.pick(values["names"]) for _ in range(size))] = None
+    return list(found)
+
+
+def _ordered(
+    values: dict[str, Any], draws: Draws, chains: list[list[tuple[str, str]]], asked: int
+) -> list[tuple[str, str]]:
+    """All statements of `chains`, by `order` and `place`."""
+    orders, place = values["order"], values["place"]
+    order = orders[0] if len(orders) == 1 else draws.pick(orders)
+    parts = {"any": [chains], "first": [chains[:asked], chains[asked:]], "last": [chains[asked:], chains[:asked]]}
+    found: list[tuple[str, str]] = []
+    for part in parts[place]:
+        if order == "shuffled":
+            found += draws.shuffled([statement for chain in part for statement in chain])
+        else:
+            step = 1 if order == "forward" else -1
+            found += [statement for chain in draws.shuffled(part) for statement in chain[::step]]
+    return found

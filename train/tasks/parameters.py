@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,12 +16,14 @@ class Parameter:
     """A parameter of a task's source.
 
     read: parses the text after `=`; raises ValueError with the rule.   default: the value without that text; a task may
-    compute a None from the other parameters.   meaning: for help and docs.
+    compute a None from the other parameters.   meaning: for help and docs.   later: added after the task's first
+    release. At its default it does not enter the draws, so records of earlier sources stay the same.
     """
 
     read: Callable[[str], Any]
     default: Any
     meaning: str
+    later: bool = False
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -78,6 +81,42 @@ def choice(*names: str) -> Callable[[str], str]:
     return read
 
 
+def choices(*names: str) -> Callable[[str], tuple[str, ...]]:
+    """A reader of one or several of `names`, joined by +."""
+
+    def read(text: str) -> tuple[str, ...]:
+        found = text.split("+")
+        if not {*found} <= {*names}:
+            raise ValueError(f"one of {', '.join(names)}, or several of these joined by +")
+        return tuple(name for name in names if name in found)
+
+    return read
+
+
+def either(word: str, otherwise: Callable[[str], T]) -> Callable[[str], T | str]:
+    """A reader of `word`, or of anything that `otherwise` reads."""
+
+    def read(text: str) -> T | str:
+        try:
+            return word if text == word else otherwise(text)
+        except ValueError as error:
+            raise ValueError(f"{word}, or {error}") from None
+
+    return read
+
+
+def letters(text: str) -> tuple[str, ...]:
+    """A set of lower-case letters: a..z, or several ranges and letters joined by +, as a..m+x."""
+    found: set[int] = set()
+    for part in text.split("+"):
+        match = re.fullmatch(r"([a-z])(?:\.\.([a-z]))?", part)
+        span = match and range(ord(match[1]), ord(match[2] or match[1]) + 1)
+        if not span:
+            raise ValueError("letters, as a..z or a..m+x, from a to z")
+        found |= {*span}
+    return tuple(map(chr, sorted(found)))
+
+
 class Draws:
     """Draws that depend on `key` alone, on every machine and in every Python release.
 
@@ -106,3 +145,14 @@ class Draws:
     def shuffled(self, values: Sequence[T]) -> list[T]:
         """`values` in random order."""
         return self.sample(values, len(values))
+
+
+def conversation(program: str, answered: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Messages of a record: `program` and the first question by the user, its answer, the next question, ..
+
+    answered: (question, answer) pairs.
+    """
+    messages = []
+    for before, (question, answer) in zip([program, *[""] * (len(answered) - 1)], answered, strict=True):
+        messages += [{"role": "user", "content": before + question}, {"role": "assistant", "content": answer}]
+    return messages

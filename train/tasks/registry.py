@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import hops
+from . import hops, parity, s5, sums
 from .parameters import Draws, Parameter
+from .words import Words
 
 
 @dataclass(frozen=True)
@@ -26,4 +27,15 @@ class Task:
     silent: str
 
 
-TASKS = {"hops": Task(hops.PARAMETERS, hops.settle, hops.draw, hops.VOCABULARY, hops.SILENT)}
+def _of_words(words: Words) -> Task:
+    return Task(words.parameters, words.settle, words.draw, VOCABULARY, hops.SILENT)
+
+
+# One vocabulary for all but `hops`, so that a model can learn them together, and hops with them.
+VOCABULARY = (*hops.VOCABULARY, "+", "-", ",")
+TASKS = {
+    "hops": Task(hops.PARAMETERS, hops.settle, hops.draw, hops.VOCABULARY, hops.SILENT),
+    "sums": _of_words(sums.WORDS),
+    "parity": _of_words(parity.WORDS),
+    "s5": _of_words(s5.WORDS),
+}

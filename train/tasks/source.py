@@ -22,6 +22,7 @@ MESSAGES = "messages"  # the field that holds a record's conversation
 TRAIN, HELD_OUT = "train", "held-out"
 RECORDS = {TRAIN: 60_000, HELD_OUT: 2000}
 HELD_OUT_SHARE = 1 / 8  # share of all problems
+TRIES = 2000  # of a record; fewer suffice unless a split has no problem of the asked kind
 
 COMMON = {
     "records": Parameter(integer(1), None, "records of the source (default: 60000, held out 2000)"),
@@ -43,15 +44,20 @@ class Source:
         """Record `number`, counted from 0.
 
         The hash of a problem decides its split, so that no seed or parameter moves a problem into the other split.
+        Raises UserError if the split has no problem of this kind.
         """
         split = self.values["split"] or TRAIN
         task = TASKS[self.name]
-        keys = {name: self.values[name] for name in (*sorted(task.parameters), "seed")}
+        drawn = (name for name, p in task.parameters.items() if not p.later or self.values[name] != p.default)
+        keys = {name: self.values[name] for name in (*sorted(drawn), "seed")}
         draws = Draws(json.dumps([self.name, keys, split, number]))
-        while True:
+        for _ in range(TRIES):
             problem, record = task.draw(self.values, draws, number)
             if _held_out(problem) == (split == HELD_OUT):
                 return record
+        raise UserError(
+            f"{PREFIX}{self.name}: {TRIES} draws gave no {split} problem; ask for longer or more varied ones"
+        )
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records in order."""
@@ -79,7 +85,7 @@ def parse(source: str) -> Source:
     for setting in filter(None, text.split("&")):
         key, _, value = setting.partition("=")
         if key not in known:
-            raise unknown(f"parameter of {PREFIX}{name}", key, known)
+            raise unknown(f"parameter of {PREFIX}{name}", key, known, few=len(known))
         if key in given:
             raise UserError(f"{source}: {key} is given twice")
         given.add(key)

@@ -1,0 +1,237 @@
+"""What the parameters of generated tasks change, and answers compared with solvers of another kind."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loopwise.errors import UserError
+from loopwise.train import tasks
+from loopwise.train.data import build
+from loopwise.train.recipe import Data
+
+
+def taken(source: str, count: int) -> list[dict[str, Any]]:
+    return list(itertools.islice(tasks.parse(source).records(), count))
+
+
+def read(record: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """([(name, text after =)] in order, [(question, answer)])."""
+    asked, answers = (record["messages"][i::2] for i in (0, 1))
+    *statements, first = asked[0]["content"].split(";")
+    questions = [first, *(message["content"] for message in asked[1:])]
+    entries = [tuple(statement.split("=")) for statement in statements]
+    return entries, list(zip(questions, (message["content"] for message in answers), strict=True))
+
+
+def matrix(permutation: str) -> np.ndarray:
+    """The permutation matrix P with P e_i = e_p(i)."""
+    made = np.zeros((5, 5), int)
+    for i, image in enumerate(permutation):
+        made[int(image) - 1, i] = 1
+    return made
+
+
+def s5(word: str) -> str:
+    product = np.linalg.multi_dot([np.eye(5, dtype=int), *map(matrix, word.split(",")), np.eye(5, dtype=int)])
+    return "".join(str(int(column.argmax()) + 1) for column in product.T)
+
+
+def sums(word: str, modulo: int = 0) -> str:
+    total = eval(word)  # Python's own arithmetic on the text
+    while modulo and not 0 <= total < modulo:
+        total += modulo if total < 0 else -modulo
+    return ("-" if total < 0 else "+") + str(abs(total))
+
+
+SOLVED = {
+    "task:sums?questions=3": sums,
+    "task:sums?length=2..5&digits=1..3&distractors=0..3&distractor_length=same&place=last": sums,
+    "task:sums?modulo=7&length=1..12&questions=2": lambda word: sums(word, 7),
+    "task:parity?length=1..30&questions=2": lambda word: str(int(word, 2).bit_count() % 2),
+    "task:s5?questions=2": s5,
+    "task:s5?length=1..3&distractors=1&names=c..f+x&place=first": s5,
+}
+
+ELEMENT = {"task:sums": r"[+-]\d+", "task:parity": "[01]", "task:s5": "[1-5]{5}"}
+
+
+@pytest.mark.parametrize("source", SOLVED)
+def test_values_of_words(source):
+    wanted = tasks.parse(source).values
+    lengths, values = set(), set()
+    for record in taken(source, 150):
+        entries, answered = read(record)
+        words = dict(entries)
+        assert len(words) == len(entries), "every name is given once"
+        assert {*words} <= {*wanted["names"]}
+        assert len(answered) == wanted["questions"]
+        assert len(words) - len(answered) in wanted["distractors"]
+        for (question, answer), length in zip(answered, record["length"], strict=True):
+            word = words[question.strip("?=")]
+            assert answer == SOLVED[source](word)
+            assert len(re.findall(ELEMENT[source.partition("?")[0]], word)) == length
+            lengths.add(length)
+            values.add(answer)
+        if wanted["place"] != "any":
+            places = sorted(list(words).index(question.strip("?=")) for question, _ in answered)
+            first = 0 if wanted["place"] == "first" else len(words) - len(answered)
+            assert places == [*range(first, first + len(answered))]
+    assert lengths == {*wanted["length"]}
+    assert len(values) >= (2 if "parity" in source else 7)
+
+
+def test_running_answers_are_the_values_of_all_beginnings():
+    for source, separator in (("task:s5?length=4", ","), ("task:parity?length=9", "")):
+        for last, running in zip(taken(source, 20), taken(f"{source}&answer=running", 20), strict=True):
+            for record in (last, running):
+                assert record["length"] == [record["length"][0]] * len(record["length"])
+            entries, answered = read(running)
+            for question, answer in answered:
+                word = dict(entries)[question.strip("?=")]
+                whole = word.split(",") if separator else list(word)
+                parts = answer.split(",") if separator else list(answer)
+                solve = s5 if separator else SOLVED["task:parity?length=1..30&questions=2"]
+                assert parts == [solve(separator.join(whole[: i + 1])) for i in range(len(whole))]
+    entries, answered = read(taken("task:sums?length=3&answer=running&questions=1", 1)[0])
+    terms = re.findall(r"[+-]\d", entries[0][1])
+    assert answered[0][1] == "".join(sums("".join(terms[: i + 1])) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("source", "digest"),
+    [
+        ("task:sums?digits=1..2&distractors=1", "54a0e103343f3a17"),
+        ("task:parity?split=held-out", "7ee73c094e6adcaf"),
+        ("task:s5?answer=running&length=1..3", "6aeac81a620bdeb0"),
+        ("task:hops?hops=2..5&distractors=2..3&order=forward&names=a..t", "49394b4faa5088cb"),
+        ("task:hops?hops=2&questions=2&name_length=1..2&digits=distinct&place=first", "74f813bf4f800bb0"),
+    ],
+)
+def test_records_are_the_same_everywhere(source, digest):
+    """Values from Python 3.11."""
+    assert hashlib.sha256(json.dumps(taken(source, 50)).encode()).hexdigest()[:16] == digest
+
+
+def chains(entries: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """{last name: the names from the digit on} of every chain."""
+    values = dict(entries)
+    used = {value for _, value in entries}
+    found = {}
+    for last in [name for name, _ in entries if name not in used]:
+        path = [last]
+        while values[path[0]] in values:
+            path.insert(0, values[path[0]])
+        found[last] = path
+    return found
+
+
+def test_distractors_of_hops():
+    for record in taken("task:hops?hops=3..6&lookups=0&questions=1&distractors=1..3&distractor_hops=same", 80):
+        entries, [(question, answer)] = read(record)
+        made = chains(entries)
+        assert {len(path) for path in made.values()} == {record["hops"][0]}
+        assert len(made) - 1 in (1, 2, 3)
+        assert dict(entries)[made[question.strip("?=")][0]] == answer
+    sizes = set()
+    for record in taken("task:hops?hops=4&lookups=0&questions=2&distractors=2&distractor_hops=1+7", 50):
+        entries, answered = read(record)
+        asked = {question.strip("?=") for question, _ in answered}
+        made = chains(entries)
+        assert len(made) == 4
+        sizes |= {len(path) for last, path in made.items() if last not in asked}
+    assert sizes == {1, 7}
+    filled = [chains(read(r)[0]) for r in taken("task:hops?hops=4&lookups=0&questions=1&distractor_hops=same", 9)]
+    assert {tuple(sorted(map(len, made.values()))) for made in filled} == {(4, 4, 4, 4, 4)}, "20 statements"
+
+
+def test_digits_of_hops():
+    for record in taken("task:hops?hops=1..2&questions=2&statements=20&digits=distinct", 60):
+        digits = [value for _, value in read(record)[0] if value.isdigit()]
+        assert len({*digits}) == min(10, len(digits))
+    plain = [[v for _, v in read(r)[0] if v.isdigit()] for r in taken("task:hops?hops=1..2&statements=20", 60)]
+    assert any(len({*digits}) < min(10, len(digits)) for digits in plain)
+
+
+def test_names_of_hops():
+    for record in taken("task:hops?hops=1..2&names=a..m+z&statements=13..14", 40):
+        assert {name for name, _ in read(record)[0]} <= {*"abcdefghijklmz"}
+    lengths = set()
+    for record in taken("task:hops?hops=1..2&names=a..h&name_length=2..3&statements=30", 40):
+        names = [name for name, _ in read(record)[0]]
+        assert len({*map(len, names)}) == 1
+        assert len({*names}) == 30
+        lengths.add(len(names[0]))
+    assert lengths == {2, 3}
+
+
+def test_order_and_place_of_hops():
+    def in_order(entries: list[tuple[str, str]], path: list[str]) -> bool:
+        names = [name for name, _ in entries]
+        places = [names.index(name) for name in path]
+        return places == [*range(places[0], places[0] + len(path))]
+
+    keys = "hops=4&lookups=0&questions=2&statements=20"
+    for record in taken(f"task:hops?{keys}&order=forward", 30):
+        entries, _ = read(record)
+        assert all(in_order(entries, path) for path in chains(entries).values())
+    for record in taken(f"task:hops?{keys}&order=reverse", 30):
+        entries, _ = read(record)
+        assert all(in_order(entries[::-1], path) for path in chains(entries).values())
+    both = [read(record)[0] for record in taken(f"task:hops?{keys}&order=forward+reverse", 60)]
+    forward = sum(all(in_order(entries, path) for path in chains(entries).values()) for entries in both)
+    assert 15 < forward < 45
+    for order in ("shuffled", "forward"):
+        for place, part in (("first", slice(0, 8)), ("last", slice(12, 20))):
+            for record in taken(f"task:hops?{keys}&order={order}&place={place}", 20):
+                entries, answered = read(record)
+                asked = {name for question, _ in answered for name in chains(entries)[question.strip("?=")]}
+                assert {name for name, _ in entries[part]} == asked
+
+
+def test_one_tokenizer_for_all_but_hops(tmp_path):
+    tokenizer = tasks.tokenizer("sums")
+    assert tokenizer.get_vocab() == tasks.tokenizer("s5").get_vocab()
+    common = tasks.tokenizer("hops").get_vocab()
+    assert {token: i for token, i in tokenizer.get_vocab().items() if token in common} == common
+    for source in (*SOLVED, "task:hops"):
+        blocks = build(
+            Data(train=[f"{source}{'&' if '?' in source else '?'}records=40"], sequence_length=64),
+            tokenizer,
+            tmp_path / "t",
+        )
+        assert tokenizer.unk_token_id not in blocks.train.tokens
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("task:hops?names=a..F", "names=a..F: letters, as a..z or a..m+x, from a to z"),
+        ("task:hops?names=f..a", "names=f..a: letters, as a..z"),
+        ("task:hops?names=a..h", "17 statements need as many names, and there are 8; give more letters"),
+        ("task:hops?distractors=2&statements=9", "distractors and statements both set the number of statements: give"),
+        ("task:hops?hops=8&questions=1&distractors=3&distractor_hops=8", "1 questions and 3 distractors may need 32"),
+        ("task:hops?hops=0&questions=5&distractors=1&distractor_hops=2", "5 questions look up more statements than th"),
+        ("task:hops?distractor_hops=all", "distractor_hops=all: same, or a whole number, a range as 1..8"),
+        ("task:hops?order=backward", "order=backward: one of shuffled, forward, reverse, or several of these joined"),
+        ("task:sum", "unknown task 'sum': did you mean 'sums'? choose from hops, parity, s5, sums"),
+        ("task:s5?length=0", "length=0: a whole number, a range"),
+        ("task:parity?questions=4&names=a..c", "4 words need as many names, and there are 3; ask for fewer questions"),
+        ("task:sums?modulo=1", "modulo=1: a whole number, 2 to 1000000"),
+    ],
+)
+def test_wrong_parameters_are_named(source, message):
+    with pytest.raises(UserError) as raised:
+        tasks.parse(source)
+    assert message in str(raised.value)
+
+
+def test_a_split_without_a_problem_is_named():
+    with pytest.raises(UserError, match="task:parity: 2000 draws gave no held-out problem; ask for longer or more"):
+        taken("task:parity?length=1&questions=1&names=a&split=held-out", 1)
