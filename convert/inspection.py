@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..arguments import Parser
+from ..directory import RECORD
 from ..trained import trained_at
 from .plan import PARTS
 
@@ -44,6 +45,9 @@ def inspect(model: str | Path) -> dict[str, Any]:
     flops_per_token: of a forward pass, 2 for each parameter that multiplies: of experts, those that a token is sent to.
         Embedding look-ups and attention scores are left out, so that F(R) = F0 + R Fr.
 
+    training: steps, tokens and FLOPs of the `loopwise train` that wrote the checkpoint; None if another command did, or
+        an earlier release.
+
     A router has its own policy. With one, both costs are means over tokens at its capacities (expert-choice), or
     upper bounds (token-choice).
     """
@@ -72,6 +76,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "num_recurrences": config.num_recurrences,
         "max_recurrences": config.max_recurrences,
         "trained_recurrences": config.trained_recurrences,
+        "training": _training(Path(model).expanduser()),
         "parameters": {
             **sizes.counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},
@@ -82,6 +87,14 @@ def inspect(model: str | Path) -> dict[str, Any]:
         },
         "flops_per_token": {r: round(2 * (sizes.once + sizes.each * share[r])) for r in depths},
     }
+
+
+def _training(model: Path) -> dict[str, float] | None:
+    try:
+        facts = json.loads((model / RECORD).read_text(encoding="utf-8"))
+        return {name: facts[name] for name in ("steps", "tokens", "flops")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def flops_per_token(config: PreTrainedConfig, depth: float | None) -> int | None:
@@ -194,10 +207,16 @@ def table(facts: dict[str, Any]) -> str:
         same = [name for name, other in columns.items() if facts["kv_bytes_per_token"][other[0]] == kept]
         policies = [*columns.pop(same[0]), policy] if same else [policy]
         columns[", ".join(policies)] = policies
+    training = facts["training"]
     lines = [
         f"{facts['model']}: recurrent-depth {facts['source']}, R={facts['num_recurrences']} by default, "
         f"served up to {facts['max_recurrences']}",
         f"trained at {trained_at(trained) if (trained := facts['trained_recurrences']) else 'no recurrences known'}",
+        *(
+            [f"last run: {training['steps']:,} steps, {training['tokens']:,} tokens, {training['flops']:.3g} FLOPs"]
+            if training
+            else []
+        ),
         *(
             f"{part:<9} layers {' '.join(map(str, facts[part])) or 'none':<28} {sizes[part]:>15,} parameters"
             for part in PARTS

@@ -32,8 +32,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "torch": torch.__version__,
         "source": {"id": model, "revision": recipe.revision},
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * trainer.samples_per_step * trainer.recipe.data.sequence_length,
+        **trainer.spent(),
         "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
     }
     if (source / RECORD).is_file():  # provenance of the model that was trained
@@ -60,7 +59,8 @@ def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
 ---
 # {Path(source).name}, trained
 
-Trained from `{source}` by loopwise {facts["loopwise"]}: {facts["steps"]:,} steps, {facts["tokens"]:,} tokens.
+Trained from `{source}` by loopwise {facts["loopwise"]}: {facts["steps"]:,} steps, {facts["tokens"]:,} tokens,
+{facts["flops"]:.3g} training FLOPs (6 for each parameter and token; attention scores are left out).
 {table}
 The recipe, the versions and the model's own origin are in `loopwise.json`.
 """

@@ -41,12 +41,15 @@ def partials(out: Path) -> list[Path]:
     return [path for path in out.glob(".*.partial") if re.fullmatch(name, path.name)]
 
 
-def commit(written: Path, target: Path, run: dict[str, Any]) -> None:
-    """Turn the directory `written` into the checkpoint `target` with one rename. run: the facts of the run."""
+def commit(written: Path, target: Path, run: dict[str, Any], spent: dict[str, float]) -> None:
+    """Turn the directory `written` into the checkpoint `target` with one rename.
+
+    run: the facts of the run.   spent: its steps, tokens and FLOPs so far, for the record alone.
+    """
     files = {
         str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
     }
-    (written / RUN).write_text(json.dumps({"files": files, "run": run}, indent=1), encoding="utf-8")
+    (written / RUN).write_text(json.dumps({"files": files, "run": run, "spent": spent}, indent=1), encoding="utf-8")
     for path in written.rglob("*"):
         sync(path)
     sync(written)

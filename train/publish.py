@@ -41,7 +41,8 @@ def _write(trainer: RecurrentTrainer, state: dict[str, torch.Tensor], model: str
     write_model(trainer.trained, trainer.tokenizer, directory, state, dtype)
     write_card(directory, model, trainer.recipe, trainer)
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
-    (directory / RUN).write_text(json.dumps({"run": trainer.run}, indent=1), encoding="utf-8")
+    record = {"run": trainer.run, "spent": trainer.spent()}
+    (directory / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def rehearse(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:

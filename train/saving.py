@@ -38,6 +38,10 @@ class CheckpointTrainer(Trainer):
     samples_per_step: int
     tied: dict[str, int]
 
+    def spent(self) -> dict[str, float]:
+        """Steps, tokens and FLOPs of the whole run so far."""
+        raise NotImplementedError
+
     def _get_output_dir(self, trial=None) -> str:
         return str(self.output_directory)
 
@@ -69,7 +73,7 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with written(partial, f"checkpoint-{step}"):
-                commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run)
+                commit(partial / f"checkpoint-{step}", self.out / f"checkpoint-{step}", self.run, self.spent())
             prune(self.out, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 

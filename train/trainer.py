@@ -93,6 +93,7 @@ class RecurrentTrainer(CheckpointTrainer):
             # Weights stay in float32, as with the other launchers; DeepSpeed's `bf16` would train bfloat16 weights.
             deepspeed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._speed = Speed()
+        self._tokens: Any = 0  # of this rank since the last `store_flos`, without padding
         self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
         self._costs = parameter_costs(model)
         self._stopping = False
@@ -161,11 +162,12 @@ class RecurrentTrainer(CheckpointTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, forward and backward, with dropout seeded by (seed, step, micro-batch)."""
         step = self.state.global_step
-        self._speed.start(step)
+        self._speed.start(step, self.state.num_input_tokens_seen)
         done = self._micro_batch[1] if self._micro_batch[0] == step else 0
         self._micro_batch = (step, done + 1)
         micro_batch = done * self.args.world_size + self.args.process_index
         torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, step, micro_batch]).generate_state(1)[0]))
+        self._tokens += inputs["num_tokens"].sum() if "num_tokens" in inputs else inputs["input_ids"].numel()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -209,6 +211,9 @@ class RecurrentTrainer(CheckpointTrainer):
         if self.is_fsdp_enabled and self.curriculum:
             for layer in cast(Any, self.trained).core:
                 layer.set_reshard_after_forward(False)  # else every recurrence gathers the weights again
+        if not self.state.num_input_tokens_seen:  # earlier releases did not count, and had no padding
+            places = self.recipe.data.sequence_length * self.samples_per_step
+            self.state.num_input_tokens_seen = self.state.global_step * places
         return prepared
 
     def stop(self) -> None:
@@ -277,19 +282,30 @@ class RecurrentTrainer(CheckpointTrainer):
     def log(self, logs, start_time=None):
         """Log `logs`; to a training loss add the mean recurrences, tokens per second and FLOPs per second."""
         step = self.state.global_step
-        if "loss" in logs and (lap := self._speed.lap(step)):
-            steps, seconds = lap
-            tokens = len(steps) * self.recipe.data.sequence_length * self.samples_per_step
+        if "loss" in logs and (lap := self._speed.lap(step, self.state.num_input_tokens_seen)):
+            steps, tokens, seconds = lap
+            places = self.recipe.data.sequence_length * self.samples_per_step  # of a step, with padding
             if self.curriculum:
                 logs["num_recurrences"] = sum(self.curriculum.at(s).num_recurrences for s in steps) / len(steps)
             logs["tokens_per_second"] = tokens / seconds
-            logs["flops_per_second"] = sum(map(self._flops, steps)) * tokens / len(steps) / seconds
+            logs["flops_per_second"] = sum(map(self._flops, steps)) * places / seconds
         if not self.streams:
             self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
         super().log(logs, start_time)
 
+    def store_flos(self) -> None:
+        """Add the FLOPs and tokens since the last call to the state, of all ranks. Every process calls this."""
+        super().store_flos()
+        self.state.num_input_tokens_seen += round(self._sum(torch.as_tensor(self._tokens, device=self.args.device)))
+        self._tokens = 0
+
+    def spent(self) -> dict[str, float]:
+        """Steps, tokens without padding and training FLOPs of the whole run up to the last `store_flos`."""
+        state = self.state
+        return {"steps": state.global_step, "tokens": state.num_input_tokens_seen, "flops": state.total_flos}
+
     def floating_point_ops(self, inputs) -> int:
-        """FLOPs of this micro-batch."""
+        """FLOPs of this micro-batch, with those of padding."""
         return inputs["input_ids"].numel() * self._flops(self.state.global_step)
 
     def _flops(self, step: int) -> int:

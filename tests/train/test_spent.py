@@ -1,0 +1,74 @@
+"""The steps, tokens and FLOPs of a run in its record, over resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from loopwise.cli import main
+from loopwise.train.checkpoint import checksum
+from tests.helpers.train_tiny import run
+
+
+def record(path: Path) -> dict[str, float]:
+    return json.loads((path / "run.json").read_text())["spent"]
+
+
+def by_hand(model: Path, recurrences: list[int], tokens_per_step: int) -> float:
+    """6 FLOPs for each weight, each time that a token meets it. The tied embedding counts as the head."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    sizes = {name: sum(p.numel() for p in loaded.get_submodule(name).parameters()) for name in ("core", "injection")}
+    looped = sum(sizes.values())
+    once = sum(p.numel() for p in loaded.parameters()) - looped
+    return sum(6 * (once + r * looped) * tokens_per_step for r in recurrences)
+
+
+def test_a_run_records_what_it_spent(recurrent, command, tmp_path, capsys):
+    """Also a resumed one, and one that goes on from a checkpoint of a release that did not count tokens."""
+    settings = ["steps=6", "save_every=2", "gradient_accumulation=2", "log_every=4", "recurrence.schedule=steps"]
+    settings.append("recurrence.levels={0: 1, 0.5: 3}")
+    whole = tmp_path / "whole"
+    run(command(recurrent, whole, *settings))
+    tokens = 4 * 2 * 32
+    expected = {
+        steps: {
+            "steps": steps,
+            "tokens": steps * tokens,
+            "flops": pytest.approx(by_hand(recurrent, [1, 1, 1, 3, 3, 3][:steps], tokens)),
+        }
+        for steps in (4, 6)
+    }
+    assert record(whole) == record(whole / "checkpoint-6") == expected[6]
+    assert record(whole / "checkpoint-4") == expected[4]
+    card = json.loads((whole / "loopwise.json").read_text())
+    assert {name: card[name] for name in expected[6]} == expected[6]
+    flops = expected[6]["flops"].expected
+    assert f"6 steps, 1,536 tokens,\n{flops:.3g} training FLOPs" in (whole / "README.md").read_text()
+    capsys.readouterr()
+    run(["inspect", str(whole)])
+    assert f"\nlast run: 6 steps, 1,536 tokens, {flops:.3g} FLOPs\n" in capsys.readouterr().out
+    run(["inspect", str(recurrent)])
+    assert "last run" not in capsys.readouterr().out
+
+    for name in ("resumed", "uncounted"):
+        out = shutil.copytree(whole, tmp_path / name)
+        shutil.rmtree(out / "checkpoint-6")
+        (out / "config.json").unlink()
+        state = out / "checkpoint-4" / "trainer_state.json"
+        if name == "uncounted":
+            fields = json.loads(state.read_text())
+            fields["num_input_tokens_seen"] = 0
+            state.write_text(json.dumps(fields))
+            sums = out / "checkpoint-4" / "run.json"
+            facts = json.loads(sums.read_text())
+            facts["files"]["trainer_state.json"] = [state.stat().st_size, checksum(state)]
+            del facts["spent"]
+            sums.write_text(json.dumps(facts))
+        assert main(command(recurrent, out, *settings, "--resume")) == 0
+        assert "from checkpoint-4" in capsys.readouterr().out
+        assert record(out) == expected[6]
