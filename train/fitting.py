@@ -37,8 +37,20 @@ def check_model(model: str, config: PretrainedConfig, recipe: Train) -> Curricul
     _check_checkpointing(recipe.gradient_checkpointing, config, recurrent)
     if recurrent:
         _check_router(recipe, router)
+    if recipe.data.padded:
+        _check_padding(recipe, router)
     check_length("data.sequence_length", recipe.data.sequence_length, model, config)
     return chosen
+
+
+def _check_padding(recipe: Train, router: dict[str, Any] | None) -> None:
+    """Raises UserError for shares of tokens that would count the padding."""
+    reason = "objectives.experts balances" if recipe.objectives.experts else "this model's router chooses among"
+    if router or recipe.objectives.experts:
+        raise UserError(
+            f"data.packing_strategy={recipe.data.packing_strategy}: {reason} all tokens of a block, and padding is no "
+            "token; use packing_strategy=wrapped"
+        )
 
 
 def curriculum(config: Any, keys: Recurrence | None, steps: int, seed: int) -> Curriculum | None:

@@ -160,8 +160,8 @@ def stopped_by_sigterm(trainer: RecurrentTrainer) -> Iterator[None]:
 
 def _opening(trainer: RecurrentTrainer, checkpoint: Path | None) -> str:
     data = trainer.blocks
-    held_out = f", {data.held_out.tokens.size:,} held out" if data.held_out is not None else ""
+    held_out = f", {data.held_out.size:,} held out" if data.held_out is not None else ""
     start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
-    read = f"{data.train.tokens.size:,} tokens" if len(data.train) else "no tokens in memory"
+    read = f"{data.train.size:,} tokens" if len(data.train) else "no tokens in memory"
     more = f" and {len(trainer.streams)} streamed" if trainer.streams else ""
     return f"train {trainer.args.max_steps} steps {start}: {read}{more}{held_out}"

@@ -14,6 +14,8 @@ from .data import Mixture, Packed, Stream
 class Samples(Dataset):
     """All `count` samples of a run. Sample g is a block, and `sequence_ids` = g, which seeds `normal` initial states.
 
+    A block that may end in padding also has `num_tokens`.
+
     streams: by source.   beside: more arrays [n, ...] with a row for each block, by input name.
     """
 
@@ -31,7 +33,7 @@ class Samples(Dataset):
             return {"sequence_ids": sample, **self.streams[source].row(place)}
         row = self.order[sample]
         more = {name: array[row] for name, array in self.beside.items()}
-        return {"sequence_ids": sample, **self.blocks.row(row), **more}
+        return {"sequence_ids": sample, **self.blocks.sample(row), **more}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

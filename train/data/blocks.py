@@ -17,9 +17,9 @@ from loopwise.errors import UserError
 from ..recipe import Data
 from . import cache
 from .documents import documents
-from .packing import Packed, pack, split
+from .packing import PAD, Packed, fill, longer, pack, split, whole, with_starts
 from .reader import Reader
-from .tokens import Corpus, Report, tokenise
+from .tokens import Corpus, Report, joined, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,33 +82,34 @@ def build(
     streamed: the first blocks of the streamed sources; they count in the digest. Raises UserError for bad sources and
     for text that does not fill one block.
     """
-    length = data.sequence_length
     trained: list[Corpus] = []
     held: list[Corpus] = []
-    packed, packed_marks, parts = [np.zeros((0, length), np.int32)], [np.zeros((0, length), np.uint8)], []
+    packed, parts = [_empty(data)], []
     for sources, later in zip(data.parts(), data.streamed(), strict=True):
         parts.append(0)
         if later:
             continue
         corpus = read(sources, data, tokenizer, report)
         for mask, target in zip(split(corpus, data.eval_fraction), (trained, held), strict=True):
-            target.append(Corpus(corpus.tokens[mask], corpus.marks[mask], corpus.ends, corpus.keys))
-        packed.append(pack(trained[-1].tokens, length, f"data.train ({', '.join(sources)})"))
-        packed_marks.append(pack(trained[-1].marks, length, "marks"))
+            target.append(corpus.kept(mask))
+        name = f"data.train ({', '.join(sources)})"
+        name_long(trained[-1], data, name)
+        packed.append(packed_documents(trained[-1], data, tokenizer, name))
         parts[-1] = len(packed[-1])
     if data.eval:
         held = [read(data.eval, data, tokenizer, report)]
     directory.mkdir(parents=True, exist_ok=True)
-    _save(directory / "train.npy", np.concatenate(packed))
-    _save(directory / "train_marks.npy", np.concatenate(packed_marks))
+    _save(directory, "train", *([getattr(x, kind) for x in packed] for kind in ("tokens", "marks")))
     if data.held_out:
-        _save(directory / "held_out.npy", pack(np.concatenate([x.tokens for x in held]), length, "the held-out text"))
-        _save(directory / "held_out_marks.npy", pack(np.concatenate([x.marks for x in held]), length, "marks"))
+        name_long(together := joined(held), data, "the held-out text")
+        blocks = packed_documents(together, data, tokenizer, "the held-out text")
+        _save(directory, "held_out", [blocks.tokens], [blocks.marks])
     greatest = max(int(x.tokens.max()) for x in (*trained, *held, *streamed) if x.tokens.size)
     facts = {
         "digest": _digest(trained, held, streamed),
         "parts": parts,
         "separate": data.separate_documents,
+        "padded": data.padded,
         "greatest": greatest,
     }
     (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
@@ -137,13 +138,47 @@ def load(directory: Path) -> Blocks:
         files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
         empty = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
         arrays = (np.load(file, mmap_mode=None if empty else "r") for file in files)
-        return Packed(*arrays, separate=facts["separate"])
+        return Packed(*arrays, separate=facts["separate"], padded=facts.get("padded", False))
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
     return Blocks(packed("train"), held_out, facts["parts"], facts["digest"], facts["greatest"], directory)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, array)
-    partial.replace(path)
+def _empty(data: Data) -> Packed:
+    return Packed(*(np.zeros((0, data.sequence_length), kind) for kind in (np.int32, np.uint8)), separate=False)
+
+
+def packed_documents(corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerBase, name: str) -> Packed:
+    """The blocks of `corpus` under the packing of `data`.
+
+    Raises UserError, led by `name`, if no block is filled, and for a document that is too long if `data` says so.
+    """
+    length = data.sequence_length
+    if not data.padded:
+        return Packed(pack(corpus.tokens, length, name), pack(corpus.marks, length, name), data.separate_documents)
+    bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
+    return Packed(
+        fill(corpus.tokens, bins, length, tokenizer.eos_token_id),
+        fill(with_starts(corpus.marks, bins), bins, length, PAD),
+        data.separate_documents,
+        padded=True,
+    )
+
+
+def name_long(corpus: Corpus, data: Data, name: str) -> bool:
+    """Print a line to stderr, led by `name`, if whole documents are longer than a block. Returns True if they are."""
+    long = longer(corpus, data.sequence_length) if data.padded and data.long_documents != "stop" else 0
+    if long:
+        cut = "cut into blocks" if data.packing_strategy == "bfd_split" else "cut to their first block"
+        cut = "left out" if data.long_documents == "skip" else cut
+        size = f"sequence_length={data.sequence_length} tokens"
+        print(f"{name}: {long} of {len(corpus.ends)} documents are longer than {size}: {cut}", file=sys.stderr)
+    return long > 0
+
+
+def _save(directory: Path, name: str, tokens: list[np.ndarray], marks: list[np.ndarray]) -> None:
+    """Write `name`.npy and `name`_marks.npy, each joined from several arrays of blocks."""
+    for path, arrays in ((directory / f"{name}.npy", tokens), (directory / f"{name}_marks.npy", marks)):
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.concatenate(arrays))
+        partial.replace(path)

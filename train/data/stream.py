@@ -1,15 +1,16 @@
 """Sources that are read during training, in an order that a resumed run reproduces.
 
-A stream is read window by window. The documents of a window are tokenized and packed behind the remainder of the window
-before. Its blocks are shuffled by a function of (seed, window). A checkpoint stores where the window of the next block
-begins. Every process reads the whole stream and takes its own samples, so the number of ranks does not matter.
+A stream is read window by window. The documents of a window are tokenized and packed, under `wrapped` behind the
+remainder of the window before. Its blocks are shuffled by a function of (seed, window). A checkpoint stores where the
+window of the next block begins. Every process reads the whole stream and takes its own samples, so the number of ranks
+does not matter.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from loopwise.errors import UserError
 
 from .. import tasks
 from ..recipe import Data
-from .blocks import reader_of
+from .blocks import name_long, packed_documents, reader_of
 from .documents import reader_for
 from .files import records
 from .packing import Packed
@@ -27,12 +28,13 @@ from .reader import Reader
 from .snapshot import kind_of
 from .sources import check_exists, files_of
 from .tables import TABLES, is_empty, load_saved, one_line_errors
-from .tokens import tokenise
+from .tokens import Corpus, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKS = "streams.json"
+Rest = tuple[list[int], list[int]]  # tokens and marks that fill no block yet
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Mark:
     source: int = 0
     row: int = 0
     state: dict[str, Any] | None = None
-    rest: tuple[list[int], list[int]] = ([], [])
+    rest: Rest = ([], [])
 
 
 class Stream:
@@ -69,6 +71,7 @@ class Stream:
     ):
         self.sources, self.data, self.tokenizer, self.seed, self.behind = sources, data, tokenizer, seed, behind
         self.reader = reader_of(data, tokenizer)
+        self.named = False  # True after a line about documents that are too long
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
@@ -82,7 +85,7 @@ class Stream:
         return Packed(*(np.zeros((0, self.data.sequence_length), t) for t in (np.int32, np.uint8)), separate=False)
 
     def row(self, block: int) -> dict[str, np.ndarray]:
-        """Block number `block`, in the form of `Packed.row`. Reads on as needed; going back reads from the beginning.
+        """Block number `block`, as `Packed.sample` gives it. Reads on as needed; going back reads from the beginning.
 
         Raises UserError if the source cannot be read on.
         """
@@ -92,7 +95,7 @@ class Stream:
             self._read()
         while len(self.marks) > 1 and self.marks[1].first <= block - self.behind:
             self.marks.pop(0)
-        return self.blocks.row(block - self.marks[-1].first)
+        return self.blocks.sample(block - self.marks[-1].first)
 
     def first_window(self) -> Packed:
         """The blocks of the first window that has any."""
@@ -107,21 +110,30 @@ class Stream:
         """Read the next window."""
         begin = self.next
         corpus = tokenise(self._documents(), self.tokenizer)
-        tokens, marks = (
-            np.concatenate([np.array(rest, kind), new])
-            for rest, kind, new in zip(begin.rest, (np.int32, np.uint8), (corpus.tokens, corpus.marks), strict=True)
-        )
-        length = self.data.sequence_length
-        count = len(tokens) // length
+        cut, rest = self._packed(corpus, begin.rest)
+        count = len(cut)
         keys = np.random.Philox(key=np.array([self.seed, begin.window], np.uint64)).random_raw(count)
         order = np.argsort(keys, kind="stable")
-        cut = (part[: count * length].reshape(count, length)[order] for part in (tokens, marks))
-        self.blocks = Packed(*cut, separate=self.data.separate_documents)
+        self.blocks = replace(cut, tokens=cut.tokens[order], marks=cut.marks[order])
         if self.marks[-1] is not begin:
             self.marks.append(begin)
-        rest = tuple(part[count * length :].tolist() for part in (tokens, marks))
         state = None if self.dataset is None else self.dataset.state_dict()
         self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
+
+    def _packed(self, corpus: Corpus, rest: Rest) -> tuple[Packed, Rest]:
+        """(the blocks of `corpus` behind `rest`, the rest of these). Whole documents leave none."""
+        if self.data.padded:
+            name = ", ".join(self.sources)
+            self.named = self.named or name_long(corpus, self.data, f"{name}, in a window")
+            return packed_documents(corpus, self.data, self.tokenizer, name), ([], [])
+        length = self.data.sequence_length
+        tokens, marks = (
+            np.concatenate([np.array(old, kind), new])
+            for old, kind, new in zip(rest, (np.int32, np.uint8), (corpus.tokens, corpus.marks), strict=True)
+        )
+        end = len(tokens) // length * length
+        cut = (part[:end].reshape(-1, length) for part in (tokens, marks))
+        return Packed(*cut, separate=self.data.separate_documents), (tokens[end:].tolist(), marks[end:].tolist())
 
     def _documents(self) -> Iterator[Any]:
         """The documents of one window: `data.window` of them."""

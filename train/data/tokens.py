@@ -8,7 +8,7 @@ the assistant's tokens have `LEARN`; in a text all tokens have it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,23 @@ class Corpus:
     marks: np.ndarray
     ends: np.ndarray
     keys: np.ndarray
+
+    def kept(self, mask: np.ndarray) -> Corpus:
+        """The tokens of `mask` [N], and the documents that have any of them."""
+        ends = np.concatenate([[0], np.cumsum(mask)[self.ends - 1]]).astype(np.int64)
+        left = np.diff(ends) > 0
+        return Corpus(self.tokens[mask], self.marks[mask], ends[1:][left], self.keys[left])
+
+
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """The documents of all `corpora` in one."""
+    before = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])
+    return Corpus(
+        np.concatenate([corpus.tokens for corpus in corpora]),
+        np.concatenate([corpus.marks for corpus in corpora]),
+        np.concatenate([corpus.ends + start for corpus, start in zip(corpora, before[:-1], strict=True)]),
+        np.concatenate([corpus.keys for corpus in corpora]),
+    )
 
 
 def tokenise(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, report: Report | None = None) -> Corpus:

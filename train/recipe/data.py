@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -63,6 +63,16 @@ class Data(Section):
     sequence_length: Integer = Field(
         default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
     )
+    packing_strategy: Literal["wrapped", "bfd", "bfd_split"] = Field(
+        default="wrapped",
+        description="documents in blocks, by TRL's names: wrapped (cut at block ends), bfd (whole, by best-fit "
+        "decreasing, with padding; of a document longer than a block, the beginning), bfd_split (likewise; a longer "
+        "document goes on in other blocks)",
+    )
+    long_documents: Literal["cut", "stop", "skip"] = Field(
+        default="cut",
+        description="with bfd and bfd_split, a document longer than a block: cut it, stop the run, or skip it",
+    )
     separate_documents: bool = Field(
         default=False, description="mask attention between the documents that are packed into one block"
     )
@@ -96,6 +106,8 @@ class Data(Section):
         if self.chat_field is not None:
             why = f"data.chat_field={self.chat_field} replaces it; give one of the two"
             yield Unused("text_field", ("chat_field",), why)
+        if not self.padded:
+            yield Unused("long_documents", ("packing_strategy",), "packing_strategy=wrapped cuts all documents")
         if all(self.streamed()):
             yield Unused(
                 "cache", ("streaming",), "it keeps the tokens of sources that are not streamed, and all are streamed"
@@ -124,6 +136,11 @@ class Data(Section):
         if not self.phases:
             return [(1.0, [1.0])]
         return [(phase.share, [phase.sources.get(name, 0.0) for name in self.names()]) for phase in self.phases]
+
+    @property
+    def padded(self) -> bool:
+        """True if documents stay whole, and blocks are padded."""
+        return self.packing_strategy != "wrapped"
 
     @property
     def held_out(self) -> bool:
