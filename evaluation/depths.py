@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..train.diagnosis import States, state_sums
 from ..train.losses import cross_entropy, shifted
 from .answers import Sequences
 
@@ -21,15 +22,13 @@ class Measured:
     """The result of `measure`; a plain model has the depth None.
 
     losses: by depth, the sum of each sequence [n] float64, in nats.   tokens: learned tokens of each sequence [n].
-    right: by depth, True for each right answer [answers].   norm, change: |s_r| for r = 1, 2, .. and
-    |s_r - s_{r-1}| / |s_r| for r = 2, 3, .., means over tokens; None if the model lacks states of all tokens.
+    right: by depth, True for each right answer [answers].   states: None if the model lacks states of all tokens.
     """
 
     losses: dict[int | None, np.ndarray]
     tokens: np.ndarray
     right: dict[int | None, np.ndarray]
-    norm: list[float] | None
-    change: list[float] | None
+    states: States | None
 
 
 def in_one_pass(config: Any) -> bool:
@@ -55,8 +54,7 @@ def measure(
     keys: list[int | None] = [None] if depths is None else [*depths]
     losses = {key: np.zeros(count) for key in keys}
     hits = {key: [np.zeros(0, bool)] * count for key in keys}
-    sizes = torch.zeros(0, dtype=torch.float64)
-    moves, seen = sizes, 0
+    sums, seen = torch.zeros(()), 0
     for rows in _batches(sequences, tokens_per_batch):
         batch, labels = _batch(sequences, rows, model.device)
         real = labels != _PADDING
@@ -73,12 +71,7 @@ def measure(
             for row, of_row in zip(rows, whole.cpu().numpy(), strict=True):
                 hits[key][row] = of_row
         if states is not None:
-            norm = states.float().norm(dim=-1)[:, real].double()
-            move = (states[1:] - states[:-1]).float().norm(dim=-1)[:, real].double() / norm[1:].clamp(min=1e-30)
-            sizes, moves = (
-                (new if seen == 0 else old + new)
-                for old, new in ((sizes, norm.sum(1).cpu()), (moves, move.sum(1).cpu()))
-            )
+            sums = sums + state_sums(states, real)
             seen += int(real.sum())
         if report:
             report(len(rows))
@@ -88,8 +81,7 @@ def measure(
         for key, of_key in hits.items()
     }
     tokens = np.array([int(learned[1:].sum()) for learned in sequences.learned])
-    norm, change = ((sizes / seen).tolist(), (moves / seen).tolist()) if seen else (None, None)
-    return Measured(losses, tokens, right, norm, change)
+    return Measured(losses, tokens, right, States.of(sums, seen) if seen else None)
 
 
 _PADDING = -101

@@ -6,11 +6,6 @@ from typing import Any
 
 from .exits.table import sweep_table
 
-NO_CHANGE = (
-    "the recurrences change nothing: R=1 and R={} agree within noise; this model supports no claim about depth, exits "
-    "or waves"
-)
-
 
 def table(result: dict[str, Any]) -> str:
     """The result of `evaluate`, one line per depth."""
@@ -50,9 +45,7 @@ def _loop_lines(loop: dict[str, Any]) -> list[str]:
         if loop[key]:
             first = 1 if key == "state_norm" else 2
             lines.append(f"{name}, r = {first} ..: {' '.join(f'{value:.3g}' for value in loop[key])}")
-    if loop["changes_nothing"]:
-        lines.append(NO_CHANGE.format(top))
-    return lines
+    return lines + loop["diagnosis"]
 
 
 def _endpoint_table(result: dict[str, Any]) -> str:

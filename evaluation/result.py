@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..train import diagnosis
+from ..train.diagnosis import standard_error
 from .depths import Measured
-
-FEW = 8  # sequences; with fewer, a standard error is not reliable
 
 
 def loss(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -22,38 +22,28 @@ def loss(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     }
 
 
-def standard_error(sums: np.ndarray, tokens: np.ndarray) -> float | None:
-    """Standard error of a mean per token over sequences, as a ratio of two means. None for a single sequence.
-
-    sums, tokens [n]: each sequence's sum and number of tokens.
-    """
-    count = len(sums)
-    if count < 2:
-        return None
-    residuals = sums - tokens * (sums.sum() / tokens.sum())
-    return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / tokens.sum())
-
-
 def loop_effect(found: Measured) -> dict[str, Any]:
     """The effect of the recurrences.
 
     "num_recurrences": the most that were measured.   "gain": loss at R=1 minus the loss at that R.   "gain_error": its
     standard error, paired over sequences.   "changes_nothing": True if the gain is within two standard errors; None if
-    unknown.   "state_norm": |s_r| for r = 1, 2, ..   "state_change": |s_r - s_{r-1}| / |s_r| for r = 2, 3, ..
+    unknown.   "state_norm", "state_change", "state_growth": of `States`, None without states.   "unbounded": the factor
+    by which states grow in each recurrence, if they do so without bound.   "diagnosis": lines on what is wrong.
     """
     depths = [depth for depth in found.losses if depth is not None]
     top = max(depths)
-    gain = error = nothing = None
+    value = error = nothing = None
     if min(depths) < top:
-        difference = found.losses[1] - found.losses[top]
-        gain = float(difference.sum() / found.tokens.sum())
-        error = standard_error(difference, found.tokens)
-        nothing = None if error is None or len(difference) < FEW else abs(gain) <= 2 * error
+        value, error, nothing = diagnosis.gain(found.losses[1], found.losses[top], found.tokens)
+    states = found.states
     return {
         "num_recurrences": top,
-        "gain": gain,
+        "gain": value,
         "gain_error": error,
         "changes_nothing": nothing,
-        "state_norm": found.norm,
-        "state_change": found.change,
+        "state_norm": states and states.norm,
+        "state_change": states and states.change,
+        "state_growth": states and states.growth,
+        "unbounded": states and states.unbounded,
+        "diagnosis": diagnosis.lines(nothing, top, states),
     }

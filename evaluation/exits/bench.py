@@ -12,6 +12,7 @@ from ...errors import UserError
 from ...serve.engine.admission import prompt_rules
 from ...serve.engine.exits import RULES
 from ...serve.params import Params
+from ...train import diagnosis
 from .. import result
 from ..answers import Sequences, accuracy
 from .forced import Decoded, ForcedEngine, Span
@@ -153,7 +154,7 @@ class Bench:
         if self.full is not None:
             over = losses - self.full
             row["over_full"] = float(over.sum() / self.tokens.sum())
-            row["over_full_error"] = result.standard_error(over, self.tokens)
+            row["over_full_error"] = diagnosis.standard_error(over, self.tokens)
         if self.sequences.answers:
             last = {(span.sequence, len(span.ids) - 1): i for i, span in enumerate(self.spans)}
             places = [last[answer.sequence, answer.last] for answer in self.sequences.answers]

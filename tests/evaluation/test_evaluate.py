@@ -54,7 +54,9 @@ def test_one_pass_measures_what_runs_at_each_depth_do(name, tokenizer, tmp_path)
     asked = [2] if name == "token choice" else [1, 2, 3]
     found = sequences([9, 17, 12, 9, 30], learned=4)
     together = depths.measure(model, found, asked, tokens_per_batch=64)
-    assert (together.norm is None) == (not depths.in_one_pass(model.config)) == ("choice" in name or name == "sequence")
+    assert (
+        (together.states is None) == (not depths.in_one_pass(model.config)) == ("choice" in name or name == "sequence")
+    )
     for depth in asked:
         alone = depths.measure(model, found, [depth], tokens_per_batch=64)
         assert np.array_equal(together.losses[depth], alone.losses[depth])
@@ -314,9 +316,10 @@ def test_a_loop_that_does_nothing_is_named(recurrent, short, tokenizer, tmp_path
     by_hand = Sequences([ids[0].numpy()], [np.ones(4, bool)], [])
     measured = depths.measure(model, by_hand, [8], tokens_per_batch=64)
     norm = states.norm(dim=-1)
-    assert measured.norm == pytest.approx(norm.mean((1, 2)).tolist(), rel=1e-5)
+    assert measured.states is not None
+    assert measured.states.norm == pytest.approx(norm.mean((1, 2)).tolist(), rel=1e-5)
     change = ((states[1:] - states[:-1]).norm(dim=-1) / norm[1:]).mean((1, 2))
-    assert measured.change == pytest.approx(change.tolist(), rel=1e-5)
+    assert measured.states.change == pytest.approx(change.tolist(), rel=1e-5)
 
 
 def test_the_noise_is_paired_over_blocks():
@@ -327,11 +330,11 @@ def test_the_noise_is_paired_over_blocks():
     base, tokens = 100 + 30 * rng.standard_normal(50), np.full(50, 100)
     for spread, nothing in ((0.2, False), (20.0, True)):
         losses: dict[int | None, np.ndarray] = {1: base, 4: base - 1 + spread * rng.standard_normal(50)}
-        found = loop_effect(depths.Measured(losses, tokens, {}, None, None))
+        found = loop_effect(depths.Measured(losses, tokens, {}, None))
         assert found["changes_nothing"] is nothing
         assert found["gain_error"] == pytest.approx(spread / 100 / math.sqrt(50), rel=0.3)
     one: dict[int | None, np.ndarray] = {1: base[:1], 4: base[:1]}
-    alone = loop_effect(depths.Measured(one, tokens[:1], {}, None, None))
+    alone = loop_effect(depths.Measured(one, tokens[:1], {}, None))
     assert (alone["gain"], alone["gain_error"], alone["changes_nothing"]) == (0, None, None)
 
 
