@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..train import tasks
-from ..train.data import LEARN, split, tokenise
+from ..train.data import LEARN, answers, split, tokenise
 from ..train.data.documents import documents, some_generated, spread
-from ..train.data.reader import Reader
 from .recipe import Evaluate
 
 if TYPE_CHECKING:
@@ -49,29 +47,8 @@ class Sequences:
         """The sequences of these numbers, in this order."""
         kept = [*kept]
         place = {old: new for new, old in enumerate(kept)}
-        answers = [a._replace(sequence=place[a.sequence]) for a in self.answers if a.sequence in place]
-        return Sequences([self.ids[i] for i in kept], [self.learned[i] for i in kept], answers)
-
-
-@dataclass
-class Grouped(Reader):
-    """Reads pairs: the conversation, and the record's field `group` (None without one)."""
-
-    group: str | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        return [*super().columns, *([self.group] if self.group else [])]
-
-    def document(self, record: Any, where: str) -> Any:
-        conversation = super().document(record, where)
-        if conversation is None or self.group is None:
-            return conversation and (conversation, None)
-        if self.group not in record:
-            fields = ", ".join(map(repr, record))
-            self.reject(UserError(f"{where}: no field {self.group!r} to group by among {fields}"))
-            return None
-        return conversation, record[self.group]
+        moved = [a._replace(sequence=place[a.sequence]) for a in self.answers if a.sequence in place]
+        return Sequences([self.ids[i] for i in kept], [self.learned[i] for i in kept], moved)
 
 
 def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Sequences:
@@ -82,7 +59,9 @@ def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Seque
     """
     field = recipe.chat_field or tasks.MESSAGES
     skip = recipe.bad_records == "skip"
-    reader = Grouped(field, recipe.split, recipe.subset, chat=True, skip=skip, tokenizer=tokenizer, group=recipe.group)
+    reader = answers.Grouped(
+        field, recipe.split, recipe.subset, chat=True, skip=skip, tokenizer=tokenizer, group=recipe.group
+    )
     drawn = recipe.limit and all(map(tasks.is_task, recipe.data)) and not recipe.eval_fraction
     groups: list[Any] = []
 
@@ -106,7 +85,8 @@ def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Seque
             continue
         learned = (corpus.marks[own] & LEARN) > 0
         try:
-            found.answers += _answers(len(found.ids), learned, group, f"record {number} of {', '.join(recipe.data)}")
+            where = f"record {number} of {', '.join(recipe.data)}"
+            found.answers += [Answer(len(found.ids), *run) for run in answers.runs(learned, group, where)]
         except UserError as error:
             reader.reject(error)
             continue
@@ -121,44 +101,6 @@ def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Seque
     return found
 
 
-def _answers(sequence: int, learned: np.ndarray, group: Any, where: str) -> list[Answer]:
-    """The runs of learned tokens. group: one for all of them, or a list with one for each."""
-    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
-    runs = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
-    groups = group if isinstance(group, list) else [group] * len(runs)
-    if len(groups) != len(runs):
-        raise UserError(f"{where}: {len(groups)} groups for {len(runs)} answers; give one for all, or one for each")
-    return [
-        Answer(sequence, first, last, None if value is None else str(value))
-        for (first, last), value in zip(runs, groups, strict=True)
-        if first  # the first token is not predicted
-    ]
-
-
 def accuracy(sequences: Sequences, right: list[bool]) -> dict[str, Any]:
-    """Share of right answers with its standard error, over all answers and by group.
-
-    Returns {"accuracy", "accuracy_error", "groups": {name: {"answers", "accuracy", "accuracy_error"}}}.
-    """
-    of_group: dict[str, list[bool]] = {}
-    for answer, good in zip(sequences.answers, right, strict=True):
-        if answer.group is not None:
-            of_group.setdefault(answer.group, []).append(good)
-    groups = {
-        name: {"answers": len(of_group[name]), **_share(of_group[name])}
-        for name in sorted(of_group, key=_numbers_first)
-    }
-    return {**_share(right), "groups": groups}
-
-
-def _share(right: list[bool]) -> dict[str, float | None]:
-    count = len(right)
-    p = sum(right) / count
-    return {"accuracy": p, "accuracy_error": math.sqrt(p * (1 - p) / (count - 1)) if count > 1 else None}
-
-
-def _numbers_first(name: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(name), name
-    except ValueError:
-        return True, 0.0, name
+    """`accuracy` of train's answers for those of `sequences`, in order."""
+    return answers.accuracy([answer.group for answer in sequences.answers], right)

@@ -69,6 +69,7 @@ STEPS = ["recurrence.schedule=steps", "recurrence.levels={0: 2}"]
 # (command, key): settings beside which the key has no effect, a value, and the key that gives it one.
 WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("train", "data.window", [], "10", STREAMED),
+    ("train", "data.group", [], "hops", ["data.eval=task:hops"]),
     ("train", "data.long_documents", [], "skip", ["data.packing_strategy=bfd"]),
     ("train", "data.text_field", ["data.chat_field=messages"], "text", ["data.chat_field=null"]),
     ("train", "data.cache", STREAMED, "kept", ["data.streaming=false"]),
@@ -155,7 +156,8 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
 WITH_EFFECT = {
     "train": """data.train data.phases data.eval data.eval_fraction data.streaming data.chat_field data.split
         data.subset data.sequence_length data.packing_strategy data.separate_documents data.bad_records
-        recurrence.schedule recurrence.sampler recurrence.capacity_warmup objectives.cross_entropy objectives.nested objectives.distillation.weight
+        recurrence.schedule recurrence.sampler recurrence.capacity_warmup
+        objectives.cross_entropy objectives.nested objectives.distillation.weight
         objectives.distillation.teacher objectives.distillation.revision objectives.distillation.num_recurrences
         objectives.distillation.divergence objectives.distillation.temperature objectives.distillation.top_k
         objectives.exits.weights objectives.exits.target objectives.exit_gate.stage objectives.router.auxiliary

@@ -63,7 +63,9 @@ def test_a_shipped_recipe_that_is_printed_and_fed_back_is_the_same(verb, path, c
 SETTINGS = {
     "train": ["data.train=a.txt,b c.txt", "recurrence.schedule=steps", "recurrence.levels={0: 2, 0.5: 4}",
               "optimiser.betas=0.8,0.9", "optimiser.learning_rate=1e-5", "optimiser.multipliers={embeddings: 0.1}",
-              "data.text_field=0123", "data.packing_strategy=bfd", "data.long_documents=skip", "adapters.rank=4", "epochs=2", "gradient_checkpointing=true"],
+              "data.text_field=0123", "data.packing_strategy=bfd", "data.long_documents=skip",
+              "data.eval=task:hops", "data.group=hops",
+              "adapters.rank=4", "epochs=2", "gradient_checkpointing=true"],
     "eval": ["data=task:hops?hops=1..4", "group=hops", "endpoint=http://localhost:1/v1", "request.exit_rule=cosine"],
     "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010"],

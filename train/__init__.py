@@ -16,7 +16,9 @@
     compute.py            gradient checkpointing and torch.compile
     separation.py         a check that packed documents do not see each other
     teacher.py            the teacher of a distillation
-    measure.py            held-out loss, FLOPs
+    diagnosis.py          states and gain by recurrence, and lines on what is wrong
+    held_out.py           held-out losses, right answers and states
+    measure.py            FLOPs
     estimate.py           memory of a rank
     checkpoint.py         checkpoints that are whole or absent
     output.py             OUT: when it may be replaced

@@ -33,13 +33,19 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "source": {"id": model, "revision": recipe.revision},
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         **trainer.spent(),
-        "held_out_loss": {name: value for name, value in trainer.evaluated.items() if name != "step"},
+        "held_out_loss": _measured(trainer, "eval_loss"),
+        "held_out_accuracy": _measured(trainer, "eval_accuracy"),
     }
     if (source / RECORD).is_file():  # provenance of the model that was trained
         facts["source"]["facts"] = json.loads((source / RECORD).read_text(encoding="utf-8"))
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
     copy_licences(source, directory)
+
+
+def _measured(trainer: RecurrentTrainer, prefix: str) -> dict[str, float]:
+    """The last held-out measurements whose names begin with `prefix`."""
+    return {name: value for name, value in trainer.evaluated.items() if name.startswith(prefix)}
 
 
 def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
@@ -49,11 +55,14 @@ def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
         front["tags"].append("recurrent-depth")
     if not Path(source).is_dir():
         front["base_model"] = source
-    losses = [
-        f"| {name.removeprefix('eval_loss').removeprefix('_r') or '-'} | {value:.4f} |"
-        for name, value in facts["held_out_loss"].items()
-    ]
-    table = "\n".join(["", "| recurrences | held-out loss |", "|---|---|", *losses, ""]) if losses else ""
+    right = facts["held_out_accuracy"]
+    rows = []
+    for name, loss in facts["held_out_loss"].items():
+        at = name.removeprefix("eval_loss")
+        share = f" {100 * right[f'eval_accuracy{at}']:.1f} |" if right else ""
+        rows.append(f"| {at.removeprefix('_r') or '-'} | {loss:.4f} |{share}")
+    head = "| recurrences | held-out loss |" + " right answers in % |" * bool(right)
+    table = "\n".join(["", head, "|---" * (head.count("|") - 1) + "|", *rows, ""]) if rows else ""
     return f"""---
 {yaml.safe_dump(front).strip()}
 ---

@@ -55,10 +55,15 @@ class EndWithParent(TrainerCallback):
 
 def describe(logs: dict[str, float]) -> str:
     """A log record in one line; "" for a record without a loss."""
-    held_out = [(name, value) for name, value in logs.items() if name.startswith("eval_loss")]
+    held_out = []
+    for name, value in logs.items():
+        if name.startswith("eval_loss"):
+            at = name.removeprefix("eval_loss")
+            share = logs.get(f"eval_accuracy{at}")
+            right = "" if share is None else f" ({100 * share:.1f} % right)"
+            held_out.append(f"R={at[2:]} {value:.4f}{right}" if at else f"{value:.4f}{right}")
     if held_out:
-        at = ((f"R={name.rpartition('_r')[2]} " if "_r" in name else "") + f"{value:.4f}" for name, value in held_out)
-        return "held-out loss  " + "  ".join(at)
+        return "held-out loss  " + "  ".join(held_out)
     if "loss" not in logs:
         return ""
     parts = [f"loss {logs['loss']:.4f}"]

@@ -142,6 +142,7 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> None:
     if trainer.args.should_save:
         publish(trainer, state, run.model, run.out, dtype)
         shutil.rmtree(run.out / TOKENS)
+        print(*trainer.diagnosis, sep="\n", end="\n" * bool(trainer.diagnosis))
         print(f"model written to {run.out}", flush=True)
 
 

@@ -25,8 +25,9 @@ from loopwise.errors import UserError
 from . import optimisers, teacher
 from .curriculum import Curriculum
 from .data import Blocks, Mixture, Stream
+from .held_out import Depths, HeldOut, diagnose, held_out, metrics, state_logs, states_of
 from .losses import balanced_bias
-from .measure import held_out_loss, parameter_costs, state_changes, token_flops
+from .measure import parameter_costs, token_flops
 from .objectives import Objective
 from .progress import Progress
 from .recipe import Distillation, Train
@@ -94,7 +95,8 @@ class RecurrentTrainer(CheckpointTrainer):
             deepspeed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._speed = Speed()
         self._tokens: Any = 0  # of this rank since the last `store_flos`, without padding
-        self.evaluated: dict[str, float] = {}  # the last held-out losses, and their step
+        self.evaluated: dict[str, float] = {}  # the last held-out losses and accuracies, and their step
+        self.diagnosis: list[str] = []  # lines of the last evaluation
         self._costs = parameter_costs(model)
         self._stopping = False
 
@@ -242,33 +244,36 @@ class RecurrentTrainer(CheckpointTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss per token in nats, `eval_loss_r<R>` for each R of `eval_at` (`eval_loss` for a plain model).
 
-        Logs the losses and the state changes. Every process calls this. Does nothing if this step was evaluated.
+        With answers, also the shares of right ones, `eval_accuracy_r<R>`, and `eval_accuracy_r<R>_<group>`. Logs these
+        and the states. Every process calls this. Does nothing if this step was evaluated.
         """
-        held_out = self.blocks.held_out
-        assert held_out is not None, "the recipe names held-out text"
+        blocks, answers = self.blocks.held_out, self.blocks.answers
+        assert blocks is not None, "the recipe names held-out text"
         if self.evaluated.get("step") == self.state.global_step:
             return self.evaluated
         started = time.perf_counter()
         shard = (self.args.process_index, self.args.world_size)
         depths = self.eval_at()
-        metrics: dict[str, float] = {}
+        found: Depths = {}
         for recurrences in depths:
-            name = f"{metric_key_prefix}_loss" + (f"_r{recurrences}" if recurrences else "")
-            total, count = held_out_loss(self.trained, held_out, recurrences, self.recipe.batch_size, shard)
-            metrics[name] = self._sum(total) / self._sum(count)
-        changes: dict[str, float] = {}
-        deepest = max(r or 0 for r in depths)
+            here = held_out(self.trained, blocks, answers, recurrences, self.recipe.batch_size, shard)
+            found[recurrences] = HeldOut(*map(self._sum_of_ranks, vars(here).values()))
+        deepest, states = max(r or 0 for r in depths), None
         if deepest >= 2 and self.trained.config.sharing != "sequence":
-            changes = state_changes(self.trained, held_out, deepest, self.recipe.batch_size, self.args.device)
-        self.log({**metrics, **changes})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            states = states_of(self.trained, blocks, deepest, self.recipe.batch_size, self.args.device)
+        named = metrics(found, answers, metric_key_prefix)
+        self.diagnosis = diagnose(found, states)
+        self.log({**named, **state_logs(states)})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         self._speed.skip(time.perf_counter() - started)
-        self.evaluated = {**metrics, "step": self.state.global_step}
-        return metrics
+        self.evaluated = {**named, "step": self.state.global_step}
+        return named
 
-    def _sum(self, value: torch.Tensor) -> float:
-        """The sum of `value` over all ranks."""
-        return cast(torch.Tensor, self.accelerator.reduce(value)).item()
+    def _sum_of_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all ranks, on the CPU."""
+        if self.args.world_size == 1:
+            return value
+        return cast(torch.Tensor, self.accelerator.reduce(value.to(self.args.device))).cpu()
 
     def eval_at(self) -> list[int | None]:
         """The recurrences that `evaluate` measures at; [None] for a plain model."""
@@ -296,7 +301,7 @@ class RecurrentTrainer(CheckpointTrainer):
     def store_flos(self) -> None:
         """Add the FLOPs and tokens since the last call to the state, of all ranks. Every process calls this."""
         super().store_flos()
-        self.state.num_input_tokens_seen += round(self._sum(torch.as_tensor(self._tokens, device=self.args.device)))
+        self.state.num_input_tokens_seen += int(self._sum_of_ranks(torch.as_tensor(self._tokens)))
         self._tokens = 0
 
     def spent(self) -> dict[str, float]:

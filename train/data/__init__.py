@@ -10,6 +10,7 @@ Files in reading order:
     reader.py       Reader: a record becomes a document
     documents.py    the documents of all sources
     tokens.py       Corpus: documents become tokens
+    answers.py      answers of conversations, and their groups
     packing.py      Packed: tokens become blocks
     cache.py        tokens that are kept between runs
     blocks.py       Blocks: the packed data of a run, on disk
@@ -17,6 +18,7 @@ Files in reading order:
     stream.py       sources that are read during training
 """
 
+from .answers import Answers
 from .blocks import Blocks, build, load
 from .order import Mixture, Order
 from .packing import Packed, pack, split
@@ -26,6 +28,7 @@ from .tokens import LEARN, START, Corpus, tokenise
 __all__ = [
     "LEARN",
     "START",
+    "Answers",
     "Blocks",
     "Corpus",
     "Mixture",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from loopwise.errors import UserError
 
 from ..recipe import Data
 from . import cache
+from .answers import Answers, Grouped, Numbered
 from .documents import documents
 from .packing import PAD, Packed, fill, longer, pack, split, whole, with_starts
 from .reader import Reader
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = "facts.json"
+ANSWERS = "held_out_answers.npy"
 
 
 @dataclass
 class Blocks:
     """The data of a run.
 
-    train, held_out: blocks to train on and to measure.   parts: number of blocks of each source of `train`, in order; 0
-    for a streamed one.   digest: hash of all tokens and marks, compared on a resume.   greatest: the greatest token id.
-    directory: where the arrays are stored.
+    train, held_out: blocks to train on and to measure.   answers: those of `held_out`, if it has any.   parts: number
+    of blocks of each source of `train`, in order; 0 for a streamed one.   digest: hash of all tokens and marks, for
+    resumes.   greatest: the greatest token id.   directory: where the arrays are stored.
     """
 
     train: Packed
     held_out: Packed | None
+    answers: Answers | None
     parts: list[int]
     digest: str
     greatest: int
@@ -50,6 +53,30 @@ def reader_of(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Reader:
     return Reader(data.field, data.split, data.subset, data.chat_field is not None, skip, tokenizer)
 
 
+def read_answers(
+    sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase, report: Report | None
+) -> tuple[Corpus, Numbered | None]:
+    """(`read`, the answers of its documents if some are measured). With `data.group`, the cache is not used.
+
+    Raises UserError for a record without the field `data.group`, or with another number of groups than of answers.
+    """
+    if not data.measures_answers:
+        return read(sources, data, tokenizer, report), None
+    name, groups = ", ".join(sources), []
+    if data.group is None:
+        corpus = read(sources, data, tokenizer, report)
+    else:
+        reader = Grouped(**vars(reader_of(data, tokenizer)), group=data.group)
+
+        def kept() -> Iterator[Any]:
+            for document, group in documents(sources, reader):
+                groups.append(group)
+                yield document
+
+        corpus = _tokenised(kept(), reader, sources, tokenizer, report)
+    return corpus, Numbered.of(corpus, groups, name)
+
+
 def read(sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase, report: Report | None = None) -> Corpus:
     """The tokenized documents of `sources`, from the cache if `data` names one that has them.
 
@@ -60,13 +87,24 @@ def read(sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase, rep
     entry = cache.entry(sources, data, tokenizer)
     if entry and (entry / cache.DONE).is_file():
         return Corpus(*(np.load(entry / f"{field.name}.npy", mmap_mode="r") for field in fields(Corpus)))
-    corpus = tokenise(documents(sources, reader), tokenizer, report)
+    corpus = _tokenised(documents(sources, reader), reader, sources, tokenizer, report)
+    if entry:
+        cache.keep(entry, vars(corpus))
+    return corpus
+
+
+def _tokenised(
+    texts: Iterable[Any],
+    reader: Reader,
+    sources: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report | None,
+) -> Corpus:
+    corpus = tokenise(texts, tokenizer, report)
     if reader.skipped:
         print(f"{', '.join(sources)}: {reader.skipped} bad records were skipped", file=sys.stderr)
     if not len(corpus.ends):
         raise UserError(f"{', '.join(sources)}: no text in it")
-    if entry:
-        cache.keep(entry, vars(corpus))
     return corpus
 
 
@@ -84,26 +122,27 @@ def build(
     """
     trained: list[Corpus] = []
     held: list[Corpus] = []
+    numbered: list[Numbered | None] = []
     packed, parts = [_empty(data)], []
     for sources, later in zip(data.parts(), data.streamed(), strict=True):
         parts.append(0)
         if later:
             continue
-        corpus = read(sources, data, tokenizer, report)
-        for mask, target in zip(split(corpus, data.eval_fraction), (trained, held), strict=True):
+        corpus, answers = read_answers(sources, data, tokenizer, report)
+        masks = split(corpus, data.eval_fraction)
+        for mask, target in zip(masks, (trained, held), strict=True):
             target.append(corpus.kept(mask))
+        numbered.append(answers and answers.kept(masks[1]))
         name = f"data.train ({', '.join(sources)})"
         name_long(trained[-1], data, name)
         packed.append(packed_documents(trained[-1], data, tokenizer, name))
         parts[-1] = len(packed[-1])
     if data.eval:
-        held = [read(data.eval, data, tokenizer, report)]
+        corpus, answers = read_answers(data.eval, data, tokenizer, report)
+        held, numbered = [corpus], [answers]
     directory.mkdir(parents=True, exist_ok=True)
     _save(directory, "train", *([getattr(x, kind) for x in packed] for kind in ("tokens", "marks")))
-    if data.held_out:
-        name_long(together := joined(held), data, "the held-out text")
-        blocks = packed_documents(together, data, tokenizer, "the held-out text")
-        _save(directory, "held_out", [blocks.tokens], [blocks.marks])
+    found = _held_out(joined(held), [x for x in numbered if x], data, tokenizer, directory) if data.held_out else None
     greatest = max(int(x.tokens.max()) for x in (*trained, *held, *streamed) if x.tokens.size)
     facts = {
         "digest": _digest(trained, held, streamed),
@@ -111,9 +150,35 @@ def build(
         "separate": data.separate_documents,
         "padded": data.padded,
         "greatest": greatest,
+        "groups": found.groups if found else [],
     }
     (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     return load(directory)
+
+
+def _held_out(
+    corpus: Corpus,
+    numbered: list[Numbered],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> Answers | None:
+    """Write the held-out blocks and their answers into `directory`, and return the answers."""
+    name = "the held-out text"
+    name_long(corpus, data, name)
+    blocks = packed_documents(corpus, data, tokenizer, name)
+    _save(directory, "held_out", [blocks.tokens], [blocks.marks])
+    if not numbered:
+        return None
+    together = Numbered.joined(numbered)
+    if data.padded:
+        bins = whole(corpus, data.sequence_length, data.packing_strategy, data.long_documents, name)
+        placed = fill(together.numbers, bins, data.sequence_length, 0)
+    else:
+        placed = pack(together.numbers, data.sequence_length, name)
+    if found := together.in_blocks(placed):
+        np.save(directory / ANSWERS, found.numbers)
+    return found
 
 
 def _digest(trained: list[Corpus], held: list[Corpus], streamed: Sequence[Packed]) -> str:
@@ -141,7 +206,10 @@ def load(directory: Path) -> Blocks:
         return Packed(*arrays, separate=facts["separate"], padded=facts.get("padded", False))
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
-    return Blocks(packed("train"), held_out, facts["parts"], facts["digest"], facts["greatest"], directory)
+    answers = None
+    if (file := directory / ANSWERS).is_file():
+        answers = Answers(np.load(file, mmap_mode="r"), facts["groups"])
+    return Blocks(packed("train"), held_out, answers, facts["parts"], facts["digest"], facts["greatest"], directory)
 
 
 def _empty(data: Data) -> Packed:
@@ -158,7 +226,7 @@ def packed_documents(corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerB
         return Packed(pack(corpus.tokens, length, name), pack(corpus.marks, length, name), data.separate_documents)
     bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
     return Packed(
-        fill(corpus.tokens, bins, length, tokenizer.eos_token_id),
+        fill(corpus.tokens, bins, length, cast(int, tokenizer.eos_token_id)),
         fill(with_starts(corpus.marks, bins), bins, length, PAD),
         data.separate_documents,
         padded=True,

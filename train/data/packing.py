@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,6 +164,10 @@ class Packed:
     def size(self) -> int:
         """The number of tokens, without padding."""
         return int((self.marks & PAD == 0).sum()) if self.padded else self.tokens.size
+
+    def real(self, indices: Sequence[int]) -> np.ndarray:
+        """True [B, T] for the tokens of several blocks that are no padding."""
+        return self.marks[[*indices]] & PAD == 0
 
     def sample(self, index: int) -> dict[str, np.ndarray]:
         """`row`, and with padding also the block's `num_tokens` [] without it."""

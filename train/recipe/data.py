@@ -44,6 +44,10 @@ class Data(Section):
         lt=0.5,
         description="held-out share of data.train, split off by document; without data.eval",
     )
+    group: str | None = Field(
+        default=None,
+        description="field of a held-out record by which right answers are grouped, as in loopwise eval",
+    )
     streaming: bool | TrainingSources = Field(
         default=False,
         description="training sources that are read during training, not before it: true for all, or a list of them",
@@ -91,6 +95,8 @@ class Data(Section):
             raise ValueError(
                 "eval_fraction splits text before training, but streaming reads it during training: use eval"
             )
+        if self.group is not None and self.held_out and not self.measures_answers:
+            raise ValueError(f"group={self.group} groups right answers, and text has none: give chat_field")
         names = [name for part in self.parts() for name in part]
         for name in self.streaming if isinstance(self.streaming, list) else []:
             if name not in names:
@@ -106,6 +112,9 @@ class Data(Section):
         if self.chat_field is not None:
             why = f"data.chat_field={self.chat_field} replaces it; give one of the two"
             yield Unused("text_field", ("chat_field",), why)
+        if not self.held_out:
+            why = "it groups right answers of held-out data; set data.eval or data.eval_fraction"
+            yield Unused("group", ("eval", "eval_fraction"), why)
         if not self.padded:
             yield Unused("long_documents", ("packing_strategy",), "packing_strategy=wrapped cuts all documents")
         if all(self.streamed()):
@@ -141,6 +150,12 @@ class Data(Section):
     def padded(self) -> bool:
         """True if documents stay whole, and blocks are padded."""
         return self.packing_strategy != "wrapped"
+
+    @property
+    def measures_answers(self) -> bool:
+        """True if some held-out data are conversations, whose right answers are counted."""
+        sources = self.eval or [name for part in self.parts() for name in part]
+        return self.held_out and (self.chat_field is not None or any(map(tasks.is_task, sources)))
 
     @property
     def held_out(self) -> bool:
