@@ -185,7 +185,7 @@ def spent(run: Path) -> np.ndarray:
     recipe = Train.model_validate(yaml.safe_load((run / RECIPE).read_text()))
     steps, tokens = recipe.steps or 0, recipe.batch_size * recipe.data.sequence_length
     config = load_config(str(run), None)
-    course, router = curriculum(config, recipe.recurrence, steps, recipe.seed), getattr(config, "router", None)
+    course, router = curriculum(config, recipe, steps), getattr(config, "router", None)
     warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * steps)
     one = [token_flops(costs(run), course.at(s) if course else None, router, s, warmup) for s in range(steps)]
     return tokens * np.cumsum([0, *one])

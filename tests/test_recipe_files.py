@@ -141,6 +141,7 @@ TAKEN = {
     "train": """
         data.train: a.txt,b.txt
         data.train: [a.txt]
+        data: {train: [], phases: [{share: 1, sources: {a.txt: 1}, recurrence: {mean: 3, backprop: 2}}]}
         data.streaming: true
         data.streaming: a.txt
         recurrence: null
@@ -174,6 +175,7 @@ REFUSED = {
     "train": """
         batch_size: null
         data.phases: a.txt
+        data: {train: [], phases: [{share: 1, sources: {a.txt: 1}, recurrence: {mean: 3, levels: {0: 1}}}]}
         optimiser.betas: [0.9]
         optimiser.kind: sgd
         optimiser.learning_rate: fast

@@ -6,12 +6,13 @@ its sampler is Huginn's (arXiv 2502.05171).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from loopwise.errors import UserError
 
-from .recipe import Recurrence
+from .recipe import PhaseRecurrence, Recurrence
 from .samplers import poisson_lognormal, truncated_poisson, uniforms
 from .schedule import Schedule
 
@@ -37,6 +38,11 @@ class Curriculum:
     max: int | None = None
     backprop: Schedule | None = None
     seed: int = 0
+
+    @property
+    def base(self) -> int:
+        """The mean of a run without levels and phases."""
+        return self.mean.end
 
     @property
     def cap(self) -> int:
@@ -82,11 +88,78 @@ class Curriculum:
         return self.min + int(first * (top - self.min + 1))
 
 
-def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int) -> Curriculum:
+@dataclass(frozen=True)
+class PhasedCurriculum(Curriculum):
+    """Curricula in turn, one for each phase of the data; the fields of `Curriculum` sum them up.
+
+    parts: (first step of the phase, its curriculum), in order. A step with samples of two phases belongs to the one
+    that has more of them.   section: the mean of phases without a mean of their own.
+    """
+
+    parts: tuple[tuple[int, Curriculum], ...] = ()
+    section: int = 1
+
+    @property
+    def base(self) -> int:
+        return self.section
+
+    @property
+    def cap(self) -> int:
+        return max(part.cap for _, part in self.parts)
+
+    @property
+    def truncates(self) -> bool:
+        return any(part.truncates for _, part in self.parts)
+
+    def deepest(self) -> Depth:
+        return max((part.deepest() for _, part in self.parts), key=lambda x: (x.grad_recurrences or x[0], x[0]))
+
+    def trained(self) -> dict[str, int]:
+        found = [part.trained() for _, part in self.parts]
+        return {"mean": found[-1]["mean"], "min": min(x["min"] for x in found), "max": max(x["max"] for x in found)}
+
+    def at(self, step: int) -> Depth:
+        return [part for first, part in self.parts if step >= first][-1].at(step)
+
+
+Phases = Sequence[tuple[float, PhaseRecurrence | None]]
+
+
+def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int, phases: Phases = ()) -> Curriculum:
     """The curriculum of the recipe section `keys` for a run of `steps`. `mean`: the section's own, or the model's.
 
-    Raises UserError if `keys.max` is below the mean.
+    phases: of the data, (share of the run, keys of its own).   Raises UserError if `max` is below the mean.
     """
+    if not any(own for _, own in phases):
+        return _single(keys, mean, steps, seed, "")
+    parts: list[tuple[int, Curriculum]] = []
+    begin = 0.0
+    for i, (share, own) in enumerate(phases):
+        chosen = keys.in_phase(own)
+        place = f"data.phases.{i}." if own else ""
+        parts.append((round(begin * steps), _single(chosen, (own and own.mean) or mean, steps, seed, place)))
+        begin += share
+
+    def schedule(values: list[int]) -> Schedule:
+        shares = [first / steps for first, _ in parts]
+        return Schedule(values[-1], steps, "steps", None, tuple(zip(shares, values, strict=True)))
+
+    each = [part for _, part in parts]
+    carried = [part.deepest().grad_recurrences or part.cap for part in each]
+    return PhasedCurriculum(
+        mean=schedule([part.mean.end for part in each]),
+        sampler=", ".join(dict.fromkeys(part.sampler for part in each)),
+        min=min(part.min for part in each),
+        max=max(part.cap for part in each),
+        backprop=schedule(carried) if any(part.backprop for part in each) else None,
+        seed=seed,
+        parts=tuple(parts),
+        section=mean,
+    )
+
+
+def _single(keys: Recurrence, mean: int, steps: int, seed: int, place: str) -> Curriculum:
+    """The curriculum of `keys` from beginning to end. `place`: leads the keys in messages."""
 
     def schedule(prefix: str, end: int) -> Schedule:
         kind, ramp, levels = (getattr(keys, prefix + name) for name in ("schedule", "ramp", "levels"))
@@ -101,9 +174,9 @@ def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int) -> Curricu
         backprop=schedule("backprop_", keys.backprop or 1) if truncated else None,
         seed=seed,
     )
-    if keys.max is not None and keys.max < chosen.mean.top:
+    if keys.max is not None and keys.sampler != "fixed" and keys.max < chosen.mean.top:
         raise UserError(
-            f"recurrence.max={keys.max} is below the mean of {chosen.mean.top} recurrences; raise it or set "
-            "recurrence.mean"
+            f"{place}recurrence.max={keys.max} is below the mean of {chosen.mean.top} recurrences; raise it or set "
+            f"{place}recurrence.mean"
         )
     return chosen

@@ -25,7 +25,7 @@ def check_model(model: str, config: PretrainedConfig, recipe: Train) -> Curricul
     from .pretrained import is_recurrent
 
     recurrent = is_recurrent(config)
-    chosen = curriculum(config, recipe.recurrence, recipe.steps or 1, recipe.seed)
+    chosen = curriculum(config, recipe, recipe.steps or 1)
     objectives.check(recipe.objectives, config, recurrent)
     if recipe.objectives.distillation:
         teacher.check(recipe.objectives.distillation, config)
@@ -53,22 +53,24 @@ def _check_padding(recipe: Train, router: dict[str, Any] | None) -> None:
         )
 
 
-def curriculum(config: Any, keys: Recurrence | None, steps: int, seed: int) -> Curriculum | None:
-    """The curriculum of the recipe section `keys` for a model with `config`; None for a model without recurrence.
+def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
+    """The curriculum of `recipe` for a model with `config` and a run of `steps`; None for a model without recurrence.
 
     Raises UserError if the two do not go together.
     """
     from .pretrained import is_recurrent
 
+    keys, phases = recipe.recurrence, recipe.data.recurrence_by_phase()
     if not is_recurrent(config):
-        if keys is not None:
+        if keys is not None or any(own for _, own in phases):
+            name = "data.phases[].recurrence" if keys is None else "recurrence.*"
             raise UserError(
-                f"recurrence.* belongs to recurrent-depth models, and this is a plain {config.model_type}: "
+                f"{name} belongs to recurrent-depth models, and this is a plain {config.model_type}: "
                 "leave these keys out, or convert it first (loopwise convert)"
             )
         return None
     keys = keys or Recurrence()
-    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, seed)
+    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed, phases)
     if router := getattr(config, "router", None):
         _check_depths(router, chosen)
     if config.injection == "none" and chosen.truncates:

@@ -110,11 +110,11 @@ def _trainer(run: Run, checkpoint: Path | None) -> tuple[RecurrentTrainer, str]:
     dtype = recipe.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     loaded = _load(run, checkpoint, dtype)
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(data.train) / run.samples_per_step)
-    course = curriculum(config, recipe.recurrence, steps, recipe.seed)
+    course = curriculum(config, recipe, steps)
     tokenizer = load_tokenizer(str(checkpoint or run.model), None if checkpoint else recipe.revision)
     # Two steps are more than is read ahead of the step after which a checkpoint is written.
     streams = stream.open_all(recipe.data, tokenizer, recipe.seed, checkpoint, behind=2 * run.samples_per_step)
-    facts = {**run.facts(data.digest), "mean recurrences": course.mean.end if course else None}
+    facts = {**run.facts(data.digest), "mean recurrences": course.base if course else None}
     args = arguments(recipe, steps, run.out, routed=bool(getattr(config, "router", None)))
     return RecurrentTrainer(loaded, tokenizer, args, recipe, data, streams, course, facts), dtype
 

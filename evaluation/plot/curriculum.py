@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...errors import UserError
 from ...recipe import read_recipe, settled, validate
 from ...train.curriculum import Curriculum, curriculum_of
-from ...train.recipe import Train
+from ...train.recipe import Recurrence, Train
 from ...train.schedule import capacities
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def curriculum_of_recipe(recipe: str, settings: list[str]) -> tuple[Curriculum, 
     if isinstance(data, dict) and not data.keys() & {"train", "phases"}:
         data["train"] = ["-"]  # required by the recipe, but not read here
     checked = validate(Train, values)
-    keys = checked.recurrence
-    if keys is None or (keys.mean is None and keys.levels is None):
+    keys, phases = checked.recurrence or Recurrence(), checked.data.recurrence_by_phase()
+    if keys.mean is None and keys.levels is None and not all(own and own.mean for _, own in phases):
         raise UserError(f"{recipe}: its mean comes from the model; set recurrence.mean=N to draw one")
-    return curriculum_of(keys, keys.mean or 1, checked.steps or DEFAULT_STEPS, checked.seed), checked
+    return curriculum_of(keys, keys.mean or 1, checked.steps or DEFAULT_STEPS, checked.seed, phases), checked
 
 
 def curriculum_figure(curriculum: Curriculum, recipe: Train) -> Figure:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UserError
 from ...train.checkpoint import RUN, checkpoints
 from ...train.curriculum import curriculum_of
-from ...train.recipe import Recurrence
+from ...train.recipe import PhaseRecurrence, Recurrence
 from .curriculum import histogram
 
 if TYPE_CHECKING:
@@ -77,8 +77,10 @@ def _depth(name: str) -> int:
 
 def sampled_recurrences(run: dict[str, Any], state: dict[str, Any]) -> list[int]:
     """R of every step that the run has done; [] for a plain model."""
-    keys = Recurrence.model_validate(run["recipe"].get("recurrence") or {})
-    if run.get("mean recurrences") is None:
+    recipe, mean = run["recipe"], run.get("mean recurrences")
+    if mean is None:
         return []
-    curriculum = curriculum_of(keys, run["mean recurrences"], state["max_steps"], run["recipe"]["seed"])
+    keys, phases = Recurrence.model_validate(recipe.get("recurrence") or {}), recipe["data"].get("phases") or []
+    by_phase = [(p["share"], p.get("recurrence") and PhaseRecurrence.model_validate(p["recurrence"])) for p in phases]
+    curriculum = curriculum_of(keys, mean, state["max_steps"], recipe["seed"], by_phase)
     return [curriculum.at(step).num_recurrences for step in range(state["global_step"])]

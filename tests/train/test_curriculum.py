@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -13,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopwise.cli import main
-from loopwise.train.curriculum import Curriculum, curriculum_of
-from loopwise.train.recipe import Recurrence
+from loopwise.errors import UserError
+from loopwise.recipe import validate
+from loopwise.train.curriculum import Curriculum, Depth, curriculum_of
+from loopwise.train.data import Mixture
+from loopwise.train.recipe import Recurrence, Train
 from loopwise.train.recipe.recurrence import SAMPLERS
 from loopwise.train.samplers import nested_depths, poisson_lognormal, truncated_poisson, uniforms
 from loopwise.train.schedule import Schedule, capacities
 from loopwise.unused import check_used
+from tests.helpers.recipes import load
 
 levels = st.dictionaries(st.floats(0, 1), st.integers(1, 64), max_size=4).map(
     lambda later: tuple(sorted({**later, 0.0: 1}.items()))
@@ -152,6 +157,76 @@ def test_the_recipe_is_read_whole():
 def test_bad_levels(keys, message):
     with pytest.raises(ValueError, match=message):
         check_used(Recurrence.model_validate(keys))
+
+
+OWN = [{"mean": 1, "max": 6}, {"mean": 3, "sampler": "uniform", "min": 2}, None, {"mean": 9, "backprop": 2}]
+SHARES = [0.2, 0.1, 0.15, 0.55]
+
+
+def phased(steps: int, shares: list[float], own: list[dict | None], seed: int = 0, **section) -> Curriculum:
+    """The curriculum of a recipe with these phases."""
+    phases = [
+        {"share": share, "sources": {f"{i}.txt": 1}, "recurrence": keys}
+        for i, (share, keys) in enumerate(zip(shares, own, strict=True))
+    ]
+    recipe = validate(Train, {"data": {"phases": phases}, "recurrence": section or None, "steps": steps, "seed": seed})
+    check_used(recipe)
+    keys = recipe.recurrence or Recurrence()
+    return curriculum_of(keys, keys.mean or 5, steps, seed, recipe.data.recurrence_by_phase())
+
+
+@given(st.integers(20, 2000), st.integers(0, 2**32 - 1))
+def test_each_phase_has_a_curriculum_of_its_own(steps, seed):
+    """Every step has the R of the phase that the data take its samples from."""
+    section = {"sampler": "truncated-poisson", "mean": 4, "min": 1, "max": 12}
+    curriculum = phased(steps, SHARES, OWN, seed, **section)
+    keys = [Recurrence.model_validate({**section, **(own or {})}) for own in OWN]
+    alone = [curriculum_of(one, one.mean or 0, steps, seed) for one in keys]
+    phases = [(share, [float(i == j) for j in range(4)]) for i, share in enumerate(SHARES)]
+    sources = Mixture([50] * 4, phases, 3 * steps, seed).chosen
+    depths = [curriculum.at(step) for step in range(steps)]
+    inside = [step for step in range(steps) if len({*sources[3 * step : 3 * step + 3]}) == 1]
+    assert len(inside) >= steps - 3
+    assert [depths[step] for step in inside] == [alone[sources[3 * step]].at(step) for step in inside]
+    trained = curriculum.trained()
+    assert trained == {"mean": 9, "min": 1, "max": 12}
+    assert all(1 <= depth.num_recurrences <= curriculum.cap == 12 for depth in depths)
+    assert curriculum.deepest() == Depth(12, None)
+    assert curriculum.truncates
+    assert [curriculum.mean.at(round(share * steps + 1)) for share in (0, 0.2, 0.3, 0.45)] == [1, 3, 4, 9]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_phases_are_the_levels_of_the_shipped_recipe(seed):
+    """Its levels, written into its phases, give every step the same R."""
+    shipped = load("train", recipe="hops")
+    assert shipped.recurrence.levels == [(0, 1), (0.2, 3), (0.3, 4), (0.45, 6), (0.65, 9)]
+    shares = [phase.share for phase in shipped.data.phases]
+    section = {"sampler": "poisson-lognormal", "min": 2, "max": 16}
+    new = phased(1000, shares, [{"mean": mean} for mean in (1, 3, 4, 6, 9)], seed, **section)
+    old = curriculum_of(shipped.recurrence, 8, 1000, seed)
+    assert [new.at(step) for step in range(1000)] == [old.at(step) for step in range(1000)]
+    assert (new.trained(), new.deepest(), new.mean) == (old.trained(), old.deepest(), old.mean)
+
+
+@pytest.mark.parametrize(
+    ("section", "own", "message"),
+    [
+        ({"schedule": "steps", "levels": {0: 2}}, {"mean": 2}, "recurrence.schedule=steps and the recurrence of data"),
+        ({"schedule": "1-sqrt"}, {"max": 2}, "recurrence.schedule=1-sqrt and the recurrence of data.phases both"),
+        ({"backprop": 4, "backprop_schedule": "linear"}, {"mean": 2}, "recurrence.backprop_schedule=linear and"),
+        ({}, {"mean": 2, "max": 4}, "data.phases.0.recurrence.max=4 has no effect: it bounds a sampled R"),
+        ({"sampler": "uniform"}, {"mean": 5, "max": 4}, "data.phases.0.recurrence: max=4 is below mean=5"),
+        ({"sampler": "uniform", "min": 3}, {"max": 2}, "data.phases.0.recurrence: max=2 is below min=3"),
+        ({"sampler": "uniform"}, {"max": 4}, "data.phases.0.recurrence.max=4 is below the mean of 5 recurrences"),
+        ({"mean": 3}, {"mean": 2}, "recurrence.mean=3 has no effect: every phase has its own recurrence.mean"),
+        ({"min": 3}, {"mean": 2}, "recurrence.min=3 has no effect: it bounds a sampled R"),
+        ({}, {"levels": {0: 2}}, "recipe key"),
+    ],
+)
+def test_phases_that_contradict_the_section(section, own, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        phased(10, [0.5, 0.5], [own, {"mean": 2}], **section)
 
 
 def samples(mean: int, draws: int, sampler: str, **bounds) -> list[int]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from loopwise.cli import main
+from loopwise.evaluation.plot.run import sampled_recurrences
 from loopwise.recipe import RECIPES
 from tests.helpers.train_tiny import RECURRENCE, history, run, same
 
@@ -61,6 +62,30 @@ def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
     assert not list(killed.glob(".*"))
     run(command(noisy, killed, *settings, "--resume"))
     assert "already finished" in capsys.readouterr().out
+
+
+def test_a_run_with_recurrences_by_phase_resumes_to_the_bit(noisy, corpus, command, tmp_path):
+    phases = [
+        {"share": 0.4, "sources": {str(corpus): 1}, "recurrence": {"mean": 1}},
+        {"share": 0.6, "sources": {str(corpus): 1}, "recurrence": {"mean": 4, "sampler": "uniform", "min": 2}},
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"data": {"phases": phases, "sequence_length": 32}, "batch_size": 4, "steps": 10}))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = ["--recipe", str(recipe), "log_every=1", "save_every=5"]
+    run(["train", str(noisy), str(whole), *settings])
+    assert history(whole, "num_recurrences")[:4] == [1, 1, 1, 1]
+    assert {*history(whole, "num_recurrences")[4:]} <= {2, 3, 4, 5, 6}
+    assert json.loads((whole / "config.json").read_text())["trained_recurrences"] == {"mean": 4, "min": 1, "max": 6}
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-10")
+    (cut / "config.json").unlink()
+    run(["train", str(noisy), str(cut), *settings, "--resume"])
+    assert same(whole, cut)
+    assert history(cut, "num_recurrences") == history(whole, "num_recurrences")
+    kept = json.loads((cut / "run.json").read_text())["run"]
+    state = json.loads((cut / "trainer_state.json").read_text())
+    assert sampled_recurrences(kept, state) == history(whole, "num_recurrences")
 
 
 def tolist(tensor: torch.Tensor) -> list:

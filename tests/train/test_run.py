@@ -230,6 +230,9 @@ REFUSED = {
     "recurrence.max=2": "recurrence.max=2 has no effect: it bounds a sampled R",
     "recurrence.ramp=0.5": "recurrence.ramp=0.5 has no effect: it belongs to recurrence.schedule=linear or 1-sqrt",
     "recurrence.schedule=steps": "schedule=steps needs levels",
+    "data.train=[] data.phases=[{'share':1,'sources':{'a':1},'recurrence':{'mean':2}}] recurrence.schedule=linear": (
+        "recurrence.schedule=linear and the recurrence of data.phases both set mean by step: give one"
+    ),
     "recurrence.backprop_schedule=linear": "backprop_schedule=linear needs backprop",
     "recurrence.sampler=uniform recurrence.min=5 recurrence.max=4": "max=4 is below min=5",
     "optimiser.cooldown=0.5": "optimiser.cooldown=0.5 has no effect: it belongs to optimiser.schedule=wsd",
@@ -287,6 +290,9 @@ def test_bad_models(recurrent, plain, command, tmp_path, capsys):
     assert "no such model directory" in refused(tmp_path / "nowhere")
     assert "is a plain llama" not in refused(recurrent, "data.train=/nowhere")
     assert "this is a plain llama" in refused(plain, "recurrence.mean=2")
+    phases = '[{"share":1,"sources":{"a.txt":1},"recurrence":{"mean":2}}]'
+    error = refused(plain, "data.train=[]", f"data.phases={phases}")
+    assert "data.phases[].recurrence belongs to recurrent-depth models, and this is a plain llama" in error
     shutil.copytree(recurrent, tmp_path / "cut")
     whole = (recurrent / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])

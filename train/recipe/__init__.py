@@ -3,8 +3,8 @@
 Files in reading order:
 
     fields.py        types of values that several sections share
-    data.py          section `data`
     recurrence.py    section `recurrence`
+    data.py          section `data`
     objectives.py    section `objectives`
     optimiser.py     section `optimiser`
     adapters.py      section `adapters`
@@ -15,7 +15,7 @@ from .adapters import Adapters
 from .data import Data, Phase
 from .objectives import Distillation, ExitGate, Exits, Objectives, Ponder, RouterLosses
 from .optimiser import ROLES, Optimiser
-from .recurrence import Recurrence
+from .recurrence import PhaseRecurrence, Recurrence
 from .train import Train
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Objectives",
     "Optimiser",
     "Phase",
+    "PhaseRecurrence",
     "Ponder",
     "Recurrence",
     "RouterLosses",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from loopwise.recipe import Count, Integer, Number, Section
 from loopwise.unused import Unused
 
 from .. import tasks
 from .fields import BAD, BadRecords, Fraction, HeldOutSources, TrainingSources
+from .recurrence import PhaseRecurrence
 
 
 class Phase(Section):
@@ -22,6 +23,14 @@ class Phase(Section):
         dict[str, Annotated[Number, Field(gt=0)]],
         AfterValidator(lambda given: {tasks.placed(source, tasks.TRAIN): weight for source, weight in given.items()}),
     ] = Field(min_length=1, description="{source: weight}")
+    recurrence: PhaseRecurrence | None = Field(
+        default=None, description="recurrences of this phase: mean, sampler, min, max and backprop replace recurrence.*"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Phases without recurrences are written as earlier releases wrote them."""
+        return {key: value for key, value in dump(self).items() if key != "recurrence" or value is not None}
 
 
 class Data(Section):
@@ -36,7 +45,7 @@ class Data(Section):
         default=None,
         min_length=1,
         description="replaces train: a list of {share: of the run, sources: {source: weight}}, in order; the shares "
-        "sum to 1",
+        "sum to 1. A phase may have recurrences of its own, as recurrence: {mean: 4, max: 8}",
     )
     eval: HeldOutSources | None = Field(default=None, description="held-out source or sources")
     eval_fraction: Fraction = Field(
@@ -145,6 +154,10 @@ class Data(Section):
         if not self.phases:
             return [(1.0, [1.0])]
         return [(phase.share, [phase.sources.get(name, 0.0) for name in self.names()]) for phase in self.phases]
+
+    def recurrence_by_phase(self) -> list[tuple[float, PhaseRecurrence | None]]:
+        """(share of the run, `recurrence`) of every phase."""
+        return [(phase.share, phase.recurrence) for phase in self.phases or []] or [(1.0, None)]
 
     @property
     def padded(self) -> bool:

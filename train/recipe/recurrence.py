@@ -18,6 +18,16 @@ Sampler = Literal["fixed", "poisson-lognormal", "truncated-poisson", "uniform"]
 SAMPLERS = get_args(Sampler)
 
 
+class PhaseRecurrence(Section):
+    """The curriculum of one phase of the data. A key that is left out has its value of the section `recurrence`."""
+
+    mean: Count | None = Field(default=None, description="mean recurrences in this phase")
+    sampler: Sampler | None = Field(default=None, description="like recurrence.sampler, for this phase")
+    min: Count | None = Field(default=None, description="like recurrence.min, for this phase")
+    max: Count | None = Field(default=None, description="like recurrence.max, for this phase")
+    backprop: Count | None = Field(default=None, description="like recurrence.backprop, for this phase")
+
+
 class Recurrence(Section):
     """The recurrence curriculum; only for recurrent-depth models."""
 
@@ -68,10 +78,34 @@ class Recurrence(Section):
             raise ValueError(f"backprop_schedule={self.backprop_schedule} needs backprop, its end")
         return self
 
-    def unused(self) -> Iterator[Unused]:
-        if self.sampler == "fixed":
+    def in_phase(self, phase: PhaseRecurrence | None) -> Recurrence:
+        """This section with the keys that `phase` sets."""
+        return self.model_copy(update=phase.model_dump(exclude_none=True) if phase else {})
+
+    def check_phases(self, phases: list[PhaseRecurrence | None]) -> None:
+        """Raises ValueError for phases that contradict this section, or have a key without effect."""
+        if not any(phases):
+            return
+        for prefix, end in (("", "mean"), ("backprop_", "backprop")):
+            if (schedule := getattr(self, prefix + "schedule")) != "constant":
+                raise ValueError(
+                    f"recurrence.{prefix}schedule={schedule} and the recurrence of data.phases both set {end} by step: "
+                    "give one"
+                )
+        for i, phase in enumerate(phases):
+            chosen, key = self.in_phase(phase), f"data.phases.{i}.recurrence"
             for name in ("min", "max"):
-                yield Unused(name, ("sampler",), "it bounds a sampled R, and recurrence.sampler=fixed samples none")
+                if chosen.sampler == "fixed" and (value := getattr(phase, name, None)) is not None:
+                    raise ValueError(
+                        f"{key}.{name}={value} has no effect: it bounds a sampled R, and this phase's sampler=fixed "
+                        "samples none"
+                    )
+            if chosen.max is not None and chosen.sampler != "fixed":
+                for name in ("mean", "min"):
+                    if (value := getattr(chosen, name)) is not None and chosen.max < value:
+                        raise ValueError(f"{key}: max={chosen.max} is below {name}={value}")
+
+    def unused(self) -> Iterator[Unused]:
         for prefix, end in (("", "mean"), ("backprop_", "backprop")):
             schedule = getattr(self, prefix + "schedule")
             switches = (f"{prefix}schedule", f"{prefix}levels")

@@ -15,7 +15,7 @@ from .data import Data
 from .fields import Names
 from .objectives import Objectives
 from .optimiser import Optimiser
-from .recurrence import Recurrence
+from .recurrence import PhaseRecurrence, Recurrence
 
 Checkpointing = Annotated[
     Literal["none", "layer", "recurrence"],
@@ -75,9 +75,12 @@ class Train(Section):
             raise ValueError(
                 "distillation.top_k reads the text before training, but streaming reads it during training: drop one"
             )
+        (self.recurrence or Recurrence()).check_phases([own for _, own in self.data.recurrence_by_phase()])
         return self
 
     def unused(self) -> Iterator[Unused]:
+        if self.recurrence:
+            yield from self._unused_of_recurrence(self.recurrence)
         if not self.data.held_out:
             why = "there is no held-out text; set data.eval or data.eval_fraction"
             yield Unused("eval_every", ("data.eval", "data.eval_fraction"), why)
@@ -86,3 +89,14 @@ class Train(Section):
         if self.objectives.exit_gate and self.objectives.exit_gate.stage == "gate" and self.optimiser.train != ["gate"]:
             why = "objectives.exit_gate.stage=gate trains the gate only"
             yield Unused("optimiser.train", ("objectives.exit_gate.stage",), why)
+
+    def _unused_of_recurrence(self, section: Recurrence) -> Iterator[Unused]:
+        """The keys of `section` that no phase of the data takes, and bounds where nothing is sampled."""
+        phases = [own for _, own in self.data.recurrence_by_phase()]
+        if all(section.in_phase(phase).sampler == "fixed" for phase in phases):
+            for name in ("min", "max"):
+                why = "it bounds a sampled R, and recurrence.sampler=fixed samples none"
+                yield Unused(f"recurrence.{name}", ("recurrence.sampler",), why)
+        for name in PhaseRecurrence.model_fields:
+            if all(phase and getattr(phase, name) is not None for phase in phases):
+                yield Unused(f"recurrence.{name}", ("data.phases",), f"every phase has its own recurrence.{name}")
