@@ -62,6 +62,7 @@ def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode)
     inputs = {"input_ids": ids, "labels": ids, "sequence_ids": torch.zeros(shape[0], dtype=torch.int64)}
     teacher = (lambda _: torch.zeros(*shape, model.config.vocab_size)) if recipe.objectives.distillation else None
     objective = Objective(recipe.objectives, model.config, teacher, 1, 0, 0)
+    objective.selects = False  # fake tensors have no values, and every position may have a target
     low = torch.autocast("cpu", torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), low:
         objective(model, inputs, 0, depth, 1)

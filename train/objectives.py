@@ -7,12 +7,13 @@ nor on the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from loopwise.errors import UserError
+from loopwise.model.some_logits import head_at
 
 from . import losses
 from .curriculum import Depth
@@ -24,12 +25,29 @@ from .schedule import capacities
 TeacherOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
+class Targets(NamedTuple):
+    """The targets of a micro-batch.
+
+    ids [B, T]: the next token of every position, -100 for none.   valid [B, T]: True where there is one.   logits_at:
+    `valid` if logits are computed there alone, else None. With it, ids, logits and teacher have one row of the N valid
+    positions: [1, N] for [B, T].
+    """
+
+    ids: torch.Tensor
+    valid: torch.Tensor
+    logits_at: torch.Tensor | None
+    teacher: TeacherOutput | None
+
+
 class Objective:
     """The loss of one run, for a model with `config`.
 
-    teacher: returns the TeacherOutput for the inputs of a micro-batch.   steps: of the run.   capacity_warmup: steps.
-    chosen: tokens [R] of this step by depth, for `bias_step` of a token-choice router.
+    teacher: returns the TeacherOutput for the inputs of a micro-batch, at `logits_at` [B, T] if that is not None.
+    steps: of the run.   capacity_warmup: steps.   chosen: tokens [R] of this step by depth, for `bias_step` of a
+    token-choice router.   selects: False to compute the logits of all positions.
     """
+
+    selects = True
 
     def __init__(
         self,
@@ -67,16 +85,22 @@ class Objective:
         inputs: input_ids, labels [B, T], sequence_ids [B], position_ids [B, T] if documents are separated.   depth:
         None for a plain model. Adds to `chosen`.
         """
-        targets = losses.shifted(inputs["labels"])
-        valid = targets != -100
-        given = self._teacher_of(inputs)
+        batch = self._targets(inputs)
         keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
         if self.objectives.experts:
             keys["output_router_logits"] = True
         if depth is None:
-            outputs = model(input_ids=inputs["input_ids"], use_cache=False, **keys)
-            total = self._plain(outputs.logits, targets, given).sum() + self._experts(outputs, valid)
-            return total / targets_of_step
+            with head_at(getattr(model, "module", model).get_output_embeddings(), batch.logits_at):
+                outputs = model(input_ids=inputs["input_ids"], use_cache=False, **keys)
+            total = self._plain(outputs.logits, batch).sum() + self._experts(outputs, batch)
+        else:
+            total = self._at_depth(model, inputs, step, depth, batch, keys)
+        return total / targets_of_step
+
+    def _at_depth(
+        self, model: Any, inputs: dict[str, Any], step: int, depth: Depth, batch: Targets, keys: dict[str, Any]
+    ) -> torch.Tensor:
+        """The sum of the losses of a call at `depth`. keys: more arguments of the model."""
         at = self.depths(step, depth.num_recurrences)
         recurrences = at[-1]
         if depth.grad_recurrences is not None:
@@ -84,7 +108,9 @@ class Objective:
         if self.router and self.capacity_warmup and self.router["kind"] == "expert":
             keys["router_capacity"] = capacities(self.router["capacity"], step, self.capacity_warmup)
         if len(at) > 1 or self.objectives.exit_gate:
-            keys |= {"depth_loss": self._depth_loss(targets, given, recurrences), "depth_loss_at": at}
+            keys |= {"depth_loss": self._depth_loss(batch, recurrences), "depth_loss_at": at}
+        if batch.logits_at is not None:
+            keys["logits_to_keep"] = batch.logits_at
         outputs = model(
             input_ids=inputs["input_ids"],
             use_cache=False,
@@ -93,21 +119,29 @@ class Objective:
             **keys,
         )
         if outputs.depth_losses is None:
-            total = self._plain(outputs.logits, targets, given).sum()
+            total = self._plain(outputs.logits, batch).sum()
         else:
-            total = self._of_depths(outputs, step, at)[valid].sum()
-        total = total + self._auxiliary(outputs, valid)
-        return total / targets_of_step
+            total = self._of_depths(outputs, step, at, batch)[batch.ids != -100].sum()
+        return total + self._auxiliary(outputs, batch)
 
-    def _teacher_of(self, inputs: dict[str, Any]) -> TeacherOutput | None:
-        if self.teacher is None:
-            return None
-        with torch.no_grad():
-            return self.teacher(inputs)
+    def _targets(self, inputs: dict[str, Any]) -> Targets:
+        """The targets of a micro-batch. Logits are computed at them alone where at most half of the positions have one.
 
-    def _plain(self, logits: torch.Tensor, targets: torch.Tensor, given: Any) -> torch.Tensor:
+        In other batches, such as those of text, little would be saved.
+        """
+        ids = losses.shifted(inputs["labels"])
+        valid = ids != -100
+        few = self.selects and 0 < int(valid.sum()) <= valid.numel() // 2
+        logits_at = valid if few else None
+        given = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                given = self.teacher({**inputs, "logits_at": logits_at})
+        return Targets(ids[valid][None] if few else ids, valid, logits_at, given)
+
+    def _plain(self, logits: torch.Tensor, batch: Targets) -> torch.Tensor:
         """The loss of one depth per token [B, T]: cross-entropy and distillation. 0 for a token without a target."""
-        wanted = self.objectives
+        wanted, targets, given = self.objectives, batch.ids, batch.teacher
         total: Any = 0.0
         if wanted.cross_entropy:
             total = wanted.cross_entropy * losses.cross_entropy(logits, targets)
@@ -116,11 +150,11 @@ class Objective:
             if isinstance(given, tuple):
                 apart = losses.by_chunks(lambda s, i, p: losses.top_k_divergence(s, i, p, *keys), logits, *given)
             else:
-                apart = losses.by_chunks(lambda s, t: losses.divergence(s, t, *keys), logits, given)
+                apart = losses.by_chunks(lambda s, t: losses.divergence(s, t, *keys), logits, cast(torch.Tensor, given))
             total = total + wanted.distillation.weight * apart * (targets != -100)
         return total
 
-    def _depth_loss(self, targets: torch.Tensor, given: Any, last: int) -> Any:
+    def _depth_loss(self, batch: Targets, last: int) -> Any:
         """The function that the model calls with the logits of every depth, the last depth first."""
         distils = self.objectives.exits is not None and self.objectives.exits.target == "final"
         final: list[torch.Tensor] = []
@@ -130,11 +164,11 @@ class Objective:
                 return losses.by_chunks(lambda s, t: losses.divergence(s, t, 1.0, False), logits, final[0])
             if distils:
                 final.append(logits.detach())
-            return self._plain(logits, targets, given)
+            return self._plain(logits, batch)
 
         return loss
 
-    def _of_depths(self, outputs: Any, step: int, at: list[int]) -> torch.Tensor:
+    def _of_depths(self, outputs: Any, step: int, at: list[int], batch: Targets) -> torch.Tensor:
         """The losses of all depths combined into one per token [B, T]."""
         wanted, found = self.objectives, outputs.depth_losses
         if wanted.exits:
@@ -145,26 +179,28 @@ class Objective:
             return losses.weighted(found, weights)
         if not wanted.exit_gate:
             return losses.weighted(found, [1 / len(at)] * len(at))
-        gate = wanted.exit_gate
+        gate, logits = wanted.exit_gate, outputs.exit_logits
+        if batch.logits_at is not None:
+            logits = logits[:, batch.logits_at][:, None]
         if gate.stage == "gate":
-            return losses.gate_loss(torch.stack(found), outputs.exit_logits, gate.slope, gate.threshold)
+            return losses.gate_loss(torch.stack(found), logits, gate.slope, gate.threshold)
         end = gate.entropy if gate.entropy_end is None else gate.entropy_end
         entropy = gate.entropy + (end - gate.entropy) * step / max(1, self.steps - 1)
-        return losses.expected_loss(torch.stack(found), outputs.exit_logits, entropy)
+        return losses.expected_loss(torch.stack(found), logits, entropy)
 
-    def _auxiliary(self, outputs: Any, valid: torch.Tensor) -> Any:
+    def _auxiliary(self, outputs: Any, batch: Targets) -> Any:
         """The terms for ponder cost, routers and experts. A mean over tokens is added once per target."""
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
-            total = wanted.ponder.weight * outputs.ponder[valid].sum()
+            total = wanted.ponder.weight * outputs.ponder[batch.valid].sum()
         if wanted.router and self.router:
-            total = total + valid.sum() * self._routing(outputs.router_outputs)
-        return total + self._experts(outputs, valid)
+            total = total + batch.valid.sum() * self._routing(outputs.router_outputs)
+        return total + self._experts(outputs, batch)
 
-    def _experts(self, outputs: Any, valid: torch.Tensor) -> Any:
+    def _experts(self, outputs: Any, batch: Targets) -> Any:
         weight = self.objectives.experts
-        return weight * valid.sum() * outputs.aux_loss if weight else 0.0
+        return weight * batch.valid.sum() * outputs.aux_loss if weight else 0.0
 
     def _routing(self, routed: Any) -> Any:
         weights = self.objectives.router

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from loopwise.errors import UserError
+from loopwise.model.some_logits import head_at
 
 from . import separation
 from .data import Blocks
@@ -46,6 +47,7 @@ def check(keys: Distillation, config: Any) -> None:
 class Teacher:
     """A frozen model. Calling it gives logits [B, T, V] for the inputs of a micro-batch, without gradient.
 
+    If the inputs have a mask `logits_at` [B, T], the logits are [1, N, V], at its N True positions.
     separate: mask attention between packed documents. Raises UserError if the model cannot do that.
     """
 
@@ -62,12 +64,17 @@ class Teacher:
         keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
         if self.recurrent:
             keys |= {"num_recurrences": self.recurrences, "sequence_ids": inputs["sequence_ids"]}
-        return self.model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
+        with head_at(self.model.get_output_embeddings(), inputs.get("logits_at")):
+            return self.model(input_ids=inputs["input_ids"], use_cache=False, **keys).logits
 
 
 def stored(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's top k of a micro-batch, from `precompute`: ids and log-probabilities [B, T, k]."""
-    return inputs["teacher_ids"], inputs["teacher_log_probs"]
+    """The teacher's top k of a micro-batch, from `precompute`: ids and log-probabilities [B, T, k].
+
+    If the inputs have a mask `logits_at` [B, T], these are [1, N, k], at its N True positions.
+    """
+    ids, log_probs, at = inputs["teacher_ids"], inputs["teacher_log_probs"], inputs.get("logits_at")
+    return (ids, log_probs) if at is None else (ids[at][None], log_probs[at][None])
 
 
 def precompute(

@@ -10,6 +10,7 @@ checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not
     configuration_recurrent_depth.py  the config: layers that recur, and all that is between two recurrences
     modeling_sandwich.py              model of the source architecture of Huginn and Ouro
     source_layers.py                  the source's layers, run one by one with their masks and cache slots
+    some_logits.py                    logits at some positions only
     experts.py                        router logits and load-balancing loss of a mixture of experts
     initial_state.py                  s_0 and its counter-based noise
     injection.py                      the prelude's output, injected into each recurrence

@@ -63,6 +63,7 @@ class Call:
     capacity: shares of the sequence that an expert-choice router takes; None where thresholds decide.
     state_to_read: a state [B, T, D] to be read out; nothing else runs then.
     not_padding: [B, T] bool, for a model with a router.
+    logits_at: [B, T] bool, the positions whose logits are computed; None: those of `logits_to_keep`.
     """
 
     options: Options
@@ -74,6 +75,7 @@ class Call:
     capacity: Sequence[float] | None = None
     state_to_read: torch.Tensor | None = None
     not_padding: torch.Tensor | None = None
+    logits_at: torch.Tensor | None = None
     # Results, and what layers share, written while the call runs:
     layer_arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)  # by source layer
     first_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # first recurrence's, by slot

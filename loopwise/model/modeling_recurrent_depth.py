@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from .recurrence import Recurrence
 from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Factors, Relaxation
 from .router import Router, capacities
+from .some_logits import head_at
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
@@ -63,6 +65,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             logits [B, T, V])` for every r of these depths, at most R. The logits of one depth are in memory at a time:
             they are made again in the backward pass. With an exit gate, `exit_logits` is returned too. Needs
             `use_cache=False`.
+        logits_to_keep (`torch.BoolTensor` [B, T]): beside transformers' own forms, a mask. `logits`, and those that
+            `depth_loss` gets, are then [1, N, V], at its N True positions row by row; the head runs at no other.
         router_capacity (`Sequence[float]`, *optional*): shares of the sequence that expert-choice takes, one for each
             recurrence, to be lowered from 1 in training. Default: the config's, in training and with
             `inference="topk"`; else thresholds decide.
@@ -210,6 +214,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         positions = logical_positions(tokens, attention_mask, position_ids, past)
         call = Call(options, past, positions, cache, bool(hidden), output_router_logits, capacity)
         call.not_padding = not_padding(tokens, attention_mask) if self.config.router else None
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+            self._check_positions(logits_to_keep, tokens, output_depth_logits or labels is not None)
+            call.logits_at, logits_to_keep = logits_to_keep, 0
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {"position_ids": position_ids, "past_key_values": cache, "logits_to_keep": logits_to_keep, **kwargs}
@@ -253,6 +260,13 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             prepare_cache(cache, config, options.num_recurrences)
         return bool(use_cache), cache, capacity
 
+    def _check_positions(self, positions: torch.Tensor, tokens: torch.Tensor, needs_all: bool) -> None:
+        """Raises ValueError for a mask `logits_to_keep` of another shape than the tokens, or where all are needed."""
+        if positions.shape != tokens.shape[:2]:
+            raise ValueError(f"logits_to_keep: a mask of shape {[*positions.shape]}, of tokens {[*tokens.shape[:2]]}")
+        if needs_all:
+            raise ValueError("a mask as logits_to_keep goes neither with labels nor with output_depth_logits")
+
     def _run_source(self, call: Call, inputs: dict[str, Any]) -> Any:
         """The output of the source's forward, whose last tap runs the recurrence of `call`."""
         at_end = None
@@ -260,7 +274,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             at_end = self.source.base_model.register_forward_hook(lambda _, __, out: call.hidden.append(out[0]))
         self._call = call
         try:
-            return self.source(**inputs)
+            with nullcontext() if call.logits_at is None else head_at(self.get_output_embeddings(), call.logits_at):
+                return self.source(**inputs)
         finally:
             self._call = None
             if at_end:

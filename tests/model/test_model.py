@@ -81,6 +81,35 @@ def test_states_and_depth_logits_are_those_of_each_depth():
         model(ids(), output_depth_logits=True, use_cache=True)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "opt", "biogpt", "cohere", "gemma2", "mpt"])
+def test_logits_at_a_mask_are_those_of_all_positions(model_type):
+    model = build(model_type)
+    positions = torch.rand(2, 14, generator=torch.Generator().manual_seed(0)) < 0.3
+    positions[1] = False
+    ran: list[torch.Size] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: ran.append(out.shape))
+    with torch.no_grad():
+        every, some = (model(ids(), use_cache=False, logits_to_keep=keep).logits for keep in (0, positions))
+        at_depths = {"depth_loss": lambda r, logits: logits, "depth_loss_at": [1, 3], "num_recurrences": 3}
+        out = model(ids(), use_cache=False, logits_to_keep=positions, **at_depths)
+        alone = [model(ids(), use_cache=False, num_recurrences=r).logits for r in (1, 3)]
+    hook.remove()
+    assert ran[1] == some.shape == (1, int(positions.sum()), VOCAB)
+    torch.testing.assert_close(some[0], every[positions], rtol=0, atol=1e-5)
+    for found, wanted in zip(out.depth_losses, alone, strict=True):
+        torch.testing.assert_close(found[0], wanted[positions], rtol=0, atol=1e-5)
+
+
+def test_masks_of_logits_that_fit_no_call_are_refused():
+    model, positions = build(), torch.ones(2, 14, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"a mask of shape \[2, 13\], of tokens \[2, 14\]"):
+        model(ids(), logits_to_keep=positions[:, 1:])
+    for options in ({"labels": ids()}, {"output_depth_logits": True, "use_cache": False}):
+        with pytest.raises(ValueError, match="neither with labels nor with output_depth_logits"):
+            model(ids(), logits_to_keep=positions, **options)
+    assert torch.equal(model(ids(), logits_to_keep=torch.tensor([3, 5])).logits, model(ids()).logits[:, [3, 5]])
+
+
 def test_hidden_states_are_the_input_of_every_layer_that_ran():
     model = build()
     with torch.no_grad():

@@ -154,9 +154,12 @@ def inputs() -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "sequence_ids": torch.arange(2)}
 
 
-def loss_and_gradients(model, objectives: dict, inputs, depth: Depth, step: int = 3, teacher=None):
+def loss_and_gradients(
+    model, objectives: dict, inputs, depth: Depth | None, step: int = 3, teacher=None, selects: bool = True
+):
     model.zero_grad(set_to_none=True)
     objective = Objective(Objectives.model_validate(objectives), model.config, teacher, 11, 0, 0)
+    objective.selects = selects
     loss = objective(model, inputs, step, depth, 10)
     loss.backward()
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -315,6 +318,77 @@ def test_no_two_depths_of_logits_are_held_at_once(recurrent, inputs):
     assert kept(6) - kept(2) < 4 * logits / 2
 
 
+DISTILLATION = {"teacher": "-", "temperature": 2}
+# Objectives, and the model and teacher that they need.
+FEW = {
+    "cross-entropy": ({}, "recurrent", None),
+    "plain": ({}, "plain", None),
+    "exits": ({"exits": {"weights": "layerskip"}}, "recurrent", None),
+    "from the final depth": ({"exits": {"target": "final"}}, "recurrent", None),
+    "nested": ({"nested": 2}, "recurrent", None),
+    "gate": ({"exit_gate": {"entropy": 0.1}}, "gated", None),
+    "gate alone": ({"exit_gate": {"stage": "gate"}}, "gated", None),
+    "distillation": ({"distillation": {**DISTILLATION, "divergence": "reverse-kl"}}, "recurrent", "model"),
+    "exits and distillation": ({"exits": {}, "distillation": DISTILLATION}, "recurrent", "model"),
+    "top k": ({"distillation": {**DISTILLATION, "top_k": 5}}, "recurrent", "stored"),
+    "plain, distilled": ({"distillation": DISTILLATION}, "plain", "model"),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_logits_at_few_targets_give_the_loss_of_all(case, recurrent, plain, gated, inputs):
+    """The head runs at the targets alone, and loss and gradients are those of all positions."""
+    from loopwise.train import teacher
+    from loopwise.train.recipe import Distillation
+
+    objectives, name, of = FEW[case]
+    model: Any = load_model(str({"recurrent": recurrent, "plain": plain, "gated": gated}[name])).train()
+    if name == "gated":
+        torch.nn.init.normal_(model.exit_gate.weight)
+    labels = torch.full_like(inputs["labels"], -100)
+    for row, place in ((0, 1), (0, 5), (0, 6), (1, 11)):
+        labels[row, place] = inputs["input_ids"][row, place]
+    few = {**inputs, "labels": labels}
+    given = teacher.Teacher(Distillation(teacher=str(recurrent), num_recurrences=2), torch.device("cpu"), "float32")
+    if of == "stored":
+        values, places = (given(few) / 2).log_softmax(-1).topk(5)
+        few |= {"teacher_ids": places, "teacher_log_probs": values}
+    options = {"teacher": {None: None, "model": given, "stored": teacher.stored}[of]}
+    heads = [model.get_output_embeddings(), given.model.get_output_embeddings()]
+    seen: list[tuple[int, ...]] = []
+    hooks = [head.register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape))) for head in heads]
+    depth = None if name == "plain" else Depth(3, None)
+    found, gradients = loss_and_gradients(model, objectives, few, depth, **options)
+    assert {*seen} == {(1, 4, 272)}
+    seen.clear()
+    wanted, expected = loss_and_gradients(model, objectives, few, depth, selects=False, **options)
+    assert {*seen} == {(2, 12, 272)}
+    for hook in hooks:
+        hook.remove()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert found.item() != 0
+    assert gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.allclose(gradients[key], gradient, rtol=0, atol=2e-6 * gradient.abs().max().item()), key
+
+
+def test_logits_at_many_targets_or_none_are_computed_everywhere(recurrent, inputs):
+    """Text trains as before, to the bit. A batch without a target has a loss of 0, with a gradient in every weight."""
+    model: Any = load_model(str(recurrent)).train()
+    seen: list[Any] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.shape[:2]))
+    for count, dense in ((22, True), (13, True), (12, False), (0, True)):
+        labels = torch.full_like(inputs["labels"], -100)
+        chosen = [(i // 11, 1 + i % 11) for i in range(count)]  # nothing predicts the first of a row
+        for place in chosen:
+            labels[place] = inputs["input_ids"][place]
+        seen.clear()
+        loss, gradients = loss_and_gradients(model, {}, {**inputs, "labels": labels}, Depth(2, None))
+        assert seen == [(2, 12) if dense else (1, count)]
+        assert len(gradients) == len([*model.parameters()])
+        assert (loss.item() == 0) == (count == 0)
+
+
 DISTILLED = ["objectives.cross_entropy=0", "objectives.distillation.temperature=2", "steps=8", "log_every=1"]
 
 
@@ -346,6 +420,22 @@ def test_distillation_from_the_disk_equals_that_in_the_process(recurrent, sharp,
 def test_distillation_from_itself_is_nothing(recurrent, command, tmp_path):
     run(command(recurrent, tmp_path / "out", f"objectives.distillation.teacher={recurrent}", *DISTILLED))
     assert history(tmp_path / "out")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_answers_alone_train_as_all_positions_do(recurrent, tokenizer, tmp_path, monkeypatch):
+    """A run on conversations, of which few tokens are learned, with and without logits at these alone."""
+    import json
+
+    talk = [{"role": "user", "content": "the core runs again " * 3}, {"role": "assistant", "content": "over"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(60)))
+    data = [f"data.train={file}", "data.chat_field=messages", "data.sequence_length=32", "batch_size=2", "steps=4"]
+    more = ["log_every=1", "optimiser.learning_rate=3e-3", "recurrence.mean=2"]
+    run(["train", str(recurrent), str(tmp_path / "few"), *data, *more])
+    monkeypatch.setattr(Objective, "selects", False)
+    run(["train", str(recurrent), str(tmp_path / "all"), *data, *more])
+    assert history(tmp_path / "few") == pytest.approx(history(tmp_path / "all"), rel=1e-5)
+    assert not same(tmp_path / "few", recurrent)
 
 
 def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer, tmp_path):
