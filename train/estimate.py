@@ -63,6 +63,7 @@ def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode)
     teacher = (lambda _: torch.zeros(*shape, model.config.vocab_size)) if recipe.objectives.distillation else None
     objective = Objective(recipe.objectives, model.config, teacher, 1, 0, 0)
     objective.selects = False  # fake tensors have no values, and every position may have a target
+    objective.draw = lambda seed, step, recurrences: (0, recurrences)
     low = torch.autocast("cpu", torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), low:
         objective(model, inputs, 0, depth, 1)

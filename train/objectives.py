@@ -17,8 +17,8 @@ from loopwise.model.some_logits import head_at
 
 from . import losses
 from .curriculum import Depth
-from .recipe import Objectives
-from .samplers import nested_depths
+from .recipe import DEPTHS, Objectives, Progressive
+from .samplers import nested_depths, progressive_part
 from .schedule import capacities
 
 # Logits [B, T, V], or (ids, log-probabilities) [B, T, k] of the top k.
@@ -44,7 +44,8 @@ class Objective:
 
     teacher: returns the TeacherOutput for the inputs of a micro-batch, at `logits_at` [B, T] if that is not None.
     steps: of the run.   capacity_warmup: steps.   chosen: tokens [R] of this step by depth, for `bias_step` of a
-    token-choice router.   selects: False to compute the logits of all positions.
+    token-choice router.   selects: False to compute the logits of all positions.   draw: (n, k) of a progressive
+    loss from (seed, step, R).
     """
 
     selects = True
@@ -62,6 +63,7 @@ class Objective:
         self.capacity_warmup = capacity_warmup
         self.router: dict[str, Any] | None = getattr(config, "router", None)
         self.chosen: torch.Tensor | None = None
+        self.draw: Callable[[int, int, int], tuple[int, int]] = progressive_part
 
     def depths(self, step: int, recurrences: int) -> list[int]:
         """The depths of a step whose logits enter the loss, in order."""
@@ -71,6 +73,16 @@ class Objective:
         if wanted.nested:
             return nested_depths(self.seed, step, recurrences, wanted.nested)
         return [recurrences]
+
+    def passes(self, step: int, depth: Depth) -> list[tuple[float, Depth]]:
+        """The calls of the model at `step`, whose curriculum is at `depth`: (weight of the loss, depth of the call)."""
+        wanted = self.objectives.progressive
+        if wanted is None:
+            return [(1.0, depth)]
+        before, after = self.draw(self.seed, step, depth.num_recurrences)
+        graded = after if depth.grad_recurrences is None else min(after, depth.grad_recurrences)
+        found = [(1 - wanted.alpha, depth), (wanted.alpha, Depth(before + after, graded))]
+        return [(weight, one) for weight, one in found if weight]
 
     def __call__(
         self,
@@ -94,7 +106,8 @@ class Objective:
                 outputs = model(input_ids=inputs["input_ids"], use_cache=False, **keys)
             total = self._plain(outputs.logits, batch).sum() + self._experts(outputs, batch)
         else:
-            total = self._at_depth(model, inputs, step, depth, batch, keys)
+            found = [w * self._at_depth(model, inputs, step, x, batch, {**keys}) for w, x in self.passes(step, depth)]
+            total = torch.stack(found).sum() if found[1:] else found[0]
         return total / targets_of_step
 
     def _at_depth(
@@ -229,7 +242,7 @@ class Objective:
 def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
     """Raises UserError for an objective that the model with `config` cannot compute."""
     if not recurrent:
-        for name in ("exits", "exit_gate", "nested", "router", "ponder"):
+        for name in (*DEPTHS, "router", "ponder"):
             if getattr(objectives, name) is not None:
                 raise UserError(f"objectives.{name} belongs to recurrent-depth models; this is a {config.model_type}")
         return
@@ -240,8 +253,24 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
     if objectives.router is not None and not getattr(config, "router", None):
         raise UserError("objectives.router: this model has no router; convert it with method=mor")
     if config.sharing == "sequence":
-        for name in ("exits", "exit_gate", "nested"):
+        for name in DEPTHS:
             if getattr(objectives, name) is not None:
                 raise UserError(
                     f"objectives.{name}: with sharing='sequence' the model has logits of the last depth only"
                 )
+    if objectives.progressive is not None:
+        _check_progressive(objectives.progressive, config)
+
+
+def _check_progressive(progressive: Progressive, config: Any) -> None:
+    router = getattr(config, "router", None)
+    if router and router["kind"] == "token":
+        raise UserError(
+            f"objectives.progressive: its calls have fewer recurrences, and this model's token-choice router runs "
+            f"exactly {router['depths']}"
+        )
+    if progressive.alpha == 1 and config.injection == "none":
+        raise UserError(
+            "objectives.progressive.alpha=1: with injection='none', recurrences without gradient would leave the "
+            "embeddings and the prelude of this model without gradient; lower alpha, or convert with injection=linear"
+        )

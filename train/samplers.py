@@ -58,3 +58,13 @@ def nested_depths(seed: int, step: int, recurrences: int, count: int) -> list[in
     """`count` distinct depths out of 1 .. `recurrences`, in order: the sub-models of SortedNet (arXiv 2309.00255)."""
     keys = sorted((uniforms(seed, step, f"nested/{depth}")[0], depth) for depth in range(1, recurrences + 1))
     return sorted(depth for _, depth in keys[: min(count, recurrences)])
+
+
+def progressive_part(seed: int, step: int, recurrences: int) -> tuple[int, int]:
+    """(n, k): uniform 0 <= n < `recurrences`, and then uniform 1 <= k <= `recurrences` - n.
+
+    The draws of `get_output_for_prog_loss` in Deep Thinking's code (arXiv 2202.05826).
+    """
+    first, second = uniforms(seed, step, "progressive")
+    before = int(first * recurrences)
+    return before, 1 + int(second * (recurrences - before))

@@ -315,5 +315,6 @@ class RecurrentTrainer(CheckpointTrainer):
 
     def _flops(self, step: int) -> int:
         """FLOPs per token at `step`."""
-        depth = self.curriculum.at(step) if self.curriculum else None
-        return token_flops(self._costs, depth, self.objective.router, step, self.objective.capacity_warmup)
+        objective = self.objective
+        calls = [x for _, x in objective.passes(step, self.curriculum.at(step))] if self.curriculum else [None]
+        return sum(token_flops(self._costs, x, objective.router, step, objective.capacity_warmup) for x in calls)

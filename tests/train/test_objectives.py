@@ -17,7 +17,7 @@ from loopwise.train.curriculum import Depth
 from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Objectives
-from loopwise.train.samplers import nested_depths
+from loopwise.train.samplers import nested_depths, progressive_part
 from tests.helpers.tiny import source_config
 from tests.helpers.train_tiny import history, run, same, save_recurrent
 
@@ -218,6 +218,45 @@ def test_nested_depths_of_a_model(recurrent, inputs):
     found = loss_and_gradients(model, {"nested": 2}, inputs, Depth(5, None))
     each = [x.sum() for x in depth_losses(model, inputs, Depth(at[-1], None))]
     check_same(model, sum(each[d - 1] for d in at) / 2, found)
+
+
+def test_progressive_draws_are_the_authors():
+    """n = randrange(0, R), k = randrange(1, R - n + 1): how often each pair comes, against the product of the two."""
+    drawn = [progressive_part(3, step, 5) for step in range(30_000)]
+    for n in range(5):
+        for k in range(1, 6):
+            share = drawn.count((n, k)) / len(drawn)
+            assert share == pytest.approx(1 / 5 / (5 - n) if k <= 5 - n else 0, abs=0.006), (n, k)
+    assert drawn == [progressive_part(3, step, 5) for step in range(30_000)]
+    assert (
+        drawn[:6]
+        == [progressive_part(3, step, 5) for step in range(6)]
+        != [progressive_part(4, step, 5) for step in range(6)]
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("backprop", [None, 2])
+def test_progressive_loss_is_the_authors_loop(recurrent, inputs, alpha, backprop):
+    """Deep Thinking's train_progressive and get_output_for_prog_loss, by calls that go on from a detached state."""
+    model: Any = load_model(str(recurrent)).train()
+    keep, targets = inputs["labels"][:, 1:] != -100, inputs["labels"][:, 1:]
+
+    def summed(**options) -> tuple[torch.Tensor, torch.Tensor]:
+        out = model(input_ids=inputs["input_ids"], use_cache=False, **options)
+        return F.cross_entropy(out.logits[:, :-1][keep], targets[keep], reduction="sum"), out.last_state
+
+    seen = set()
+    for step in range(8):
+        found = loss_and_gradients(model, {"progressive": {"alpha": alpha}}, inputs, Depth(4, backprop), step)
+        model.zero_grad(set_to_none=True)
+        full, _ = summed(num_recurrences=4, grad_recurrences=backprop)
+        n, k = progressive_part(0, step, 4)
+        seen.add(n > 0)
+        thought = {"initial_state": summed(num_recurrences=n)[1].detach()} if n else {}
+        part, _ = summed(num_recurrences=k, grad_recurrences=backprop and min(k, backprop), **thought)
+        check_same(model, (1 - alpha) * full + alpha * part if alpha < 1 else part, found)
+    assert seen == {True, False}
 
 
 def test_gate_stages_of_a_model(gated, inputs):
@@ -459,6 +498,8 @@ def test_a_killed_precomputation_begins_anew(recurrent, plain, corpus, tokenizer
 
 REFUSED = {
     "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested both weigh the depths",
+    "objectives.progressive.alpha=0.5 objectives.nested=2": "nested and progressive both weigh the depths",
+    "objectives.progressive.alpha=0": "objectives.progressive.alpha=0: Input should be greater than 0",
     "objectives.cross_entropy=0": "cross_entropy=0 leaves the loss empty",
     "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
     "objectives.ponder.weight=0.1": "objectives.ponder: this model's tokens do not halt",
@@ -516,8 +557,13 @@ UNFIT = {
         {
             "objectives.router.auxiliary=0.001": "objectives.router.auxiliary=0.001 has no effect",
             "recurrence.eval_at=1 data.eval_fraction=0.1": "router runs exactly 2 recurrences",
+            "objectives.progressive.alpha=0.5": "this model's token-choice router runs exactly 2",
             "gradient_checkpointing=layer": "this model's router.kv=first-recursion reads what the first",
         },
+    ),
+    "uninjected": (
+        {"injection": "none"},
+        {"objectives.progressive.alpha=1": "alpha=1: with injection='none', recurrences without gradient would leave"},
     ),
     "first": (
         {"kv_policy": "first"},

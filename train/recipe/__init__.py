@@ -13,12 +13,13 @@ Files in reading order:
 
 from .adapters import Adapters
 from .data import Data, Phase
-from .objectives import Distillation, ExitGate, Exits, Objectives, Ponder, RouterLosses
+from .objectives import DEPTHS, Distillation, ExitGate, Exits, Objectives, Ponder, Progressive, RouterLosses
 from .optimiser import ROLES, Optimiser
 from .recurrence import PhaseRecurrence, Recurrence
 from .train import Train
 
 __all__ = [
+    "DEPTHS",
     "ROLES",
     "Adapters",
     "Data",
@@ -30,6 +31,7 @@ __all__ = [
     "Phase",
     "PhaseRecurrence",
     "Ponder",
+    "Progressive",
     "Recurrence",
     "RouterLosses",
     "Train",

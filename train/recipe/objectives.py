@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from loopwise.recipe import Count, Number, Section
 from loopwise.unused import Unused
 
+# Sections that choose the depths with a loss, of which a recipe has at most one.
+DEPTHS = ("exits", "exit_gate", "nested", "progressive")
+
 
 class Distillation(Section):
     """Divergence from a teacher's next-token distribution."""
@@ -79,6 +82,14 @@ class ExitGate(Section):
             yield Unused(name, ("stage",), why)
 
 
+class Progressive(Section):
+    """Deep Thinking's progressive loss (arXiv 2202.05826): n recurrences without gradient, then k with, both random."""
+
+    alpha: Number = Field(
+        default=0.5, gt=0, le=1, description="weight of the loss after n + k <= R recurrences; the full R has the rest"
+    )
+
+
 class RouterLosses(Section):
     """Weights of the auxiliary losses of a mixture-of-recursions router."""
 
@@ -101,7 +112,8 @@ class Ponder(Section):
 class Objectives(Section):
     """The terms of the loss.
 
-    cross_entropy and distillation make up the loss at one depth; exits, exit_gate and nested choose the depths.
+    cross_entropy and distillation make up the loss at one depth; exits, exit_gate, nested and progressive choose the
+    depths.
     """
 
     cross_entropy: Number = Field(default=1.0, ge=0, description="weight of the next-token cross-entropy")
@@ -112,6 +124,7 @@ class Objectives(Section):
         default=None,
         description="number of depths, drawn each step from 1 to R; their mean loss replaces the last (SortedNet)",
     )
+    progressive: Progressive | None = None
     router: RouterLosses | None = None
     ponder: Ponder | None = None
     experts: Number = Field(
@@ -123,7 +136,7 @@ class Objectives(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Objectives:
-        ways = [name for name in ("exits", "exit_gate", "nested") if getattr(self, name) is not None]
+        ways = [name for name in DEPTHS if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"{ways[0]} and {ways[1]} both weigh the depths: give one")
         if not self.cross_entropy and not self.distillation:
