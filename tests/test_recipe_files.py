@@ -113,7 +113,7 @@ def places(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         yield value
         for key, inner in value.items():
-            if key not in ("levels", "backprop_levels", "sources"):
+            if key not in ("levels", "backprop_levels", "sources", "table"):
                 yield from places(inner)
     elif isinstance(value, list):
         for inner in value:
@@ -143,6 +143,7 @@ TAKEN = {
         data.train: a.txt,b.txt
         data.train: [a.txt]
         data: {train: [], phases: [{share: 1, sources: {a.txt: 1}, recurrence: {mean: 3, backprop: 2}}]}
+        data.recurrences: {field: hops, table: {1: 2, 2: 4}}
         data.streaming: true
         data.streaming: a.txt
         recurrence: null
@@ -177,6 +178,8 @@ REFUSED = {
         batch_size: null
         data.phases: a.txt
         data: {train: [], phases: [{share: 1, sources: {a.txt: 1}, recurrence: {mean: 3, levels: {0: 1}}}]}
+        data.recurrences: {field: hops, table: {1: 64}}
+        data.recurrences: {field: hops, table: {}}
         optimiser.betas: [0.9]
         optimiser.kind: sgd
         optimiser.learning_rate: fast

@@ -30,6 +30,7 @@ class Curriculum:
 
     min, max: bounds of a sampled R (max None: 4 times the mean, at least 8; for `uniform`: 2 mean - min).
     backprop: at most this many of the last recurrences carry gradient (None: all).
+    records: the means of records that have one of their own.
     """
 
     mean: Schedule
@@ -38,6 +39,7 @@ class Curriculum:
     max: int | None = None
     backprop: Schedule | None = None
     seed: int = 0
+    records: tuple[int, ...] = ()
 
     @property
     def base(self) -> int:
@@ -47,7 +49,7 @@ class Curriculum:
     @property
     def cap(self) -> int:
         """The greatest R of any step."""
-        top = self.mean.top
+        top = max(self.mean.top, *self.records, 1)
         if self.sampler == "fixed":
             return top
         if self.max is not None:
@@ -64,18 +66,31 @@ class Curriculum:
     def deepest(self) -> Depth:
         """The step that needs the most memory."""
         most = None if self.backprop is None else min(self.backprop.top, self.cap)
+        if most is not None and self.records:  # rows of fewer recurrences carry gradient earlier
+            most = min(most + self.cap - self._least, self.cap)
         return Depth(self.cap, most)
+
+    @property
+    def _least(self) -> int:
+        """The least R of any step."""
+        fixed = self.sampler == "fixed"
+        return min([self.mean.at(0), *(x for _, x in self.mean.values), *self.records]) if fixed else self.min
 
     def trained(self) -> dict[str, int]:
         """`trained_recurrences` for the config of the trained model: the last mean, and the bounds of R."""
-        fixed = self.sampler == "fixed"
-        least = min([self.mean.at(0), *(value for _, value in self.mean.values)]) if fixed else self.min
+        least = self._least
         return {"mean": min(max(self.mean.end, least), self.cap), "min": least, "max": self.cap}
 
     def at(self, step: int) -> Depth:
         """R and the number of recurrences with gradient of optimiser step `step`, counted from 0."""
         depth = self._sample(self.mean.at(step), *uniforms(self.seed, step))
         return Depth(depth, None if self.backprop is None else min(self.backprop.at(step), depth))
+
+    def of_sample(self, step: int, sample: int, mean: int) -> int:
+        """R of sample number `sample`, in `step`, whose record has `mean` of its own; 0: R of the step."""
+        if not mean:
+            return self.at(step).num_recurrences
+        return self._sample(mean, *uniforms(self.seed, sample, "record"))
 
     def _sample(self, mean: int, first: float, second: float) -> int:
         if self.sampler == "fixed":
@@ -119,25 +134,34 @@ class PhasedCurriculum(Curriculum):
         return {"mean": found[-1]["mean"], "min": min(x["min"] for x in found), "max": max(x["max"] for x in found)}
 
     def at(self, step: int) -> Depth:
-        return [part for first, part in self.parts if step >= first][-1].at(step)
+        return self._part(step).at(step)
+
+    def of_sample(self, step: int, sample: int, mean: int) -> int:
+        return self._part(step).of_sample(step, sample, mean)
+
+    def _part(self, step: int) -> Curriculum:
+        return [part for first, part in self.parts if step >= first][-1]
 
 
 Phases = Sequence[tuple[float, PhaseRecurrence | None]]
 
 
-def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int, phases: Phases = ()) -> Curriculum:
+def curriculum_of(
+    keys: Recurrence, mean: int, steps: int, seed: int, phases: Phases = (), records: tuple[int, ...] = ()
+) -> Curriculum:
     """The curriculum of the recipe section `keys` for a run of `steps`. `mean`: the section's own, or the model's.
 
-    phases: of the data, (share of the run, keys of its own).   Raises UserError if `max` is below the mean.
+    phases: of the data, (share of the run, keys of its own).   records: means of records.   Raises UserError if `max`
+    is below a mean.
     """
     if not any(own for _, own in phases):
-        return _single(keys, mean, steps, seed, "")
+        return _single(keys, mean, steps, seed, records, "")
     parts: list[tuple[int, Curriculum]] = []
     begin = 0.0
     for i, (share, own) in enumerate(phases):
         chosen = keys.in_phase(own)
         place = f"data.phases.{i}." if own else ""
-        parts.append((round(begin * steps), _single(chosen, (own and own.mean) or mean, steps, seed, place)))
+        parts.append((round(begin * steps), _single(chosen, (own and own.mean) or mean, steps, seed, records, place)))
         begin += share
 
     def schedule(values: list[int]) -> Schedule:
@@ -145,7 +169,7 @@ def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int, phases: Ph
         return Schedule(values[-1], steps, "steps", None, tuple(zip(shares, values, strict=True)))
 
     each = [part for _, part in parts]
-    carried = [part.deepest().grad_recurrences or part.cap for part in each]
+    carried = [min(part.backprop.top, part.cap) if part.backprop else part.cap for part in each]
     return PhasedCurriculum(
         mean=schedule([part.mean.end for part in each]),
         sampler=", ".join(dict.fromkeys(part.sampler for part in each)),
@@ -158,7 +182,7 @@ def curriculum_of(keys: Recurrence, mean: int, steps: int, seed: int, phases: Ph
     )
 
 
-def _single(keys: Recurrence, mean: int, steps: int, seed: int, place: str) -> Curriculum:
+def _single(keys: Recurrence, mean: int, steps: int, seed: int, records: tuple[int, ...], place: str) -> Curriculum:
     """The curriculum of `keys` from beginning to end. `place`: leads the keys in messages."""
 
     def schedule(prefix: str, end: int) -> Schedule:
@@ -173,10 +197,16 @@ def _single(keys: Recurrence, mean: int, steps: int, seed: int, place: str) -> C
         max=keys.max,
         backprop=schedule("backprop_", keys.backprop or 1) if truncated else None,
         seed=seed,
+        records=records,
     )
-    if keys.max is not None and keys.sampler != "fixed" and keys.max < chosen.mean.top:
-        raise UserError(
-            f"{place}recurrence.max={keys.max} is below the mean of {chosen.mean.top} recurrences; raise it or set "
-            f"{place}recurrence.mean"
-        )
+    if keys.max is not None and keys.sampler != "fixed":
+        if keys.max < chosen.mean.top:
+            raise UserError(
+                f"{place}recurrence.max={keys.max} is below the mean of {chosen.mean.top} recurrences; raise it or set "
+                f"{place}recurrence.mean"
+            )
+        if keys.max < max(records, default=0):
+            raise UserError(
+                f"{place}recurrence.max={keys.max} is below {max(records)} of data.recurrences.table; raise it"
+            )
     return chosen

@@ -62,15 +62,18 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
 
     keys, phases = recipe.recurrence, recipe.data.recurrence_by_phase()
     if not is_recurrent(config):
-        if keys is not None or any(own for _, own in phases):
-            name = "data.phases[].recurrence" if keys is None else "recurrence.*"
+        by_data = {"data.recurrences": recipe.data.recurrences, "data.phases[].recurrence": any(x for _, x in phases)}
+        if name := next((name for name, given in {"recurrence.*": keys, **by_data}.items() if given), None):
             raise UserError(
                 f"{name} belongs to recurrent-depth models, and this is a plain {config.model_type}: "
                 "leave these keys out, or convert it first (loopwise convert)"
             )
         return None
     keys = keys or Recurrence()
-    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed, phases)
+    records = tuple(recipe.data.recurrences.table.values()) if recipe.data.recurrences else ()
+    chosen = curriculum_of(keys, keys.mean or config.num_recurrences, steps, recipe.seed, phases, records)
+    if records:
+        _check_rows(config, truncated=chosen.backprop is not None)
     if router := getattr(config, "router", None):
         _check_depths(router, chosen)
     if config.injection == "none" and chosen.truncates:
@@ -82,6 +85,19 @@ def curriculum(config: Any, recipe: Train, steps: int) -> Curriculum | None:
             "recurrence.backprop, or convert with injection=linear"
         )
     return chosen
+
+
+def _check_rows(config: Any, truncated: bool) -> None:
+    """Raises UserError for a model whose rows cannot have different numbers of recurrences.
+
+    truncated: True if only some recurrences carry gradient.
+    """
+    if truncated and config.kv_policy == "first":
+        raise UserError("data.recurrences: with this model's kv_policy=first it does not go with recurrence.backprop")
+    router, halts, sequence = getattr(config, "router", None), config.halting == "act", config.sharing == "sequence"
+    if router or halts or sequence:
+        name = "a router" if router else "halting=act" if halts else "sharing='sequence'"
+        raise UserError(f"data.recurrences: this model has {name}, and its rows have one number of recurrences")
 
 
 def _check_depths(router: dict[str, Any], chosen: Curriculum) -> None:

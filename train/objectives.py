@@ -94,8 +94,8 @@ class Objective:
     ) -> torch.Tensor:
         """The loss of a micro-batch: a scalar, summed over its targets and divided by `targets_of_step`.
 
-        inputs: input_ids, labels [B, T], sequence_ids [B], position_ids [B, T] if documents are separated.   depth:
-        None for a plain model. Adds to `chosen`.
+        inputs: input_ids, labels [B, T], sequence_ids [B], position_ids [B, T] if documents are separated, and
+        num_recurrences [B] if rows have their own.   depth: None for a plain model. Adds to `chosen`.
         """
         batch = self._targets(inputs)
         keys = {name: inputs[name] for name in ("position_ids",) if name in inputs}
@@ -127,7 +127,7 @@ class Objective:
         outputs = model(
             input_ids=inputs["input_ids"],
             use_cache=False,
-            num_recurrences=recurrences,
+            num_recurrences=inputs.get("num_recurrences", recurrences),
             sequence_ids=inputs["sequence_ids"],
             **keys,
         )

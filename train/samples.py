@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,21 @@ class Samples(Dataset):
 
     A block that may end in padding also has `num_tokens`.
 
-    streams: by source.   beside: more arrays [n, ...] with a row for each block, by input name.
+    streams: by source.   beside: more arrays [n, ...] with a row for each block, by input name.   recurrences: R of a
+    sample from its number and the mean of its block, where blocks have one.
     """
 
     def __init__(
-        self, blocks: Packed, streams: dict[int, Stream], order: Mixture, count: int, beside: dict[str, np.ndarray]
+        self,
+        blocks: Packed,
+        streams: dict[int, Stream],
+        order: Mixture,
+        count: int,
+        beside: dict[str, np.ndarray],
+        recurrences: Callable[[int, int], int],
     ):
         self.blocks, self.streams, self.order, self.count, self.beside = blocks, streams, order, count, beside
+        self.recurrences = recurrences
 
     def __len__(self) -> int:
         return self.count
@@ -30,12 +39,16 @@ class Samples(Dataset):
     def __getitem__(self, sample: int) -> dict[str, Any]:
         source, place = self.order.where(sample)
         if source in self.streams:
-            return {"sequence_ids": sample, **self.streams[source].row(place)}
-        row = self.order[sample]
-        more = {name: array[row] for name, array in self.beside.items()}
-        return {"sequence_ids": sample, **self.blocks.sample(row), **more}
+            found: dict[str, Any] = {"sequence_ids": sample, **self.streams[source].row(place)}
+        else:
+            row = self.order[sample]
+            more = {name: array[row] for name, array in self.beside.items()}
+            found = {"sequence_ids": sample, **self.blocks.sample(row), **more}
+        if "num_recurrences" in found:
+            found["num_recurrences"] = self.recurrences(sample, int(found["num_recurrences"]))
+        return found
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """sequence_ids [B], input_ids and labels [B, T], and all other entries of the samples, stacked."""
+    """sequence_ids and num_recurrences [B], input_ids and labels [B, T], and all other entries, stacked."""
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}

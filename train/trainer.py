@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from loopwise.errors import UserError
 
 from . import optimisers, teacher
-from .curriculum import Curriculum
+from .curriculum import Curriculum, Depth
 from .data import Blocks, Mixture, Stream
 from .held_out import Depths, HeldOut, diagnose, held_out, metrics, state_logs, states_of
 from .losses import balanced_bias
@@ -79,7 +79,7 @@ class RecurrentTrainer(CheckpointTrainer):
             model,
             args,
             data_collator=collate,
-            train_dataset=Samples(blocks.train, streams, self.order, samples, beside),
+            train_dataset=Samples(blocks.train, streams, self.order, samples, beside, self._recurrences_of),
             eval_dataset=cast(Any, blocks.held_out),  # the Trainer only tests for None; `evaluate` reads the blocks
             callbacks=[Progress(args.max_steps)],
         )
@@ -95,6 +95,7 @@ class RecurrentTrainer(CheckpointTrainer):
             deepspeed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._speed = Speed()
         self._tokens: Any = 0  # of this rank since the last `store_flos`, without padding
+        self._rows: list[tuple[float, int]] = []  # of micro-batches since the last log: mean R of its rows, FLOPs
         self.evaluated: dict[str, float] = {}  # the last held-out losses and accuracies, and their step
         self.diagnosis: list[str] = []  # lines of the last evaluation
         self._costs = parameter_costs(model)
@@ -181,12 +182,27 @@ class RecurrentTrainer(CheckpointTrainer):
         else:
             num_items_in_batch = max(num_items_in_batch, 1)
         step = self.state.global_step
-        depth = self.curriculum.at(step) if self.curriculum else None
+        depth = self._depth(step, inputs)
         # Ranks average gradients, which must be summed instead. The factor is exact for 2, 4, 8, ... ranks.
         loss = self.objective(model, inputs, step, depth, num_items_in_batch) * self.args.world_size
         if self.is_deepspeed_enabled:  # it updates the weights within backward, before `_get_grad_norm`
             self._check_finite(float(cast(Any, self.accelerator.reduce(loss.detach()))))
         return loss
+
+    def _recurrences_of(self, sample: int, mean: int) -> int:
+        """R of a sample whose block has `mean`."""
+        assert self.curriculum is not None
+        return self.curriculum.of_sample(sample // self.samples_per_step, sample, mean)
+
+    def _depth(self, step: int, inputs: dict[str, Any]) -> Depth | None:
+        """The depth of a micro-batch: that of `step`, or the greatest of its rows. Notes the rows for the log."""
+        rows = inputs.get("num_recurrences")
+        if self.curriculum is None or rows is None:
+            return self.curriculum and self.curriculum.at(step)
+        backprop = self.curriculum.backprop
+        depth = Depth(int(rows.max()), backprop and backprop.at(step))
+        self._rows.append((float(rows.float().mean()), self._flops(step, depth)))
+        return depth
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm: Any = super()._get_grad_norm(model, grad_norm)
@@ -200,7 +216,9 @@ class RecurrentTrainer(CheckpointTrainer):
         if math.isfinite(value):
             return
         step = self.state.global_step
-        depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})" if self.curriculum else ""
+        depth = ""
+        if self.curriculum and not self._rows:
+            depth = f" (num_recurrences={self.curriculum.at(step).num_recurrences})"
         first = step * self.samples_per_step
         raise UserError(
             f"step {step + 1}{depth}: the loss or its gradient is not finite, in samples {first} to "
@@ -289,11 +307,13 @@ class RecurrentTrainer(CheckpointTrainer):
         step = self.state.global_step
         if "loss" in logs and (lap := self._speed.lap(step, self.state.num_input_tokens_seen)):
             steps, tokens, seconds = lap
-            places = self.recipe.data.sequence_length * self.samples_per_step  # of a step, with padding
+            places = len(steps) * self.recipe.data.sequence_length * self.samples_per_step  # with padding
+            found = self._rows or [self._of_step(s) for s in steps]
             if self.curriculum:
-                logs["num_recurrences"] = sum(self.curriculum.at(s).num_recurrences for s in steps) / len(steps)
+                logs["num_recurrences"] = sum(r for r, _ in found) / len(found)
             logs["tokens_per_second"] = tokens / seconds
-            logs["flops_per_second"] = sum(map(self._flops, steps)) * places / seconds
+            logs["flops_per_second"] = sum(flops for _, flops in found) * places / len(found) / seconds
+            self._rows = []
         if not self.streams:
             self.state.epoch = step * self.samples_per_step / len(self.blocks.train)
         super().log(logs, start_time)
@@ -311,10 +331,16 @@ class RecurrentTrainer(CheckpointTrainer):
 
     def floating_point_ops(self, inputs) -> int:
         """FLOPs of this micro-batch, with those of padding."""
-        return inputs["input_ids"].numel() * self._flops(self.state.global_step)
+        _, flops = self._rows[-1] if self._rows else self._of_step(self.state.global_step)
+        return inputs["input_ids"].numel() * flops
 
-    def _flops(self, step: int) -> int:
-        """FLOPs per token at `step`."""
+    def _of_step(self, step: int) -> tuple[int, int]:
+        """(R, FLOPs per token) of `step`, whose rows have one R."""
+        depth = self.curriculum.at(step) if self.curriculum else None
+        return depth.num_recurrences if depth else 0, self._flops(step, depth)
+
+    def _flops(self, step: int, depth: Depth | None) -> int:
+        """FLOPs per token at `step` and `depth`."""
         objective = self.objective
-        calls = [x for _, x in objective.passes(step, self.curriculum.at(step))] if self.curriculum else [None]
+        calls = [x for _, x in objective.passes(step, depth)] if depth else [None]
         return sum(token_flops(self._costs, x, objective.router, step, objective.capacity_warmup) for x in calls)

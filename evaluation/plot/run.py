@@ -76,9 +76,9 @@ def _depth(name: str) -> int:
 
 
 def sampled_recurrences(run: dict[str, Any], state: dict[str, Any]) -> list[int]:
-    """R of every step that the run has done; [] for a plain model."""
+    """R of every step that the run has done; [] for a plain model, and where R follows from the records."""
     recipe, mean = run["recipe"], run.get("mean recurrences")
-    if mean is None:
+    if mean is None or recipe["data"].get("recurrences"):
         return []
     keys, phases = Recurrence.model_validate(recipe.get("recurrence") or {}), recipe["data"].get("phases") or []
     by_phase = [(p["share"], p.get("recurrence") and PhaseRecurrence.model_validate(p["recurrence"])) for p in phases]

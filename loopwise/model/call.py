@@ -32,6 +32,7 @@ class Options:
     output_depth_logits: bool
     depth_loss: DepthLoss | None
     depth_loss_at: Sequence[int]
+    rows: torch.Tensor | None  # R of each row [B], where they differ; num_recurrences is the greatest
     router_capacity: Sequence[float] | None
 
     @property
@@ -109,10 +110,32 @@ def check_call(config: RecurrentDepthConfig, options: Options, cached: bool, oth
     if cached and options.reads_depths:
         name = "output_depth_logits" if depth_logits else "depth_loss"
         raise ValueError(f"{name} reads the coda at every depth, which no cache holds: use_cache=False")
+    if options.rows is not None and (cached or options.reads_depths or config.router or config.halting == "act"):
+        raise ValueError(
+            "num_recurrences [B] goes neither with a cache (use_cache=False), nor with depth_loss, "
+            "output_depth_logits, a router or halting"
+        )
+    if options.rows is not None and config.sharing == "sequence":
+        raise ValueError("num_recurrences [B]: sharing='sequence' runs no recurrence of the whole core")
+    if options.rows is not None and options.grad_recurrences and config.kv_policy == "first":
+        raise ValueError(
+            "num_recurrences [B] with grad_recurrences: kv_policy='first' keeps the first recurrence's keys, which "
+            "need gradient in some rows and none in others"
+        )
     if any(not 1 <= depth <= recurrences for depth in at):
         raise ValueError(f"depth_loss_at={list(at)}: depths are 1 to num_recurrences={recurrences}")
     if config.sharing == "sequence" and any(depth != recurrences for depth in at):
         raise ValueError("sharing='sequence' has no depth but the last to read out")
+
+
+def rows_of(num_recurrences: Any, batch: int) -> torch.Tensor | None:
+    """R of each of `batch` rows [B], if `num_recurrences` is a tensor, else None. Raises ValueError for a wrong one."""
+    if not isinstance(num_recurrences, torch.Tensor):
+        return None
+    rows = num_recurrences
+    if rows.shape != (batch,) or rows.is_floating_point() or rows.dtype == torch.bool or int(rows.min()) < 1:
+        raise ValueError(f"num_recurrences={rows.tolist()}: an integer, at least 1, for each of {batch} rows")
+    return rows
 
 
 def logical_positions(

@@ -26,7 +26,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import can_return_tuple
 
-from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding
+from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, rows_of
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .experts import collect_router_logits
 from .injection import Injection
@@ -50,7 +50,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
 
     Arguments of `forward` beyond those of transformers' causal language models:
 
-        num_recurrences (`int`, *optional*): R, at least 1; default `config.num_recurrences`.
+        num_recurrences (`int` or `torch.LongTensor` [B], *optional*): R, at least 1; default `config.num_recurrences`.
+            With a tensor, each row keeps its state after its own R. All rows are computed to the greatest R, so it
+            saves no time. Needs `use_cache=False`.
         grad_recurrences (`int`, *optional*): number of last recurrences that carry gradient; default all (truncated
             backpropagation, arXiv 2502.05171 section 3.3).
         initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
@@ -177,7 +179,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_recurrences: int | None = None,
+        num_recurrences: int | torch.Tensor | None = None,
         grad_recurrences: int | None = None,
         initial_state: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
@@ -198,9 +200,13 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
+        tokens = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
+        rows = rows_of(num_recurrences, tokens.shape[0])
+        recurrences = num_recurrences if rows is None else int(rows.max())
         options = Options(
-            self.config.num_recurrences if num_recurrences is None else num_recurrences, grad_recurrences,
-            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, router_capacity,
+            self.config.num_recurrences if recurrences is None else cast(int, recurrences), grad_recurrences,
+            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, rows,
+            router_capacity,
         )  # fmt: skip
         check_call(self.config, options, cached=bool(use_cache) or past_key_values is not None, others=kwargs)
         use_cache, cache, capacity = self._settle_cache(options, use_cache, past_key_values)
@@ -209,7 +215,6 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             self._collect_router_logits(output_depth_logits, past)
         if isinstance(past, torch.Tensor):  # a static cache adds to this very tensor as layers write into it
             past = past.clone() if torch.compiler.is_compiling() else int(past)
-        tokens = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         positions = logical_positions(tokens, attention_mask, position_ids, past)
         call = Call(options, past, positions, cache, bool(hidden), output_router_logits, capacity)
@@ -247,7 +252,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if config.router:
             capacity = capacities(config.router, options.num_recurrences, options.router_capacity, self.training)
         if use_cache is None:
-            in_config = getattr(config, "use_cache", True) and not self.training and not options.reads_depths
+            reads_all = options.reads_depths or options.rows is not None
+            in_config = getattr(config, "use_cache", True) and not self.training and not reads_all
             use_cache = cache is not None or (in_config and capacity is None)
         if capacity is not None and (use_cache or cache is not None):
             raise ValueError(

@@ -92,13 +92,19 @@ class Recurrence:
 
     def _recur_in_cycles(self, s: torch.Tensor, e: torch.Tensor, call: Call) -> None:
         """Append to `call.states` those that are needed of s_1 .. s_R, from s_0 and e [B, T, D]."""
-        options = call.options
-        without_grad = options.num_recurrences - (options.grad_recurrences or options.num_recurrences)
+        options, rows, graded = call.options, call.options.rows, call.options.grad_recurrences
+        least = options.num_recurrences if rows is None else int(rows.min())
+        without_grad = least - graded if graded else 0
         keep_all = options.keep_states or options.output_depth_logits or self.config.halting == "act"
         for r in range(options.num_recurrences):
+            if rows is not None and graded and r:
+                s = torch.where((rows == r + graded)[:, None, None], s.detach(), s)
+            before = s
             with torch.no_grad() if r < without_grad else nullcontext():
                 s = norm_before(self.config.recurrence_norm, s, self._final_norm, started=r > 0)
                 s = self._routed_recurrence(r, s, e, call) if self.config.router else self._recompute(r, s, e, call)
+            if rows is not None:
+                s = torch.where((rows > r)[:, None, None], s, before)
             if keep_all or r + 1 == options.num_recurrences:
                 call.states.append(s)
 

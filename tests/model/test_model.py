@@ -110,6 +110,63 @@ def test_masks_of_logits_that_fit_no_call_are_refused():
     assert torch.equal(model(ids(), logits_to_keep=torch.tensor([3, 5])).logits, model(ids()).logits[:, [3, 5]])
 
 
+ROWS = {
+    "linear": {},
+    "between": {"recurrence_norm": "between", "injection": "none"},
+    "each, counted": {"recurrence_norm": "each", "recurrence_encoding": "sinusoidal"},
+    "last, first keys": {"recurrence_norm": "last", "kv_policy": "first"},
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("grad", [None, 1, 2])
+def test_rows_of_different_recurrences_are_calls_of_their_own(case, grad):
+    """Logits, states and gradients of a batch with R = 1, 3, 2, of which one row is padded."""
+    model = build(**ROWS[case]).train()
+    if model.config.kv_policy == "first" and grad:
+        with pytest.raises(ValueError, match="kv_policy='first' keeps the first recurrence's keys"):
+            model(ids(), num_recurrences=torch.tensor([1, 2]), grad_recurrences=grad)
+        return
+    tokens, mask = ids(3), torch.ones(3, 14, dtype=torch.long)
+    mask[2, :4] = 0
+    weight = torch.randn(3, 14, VOCAB, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+
+    def gradients(calls: list[tuple[slice, Any]]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+        model.zero_grad(set_to_none=True)
+        outs = []
+        for rows, recurrences in calls:
+            options = {"attention_mask": mask[rows], "grad_recurrences": grad, "use_cache": False}
+            outs.append(model(tokens[rows], num_recurrences=recurrences, **options))
+            (outs[-1].logits * weight[rows]).sum().backward()
+        logits, states = (torch.cat([out[key] for out in outs]) for key in ("logits", "last_state"))
+        return logits, states, [p.grad for p in model.parameters()]
+
+    together = gradients([(slice(None), torch.tensor([1, 3, 2]))])
+    alone = gradients([(slice(i, i + 1), r) for i, r in enumerate((1, 3, 2))])
+    real = mask.bool()
+    for one, other in zip(together[:2], alone[:2], strict=True):
+        torch.testing.assert_close(one[real], other[real], rtol=0, atol=1e-5)
+    assert any(g is not None and g.abs().max() > 0 for g in together[2])
+    for one, other in zip(together[2], alone[2], strict=True):
+        if other is None:
+            assert one is None or not one.any()
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=3e-5 * float(other.abs().max()) + 1e-9)
+
+
+def test_wrong_recurrences_of_rows_are_refused():
+    model = build()
+    for rows in ([1, 2, 3], [0, 2], [1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"an integer, at least 1, for each of 2 rows"):
+            model(ids(), num_recurrences=torch.tensor(rows))
+    rows = torch.tensor([1, 2])
+    for options in ({"use_cache": True}, {"output_depth_logits": True, "use_cache": False}):
+        with pytest.raises(ValueError, match="goes neither with a cache"):
+            model(ids(), num_recurrences=rows, **options)
+    with pytest.raises(ValueError, match="goes neither"):
+        build(injection="none", halting="act")(ids(), num_recurrences=rows, use_cache=False)
+
+
 def test_hidden_states_are_the_input_of_every_layer_that_ran():
     model = build()
     with torch.no_grad():

@@ -18,9 +18,9 @@ from ..recipe import Data
 from . import cache
 from .answers import Answers, Grouped, Numbered
 from .documents import documents
-from .packing import PAD, Packed, fill, longer, pack, split, whole, with_starts
+from .packing import Packed, fill, longer, pack, split, whole, with_starts
 from .reader import Reader
-from .tokens import Corpus, Report, joined, tokenise
+from .tokens import PAD, Corpus, Report, joined, recurrences_of, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,8 @@ class Blocks:
 def reader_of(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> Reader:
     """The reader of records for the recipe section `data`."""
     skip = data.bad_records == "skip"
-    return Reader(data.field, data.split, data.subset, data.chat_field is not None, skip, tokenizer)
+    chat = data.chat_field is not None
+    return Reader(data.field, data.split, data.subset, chat, skip, tokenizer, data.recurrences)
 
 
 def read_answers(
@@ -138,8 +139,10 @@ def build(
         packed.append(packed_documents(trained[-1], data, tokenizer, name))
         parts[-1] = len(packed[-1])
     if data.eval:
-        corpus, answers = read_answers(data.eval, data, tokenizer, report)
+        corpus, answers = read_answers(data.eval, data.model_copy(update={"recurrences": None}), tokenizer, report)
         held, numbered = [corpus], [answers]
+    if data.recurrences and not any(recurrences_of(x.marks).any() for x in (*trained, *streamed)):
+        raise UserError(f"data.recurrences.field={data.recurrences.field} has no effect: no record has this field")
     directory.mkdir(parents=True, exist_ok=True)
     _save(directory, "train", *([getattr(x, kind) for x in packed] for kind in ("tokens", "marks")))
     found = _held_out(joined(held), [x for x in numbered if x], data, tokenizer, directory) if data.held_out else None
@@ -149,6 +152,7 @@ def build(
         "parts": parts,
         "separate": data.separate_documents,
         "padded": data.padded,
+        "recurrences": data.recurrences is not None,
         "greatest": greatest,
         "groups": found.groups if found else [],
     }
@@ -203,7 +207,8 @@ def load(directory: Path) -> Blocks:
         files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
         empty = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
         arrays = (np.load(file, mmap_mode=None if empty else "r") for file in files)
-        return Packed(*arrays, separate=facts["separate"], padded=facts.get("padded", False))
+        by_record = name == "train" and facts.get("recurrences", False)
+        return Packed(*arrays, facts["separate"], facts.get("padded", False), by_record)
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
     answers = None

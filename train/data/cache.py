@@ -34,6 +34,7 @@ def entry(sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase) ->
     vocabulary = backend.to_str() if backend is not None else repr(tokenizer)
     keys = [stats, data.field, data.chat_field is not None, data.bad_records, vocabulary, tokenizer.eos_token_id]
     keys += [getattr(tokenizer, "chat_template", None), FORMAT]
+    keys += [data.recurrences.model_dump()] if data.recurrences else []
     return Path(data.cache).expanduser() / hashlib.blake2b(json.dumps(keys).encode(), digest_size=16).hexdigest()
 
 

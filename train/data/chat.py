@@ -32,13 +32,14 @@ class Encoded:
     """A tokenized conversation.
 
     ids: token ids.   assistant_mask: True for each id in the loss.   learns_eos: True if the EOS that follows is in the
-    loss.   key: text that identifies the conversation.
+    loss.   key: text that identifies the conversation.   recurrences: mean R of the record, 0 for none.
     """
 
     ids: list[int]
     assistant_mask: list[bool]
     learns_eos: bool
     key: str
+    recurrences: int = 0
 
 
 def conversation_of(record: dict[str, Any], name: str, where: str) -> Conversation:

@@ -14,9 +14,7 @@ import numpy as np
 
 from loopwise.errors import UserError
 
-from .tokens import LEARN, START, Corpus
-
-PAD = 4  # mark of padding, beside LEARN and START
+from .tokens import LEARN, PAD, START, Corpus, recurrences_of
 
 Bins = list[list[tuple[int, int]]]  # for each block, (begin, end) of its pieces in the row of all tokens
 
@@ -149,13 +147,15 @@ def with_starts(marks: np.ndarray, bins: Bins) -> np.ndarray:
 class Packed:
     """Blocks of tokens [n, T] int32 and their marks [n, T] uint8.
 
-    separate: mask attention between the documents of a block.   padded: blocks may end in padding.
+    separate: mask attention between the documents of a block.   padded: blocks may end in padding.   by_record: give R
+    of a block, the greatest of its records.
     """
 
     tokens: np.ndarray
     marks: np.ndarray
     separate: bool
     padded: bool = False
+    by_record: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -179,12 +179,14 @@ class Packed:
     def row(self, index: int) -> dict[str, np.ndarray]:
         """input_ids and labels [T] int64 of a block; labels are -100 outside of the loss.
 
-        With `separate` also position_ids [T], which restart at every document.
+        With `separate` also position_ids [T], which restart at every document; with `by_record` a scalar
+        num_recurrences, 0 if no record of the block has an R.
         """
         ids, marks = self.tokens[index].astype(np.int64), self.marks[index]
         labels = np.where(marks & LEARN, ids, -100)
+        more = {"num_recurrences": np.array(recurrences_of(marks).max(), np.int64)} if self.by_record else {}
         if not self.separate:
-            return {"input_ids": ids, "labels": labels}
+            return {"input_ids": ids, "labels": labels, **more}
         first = (marks & START) > 0
         labels[first] = -100  # a document does not predict the start of the next one
         places = np.arange(len(ids))
@@ -192,6 +194,7 @@ class Packed:
             "input_ids": ids,
             "labels": labels,
             "position_ids": places - np.maximum.accumulate(np.where(first, places, 0)),
+            **more,
         }
 
     def rows(self, indices: Iterable[int]) -> dict[str, np.ndarray]:

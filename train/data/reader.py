@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopwise.errors import UserError
 
+from ..recipe import RecordRecurrences
 from .chat import ARGUMENTS, Encoded, conversation_of, encode
 from .files import no_field
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED = 10  # skipped records that are named one by one
+
+
+class Text(str):
+    """A text whose record has a mean R of its own, `recurrences`."""
+
+    recurrences = 0
+
 
 Document = str | Encoded
 
@@ -24,7 +32,7 @@ class Reader:
     """Makes documents of records: the text in `field`, or with `chat` the conversation there.
 
     tokenizer: encodes conversations; not used for text.   skip: name a bad record on stderr and leave it out, instead
-    of stopping.   skipped: number of records left out so far.
+    of stopping.   recurrences: gives R of a record.   skipped: number of records left out so far.
     """
 
     field: str = "text"
@@ -33,12 +41,14 @@ class Reader:
     chat: bool = False
     skip: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    recurrences: RecordRecurrences | None = None
     skipped: int = 0
 
     @property
     def columns(self) -> list[str]:
         """The columns of a table that are read."""
-        return [self.field, *(ARGUMENTS if self.chat else ())]
+        more = [self.recurrences.field] if self.recurrences else []
+        return list(dict.fromkeys([self.field, *(ARGUMENTS if self.chat else ()), *more]))
 
     def document(self, record: Any, where: str) -> Any:
         """The Document of a record, or None if the record was skipped. `where`: the record's place, for errors.
@@ -47,9 +57,14 @@ class Reader:
         """
         try:
             value = _value(record, where, self.field, self.chat)
-            if not self.chat:
-                return _text(value, where, self.field)
-            return encode(conversation_of(record, self.field, where), self.tokenizer, where)
+            if self.chat:
+                found: Any = encode(conversation_of(record, self.field, where), self.tokenizer, where)
+            else:
+                found = _text(value, where, self.field)
+            if self.recurrences and (recurrences := _recurrences(self.recurrences, record, where)):
+                found = found if self.chat else Text(found)
+                found.recurrences = recurrences
+            return found
         except UserError as error:
             self.reject(error)
             return None
@@ -70,6 +85,13 @@ def _value(record: Any, where: str, field: str, chat: bool) -> Any:
     if field not in record:
         raise no_field(where, field, record, chat)
     return record[field]
+
+
+def _recurrences(keys: RecordRecurrences, record: dict[str, Any], where: str) -> int:
+    try:
+        return keys.of(record)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _text(value: Any, where: str, field: str) -> str:

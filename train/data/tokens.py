@@ -2,7 +2,8 @@
 
 Tokens are int32. One flat array holds all documents, each followed by EOS. A second array of the same length holds
 marks, uint8 bit masks: `LEARN` for tokens in the loss, `START` for the first token of a document. In a conversation
-the assistant's tokens have `LEARN`; in a text all tokens have it.
+the assistant's tokens have `LEARN`; in a text all tokens have it. Five bits hold R of the token's record, 0 for none.
+`PAD` marks the padding behind whole documents.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from loopwise.errors import UserError
 
+from ..recipe.fields import DEEPEST
 from .reader import Document
 
 if TYPE_CHECKING:
@@ -24,9 +26,15 @@ if TYPE_CHECKING:
 PIECE = 1 << 20  # characters; longer documents are tokenized in pieces, as memory and time grow with the length
 BATCH = 1 << 23  # characters passed to the tokenizer at once
 
-LEARN, START = 1, 2
+LEARN, START, PAD = 1, 2, 128
+RECURRENCES = 2  # the lowest bit of a record's R
 
 Report = Callable[[int, int], None]  # (documents, tokens) so far
+
+
+def recurrences_of(marks: np.ndarray) -> np.ndarray:
+    """R of the record of each token, 0 for none."""
+    return (marks >> RECURRENCES) & DEEPEST
 
 
 @dataclass
@@ -74,9 +82,10 @@ def tokenise(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, repo
     keys: list[int] = []
     total = 0
     for batch in _batches(texts):
-        for text, ids, learned in _encoded(batch, tokenizer, prefix):
+        for document, (text, ids, learned) in zip(batch, _encoded(batch, tokenizer, prefix), strict=True):
             parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
             learned[0] |= START
+            learned |= getattr(document, "recurrences", 0) << RECURRENCES
             marks.append(learned)
             total += len(parts[-1])
             ends.append(total)

@@ -12,7 +12,7 @@ Files in reading order:
 """
 
 from .adapters import Adapters
-from .data import Data, Phase
+from .data import Data, Phase, RecordRecurrences
 from .objectives import DEPTHS, Distillation, ExitGate, Exits, Objectives, Ponder, Progressive, RouterLosses
 from .optimiser import ROLES, Optimiser
 from .recurrence import PhaseRecurrence, Recurrence
@@ -32,6 +32,7 @@ __all__ = [
     "PhaseRecurrence",
     "Ponder",
     "Progressive",
+    "RecordRecurrences",
     "Recurrence",
     "RouterLosses",
     "Train",

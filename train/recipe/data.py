@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from loopwise.errors import shorten
 from loopwise.recipe import Count, Integer, Number, Section
 from loopwise.unused import Unused
 
 from .. import tasks
-from .fields import BAD, BadRecords, Fraction, HeldOutSources, TrainingSources
+from .fields import BAD, BadRecords, Fraction, HeldOutSources, Table, TrainingSources
 from .recurrence import PhaseRecurrence
 
 
@@ -31,6 +32,22 @@ class Phase(Section):
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Phases without recurrences are written as earlier releases wrote them."""
         return {key: value for key, value in dump(self).items() if key != "recurrence" or value is not None}
+
+
+class RecordRecurrences(Section):
+    """R by record, where a record has a field for its difficulty. Others have R of the step."""
+
+    field: str = Field(description="field of a record; of a list, the item with the greatest R counts")
+    table: Table = Field(description="{value of the field: mean recurrences}, as {1: 2, 2: 3}")
+
+    def of(self, record: dict[str, Any]) -> int:
+        """The mean R of a record, 0 without the field. Raises ValueError for a value that the table lacks."""
+        value = record.get(self.field)
+        values = [str(x) for x in (value if isinstance(value, list) else [] if value is None else [value])]
+        if unknown := next((x for x in values if x not in self.table), None):
+            known = shorten(", ".join(self.table), 100)
+            raise ValueError(f"field {self.field!r} is {unknown!r}; data.recurrences.table has {known}")
+        return max((self.table[x] for x in values), default=0)
 
 
 class Data(Section):
@@ -73,6 +90,7 @@ class Data(Section):
     )
     split: str = Field(default="train", description="split of a `datasets` source")
     subset: str | None = Field(default=None, description="subset (configuration) of a `datasets` source")
+    recurrences: RecordRecurrences | None = None
     sequence_length: Integer = Field(
         default=1024, ge=2, description="tokens in a block; documents are joined by EOS and packed"
     )

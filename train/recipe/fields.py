@@ -61,5 +61,11 @@ Levels = Annotated[
     BeforeValidator(_levels, json_schema_input_type=dict[Fraction, Count]),
     PlainSerializer(lambda levels: dict(levels)),
 ]
+DEEPEST = 31  # R of a record, which the marks of tokens hold in five bits
+Table = Annotated[
+    dict[str, Annotated[Count, Field(le=DEEPEST)]],
+    Field(min_length=1),
+    BeforeValidator(lambda given: {str(k): v for k, v in given.items()} if isinstance(given, dict) else given),
+]
 BadRecords = Literal["stop", "skip"]
 BAD = "a record without the field it needs, or a named file that is not UTF-8"

@@ -13,7 +13,7 @@ from loopwise.unused import Unused
 from .adapters import Adapters
 from .data import Data
 from .fields import Names
-from .objectives import Objectives
+from .objectives import DEPTHS, Objectives
 from .optimiser import Optimiser
 from .recurrence import PhaseRecurrence, Recurrence
 
@@ -75,6 +75,9 @@ class Train(Section):
             raise ValueError(
                 "distillation.top_k reads the text before training, but streaming reads it during training: drop one"
             )
+        chosen = next((name for name in DEPTHS if getattr(self.objectives, name) is not None), None)
+        if self.data.recurrences and chosen:
+            raise ValueError(f"data.recurrences and objectives.{chosen} both choose the depths of a block: give one")
         (self.recurrence or Recurrence()).check_phases([own for _, own in self.data.recurrence_by_phase()])
         return self
 
