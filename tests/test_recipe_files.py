@@ -66,7 +66,7 @@ SETTINGS = {
               "data.text_field=0123", "data.packing_strategy=bfd", "data.long_documents=skip",
               "data.eval=task:hops", "data.group=hops",
               "adapters.rank=4", "epochs=2", "gradient_checkpointing=true",
-              "objectives.progressive.alpha=0.3"],
+              "data.recurrences.field=hops", "data.recurrences.table={1: 2, hard: 8}"],
     "eval": ["data=task:hops?hops=1..4", "group=hops", "endpoint=http://localhost:1/v1", "request.exit_rule=cosine"],
     "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010"],
@@ -150,6 +150,8 @@ TAKEN = {
         recurrence.eval_at: 4
         recurrence.eval_at: '1,4'
         recurrence.levels: {0: 2, 0.5: 4}
+        objectives.deep_supervision.segments: 4
+        objectives.progressive: {alpha: 0.3}
         optimiser.betas: 0.8,0.9
         optimiser.learning_rate: 1e-4
         optimiser.learning_rate: 1.0e-4

@@ -19,7 +19,7 @@ from . import losses
 from .curriculum import Depth
 from .recipe import DEPTHS, Objectives, Progressive
 from .samplers import nested_depths, progressive_part
-from .schedule import capacities
+from .schedule import capacities, segment_ends
 
 # Logits [B, T, V], or (ids, log-probabilities) [B, T, k] of the top k.
 TeacherOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -70,6 +70,8 @@ class Objective:
         wanted = self.objectives
         if wanted.exits or wanted.exit_gate:
             return list(range(1, recurrences + 1))
+        if wanted.deep_supervision:
+            return segment_ends(recurrences, wanted.deep_supervision.segments)
         if wanted.nested:
             return nested_depths(self.seed, step, recurrences, wanted.nested)
         return [recurrences]
@@ -122,6 +124,8 @@ class Objective:
             keys["router_capacity"] = capacities(self.router["capacity"], step, self.capacity_warmup)
         if len(at) > 1 or self.objectives.exit_gate:
             keys |= {"depth_loss": self._depth_loss(batch, recurrences), "depth_loss_at": at}
+        if self.objectives.deep_supervision:
+            keys["detach_after"] = at[:-1]
         if batch.logits_at is not None:
             keys["logits_to_keep"] = batch.logits_at
         outputs = model(
@@ -258,6 +262,11 @@ def check(objectives: Objectives, config: Any, recurrent: bool) -> None:
                 raise UserError(
                     f"objectives.{name}: with sharing='sequence' the model has logits of the last depth only"
                 )
+    if objectives.deep_supervision is not None and config.halting == "act":
+        raise UserError(
+            "objectives.deep_supervision: with halting=act every depth is a mean of all states before it, which no "
+            "segment has alone"
+        )
     if objectives.progressive is not None:
         _check_progressive(objectives.progressive, config)
 

@@ -42,6 +42,15 @@ class Schedule:
         return max(1, math.ceil(self.end * share - 1e-9))
 
 
+def segment_ends(recurrences: int, segments: int) -> list[int]:
+    """The last recurrence of each of `segments` segments of 1 .. `recurrences`, whose lengths differ by at most 1.
+
+    There are fewer segments where there are fewer recurrences.
+    """
+    count = min(segments, recurrences)
+    return [-(-recurrences * i // count) for i in range(1, count + 1)]
+
+
 def capacities(final: list[float], step: int, warmup: int) -> list[float]:
     """Capacity of every recursion at `step`: it falls from 1 to `final` along a cosine over `warmup` steps.
 

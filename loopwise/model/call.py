@@ -32,6 +32,7 @@ class Options:
     output_depth_logits: bool
     depth_loss: DepthLoss | None
     depth_loss_at: Sequence[int]
+    detach_after: Sequence[int]
     rows: torch.Tensor | None  # R of each row [B], where they differ; num_recurrences is the greatest
     router_capacity: Sequence[float] | None
 
@@ -124,6 +125,13 @@ def check_call(config: RecurrentDepthConfig, options: Options, cached: bool, oth
         )
     if any(not 1 <= depth <= recurrences for depth in at):
         raise ValueError(f"depth_loss_at={list(at)}: depths are 1 to num_recurrences={recurrences}")
+    if any(not 1 <= depth < recurrences for depth in options.detach_after):
+        raise ValueError(
+            f"detach_after={list(options.detach_after)}: recurrences are 1 to num_recurrences={recurrences}, and none "
+            "follows the last"
+        )
+    if options.detach_after and config.sharing == "sequence":
+        raise ValueError("detach_after: sharing='sequence' runs no recurrence of the whole core")
     if config.sharing == "sequence" and any(depth != recurrences for depth in at):
         raise ValueError("sharing='sequence' has no depth but the last to read out")
 

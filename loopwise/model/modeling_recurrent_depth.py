@@ -55,6 +55,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             saves no time. Needs `use_cache=False`.
         grad_recurrences (`int`, *optional*): number of last recurrences that carry gradient; default all (truncated
             backpropagation, arXiv 2502.05171 section 3.3).
+        detach_after (`Sequence[int]`): recurrences, counted from 1, after which the state goes on without gradient: the
+            ends of the segments of deep supervision (arXiv 2506.21734, 2510.04871). `depth_loss` at them has it.
         initial_state (`torch.FloatTensor` [B, S, D], *optional*): s_0 for the first S positions of the sequences,
             padding counted; positions beyond S start by `config.state_init`.
         sequence_ids (`torch.LongTensor` [B], *optional*): sequence numbers for `state_init="normal"`; default 0.
@@ -189,6 +191,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         output_router_logits: bool = False,
         depth_loss: DepthLoss | None = None,
         depth_loss_at: Sequence[int] = (),
+        detach_after: Sequence[int] = (),
         router_capacity: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> RecurrentDepthOutput:
@@ -205,8 +208,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         recurrences = num_recurrences if rows is None else int(rows.max())
         options = Options(
             self.config.num_recurrences if recurrences is None else cast(int, recurrences), grad_recurrences,
-            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, rows,
-            router_capacity,
+            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, detach_after,
+            rows, router_capacity,
         )  # fmt: skip
         check_call(self.config, options, cached=bool(use_cache) or past_key_values is not None, others=kwargs)
         use_cache, cache, capacity = self._settle_cache(options, use_cache, past_key_values)

@@ -107,6 +107,8 @@ class Recurrence:
                 s = torch.where((rows > r)[:, None, None], s, before)
             if keep_all or r + 1 == options.num_recurrences:
                 call.states.append(s)
+            if r + 1 in options.detach_after:
+                s = s.detach()
 
     def _recurrence(
         self, r: int, s: torch.Tensor, e: torch.Tensor, call: Call, selection: Selection | None = None

@@ -167,6 +167,18 @@ def test_wrong_recurrences_of_rows_are_refused():
         build(injection="none", halting="act")(ids(), num_recurrences=rows, use_cache=False)
 
 
+def test_detached_states_end_the_gradient():
+    model = build()
+    state = torch.randn(2, 14, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for after, reaches in (((), True), ((2,), False)):
+        out = model(ids(), num_recurrences=3, initial_state=state, detach_after=after, use_cache=False)
+        (gradient,) = torch.autograd.grad(out.logits.sum(), state, allow_unused=True)
+        assert (gradient is not None) == reaches
+    for after in ((3,), (0,)):
+        with pytest.raises(ValueError, match="detach_after="):
+            model(ids(), num_recurrences=3, detach_after=after)
+
+
 def test_hidden_states_are_the_input_of_every_layer_that_ran():
     model = build()
     with torch.no_grad():

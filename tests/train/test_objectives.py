@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from loopwise.train.objectives import Objective
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Objectives
 from loopwise.train.samplers import nested_depths, progressive_part
+from loopwise.train.schedule import segment_ends
 from tests.helpers.tiny import source_config
 from tests.helpers.train_tiny import history, run, same, save_recurrent
 
@@ -259,6 +261,33 @@ def test_progressive_loss_is_the_authors_loop(recurrent, inputs, alpha, backprop
     assert seen == {True, False}
 
 
+def test_segments_are_of_equal_length():
+    for recurrences in range(1, 20):
+        for segments in range(2, 8):
+            ends = segment_ends(recurrences, segments)
+            lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
+            assert len(ends) == min(recurrences, segments)
+            assert sum(lengths) == recurrences
+            assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("recurrences", [1, 2, 5])
+def test_deep_supervision_is_a_loop_over_segments(recurrent, inputs, recurrences):
+    """Each segment is a call that goes on from the detached state of the one before; their mean loss is one step."""
+    model: Any = load_model(str(recurrent)).train()
+    found = loss_and_gradients(model, {"deep_supervision": {"segments": 3}}, inputs, Depth(recurrences, None))
+    model.zero_grad(set_to_none=True)
+    lengths = {1: [1], 2: [1, 1], 5: [2, 2, 1]}[recurrences]
+    keep, targets = inputs["labels"][:, 1:] != -100, inputs["labels"][:, 1:]
+    state: dict[str, torch.Tensor] = {}
+    total: Any = 0.0
+    for length in lengths:
+        out = model(input_ids=inputs["input_ids"], use_cache=False, num_recurrences=length, **state)
+        total = total + F.cross_entropy(out.logits[:, :-1][keep], targets[keep], reduction="sum") / len(lengths)
+        state = {"initial_state": out.last_state.detach()}
+    check_same(model, total, found)
+
+
 def test_gate_stages_of_a_model(gated, inputs):
     model: Any = load_model(str(gated)).train()
     torch.nn.init.normal_(model.exit_gate.weight)
@@ -368,6 +397,8 @@ FEW = {
     "gate": ({"exit_gate": {"entropy": 0.1}}, "gated", None),
     "gate alone": ({"exit_gate": {"stage": "gate"}}, "gated", None),
     "distillation": ({"distillation": {**DISTILLATION, "divergence": "reverse-kl"}}, "recurrent", "model"),
+    "deep supervision": ({"deep_supervision": {"segments": 2}}, "recurrent", None),
+    "progressive": ({"progressive": {"alpha": 0.4}}, "recurrent", None),
     "exits and distillation": ({"exits": {}, "distillation": DISTILLATION}, "recurrent", "model"),
     "top k": ({"distillation": {**DISTILLATION, "top_k": 5}}, "recurrent", "stored"),
     "plain, distilled": ({"distillation": DISTILLATION}, "plain", "model"),
@@ -500,6 +531,8 @@ REFUSED = {
     "objectives.exits.intermediate=0.1 objectives.nested=2": "exits and nested both weigh the depths",
     "objectives.progressive.alpha=0.5 objectives.nested=2": "nested and progressive both weigh the depths",
     "objectives.progressive.alpha=0": "objectives.progressive.alpha=0: Input should be greater than 0",
+    "objectives.deep_supervision.segments=1": "segments=1: Input should be greater than or equal to 2",
+    "objectives.deep_supervision.segments=2 recurrence.backprop=1": "both cut the gradient between recurrences",
     "objectives.cross_entropy=0": "cross_entropy=0 leaves the loss empty",
     "objectives.exit_gate.entropy=0.1": "objectives.exit_gate: this model has no exit gate",
     "objectives.ponder.weight=0.1": "objectives.ponder: this model's tokens do not halt",
@@ -531,8 +564,12 @@ def test_objectives_on_a_plain_model(plain, recurrent, command, tmp_path, capsys
     run(command(plain, tmp_path / "out", "steps=2", f"objectives.distillation.teacher={recurrent}"))
 
 
-def test_accumulation_changes_no_objective(gated, command, tmp_path):
-    settings = ["steps=4", "log_every=1", "recurrence.mean=3", "objectives.exit_gate.entropy=0.1"]
+@pytest.mark.parametrize(
+    "objective",
+    ["objectives.exit_gate.entropy=0.1", "objectives.progressive.alpha=0.5", "objectives.deep_supervision.segments=2"],
+)
+def test_accumulation_changes_no_objective(gated, command, tmp_path, objective):
+    settings = ["steps=4", "log_every=1", "recurrence.mean=3", objective]
     run(command(gated, tmp_path / "one", *settings))
     run(command(gated, tmp_path / "two", *settings, "batch_size=2", "gradient_accumulation=2"))
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
@@ -564,6 +601,10 @@ UNFIT = {
     "uninjected": (
         {"injection": "none"},
         {"objectives.progressive.alpha=1": "alpha=1: with injection='none', recurrences without gradient would leave"},
+    ),
+    "halting": (
+        {"halting": "act", "prelude": [], "core": [0, 1], "coda": []},
+        {"objectives.deep_supervision.segments=2": "deep_supervision: with halting=act every depth is a mean of all"},
     ),
     "first": (
         {"kv_policy": "first"},

@@ -227,14 +227,17 @@ def packed_documents(corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerB
     Raises UserError, led by `name`, if no block is filled, and for a document that is too long if `data` says so.
     """
     length = data.sequence_length
+    by_record = data.recurrences is not None
     if not data.padded:
-        return Packed(pack(corpus.tokens, length, name), pack(corpus.marks, length, name), data.separate_documents)
+        cut = (pack(part, length, name) for part in (corpus.tokens, corpus.marks))
+        return Packed(*cut, data.separate_documents, by_record=by_record)
     bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
     return Packed(
         fill(corpus.tokens, bins, length, cast(int, tokenizer.eos_token_id)),
         fill(with_starts(corpus.marks, bins), bins, length, PAD),
         data.separate_documents,
         padded=True,
+        by_record=by_record,
     )
 
 

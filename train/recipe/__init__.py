@@ -13,7 +13,17 @@ Files in reading order:
 
 from .adapters import Adapters
 from .data import Data, Phase, RecordRecurrences
-from .objectives import DEPTHS, Distillation, ExitGate, Exits, Objectives, Ponder, Progressive, RouterLosses
+from .objectives import (
+    DEPTHS,
+    DeepSupervision,
+    Distillation,
+    ExitGate,
+    Exits,
+    Objectives,
+    Ponder,
+    Progressive,
+    RouterLosses,
+)
 from .optimiser import ROLES, Optimiser
 from .recurrence import PhaseRecurrence, Recurrence
 from .train import Train
@@ -23,6 +33,7 @@ __all__ = [
     "ROLES",
     "Adapters",
     "Data",
+    "DeepSupervision",
     "Distillation",
     "ExitGate",
     "Exits",

@@ -11,7 +11,7 @@ from loopwise.recipe import Count, Number, Section
 from loopwise.unused import Unused
 
 # Sections that choose the depths with a loss, of which a recipe has at most one.
-DEPTHS = ("exits", "exit_gate", "nested", "progressive")
+DEPTHS = ("exits", "exit_gate", "nested", "progressive", "deep_supervision")
 
 
 class Distillation(Section):
@@ -90,6 +90,14 @@ class Progressive(Section):
     )
 
 
+class DeepSupervision(Section):
+    """A loss at the end of each of several segments of the recurrences, between which the state is detached."""
+
+    segments: Count = Field(
+        ge=2, description="segments of equal length, at most R; the loss is the mean over their ends"
+    )
+
+
 class RouterLosses(Section):
     """Weights of the auxiliary losses of a mixture-of-recursions router."""
 
@@ -112,8 +120,8 @@ class Ponder(Section):
 class Objectives(Section):
     """The terms of the loss.
 
-    cross_entropy and distillation make up the loss at one depth; exits, exit_gate, nested and progressive choose the
-    depths.
+    cross_entropy and distillation make up the loss at one depth; exits, exit_gate, nested, progressive and
+    deep_supervision choose the depths.
     """
 
     cross_entropy: Number = Field(default=1.0, ge=0, description="weight of the next-token cross-entropy")
@@ -125,6 +133,7 @@ class Objectives(Section):
         description="number of depths, drawn each step from 1 to R; their mean loss replaces the last (SortedNet)",
     )
     progressive: Progressive | None = None
+    deep_supervision: DeepSupervision | None = None
     router: RouterLosses | None = None
     ponder: Ponder | None = None
     experts: Number = Field(

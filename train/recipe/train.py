@@ -78,6 +78,11 @@ class Train(Section):
         chosen = next((name for name in DEPTHS if getattr(self.objectives, name) is not None), None)
         if self.data.recurrences and chosen:
             raise ValueError(f"data.recurrences and objectives.{chosen} both choose the depths of a block: give one")
+        if self.objectives.deep_supervision and self._truncates():
+            raise ValueError(
+                "objectives.deep_supervision and recurrence.backprop both cut the gradient between recurrences: "
+                "give one"
+            )
         (self.recurrence or Recurrence()).check_phases([own for _, own in self.data.recurrence_by_phase()])
         return self
 
@@ -92,6 +97,12 @@ class Train(Section):
         if self.objectives.exit_gate and self.objectives.exit_gate.stage == "gate" and self.optimiser.train != ["gate"]:
             why = "objectives.exit_gate.stage=gate trains the gate only"
             yield Unused("optimiser.train", ("objectives.exit_gate.stage",), why)
+
+    def _truncates(self) -> bool:
+        """True if the recipe has truncated backpropagation."""
+        sections = [self.recurrence, *(own for _, own in self.data.recurrence_by_phase())]
+        levels = self.recurrence and self.recurrence.backprop_levels
+        return bool(levels) or any(section and section.backprop for section in sections)
 
     def _unused_of_recurrence(self, section: Recurrence) -> Iterator[Unused]:
         """The keys of `section` that no phase of the data takes, and bounds where nothing is sampled."""
