@@ -15,6 +15,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a finite number"),
     "bool": ((bool,), "True or False"),
     "list[int]": ((list, tuple), "a list of integers"),
+    "float | str": ((int, float, str), "a finite number or a string"),
     "float | None": ((int, float, type(None)), "a finite number, or None"),
     "dict[str, Any] | None": ((dict, type(None)), "a dict, or None"),
     "int | None": ((int, type(None)), "an integer, or None"),

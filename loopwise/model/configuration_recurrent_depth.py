@@ -17,6 +17,8 @@ STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
+INVERSE_DEPTH, LEARNED = "1/R", "learned"
+DAMPINGS = (INVERSE_DEPTH, LEARNED)  # values of recurrence_damping beside numbers
 ENCODINGS = ("none", "sinusoidal")
 HALTINGS = ("none", "act")
 EXIT_RULES = (
@@ -45,6 +47,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
         recurrence_norm (`str`): `none`; `each` (an added RMS norm after every recurrence); `between` (the source's
             final norm between two recurrences, as in Ouro); or `last` (the source's final norm after the last one,
             before the coda, as in Huginn).
+        recurrence_damping (`float` or `str`): g of s_r = s_{r-1} + g (core(inject(s_{r-1}, e)) - s_{r-1}); 1.0 is no
+            damping. A number below 1, or `learned` (a g for each channel), damps the recurrences after the first; `1/R`
+            damps all by the call's R. So one recurrence is never damped. The recurrence norm `each` norms the damped
+            state; with `between`, s_{r-1} is the normed state. See `damping.py`.
         recurrence_residual (`bool`): every recurrence but the first adds its input to its output (AbbIE-D,
             arXiv 2507.08567).
         recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
@@ -91,6 +97,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     injection: str = "none"
     sharing: str = "cycle"
     recurrence_norm: str = "none"
+    recurrence_damping: float | str = 1.0
     recurrence_residual: bool = False
     recurrence_encoding: str = "none"
     halting: str = "none"
@@ -154,6 +161,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(allowed)}")
+        damping = self.recurrence_damping
+        if damping not in DAMPINGS and not (is_number(damping) and 0 < damping <= 1):
+            named = ", ".join(DAMPINGS)
+            raise ValueError(f"recurrence_damping={damping!r}: a number above 0, at most 1; or one of {named}")
         self._check_between()
         self.kv_slots(1)
         if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
@@ -193,6 +204,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         between = {
             "injection": self.injection != "none",
             "recurrence_norm": self.recurrence_norm != "none",
+            "recurrence_damping": self.recurrence_damping != 1,
             "recurrence_residual": self.recurrence_residual,
             "recurrence_encoding": self.recurrence_encoding != "none",
             "halting": self.halting != "none",
@@ -206,6 +218,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
         if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
             raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        if self.recurrence_damping != 1 and (self.router or self.recurrence_residual):
+            raise ValueError(
+                f"recurrence_damping={self.recurrence_damping!r} goes with no router, whose weights take its place "
+                "(router.update='step'), and with no recurrence_residual, which adds the state before as a whole"
+            )
 
     def _check_exit(self, exit: dict[str, Any]) -> None:
         """Raise ValueError unless `exit` is an exit rule that this model can use."""

@@ -2,8 +2,8 @@
 
     e   = prelude(embed(tokens))
     s_0 = initial_state(e)
-    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; with relaxation core_r differs from core, and a router leaves
-                                            tokens out
+    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; with relaxation core_r differs from core, a router leaves
+                                            tokens out, and damping shortens the step
     logits = head(norm(coda(s_R)))
 
 The layers, embeddings, rotary tables, norms and head are the source architecture's own transformers modules.
@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, rows_of
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .damping import Damping
 from .experts import collect_router_logits
 from .injection import Injection
 from .modeling_sandwich import causal_lm_class
@@ -102,6 +103,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         self.core = nn.ModuleList(take(i) for i in config.core)
         self.coda = nn.ModuleList(take(i) for i in config.coda)
         self.injection = Injection(config.injection, source_config.hidden_size)
+        self.damping = Damping(config.recurrence_damping, source_config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
         if config.recurrence_encoding == "sinusoidal":
@@ -141,8 +143,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
                 init.zeros_(module.bias)
         elif isinstance(module, Factors):
             module.reset_parameters()
-        elif isinstance(module, RecurrenceEncoding):
-            init.zeros_(module.weight)
+        elif isinstance(module, RecurrenceEncoding | Damping):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         elif self.config.halting == "act" and module is self.halting_gate:
             init.zeros_(cast(Any, module).weight)
             init.zeros_(cast(Any, module).bias)

@@ -1,7 +1,7 @@
 """The recurrence, which runs in place of the source model's layers.
 
     e   = prelude(x)
-    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; a router leaves tokens out
+    s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; a router leaves tokens out, damping shortens the step
     coda(s_R)
 
 Shapes: B batch, T tokens of this call, D width, R recurrences, N chosen tokens.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .call import Call, Place, with_initial_state
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .damping import Damping
 from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
@@ -45,6 +46,7 @@ class Recurrence:
     core: nn.ModuleList
     coda: nn.ModuleList
     injection: Injection
+    damping: Damping
     recurrence_norm: nn.RMSNorm
     recurrence_encoding: RecurrenceEncoding
     halting_gate: nn.Linear
@@ -120,6 +122,7 @@ class Recurrence:
         s = self._run(places, self.injection(s, e), call, selection)
         if self.config.recurrence_residual and r:
             s = s + before
+        s = self.damping(before, s, r > 0, call.options.num_recurrences)
         return norm_after(self.config.recurrence_norm, s, self._own_norm)
 
     def _recompute(

@@ -105,7 +105,7 @@ def _samples(state: State, forward: Forward, recorded: Steps | None, n: int) -> 
 
     def recur() -> None:
         forward.attention.plan(Rows(forward.block_table, row, position, zeros))
-        s.copy_(forward.recur(e, e.clone(), position, zeros > 0, zeros))
+        s.copy_(forward.recur(e, e.clone(), position, zeros > 0, zeros + 1, zeros))
 
     def read() -> None:
         forward.head(forward.read_out(s, row, position))

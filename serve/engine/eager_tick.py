@@ -97,7 +97,7 @@ class EagerTick:
     def _recur(self, which: Tensor, max_passes: int) -> int:
         """Run lanes `which` [n] to the first exit, in at most `max_passes`. Returns how many ran."""
         state, policy = self.state, self.state.policy
-        row, position, depth, begun, first, before, counts = self.steps.enter(state, which)
+        row, position, depth, begun, limit, first, before, counts = self.steps.enter(state, which)
         until, early, longest = counts.tolist()
         looks = self.rules.in_use or self.routing or self.staggered  # lanes are looked at after every pass
         passes = 1 if looks or self.unread else min(until, max_passes)
@@ -116,7 +116,7 @@ class EagerTick:
             slot, writes = policy.slot(slots), policy.writes(slots)
             table = state.requests.block_table
             rows = Rows(table, row, place, slot, writes, alone, fills and not left, moved, longest)
-            plans, after = self.passes(rows, mixed, before, before if e is None else e, position, begun, slots)
+            plans, after = self.passes(rows, mixed, before, before if e is None else e, position, begun, limit, slots)
         leaves = first if passes == until else torch.zeros_like(first)
         if self.routing:
             after, leaves = self.routing.combine(state, which, depth, before, after)

@@ -18,21 +18,21 @@ from .compile import compiled
 from .parts import Parts
 
 
-def recur(parts: Parts, s: Tensor, e: Tensor, positions: Tensor, begun: Tensor, depth: Tensor) -> Tensor:
+def recur(parts: Parts, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, limit: Tensor, depth: Tensor) -> Tensor:
     """One recurrence: s, e [N, D] -> s [N, D].
 
-    begun [N]: the row has recurred before.   depth [N]: number of this recurrence, from 0; [1]: the same for all rows.
+    begun [N]: the row has recurred before.   limit [N]: its R.   depth [N]: number of this recurrence, from 0; [1]: the
+    same for all rows.
     """
     kind = parts.config.recurrence_norm
     s = norm_before(kind, s, parts.norm_between, begun)
-    s = parts.layers("core", parts.injection(s, e), positions, depth)
-    return norm_after(kind, s, parts.norm_each)
+    y = parts.layers("core", parts.injection(s, e), position, depth)
+    return norm_after(kind, parts.damping(s, y, begun, limit), parts.norm_each)
 
 
 def recur_alike(parts: Parts, *inputs: Tensor) -> Tensor:
     """`recur` for rows that are all at one depth, with the same inputs."""
-    s, e, positions, begun, depth = inputs
-    return recur(parts, s, e, positions, begun, depth[:1])
+    return recur(parts, *inputs[:-1], depth=inputs[-1][:1])
 
 
 def embed(parts: Parts, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -97,5 +97,4 @@ class Forward:
 
     def _plan(self, row: Tensor, position: Tensor, only: Tensor | None) -> None:
         """Plan a call of prelude or coda, which have one slot."""
-        rows = Rows(self.block_table, row, position, torch.zeros_like(row), only, alone=only is not None)
-        self.attention.plan(rows)
+        self.attention.plan(Rows(self.block_table, row, position, torch.zeros_like(row), only, alone=only is not None))

@@ -110,20 +110,20 @@ def _chosen(graph: GraphState, order: Tensor, counts: Tensor) -> Tensor:
 def _enter(graph: GraphState, every: Tensor) -> tuple[Tensor, ...]:
     """Lanes of a pass of `every` [N] rows.
 
-    Returns, for each [N]: lane; it is real; row; position; depth; it has recurred; KV slot; it writes there; it leaves,
-    if no rule ends it before; state and input [N, D].
+    Returns, for each [N]: lane; it is real; row; position; depth; it has recurred; its request's num_recurrences; KV
+    slot; it writes there; it leaves, if no rule ends it before; state and input [N, D].
     """
     state, policy = graph.state, graph.state.policy
     runs = graph.runs.clamp(max=state.config.max_lanes) if state.config.max_lanes else graph.runs
     real = (every < runs) & graph.real
     which = torch.where(real, graph.order[every], state.spare)
-    row, position, depth, _, _, s, _ = transitions.steps.enter(state, which)
+    row, position, depth, _, limit, _, s, _ = transitions.steps.enter(state, which)
     depth = torch.where(real, depth, 0)
     writes = policy.writes(depth)
     write = real if writes is None else real & writes
     leaves = real & (state.lanes.exit_at[which] - depth <= 1)
     e = state.lanes.e[which] if state.keeps_input else s
-    return which, real, row, position, depth, depth > 0, policy.slot(depth), write, leaves, s, e
+    return which, real, row, position, depth, depth > 0, limit, policy.slot(depth), write, leaves, s, e
 
 
 def _settle(
@@ -291,9 +291,11 @@ class GraphTick:
 
     def _pass(self, every: Tensor) -> None:
         forward, fills = self.forward, self.state.policy.fills
-        which, real, row, position, depth, begun, slot, write, leaves, before, e = self.steps.enter(self.graph, every)
+        which, real, row, position, depth, begun, limit, slot, write, leaves, before, e = self.steps.enter(
+            self.graph, every
+        )
         plan = forward.attention.plan(Rows(forward.block_table, row, position, slot, write, True, fills))
-        after = forward.recur(before, e, position, begun, depth)
+        after = forward.recur(before, e, position, begun, limit, depth)
         if self.rules.in_use:
             converged = self.rules.converged(which, row, position, depth, before, after)
             leaves = leaves | (real & converged)

@@ -68,7 +68,8 @@ class Graphs:
         self.state, self.forward = state, forward
         self.recorder = Recorder(record, max_rows if forward.parts.compilable else 0)
         room, device, s = padded(max_rows), state.device, state.lanes.s
-        self.numbers = torch.zeros(5, room, dtype=torch.long, device=device)  # request, place, slot, position, depth
+        # request, place, slot, position, limit, depth
+        self.numbers = torch.zeros(6, room, dtype=torch.long, device=device)
         self.flags = torch.zeros(2, room, dtype=torch.bool, device=device)  # begun, write
         self.s, self.e = torch.zeros(2, room, s.shape[1], dtype=s.dtype, device=device)
         self.replays: dict[tuple[int, bool], Callable[[], Any]] = {}  # by N, and Rows.alone
@@ -79,7 +80,7 @@ class Graphs:
         return self.recorder.fits(n)
 
     def __call__(
-        self, rows: Rows, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, depth: Tensor
+        self, rows: Rows, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, limit: Tensor, depth: Tensor
     ) -> tuple[Any, Tensor]:
         """A pass of `rows`, with the inputs of `forward.recur`. Returns attention's plan, for a fill before the next
         call, and the new states [n, D]."""
@@ -90,7 +91,7 @@ class Graphs:
         # Padding rows write nothing, and read position 0 of request 0. No two of them form a run.
         self.numbers[:, n : key[0]] = 0
         self.flags[:, n : key[0]] = False
-        self.numbers[:, :n] = torch.stack([rows.request, rows.position, rows.slot, position, depth])
+        self.numbers[:, :n] = torch.stack([rows.request, rows.position, rows.slot, position, limit, depth])
         self.flags[0, :n] = begun
         self.flags[1, :n] = True if rows.write is None else rows.write
         self.s[:n], self.e[:n] = s, e
@@ -100,7 +101,7 @@ class Graphs:
     def _add(self, size: int, alone: bool) -> None:
         """Record a pass of `size` rows that write nothing, as recording may run it."""
         forward, key = self.forward, (size, alone)
-        request, place, slot, position, depth = self.numbers[:, :size]
+        request, place, slot, position, limit, depth = self.numbers[:, :size]
         begun, write = self.flags[:, :size]
         s, e = self.s[:size], self.e[:size]
         rows = Rows(forward.block_table, request, place, slot, write, alone, self.state.policy.fills)
@@ -108,7 +109,7 @@ class Graphs:
         def run() -> None:
             self.plans[key] = forward.attention.plan(rows)
             # The result goes to memory outside of the graphs' shared pool: graphs replay in any order.
-            s.copy_(forward.recur(s, e, position, begun, depth))
+            s.copy_(forward.recur(s, e, position, begun, limit, depth))
 
         self.numbers[:, :size] = 0
         self.flags[:, :size] = False

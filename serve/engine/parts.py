@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...model.configuration_recurrent_depth import RecurrentDepthConfig
+from ...model.damping import Damping
 from ...model.injection import Injection
 from ...model.router import Router
 
@@ -19,6 +20,7 @@ class Parts(Protocol):
 
     config: RecurrentDepthConfig
     injection: Injection
+    damping: Damping
     router: Router | None
 
     @property

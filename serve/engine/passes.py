@@ -45,8 +45,7 @@ class Passes:
             return plans + more, torch.cat([decodes, prompts])
         self.counts.passes[n] += 1
         if mixed and self.graphs and self.graphs.fits(n):
-            s, e, position, begun, depth = inputs
-            plan, after = self.graphs(rows, s, e, position, begun, depth)
+            plan, after = self.graphs(rows, *inputs)
         else:
             plan = self.forward.attention.plan(rows)
             after = (self.forward.recur if mixed else self.forward.recur_alike)(*inputs)

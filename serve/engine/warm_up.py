@@ -17,14 +17,14 @@ def warm_up(state: State, forward: Forward, steps: Steps) -> None:
     s, at = state.lanes.s.new_zeros(3, state.lanes.s.shape[1]), torch.zeros(3, dtype=torch.long, device=state.device)
     plan = forward.attention.plan(Rows(forward.block_table, at, at.clone(), at.clone(), at > 0, fills=fills))
     for recur in (forward.recur, forward.recur_alike)[: 1 + forward.has_lora]:
-        recur(s, s.clone(), at.clone(), at > 0, at)
+        recur(s, s.clone(), at.clone(), at > 0, at + 1, at)
     if fills:  # two slots behind three rows, as lengths must differ
         forward.attention.fill(plan, torch.arange(3, device=state.device).clamp(max=1), 2)
     forward.embed(at, at.clone())
     forward.logits(s)
     forward.head(s)
     steps.choose(state)
-    row, position, depth, begun, _, s, _ = steps.enter(state, two)
+    row, position, depth, begun, _, _, s, _ = steps.enter(state, two)
     steps.settle(state, two, row, position, depth, s, begun)
     steps.fetch(state, two)
     steps.emit(state, two, row, position, depth)

@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from ...model import RecurrentDepthConfig
+from ...model.damping import Damping
 from ...model.injection import Injection
 from ...model.router import Router
 from ...unroll import config_with_layers
@@ -24,7 +25,7 @@ from ..api.limits import check_depth, check_model, check_packed, check_router
 from ..completeness import Completeness
 from ..engine.kv import policy_of
 from .arguments import check_vllm_config
-from .fixed.recurrence import Recurrence, input_of
+from .fixed.recurrence import Between, Recurrence, input_of
 from .fixed.relaxation import relax_copy
 from .parts import VllmParts
 from .relaxation import Relaxation
@@ -63,6 +64,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         layers: list[nn.Module] = list(self.source.get_submodule(self.layers_name))
         check_windows(layers, unique)
         self.injection = Injection(config.injection, config.hidden_size)
+        self.damping = Damping(config.recurrence_damping, config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         if config.router:
@@ -76,7 +78,8 @@ class RecurrentDepthForCausalLM(nn.Module):
         if is_lanes(vllm_config):
             self.parts = VllmParts(self, layers, policy_of(config).slots, context)
             return
-        self.recurrence = Recurrence(config, config.num_recurrences, layers, self.injection, self._norm(), context)
+        between = Between(self.injection, self.damping, self._norm())
+        self.recurrence = Recurrence(config, config.num_recurrences, layers, between, context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
                 relax_copy(relaxation, layer, depth)
@@ -119,7 +122,7 @@ class RecurrentDepthForCausalLM(nn.Module):
             for name, tensor in weights:
                 tensor = completeness.watch(name, tensor)
                 part, _, rest = name.partition(".")
-                if part in ("injection", "recurrence_norm", "exit_gate", "router"):
+                if part in ("injection", "damping", "recurrence_norm", "exit_gate", "router"):
                     target = self.router.bias if name == "router.bias" else self.get_parameter(name)
                     default_weight_loader(target, tensor)
                     loaded.add(name)

@@ -30,7 +30,8 @@ class VllmParts:
 
         Raises ValueError for a layer without exactly one Attention.
         """
-        self.model, self.config, self.injection = model, model.config, model.injection
+        self.model, self.config = model, model.config
+        self.injection, self.damping = model.injection, model.damping
         self.router = getattr(model, "router", None)
         config = self.config
         prelude, core = len(config.prelude), len(config.core)

@@ -15,6 +15,11 @@ from tests.helpers.tiny import VOCAB, source_config
 
 NEAR = 1e-4  # margin of an answer below which float error may decide
 RELAXED = {"depths": 4, "rank": {"self_attn.q_proj": 8, "mlp.down_proj": 8}, "own": ["input_layernorm.weight"]}
+DAMPED = {  # each kind of damping, with the steps that stand beside it
+    "half steps": {"recurrence_damping": 0.5, "injection": "none", "recurrence_norm": "between"},
+    "1/R": {"recurrence_damping": "1/R", "recurrence_norm": "last"},
+    "learned": {"recurrence_damping": "learned", "recurrence_norm": "each"},
+}
 ROUTERS = {
     "expert": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "alpha": 0.7},
     "expert, auxiliary": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "auxiliary": True, "network": "mlp"},

@@ -10,12 +10,13 @@ import torch
 from loopwise.serve import Engine
 from loopwise.serve.engine.costs import Costs
 from loopwise.serve.engine.graphs import Record, on_cuda
-from tests.helpers.engines import RELAXED
+from tests.helpers.engines import DAMPED, RELAXED
 
 MODELS = {
     "huginn-like": {"recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
     "lora": {"relaxation": {**RELAXED, "own": [], "dora": False}, "recurrence_norm": "between"},
     "dora": {"relaxation": {**RELAXED, "own": [], "dora": True}, "recurrence_norm": "each"},
+    "damped": DAMPED["1/R"],
 }
 
 

@@ -122,6 +122,16 @@ class Oracle:
             s = self.model._final_norm(s)
         return self.run("coda", s, positions, store)
 
+    def damped(self, old: torch.Tensor, new: torch.Tensor, depth: int, limit: int) -> torch.Tensor:
+        """One state [D] from those before and after recurrence `depth`, counted from 0, of a request of `limit`."""
+        kind = self.config.recurrence_damping
+        if kind == "1/R":
+            return ((limit - 1) * old + new) / limit
+        if kind == 1 or depth == 0:
+            return new
+        share = 1 / (1 + (-self.model.damping.weight).exp()) if kind == "learned" else kind
+        return (1 - share) * old + share * new
+
     # ---- positions in lockstep --------------------------------------------------------------------------------
     def positions(self, ids, first: int, store: Store, answer: Answer, params: Any, forced: list[int]) -> torch.Tensor:
         """Run tokens `ids` from position `first` on. Returns the head's input [D] at the last.
@@ -144,7 +154,8 @@ class Oracle:
             x = s[on]
             if self.config.recurrence_norm == "between" and depth:
                 x = self.model._final_norm(x)
-            x = self.run("core", self.model.injection(x, e[on]), positions[on], store, depth)
+            y = self.run("core", self.model.injection(x, e[on]), positions[on], store, depth)
+            x = torch.stack([self.damped(*pair, depth, limit) for pair in zip(x, y, strict=True)])
             if self.config.recurrence_norm == "each":
                 x = self.model.recurrence_norm(x)
             s[on] = x
@@ -225,7 +236,9 @@ class Oracle:
                 if self.config.recurrence_norm == "between":  # a state continues from the step before
                     begun = torch.tensor(depths)[:, None] + depth > 0
                     s = torch.where(begun, self.model._final_norm(s), s)
-                s = self.run("core", self.model.injection(s, e), positions, store, depth)
+                y = self.run("core", self.model.injection(s, e), positions, store, depth)
+                done = [own + depth for own in depths]
+                s = torch.stack([self.damped(*each, limit) for each in zip(s, y, done, strict=True)])
                 if self.config.recurrence_norm == "each":
                     s = self.model.recurrence_norm(s)
             guess = best(self.logits(self.coda(s, positions, store)))

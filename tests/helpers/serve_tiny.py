@@ -117,6 +117,8 @@ def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCaus
                 parameter.normal_(std=0.15)
             elif name.startswith("router."):  # depths vary
                 parameter.normal_(std=0.3)
+            elif name == "damping.weight":
+                parameter.normal_()
             elif "dora_" in name:
                 parameter.uniform_(1.5, 2.5)
             elif name.startswith("relaxation.") or parameter.dim() == 1:

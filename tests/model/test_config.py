@@ -22,6 +22,7 @@ def build(model_type: str = "llama", **fields) -> RecurrentDepthConfig:
         ("num_recurrences", 0), ("num_recurrences", 9), ("num_recurrences", 2.0), ("max_recurrences", -1),
         ("state_init", "ones"), ("state_std", "small"), ("state_std", float("nan")), ("state_std", -1.0),
         ("state_seed", 1.5), ("injection", "mix"), ("sharing", "all"), ("recurrence_norm", 3),
+        ("recurrence_damping", 0), ("recurrence_damping", "half"), ("recurrence_damping", None),
         ("recurrence_residual", "yes"), ("recurrence_encoding", "rotary"), ("halting", "never"), ("halting_epsilon", 2),
         ("exit_gate", 1), ("relaxation", {"a": 1}), ("relaxation", {"depths": 0, "rank": {}, "own": []}),
         ("relaxation", {"depths": 2, "rank": {"x": "4"}, "own": []}), ("router", {"kind": "best"}),

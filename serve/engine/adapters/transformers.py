@@ -30,7 +30,8 @@ class TransformersParts:
     def __init__(self, model: Any, length: int):
         """`length`: positions that will be asked for. A model of learned positions may have one less: the token that
         fills it up never runs, but a wave may guess beyond it, at the last position then."""
-        self.model, self.config, self.injection = model, model.config, model.injection
+        self.model, self.config = model, model.config
+        self.injection, self.damping = model.injection, model.damping
         self.router = getattr(model, "router", None)
         source = model.source
         if not getattr(source, "_supports_attention_backend", False):

@@ -43,9 +43,9 @@ def choose(state: State) -> tuple[Tensor, Tensor]:
 def enter(state: State, which: Tensor) -> tuple[Tensor, ...]:
     """Lanes `which` [n] enter a pass.
 
-    Returns row, position and depth of each [n]; the lane has recurred before [n]; it is among those that leave first
-    [n]; its state [n, D]; and [3]: after how many passes the first lane leaves or stops, how many of those leave KV
-    slots empty, and how many positions the farthest lane attends to. Writes `turn`.
+    Returns row, position and depth of each [n]; the lane has recurred before [n]; its request's num_recurrences [n]; it
+    is among those that leave first [n]; its state [n, D]; and [3]: after how many passes the first lane leaves or
+    stops, how many of those leave KV slots empty, and how many positions the farthest attends to. Writes `turn`.
     """
     lanes = state.lanes
     row, position, depth = lanes.row[which], lanes.position[which], lanes.depth[which]
@@ -59,7 +59,8 @@ def enter(state: State, which: Tensor) -> tuple[Tensor, ...]:
     first = left <= until
     early = first & (depth + until < limit)
     state.turn[0].copy_(state.turn[1])
-    return row, position, depth, depth > 0, first, lanes.s[which], torch.stack([until, early.sum(), position.max() + 1])
+    counts = torch.stack([until, early.sum(), position.max() + 1])
+    return row, position, depth, depth > 0, limit, first, lanes.s[which], counts
 
 
 def settle(

@@ -8,18 +8,27 @@ the weights, and have an `Attention`, so a KV cache, for every depth. Shapes: N 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ....model import RecurrentDepthConfig
+from ....model.damping import Damping
 from ....model.initial_state import initial_state
 from ....model.injection import Injection
 from ....model.recurrence_norm import norm_after, norm_at_end, norm_before
 from ..layers import convention_of, fold, layer_copy
 
 LayerCall = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Between(NamedTuple):
+    """The modules between two recurrences, children of another module. norm: the one that `recurrence_norm` names."""
+
+    injection: Injection
+    damping: Damping
+    norm: Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class Recurrence(nn.Module):
@@ -33,16 +42,13 @@ class Recurrence(nn.Module):
         config: RecurrentDepthConfig,
         num_recurrences: int,
         layers: list[nn.Module],
-        injection: Injection,
-        norm: Callable[[torch.Tensor], torch.Tensor] | None,
+        between: Between,
         context: dict[str, Any],
     ):
-        """`norm`: the one that `config.recurrence_norm` names. `context`: vLLM's static forward context, which gets an
-        Attention for every depth of the core."""
+        """`context`: vLLM's static forward context, which gets an Attention for every depth of the core."""
         super().__init__()
         self.config = config
-        self.injection = injection
-        self.norm = (norm,)  # a tuple: it is another module's child
+        self.between = between  # a tuple: nothing in it becomes a child of this module, too
         self.convention = convention_of(layers[0])
         first, last = len(config.prelude), len(config.prelude) + len(config.core)
 
@@ -78,8 +84,8 @@ class Recurrence(nn.Module):
         """The embedded tokens x [N, D] or [1, N, D] -> (x, residual) after the coda.
 
         `call(layer, x, residual) -> (x, residual)`. The pair is folded where the state itself is needed. vLLM's norms
-        also write into the residual that they get. That never changes e: every injection that reads e again returns a
-        new tensor.
+        also write into the residual that they get. That never changes e, or the state that damping reads again: what
+        goes into the core is a new tensor then.
         """
         residual = None
         for layer in self.prelude:
@@ -87,7 +93,8 @@ class Recurrence(nn.Module):
         e = fold(x, residual)
         x, residual = self._initial_state(e, positions), None
         core: Any = self.core
-        kind, norm = self.config.recurrence_norm, self.norm[0]
+        kind, (injection, damping, norm) = self.config.recurrence_norm, self.between
+        damped = damping.kind != 1
         if self.config.sharing == "sequence":
             for n in range(len(self.config.core)):
                 for layers in core:
@@ -95,9 +102,13 @@ class Recurrence(nn.Module):
         else:
             for depth, layers in enumerate(core):
                 s = norm_before(kind, fold(x, residual), norm, started=depth > 0)
-                x, residual = self.injection(s, e), None
+                x, residual = injection(s, e), None
+                if damped and x is s:
+                    x = s.clone()
                 for layer in layers:
                     x, residual = call(layer, x, residual)
+                if damped:
+                    x, residual = damping(s, fold(x, residual), depth > 0, len(core)), None
                 if kind == "each":
                     x, residual = norm_after(kind, fold(x, residual), norm), None
             if kind == "last":

@@ -136,7 +136,7 @@ def call(graphs: Graphs, n: int, write: torch.Tensor | None = None, seed: int = 
     order = (request * 4 + depth).argsort(stable=True)
     request, position, depth = request[order], position[order], depth[order]
     rows = Rows(graphs.forward.block_table, request, position, depth, write)
-    plan, out = graphs(rows, s, e, position, depth > 0, depth)
+    plan, out = graphs(rows, s, e, position, depth > 0, torch.full_like(depth, 3), depth)
     assert not plan.rows.position[n:].any(), "what nobody asked for reads one key"
     graphs.forward.attention.fill(plan, (depth == 1).long(), int((depth == 1).sum()))
     return out
@@ -171,7 +171,7 @@ def test_rows_that_pad_write_nothing():
     at = torch.tensor([4, 0, 2])
     for _ in range(2):
         s, e = torch.randn(2, 3, graphs.s.shape[1])
-        graphs(Rows(made.loop.forward.block_table, at, at, at * 0, at < 0, True), s, e, at, at > 0, at * 0)
+        graphs(Rows(made.loop.forward.block_table, at, at, at * 0, at < 0, True), s, e, at, at > 0, at + 1, at * 0)
     assert all(torch.equal(a, b) for a, b in zip(caches(made), before, strict=True))
 
 

@@ -107,6 +107,10 @@ CASES = {
         "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
     ),
     "relaxed": Case(shape=RELAXED, decoders=("wave",), engine=MANY_AT_ONCE),
+    "damped": Case(
+        policy="last-exited", shape={**RETROFIT, "recurrence_damping": "1/R"}, lanes={"compile": True}, decoders=ALL
+    ),
+    "damped-learned": Case(shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "between"}),
     "huginn": Case(
         "sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}, lanes={"compile": True}
     ),

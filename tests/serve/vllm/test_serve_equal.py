@@ -45,6 +45,7 @@ pytestmark = [
 
 TOKENS = 12
 TIE = 1e-4  # kernels round differently: prompts that come closer to a tie are dropped, at most one in ten
+TRACED = {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}  # Dynamo, no inductor
 NORMAL = {**RETROFIT, "state_init": "normal", "state_std": 0.7, "state_seed": 5}
 
 
@@ -68,7 +69,7 @@ CASES = {
     "input-add": Case("llama", shape={**RECURSIVE, "injection": "add"}),
     "input-none": Case("llama", shape={**RETROFIT, "injection": "none"}),
     "scheduling": Case("llama", engine=SCHEDULING),
-    "traced": Case("gemma3_text", 2, NORMAL, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),  # Dynamo, no inductor
+    "traced": Case("gemma3_text", 2, NORMAL, *TRACED),
     **{t: Case(t) for t in OTHERS},
     "input-gated": Case("llama", shape={**RETROFIT, "injection": "gated", "exit_gate": True}),
     "sequence": Case("llama", shape={**RETROFIT, "injection": "none", "sharing": "sequence"}),
@@ -76,12 +77,14 @@ CASES = {
         f"norm-{place}": Case("llama", shape={**NORMAL, "recurrence_norm": place})
         for place in ("each", "between", "last")
     },
+    "damped": Case("llama", 4, {**NORMAL, "recurrence_damping": "1/R"}, *TRACED),
+    "damped-learned": Case("qwen3", 3, {**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}),
     "relaxed": Case("llama", 4, RELAXED),
     "relaxed-gemma": Case("gemma3_text", 3, RELAXED),
     "relaxed-biased": Case("qwen2", 3, BIASED),
     "huginn": Case("sandwich", 4, {**NORMAL, "recurrence_norm": "last"}, source=HUGINN),
     "ouro": Case("sandwich", 4, {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}, source=SANDWICH),
-    "traced-relaxed": Case("llama", 3, RELAXED, {"enforce_eager": False}, {"VLLM_CPU_CI_ENV": "1"}),
+    "traced-relaxed": Case("llama", 3, RELAXED, *TRACED),
     "two-ranks-relaxed": Case("qwen2", 3, BIASED, TWO_RANKS, ON_TWO_CORES),
     "two-ranks": Case("llama", 3, NORMAL, TWO_RANKS, ON_TWO_CORES),
 }

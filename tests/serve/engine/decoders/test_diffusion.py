@@ -11,7 +11,7 @@ import torch
 from loopwise.errors import UserError
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
-from tests.helpers.engines import NEAR, RELAXED, build
+from tests.helpers.engines import DAMPED, NEAR, RELAXED, build
 from tests.helpers.oracle import Oracle
 from tests.helpers.tiny import VOCAB
 
@@ -30,6 +30,7 @@ SHAPES = {
     "normal": {"state_init": "normal", "state_std": 0.3},
     "relaxed": {"relaxation": {**RELAXED, "dora": False}, "recurrence_norm": "between"},
     "normed": {"relaxation": {**RELAXED, "dora": True}, "recurrence_norm": "each"},
+    "damped": {**DAMPED["1/R"], "state_init": "zeros"},
 }
 
 

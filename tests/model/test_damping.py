@@ -1,0 +1,157 @@
+"""Damped recurrence: equal to its formula, the same with a cache, and trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from loopwise.model.damping import Damping, interpolate
+from tests.helpers.model import GREEDY, build, ids
+
+DAMPINGS = (0.3, "1/R", "learned")
+
+
+def build_damped(damping: float | str, **fields: Any) -> Any:
+    model = build(recurrence_damping=damping, **fields)
+    if damping == "learned":
+        nn.init.normal_(model.damping.weight)
+    return model
+
+
+def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
+    """The logits of a Llama without injection, spelled out with its modules and a plain causal mask."""
+    llama, config = model.source.model, model.config
+    x = llama.embed_tokens(tokens)
+    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+
+    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x, attention_mask=None, position_embeddings=rotary)
+        return x
+
+    s = run(model.prelude, x)
+    for r in range(1, recurrences + 1):
+        if config.recurrence_norm == "between" and r > 1:
+            s = llama.norm(s)
+        share = {
+            "1/R": 1 / recurrences,
+            "learned": 1 / (1 + torch.exp(-model.damping.weight)) if config.recurrence_damping == "learned" else 0,
+        }.get(config.recurrence_damping, config.recurrence_damping)
+        if r == 1 and config.recurrence_damping != "1/R":
+            share = 1
+        s = (1 - share) * s + share * run(model.core, s)
+        if config.recurrence_norm == "each":
+            s = model.recurrence_norm(s)
+    return model.source.lm_head(llama.norm(run(model.coda, llama.norm(s) if config.recurrence_norm == "last" else s)))
+
+
+@pytest.mark.parametrize("norm", ["none", "each", "between", "last"])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_the_formula(damping, norm):
+    model = build_damped(damping, injection="none", recurrence_norm=norm)
+    with torch.no_grad():
+        for recurrences in (1, 2, 5):
+            got = model(ids(), num_recurrences=recurrences).logits
+            torch.testing.assert_close(got, by_hand(model, ids(), recurrences), rtol=0, atol=1e-5)
+        assert (got - build(injection="none", recurrence_norm=norm)(ids(), num_recurrences=5).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("injection", ["none", "linear"])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_one_recurrence_is_not_damped(damping, injection):
+    model, plain = (build_damped(each, injection=injection) for each in (damping, 1.0))
+    assert torch.equal(model(ids(), num_recurrences=1).logits, plain(ids(), num_recurrences=1).logits)
+    assert [name for name in model.state_dict() if "damping" in name] == ["damping.weight"] * (damping == "learned")
+
+
+def test_no_damping_is_no_arithmetic():
+    before, after = torch.zeros(3, 4), torch.ones(3, 4)
+    assert Damping(1.0, 4)(before, after, True, 3) is after
+
+
+@pytest.mark.parametrize("kind", DAMPINGS)
+def test_rows_of_their_own_depths(kind):
+    """As a lane engine has them: [N] of both; rows without a request have R = 0."""
+    damping = Damping(kind, 4)
+    before, after = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    started, recurrences = torch.tensor([False, True, True, False, True]), torch.tensor([1, 2, 3, 4, 0])
+    got = damping(before, after, started, recurrences)
+    assert got.isfinite().all()
+    for n in range(4):
+        want = damping(before[n], after[n], bool(started[n]), int(recurrences[n]))
+        torch.testing.assert_close(got[n], want, rtol=0, atol=1e-6)
+    assert torch.equal(got[0], after[0])
+    assert damping(before.bfloat16(), after.bfloat16(), started, recurrences).dtype == torch.bfloat16
+
+
+def test_a_share_of_one_is_exact_and_has_a_gradient():
+    before, after = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    share = torch.ones(5, requires_grad=True)
+    got = interpolate(before, after, share)
+    assert torch.equal(got, after)
+    got.sum().backward()
+    torch.testing.assert_close(share.grad, after - before)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_padding_and_cache_change_nothing(damping):
+    model, mask = build_damped(damping), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "num_recurrences": 4, **GREEDY}
+    cached = model.generate(ids(), **options)
+    assert torch.equal(cached, model.generate(ids(), use_cache=False, **options))
+    assert torch.equal(cached[:1, 14:], model.generate(ids()[:1, 5:], num_recurrences=4, **GREEDY)[:, 9:])
+
+
+def test_it_is_saved_and_starts_at_one_half(tmp_path):
+    model = build_damped("learned")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.recurrence_damping == "learned"
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    new, half = build(recurrence_damping="learned"), build(recurrence_damping=0.5)
+    assert torch.equal(new(ids()).logits, half(ids()).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_recurrences": 1}])
+def test_training(options):
+    """Recomputed recurrences or not, whole or truncated backpropagation: the gradient is the formula's."""
+    model, gradients = build_damped("learned", injection="none").train(), []
+    for recomputes in (False, True):
+        model.checkpoint_recurrences = recomputes
+        model.zero_grad()
+        model(ids(), labels=ids(), **options).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.core.parameters()])
+        gradients[-1].append(model.damping.weight.grad.clone())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert (gradients[0][-1] != 0).all()
+    if not options:
+        model.zero_grad()
+        logits = by_hand(model, ids(), 3)
+        model.loss_function(logits=logits, labels=ids(), vocab_size=logits.shape[-1]).backward()
+        torch.testing.assert_close(model.damping.weight.grad, gradients[0][-1], rtol=1e-3, atol=1e-7)
+    model.zero_grad()
+    model(ids(), labels=ids(), num_recurrences=1).loss.backward()  # as data-parallel training needs it
+    assert not model.damping.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({"recurrence_damping": value}, f"recurrence_damping={value!r}") for value in (0, -0.5, 1.5, True, "2/R")),
+        ({"recurrence_damping": float("nan")}, "a finite number or a string"),
+        ({"recurrence_damping": 0.5, "sharing": "sequence", "injection": "none"}, "recurrence_damping cannot"),
+        ({"recurrence_damping": "1/R", "recurrence_residual": True}, "with no recurrence_residual"),
+        (
+            {"recurrence_damping": 0.5, "router": {"kind": "token"}, "max_recurrences": 3, "injection": "none"},
+            "goes with no router",
+        ),
+    ],
+)
+def test_what_does_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(**fields)
