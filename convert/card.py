@@ -44,7 +44,7 @@ Converted from `{source}` by loopwise {facts["loopwise"]}. {checked}
 | coda | {plan["parents"]["coda"]} |
 | dropped | {plan["dropped"]} |
 
-Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`.{_router(config)}
+Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`.{_damping(config)}{_router(config)}
 {size["unique"]:,} parameters; the source has {size["source"]:,}. Recipe, versions and hashes are in `loopwise.json`.
 
 ```python
@@ -55,6 +55,12 @@ tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences={plan["num_recurrences"]})
 ```
 """
+
+
+def _damping(config: RecurrentDepthConfig) -> str:
+    """A sentence on the damping; "" for a model without any."""
+    damping = config.recurrence_damping
+    return "" if damping == 1 else f" A recurrence makes a share of its step: `recurrence_damping={damping}`."
 
 
 def _router(config: RecurrentDepthConfig) -> str:

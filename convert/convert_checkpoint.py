@@ -126,6 +126,7 @@ def _config(
             injection=plan.injection,
             sharing=plan.sharing,
             recurrence_norm=plan.recurrence_norm,
+            recurrence_damping=plan.recurrence_damping,
             recurrence_residual=plan.recurrence_residual,
             recurrence_encoding=plan.recurrence_encoding,
             halting=plan.halting,

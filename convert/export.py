@@ -69,7 +69,7 @@ def export(
     config = read_recurrent_config(path)
     if not 1 <= unroll <= DEEPEST:
         raise UserError(f"--unroll {unroll}: from 1 to {DEEPEST} recurrences")
-    check_expressible(path, config)
+    check_expressible(path, config, unroll)
     tokenizer = load_tokenizer(path)
     with Unrolled(path, config, unroll) as unrolled, new_directory(Path(out), path, force) as directory:
         unrolled.config.save_pretrained(directory)
@@ -91,8 +91,9 @@ def export(
     return differences
 
 
-def check_expressible(path: Path, config: RecurrentDepthConfig) -> None:
-    """Raise UserError where a plain model of the source architecture cannot compute the checkpoint at `path`."""
+def check_expressible(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
+    """Raise UserError where a plain model of the source architecture cannot compute the checkpoint at `path` at R =
+    `unroll`."""
     kind = config.source_config.model_type
     if config.injection != "none":
         raise UserError(
@@ -103,6 +104,11 @@ def check_expressible(path: Path, config: RecurrentDepthConfig) -> None:
     for name, without in plain.items():
         if (value := getattr(config, name)) != without:
             raise UserError(f"{path} has {name}={value!r}, and a plain {kind} no such thing; it cannot be exported")
+    if config.recurrence_damping != 1 and unroll > 1:
+        raise UserError(
+            f"{path} has recurrence_damping={config.recurrence_damping}: each recurrence takes a share of the state "
+            f"before, and a plain {kind} has no such step; --unroll 1 exports it"
+        )
     if config.router:
         raise UserError(
             f"{path} has a router, which leaves tokens out of recurrences; a plain {kind} runs every layer on every "

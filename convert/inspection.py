@@ -71,6 +71,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "source": config.source_config.model_type,
         **{part: getattr(config, part) for part in PARTS},
         "injection": config.injection,
+        "recurrence_damping": config.recurrence_damping,
         "state_init": config.state_init,
         "router": config.router,
         "num_recurrences": config.num_recurrences,
@@ -222,6 +223,7 @@ def table(facts: dict[str, Any]) -> str:
             for part in PARTS
         ),
         f"injection {facts['injection']}, state {facts['state_init']} {'':<9} {sizes['injection']:>15,}",
+        *([f"damping {damping}"] if (damping := facts["recurrence_damping"]) != 1 else []),
         *([f"router {describe(facts['router'])}"] if facts["router"] else []),
         f"unique parameters {sizes['unique']:,}",
         "",

@@ -31,6 +31,7 @@ class Plan:
     sharing: str
     injection: str
     recurrence_norm: str
+    recurrence_damping: float | str
     recurrence_residual: bool
     recurrence_encoding: str
     halting: str
@@ -70,6 +71,7 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
         sharing=sharing.removeprefix("middle-"),
         injection=injection,
         recurrence_norm="each" if recipe.recurrence_norm else "none",
+        recurrence_damping=recipe.recurrence_damping,
         recurrence_residual=recipe.recurrence_residual,
         recurrence_encoding=recipe.recurrence_encoding or encoding,
         halting=recipe.halting,

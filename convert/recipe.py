@@ -16,6 +16,7 @@ TARGETS: tuple[str, ...] = get_args(Target)
 Targets = Annotated[list[Target], Field(min_length=1)]
 Capacities = list[Annotated[Number, Field(gt=0, le=1)]]
 Thresholds = list[Annotated[Number, Field(ge=0, le=1)]]
+Damping = Literal["1/R", "learned"]  # beside numbers
 DEEPEST = 4096  # recurrences
 AVERAGE_FROM = 1 / 4  # rank over hidden_size, from which tied layers start and end at a lower loss as averages
 Depth = Annotated[Count, Field(le=DEEPEST)]
@@ -28,6 +29,19 @@ def _rank(value: object) -> object:
     if not numbers or not set(targets) <= set(TARGETS) or not all(type(n) is int and n > 0 for n in numbers):
         raise ValueError(f"an integer above 0, or one for each target of {', '.join(TARGETS)}, as {{q: 8, down: 32}}")
     return value
+
+
+def _damping(value: object) -> object:
+    """`value`, a number from its text. Raises ValueError unless it is a damping."""
+    if value in get_args(Damping):
+        return value
+    try:
+        share = 0.0 if isinstance(value, bool) else float(cast(Any, value))
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"a number above 0, at most 1; or one of {', '.join(get_args(Damping))}")
+    return share
 
 
 class Layers(Section):
@@ -157,6 +171,13 @@ class ConvertRecipe(Section):
     )
     recurrence_norm: bool = Field(
         False, description="an RMS norm after every recurrence, which one recurrence of the source does not have"
+    )
+    recurrence_damping: Annotated[
+        float | str, BeforeValidator(_damping, json_schema_input_type=Annotated[Number, Field(gt=0, le=1)] | Damping)
+    ] = Field(
+        1.0,
+        description="g of s + g (core(s) - s), the new state of a recurrence: a number, or learned (starts at one "
+        "half), after the first recurrence; 1/R for all of R recurrences; 1.0 for no damping. So R=1 is the source",
     )
     recurrence_residual: bool = Field(
         False, description="every recurrence but the first adds its input to its output (AbbIE-D, arXiv 2507.08567)"

@@ -164,7 +164,8 @@ class Tensors:
             self.pending.append(Pending(f"relaxation.{n}.{path}.{name}", self._dtype_of(source), shape, make))
 
     def _add_injection(self) -> None:
-        """Add injection, recurrence encoding, halting gate and recurrence norm, with values that keep the source."""
+        """Add injection, damping, recurrence encoding, halting gate and recurrence norm, with values that keep the
+        source."""
         width, dtype, injection = self.config.source_config.hidden_size, self.dtype_of_new, self.plan.injection
         if injection == "linear":
             make = partial(Injection.preserving_weight, width, self.plan.state_init)
@@ -172,6 +173,8 @@ class Tensors:
         elif injection == "gated":
             for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
                 self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))
+        if self.plan.recurrence_damping == "learned":
+            self.pending.append(Pending("damping.weight", dtype, [width], partial(torch.zeros, width)))
         if self.plan.recurrence_encoding == "sinusoidal":
             self.pending.append(Pending("recurrence_encoding.weight", dtype, [width], partial(torch.zeros, width)))
         if self.plan.halting == "act":

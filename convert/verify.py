@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,38 @@ def _written_out(
         return tied
 
     model = streamed(lambda: empty_model(config), read, dtype)
+    _damp(model, layers, places, plan.recurrence_damping)
     if plan.recurrence_norm == "each":
         for number, (part, n, _) in enumerate(places):
             if part == "core" and n == len(plan.core) - 1:
                 model.get_submodule(f"{layers}{number}").register_forward_hook(_rms_norm_hook(recurrent.norm_eps))
     return model
+
+
+def _damp(model: PreTrainedModel, layers: str, places: list[tuple[str, int, int]], damping: float | str) -> None:
+    """Damp the recurrences of `model`, whose layers stand at `places`, by the `damping` of a plan."""
+    if damping == 1:
+        return
+    core = [i for i, (part, _, _) in enumerate(places) if part == "core"]
+    recurrences = 1 + max(places[i][2] for i in core)
+    share = {"1/R": 1 / recurrences, "learned": 0.5}.get(str(damping), damping)
+    for r in range(0 if damping == "1/R" else 1, recurrences):
+        own = [model.get_submodule(f"{layers}{i}") for i in core if places[i][2] == r]
+        seen: list[torch.Tensor] = []
+        own[0].register_forward_pre_hook(partial(_remember, seen), with_kwargs=True)
+        own[-1].register_forward_hook(partial(_mix, seen, float(share)))
+
+
+def _remember(seen: list[torch.Tensor], layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook that puts a layer's hidden states into `seen`."""
+    seen[:] = [args[0] if args else kwargs["hidden_states"]]
+
+
+def _mix(seen: list[torch.Tensor], share: float, layer: nn.Module, args: Any, out: Any) -> Any:
+    """A forward hook that mixes a layer's output with the states in `seen`."""
+    first = out[0] if isinstance(out, tuple) else out
+    mixed = (1 - share) * seen[0] + share * first
+    return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
 
 def _rms_norm_hook(eps: float) -> Callable[[nn.Module, Any, Any], Any]:

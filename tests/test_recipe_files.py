@@ -69,7 +69,8 @@ SETTINGS = {
               "data.recurrences.field=hops", "data.recurrences.table={1: 2, hard: 8}"],
     "eval": ["data=task:hops?hops=1..4", "group=hops", "endpoint=http://localhost:1/v1", "request.exit_rule=cosine"],
     "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
-    "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010"],
+    "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010",
+                "recurrence_damping=1/R"],
     "generate": ["prompt=yes: 'no'\n", "temperature=0.5", "top_k=-1", "decoder=wave"],
     "serve": ["budget=auto", "coda_wait=-1", "name=null", "max_lanes=4", "ticks=8"],
     "init": ["hidden_size=64", "seed=7"],
@@ -164,6 +165,9 @@ TAKEN = {
         lora.rank: 8
         lora.rank: {q: 8}
         lora: {rank: 2, targets: "q,down"}
+        recurrence_damping: 1
+        recurrence_damping: 5e-1
+        recurrence_damping: 1/R
         router.capacity: 1,0.5
     """,
     "serve": """
@@ -200,6 +204,9 @@ REFUSED = {
         lora.rank: 0
         lora.rank: {qq: 8}
         lora.targets: q,left
+        recurrence_damping: 0
+        recurrence_damping: 1.5
+        recurrence_damping: 2/R
         router.capacity: [2]
     """,
     "serve": """
