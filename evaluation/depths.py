@@ -33,7 +33,7 @@ class Measured:
 
 def in_one_pass(config: Any) -> bool:
     """True if a run at R passes through the states of all runs at fewer recurrences, and can be read out there."""
-    return not config.router and config.sharing != "sequence"
+    return not config.router and config.sharing != "sequence" and config.recurrence_damping != "1/R"
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _run(
     model: Any, batch: dict[str, Any], targets: torch.Tensor, depths: list[int] | None
 ) -> tuple[dict[int | None, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
-    """({depth: (losses [B, K], right [B, K])}, states [R, B, T, D] if all recurrences ran in one pass)."""
+    """({depth: (losses [B, K], right [B, K])}, states [R, B, T, D] of the deepest run; None if it lacks some)."""
     if depths is None:
         del batch["sequence_ids"]
         read = {None: _read(model(**batch).logits, targets)}
@@ -139,6 +139,9 @@ def _run(
         )
         read, states = dict(zip(depths, out.depth_losses, strict=True)), out.states
     else:
-        read = {depth: _read(model(**batch, num_recurrences=depth).logits, targets) for depth in depths}
-        states = None
+        keeps = not model.config.router and model.config.sharing != "sequence"
+        read, states = {}, None
+        for depth in sorted(depths):
+            out = model(**batch, num_recurrences=depth, output_states=keeps)
+            read[depth], states = _read(out.logits, targets), out.states
     return {key: (both[0], both[1].bool()) for key, both in read.items()}, states
