@@ -13,7 +13,10 @@ from loopwise.errors import UserError
 from .recipe import ROLES, Objectives, Optimiser
 
 # Roles of modules whose name is not their role.
-OTHERS = {"relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate", "recurrence_encoding": "injection"}
+OTHERS = {
+    "relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate",
+    "recurrence_encoding": "injection", "damping": "injection",
+}  # fmt: skip
 BODY = ("prelude", "core", "coda", "injection")  # roles whose matrices Muon trains (arXiv 2511.07384)
 
 

@@ -114,6 +114,17 @@ def test_a_gate_that_nothing_reads_is_frozen(tokenizer, tmp_path, command):
     assert {n for n in before if not torch.equal(before[n], after[n])} == {"exit_gate.weight", "exit_gate.bias"}
 
 
+def test_learned_damping_is_trained_as_the_injection_is(tokenizer, tmp_path, command):
+    """By AdamW and without decay, also where Muon trains the matrices; with truncated backpropagation and all exits."""
+    path = save_recurrent(tmp_path / "damped", tokenizer, recurrence_damping="learned")
+    model: Any = load_model(str(path))
+    (group,) = [g for g in groups(model, Optimiser(kind="muon")) if any(p is model.damping.weight for p in g["params"])]
+    assert (roles(model)["damping.weight"], group["muon"], group["weight_decay"]) == ("injection", False, 0.0)
+    more = ["optimiser.kind=muon", "recurrence.mean=3", "recurrence.backprop=1", "objectives.exits.target=labels"]
+    run(command(path, tmp_path / "out", "steps=3", *more, "gradient_checkpointing=true"))
+    assert (weights(tmp_path / "out")["damping.weight"] != 0).all()
+
+
 def test_learning_rate_multipliers_scale_the_first_step(recurrent, command, tmp_path):
     """AdamW's first step moves every weight by the learning rate, so the change shows the multiplier."""
     more = ["steps=1", "optimiser.warmup=0", "optimiser.weight_decay=0", "optimiser.clip=0"]
