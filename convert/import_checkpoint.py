@@ -200,6 +200,8 @@ def _routing(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for name in ("kind", "network", "auxiliary"):
         if name in given and given[name] != found.get(name, False):
             raise UserError(f"router.{name}={given[name]}: by the checkpoint's tensors it is {found.get(name, False)}")
+    if given.get("update") == "step":
+        raise UserError("router.update=step: the checkpoint's authors add to the state; leave it out")
     return {**found, **given}
 
 

@@ -183,6 +183,7 @@ def _kept(config: RecurrentDepthConfig, share: list[float]) -> dict[str, list[fl
 def describe(router: dict[str, Any]) -> str:
     """A router in a few words, from its fields in the config."""
     words = f"{router['kind']}-choice, {router['network']}, {router['alpha']:g} {router['gate']}, {router['kv']} KV"
+    words += ", step" if router["update"] == "step" else ""
     if router["kind"] == "token":
         return words
     numbers = router["capacity"] if router["inference"] == "topk" else router["thresholds"]

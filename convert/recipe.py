@@ -91,13 +91,21 @@ class Router(Section):
         None, description="expert: share of the sequence that each recurrence takes (default: 1, (B-1)/B, .., 1/B)"
     )
     alpha: Number | None = Field(
-        None, gt=0, description="weight of a recurrence's output is alpha times the gate (default: expert 0.1, token 1)"
+        None,
+        gt=0,
+        description="weight w of a recurrence's output is alpha times the gate (default: expert 0.1, token 1; with "
+        "update=step the value for which w = 1 at the start: sigmoid 2, softmax R)",
     )
     temperature: Number | None = Field(None, gt=0, description="the router sees the state divided by it (default: 1)")
     gate: Literal["sigmoid", "tanh", "softmax"] | None = Field(
         None, description="expert: sigmoid or tanh; token: softmax or sigmoid (default: the first)"
     )
     network: Literal["linear", "mlp"] | None = Field(None, description="network of the router (default: linear)")
+    update: Literal["add", "step"] | None = Field(
+        None,
+        description="add: s + w core(s), as the paper's authors; step: s + w (core(s) - s), whose router starts at "
+        "w = 1, so that the model starts as the recursion without a router (default: add)",
+    )
     auxiliary: bool | None = Field(
         None, description="expert: routers of their own learn the choice, which thresholds then go by (default: no)"
     )

@@ -184,7 +184,7 @@ class Tensors:
             self.pending.append(Pending("recurrence_norm.weight", dtype, [width], partial(torch.ones, width)))
 
     def _add_router(self) -> None:
-        """Add the router: random, as the paper's authors start it, by a seed of its own."""
+        """Add the router as `Router.reset_parameters` starts it, by a seed of its own."""
         assert self.config.router is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.recipe.seed, "router"))

@@ -169,7 +169,7 @@ WITH_EFFECT = {
         dtype seed log_every save_every keep_checkpoints report_to""",
     "convert": """method loops sharing init sizes layers.prelude layers.core layers.coda influence lora.rank
         lora.targets lora.init lora.dora router.kind router.capacity router.alpha router.temperature
-        router.gate router.network router.auxiliary router.kv router.inference injection recurrence_norm
+        router.gate router.network router.update router.auxiliary router.kv router.inference injection recurrence_norm
         recurrence_damping
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
         kv_policy dtype revision seed""",

@@ -169,6 +169,7 @@ TAKEN = {
         recurrence_damping: 5e-1
         recurrence_damping: 1/R
         router.capacity: 1,0.5
+        router.update: step
     """,
     "serve": """
         budget: auto
@@ -208,6 +209,7 @@ REFUSED = {
         recurrence_damping: 1.5
         recurrence_damping: 2/R
         router.capacity: [2]
+        router.update: mix
     """,
     "serve": """
         budget: some

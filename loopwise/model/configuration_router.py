@@ -9,6 +9,7 @@ KINDS = ("expert", "token")
 GATES = {"expert": ("sigmoid", "tanh"), "token": ("softmax", "sigmoid")}
 NETWORKS = ("linear", "mlp")
 INFERENCES = ("threshold", "topk")
+UPDATES = ("add", "step")
 KEYS_AND_VALUES = ("recursion-wise", "first-recursion")
 ALPHA = {"expert": 0.1, "token": 1.0}
 
@@ -19,7 +20,9 @@ def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     kind: `expert` (every recurrence chooses among the tokens of the previous one) or `token` (every token chooses its
         depth once, before the first recurrence).
     depths: the number R of routed recurrences.
-    alpha, temperature, gate: the weight of a recurrence's output is alpha * gate(W x / temperature).
+    alpha, temperature, gate: the weight of a recurrence's output is w = alpha * gate(W x / temperature).
+    update: `add` (s + w core(s), as the authors') or `step` (s + w (core(s) - s)). The networks of `step` start at
+        zero, and alpha defaults to the value for which w = 1 then: a conversion starts as the model without a router.
     network: `linear` (W x), or `mlp` (W2 gelu(W1 x), with a hidden layer of twice the width).
     kv: keys and values that a recurrence attends to: `recursion-wise` (of the tokens that it was chosen for) or
         `first-recursion` (those of the first recurrence, of all tokens).
@@ -46,6 +49,7 @@ def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": 1.0,
         "gate": GATES[kind][0],
         "network": "linear",
+        "update": "add",
         "kv": "recursion-wise",
     }
     if kind == "expert":
@@ -59,9 +63,15 @@ def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"router.{unknown[0]} is no field of a router of kind {kind!r}: it has {', '.join(fields)}")
     fields |= {name: value for name, value in given.items() if value is not None}
     choices = {"gate": GATES[kind], "network": NETWORKS, "kv": KEYS_AND_VALUES, "inference": INFERENCES}
+    choices["update"] = UPDATES
     for name, allowed in choices.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(f"router.{name}={fields[name]!r}: choose from {', '.join(allowed)}")
+    if fields["update"] == "step":
+        if fields["gate"] == "tanh":
+            raise ValueError("router.update='step' with router.gate='tanh': its weights start at 0, and not at 1")
+        if given.get("alpha") is None:
+            fields["alpha"] = 2.0 if fields["gate"] == "sigmoid" else float(depths)
     for name in ("alpha", "temperature"):
         if not 0 < fields[name] < float("inf"):
             raise ValueError(f"router.{name}={fields[name]}: a finite number above 0")

@@ -2,8 +2,9 @@
 
 Expert-choice: s_r = s_{r-1} + w_r(s_{r-1}) core(s_{r-1}) for the tokens chosen for recurrence r, w_r(s) =
 alpha gate(W_r s). Token-choice: s_R = s_0 + w_d(s_0) h_d with h_0 = s_0, h_r = core(h_{r-1}) for a token of depth d,
-the argmax of W s_0. A token that is not chosen keeps its state. Tokens that were chosen attend to each other (or, with
-`kv="first-recursion"`, to the first recurrence's keys and values of all tokens).
+the argmax of W s_0. With `update="step"`, core(s) - s and h_d - s_0 are added in their place, so that a weight of 1 is
+the recursion without a router. A token that is not chosen keeps its state. Tokens that were chosen attend to each other
+(or, with `kv="first-recursion"`, to the first recurrence's keys and values of all tokens).
 
 Shapes: B batch, T tokens of this call, D width, R recurrences, N chosen tokens (of the fullest sequence).
 """
@@ -20,6 +21,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from .configuration_router import check_capacity
+from .damping import interpolate
 from .routed_rows import Rows
 
 
@@ -69,9 +71,15 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(out))
 
     def reset_parameters(self, std: float) -> None:
-        """Draw the networks from a normal distribution of standard deviation `std`, and set the bias to zero."""
+        """Draw the networks from a normal distribution of standard deviation `std`, and set the bias to zero.
+
+        With `update="step"` the last layer of each is zero: all logits are.
+        """
         for parameter in self.parameters():
             init.normal_(parameter, std=std)
+        if self.fields["update"] == "step":
+            for network in [*self.networks, *getattr(self, "auxiliary", [])]:
+                init.zeros_(list(network.parameters())[-1])
         if self.fields["kind"] == "token":
             init.zeros_(self.bias)
 
@@ -84,6 +92,14 @@ class Router(nn.Module):
         if self.fields["kind"] == "token":
             return TokenChoice(self, s, not_padding)
         return ExpertChoice(self, s, not_padding, topk)
+
+    def update(self, before: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The new state [..., D] of tokens with the state `before`, for which the core gave y: see the top.
+
+        weight: [..., 1], w in float32.
+        """
+        weight = weight.to(y.dtype)
+        return before + weight * y if self.fields["update"] == "add" else interpolate(before, y, weight)
 
     def logits(self, network: nn.Module, s: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, R or 1] for s [B, T, D], computed in the type of the weights: a choice amplifies rounding."""
@@ -143,7 +159,7 @@ class ExpertChoice(Routing):
 
     def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         gate = getattr(torch, self.router.fields["gate"])(self.logits[r]) * self.router.fields["alpha"]
-        return x + rows.take(gate[..., None]).to(y.dtype) * y
+        return self.router.update(x, y, rows.take(gate[..., None]))
 
     def outputs(self) -> RouterOutputs:
         return RouterOutputs(
@@ -172,7 +188,8 @@ class TokenChoice(Routing):
 
     def combine(self, r: int, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         ends = rows.take(self.depth[..., None]) == r
-        return torch.where(ends, rows.take(self.initial) + rows.take(self.weight).to(y.dtype) * y, y)
+        last = self.router.update(rows.take(self.initial), y, rows.take(self.weight))
+        return torch.where(ends, last, y)
 
     def outputs(self) -> RouterOutputs:
         return RouterOutputs(

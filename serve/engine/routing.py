@@ -73,10 +73,10 @@ class Routing:
         lanes = state.lanes
         if self.fields["kind"] == "token":
             ends = depth + 1 == lanes.exit_at[which]
-            last = self.origin[which] + self.weight[which][:, None].to(y.dtype) * y
+            last = self.router.update(self.origin[which], y, self.weight[which][:, None])
             return torch.where(ends[:, None], last, y), ends
         gate = getattr(torch, self.fields["gate"])(self._logits(self.router.networks, depth, before))
-        after = before + (gate * self.fields["alpha"])[:, None].to(y.dtype) * y
+        after = self.router.update(before, y, (gate * self.fields["alpha"])[:, None])
         limit = state.requests.num_recurrences[lanes.row[which]]
         stays = (depth + 1 < limit) & self._passes((depth + 1).clamp(max=self.fields["depths"] - 1), after)
         if self.first:

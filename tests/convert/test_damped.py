@@ -1,4 +1,4 @@
-"""Damped conversions: their source at one recurrence, verified, exported, shown."""
+"""Conversions that start as their source: damped recurrence, and routers of steps."""
 
 from __future__ import annotations
 
@@ -71,6 +71,21 @@ def test_beside_a_lora_and_a_norm(model_type, tmp_path):
     )
     assert json.loads((tmp_path / "out" / "loopwise.json").read_text())["max_dlogit"] < 1e-8
     assert model.config.recurrence_norm == "each"
+
+
+@pytest.mark.parametrize("kind", ["expert", "token"])
+def test_a_conversion_with_a_router_of_steps_starts_without_it(kind, tmp_path):
+    save_source(tmp_path / "source")
+    keys: dict[str, Any] = {"method": "recursive", "loops": 2, "sharing": "middle-cycle"}
+    plain = run(tmp_path / "source", tmp_path / "plain", **keys)
+    routed = run(tmp_path / "source", tmp_path / "out", **keys, router={"kind": kind, "update": "step"})
+    assert routed.config.router["alpha"] == 2  # sigmoid; or softmax of two depths
+    with torch.no_grad():
+        out = routed(**tokens(False), use_cache=False)
+        depth = 2 if kind == "expert" else 1  # of equal weights, token-choice takes the first depth
+        assert out.router_outputs.selected.sum(-1).eq(depth).all()
+        want = plain(**tokens(False), num_recurrences=depth).logits
+        assert (out.logits - want).abs().max() == 0
 
 
 @pytest.mark.parametrize(

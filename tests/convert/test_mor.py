@@ -74,6 +74,7 @@ def test_what_the_tensors_deny_is_refused(capsys, tmp_path):
     assert "router.kind=token: by the checkpoint's tensors it is expert" in import_refused(
         capsys, folder, out, "router.kind=token"
     )
+    assert "router.update=step: the checkpoint's authors" in import_refused(capsys, folder, out, "router.update=step")
     assert "leave out sizes" in import_refused(capsys, folder, out, "sizes=1,2,1")
     assert "router.capacity=[1.0, 0.5]: 3 numbers" in import_refused(capsys, folder, out, "router.capacity=1,0.5")
     tensors = load_file(folder / "model.safetensors")
@@ -193,6 +194,7 @@ def test_what_cannot_be_calibrated_or_exported(capsys, tmp_path, monkeypatch):
         (["router.kind=token", "router.capacity=1,0.5"], "router.capacity is no field of a router of kind 'token'"),
         (["router.kind=both"], "router.kind='both': Input should be 'expert' or 'token'"),
         (["router.alpha=0"], "router.alpha=0: Input should be greater than 0"),
+        (["router.update=step", "router.gate=tanh"], "router.update='step' with router.gate='tanh'"),
         (["router.capcity=1"], "did you mean 'router.capacity'"),
         (["sharing=sequence"], "it needs sharing='cycle'"),
         (["max_recurrences=8"], "max_recurrences equal to them"),

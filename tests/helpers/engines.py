@@ -24,7 +24,9 @@ ROUTERS = {
     "expert": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "alpha": 0.7},
     "expert, auxiliary": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "auxiliary": True, "network": "mlp"},
     "expert, first": {"kind": "expert", "thresholds": [0.5, 0.5, 0.5], "alpha": 0.7, "kv": "first-recursion"},
+    "expert, step": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "update": "step", "alpha": 1.3},
     "token": {"kind": "token"},
+    "token, step": {"kind": "token", "update": "step", "alpha": 1.5},
     "token, first": {"kind": "token", "kv": "first-recursion", "gate": "sigmoid", "network": "mlp"},
 }
 

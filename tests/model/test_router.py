@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from loopwise.model import RecurrentDepthConfig
+from loopwise.model.configuration_router import router_fields
 from tests.helpers import model as helpers
 from tests.helpers.model import GREEDY, ids
 from tests.helpers.tiny import source_config
@@ -27,6 +28,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
 TOPK: dict[str, dict[str, Any]] = {
     "topk": {**EXPERT, "inference": "topk", "capacity": [0.9, 0.6, 0.2]},
     "topk-first": {**EXPERT, "inference": "topk", "capacity": [0.9, 0.6, 0.2], "kv": "first-recursion"},
+}
+STEP: dict[str, dict[str, Any]] = {
+    "expert-step": {**EXPERT, "update": "step", "alpha": 1.4},
+    "token-step": {**TOKEN, "update": "step", "alpha": 1.5, "kv": "first-recursion"},
 }
 SOURCES = ("llama", "gemma3_text", "mistral", "gpt2", "gpt_neox", "gpt_neo", "bloom", "opt", "xglm")
 
@@ -91,11 +96,15 @@ def by_hand(model: Any, tokens: torch.Tensor, topk: bool) -> torch.Tensor:
         for t in chosen:
             if fields["kind"] == "expert":
                 weight = fields["alpha"] * getattr(torch, fields["gate"])(logits[t])
-                new[0, t] = s[0, t] + weight * y[0, t]
+                new[0, t] = added(fields, s[0, t], weight, y[0, t])
             else:
-                new[0, t] = start[0, t] + gates[t, r] * y[0, t] if depths[t] == r else y[0, t]
+                new[0, t] = added(fields, start[0, t], gates[t, r], y[0, t]) if depths[t] == r else y[0, t]
         s = new
     return model.source.lm_head(llama.norm(run(model.coda, s, causal)))[0]
+
+
+def added(fields: dict[str, Any], s: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (1 - weight) * s + weight * y if fields["update"] == "step" else s + weight * y
 
 
 def _rotated(x: torch.Tensor) -> torch.Tensor:
@@ -103,9 +112,9 @@ def _rotated(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-x[..., half:], x[..., :half]], -1)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *TOPK])
+@pytest.mark.parametrize("name", [*CAUSAL, *TOPK, *STEP])
 def test_the_formula(name):
-    model = build({**CAUSAL, **TOPK}[name])
+    model = build({**CAUSAL, **TOPK, **STEP}[name])
     if "token" in name:
         model.router.bias[:] = torch.tensor([0.1, -0.1, 0.1])
     with torch.no_grad():
@@ -114,6 +123,44 @@ def test_the_formula(name):
             torch.testing.assert_close(out.logits[row], by_hand(model, tokens, name in TOPK), rtol=0, atol=1e-5)
     shares = out.router_outputs.selected.float().mean((0, 1))
     assert shares[0] > shares[-1] > 0  # the routers do choose
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["expert", "expert-sigmoid", "token", "token-sigmoid"])
+def test_a_router_of_steps_starts_as_the_recursion_without_one(kind, network):
+    """Bit for bit, where all tokens are chosen. Logits are zero: thresholds of one half let all pass; token-choice
+    takes the first depth, or the one that its bias names."""
+    choice, _, gate = kind.partition("-")
+    fields: dict[str, Any] = {"injection": "none", "router": {"kind": choice, "update": "step", "network": network}}
+    if gate:
+        fields["router"]["gate"] = gate
+    routed, plain = helpers.build(**fields), helpers.build(injection="none")
+    routed.router.reset_parameters(0.02)  # the helper draws all matrices
+    plain.load_state_dict({name: x for name, x in routed.state_dict().items() if not name.startswith("router.")})
+    with torch.no_grad():
+        for r in (1, 2, 3):
+            depth = {"num_recurrences": r}
+            if choice == "token":
+                routed.router.bias[:] = torch.eye(3)[r - 1]
+                depth = {}
+            got = routed(ids(), **depth, use_cache=False)
+            assert got.router_outputs.selected.sum(-1).eq(r).all()
+            assert torch.equal(got.logits, plain(ids(), num_recurrences=r).logits)
+        if choice == "token":
+            routed.router.bias.zero_()
+            assert torch.equal(routed(ids(), use_cache=False).logits, plain(ids(), num_recurrences=1).logits)
+    routed.train()
+    routed(ids(), labels=ids(), **({} if choice == "token" else {"router_capacity": [1, 1, 1]})).loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in routed.router.parameters())
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+def test_weights_of_steps_are_one_at_the_start(depths):
+    for given in ({"kind": "expert"}, {"kind": "token"}, {"kind": "token", "gate": "sigmoid"}):
+        fields = router_fields({"depths": depths, "update": "step", **given})
+        gates = torch.zeros(depths).softmax(-1) if fields["gate"] == "softmax" else torch.zeros(depths).sigmoid()
+        assert (gates * fields["alpha"] == 1).all()
+    assert router_fields({"kind": "expert", "depths": depths, "update": "step", "alpha": 0.5})["alpha"] == 0.5
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -247,6 +294,8 @@ def test_saved_and_injected(tmp_path):
         ({"kind": "expert", "thresholds": [0.5, 0.5, 2]}, r"numbers in \[0, 1\]"),
         ({"kind": "expert", "gate": "softmax"}, "choose from sigmoid, tanh"),
         ({"kind": "expert", "alpha": 0}, "router.alpha=0: a finite number above 0"),
+        ({"kind": "expert", "update": "mix"}, "router.update='mix': choose from add, step"),
+        ({"kind": "expert", "update": "step", "gate": "tanh"}, "its weights start at 0, and not at 1"),
         ({"kind": "token", "capacity": [1.0, 0.5, 0.1]}, "router.capacity is no field of a router of kind 'token'"),
         ({"kind": "token", "depths": 0}, "router.depths=0: an integer, at least 1"),
     ],

@@ -55,6 +55,7 @@ WINDOWS = {**CALM, **MIXED}
 CALM_WIDE = {**WIDE, "initializer_range": 0.12}
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
 EXPERT = {"kind": "expert", "thresholds": [0.35, 0.5, 0.5, 0.5], "alpha": 0.7}
+STEPS = {**EXPERT, "update": "step", "alpha": 1.3, "kv": "first-recursion"}
 TOKEN = {"kind": "token", "gate": "sigmoid", "network": "mlp"}
 ROUTED = {**RETROFIT, "injection": "none", "num_recurrences": 4, "max_recurrences": 4}
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
@@ -150,6 +151,7 @@ CASES = {
         decoders=("plain", "wave"),
     ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
+    "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     "two-ranks": Case(
         "qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, lanes={"compile": True}, decoders=("plain", "wave")
