@@ -1,8 +1,8 @@
 """Fixed-width ticks as CUDA graphs, which the host starts before it knows the result of the ones before.
 
 In an eager tick the device waits for the host several times. Here every pass has as many rows as requests may run
-lanes, and the device finds out by itself which of them are real, which leave, and what starts after them: no shape
-depends on a value. Two graphs suffice: a pass of the core, and a read-out, which ends with the inputs of the next
+lanes. The device finds out by itself which of them are real, which leave, and which positions start. No shape depends
+on a value. Two graphs suffice: a pass of the core, and a read-out, which ends with the inputs of the next
 positions. The host learns the result of a pass while the next one runs. By it, it decides when lanes are read out, and
 when a step is over.
 Shapes: N rows of a pass or a read-out, of which some are real; D hidden size.

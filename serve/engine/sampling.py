@@ -33,7 +33,7 @@ def sample(
     cut: bool = True,
 ) -> Tensor:
     """Tokens [n] for logits [n, V], of which `best` [n] are the likeliest; temperature 0 takes these, top_k 0, top_p 1
-    and min_p 0 cut nothing (each [n]). top_p is a share of what the other two leave. `cut`: whether any row cuts.
+    and min_p 0 cut nothing (each [n]). top_p is a share of what the other two leave. `cut`: a row cuts.
 
     `noise` [n, V]: see `waiting_times`.
     """

@@ -1,6 +1,6 @@
 """vLLM's scheduler, for engine steps that give a request 0 to `passes_per_step` tokens.
 
-As in vLLM, a request that decodes is scheduled with one token a step, blocks are allocated some tokens ahead, and
+As in vLLM, a request that decodes is scheduled with one token a step, and blocks are allocated some tokens ahead.
 `update_from_output` accepts ragged lists of tokens and cuts them at a stop. Four things differ:
 
 - Positions count as computed once their token is there.

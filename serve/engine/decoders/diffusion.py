@@ -1,6 +1,6 @@
 """Diffusion forcing (arXiv 2510.14961): many positions of one request are refined together, and freeze from the left.
 
-A step embeds the current tokens (mixed with their earlier embeddings), mixes noise into the states, runs `inner`
+A step embeds the current tokens, mixed with their earlier embeddings, and mixes noise into the states. It runs `inner`
 recurrences on the whole window in lockstep, reads out a token for every position, and appends `headway` new positions.
 Then the longest prefix of the window whose states have converged is frozen: its tokens are put out, and its keys and
 values stay as they are. (The authors' code freezes up to the furthest converged position, unconverged ones among them.)

@@ -1,7 +1,7 @@
 """The exact wave: positions of one request in flight at staggered depths, whose tokens are those of plain decoding.
 
 Every lane is read out after every recurrence. The next position starts from the draft token of that read-out, one pass
-behind, so that it finds the KV entries of every depth that it needs. When a later read-out changes the draft, all
+behind. So it finds the KV entries of every depth that it needs. When a later read-out changes the draft, all
 positions to its right are dropped and start anew. A token is put out once its lane has exited and all tokens before it
 are out: then the lane started from the right token, and attended to the right KV entries.
 Shapes: R rows, m rows with a wave, W the greatest width.
