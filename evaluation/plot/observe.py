@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tokens:
-    """The tokens of a text. ids [T].   pieces [T]: the part of the text that each stands for; "" where a character
-    takes several tokens, for all but the first."""
+    """The tokens of a text.
+
+    ids [T].   pieces [T]: the part of the text that each stands for; "" where a character takes several tokens, for all
+    but the first.   gaps [T + 1]: the parts before each piece, and after the last, that no token stands for.
+    """
 
     ids: list[int]
     pieces: list[str]
+    gaps: list[str]
 
 
 def tokens_of(text: str, tokenizer: Any) -> Tokens:
@@ -28,17 +32,19 @@ def tokens_of(text: str, tokenizer: Any) -> Tokens:
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__}: a picture needs a fast tokenizer, which knows the tokens' places")
     encoded = tokenizer(text, return_offsets_mapping=True)
-    pieces, end = [], 0
+    pieces, gaps, end = [], [], 0
     for first, last in encoded["offset_mapping"]:
+        gaps.append(text[end:first])
         pieces.append(text[max(first, end) : last])
         end = max(end, last)
-    return Tokens(encoded["input_ids"], pieces)
+    return Tokens(encoded["input_ids"], pieces, [*gaps, text[end:]])
 
 
 @dataclass
 class Depths:
     """depths [T]: recurrences of each token.   most: the greatest depth that one may have.   rule: in words.
-    routed: a router has set them."""
+    routed: a router has set them.
+    """
 
     tokens: Tokens
     depths: list[int]
@@ -72,7 +78,7 @@ def depths(model: str, picture: Picture) -> Depths:
     request = engine.request(params)
     (found,) = engine.depths_of([tokens.ids], params)
     rule = f"{request.rule} at {request.threshold:g}" if request.rule != "fixed" else f"R = {request.num_recurrences}"
-    rule = "router" if config.router else f"{rule}, {engine.loop.state.policy.name}"
+    rule = "router" if config.router else f"{rule}, kv_policy={engine.loop.state.policy.name}"
     return Depths(tokens, found, request.num_recurrences, rule, bool(config.router))
 
 

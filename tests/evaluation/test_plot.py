@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 
 from loopwise.cli import main
 from loopwise.evaluation.exits.forced import ForcedEngine
-from loopwise.evaluation.plot.observe import depths, states, tokens_of
+from loopwise.evaluation.plot.observe import Depths, Tokens, depths, states, tokens_of
 from loopwise.evaluation.plot.recipe import Picture
 from loopwise.evaluation.plot.states import components, states_figure
-from loopwise.evaluation.plot.text import text_page
+from loopwise.evaluation.plot.text import text_figure, text_page
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build, build_routed
 
@@ -61,6 +62,44 @@ def test_pieces_of_the_tokens_are_the_text(tokenizer):
     assert "".join(tokens.pieces) == TEXT
     assert len(tokens.ids) > len(TEXT)
     assert tokens.pieces.count("") == len(tokens.ids) - len(TEXT)
+
+
+def test_a_picture_shows_what_no_token_stands_for():
+    """A tokenizer may drop characters: they stand in the text without a colour."""
+    text = "a=7;?a="
+    kept = [(place, letter) for place, letter in enumerate(text) if letter != "="]
+
+    class Tokenizer:
+        is_fast = True
+
+        def __call__(self, text: str, **options: bool) -> dict[str, list]:
+            return {"input_ids": [7] * len(kept), "offset_mapping": [(place, place + 1) for place, _ in kept]}
+
+    tokens = tokens_of(text, Tokenizer())
+    assert (tokens.pieces, tokens.gaps) == ([letter for _, letter in kept], ["", "=", "", "", "", "="])
+    found = Depths(tokens, [4, 1, 2, 1, 3], 4, "cosine at 0.1", False)
+    body = text_page(found, "m").partition('<div class="text">')[2].partition("</div>")[0]
+    assert unescape(re.sub("<[^>]*>", "", body)) == text
+    shown = [("4", "a"), ("1", "7"), ("2", ";"), ("1", "?"), ("3", "a")]
+    assert re.findall(r'title="(\d) of 4">(.)</span>', body) == shown
+    (axes,) = text_figure(found, "m").axes
+    lines = [line.get_text() for line in axes.texts]
+    assert "".join(lines).endswith(text)
+    assert any(line.startswith("Colour: recurrences that a token ran to predict the next one.") for line in lines)
+    (equals, *_), (seven, *_) = ([one for one in axes.texts if one.get_text() == letter] for letter in "=7")
+    assert equals.get_color() != seven.get_color()
+
+
+def test_the_legend_of_a_picture_has_every_depth_and_its_share():
+    found = Depths(Tokens([1] * 4, [*"abcd"], [""] * 5), [3, 1, 1, 3], 3, "cosine at 0.1", False)
+    page = text_page(found, "m")
+    (axes,) = text_figure(found, "m").axes
+    drawn = "".join(line.get_text() for line in axes.texts)
+    for entry in ("1: 50%", "2: 0%", "3: 50%"):
+        assert entry in page
+        assert entry in drawn
+    assert "The first token, a prompt, ran all 3." in page
+    assert "prompt" not in text_page(replace(found, routed=True), "m")
 
 
 def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
