@@ -1,4 +1,4 @@
-"""States of a text's tokens over the recurrences: their paths, and how far each recurrence moves them."""
+"""States of a text's tokens over the recurrences: their paths, and the share by which each recurrence moves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLLOWED = 6  # tokens whose paths are drawn, if none are named
 
 def states_figure(tokens: Tokens, states: Tensor, chosen: list[int] | None, name: str) -> Figure:
     """Paths of s_r - s_R of the `chosen` positions in the plane of their first two principal components, and
-    |s_r - s_(r-1)| of all tokens.
+    |s_r - s_(r-1)| / |s_r| of all tokens, which `latent-diff` compares with its threshold.
 
     states [R, T, D]. Without `chosen`, six tokens are taken, not the first: as an attention sink, its state is often a
     hundred times longer than others. Raises UserError for a position beyond the text, and for a single recurrence.
@@ -62,14 +62,14 @@ def _paths(axes: Axes, tokens: Tokens, states: Tensor, chosen: list[int]) -> Non
         (line,) = axes.plot(x, y, "-", marker=".", linewidth=1, label=_label(tokens, place))
         axes.plot(x[:1], y[:1], "o", markerfacecolor="white", color=line.get_color())
     axes.plot(0, 0, "s", color="0.3")
-    axes.set_xlabel(f"first component ({shares[0]:.0%})")
-    axes.set_ylabel(f"second component ({shares[1]:.0%})")
+    axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the squares")
+    axes.set_ylabel(f"second principal component, {shares[1]:.0%}")
     axes.set_title(f"states less the last: s_1 (circles) to s_{len(states)} (square)", fontsize="small")
     axes.legend(frameon=False, fontsize="small")
 
 
 def _moves(axes: Axes, tokens: Tokens, states: Tensor, chosen: list[int]) -> None:
-    moves = (states[1:] - states[:-1]).norm(dim=-1)  # [R - 1, T]
+    moves = (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)  # [R - 1, T]
     recurrences = range(2, len(states) + 1)
     low, middle, high = (moves.quantile(q, dim=1).tolist() for q in (0.1, 0.5, 0.9))
     axes.fill_between(recurrences, low, high, color="0.85", label="80 % of all tokens")
@@ -79,5 +79,6 @@ def _moves(axes: Axes, tokens: Tokens, states: Tensor, chosen: list[int]) -> Non
     axes.set_yscale("log")
     axes.set_xticks(recurrences)
     axes.set_xlabel("recurrence r")
-    axes.set_ylabel("|s_r - s_(r-1)|")
+    axes.set_ylabel("|s_r - s_(r-1)| / |s_r|")
+    axes.set_title("tokens below its threshold leave by latent-diff", fontsize="small")
     axes.legend(frameon=False, fontsize="small")

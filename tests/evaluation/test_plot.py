@@ -111,7 +111,7 @@ def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
         lasts = [
             model(torch.tensor([tokens.ids]), num_recurrences=r, use_cache=False).last_state[0] for r in (1, 2, 3, 4)
         ]
-    moves = [(after - before).norm(dim=-1) for before, after in pairwise(lasts)]
+    moves = [(after - before).norm(dim=-1) / after.norm(dim=-1) for before, after in pairwise(lasts)]
     figure = states_figure(tokens, found, [2, 5], "m")
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
     for place in (2, 5):
