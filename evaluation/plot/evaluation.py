@@ -27,8 +27,10 @@ def eval_figure(file: Path) -> Figure:
         rows = result["results"]
         groups = list(rows[0].get("groups") or {})
         if groups:
-            shares = [[row["groups"][name]["accuracy"] for name in groups] for row in rows]
-            return _heat_map(result["group"] or "", groups, [_depth(row) for row in rows], shares)
+            cells = [[row["groups"][name] for name in groups] for row in rows]
+            figure = _heat_map(result["group"] or "", groups, [_depth(row) for row in rows], cells)
+            figure.suptitle(_counted(result, cells), fontsize="medium")
+            return figure
         return _curves(rows, str(result["model"]))
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{file}: not a result of loopwise eval (write one with --out)") from None
@@ -69,12 +71,21 @@ def _depth(row: dict[str, Any]) -> str:
     return "-" if row["num_recurrences"] is None else str(row["num_recurrences"])
 
 
-def _heat_map(group: str, groups: list[str], depths: list[str], shares: list[list[float]]) -> Figure:
+def _counted(result: dict[str, Any], cells: list[list[dict[str, Any]]]) -> str:
+    """Model and answers in two lines, with the greatest standard error of a cell."""
+    counts = sorted({cell["answers"] for row in cells for cell in row})
+    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    error = max((cell["accuracy_error"] or 0.0 for row in cells for cell in row), default=0.0)
+    sure = f", standard error up to {100 * error:.0f} %" if error else ""
+    return f"{result['model']}\n{each} answers a cell{sure}"
+
+
+def _heat_map(group: str, groups: list[str], depths: list[str], cells: list[list[dict[str, Any]]]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 + 0.55 * len(groups), 1.6 + 0.4 * len(depths)), layout="constrained")
+    figure = Figure(figsize=(max(1.6 + 0.55 * len(groups), 4.5), 2 + 0.4 * len(depths)), layout="constrained")
     axes = figure.subplots()
-    percent = [[100 * share for share in row] for row in shares]
+    percent = [[100 * cell["accuracy"] for cell in row] for row in cells]
     image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", origin="lower", aspect="auto")
     for y, row in enumerate(percent):
         for x, value in enumerate(row):
@@ -92,27 +103,30 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     from matplotlib.figure import Figure
 
     value = "score" if "score" in rows[0] else "loss"
+    names = {_what(row) for row in rows}
+    beyond = sorted({row["num_recurrences"] for row in rows if row.get("beyond_trained")})
     known = all(row.get("flops_per_token") for row in rows)
     figure = Figure(figsize=(11 if known else 6, 4), layout="constrained")
-    figure.suptitle(name, fontsize="medium")
+    figure.suptitle(f"{name} (bars: one standard error)", fontsize="medium")
     panels = figure.subplots(1, 1 + known, squeeze=False, sharey=True)[0]
-    metrics = {task: _what(row) for row in reversed(rows) if (task := row.get("task"))}
-    several = len({*metrics.values()}) > 1
     for number, task in enumerate(dict.fromkeys(row.get("task") for row in rows)):
-        label = f"{task}, {metrics[task]}" if several else task or name
         of_task = [row for row in rows if row.get("task") == task]
         ours = sorted((row for row in of_task if row["num_recurrences"]), key=lambda row: row["num_recurrences"])
         plain = [row for row in of_task if not row["num_recurrences"]]
         errors = [row[f"{value}_error"] or 0.0 for row in ours]
         for axes, key, scale in zip(panels, ("num_recurrences", "flops_per_token"), (1, 1e-9), strict=False):
             x, colour = [row[key] * scale for row in ours], f"C{number}"
+            label = f"{task} ({_what(of_task[0])})" if len(names) > 1 else task or name
             style = {"color": colour, "capsize": 3, "label": label}
             axes.errorbar(x, [row[value] for row in ours], errors, fmt="o-", **style)
             for row in plain:  # of the same FLOPs at any R
                 axes.axhline(row[value], color=colour, linestyle="--", label=f"{task or ''} baseline".strip())
                 if key == "flops_per_token":
                     axes.plot(row[key] * scale, row[value], "s", color=colour)
-    panels[0].set_ylabel("score" if several else _what(rows[0]))
+    panels[0].set_ylabel(names.pop() if len(names) == 1 else "score")
+    if beyond:
+        trained = max((row["num_recurrences"] or 0 for row in rows if not row["beyond_trained"]), default=0)
+        panels[0].axvspan((trained + beyond[0]) / 2, beyond[-1] + 0.3, color="0.93", label="deeper than trained")
     panels[0].set_xlabel("recurrences")
     panels[0].set_xticks(sorted({row["num_recurrences"] for row in rows if row["num_recurrences"]}))
     if known:
