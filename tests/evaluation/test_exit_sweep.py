@@ -203,7 +203,32 @@ def test_a_sweep_beside_fixed_depths(model, chats, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "decoded up to R=4 under kv_policy=last-exited, prompt_exit"
     assert sum(line.startswith("latent-diff ") for line in lines) == 3
-    assert lines[-1].startswith("fewest recurrences within 0.01 nats a token of R=4: fixed ")
+    assert lines[-2].startswith("fewest recurrences within 0.01 nats a token of R=4: fixed ")
+    assert lines[-1].startswith("fewest recurrences with right answers within one standard error of R=4: fixed ")
+
+
+def test_a_loss_may_hold_where_right_answers_do_not():
+    from loopwise.evaluation.exits.table import calibration_table, least_depths, least_depths_of_answers
+
+    def row(depth: float, over: float, right: float) -> dict[str, Any]:
+        loss = {"loss": 1 + over, "loss_error": 0.1, "over_full": over, "over_full_error": 0.001}
+        return {"mean_recurrences": depth, **loss, "accuracy": right, "accuracy_error": 0.02}
+
+    full = {"num_recurrences": 8, **row(8, 0.0, 0.80)}
+    low, high = ({"threshold": depth / 10, **row(depth, 0.0, right)} for depth, right in ((2.0, 0.65), (5.0, 0.79)))
+    decoding = {"num_recurrences": 8, "min_recurrences": 1, "kv_policy": "last-exited", "prompt_exit": True}
+    result = {**decoding, "results": [full], "exits": {"cosine": [low, high]}}
+    assert least_depths(result, 0.01)["cosine"] == low
+    assert least_depths_of_answers(result) == {"fixed": full, "cosine": high}
+    found = {**result, "rule": "cosine", "budget": 0.01, "tokens": 9, "check_tokens": 9, "chosen": low}
+    for chosen, warned in ((low, True), (high, False)):
+        text = calibration_table({**found, "check": {"full": full, "chosen": chosen}})
+        assert ("are right, and 80.0 % at full depth" in text) == warned
+        assert "right in %" in text
+        assert "look for a smaller num_recurrences" not in text
+    better = {"threshold": 0.2, **row(2.0, -0.1, 0.80)}
+    text = calibration_table({**found, "chosen": better, "check": {"full": full, "chosen": better}})
+    assert "note: R=8 has a greater loss on both halves: look for a smaller num_recurrences first" in text
 
 
 def test_a_text_is_decoded_from_its_first_token_on(model, tmp_path, text, capsys):
