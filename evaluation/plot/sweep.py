@@ -30,34 +30,40 @@ def sweep_figure(file: Path) -> Figure:
     try:
         chosen, top = result.get("chosen"), result["num_recurrences"]
         kind = "accuracy" if "answers" in result and not chosen else "loss"
-        _draw(axes, result["results"], kind, f"R={top}" if chosen else "fixed depths", "s--", "0.35")
+        _draw(axes, result["results"], kind, f"R={top}" if chosen else "fixed depths", "s", "0.35")
         for number, (rule, rows) in enumerate(result["exits"].items()):
             _draw(axes, rows, kind, rule, f"{MARKERS[number]}-", f"C{number}")
         if chosen:
             limit = chosen["loss"] - chosen["over_full"] + result["budget"]
-            axes.axhline(limit, linewidth=1, color="0.6", label=f"budget: R={top} and {result['budget']:g}")
-            label = f"chosen: {chosen['threshold']:.3g}"
+            axes.axhline(limit, linewidth=1, color="0.6", label=f"budget: {result['budget']:g} above R={top}")
+            label = f"chosen threshold: {chosen['threshold']:.3g}"
+            if "accuracy" in chosen:
+                right, full = (f"{100 * row['accuracy']:.0f} %" for row in (chosen, result["results"][0]))
+                label += f", {right} of the answers right ({full} at R={top})"
             axes.plot(chosen["mean_recurrences"], chosen["loss"], "*", markersize=14, color="C3", label=label)
         axes.set_title(_title(result), fontsize="medium")
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{file}: not a sweep (loopwise eval with exit_sweep and --out), nor a calibration") from None
     axes.set_xlabel("mean recurrences of an answer's token" if "answers" in result else "mean recurrences of a token")
-    axes.set_ylabel("right answers in %" if kind == "accuracy" else "held-out loss")
+    bars = "one standard error" if kind == "accuracy" else "standard error of the distance from full depth"
+    axes.set_ylabel("right answers in %" if kind == "accuracy" else "held-out loss, nats a token")
+    axes.plot([], [], " ", label=f"bars: {bars}")
     axes.legend(frameon=False, fontsize="small")
     return figure
 
 
 def _draw(axes: Axes, rows: list[dict[str, Any]], kind: str, label: str, marker: str, color: str) -> None:
-    scale = 100 if kind == "accuracy" else 1
+    """A line of rows with error bars. Fixed depths get marks alone: a line would show depths that nobody measured.
+
+    Losses vary between texts far more than between depths. So their bars are errors of the distance from full depth.
+    """
+    scale, error = (100, "accuracy_error") if kind == "accuracy" else (1, "over_full_error")
     depths = [row["mean_recurrences"] for row in rows]
     values = [scale * row[kind] for row in rows]
-    if kind == "accuracy":  # losses vary between texts far more than between depths: their error bars would hide all
-        errors = [scale * (row["accuracy_error"] or 0.0) for row in rows]
-        axes.errorbar(depths, values, errors, fmt=marker, color=color, label=label, markersize=5, alpha=0.8, capsize=2)
-    else:
-        axes.plot(depths, values, marker, color=color, label=label, markersize=5, alpha=0.8)
+    errors = [scale * (row[error] or 0.0) for row in rows]
+    axes.errorbar(depths, values, errors, fmt=marker, color=color, label=label, markersize=5, alpha=0.8, capsize=2)
 
 
 def _title(result: dict[str, Any]) -> str:
     ends = ", prompts exit, too" if result["prompt_exit"] else ""
-    return f"exit rules up to R={result['num_recurrences']}, kv_policy={result['kv_policy']}{ends}"
+    return f"{result['model']}, exit rules up to R={result['num_recurrences']}\nkv_policy={result['kv_policy']}{ends}"
