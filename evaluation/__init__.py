@@ -14,5 +14,6 @@ scores tasks. This package may use `convert`, `train` and `serve`. Files in read
     harness/       scores of lm-eval's tasks by recurrences
     command.py     `loopwise eval`
     calibrate.py   `loopwise calibrate`: an exit threshold, or those of a router
+    search/        `loopwise search`: depth without training
     plot/          `loopwise plot`
 """

@@ -69,6 +69,7 @@ SETTINGS = {
               "data.recurrences.field=hops", "data.recurrences.table={1: 2, hard: 8}"],
     "eval": ["data=task:hops?hops=1..4", "group=hops", "endpoint=http://localhost:1/v1", "request.exit_rule=cosine"],
     "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
+    "search": ["data=a.txt", "check=b.txt,c.txt", "sizes=2,4", "ways=skip,half-steps", "stride=2"],
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010",
                 "recurrence_damping=1/R"],
     "generate": ["prompt=yes: 'no'\n", "temperature=0.5", "top_k=-1", "decoder=wave"],

@@ -5,6 +5,7 @@ curriculum.py   a curriculum
 run.py          a training run
 evaluation.py   a measurement of `loopwise eval`
 sweep.py        a sweep of exit rules, or a calibration
+search.py       a search for layers to skip and repeat
 observe.py      the tokens of a text, their depths and their states
 text.py         a text, each token in the colour of its depth
 states.py       paths of states

@@ -22,6 +22,7 @@ PICTURES = {
     "eval": "score or loss by recurrences and FLOPs: a FILE of loopwise eval --out",
     "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint and group",
     "sweep": "score or loss by mean depth: a FILE of loopwise eval exit_sweep=.. --out, or a calibration.json",
+    "search": "blocks, or lengths of chains: a FILE of loopwise search --out",
     "text": "a text, each token in the colour of its depth: a MODEL, with keys below (writes .html and .png)",
     "states": "paths of the states: a MODEL, with keys below",
     "router": "the tokens that each recurrence takes: a routed MODEL, with keys below",
@@ -70,11 +71,12 @@ def draw(args: argparse.Namespace) -> list[Path]:
         default, figure = Path("exits.png"), exits_figure(exit_counts(args.source), args.source)
     else:
         from .evaluation import depth_figure, eval_figure
+        from .search import search_figure
         from .sweep import sweep_figure
 
         suffix = ".png" if args.what == "eval" else f".{args.what}.png"
         default = Path(args.source).expanduser().with_suffix(suffix)
-        draws = {"eval": eval_figure, "depth": depth_figure, "sweep": sweep_figure}
+        draws = {"eval": eval_figure, "depth": depth_figure, "sweep": sweep_figure, "search": search_figure}
         figure = draws[args.what](Path(args.source))
     file = Path(args.out or default)
     _save(figure, file)

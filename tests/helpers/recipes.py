@@ -8,6 +8,7 @@ from typing import Any
 from loopwise.convert.recipe import ConvertRecipe
 from loopwise.evaluation.calibrate import Calibrate
 from loopwise.evaluation.recipe import Evaluate
+from loopwise.evaluation.search.recipe import Search
 from loopwise.recipe import Section, load_recipe
 from loopwise.serve.generate import GenerateRecipe
 from loopwise.serve.recipe import ServeRecipe
@@ -19,6 +20,7 @@ MODELS: dict[str, type[Section]] = {
     "train": Train,
     "eval": Evaluate,
     "calibrate": Calibrate,
+    "search": Search,
     "convert": ConvertRecipe,
     "generate": GenerateRecipe,
     "serve": ServeRecipe,
@@ -29,6 +31,7 @@ NEEDED = {
     "train": ["data.train=text.txt"],
     "eval": ["data=text.txt"],
     "calibrate": ["data=text.txt"],
+    "search": ["data=text.txt"],
     "convert": ["method=mor", "loops=2"],
     "generate": [],
     "serve": [],

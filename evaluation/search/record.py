@@ -1,0 +1,77 @@
+"""The measured programs, in memory and in a file: a search that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...directory import check_file, new_file
+from ...errors import UserError, shorten
+
+EVERY = 10  # programs between two writes of the file
+
+
+class Record:
+    """The result of a search, and the file that it is kept in; None keeps nothing.
+
+    facts: "settings", "model" and others; a file of other settings is not continued.
+    """
+
+    def __init__(self, out: Path | None, facts: dict[str, Any]):
+        self.out, self._added = out, 0
+        self.result: dict[str, Any] = {**facts, "programs": [], "tried": [], "questions": []}
+
+    def resume(self) -> None:
+        """Take over what the file holds. Raises UserError if other settings, or another model, gave it."""
+        found = read(self.out) if self.out else None
+        if found is None:
+            return
+        for name in ("fingerprint", "settings"):
+            before, now = found.get(name), self.result[name]
+            if before != now:
+                wrong = _difference(before, now) if name == "settings" else "the model's files have changed"
+                raise UserError(f"--out {self.out}: {wrong}; name another file, or start anew with --force")
+        for name in ("programs", "tried", "questions"):
+            self.result[name] = found[name]
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        """Add a row of this kind: programs, tried, or questions."""
+        self.result[kind].append(row)
+        self._added += 1
+        if self._added % EVERY == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file. Raises UserError for a full disk."""
+        if self.out is None:
+            return
+        try:
+            with new_file(self.out) as partial:
+                partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {self.out}: {error.strerror}") from None
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError if `out` cannot be written, or is a file of another kind."""
+    check_file(out)
+    if out.is_file() and out.stat().st_size and read(out) is None:
+        raise UserError(f"--out {out} exists and is not a result of loopwise search; name another file")
+
+
+def read(out: Path) -> dict[str, Any] | None:
+    """The result of a search in `out`; None where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(out.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(key in found for key in ("programs", "tried", "questions", "settings")):
+            return found
+    return None
+
+
+def _difference(before: Any, now: dict[str, Any]) -> str:
+    old = before if isinstance(before, dict) else {}
+    name = next(name for name in {**old, **now} if old.get(name) != now.get(name))
+    values = [shorten(json.dumps(one.get(name)), 60) for one in (old, now)]
+    return f"it was searched with {name}={values[0]}, and now {name}={values[1]}"

@@ -1,0 +1,211 @@
+"""The whole search: a scan of blocks, or chains by tree search, and the comparison of the best program."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...directory import check_new
+from ...errors import UserError, missing
+from ...gguf_source import unpacked
+from ...quiet import quiet
+from ...version import __version__
+from ..result import standard_error
+from .recipe import Search
+from .record import Record, check_out
+
+
+def run(
+    model: str, recipe: Search, out: Path | None = None, save_as: Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Search for the best program of `model`, a plain model, by `recipe`.
+
+    out: a .json file that gets the result, and whose measured programs are not measured again.   save_as: directory for
+    the best program as a checkpoint.   force: start anew, and replace a `save_as` that Loopwise wrote.
+    Returns {"loopwise", "model", "settings", "layers", "metric", "higher" (True if more is better), "source",
+    "programs" (rows of a scan), "tried" (chains for all questions), "questions" (chains for each), "each" (their
+    summary), "best", "check", "seconds", "layers_run"}. A value has "value" and "value_error", a program "layers",
+    "parts" and "text".
+    Raises UserError for bad input.
+    """
+    quiet()
+    if out:
+        check_out(out)
+    if save_as:
+        check_new(save_as, Path(model), force)
+    with ExitStack() as stack:
+        path = str(stack.enter_context(unpacked(Path(model))))
+        searching = Searching(model, path, recipe, out, force)
+        result = searching.run()
+        if save_as and result["best"]:
+            from .save import save
+
+            save(model, save_as, searching.best, recipe.revision, force)
+        return result
+
+
+class Searching:
+    """One search. path: directory of `model`, or its hub id. Raises UserError for bad input."""
+
+    def __init__(self, model: str, path: str, recipe: Search, out: Path | None, force: bool):
+        from ...train.pretrained import is_recurrent, load_config, load_model, load_tokenizer
+        from ..harness.record import model_fingerprint
+        from .model import ProgramModel
+
+        self.recipe, self.path = recipe, path
+        self.config = load_config(path, recipe.revision)
+        if is_recurrent(self.config):
+            raise UserError(f"{model}: a recurrent-depth model; loopwise search starts from a plain one")
+        self.layers: int = self.config.num_hidden_layers
+        self.tokenizer = load_tokenizer(path, recipe.revision)
+        settings = {"model": model, **recipe.model_dump(mode="json", exclude={"check"})}
+        facts = {"loopwise": __version__, "model": model, "settings": settings}
+        self.record = Record(out, {**facts, "fingerprint": model_fingerprint(path, self.config)})
+        if not force:
+            self.record.resume()
+        loaded: Any = load_model(path, recipe.revision)
+        self.model = ProgramModel(loaded.eval()).eval()
+        self._to_device()
+        self.bench = self._bench(recipe.data or None)
+        self.best = self.source
+
+    def _to_device(self) -> None:
+        import torch
+
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.model.to(device)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def source(self) -> Any:
+        """The program that is the source."""
+        from .program import Program
+
+        return Program.chain(tuple(range(self.layers)))
+
+    def _bench(self, sources: list[str] | None) -> Any:
+        """The bench of data `sources`, or of the tasks (None)."""
+        from .bench import TaskBench, TextBench
+
+        asked = self.recipe.asked(sources)
+        if sources is None:
+            try:
+                import lm_eval  # noqa: F401
+            except ImportError:
+                raise missing("tasks", "lm-eval", "eval") from None
+            return TaskBench(self.model, asked, self.tokenizer)
+        from ..loss import held_out
+
+        sequences = held_out(self.path, asked, self.config, self.tokenizer)
+        return TextBench(self.model, sequences, asked.batch_size * asked.sequence_length)
+
+    def run(self) -> dict[str, Any]:
+        """The result, after all programs that the record lacks."""
+        from .bench import mean
+
+        began, result, bench = time.monotonic(), self.record.result, self.bench
+        result |= {"layers": self.layers, "metric": bench.metric, "higher": bench.higher}
+        result |= {"samples": len(bench.weights), "of": "questions" if bench.higher else "blocks"}
+        before = bench.values(self.source)
+        result["source"] = mean(before, bench.weights)
+        if self.recipe.kind == "scan":
+            self._scan(before)
+        else:
+            self._chains()
+        self.model.forget()
+        values = bench.values(self.best)
+        over = values - before
+        result["best"] = {
+            **_described(self.best),
+            **mean(values, bench.weights),
+            "over_source": float(over.sum() / bench.weights.sum()),
+            "over_source_error": standard_error(over, bench.weights),
+        }
+        result["check"] = [self._check([source]) for source in self.recipe.check]
+        result["seconds"], result["layers_run"] = time.monotonic() - began, self.model.layers_run
+        self.record.write()
+        return result
+
+    def _scan(self, before: np.ndarray) -> None:
+        from .bench import mean
+        from .scan import blocks
+
+        bench, result = self.bench, self.record.result
+        done = {(row["way"], row["first"], row["size"]) for row in result["programs"]}
+        wanted = [*blocks(self.recipe, self.layers)]
+        if not wanted:
+            raise UserError(f"sizes={self.recipe.sizes}: {self.layers} layers hold no such block")
+        with Bar(len(wanted)) as report:
+            for way, first, size, program in wanted:
+                if (way, first, size) not in done:
+                    values = bench.values(program)
+                    over = values - before
+                    row = {"way": way, "first": first, "size": size, **_described(program)}
+                    row |= mean(values, bench.weights)
+                    row["over_source"] = float(over.sum() / bench.weights.sum())
+                    row["over_source_error"] = standard_error(over, bench.weights)
+                    self.record.add("programs", row)
+                report()
+        sign = 1 if bench.higher else -1
+        best = max(result["programs"], key=lambda row: sign * row["value"])
+        if sign * best["value"] > sign * result["source"]["value"]:
+            self.best = _program(best["parts"])
+
+    def _chains(self) -> None:
+        from . import chains
+
+        recipe, result = self.recipe, self.record.result
+        if recipe.search_for != "all":
+            with Bar(len(self.bench.weights)) as report:
+                result["each"] = chains.each(self.bench, recipe, self.layers, self.record, report)
+        if recipe.search_for != "each":
+            self.model.forget()
+            with Bar(recipe.simulations) as report:
+                self.best = chains.together(self.bench, recipe, self.layers, self.record, report)
+
+    def _check(self, sources: list[str]) -> dict[str, Any]:
+        """The best program beside the source on other data, with a difference that is paired over samples."""
+        from .bench import mean
+
+        bench = self._bench(sources)
+        self.model.forget()
+        before, after = bench.values(self.source), bench.values(self.best)
+        return {
+            "data": sources,
+            "samples": len(bench.weights),
+            "source": mean(before, bench.weights),
+            "best": mean(after, bench.weights),
+            "over_source": float((after - before).sum() / bench.weights.sum()),
+            "over_source_error": standard_error(after - before, bench.weights),
+        }
+
+
+def _described(program: Any) -> dict[str, Any]:
+    return {"layers": [*program.layers], "parts": program._asdict(), "text": program.text()}
+
+
+def _program(parts: dict[str, Any]) -> Any:
+    from .program import Program
+
+    names = ("prelude", "core", "coda")
+    return Program(*(tuple(parts[name]) for name in names), parts["recurrences"], parts["damping"])
+
+
+class Bar:
+    """A block with a progress bar on stderr, if that is a terminal; `report` moves it."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc="search", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Callable[[], object]:
+        return lambda: self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
