@@ -19,7 +19,10 @@ VERBS = {
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
     "plot": ("loopwise.evaluation.plot.command", "draw a recipe's curriculum, or what a training run measured"),
     "eval": ("loopwise.evaluation.command", "held-out loss at several recurrences"),
-    "search": ("loopwise.evaluation.search.command", "layers to skip, repeat or run in smaller steps, without training"),
+    "search": (
+        "loopwise.evaluation.search.command",
+        "layers to skip or repeat without training",
+    ),
     "export": ("loopwise.convert.export", "write a model at a fixed depth as a plain checkpoint"),
     "inspect": ("loopwise.convert.inspection", "layers, parameters, KV bytes and FLOPs of a model"),
     "calibrate": ("loopwise.evaluation.calibrate", "the exit threshold that keeps the loss; thresholds of a router"),

@@ -64,7 +64,8 @@ def _source(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _label(result: dict[str, Any]) -> str:
-    return {"loss": "loss, nats a token", "accuracy": "right answers"}.get(result["metric"], result["metric"])
+    names = {"loss": "loss, nats a token", "accuracy": "right answers"}
+    return names.get(result["metric"], str(result["metric"]))
 
 
 def _questions(result: dict[str, Any]) -> Figure:

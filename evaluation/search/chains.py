@@ -19,6 +19,7 @@ from .record import Record
 from .tree import Chain, Settings, search
 
 Report = Callable[[], object]
+ALL = 1 - 1e-6  # value of a sample whose answers are all right
 
 
 def settings_of(recipe: Search) -> Settings:
@@ -40,6 +41,7 @@ def each(bench: Bench, recipe: Search, layers: int, record: Record, report: Repo
 def one(bench: Bench, recipe: Search, layers: int, number: int) -> dict[str, Any]:
     """The search for question `number`.
 
+    A sample with several answers counts as right where all of them are.
     Returns {"question", "right" (of the source), "shortest" (the shortest right chain; None without any), "longest"
     (layers of the longest right chain), "tried", "first" (number of tries up to the first right chain that is new)}.
     """
@@ -49,11 +51,11 @@ def one(bench: Bench, recipe: Search, layers: int, number: int) -> dict[str, Any
 
     found = search(layers, reward, settings_of(recipe), Random(f"{recipe.seed}/{number}"), {})
     source = tuple(range(layers))
-    right = [chain for chain, value in found.items() if value > 0.5]
-    new = next((i for i, (chain, value) in enumerate(found.items()) if value > 0.5 and chain != source), None)
+    right = [chain for chain, value in found.items() if value > ALL]
+    new = next((i for i, (chain, value) in enumerate(found.items()) if value > ALL and chain != source), None)
     return {
         "question": number,
-        "right": found[source] > 0.5,
+        "right": found[source] > ALL,
         "shortest": min(right, key=len, default=None),
         "longest": max(map(len, right), default=None),
         "tried": len(found),

@@ -66,12 +66,10 @@ class ProgramModel(RecurrentDepthForCausalLM):
         self._kept.clear()
         self._room = MEMORY
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **arguments: Any) -> Any:
-        """As RecurrentDepthForCausalLM's."""
-        arguments.pop("sequence_ids", None)
-        mask = None if attention_mask is None else attention_mask.cpu().numpy().tobytes()
-        self._inputs = (input_ids.shape, input_ids.cpu().numpy().tobytes(), mask)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+    def _run_source(self, call: Call, inputs: dict[str, Any]) -> Any:
+        parts = [inputs.get(name) for name in ("input_ids", "attention_mask")]
+        self._inputs = tuple(None if x is None else (x.shape, x.cpu().numpy().tobytes()) for x in parts)
+        return super()._run_source(call, inputs)
 
     def _places(self, part: str) -> list[Place]:
         self._part = part

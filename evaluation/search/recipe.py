@@ -95,7 +95,7 @@ class Search(Section):
         keys = [*DATA_KEYS, "data"] if sources else [*TASK_KEYS, "tasks"]
         given = {name: getattr(self, name) for name in keys if name in self.model_fields_set and name != "data"}
         common = {name: getattr(self, name) for name in ("limit", "batch_size", "revision")}
-        return Evaluate(**given, **common, **({"data": sources} if sources else {}))
+        return Evaluate.model_validate({**given, **common, **({"data": sources} if sources else {})})
 
     def unused(self) -> Iterator[Unused]:
         for key in DATA_KEYS if self.tasks else TASK_KEYS:

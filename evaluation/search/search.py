@@ -192,8 +192,8 @@ def _described(program: Any) -> dict[str, Any]:
 def _program(parts: dict[str, Any]) -> Any:
     from .program import Program
 
-    names = ("prelude", "core", "coda")
-    return Program(*(tuple(parts[name]) for name in names), parts["recurrences"], parts["damping"])
+    prelude, core, coda = (tuple(parts[name]) for name in ("prelude", "core", "coda"))
+    return Program(prelude, core, coda, parts["recurrences"], parts["damping"])
 
 
 class Bar:

@@ -123,9 +123,10 @@ def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
         assert row["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
         assert row["loss_error"] == pytest.approx(losses.std().item() / math.sqrt(40), abs=1e-5)
         assert row["accuracy"] == right.float().mean().item()
-        parts = (model.prelude, model.coda, model.get_output_embeddings())
+        parts: Any = (model.prelude, model.coda, model.get_output_embeddings())
         once = sum(p.numel() for part in parts for p in part.parameters())
-        each = sum(p.numel() for part in (model.core, model.injection) for p in part.parameters())
+        recurring: Any = (model.core, model.injection)
+        each = sum(p.numel() for part in recurring for p in part.parameters())
         assert row["flops_per_token"] == pytest.approx(2 * (once + depth * each), rel=0.01)  # norms multiply, too
         assert list(row["groups"]) == ["0", "1", "6", "10"]
         for number, group in enumerate(row["groups"].values()):

@@ -206,7 +206,7 @@ def test_a_sweep_beside_fixed_depths(model, chats, tmp_path, capsys):
     assert sum(line.startswith("latent-diff ") for line in lines) == 3
     assert lines[-2].startswith("fewest recurrences within 0.01 nats a token of R=4: fixed ")
     assert lines[-1].startswith("fewest recurrences with right answers within one standard error of R=4: fixed ")
-    axes = sweep_figure(out).axes[0]
+    axes: Any = sweep_figure(out).axes[0]
     fixed, latent = axes.containers[:2]
     assert (fixed.lines[0].get_linestyle(), latent.lines[0].get_linestyle()) == ("None", "-")
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -331,7 +331,8 @@ def test_a_calibrated_copy(model, chats, tmp_path, capsys):
     request = Engine(str(out), max_num_seqs=1, max_model_len=20).request(Params())
     assert (request.rule, request.threshold) == ("latent-diff", chosen["threshold"])
     run(["plot", "sweep", str(out / "calibration.json")])
-    legend = [text.get_text() for text in sweep_figure(out / "calibration.json").axes[0].get_legend().get_texts()]
+    drawn: Any = sweep_figure(out / "calibration.json").axes[0]
+    legend = [text.get_text() for text in drawn.get_legend().get_texts()]
     assert "bars: standard error of the distance from full depth" in legend
     assert f"{100 * chosen['accuracy']:.0f} % of the answers right" in "".join(legend)
     assert "is not empty" in refused([*arguments, "budget=3"], capsys)

@@ -195,7 +195,7 @@ def test_scores_of_several_metrics_and_depths_beyond_the_training(tmp_path):
 
     rows = [row(task, name, depth) for task, name in (("sums", "exact_match"), ("kinds", "acc")) for depth in (4, 8)]
     (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
-    axes = eval_figure(tmp_path / "r.json").axes[0]
+    axes: Any = eval_figure(tmp_path / "r.json").axes[0]
     legend = {text.get_text() for text in axes.get_legend().get_texts()}
     assert legend == {"sums (exact_match)", "kinds (acc)", "deeper than trained"}
     assert axes.get_ylabel() == "score"

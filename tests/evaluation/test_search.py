@@ -38,12 +38,12 @@ def test_a_chain_is_the_plain_model_of_its_layers(layers):
     model = ProgramModel(source).eval()
     model.run_program(Program.chain((0, 1, 2, 4, 3)))
     with torch.no_grad():
-        model(IDS)  # other states are kept
+        model(IDS, use_cache=False)  # other states are kept
         for program in (Program.chain(layers), Program.chain(layers).looped()):
             model.run_program(program)
             assert program.layers == layers
             for _ in range(2):
-                assert torch.equal(model(IDS).logits, want)
+                assert torch.equal(model(IDS, use_cache=False).logits, want)
 
 
 def test_half_steps_are_a_naive_loop():
@@ -63,7 +63,7 @@ def test_half_steps_are_a_naive_loop():
         want = source.lm_head(source.model.norm(through(s, 4, 5)))
         model = ProgramModel(source).eval()
         model.run_program(Program.block(6, 2, 2, 3, "1/R"))
-        assert torch.allclose(model(IDS).logits, want, atol=1e-5)
+        assert torch.allclose(model(IDS, use_cache=False).logits, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "bloom", "qwen3_moe"])
@@ -73,26 +73,26 @@ def test_programs_of_other_architectures(kind):
     with torch.no_grad():
         want = source(IDS, use_cache=False).logits
         model = ProgramModel(source).eval()
-        assert torch.allclose(model(IDS).logits, want, atol=1e-5)
+        assert torch.allclose(model(IDS, use_cache=False).logits, want, atol=1e-5)
         program = Program.chain((0, 1, 1, 2, 5))
         model.run_program(program)
-        first = model(IDS).logits
+        first = model(IDS, use_cache=False).logits
         model.forget()
-        assert torch.equal(model(IDS).logits, first)
+        assert torch.equal(model(IDS, use_cache=False).logits, first)
 
 
-def test_states_are_kept_within_their_room(monkeypatch):
+def test_states_are_kept_within_their_room():
     model = ProgramModel(source_model("llama")).eval()
     with torch.no_grad():
-        model(IDS)
+        model(IDS, use_cache=False)
         assert model.layers_run == 6
-        model(IDS)
-        assert model.layers_run == 7  # the last layer is no prelude
+        model(IDS, use_cache=False)
+        assert model.layers_run == 7  # the last layer is the core, whose states are not kept
         model.forget()
         model._room = 3 * IDS.numel() * 64 * 4  # bytes of three states
-        model(IDS)
+        model(IDS, use_cache=False)
         assert len(model._kept) <= 3
-        model(IDS + 1)
+        model(IDS + 1, use_cache=False)
         assert model.layers_run > 13
 
 
@@ -190,8 +190,8 @@ def test_a_killed_search_goes_on(plain, corpus, tmp_path):
 def test_chains_for_each_question_and_for_all(tmp_path, capsys):
     """On a generated task; the chain for all is a checkpoint with the accuracy that the search names."""
     model = tmp_path / "model"
-    run(["init", str(model), "data=task:hops?hops=1..2", "hidden_size=32", "num_hidden_layers=3", "seed=3"])
-    keys = ["data=task:hops?hops=1..2", "limit=5", "kind=chains", "simulations=12"]
+    run(["init", "task:hops", str(model), "hidden_size=32", "num_hidden_layers=3", "seed=3"])
+    keys = ["data=task:hops?hops=1..2&questions=1", "limit=5", "kind=chains", "simulations=12"]
     out, saved = tmp_path / "chains.json", tmp_path / "saved"
     run(["search", str(model), *keys, "--out", str(out), "--save", str(saved)])
     found = json.loads(out.read_text())

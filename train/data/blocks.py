@@ -206,9 +206,9 @@ def load(directory: Path) -> Blocks:
     def packed(name: str) -> Packed:
         files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
         empty = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
-        arrays = (np.load(file, mmap_mode=None if empty else "r") for file in files)
+        tokens, marks = (np.load(file, mmap_mode=None if empty else "r") for file in files)
         by_record = name == "train" and facts.get("recurrences", False)
-        return Packed(*arrays, facts["separate"], facts.get("padded", False), by_record)
+        return Packed(tokens, marks, facts["separate"], facts.get("padded", False), by_record)
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
     answers = None
@@ -229,8 +229,8 @@ def packed_documents(corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerB
     length = data.sequence_length
     by_record = data.recurrences is not None
     if not data.padded:
-        cut = (pack(part, length, name) for part in (corpus.tokens, corpus.marks))
-        return Packed(*cut, data.separate_documents, by_record=by_record)
+        tokens, marks = (pack(part, length, name) for part in (corpus.tokens, corpus.marks))
+        return Packed(tokens, marks, data.separate_documents, by_record=by_record)
     bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
     return Packed(
         fill(corpus.tokens, bins, length, cast(int, tokenizer.eos_token_id)),

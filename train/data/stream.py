@@ -134,7 +134,7 @@ class Stream:
         end = len(tokens) // length * length
         cut = (part[:end].reshape(-1, length) for part in (tokens, marks))
         by_record = self.data.recurrences is not None
-        blocks = Packed(*cut, self.data.separate_documents, by_record=by_record)
+        blocks = Packed(*cut, separate=self.data.separate_documents, by_record=by_record)
         return blocks, (tokens[end:].tolist(), marks[end:].tolist())
 
     def _documents(self) -> Iterator[Any]:
