@@ -62,7 +62,7 @@ def _saved(model: Any, recipe: Train, depth: Depth | None, mode: FakeTensorMode)
     inputs = {"input_ids": ids, "labels": ids, "sequence_ids": torch.zeros(shape[0], dtype=torch.int64)}
     teacher = (lambda _: torch.zeros(*shape, model.config.vocab_size)) if recipe.objectives.distillation else None
     objective = Objective(recipe.objectives, model.config, teacher, 1, 0, 0)
-    objective.selects = False  # fake tensors have no values, and every position may have a target
+    objective.selects, objective.all_valid = False, True  # fake tensors have no values
     objective.draw = lambda seed, step, recurrences: (0, recurrences)
     low = torch.autocast("cpu", torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), low:

@@ -44,11 +44,12 @@ class Objective:
 
     teacher: returns the TeacherOutput for the inputs of a micro-batch, at `logits_at` [B, T] if that is not None.
     steps: of the run.   capacity_warmup: steps.   chosen: tokens [R] of this step by depth, for `bias_step` of a
-    token-choice router.   selects: False to compute the logits of all positions.   draw: (n, k) of a progressive
-    loss from (seed, step, R).
+    token-choice router.   selects: False to compute the logits of all positions.   all_valid: True to take every
+    position for one with a target.   draw: (n, k) of a progressive loss from (seed, step, R).
     """
 
     selects = True
+    all_valid = False
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class Objective:
         if outputs.depth_losses is None:
             total = self._plain(outputs.logits, batch).sum()
         else:
-            total = self._of_depths(outputs, step, at, batch)[batch.ids != -100].sum()
+            total = self._at(batch.ids != -100, self._of_depths(outputs, step, at, batch)).sum()
         return total + self._auxiliary(outputs, batch)
 
     def _targets(self, inputs: dict[str, Any]) -> Targets:
@@ -155,6 +156,10 @@ class Objective:
             with torch.no_grad():
                 given = self.teacher({**inputs, "logits_at": logits_at})
         return Targets(ids[valid][None] if few else ids, valid, logits_at, given)
+
+    def _at(self, valid: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The `values` [B, T] of positions with a target: [N]."""
+        return values if self.all_valid else values[valid]
 
     def _plain(self, logits: torch.Tensor, batch: Targets) -> torch.Tensor:
         """The loss of one depth per token [B, T]: cross-entropy and distillation. 0 for a token without a target."""
@@ -210,7 +215,7 @@ class Objective:
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
-            total = wanted.ponder.weight * outputs.ponder[batch.valid].sum()
+            total = wanted.ponder.weight * self._at(batch.valid, outputs.ponder).sum()
         if wanted.router and self.router:
             total = total + batch.valid.sum() * self._routing(outputs.router_outputs)
         return total + self._experts(outputs, batch)

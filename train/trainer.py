@@ -95,7 +95,7 @@ class RecurrentTrainer(CheckpointTrainer):
             deepspeed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self._speed = Speed()
         self._tokens: Any = 0  # of this rank since the last `store_flos`, without padding
-        self._rows: list[tuple[float, int]] = []  # of micro-batches since the last log: mean R of its rows, FLOPs
+        self._rows: list[tuple[float, int]] = []  # this rank's micro-batches since the last log: mean R, FLOPs
         self.evaluated: dict[str, float] = {}  # the last held-out losses and accuracies, and their step
         self.diagnosis: list[str] = []  # lines of the last evaluation
         self._costs = parameter_costs(model)

@@ -160,6 +160,29 @@ def test_the_estimate_is_what_a_step_holds(recurrent, relaxed_estimates):
     assert found["recurrence"]["activations"] < found["layer"]["activations"] < found["whole"]["activations"]
 
 
+@pytest.mark.parametrize(
+    ("objectives", "calls"),
+    [
+        ({"exits": {}}, 1),
+        ({"nested": 2}, 1),
+        ({"deep_supervision": {"segments": 2}}, 1),
+        ({"progressive": {"alpha": 0.5}}, 2),
+        ({"progressive": {"alpha": 1}}, 1),
+    ],
+)
+def test_the_estimate_of_several_depths_is_that_of_the_longest_draw(recurrent, objectives, calls):
+    """Beside one call, or two, there are states to read out; their logits are made again and not kept."""
+    from loopwise.train.estimate import estimate
+    from loopwise.train.pretrained import load_config
+    from loopwise.train.recipe import Train
+
+    def activations(**keys) -> int:
+        recipe = Train.model_validate({"data": {"train": ["-"], "sequence_length": 32}, "batch_size": 4, **keys})
+        return estimate(load_config(str(recurrent), None), recipe, None, 1, Depth(6, None))["activations"]
+
+    assert activations(objectives=objectives) == pytest.approx(calls * activations(), rel=0.1)
+
+
 def measured(model: Any, num_recurrences: int, grad: int | None) -> int:
     sizes: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
