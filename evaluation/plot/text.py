@@ -33,8 +33,10 @@ def shade(depth: int, most: int) -> tuple[str, str]:
     from matplotlib.colors import to_hex
 
     red, green, blue, _ = colormaps["cividis"](1 - (depth - 1) / max(most - 1, 1))
-    light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.4
-    return to_hex((red, green, blue)), "#000000" if light else "#ffffff"
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # relative luminance of WCAG 2.2
+    black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)  # contrasts
+    return to_hex((red, green, blue)), "#000000" if black > white else "#ffffff"
 
 
 def text_page(found: Depths, name: str) -> str:

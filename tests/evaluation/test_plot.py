@@ -18,7 +18,7 @@ from loopwise.evaluation.exits.forced import ForcedEngine
 from loopwise.evaluation.plot.observe import Depths, Tokens, depths, states, tokens_of
 from loopwise.evaluation.plot.recipe import Picture
 from loopwise.evaluation.plot.states import components, states_figure
-from loopwise.evaluation.plot.text import text_figure, text_page
+from loopwise.evaluation.plot.text import shade, text_figure, text_page
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build, build_routed
 
@@ -100,6 +100,20 @@ def test_the_legend_of_a_picture_has_every_depth_and_its_share():
         assert entry in drawn
     assert "The first token, a prompt, ran all 3." in page
     assert "prompt" not in text_page(replace(found, routed=True), "m")
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 16, 64])
+def test_tokens_can_be_read_on_their_colours(most):
+    """The contrast of WCAG 2.2 for text, 4.5."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for depth in range(1, most + 1):
+        low, high = sorted(luminance(colour) for colour in shade(depth, most))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
