@@ -111,12 +111,12 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     panels = figure.subplots(1, 1 + known, squeeze=False, sharey=True)[0]
     for number, task in enumerate(dict.fromkeys(row.get("task") for row in rows)):
         of_task = [row for row in rows if row.get("task") == task]
+        label = f"{task}, {_what(of_task[0])}" if len(names) > 1 else task or name
         ours = sorted((row for row in of_task if row["num_recurrences"]), key=lambda row: row["num_recurrences"])
         plain = [row for row in of_task if not row["num_recurrences"]]
         errors = [row[f"{value}_error"] or 0.0 for row in ours]
         for axes, key, scale in zip(panels, ("num_recurrences", "flops_per_token"), (1, 1e-9), strict=False):
             x, colour = [row[key] * scale for row in ours], f"C{number}"
-            label = f"{task} ({_what(of_task[0])})" if len(names) > 1 else task or name
             style = {"color": colour, "capsize": 3, "label": label}
             axes.errorbar(x, [row[value] for row in ours], errors, fmt="o-", **style)
             for row in plain:  # of the same FLOPs at any R

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,18 @@ def test_scores_by_recurrences_and_flops(tmp_path):
     assert by_depth.get_ylabel() == "exact_match"
 
 
+def test_tasks_of_several_metrics_have_them_in_the_legend(tmp_path):
+    from loopwise.evaluation.plot.evaluation import eval_figure
+
+    facts = {"score_error": 0.01, "num_recurrences": 2, "flops_per_token": None}
+    rows = [{"task": "sums", "metric": "exact_match,none", "score": 0.6, **facts}]
+    rows.append({"task": "kinds", "metric": "acc,none", "score": 0.7, **facts})
+    (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
+    axes: Any = eval_figure(tmp_path / "r.json").axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sums, exact_match", "kinds, acc"]
+    assert axes.get_ylabel() == "score"
+
+
 def test_right_answers_stand_with_their_number_and_error(tmp_path):
     from loopwise.evaluation.plot.evaluation import eval_figure
 
@@ -200,19 +213,14 @@ def test_right_answers_stand_with_their_number_and_error(tmp_path):
     assert eval_figure(tmp_path / "r.json").get_suptitle() == "m\n40 to 50 answers a cell, standard error up to 7 %"
 
 
-def test_scores_of_several_metrics_and_depths_beyond_the_training(tmp_path):
+def test_depths_beyond_the_training_stand_on_grey(tmp_path):
     from loopwise.evaluation.plot.evaluation import eval_figure
 
-    def row(task: str, metric: str, depth: int) -> dict:
-        facts = {"task": task, "metric": f"{metric},none", "score": 0.5, "score_error": 0.1, "flops_per_token": 1e9}
-        return {**facts, "num_recurrences": depth, "beyond_trained": depth > 4}
-
-    rows = [row(task, name, depth) for task, name in (("sums", "exact_match"), ("kinds", "acc")) for depth in (4, 8)]
+    facts = {"task": "sums", "metric": "acc,none", "score": 0.5, "score_error": 0.1, "flops_per_token": 1e9}
+    rows = [{**facts, "num_recurrences": depth, "beyond_trained": depth > 4} for depth in (4, 8)]
     (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
     axes: Any = eval_figure(tmp_path / "r.json").axes[0]
-    legend = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert legend == {"sums (exact_match)", "kinds (acc)", "deeper than trained"}
-    assert axes.get_ylabel() == "score"
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"sums", "deeper than trained"}
     (span,) = axes.patches
     left, right = span.get_extents().transformed(axes.transData.inverted()).intervalx
     assert 4 < left < 8 < right
