@@ -56,7 +56,7 @@ class ProgramModel(RecurrentDepthForCausalLM):
         config = self.config
         config.prelude, config.core, config.coda = [*program.prelude], [*program.core], [*program.coda]
         config.num_recurrences = config.max_recurrences = program.recurrences
-        config.recurrence_damping = program.damping
+        config.recurrence_damping = self.damping.kind = program.damping
         for part in ("prelude", "core", "coda"):
             setattr(self, part, nn.ModuleList(self.layers[layer] for layer in getattr(program, part)))
         self.program = program

@@ -136,14 +136,17 @@ def check_call(config: RecurrentDepthConfig, options: Options, cached: bool, oth
         raise ValueError("sharing='sequence' has no depth but the last to read out")
 
 
-def rows_of(num_recurrences: Any, batch: int) -> torch.Tensor | None:
-    """R of each of `batch` rows [B], if `num_recurrences` is a tensor, else None. Raises ValueError for a wrong one."""
+def recurrences_of(num_recurrences: Any, default: int, batch: int) -> tuple[int, torch.Tensor | None]:
+    """(R of a call, R of each of its `batch` rows [B] if `num_recurrences` is a tensor, else None).
+
+    default: R where `num_recurrences` is None. Raises ValueError for a wrong tensor.
+    """
     if not isinstance(num_recurrences, torch.Tensor):
-        return None
+        return default if num_recurrences is None else num_recurrences, None
     rows = num_recurrences
     if rows.shape != (batch,) or rows.is_floating_point() or rows.dtype == torch.bool or int(rows.min()) < 1:
         raise ValueError(f"num_recurrences={rows.tolist()}: an integer, at least 1, for each of {batch} rows")
-    return rows
+    return int(rows.max()), rows
 
 
 def logical_positions(

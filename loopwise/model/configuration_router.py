@@ -62,16 +62,22 @@ def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(given.keys() - fields.keys()):
         raise ValueError(f"router.{unknown[0]} is no field of a router of kind {kind!r}: it has {', '.join(fields)}")
     fields |= {name: value for name, value in given.items() if value is not None}
+    if fields["update"] == "step" and given.get("alpha") is None:
+        fields["alpha"] = 2.0 if fields["gate"] == "sigmoid" else float(depths)
+    _check_values(fields)
+    return fields
+
+
+def _check_values(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the value and the rule, for the first of a router's complete `fields` that is wrong."""
+    kind, depths = fields["kind"], fields["depths"]
     choices = {"gate": GATES[kind], "network": NETWORKS, "kv": KEYS_AND_VALUES, "inference": INFERENCES}
     choices["update"] = UPDATES
     for name, allowed in choices.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(f"router.{name}={fields[name]!r}: choose from {', '.join(allowed)}")
-    if fields["update"] == "step":
-        if fields["gate"] == "tanh":
-            raise ValueError("router.update='step' with router.gate='tanh': its weights start at 0, and not at 1")
-        if given.get("alpha") is None:
-            fields["alpha"] = 2.0 if fields["gate"] == "sigmoid" else float(depths)
+    if fields["update"] == "step" and fields["gate"] == "tanh":
+        raise ValueError("router.update='step' with router.gate='tanh': its weights start at 0, and not at 1")
     for name in ("alpha", "temperature"):
         if not 0 < fields[name] < float("inf"):
             raise ValueError(f"router.{name}={fields[name]}: a finite number above 0")
@@ -80,7 +86,6 @@ def router_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         thresholds = fields["thresholds"]
         if len(thresholds) != depths or not all(0 <= t <= 1 for t in thresholds):
             raise ValueError(f"router.thresholds={thresholds}: {depths} numbers in [0, 1], one for each recurrence")
-    return fields
 
 
 def check_capacity(capacity: Sequence[float], depths: int) -> None:

@@ -26,7 +26,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import can_return_tuple
 
-from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, rows_of
+from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, recurrences_of
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
 from .experts import collect_router_logits
@@ -200,27 +200,22 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     ) -> RecurrentDepthOutput:
         """Logits [B, T, V] for ids [B, T] or embeddings [B, T, D], and more; see the class for the arguments.
 
-        Raises ValueError for R < 1, for a cache prefilled at a smaller depth, and for attentions, which are not
-        collected. So it does for router logits of a source without experts, of routed recurrences or of part of a
-        sequence.
+        Raises ValueError for R < 1, a cache prefilled at a smaller depth, attentions (they are not collected), and for
+        router logits of a source without experts, of routed recurrences or of part of a sequence.
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: a layer attends once for every recurrence")
         tokens = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
-        rows = rows_of(num_recurrences, tokens.shape[0])
-        recurrences = num_recurrences if rows is None else int(rows.max())
+        recurrences, rows = recurrences_of(num_recurrences, self.config.num_recurrences, tokens.shape[0])
         options = Options(
-            self.config.num_recurrences if recurrences is None else cast(int, recurrences), grad_recurrences,
-            initial_state, sequence_ids, output_states, output_depth_logits, depth_loss, depth_loss_at, detach_after,
-            rows, router_capacity,
+            recurrences, grad_recurrences, initial_state, sequence_ids, output_states, output_depth_logits, depth_loss,
+            depth_loss_at, detach_after, rows, router_capacity,
         )  # fmt: skip
         check_call(self.config, options, cached=bool(use_cache) or past_key_values is not None, others=kwargs)
         use_cache, cache, capacity = self._settle_cache(options, use_cache, past_key_values)
-        past = cache.get_seq_length() if cache is not None else 0
+        past = self._past(cache)
         if output_router_logits:
             self._collect_router_logits(output_depth_logits, past)
-        if isinstance(past, torch.Tensor):  # a static cache adds to this very tensor as layers write into it
-            past = past.clone() if torch.compiler.is_compiling() else int(past)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         positions = logical_positions(tokens, attention_mask, position_ids, past)
         call = Call(options, past, positions, cache, bool(hidden), output_router_logits, capacity)
@@ -239,6 +234,14 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             past_key_values=cache if use_cache else None,
             **results,
         )
+
+    @staticmethod
+    def _past(cache: Cache | None) -> int | torch.Tensor:
+        """The number of cached positions; a tensor in a compiled call with a static cache."""
+        past: Any = cache.get_seq_length() if cache is not None else 0
+        if isinstance(past, torch.Tensor):  # a static cache adds to this very tensor as layers write into it
+            return past.clone() if torch.compiler.is_compiling() else int(past)
+        return past
 
     def _settle_cache(
         self, options: Options, use_cache: bool | None, cache: Cache | None

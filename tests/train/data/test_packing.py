@@ -78,9 +78,9 @@ def test_separate_documents_do_not_see_each_other(recurrent):
 
 def test_a_block_has_the_greatest_recurrences_of_its_records():
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
-    of_records = np.array([[3, 3, 5, 5, 5, 0], [0, 0, 0, 0, 63, 63]])
+    of_records = np.array([[3, 3, 5, 5, 5, 0], [0, 0, 0, 0, 31, 31]])
     marks = (of_records << RECURRENCES | np.array([START | LEARN, LEARN, START, 0, LEARN, START])).astype(np.uint8)
     rows = Packed(tokens, marks, separate=False, by_record=True).rows([0, 1])
-    assert rows["num_recurrences"].tolist() == [5, 63]
+    assert rows["num_recurrences"].tolist() == [5, 31]
     assert rows["labels"].tolist() == [[0, 1, -100, -100, 4, -100], [6, 7, -100, -100, 10, -100]]
     assert "num_recurrences" not in Packed(tokens, marks, separate=False).row(0)
