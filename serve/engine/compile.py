@@ -31,6 +31,7 @@ _library.define(
     "attend(int owner, int layer, Tensor q, Tensor k, Tensor v, "
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor"
 )
+_library.define("add(Tensor x, Tensor? residual) -> Tensor")
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -154,5 +155,20 @@ def _attend_shape(owner: int, layer: int, q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def add(x: Tensor, residual: Tensor | None) -> Tensor:
+    """x + residual [N, D], as one operation that torch.compile cannot fuse with others.
+
+    vLLM's layers write their results into tensors that they are given. Inductor may fuse what reads such a tensor with
+    an operation before that write (torch 2.13): its check of dependencies takes the tensor's first version.
+    """
+    return torch.ops.loopwise.add(x, residual)
+
+
+def _add(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x.clone() if residual is None else x + residual
+
+
+_library.impl("add", _add, "CompositeExplicitAutograd")
+torch.library.register_fake("loopwise::add", lambda x, residual: torch.empty_like(x), lib=_library)
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("loopwise::attend", _attend_shape, lib=_library)

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from ..engine.attention import base as engine
-from ..engine.compile import attend, register
+from ..engine.compile import add, attend, register
 from .layers import attention_copy, convention_of, fold
 
 
@@ -161,7 +161,8 @@ class VllmParts:
                 x, residual = layer.forward_of_layer(positions, x, residual)
             else:
                 x = layer.forward_of_layer(positions, x)
-        return fold(x, residual)
+        read_on = self.damping.kind != 1 or self.config.recurrence_norm == "each"  # in the same compiled function
+        return add(x, residual) if part == "core" and read_on else fold(x, residual)
 
     def _transformers_layers(self, part: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The layers of vLLM's Transformers backend, with rotary tables of these positions."""

@@ -111,7 +111,9 @@ CASES = {
     "damped": Case(
         policy="last-exited", shape={**RETROFIT, "recurrence_damping": "1/R"}, lanes={"compile": True}, decoders=ALL
     ),
-    "damped-learned": Case(shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "between"}),
+    "damped-learned": Case(
+        shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}, lanes={"compile": True}
+    ),
     "huginn": Case(
         "sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}, lanes={"compile": True}
     ),
