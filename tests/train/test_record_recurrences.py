@@ -108,7 +108,7 @@ def test_a_run_has_the_loss_of_calls_of_their_own(recurrent, leveled, tokenizer,
 REFUSED = {
     "data.recurrences.field=level": "data.recurrences.table: Field required",
     "data.recurrences={field: level, table: {easy: 1}}": ":2: field 'level' is '2'; data.recurrences.table has easy",
-    "data.recurrences={field: levle, table: {easy: 1}}": "data.recurrences.field=levle has no effect: no record",
+    "data.recurrences={field: grade, table: {easy: 1}}": "data.recurrences.field=grade has no effect: no record",
     "data.recurrences={field: level, table: {easy: 32}}": "data.recurrences.table.easy=32: Input should be less than",
     "objectives.nested=2": "data.recurrences and objectives.nested both choose the depths of a block: give one",
     "recurrence={sampler: uniform, max: 4}": "recurrence.max=4 is below 5 of data.recurrences.table; raise it",
