@@ -168,7 +168,12 @@ def _add(x: Tensor, residual: Tensor | None) -> Tensor:
     return x.clone() if residual is None else x + residual
 
 
+def _add_shape(x: Tensor, residual: Tensor | None) -> Tensor:
+    """The shape of `_add`, for torch.compile."""
+    return torch.empty_like(x)
+
+
 _library.impl("add", _add, "CompositeExplicitAutograd")
-torch.library.register_fake("loopwise::add", lambda x, residual: torch.empty_like(x), lib=_library)
+torch.library.register_fake("loopwise::add", _add_shape, lib=_library)
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("loopwise::attend", _attend_shape, lib=_library)
