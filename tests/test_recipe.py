@@ -161,6 +161,7 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
 WITH_EFFECT = {
     "train": """data.train data.phases data.eval data.eval_fraction data.streaming data.chat_field data.split
         data.subset data.sequence_length data.packing_strategy data.separate_documents data.bad_records
+        data.recurrences.field data.recurrences.table objectives.progressive.alpha objectives.deep_supervision.segments
         recurrence.schedule recurrence.sampler recurrence.capacity_warmup
         objectives.cross_entropy objectives.nested objectives.distillation.weight
         objectives.distillation.teacher objectives.distillation.revision objectives.distillation.num_recurrences

@@ -95,7 +95,17 @@ ARCHITECTURES = {
     )
     for name, fields in {**REQUIRED, **OTHERS}.items()
 }
-SLOW = {**SEEDS, **ARCHITECTURES}
+# The offline engine has fast tests of these.
+BETWEEN = {
+    "damped": Case(
+        policy="last-exited", shape={**RETROFIT, "recurrence_damping": "1/R"}, lanes={"compile": True}, decoders=ALL
+    ),
+    "damped-learned": Case(
+        shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}, lanes={"compile": True}
+    ),
+    "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
+}
+SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
     "per-depth": Case(count=64, seed=1, decoders=ALL),
@@ -108,12 +118,6 @@ CASES = {
         "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
     ),
     "relaxed": Case(shape=RELAXED, decoders=("wave",), engine=MANY_AT_ONCE),
-    "damped": Case(
-        policy="last-exited", shape={**RETROFIT, "recurrence_damping": "1/R"}, lanes={"compile": True}, decoders=ALL
-    ),
-    "damped-learned": Case(
-        shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}, lanes={"compile": True}
-    ),
     "huginn": Case(
         "sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}, lanes={"compile": True}
     ),
@@ -153,7 +157,6 @@ CASES = {
         decoders=("plain", "wave"),
     ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
-    "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     "two-ranks": Case(
         "qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, lanes={"compile": True}, decoders=("plain", "wave")
