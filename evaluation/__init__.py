@@ -4,6 +4,7 @@ From Python, `loopwise.evaluation.loss.evaluate` measures, and `loopwise.evaluat
 scores tasks. This package may use `convert`, `train` and `serve`. Files in reading order:
 
     recipe.py      Evaluate, the recipe of `loopwise eval`
+    result_file.py  files of results, written whole and read back
     answers.py     conversations as sequences, with their answers and groups
     depths.py      losses, right answers and states at several depths, in one pass if possible
     result.py      means, standard errors, the effect of the recurrences

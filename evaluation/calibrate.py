@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from ..train.recipe.fields import BadRecords, Fraction, Strings
 from ..unused import Unused
 from ..version import __version__
 from .exits.table import calibration_table
-from .recipe import Evaluate
+from .recipe import Evaluate, as_eval
 
 CURVE = "calibration.json"  # the measured curve, in OUT
 OLD_FORM = (
@@ -37,11 +36,6 @@ DATA = (
     "data", "eval_fraction", "text_field", "chat_field", "split", "subset", "bad_records", "sequence_length", "limit",
     "batch_size", "precision",
 )  # fmt: skip
-
-
-def _as_eval(name: str) -> Any:
-    """The key `name` of `loopwise eval`."""
-    return copy(Evaluate.model_fields[name])
 
 
 class Calibrate(Section):
@@ -63,16 +57,16 @@ class Calibrate(Section):
         default=False,
         description="measure requests with prompt_exit, in which the rule ends the prompt's positions, too",
     )
-    eval_fraction: Fraction = _as_eval("eval_fraction")
-    text_field: str = _as_eval("text_field")
-    chat_field: str | None = _as_eval("chat_field")
-    split: str = _as_eval("split")
-    subset: str | None = _as_eval("subset")
-    bad_records: BadRecords = _as_eval("bad_records")
-    sequence_length: Integer = _as_eval("sequence_length")
-    limit: Count | None = _as_eval("limit")
+    eval_fraction: Fraction = as_eval("eval_fraction")
+    text_field: str = as_eval("text_field")
+    chat_field: str | None = as_eval("chat_field")
+    split: str = as_eval("split")
+    subset: str | None = as_eval("subset")
+    bad_records: BadRecords = as_eval("bad_records")
+    sequence_length: Integer = as_eval("sequence_length")
+    limit: Count | None = as_eval("limit")
     batch_size: Count = Field(default=8, description="blocks or conversations that are decoded at once")
-    precision: Literal["float32", "bfloat16"] = _as_eval("precision")
+    precision: Literal["float32", "bfloat16"] = as_eval("precision")
 
     def without_exits(self) -> Iterator[Unused]:
         """The keys without effect for a model with an expert-choice router."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from ..arguments import RecipeParser
-from ..directory import check_file, new_file
+from ..directory import check_file
 from ..errors import UserError
 from ..recipe import load_recipe
 from .recipe import Evaluate
+from .result_file import read_result, write_result
 
 
 def main(argv: list[str]) -> int:
@@ -67,11 +67,7 @@ def _data(model: str, recipe: Evaluate, out: Path | None, as_json: bool) -> int:
     result = evaluate(model, recipe)
     print(json.dumps(result) if as_json else table(result), flush=True)  # before FILE, whose write may fail
     if out:
-        try:
-            with new_file(out) as partial:
-                partial.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}") from None
+        write_result(out, result)
     return 0
 
 
@@ -79,8 +75,5 @@ def _check_result(file: Path) -> None:
     """Raises UserError if `file` exists and is not a result: it may be the data, or a model's config.json."""
     if not file.is_file() or not file.stat().st_size:
         return
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "results" in found:
-            return
-    raise UserError(f"--out {file} exists and is not a result of loopwise eval; name another file")
+    if read_result(file, ["results"]) is None:
+        raise UserError(f"--out {file} exists and is not a result of loopwise eval; name another file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict, model_validator
@@ -164,3 +165,8 @@ class Evaluate(Section):
     def has_answers(self) -> bool:
         """True if conversations are measured, not text."""
         return self.chat_field is not None or any(map(tasks.is_task, self.data))
+
+
+def as_eval(name: str) -> Any:
+    """The key `name` of `loopwise eval`, for another recipe that has it too."""
+    return copy(Evaluate.model_fields[name])

@@ -1,4 +1,4 @@
-"""What the recurrences do: their effect on held-out loss, the size of the states, and plain lines about both."""
+"""Effects of the recurrences: their effect on held-out loss, the size of the states, and plain lines about both."""
 
 from __future__ import annotations
 

@@ -7,13 +7,12 @@ pair, so a kill at any moment loses the pair that was running at most.
 from __future__ import annotations
 
 import hashlib
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...directory import check_file, new_file
-from ...errors import UserError, shorten
+from ...errors import UserError
+from ..result_file import read_result, two_values, write_result
 from .table import markdown
 
 ANEW = "name another file, or start anew with --force"
@@ -40,7 +39,7 @@ class Record:
             now["baseline"] = before["baseline"]  # its column stays
         for name in {**before, **now}:
             if before.get(name) != now.get(name) and (name, before.get(name)) != ("baseline", None):
-                values = [shorten(json.dumps(one.get(name)), 60) for one in (before, now)]
+                values = two_values(name, before, now)
                 raise UserError(
                     f"--out {self.out}: it was measured with {name}={values[0]}, and now {name}={values[1]}; {ANEW}"
                 )
@@ -69,14 +68,13 @@ class Record:
         """Replace FILE.json, then FILE.md. Raises UserError for a full disk."""
         if self.out is None:
             return
-        try:
-            with new_file(self.out) as partial:
-                partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-            if not _is_special(self.out):
+        write_result(self.out, self.result)
+        if not _is_special(self.out):
+            try:
                 with new_file(beside(self.out)) as partial:
                     partial.write_text(markdown(self.result) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {self.out}: {error.strerror}") from None
+            except OSError as error:
+                raise UserError(f"--out {self.out}: {error.strerror}") from None
 
 
 def check_out(out: Path) -> None:
@@ -118,13 +116,7 @@ def model_fingerprint(model: str, config: Any) -> str:
 
 def _read(out: Path) -> dict[str, Any] | None:
     """The result of tasks in `out`; None where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(out.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all(
-            key in found for key in ("results", "settings", "tasks", "groups", "models")
-        ):
-            return found
-    return None
+    return read_result(out, ("results", "settings", "tasks", "groups", "models"))
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int | None, bool]:

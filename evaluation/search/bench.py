@@ -20,7 +20,7 @@ from .program import Program
 
 
 class Bench(Protocol):
-    """What a search needs of the data.
+    """The values of programs on some data, as a search needs them.
 
     metric: its name.   higher: True where a higher value is better.   weights [n].
     """

@@ -46,5 +46,5 @@ def main(argv: list[str]) -> int:
         result = run(args.model, recipe, out, save_as, args.force)
         print(json.dumps(result) if args.json else table(result), flush=True)
         if save_as:
-            print(f"written: {save_as}" if result["best"] else "nothing written: the source is the best program")
+            print(f"written: {save_as}")
     return 0

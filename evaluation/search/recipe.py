@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict, model_validator
@@ -12,7 +11,7 @@ from ...recipe import Count, Integer, Number, Section
 from ...train import tasks
 from ...train.recipe.fields import BadRecords, Fraction, Names, Strings, once
 from ...unused import Unused
-from ..recipe import DATA_KEYS, Evaluate
+from ..recipe import DATA_KEYS, Evaluate, as_eval
 
 WAYS = ("skip", "repeat", "damped", "half-steps")
 Ways = Annotated[list[Literal["skip", "repeat", "damped", "half-steps"]], AfterValidator(once)]
@@ -22,11 +21,6 @@ OF_KIND = {
     "scan": ("sizes", "stride", "ways"),
     "chains": ("simulations", "longest", "exploration", "length_penalty", "random_share", "search_for", "seed"),
 }
-
-
-def _as_eval(name: str) -> Any:
-    """The key `name` of `loopwise eval`."""
-    return copy(Evaluate.model_fields[name])
 
 
 class Search(Section):
@@ -63,21 +57,21 @@ class Search(Section):
         default="both", description="chains: a chain for each question, one for all of them, or both"
     )
     seed: Annotated[int, Strict(), Field(ge=0)] = Field(default=0, description="chains: seed of the draws")
-    eval_fraction: Fraction = _as_eval("eval_fraction")
-    text_field: str = _as_eval("text_field")
-    chat_field: str | None = _as_eval("chat_field")
-    group: str | None = _as_eval("group")
-    split: str = _as_eval("split")
-    subset: str | None = _as_eval("subset")
-    bad_records: BadRecords = _as_eval("bad_records")
-    sequence_length: Integer = _as_eval("sequence_length")
-    limit: Count | None = _as_eval("limit")
+    eval_fraction: Fraction = as_eval("eval_fraction")
+    text_field: str = as_eval("text_field")
+    chat_field: str | None = as_eval("chat_field")
+    group: str | None = as_eval("group")
+    split: str = as_eval("split")
+    subset: str | None = as_eval("subset")
+    bad_records: BadRecords = as_eval("bad_records")
+    sequence_length: Integer = as_eval("sequence_length")
+    limit: Count | None = as_eval("limit")
     batch_size: Count = Field(default=8, description="blocks, conversations or requests in a batch")
-    num_fewshot: Annotated[int, Strict(), Field(ge=0)] | None = _as_eval("num_fewshot")
-    apply_chat_template: bool = _as_eval("apply_chat_template")
-    system_instruction: str | None = _as_eval("system_instruction")
-    gen_kwargs: dict[str, Any] = _as_eval("gen_kwargs")
-    revision: str | None = _as_eval("revision")
+    num_fewshot: Annotated[int, Strict(), Field(ge=0)] | None = as_eval("num_fewshot")
+    apply_chat_template: bool = as_eval("apply_chat_template")
+    system_instruction: str | None = as_eval("system_instruction")
+    gen_kwargs: dict[str, Any] = as_eval("gen_kwargs")
+    revision: str | None = as_eval("revision")
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...directory import check_file, new_file
-from ...errors import UserError, shorten
+from ...directory import check_file
+from ...errors import UserError
+from ..result_file import read_result, two_values, write_result
 
 EVERY = 10  # programs between two writes of the file
 
@@ -47,11 +46,7 @@ class Record:
         """Replace the file. Raises UserError for a full disk."""
         if self.out is None:
             return
-        try:
-            with new_file(self.out) as partial:
-                partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {self.out}: {error.strerror}") from None
+        write_result(self.out, self.result)
 
 
 def check_out(out: Path) -> None:
@@ -63,15 +58,11 @@ def check_out(out: Path) -> None:
 
 def read(out: Path) -> dict[str, Any] | None:
     """The result of a search in `out`; None where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(out.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all(key in found for key in ("programs", "tried", "questions", "settings")):
-            return found
-    return None
+    return read_result(out, ("programs", "tried", "questions", "settings"))
 
 
 def _difference(before: Any, now: dict[str, Any]) -> str:
     old = before if isinstance(before, dict) else {}
     name = next(name for name in {**old, **now} if old.get(name) != now.get(name))
-    values = [shorten(json.dumps(one.get(name)), 60) for one in (old, now)]
+    values = two_values(name, old, now)
     return f"it was searched with {name}={values[0]}, and now {name}={values[1]}"

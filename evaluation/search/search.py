@@ -43,7 +43,7 @@ def run(
         path = str(stack.enter_context(unpacked(Path(model))))
         searching = Searching(model, path, recipe, out, force)
         result = searching.run()
-        if save_as and result["best"]:
+        if save_as:
             from .save import save
 
             save(model, save_as, searching.best, recipe.revision, force)
@@ -54,8 +54,9 @@ class Searching:
     """One search. path: directory of `model`, or its hub id. Raises UserError for bad input."""
 
     def __init__(self, model: str, path: str, recipe: Search, out: Path | None, force: bool):
-        from ...train.pretrained import is_recurrent, load_config, load_model, load_tokenizer
+        from ...train.pretrained import is_recurrent, load_config, load_tokenizer
         from ..harness.record import model_fingerprint
+        from ..loss import load_weights
         from .model import ProgramModel
 
         self.recipe, self.path = recipe, path
@@ -69,17 +70,9 @@ class Searching:
         self.record = Record(out, {**facts, "fingerprint": model_fingerprint(path, self.config)})
         if not force:
             self.record.resume()
-        loaded: Any = load_model(path, recipe.revision)
-        self.model = ProgramModel(loaded.eval()).eval()
-        self._to_device()
+        self.model = ProgramModel(load_weights(path, recipe.revision)).eval()
         self.bench = self._bench(recipe.data or None)
         self.best = self.source
-
-    def _to_device(self) -> None:
-        import torch
-
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        self.model.to(device)  # pyright: ignore[reportArgumentType]
 
     @property
     def source(self) -> Any:

@@ -18,9 +18,8 @@ def table(result: dict[str, Any]) -> str:
         lines += _programs(result)
     if result.get("each"):
         lines += _questions(result["each"])
-    if result.get("best"):
-        best = result["best"]
-        lines.append(f"best: {best['text']}, {len(best['layers'])} layers, {result['metric']} {_number(best)}")
+    best = result["best"]
+    lines.append(f"best: {best['text']}, {len(best['layers'])} layers, {result['metric']} {_number(best)}")
     for row in result["check"]:
         lines.append(
             f"on {', '.join(row['data'])}: source {_number(row['source'])}, best {_number(row['best'])}, difference "

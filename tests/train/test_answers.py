@@ -96,7 +96,7 @@ def test_text_has_no_answers_and_chats_have(recurrent, corpus, tokenizer, tmp_pa
 
 
 def test_only_whole_answers_count():
-    """Of wrapped blocks: an answer that a block's end cuts, or that stands at its beginning, is not measured."""
+    """In wrapped blocks, an answer that a block's end cuts, or that stands at its beginning, is not measured."""
     learned = [0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0]  # 4 answers, and EOS last
     corpus = Corpus(
         np.arange(20, dtype=np.int32),
@@ -138,7 +138,7 @@ def test_wrong_groups_are_named(small, corpus, tmp_path, capsys):
 
 
 def states(norms: list[float]) -> States:
-    """Of three tokens, the first of which is a thousand times longer and does not grow."""
+    """Three tokens have states, the first of which is a thousand times longer and does not grow."""
     directions = torch.nn.functional.normalize(torch.randn(1, 3, 8, generator=torch.manual_seed(0)), dim=-1)
     sizes = torch.tensor([[[1000.0], [norm], [2 * norm]] for norm in norms])
     made = (directions * sizes)[:, None]
@@ -183,7 +183,7 @@ def test_states_that_grow_without_bound_are_named():
 
 
 def test_a_run_ends_with_its_diagnosis(tokenizer, corpus, tmp_path, capsys):
-    """Of a model whose core adds nothing, and of one whose core doubles its state; eval prints the same lines."""
+    """One model's core adds nothing, and another's doubles its state; eval prints the same lines."""
     from safetensors.torch import load_file, save_file
 
     cases = (

@@ -1,4 +1,4 @@
-"""What the parameters of generated tasks change, and answers compared with solvers of another kind."""
+"""Parameters of generated tasks, and answers compared with solvers of another kind."""
 
 from __future__ import annotations
 

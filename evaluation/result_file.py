@@ -1,0 +1,35 @@
+"""Files of results: written whole or not at all, and read back by the keys that they must have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..directory import new_file
+from ..errors import UserError, shorten
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """Replace the file `out` by `result` as JSON. Raises UserError for a full disk."""
+    try:
+        with new_file(out) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+
+
+def read_result(out: Path, keys: Iterable[str]) -> dict[str, Any] | None:
+    """The JSON object in `out`; None where there is none, or one that lacks some of `keys`."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(out.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(key in found for key in keys):
+            return found
+    return None
+
+
+def two_values(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The values of the setting `name` in two results, for an error."""
+    return [shorten(json.dumps(one.get(name)), 60) for one in (before, now)]
