@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -13,7 +14,8 @@ import pytest
 
 from loopwise.errors import UserError
 from loopwise.train import tasks
-from loopwise.train.data import build
+from loopwise.train.data import LEARN, build
+from loopwise.train.data.tokens import PAD, START
 from loopwise.train.recipe import Data
 
 
@@ -112,6 +114,7 @@ def test_running_answers_are_the_values_of_all_beginnings():
         ("task:s5?answer=running&length=1..3", "6aeac81a620bdeb0"),
         ("task:hops?hops=2..5&distractors=2..3&order=forward&names=a..t", "49394b4faa5088cb"),
         ("task:hops?hops=2&questions=2&name_length=1..2&digits=distinct&place=first", "74f813bf4f800bb0"),
+        ("task:hops?style=code&hops=1..3&statements=8..24", "ac19fc19058ff6e8"),
     ],
 )
 def test_records_are_the_same_everywhere(source, digest):
@@ -130,6 +133,61 @@ def chains(entries: list[tuple[str, str]]) -> dict[str, list[str]]:
             path.insert(0, values[path[0]])
         found[last] = path
     return found
+
+
+@pytest.mark.parametrize("more", ["", "&statements=10..24&questions=2", "&name_length=2&order=reverse"])
+def test_code_is_python_with_the_same_chains(more):
+    """Python itself computes what the programs print, and the same draws give other text only."""
+    for record in taken(f"task:hops?style=code&hops=1..4{more}", 40):
+        asked, answers = ([message["content"] for message in record["messages"][i::2]] for i in (0, 1))
+        program, _, first = asked[0].rpartition("\n")
+        lines = dict(line.split(" = ") for line in program.split("\n"))
+        ordered: dict[str, str] = {}
+        while len(ordered) < len(lines):  # a statement may stand before the one that it needs
+            ordered |= {k: v for k, v in lines.items() if v.isdigit() or v in ordered}
+        values: dict[str, Any] = {}
+        exec("\n".join(f"{k} = {v}" for k, v in ordered.items()), values)
+        questions = [first, *(question.removeprefix("\n") for question in asked[1:])]
+        for question, answer, hops in zip(questions, answers, record["hops"], strict=True):
+            if hops:
+                name = question.removeprefix("print(").removesuffix(") # ")
+                assert str(values[name]) == answer
+            else:
+                assert " " + lines[question.removeprefix("# ").removesuffix(" =")] == answer
+        assert (
+            "".join(x + y for x, y in zip(asked, answers, strict=True)).count("\n") == len(lines) + len(questions) - 1
+        )
+
+
+def test_records_are_plain_text_with_every_tokenizer(tokenizer, tmp_path):
+    """A chat model's template takes no part, and the loss covers the answers and the EOS behind them."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    source = "task:hops?style=code&records=20&statements=8"
+    record = taken(source, 1)[0]
+    blocks = build(
+        Data(train=[source], sequence_length=256, packing_strategy="bfd", separate_documents=True), chat, tmp_path
+    ).train
+    documents = [
+        (ids, learned)
+        for block in range(len(blocks))
+        for ids, learned in pieces(blocks.tokens[block], blocks.marks[block])
+    ]
+    found = {chat.decode(ids[:-1]): (ids, learned) for ids, learned in documents}
+    ids, learned = found["".join(message["content"] for message in record["messages"])]
+    said = "".join(message["content"] for message in record["messages"][1::2])
+    assert chat.decode(ids[learned][:-1]) == said
+    assert ids[learned][-1] == chat.eos_token_id
+
+
+def pieces(ids: np.ndarray, marks: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, learned) of the documents of a block."""
+    real = marks & PAD == 0
+    starts = np.flatnonzero(marks & START)
+    return [
+        (ids[real][a:b], (marks[real][a:b] & LEARN) > 0)
+        for a, b in itertools.pairwise([*starts.tolist(), int(real.sum())])
+    ]
 
 
 def test_distractors_of_hops():

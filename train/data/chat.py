@@ -111,8 +111,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None, where: str) -> Encoded:
+def encode(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase | None,
+    where: str,
+    chat_template: str | None = None,
+) -> Encoded:
     """Token ids of a conversation, and the mask of the assistant's tokens.
+
+    chat_template: takes the place of the tokenizer's.
 
     The mask comes from {% generation %} in the template. Without it, an assistant message is the text that it adds to
     the conversation so far with its generation prompt. After a last message of the assistant one stop token is in the
@@ -120,17 +127,18 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None
 
     Raises UserError, which begins with `where`, for a conversation that the template refuses or leaves unmarked.
     """
-    template = getattr(tokenizer, "chat_template", None)
+    template = chat_template or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:
         raise UserError("data.chat_field: the tokenizer has no chat template; set one, or use data.text_field")
     messages, arguments = conversation.messages, conversation.arguments
+    more = {"chat_template": chat_template} if chat_template else {}
     try:
         if isinstance(template, dict):
             template = tokenizer.get_chat_template(None, arguments.get("tools"))
         if MARKED.search(template):
-            ids, mask = _from_template(messages, tokenizer, arguments)
+            ids, mask = _from_template(messages, tokenizer, {**arguments, **more})
         else:
-            ids, mask = _from_prefixes(messages, tokenizer, arguments)
+            ids, mask = _from_prefixes(messages, tokenizer, {**arguments, **more})
         key = json.dumps(messages if not arguments else [messages, arguments], default=str)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

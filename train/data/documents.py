@@ -49,8 +49,10 @@ def _documents(source: str, reader: Reader) -> Iterator[Any]:
 
 
 def reader_for(source: str, reader: Reader) -> Reader:
-    """`reader`, or for a generated task a copy that reads its conversations."""
-    return replace(reader, field=tasks.MESSAGES, chat=True) if tasks.is_task(source) else reader
+    """`reader`, or for a generated task a copy that reads its conversations, with the chat template of tasks."""
+    if not tasks.is_task(source):
+        return reader
+    return replace(reader, field=tasks.MESSAGES, chat=True, chat_template=tasks.CHAT_TEMPLATE)
 
 
 def _generated(source: str, reader: Reader) -> Iterator[Any]:

@@ -32,7 +32,8 @@ class Reader:
     """Makes documents of records: the text in `field`, or with `chat` the conversation there.
 
     tokenizer: encodes conversations; not used for text.   skip: name a bad record on stderr and leave it out, instead
-    of stopping.   recurrences: gives R of a record.   skipped: number of records left out so far.
+    of stopping.   recurrences: gives R of a record.   skipped: number of records left out so far.   chat_template: used
+    instead of the tokenizer's.
     """
 
     field: str = "text"
@@ -43,6 +44,7 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase | None = None
     recurrences: RecordRecurrences | None = None
     skipped: int = 0
+    chat_template: str | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -58,7 +60,8 @@ class Reader:
         try:
             value = _value(record, where, self.field, self.chat)
             if self.chat:
-                found: Any = encode(conversation_of(record, self.field, where), self.tokenizer, where)
+                conversation = conversation_of(record, self.field, where)
+                found: Any = encode(conversation, self.tokenizer, where, self.chat_template)
             else:
                 found = _text(value, where, self.field)
             if self.recurrences and (recurrences := _recurrences(self.recurrences, record, where)):

@@ -10,10 +10,21 @@ Files in reading order:
     s5.py            the task `s5`: permutations of five points
     registry.py      all tasks by name
     source.py        `task:NAME?...` as a data source, and its records
-    vocabulary.py    the tokenizer of a task
+    vocabulary.py    the tokenizer of a task, and the chat template
 """
 
 from .source import HELD_OUT, MESSAGES, TRAIN, Rows, Source, is_task, parse, placed
-from .vocabulary import tokenizer
+from .vocabulary import CHAT_TEMPLATE, tokenizer
 
-__all__ = ["HELD_OUT", "MESSAGES", "TRAIN", "Rows", "Source", "is_task", "parse", "placed", "tokenizer"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "HELD_OUT",
+    "MESSAGES",
+    "TRAIN",
+    "Rows",
+    "Source",
+    "is_task",
+    "parse",
+    "placed",
+    "tokenizer",
+]

@@ -2,6 +2,9 @@
 
 `?c=` asks for the digit at the end of the chain. The number of hops is the difficulty: here it is three, from c to b to
 a to 7. `!c=` is a lookup: it asks for the right-hand side of c's statement, a name or a digit, and counts as 0 hops.
+
+With style=code the same problem is a program of Python, one statement a line, for models of real text. `print(c) # `
+asks for the digit, and `# c =` is a lookup.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ LINES = 21  # default statements and questions of a record: 3 tokens each, 64 wi
 QUESTIONS = {1: 10, 2: 8, 3: 7, 4: 6, 5: 5}  # default number, by the most hops; 4 for more hops
 LONGEST = 8  # most statements of a chain without a question
 SAME = "same"
+KEYWORDS = {"as", "if", "in", "is", "or", "and", "def", "del", "for", "not", "try"}  # Python's, of at most 3 letters
 
 PARAMETERS = {
     "hops": Parameter(
@@ -54,6 +58,12 @@ PARAMETERS = {
     ),
     "place": Parameter(
         choice("any", "first", "last"), "any", "where the chains that are asked for stand in the record", later=True
+    ),
+    "style": Parameter(
+        choice("letters", "code"),
+        "letters",
+        "letters: one token a letter, as c=b;?c=7; code: lines of Python, as c = b and print(c) # 7",
+        later=True,
     ),
 }
 
@@ -129,13 +139,20 @@ def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[st
             break
     statements, ends = _program(values, draws, chains, len(asked) - asked.count(0))
     looked_up = draws.sample(statements, asked.count(0))
-    program = "".join(f"{name}={value};" for name, value in statements)
-    answered = []
-    for n in asked:
-        name, answer = ends.pop() if n else looked_up.pop()
-        answered.append((f"{'?' if n else '!'}{name}=", answer))
+    problem = "".join(f"{name}={value};" for name, value in statements)
+    found = [(n > 0, *(ends if n else looked_up).pop()) for n in asked]
+    if values["style"] == "code":
+        program = "".join(f"{name} = {value}\n" for name, value in statements)
+        # Tokenizers join a space with the letter behind it, but not with a digit: each answer is whole tokens.
+        answered = [
+            (f"print({name}) # ", answer) if chain else (f"# {name} =", f" {answer}") for chain, name, answer in found
+        ]
+        answered = [answered[0], *((f"\n{question}", answer) for question, answer in answered[1:])]
+    else:
+        program = problem
+        answered = [(f"{'?' if chain else '!'}{name}=", answer) for chain, name, answer in found]
     kinds = ["chain" if n else "lookup" for n in asked]
-    return program, {"messages": conversation(program, answered), "hops": asked, "kind": kinds}
+    return problem, {"messages": conversation(program, answered), "hops": asked, "kind": kinds}
 
 
 def _chains(values: dict[str, Any], draws: Draws, asked: list[int], total: int | None) -> list[int]:
@@ -186,9 +203,12 @@ def _names(values: dict[str, Any], draws: Draws, count: int) -> list[str]:
     size = sizes[0] if len(sizes) == 1 else draws.pick(sizes)
     if size == 1:
         return draws.sample(values["names"], count)
+    refused = KEYWORDS if values["style"] == "code" else ()
     found: dict[str, None] = {}
     while len(found) < count:
-        found["".join(draws.pick(values["names"]) for _ in range(size))] = None
+        name = "".join(draws.pick(values["names"]) for _ in range(size))
+        if name not in refused:
+            found[name] = None
     return list(found)
 
 

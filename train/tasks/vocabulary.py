@@ -1,4 +1,4 @@
-"""The tokenizer of a generated task: one token per character."""
+"""The tokenizer of a generated task: one token per character. And the chat template of all generated tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from .registry import TASKS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHAT = (
+# The messages of a record, one after the other, with every tokenizer: programs are no chats.
+CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
@@ -27,4 +28,6 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     silent = [pre_tokenizers.Split(c, "removed") for c in task.silent]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*silent, characters])
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", chat_template=CHAT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
