@@ -163,7 +163,7 @@ WITH_EFFECT = {
         data.subset data.sequence_length data.packing_strategy data.separate_documents data.bad_records
         data.recurrences.field data.recurrences.table objectives.progressive.alpha objectives.deep_supervision.segments
         recurrence.schedule recurrence.sampler recurrence.capacity_warmup
-        objectives.cross_entropy objectives.nested objectives.distillation.weight
+        objectives.cross_entropy objectives.average objectives.nested objectives.distillation.weight
         objectives.distillation.teacher objectives.distillation.revision objectives.distillation.num_recurrences
         objectives.distillation.divergence objectives.distillation.temperature objectives.distillation.top_k
         objectives.exits.weights objectives.exits.target objectives.exit_gate.stage objectives.router.auxiliary

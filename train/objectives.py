@@ -1,7 +1,7 @@
 """The training loss of a micro-batch, from the recipe section `objectives`.
 
-Every term is a sum over tokens, divided by the targets of the whole step. It therefore depends neither on accumulation
-nor on the number of ranks.
+Every term is a sum over tokens, divided by the targets of the whole step, or by its blocks where these count alike. It
+therefore depends neither on accumulation nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,25 @@ class Targets(NamedTuple):
 
     ids [B, T]: the next token of every position, -100 for none.   valid [B, T]: True where there is one.   logits_at:
     `valid` if logits are computed there alone, else None. With it, ids, logits and teacher have one row of the N valid
-    positions: [1, N] for [B, T].
+    positions: [1, N] for [B, T].   weights [B, T]: what each position counts in the loss, None if all count 1.
     """
 
     ids: torch.Tensor
     valid: torch.Tensor
     logits_at: torch.Tensor | None
     teacher: TeacherOutput | None
+    weights: torch.Tensor | None = None
+
+    def weighed(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, one for each position [B, T] or for each target [1, N], times their weights."""
+        if self.weights is None:
+            return values
+        return values * (self.weights if values.shape == self.valid.shape else self.weights[self.valid][None])
+
+    @property
+    def count(self) -> torch.Tensor:
+        """The sum of the weights of all targets, a scalar."""
+        return self.valid.sum() if self.weights is None else self.weights[self.valid].sum()
 
 
 class Objective:
@@ -97,6 +109,9 @@ class Objective:
     ) -> torch.Tensor:
         """The loss of a micro-batch: a scalar, summed over its targets and divided by `targets_of_step`.
 
+        With objectives.average=blocks the targets of a block count 1 together, and `targets_of_step` is the number of
+        blocks.
+
         inputs: input_ids, labels [B, T], sequence_ids [B], position_ids [B, T] if documents are separated, and
         num_recurrences [B] if rows have their own.   depth: None for a plain model. Adds to `chosen`.
         """
@@ -107,7 +122,7 @@ class Objective:
         if depth is None:
             with head_at(getattr(model, "module", model).get_output_embeddings(), batch.logits_at):
                 outputs = model(input_ids=inputs["input_ids"], use_cache=False, **keys)
-            total = self._plain(outputs.logits, batch).sum() + self._experts(outputs, batch)
+            total = batch.weighed(self._plain(outputs.logits, batch)).sum() + self._experts(outputs, batch)
         else:
             found = [w * self._at_depth(model, inputs, step, x, batch, {**keys}) for w, x in self.passes(step, depth)]
             total = torch.stack(found).sum() if found[1:] else found[0]
@@ -137,9 +152,9 @@ class Objective:
             **keys,
         )
         if outputs.depth_losses is None:
-            total = self._plain(outputs.logits, batch).sum()
+            total = batch.weighed(self._plain(outputs.logits, batch)).sum()
         else:
-            total = self._at(batch.ids != -100, self._of_depths(outputs, step, at, batch)).sum()
+            total = self._at(batch.ids != -100, batch.weighed(self._of_depths(outputs, step, at, batch))).sum()
         return total + self._auxiliary(outputs, batch)
 
     def _targets(self, inputs: dict[str, Any]) -> Targets:
@@ -155,7 +170,10 @@ class Objective:
         if self.teacher is not None:
             with torch.no_grad():
                 given = self.teacher({**inputs, "logits_at": logits_at})
-        return Targets(ids[valid][None] if few else ids, valid, logits_at, given)
+        weights = None
+        if self.objectives.average == "blocks":  # the targets of a block count 1 together
+            weights = valid / valid.sum(1, keepdim=True).clamp(min=1)
+        return Targets(ids[valid][None] if few else ids, valid, logits_at, given, weights)
 
     def _at(self, valid: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The `values` [B, T] of positions with a target: [N]."""
@@ -215,14 +233,14 @@ class Objective:
         wanted = self.objectives
         total: Any = 0.0
         if wanted.ponder:
-            total = wanted.ponder.weight * self._at(batch.valid, outputs.ponder).sum()
+            total = wanted.ponder.weight * self._at(batch.valid, batch.weighed(outputs.ponder)).sum()
         if wanted.router and self.router:
-            total = total + batch.valid.sum() * self._routing(outputs.router_outputs)
+            total = total + batch.count * self._routing(outputs.router_outputs)
         return total + self._experts(outputs, batch)
 
     def _experts(self, outputs: Any, batch: Targets) -> Any:
         weight = self.objectives.experts
-        return weight * batch.valid.sum() * outputs.aux_loss if weight else 0.0
+        return weight * batch.count * outputs.aux_loss if weight else 0.0
 
     def _routing(self, routed: Any) -> Any:
         weights = self.objectives.router

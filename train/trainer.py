@@ -177,7 +177,9 @@ class RecurrentTrainer(CheckpointTrainer):
         """The loss of a micro-batch: a scalar, summed over its targets and divided by those of the whole step."""
         assert num_items_in_batch is not None, "the Trainer counts the labels of a step"
         assert not return_outputs, "held-out losses are measured by `evaluate`"
-        if isinstance(num_items_in_batch, torch.Tensor):  # 0 if no block of the step has a label; the loss is 0 then
+        if self.recipe.objectives.average == "blocks":
+            num_items_in_batch = self.samples_per_step
+        elif isinstance(num_items_in_batch, torch.Tensor):  # 0 if no block of the step has a label; the loss is 0 then
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         else:
             num_items_in_batch = max(num_items_in_batch, 1)

@@ -402,6 +402,8 @@ FEW = {
     "exits and distillation": ({"exits": {}, "distillation": DISTILLATION}, "recurrent", "model"),
     "top k": ({"distillation": {**DISTILLATION, "top_k": 5}}, "recurrent", "stored"),
     "plain, distilled": ({"distillation": DISTILLATION}, "plain", "model"),
+    "blocks": ({"average": "blocks"}, "recurrent", None),
+    "blocks, exits": ({"average": "blocks", "exits": {}}, "recurrent", None),
 }
 
 
@@ -440,6 +442,31 @@ def test_logits_at_few_targets_give_the_loss_of_all(case, recurrent, plain, gate
     assert gradients.keys() == expected.keys()
     for key, gradient in expected.items():
         assert torch.allclose(gradients[key], gradient, rtol=0, atol=2e-6 * gradient.abs().max().item()), key
+
+
+@pytest.mark.parametrize("more", [{}, {"exits": {}}, {"nested": 2}, {"distillation": {"teacher": "t"}}])
+def test_blocks_count_alike_however_many_targets_they_have(recurrent, inputs, more):
+    """The loss of a micro-batch is the sum of its blocks' mean losses, over the blocks of the step."""
+    model: Any = load_model(str(recurrent)).train()
+    labels = inputs["labels"].clone()
+    labels[1, :9] = -100  # 8 targets beside 3
+    options = {"teacher": lambda _: random(2, 12, 272, seed=9)} if "distillation" in more else {}
+    found = loss_and_gradients(
+        model, {"average": "blocks", **more}, {**inputs, "labels": labels}, Depth(3, None), selects=False, **options
+    )
+    wanted: Any = 0.0
+    gradients: dict[str, torch.Tensor] = {}
+    for row, count in ((0, 8), (1, 3)):
+        alone = labels.clone()
+        alone[1 - row] = -100
+        loss, own = loss_and_gradients(
+            model, more, {**inputs, "labels": alone}, Depth(3, None), selects=False, **options
+        )
+        wanted += loss / count
+        gradients = {name: gradients.get(name, 0) + g / count for name, g in own.items()}
+    assert found[0].item() == pytest.approx(wanted.item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(found[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item()), name
 
 
 def test_logits_at_many_targets_or_none_are_computed_everywhere(recurrent, inputs):
@@ -566,7 +593,12 @@ def test_objectives_on_a_plain_model(plain, recurrent, command, tmp_path, capsys
 
 @pytest.mark.parametrize(
     "objective",
-    ["objectives.exit_gate.entropy=0.1", "objectives.progressive.alpha=0.5", "objectives.deep_supervision.segments=2"],
+    [
+        "objectives.exit_gate.entropy=0.1",
+        "objectives.progressive.alpha=0.5",
+        "objectives.deep_supervision.segments=2",
+        "objectives.average=blocks",
+    ],
 )
 def test_accumulation_changes_no_objective(gated, command, tmp_path, objective):
     settings = ["steps=4", "log_every=1", "recurrence.mean=3", objective]

@@ -125,6 +125,11 @@ class Objectives(Section):
     """
 
     cross_entropy: Number = Field(default=1.0, ge=0, description="weight of the next-token cross-entropy")
+    average: Literal["tokens", "blocks"] = Field(
+        default="tokens",
+        description="what counts alike in the loss: tokens with a target, or blocks. In a mixture with blocks, answers "
+        "of a few tokens weigh as much as whole texts",
+    )
     distillation: Distillation | None = None
     exits: Exits | None = None
     exit_gate: ExitGate | None = None
