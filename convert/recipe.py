@@ -174,7 +174,7 @@ class ConvertRecipe(Section):
     )
     lora: Lora | None = Field(None, description="relaxation of the tied layers")
     router: Router | None = Field(None, description="chooses the tokens of every recurrence (Mixture-of-Recursions)")
-    injection: Literal["none", "add", "linear", "gated"] | None = Field(
+    injection: Literal["none", "add", "linear", "gated", "decayed"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
     )
     recurrence_norm: bool = Field(

@@ -167,9 +167,12 @@ class Tensors:
         """Add injection, damping, recurrence encoding, halting gate and recurrence norm, with values that keep the
         source."""
         width, dtype, injection = self.config.source_config.hidden_size, self.dtype_of_new, self.plan.injection
-        if injection == "linear":
-            make = partial(Injection.preserving_weight, width, self.plan.state_init)
-            self.pending.append(Pending("injection.weight", dtype, [width, 2 * width], make))
+        if injection in ("linear", "decayed"):
+            make = partial(Injection.preserving_weight, injection, width, self.plan.state_init)
+            shape = [width, 2 * width if injection == "linear" else width]
+            self.pending.append(Pending("injection.weight", dtype, shape, make))
+            if injection == "decayed":
+                self.pending.append(Pending("injection.decay", dtype, [width], partial(torch.zeros, width)))
         elif injection == "gated":
             for name, shape in (("weight", [width, 2 * width]), ("bias", [width])):
                 self.pending.append(Pending(f"injection.{name}", dtype, shape, partial(torch.zeros, shape)))

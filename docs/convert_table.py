@@ -29,6 +29,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "retrofit none": {**SIZES, "injection": "none"},
     "linear": SIZES,
     "gated": {**SIZES, "injection": "gated"},
+    "decayed": {**SIZES, "injection": "decayed"},
     "recursive cycle": TIED,
     "sequence": {**TIED, "sharing": "sequence"},
     "middle-cycle": {**TIED, "sharing": "middle-cycle"},

@@ -14,7 +14,7 @@ from .configuration_router import router_fields
 from .configuration_source import clear_source_settings, declares, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
-INJECTIONS = ("none", "add", "linear", "gated")
+INJECTIONS = ("none", "add", "linear", "gated", "decayed")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
 INVERSE_DEPTH, LEARNED = "1/R", "learned"
@@ -40,8 +40,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
         state_init (`str`): `input` (s_0 = e, the prelude's output), `zeros`, or `normal` (truncated normal noise that
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
-        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]) or
-            `gated` (g s + (1 - g) e).
+        injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]),
+            `gated` (g s + (1 - g) e) or `decayed` (a s + (1 - a) W e, with a factor a < 1 for each channel).
         sharing (`str`): order of the core's layers: `cycle` (all layers, R times) or `sequence` (each layer R times,
             then the next; without injection only).
         recurrence_norm (`str`): `none`; `each` (an added RMS norm after every recurrence); `between` (the source's

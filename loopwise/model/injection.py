@@ -11,10 +11,15 @@ class Injection(nn.Module):
 
     none: s. add: s + e. linear: W [s, e] with W [D, 2D], no bias.
     gated: g s + (1 - g) e with g = sigmoid(W [s, e] + b), one gate for each channel.
+    decayed: a s + (1 - a) W e with a = sigmoid(decay), one factor for each channel, and W [D, D].
 
-    `linear` is the adapter of retrofitted recurrence (arXiv 2511.07384), whose authors leave W at random. Here both
-    start so that one recurrence equals the source, and later recurrences use the state: `linear` with
-    `preserving_weight`; `gated` with zeros, where every gate is one half and s_0 = e gives e exactly.
+    `linear` is the adapter of retrofitted recurrence (arXiv 2511.07384), whose authors leave W at random. `decayed` is
+    that of Parcae (arXiv 2604.12946), exp(-dt exp(A)) s + dt B e, by its factor a and W = dt B / (1 - a). As a < 1, the
+    state has a bound for all R where the core's layers norm their inputs.
+
+    All start so that one recurrence equals the source, and later recurrences use the state: `linear` and `decayed` with
+    `preserving_weight`, and `decay` 0; `gated` with zeros. All gates and factors are one half, and s_0 = e gives e
+    exactly.
     """
 
     def __init__(self, kind: str, width: int):
@@ -24,14 +29,20 @@ class Injection(nn.Module):
             self.weight = nn.Parameter(torch.empty(width, 2 * width))
         if kind == "gated":
             self.bias = nn.Parameter(torch.empty(width))
+        if kind == "decayed":
+            self.weight = nn.Parameter(torch.empty(width, width))
+            self.decay = nn.Parameter(torch.empty(width))
 
     @staticmethod
-    def preserving_weight(width: int, state_init: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W [D, 2D] with inject(s_0, e) = e exactly, and a share of the state.
+    def preserving_weight(kind: str, width: int, state_init: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W with inject(s_0, e) = e exactly, and a share of the state. Small `normal` states perturb it.
 
-        For s_0 = e the mean of both, [I/2, I/2]; for s_0 = 0 the sum, [I, I], which small `normal` states perturb.
+        linear [D, 2D]: for s_0 = e the mean of both, [I/2, I/2]; for s_0 = 0 the sum, [I, I].   decayed [D, D], with
+        a = 1/2: I for s_0 = e, 2 I for s_0 = 0.
         """
         eye = torch.eye(width, dtype=dtype)
+        if kind == "decayed":
+            return eye * (1.0 if state_init == "input" else 2.0)
         return torch.cat([eye, eye], dim=1) * (0.5 if state_init == "input" else 1.0)
 
     def forward(self, s: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
@@ -40,6 +51,9 @@ class Injection(nn.Module):
             return s
         if self.kind == "add":
             return s + e
+        if self.kind == "decayed":
+            kept = torch.sigmoid(self.decay)
+            return kept * s + (1 - kept) * nn.functional.linear(e, self.weight)
         both = torch.cat([s, e], dim=-1)
         if self.kind == "linear":
             return nn.functional.linear(both, self.weight)

@@ -136,8 +136,11 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module of ours so that the model equals its source; any other as the source does."""
         if isinstance(module, Injection):
-            if module.kind == "linear":
-                init.copy_(module.weight, Injection.preserving_weight(module.weight.shape[0], self.config.state_init))
+            if module.kind in ("linear", "decayed"):
+                width = module.weight.shape[0]
+                init.copy_(module.weight, Injection.preserving_weight(module.kind, width, self.config.state_init))
+                if module.kind == "decayed":
+                    init.zeros_(module.decay)
             elif module.kind == "gated":
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)

@@ -269,14 +269,27 @@ def test_zero_lora_changes_nothing(dora, tmp_path):
         torch.testing.assert_close(relaxed(**tokens()).logits, plain(**tokens()).logits, rtol=0, atol=1e-5)
 
 
-def test_gated_injection_and_recurrence_norm(tmp_path):
+@pytest.mark.parametrize("injection", ["gated", "decayed"])
+def test_one_recurrence_of_a_gated_state_is_the_source(injection, tmp_path):
     source = load_source(save_source(tmp_path / "source"))
-    gated = run(tmp_path / "source", tmp_path / "gated", sizes="1,3,2", injection="gated")
-    normed = run(tmp_path / "source", tmp_path / "normed", sizes="1,3,2", injection="none", recurrence_norm=True)
+    gated = run(tmp_path / "source", tmp_path / "gated", sizes="1,3,2", injection=injection)
     with torch.no_grad():
         want = source(**tokens(False)).logits
         assert torch.equal(gated(**tokens(False), num_recurrences=1).logits, want)
         assert not torch.equal(gated(**tokens(False), num_recurrences=2).logits, want)
+
+
+def test_one_recurrence_of_a_decayed_state_from_zeros_is_the_source(tmp_path):
+    source = load_source(save_source(tmp_path / "source"))
+    made = run(tmp_path / "source", tmp_path / "out", sizes="1,3,2", injection="decayed", state_init="zeros")
+    with torch.no_grad():
+        assert torch.equal(made(**tokens(False), num_recurrences=1).logits, source(**tokens(False)).logits)
+
+
+def test_a_recurrence_norm_bounds_the_state(tmp_path):
+    save_source(tmp_path / "source")
+    normed = run(tmp_path / "source", tmp_path / "normed", sizes="1,3,2", injection="none", recurrence_norm=True)
+    with torch.no_grad():
         state = normed(**tokens(False), num_recurrences=2).state
         torch.testing.assert_close(state.pow(2).mean(-1), torch.ones(2, 20), rtol=0, atol=1e-3)
 

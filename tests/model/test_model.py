@@ -34,11 +34,7 @@ def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
     e = run(model.prelude, x)
     s = {"input": e, "zeros": torch.zeros_like(e)}[model.config.state_init]
     for _ in range(recurrences):
-        both = torch.cat([s, e], -1)
-        mixed = both @ getattr(model.injection, "weight", torch.zeros(64, 128)).T
-        gate = torch.sigmoid(mixed + getattr(model.injection, "bias", 0))
-        injected = {"none": s, "add": s + e, "linear": mixed, "gated": gate * s + (1 - gate) * e}
-        s = run(model.core, injected[model.config.injection])
+        s = run(model.core, injected(model, s, e))
         if model.config.recurrence_norm == "each":
             s = (
                 s
@@ -46,6 +42,19 @@ def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
                 * model.recurrence_norm.weight
             )
     return model.source.lm_head(llama.norm(run(model.coda, s)))
+
+
+def injected(model: Any, s: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """inject(s, e) of the model's injection, from its parameters."""
+    kind, own = model.config.injection, dict(model.injection.named_parameters())
+    if kind in ("none", "add"):
+        return s + e if kind == "add" else s
+    if kind == "decayed":
+        a = 1 / (1 + (-own["decay"]).exp())
+        return a * s + (1 - a) * (e @ own["weight"].T)
+    mixed = torch.cat([s, e], -1) @ own["weight"].T
+    gate = torch.sigmoid(mixed + own.get("bias", 0))
+    return mixed if kind == "linear" else gate * s + (1 - gate) * e
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,8 @@ def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
         ("linear", "zeros"),
         ("linear", "input"),
         ("gated", "input"),
+        ("decayed", "input"),
+        ("decayed", "zeros"),
     ],
 )
 @pytest.mark.parametrize("recurrence_norm", ["none", "each"])
@@ -422,7 +433,7 @@ def test_resized_embeddings_survive_saving(tmp_path):
         ({"coda": [-1]}, "source layer -1"),
         ({"num_recurrences": 0}, "num_recurrences=0"),
         ({"num_recurrences": 4, "max_recurrences": 3}, "max_recurrences=3"),
-        ({"injection": "gate"}, "none, add, linear, gated"),
+        ({"injection": "gate"}, "none, add, linear, gated, decayed"),
         ({"state_init": "ones"}, "input, zeros, normal"),
         ({"injection": "none", "state_init": "zeros"}, "never shows the input"),
         ({"sharing": "sequence", "injection": "linear"}, "nothing can stand between"),

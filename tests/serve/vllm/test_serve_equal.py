@@ -72,6 +72,7 @@ CASES = {
     "traced": Case("gemma3_text", 2, NORMAL, *TRACED),
     **{t: Case(t) for t in OTHERS},
     "input-gated": Case("llama", shape={**RETROFIT, "injection": "gated", "exit_gate": True}),
+    "input-decayed": Case("llama", shape={**RETROFIT, "injection": "decayed"}),
     "sequence": Case("llama", shape={**RETROFIT, "injection": "none", "sharing": "sequence"}),
     **{
         f"norm-{place}": Case("llama", shape={**NORMAL, "recurrence_norm": place})
