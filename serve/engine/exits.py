@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .forward import Forward
-from .readings import LogitMemory, LogitReadings, StateReadings
+from .readings import Earlier, LogitMemory, LogitReadings, StateReadings, floored
 from .state import State
 
 
@@ -24,12 +24,13 @@ from .state import State
 class Rule:
     """An exit rule. threshold: its default.   reads: "nothing", "state", "gate" or "logits"; the last of these costs
     coda and head at every depth.   value: readings -> [m].   rises: it fires where the value has reached the threshold;
-    the other rules fire below theirs."""
+    the other rules fire below theirs.   compares: it reads the distribution of the recurrence before."""
 
     threshold: float
     reads: str
     value: Callable[[Any], Tensor]
     rises: bool = False
+    compares: bool = False
 
     def fires(self, value: Tensor, threshold: Tensor) -> Tensor:
         """[m]: lanes with this value [m] leave at this threshold [m]."""
@@ -42,8 +43,8 @@ RULES: dict[str, Rule] = {
     "cosine": Rule(1e-3, "state", lambda x: 1 - x.cosine),
     "gate": Rule(1.0, "gate", lambda stays: 1 - stays, rises=True),  # probability of having left by now
     "entropy-diff": Rule(1e-3, "logits", lambda x: x.entropy_change()),
-    "kl": Rule(1e-3, "logits", lambda x: x.divergence(x.p)),
-    "minp-kl": Rule(1e-5, "logits", lambda x: x.divergence(x.floored())),
+    "kl": Rule(1e-3, "logits", lambda x: x.divergence(), compares=True),
+    "minp-kl": Rule(1e-5, "logits", lambda x: x.divergence(floored), compares=True),
     "argmax-stability": Rule(5.0, "logits", lambda x: x.stable(), rises=True),
 }
 NAMES = tuple(RULES)
@@ -54,29 +55,20 @@ CHUNK = 256  # lanes whose logits are computed together: those of a long prompt 
 
 
 class ExitRules:
-    """The exit rules in use, with their memory for all lanes of a State.
+    """The exit rules in use, with their memory for all lanes of a State."""
 
-    A row has one lane at a time that may leave by a rule, unless its decoder is a wave: then distributions are kept for
-    every lane (`per_lane`), else for every row.
-    """
-
-    def __init__(self, state: State, forward: Forward, per_lane: bool):
+    def __init__(self, state: State, forward: Forward):
         self.state, self.forward = state, forward
-        decodes = state.num_decode_lanes
-        place = number = torch.arange(len(state.lanes.row), device=state.device)
-        if not per_lane:
-            prompts = number - decodes + state.config.max_num_seqs
-            place = torch.where(number < decodes, number // state.ring, prompts)
-        self.by_logits = LogitMemory(place, forward.parts.config.vocab_size)
-        self.stays = torch.zeros(len(number), device=state.device)  # probability that the lane has not left yet
+        lanes, rows = len(state.lanes.row), state.config.max_num_seqs
+        self.by_logits = LogitMemory(lanes, rows, forward.parts.config.vocab_size, state.device)
+        self.stays = torch.zeros(lanes, device=state.device)  # probability that the lane has not left yet
         self.in_use: set[str] = set()  # rules of resident requests that read something
         self.watch: Watch | None = None  # gets what the rules read, in eager ticks
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; distributions come when a rule first compares them."""
-        held = [self.stays, *vars(self.by_logits).values()]
-        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+        """Bytes of all tensors, with one distribution for each row."""
+        return self.stays.nbytes + self.by_logits.nbytes
 
     def reading(self, kind: str) -> list[str]:
         """Rules in use that read "state", "gate" or "logits"."""
@@ -126,13 +118,21 @@ class ExitRules:
             numbers = torch.tensor([NUMBER[name] for name in names], device=rule.device)
             readers = torch.isin(rule, numbers).nonzero().squeeze(1)
             if len(readers):
-                x = forward.read_out(after[readers], row[readers], position[readers])
-                for some, part in zip(readers.split(CHUNK), x.split(CHUNK), strict=True):
+                requests, compare = state.requests, [NUMBER[name] for name in names if RULES[name].compares]
+                kept, none = (which < state.num_decode_lanes) & (requests.max_in_flight[row] == 1), depth == 0
+                again = torch.isin(rule, rule.new_tensor(compare)) & ~kept & ~none
+                x, old = torch.zeros_like(after), again.nonzero().squeeze(1)
+                if len(old):  # first, as the coda's KV entries are those of the last read-out
+                    x[old] = forward.read_out(before[old], row[old], position[old])
+                new = forward.read_out(after[readers], row[readers], position[readers])
+                for some, part in zip(readers.split(CHUNK), new.split(CHUNK), strict=True):
                     logits = forward.logits(part)
                     for name in names:
                         mine = (rule[some] == NUMBER[name]).nonzero().squeeze(1)
-                        lanes = some[mine]
-                        if len(lanes):
-                            readings = LogitReadings(self.by_logits, which[lanes], logits[mine])
+                        if len(lanes := some[mine]):
+                            old = lanes[again[lanes]]
+                            earlier = forward.logits(x[old]) if len(old) else logits[:0]
+                            then = Earlier(row[lanes], kept[lanes], none[lanes], earlier)
+                            readings = LogitReadings(self.by_logits, which[lanes], logits[mine], then)
                             converged[lanes] = fires(name, readings, lanes)
         return converged & (depth + 1 >= state.requests.min_recurrences[row])

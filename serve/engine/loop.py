@@ -75,7 +75,7 @@ class Loop:
         self.config, model = config, parts.config
         self.state = state = State.create(config, policy, model, dtype, device)
         self.forward = Forward(parts, attention, state.requests.block_table, config.compile)
-        self.rules = ExitRules(state, self.forward, config.max_in_flight > 1)
+        self.rules = ExitRules(state, self.forward)
         self.routing = Routing(parts.router, state) if parts.router is not None else None
         self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)
         self.context = TickContext(state, self.forward, self.rules, self.routing, self.schedule, sampler)

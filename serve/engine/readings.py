@@ -6,7 +6,9 @@ A value is computed when a rule asks for it. Shapes: L lanes, m lanes of a call,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,30 +37,51 @@ class StateReadings:
 
 
 class LogitMemory:
-    """Memory of the readings of logits, for all lanes. place [L]: the row of a lane's distribution."""
+    """Memory of the readings of logits: small numbers of every lane [L], and one distribution [V] for each row.
 
-    def __init__(self, place: Tensor, vocabulary: int):
-        count, device = len(place), place.device
-        self.place, self.vocabulary = place, vocabulary
-        self.entropy = torch.zeros(count, device=device)
-        self.best = torch.zeros(count, dtype=torch.long, device=device)
-        self.stable = torch.zeros(count, dtype=torch.long, device=device)
-        self.log_p = torch.zeros(0, vocabulary, device=device)  # rows from 0 to the last that a rule compared
+    Plain decoding has one position of a row at a time under a rule, whose distribution is kept. A wave or a prompt has
+    many; theirs are computed anew from the states before, as a table for all of them takes gigabytes.
+    """
+
+    def __init__(self, lanes: int, rows: int, vocabulary: int, device: torch.device):
+        self.rows, self.vocabulary, self.device = rows, vocabulary, device
+        self.entropy = torch.zeros(lanes, device=device)
+        self.best = torch.zeros(lanes, dtype=torch.long, device=device)
+        self.stable = torch.zeros(lanes, dtype=torch.long, device=device)
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """Distributions [rows, V], allocated once a rule compares them."""
+        return torch.empty(self.rows, self.vocabulary, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, with all distributions, which may come later."""
+        distributions = self.rows * self.vocabulary * self.entropy.element_size()
+        return distributions + sum(each.nbytes for each in (self.entropy, self.best, self.stable))
 
     def start(self, lanes: Tensor) -> None:
-        """Positions start in `lanes` [m]: before their first recurrence, p is uniform and the entropy 100."""
+        """Positions start in `lanes` [m]: before their first recurrence, the entropy is 100."""
         self.entropy.index_fill_(0, lanes, 100.0)
         self.best.index_fill_(0, lanes, -1)
         self.stable.index_fill_(0, lanes, 0)
-        place = self.place[lanes]
-        self.log_p[place[place < len(self.log_p)]] = -math.log(self.vocabulary)
+
+
+class Earlier(NamedTuple):
+    """The recurrence before, of lanes [m] in rows `row` [m]. kept [m]: the row has its distribution.   none [m]: there
+    was none, so p' is uniform.   logits [k, V]: those of the k lanes that are neither."""
+
+    row: Tensor
+    kept: Tensor
+    none: Tensor
+    logits: Tensor
 
 
 class LogitReadings:
     """The logits [m, V] of `lanes` [m] after a recurrence. Each reading replaces its memory."""
 
-    def __init__(self, memory: LogitMemory, lanes: Tensor, logits: Tensor):
-        self.memory, self.lanes = memory, lanes
+    def __init__(self, memory: LogitMemory, lanes: Tensor, logits: Tensor, earlier: Earlier):
+        self.memory, self.lanes, self.earlier = memory, lanes, earlier
         self.p = logits.float().softmax(-1)
 
     def entropy_change(self) -> Tensor:
@@ -75,20 +98,19 @@ class LogitReadings:
         memory.best[self.lanes], memory.stable[self.lanes] = best, stable
         return stable
 
-    def floored(self, share: float = 0.1) -> Tensor:
-        """p [m, V], flattened below a share of its maximum."""
-        floored = torch.where(self.p < share * self.p.amax(-1, keepdim=True), 1 / self.memory.vocabulary, self.p)
-        return floored / floored.sum(-1, keepdim=True)
-
-    def divergence(self, p: Tensor) -> Tensor:
-        """KL(p' || p) [m], from the distribution of the recurrence before to p [m, V]."""
-        memory = self.memory
-        log_p, place = p.log(), memory.place[self.lanes]
-        more = int(place.max()) + 1 - len(memory.log_p)
-        if more > 0:
-            uniform = p.new_full((more, memory.vocabulary), -math.log(memory.vocabulary))
-            memory.log_p = torch.cat([memory.log_p, uniform])
-        old = memory.log_p[place]
-        memory.log_p[place] = log_p
+    def divergence(self, shape: Callable[[Tensor], Tensor] = lambda p: p) -> Tensor:
+        """KL(p' || p) [m], from the distribution of the recurrence before to p [m, V], both changed by `shape`."""
+        memory, (row, kept, none, logits) = self.memory, self.earlier
+        log_p, held = shape(self.p).log(), kept & ~none
+        old = torch.full_like(log_p, -math.log(memory.vocabulary))
+        old[held] = memory.log_p[row[held]]
+        old[~kept & ~none] = shape(logits.float().softmax(-1)).log()
+        memory.log_p[row[kept]] = log_p[kept]
         weight = old.exp()
         return torch.where(weight > 0, weight * (old - log_p), 0).sum(-1)
+
+
+def floored(p: Tensor, share: float = 0.1) -> Tensor:
+    """p [m, V], flattened below a share of its maximum."""
+    flat = torch.where(p < share * p.amax(-1, keepdim=True), 1 / p.shape[-1], p)
+    return flat / flat.sum(-1, keepdim=True)

@@ -31,11 +31,12 @@ ROUTERS = {
 }
 
 
-def build(model_type: str = "llama", **fields: Any) -> Any:
-    """A tiny model with random weights, large enough that the state changes at every depth."""
+def build(model_type: str = "llama", source: dict[str, Any] | None = None, **fields: Any) -> Any:
+    """A tiny model with random weights, large enough that the state changes at every depth. source: fields of the
+    source's config."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 4, "injection": "linear"}
-    config = RecurrentDepthConfig(source_config=source_config(model_type), **{**options, **fields})
+    config = RecurrentDepthConfig(source_config=source_config(model_type, **(source or {})), **{**options, **fields})
     model = RecurrentDepthForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
