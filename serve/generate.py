@@ -141,7 +141,10 @@ def main(argv: list[str]) -> int:
         warn(f"{FILE}: {applied} (keys of the command win; temperature=0 is greedy)")
     used = params.filled(engine.defaults)
     sampling = {name: getattr(used, name) for name in (*SETTINGS, "seed", "max_tokens")}
-    for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):
+    completions = engine.generate(prompts, params)
+    for prompt, done in zip(prompts, completions, strict=True):
         facts: dict[str, Any] = {"prompt": prompt, **vars(done), "sampling": sampling}
         print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)
-    return 0
+        if done.error:
+            warn(f"a prompt ended by an error, {prompt[:40]!r}: {done.error}")
+    return int(any(done.error for done in completions))

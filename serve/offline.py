@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from .engine.attention import attention_for
 from .engine.attention.reference import TorchAttention
 from .engine.exits import RULES
 from .engine.graphs import Record, on_cuda
+from .engine.isolation import Faults
 from .engine.kv import KVPolicy, policy_of
 from .engine.loop import Loop, Prompt
 from .engine.loop_config import LoopConfig
@@ -88,6 +90,7 @@ class Engine:
         _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
         _check_least(0, max_lanes=max_lanes, coda_wait=wait)
         self.tokenizer, self.tell, self.warned = tokenizer, tell, set[str]()
+        self.faults = Faults()
         self.model, fields = self._load(model, dtype)
         self.config = config = self.model.config
         _check_config(config, kv_policy)
@@ -243,7 +246,8 @@ class Engine:
     def generate(self, prompts: list[Any], params: Params | list[Params] | None = None) -> list[Completion]:
         """Continue `prompts` (texts or lists of token ids), each by its own or the same `params`.
 
-        Raises UserError for prompts that are empty or too long, and for params out of range, before any work.
+        An exception in the work for one prompt ends that prompt alone (`Completion.error`). Raises UserError for
+        prompts that are empty or too long, and for params out of range, before any work.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts={prompts!r}: a list of texts, or of lists of token ids")
@@ -259,6 +263,7 @@ class Engine:
                 raise UserError(f"a prompt of {len(tokens)} tokens: this engine takes 1 to {self.max_model_len}")
         done = [Completion() for _ in prompts]
         running: dict[int, list[int]] = {}  # row -> [request, prompt tokens brought in]
+        self.faults.clear()
         try:
             self._run(running, ids, each, requests, done)
         finally:
@@ -266,7 +271,10 @@ class Engine:
                 self.loop.release(row)
         if self.tokenizer is not None:
             for completion, p in zip(done, each, strict=True):
-                completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                try:
+                    completion.text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                except Exception as error:
+                    completion.fail(error)
                 for text in p.stop:
                     completion.text = completion.text.partition(text)[0]
         return done
@@ -292,20 +300,21 @@ class Engine:
         while queue or running:
             while queue and free:
                 row, number = free.pop(), queue.pop()
-                p = each[number]
-                sampling = self.draws.admit(row, p.temperature, max(p.top_k, 0), p.top_p, p.min_p, p.seed, p.choice)
-                if requests[number].penalised:
-                    self.draws.penalise(row, ids[number], self.max_model_len, *(getattr(p, name) for name in PENALTIES))
-                self.loop.admit(row, replace(requests[number], sampling=sampling))
                 running[row] = [number, 0]
+                with self.faults.of(row):
+                    self._admit(row, ids[number], each[number], requests[number])
+                free += self._end_failed(running, done)
+            if not running:
+                continue
             self.loop.eager = bool(queue)
             self._step(running, ids, done)
             remaining = self.loop.state.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 number, _ = running[row]
-                completion = done[number]
-                stopped = self._cut(completion, each[number].stop)
-                if stopped or remaining[row] == 0:
+                completion, stopped = done[number], False
+                with self.faults.of(row):
+                    stopped = self._cut(completion, each[number].stop)
+                if row not in self.faults and (stopped or remaining[row] == 0):
                     if stopped or (completion.tokens and completion.tokens[-1] in requests[number].stops):
                         completion.finish_reason = "stop"
                     completion.passes = int(self.loop.state.requests.passes[row])
@@ -313,6 +322,24 @@ class Engine:
                     self.loop.release(row)
                     free.append(row)
                     del running[row]
+            free += self._end_failed(running, done)
+
+    def _admit(self, row: int, prompt: list[int], params: Params, request: Request) -> None:
+        """Give `row` to a request, for sampling and in the loop."""
+        p = params
+        sampling = self.draws.admit(row, p.temperature, max(p.top_k, 0), p.top_p, p.min_p, p.seed, p.choice)
+        if request.penalised:
+            self.draws.penalise(row, prompt, self.max_model_len, *(getattr(p, name) for name in PENALTIES))
+        self.loop.admit(row, replace(request, sampling=sampling))
+
+    def _end_failed(self, running: dict[int, list[int]], done: list[Completion]) -> list[int]:
+        """End the requests that have a fault. Returns their rows."""
+        rows = sorted(self.faults.keys() & running.keys())
+        for row in rows:
+            done[running.pop(row)[0]].fail(self.faults[row])
+            self.loop.release(row)
+        self.faults.clear()
+        return rows
 
     def _cut(self, completion: Completion, stop: tuple[str, ...]) -> bool:
         """True if one of the texts `stop` is in `completion`, which then ends with the token that completes it."""
@@ -352,6 +379,8 @@ class Engine:
         rows = torch.tensor(live, device=loop.state.device)
         loop.step(rows)
         for row, tokens, depths in zip(live, *loop.outputs(rows), strict=True):
+            if row in self.faults:  # a token of this step is not its own
+                continue
             completion = done[running[row][0]]
             completion.tokens += tokens
             completion.depths += depths
@@ -359,7 +388,8 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        return self.draws(logits, best, row, position, self.loop.work.in_use)
+        draws = partial(self.draws, in_use=self.loop.work.in_use)
+        return self.faults.sample(draws, logits, best, row, position)
 
     def _read_prompt(self, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
         """Take the head's input [m, D] at prompt positions, of requests that want it: those of subclasses."""

@@ -76,7 +76,8 @@ class Completion:
     """The continuation of one prompt.
 
     tokens, text: the generated ones.   depths: recurrences of the position that gave each token.
-    finish_reason: "stop" after a stop token or a stop text, "length" after the last allowed token.
+    finish_reason: "stop" after a stop token or a stop text, "length" after the last allowed token, "error" after an
+    exception in the work for this prompt, whose tokens may be cut short.   error: that exception, in words.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -85,6 +86,11 @@ class Completion:
     finish_reason: str = "length"
     passes: int = 0  # passes of the core since the prompt, one after the other
     items: int = 0  # lanes in these passes; those above the sum of the depths were wasted
+    error: str | None = None
+
+    def fail(self, error: Exception) -> None:
+        """End by an exception."""
+        self.finish_reason, self.error = "error", f"{type(error).__name__}: {error}"
 
 
 def check_kinds(params: Params) -> None:

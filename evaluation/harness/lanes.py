@@ -77,6 +77,8 @@ class LanesLM(LoopwiseLM):
         sampled = params.temperature != 0  # equal prompts are repeats, which differ
         each = [Params(**{**vars(params), "choice": n if sampled else 0}) for n in range(len(prompts))]
         done = engine.generate(prompts, each)
+        if errors := [one.error for one in done if one.error]:
+            raise RuntimeError(f"{len(errors)} of {len(done)} answers ended by an error: {errors[0]}")
         for prompt, one in zip(prompts, done, strict=True):
             count = len(one.depths)
             self.work.add(len(prompt) + count, sum(one.depths) / max(count, 1), count)

@@ -30,6 +30,7 @@ imports only files above it:
     costs.py               measured costs of passes and read-outs
     readout_schedule.py    how long exits wait for others
     tick.py                the protocol of a tick, and what ticks share
+    isolation.py           faults of one request
     warm_up.py             compile everything before the first request
     graphs.py              passes as CUDA graphs
     passes.py              a pass of the core over rows

@@ -202,7 +202,7 @@ class Loop:
         if bool(requests.saw_nonfinite[row]):
             self.forward.attention.clean(requests.block_table[row])
         self.diffusion.release(row)
-        self.work.in_use -= Counter(self.features.pop(row))
+        self.work.in_use -= Counter(self.features.pop(row, ()))  # none: its admission failed
         self.rules.use(self.work.in_use)
         return requests.forced_depths[row].clone()
 
