@@ -58,7 +58,7 @@ class Engine:
     tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
     cuda_graphs: on a GPU, replay passes of up to 256 lanes as CUDA graphs. The first pass of a size records its graph.
-    The graphs hold as much memory as the widest such pass needs, and a little for each size.
+    At most 64 graphs are kept. They hold as much memory as the widest such pass needs, and a little for each.
     tell: gets, once each, a line about fields of generation_config.json that the engine ignores, and one about depths
     beyond those that the model was trained at.
 

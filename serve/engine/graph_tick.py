@@ -11,7 +11,8 @@ Shapes: N rows of a pass or a read-out, of which some are real; D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from torch import Tensor
 from . import transitions
 from .attention.base import Rows
 from .compile import ALONE, compiled
-from .graphs import MAX_ROWS, Record, Recorder, padded
+from .exits import RULES
+from .graphs import GraphCache, padded, sizes
 from .request import NEVER
 from .state import State
 from .tick import TickContext, TickReport
@@ -192,18 +194,35 @@ class GraphSteps(NamedTuple):
 STEPS = GraphSteps(_choose, _enter, _settle, _fetch, _emit, _start)
 
 
+class Mix(NamedTuple):
+    """What graphs depend on, of the requests that share them.
+
+    exits: some have exit rules.   drawn, cut, penalised: some are sampled so.
+    """
+
+    exits: bool
+    drawn: bool = False
+    cut: bool = False
+    penalised: bool = False
+
+    def keys(self, width: int, rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Keys of a pass of `width` rows, and of a read-out of `rows`."""
+        return ("pass", width, self.exits), ("read", rows, *self[1:])
+
+
 class GraphTick:
     """A Tick for steps in which every request decodes plainly: the same tokens and depths as an eager tick, in passes
     that may have other lanes."""
 
-    def __init__(self, context: TickContext, record: Record, is_over: Callable[[bool], bool], compile: bool = False):
+    def __init__(self, context: TickContext, cache: GraphCache, is_over: Callable[[bool], bool], compile: bool = False):
         """`is_over`(a request has ended): the step should end now."""
         self.context, self.is_over, self.compiled = context, is_over, compile
         self.state, self.forward, self.rules = context.state, context.forward, context.rules
         self.schedule, self.work, self.counts = context.schedule, context.work, context.counts
         complete = self.state.policy.complete
-        graphs = self.forward.parts.compilable and not context.routing and not complete
-        self.recorder = Recorder(record, MAX_ROWS if graphs else 0)
+        self.cache, self.possible = cache, self.forward.parts.compilable and not context.routing and not complete
+        kinds = ("state", "gate") if self.forward.parts.config.exit_gate else ("state",)
+        self.exits = frozenset(name for name, rule in RULES.items() if rule.reads in kinds)
         self.graph = GraphState.create(self.state)
         self.notes = Notes(self.graph.note)
         self.replays: dict[tuple[Any, ...], Callable[[], Any]] = {}
@@ -215,7 +234,11 @@ class GraphTick:
         in_use = self.work.in_use
         if self.work.chunks or any(in_use[name] for name in ("wave", "diffusion", "sampled_by_host", "host")):
             return False
-        return self.recorder.fits(self._rows()) and not self.rules.reading("logits")
+        return self._few(self._rows()) and not self.rules.reading("logits")
+
+    def _few(self, rows: int) -> bool:
+        """So many rows are few enough for a graph."""
+        return self.possible and rows <= self.cache.max_rows
 
     def _rows(self) -> int:
         """Rows of a read-out: every live request may have one."""
@@ -232,21 +255,57 @@ class GraphTick:
         self._read_out(some)
         self.graph.real.fill_(True)
 
+    @torch.inference_mode()
+    def record_common(self, exits: bool) -> None:
+        """Record the graphs of common mixes of requests now, as many as are kept. No request may be resident.
+
+        exits: requests have exit rules by default. Without these, a mix that has some is the least common.
+        """
+        mixes = [Mix(exits, cut=True), Mix(exits), Mix(exits, drawn=True), Mix(not exits)]
+        of_size = sizes(min(self.state.config.max_num_seqs, self.cache.max_rows)) if self.possible else []
+        keys = {key: mix for mix in mixes for n in of_size for key in mix.keys(self._width(n), n)}
+        chosen = list(keys)[: self.cache.most]
+        for key in sorted(chosen, key=lambda key: -key[1]):  # the smaller ones find room in the pool
+            self._replay(key, keys[key])
+
+    @contextmanager
+    def _mixed(self, mix: Mix) -> Iterator[None]:
+        """Requests have the rules and the sampling of `mix`, as far as a graph depends on them."""
+        rules, in_use, sampling = self.rules.in_use, self.work.in_use, ("drawn", "cut", "penalised")
+        before = {name: in_use[name] for name in sampling}
+        self.rules.in_use = set(self.exits) if mix.exits else set()
+        in_use.update({name: int(getattr(mix, name)) - before[name] for name in sampling})
+        try:
+            yield
+        finally:
+            self.rules.in_use = rules
+            in_use.update({name: before[name] - in_use[name] for name in sampling})
+            for name in [name for name in sampling if not in_use[name]]:
+                del in_use[name]
+
+    def _width(self, rows: int) -> int:
+        """Rows of a pass, of requests that may have `rows`."""
+        return min(rows, padded(self.state.config.max_lanes or rows))
+
     def replay(self, width: int, rows: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Graphs of a pass of `width` rows, and of a read-out of `rows`, for the requests that there are."""
-        rules = frozenset(self.rules.in_use)
-        sampling = tuple(self.work.in_use[name] > 0 for name in ("drawn", "cut", "penalised"))
-        run, read = ("pass", width, rules), ("read", rows, rules, *sampling)
-        return self._replay(run, self._pass), self._replay(read, self._read_out)
+        """Graphs of a pass of `width` rows, and of a read-out of `rows`, for the requests that there are.
+
+        A graph has the computations of all exit rules, or of none: they are small, and what requests mix is open.
+        """
+        cut = self.work.in_use["cut"] > 0  # which samples what is drawn without cuts, too
+        drawn, penalised = self.work.in_use["drawn"] > 0 and not cut, self.work.in_use["penalised"] > 0
+        mix = Mix(bool(self.rules.in_use), drawn, cut, penalised)
+        run, read = mix.keys(width, rows)
+        return self._replay(run, mix), self._replay(read, mix)
 
     def recorded(self, n: int) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
         """Graphs of a pass and of a read-out of n lanes; None for more than graphs have."""
-        return self.replay(padded(n), padded(n)) if self.recorder.fits(n) else None
+        return self.replay(padded(n), padded(n)) if self._few(n) else None
 
     def run(self, max_passes: int) -> TickReport:
         """As Tick.run; reports `max_passes`, too, once no request is left."""
         schedule, rows = self.schedule, self._rows()
-        run_pass, read_out = self.replay(min(rows, padded(self.state.config.max_lanes or rows)), rows)
+        run_pass, read_out = self.replay(self._width(rows), rows)
         self.steps.choose(self.graph)
         known = Note(0, 0, *self.notes.now()[2:])
         reads, ended, passes, live = False, False, 0, known.live
@@ -280,14 +339,17 @@ class GraphTick:
         return note
 
     # ---- the recorded functions -----------------------------------------------------------------------------------
-    def _replay(self, key: tuple[Any, ...], function: Callable[[Tensor], None]) -> Callable[[], Any]:
-        """The replay of a function of key[1] rows, recorded when first asked for."""
-        if key not in self.replays:
-            every = self.graph.every[: key[1]]
-            self.graph.real.fill_(False)
-            self.replays[key] = self.recorder(lambda: function(every), key[1])
-            self.graph.real.fill_(True)
-        return self.replays[key]
+    def _replay(self, key: tuple[Any, ...], mix: Mix) -> Callable[[], Any]:
+        """The replay of the function key[0] of key[1] rows, recorded for a `mix` when first asked for."""
+        function, every = {"pass": self._pass, "read": self._read_out}[key[0]], self.graph.every[: key[1]]
+        if key in self.replays:
+            return self.cache.get(self.replays, key, key[1], lambda: None)
+        self.graph.real.fill_(False)
+        # A read-out prepares the memory of exit rules for the positions that start, whether one needs it or not.
+        with self._mixed(mix if key[0] == "pass" else mix._replace(exits=True)):
+            replay = self.cache.get(self.replays, key, key[1], lambda: function(every))
+        self.graph.real.fill_(True)
+        return replay
 
     def _pass(self, every: Tensor) -> None:
         forward, fills = self.forward, self.state.policy.fills

@@ -9,6 +9,7 @@ Shapes: n lanes of a pass, N >= n rows of a graph, D hidden size.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,25 @@ from .forward import Forward
 from .state import State
 
 MAX_ROWS = 256  # rows of a graph: wider passes keep the device busy without one
+CACHE = 64  # graphs that are kept
+TRIES = 3  # captures that may fail, if none succeeds, before graphs are given up
 
 # A function without arguments and results -> another that does the same again, on the same tensors.
 Record = Callable[[Callable[[], None]], Callable[[], Any]]
+
+
+def sizes(most: int) -> list[int]:
+    """The numbers of rows that up to `most` lanes are padded to, the largest first."""
+    return sorted({padded(n) for n in range(1, most + 1)}, reverse=True)
+
+
+def reserved_bytes(rows: int, vocabulary: int) -> int:
+    """An estimate of the memory that a full cache of graphs holds, for read-outs of up to `rows` lanes.
+
+    The pool that graphs share has room for the widest: seven float64 tensors [rows, V] of `sampling.sample`, and the
+    logits. Each graph has its nodes beside it. Not measured yet: bench/graphs.py does so on a GPU.
+    """
+    return min(rows, MAX_ROWS) * vocabulary * (7 * 8 + 4) + CACHE * (2 << 20)
 
 
 def padded(n: int) -> int:
@@ -33,26 +50,42 @@ def padded(n: int) -> int:
     return -(-n // step) * step
 
 
-class Recorder:
-    """Records functions by `record`. After a RuntimeError, as when a layer waits for the device, it warns once, and
-    functions run as they are."""
+class GraphCache:
+    """Graphs by owner and key, made by `record`; of all owners, the `most` that were used last are kept.
 
-    def __init__(self, record: Record, max_rows: int):
-        self.record, self.max_rows = record, max_rows
+    A function that cannot be recorded (RuntimeError: a layer waits for the device, or memory lacks) runs as it is. That
+    concerns its key alone. Where none of the first functions can be recorded, `max_rows` becomes 0: no more is tried.
+    """
 
-    def fits(self, rows: int) -> bool:
-        """So many rows are few enough for a graph."""
-        return rows <= self.max_rows
+    def __init__(self, record: Record, most: int = CACHE, max_rows: int = MAX_ROWS):
+        self.record, self.most, self.max_rows = record, most, max_rows
+        self.used: OrderedDict[tuple[int, Any], dict[Any, Callable[[], Any]]] = OrderedDict()  # the oldest first
+        self.captures, self.failures = 0, 0
 
-    def __call__(self, run: Callable[[], None], rows: int) -> Callable[[], Any]:
-        """A replay of `run`, a function of `rows` rows; `run` itself where it cannot be recorded."""
+    def get(self, replays: dict[Any, Callable[[], Any]], key: Any, rows: int, run: Callable[[], None]) -> Any:
+        """The replay of `run`, a function of `rows` rows, in an owner's `replays`. Records it there if it is new, and
+        then removes the graph that was used least recently, of any owner."""
+        if new := key not in replays:
+            replays[key] = self._recorded(run, rows)
+        self.used[id(replays), key] = replays
+        self.used.move_to_end((id(replays), key))
+        while new and len(self.used) > self.most:
+            (_, old), owner = self.used.popitem(last=False)
+            owner.pop(old, None)
+        return replays[key]
+
+    def _recorded(self, run: Callable[[], None], rows: int) -> Callable[[], Any]:
         try:
-            return self.record(run)
+            replay = self.record(run)
+            self.captures += 1
+            return replay
         except RuntimeError as error:
+            self.failures += 1
             warnings.warn(
-                f"CUDA graph capture failed at {rows} lanes; continuing without graphs: {error}", stacklevel=2
+                f"CUDA graph capture failed at {rows} lanes; such passes run without a graph: {error}", stacklevel=2
             )
-            self.max_rows = 0
+            if not self.captures and self.failures == TRIES:
+                self.max_rows = 0
             return run
 
 
@@ -64,9 +97,9 @@ class Graphs:
     models with them run without graphs, as do prompts that pass by `Forward.recur_alike`.
     """
 
-    def __init__(self, state: State, forward: Forward, record: Record, max_rows: int = MAX_ROWS):
-        self.state, self.forward = state, forward
-        self.recorder = Recorder(record, max_rows if forward.parts.compilable else 0)
+    def __init__(self, state: State, forward: Forward, cache: GraphCache, max_rows: int = MAX_ROWS):
+        self.state, self.forward, self.cache = state, forward, cache
+        self.max_rows = max_rows if forward.parts.compilable else 0
         room, device, s = padded(max_rows), state.device, state.lanes.s
         # request, place, slot, position, limit, depth
         self.numbers = torch.zeros(6, room, dtype=torch.long, device=device)
@@ -77,7 +110,7 @@ class Graphs:
 
     def fits(self, n: int) -> bool:
         """n lanes are few enough."""
-        return self.recorder.fits(n)
+        return n <= min(self.max_rows, self.cache.max_rows)
 
     def __call__(
         self, rows: Rows, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, limit: Tensor, depth: Tensor
@@ -86,8 +119,7 @@ class Graphs:
         call, and the new states [n, D]."""
         n = len(s)
         key = padded(n), rows.alone
-        if key not in self.replays:
-            self._add(*key)
+        replay = self._replay(*key)
         # Padding rows write nothing, and read position 0 of request 0. No two of them form a run.
         self.numbers[:, n : key[0]] = 0
         self.flags[:, n : key[0]] = False
@@ -95,11 +127,11 @@ class Graphs:
         self.flags[0, :n] = begun
         self.flags[1, :n] = True if rows.write is None else rows.write
         self.s[:n], self.e[:n] = s, e
-        self.replays[key]()
+        replay()
         return self.plans[key], self.s[:n].clone()  # the next call overwrites self.s
 
-    def _add(self, size: int, alone: bool) -> None:
-        """Record a pass of `size` rows that write nothing, as recording may run it."""
+    def _replay(self, size: int, alone: bool) -> Callable[[], Any]:
+        """The replay of a pass of `size` rows. It is recorded with rows that write nothing, as recording may run it."""
         forward, key = self.forward, (size, alone)
         request, place, slot, position, limit, depth = self.numbers[:, :size]
         begun, write = self.flags[:, :size]
@@ -111,9 +143,10 @@ class Graphs:
             # The result goes to memory outside of the graphs' shared pool: graphs replay in any order.
             s.copy_(forward.recur(s, e, position, begun, limit, depth))
 
-        self.numbers[:, :size] = 0
-        self.flags[:, :size] = False
-        self.replays[key] = self.recorder(run, size)
+        if key not in self.replays:
+            self.numbers[:, :size] = 0
+            self.flags[:, :size] = False
+        return self.cache.get(self.replays, key, size, run)
 
 
 def on_cuda(device: torch.device) -> Record:
@@ -123,6 +156,7 @@ def on_cuda(device: torch.device) -> Record:
     def record(function: Callable[[], None]) -> Callable[[], Any]:
         """Raises RuntimeError where the function waits for the device."""
         with torch.cuda.device(device):
+            torch.cuda.synchronize()  # the cache may drop a graph for this one, which must not run then
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -19,7 +19,7 @@ from .decoders.diffusion import Diffusion
 from .exits import NUMBER, RULES, ExitRules
 from .forward import Forward
 from .graph_tick import GraphTick
-from .graphs import MAX_ROWS, Graphs, Record
+from .graphs import MAX_ROWS, GraphCache, Graphs, Record
 from .kv import KVPolicy
 from .loop_config import LoopConfig
 from .parts import Parts
@@ -103,10 +103,10 @@ class Loop:
             self.graph_tick.warm_up()
 
     def use_graphs(self, record: Record, max_rows: int = MAX_ROWS, ticks: bool = True) -> None:
-        """Replay graphs made by `record`: for passes of up to `max_rows` lanes, and for whole `ticks` where they
-        fit."""
-        self.eager_tick.passes.graphs = Graphs(self.state, self.forward, record, max_rows) if max_rows else None
-        self.graph_tick = GraphTick(self.context, record, self.is_over, self.config.compile) if ticks else None
+        """Replay graphs by `record`: for passes of up to `max_rows` lanes, and for whole `ticks` where they fit."""
+        cache = GraphCache(record)
+        self.eager_tick.passes.graphs = Graphs(self.state, self.forward, cache, max_rows) if max_rows else None
+        self.graph_tick = GraphTick(self.context, cache, self.is_over, self.config.compile) if ticks else None
 
     def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
         """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
