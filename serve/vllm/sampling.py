@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from ..api.decoders import history
+from ..engine.isolation import Faults
 from ..engine.sampling import Draws, signed, waiting_times
 
 
@@ -58,6 +60,7 @@ class LaneSampler:
         self.appended: dict[str, int] = {}  # tokens of this step that are in the request's state already
         self.drafts: dict[int, bool] = {}  # engine row -> True where its tokens are drafts until the engine emits them
         self.known_tokens: torch.Tensor | None = None  # the engine's
+        self.faults = Faults()  # this step's, by engine row
 
     def admit(self, row: int, name: str, decoder: str) -> None:
         """Put request `name`, with this `decoder`, into engine row `row`. Sets its seed and its sampling method."""
@@ -75,8 +78,9 @@ class LaneSampler:
         return not builtin or history(p) is not None or bool(p.logit_bias or p.allowed_token_ids)
 
     def start_step(self) -> None:
-        """Forget the log-probabilities and tokens of the step before."""
+        """Forget the log-probabilities, tokens and faults of the step before."""
         self.logprobs, self.appended = [], {}
+        self.faults.clear()
 
     def __call__(
         self,
@@ -89,9 +93,11 @@ class LaneSampler:
         """logits [m, V] of engine rows [m] for the tokens at positions [m] -> tokens [m].
 
         best [m]: the argmax of the logits.   mask: changes logits [n, V] in place, for a grammar. Adds tokens to vLLM's
-        request states, as `appended` counts them, and log-probabilities to `logprobs`.
+        request states, as `appended` counts them, and log-probabilities to `logprobs`; exceptions of single requests to
+        `faults`.
         """
-        tokens = self.draws(logits, best, row, position, self.in_use)
+        draws, by_vllm = partial(self.draws, in_use=self.in_use), partial(self._sample, mask=mask)
+        tokens = self.faults.sample(draws, logits, best, row, position)
         if mask is None and not self.in_use["host"]:
             return tokens
         rounds: list[list[int]] = []  # vLLM's sampler takes one token per request
@@ -103,13 +109,19 @@ class LaneSampler:
             rounds[seen[r] : seen[r] + 1] = [[*(rounds[seen[r]] if seen[r] < len(rounds) else ()), n]]
         for some in rounds:
             which = torch.tensor(some, device=logits.device)
-            tokens[which] = self._sample(logits[which], row[which], position[which], mask)
+            some_of = (each[which] for each in (logits, best, row, position))
+            tokens[which] = self.faults.sample(by_vllm, *some_of)
         return tokens
 
     def _sample(
-        self, logits: torch.Tensor, row: torch.Tensor, position: torch.Tensor, mask: Callable | None
+        self,
+        logits: torch.Tensor,
+        best: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        mask: Callable | None,
     ) -> torch.Tensor:
-        """As __call__, for rows that differ, with vLLM's sampler."""
+        """As __call__, for rows that differ, with vLLM's sampler. `best` is not needed."""
         rows, batch = row.tolist(), self.batch()
         metadata = batch.sampling_metadata
         at = torch.tensor([batch.req_id_to_index[self.name_of[r]] for r in rows], device=logits.device)

@@ -1,18 +1,21 @@
 """vLLM's scheduler, for engine steps that give a request 0 to `passes_per_step` tokens.
 
 As in vLLM, a request that decodes is scheduled with one token a step, and blocks are allocated some tokens ahead.
-`update_from_output` accepts ragged lists of tokens and cuts them at a stop. Four things differ:
+`update_from_output` accepts ragged lists of tokens and cuts them at a stop. Five things differ:
 
 - Positions count as computed once their token is there.
 - A block is published to the prefix cache only once every depth of its positions is written.
 - Requests whose prompts leave different keys and values do not share blocks.
 - The output carries the depths of tokens.
+- An exception in the work for one request ends that request, with vLLM's finish reason "error".
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
@@ -22,7 +25,7 @@ from ..api.depth import Depth, depth_of
 from ..api.lanes import LaneConfig
 from ..engine.kv import policy_of
 from .arrivals import arrivals, count_arrivals
-from .output import LaneOutput
+from .output import LaneOutput, print_fault
 
 
 class LaneScheduler(Scheduler):
@@ -62,6 +65,16 @@ class LaneScheduler(Scheduler):
             return allocate(request, *args, **kwargs)
 
         self.kv_cache_manager.allocate_slots = allocate_slots
+        accept = self.structured_output_manager.accept_tokens
+
+        def accept_tokens(request: Request, *args, **kwargs) -> bool:
+            try:
+                return accept(request, *args, **kwargs)
+            except Exception as error:
+                print_fault(request.request_id, error)
+                return False  # vLLM ends the request
+
+        self.structured_output_manager.accept_tokens = accept_tokens
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         if shared := arrivals():
@@ -70,11 +83,15 @@ class LaneScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Add a request, with its depth and decoder. Its depth becomes part of the hashes of its blocks."""
-        params = request.sampling_params
+        params, name = request.sampling_params, request.request_id
         assert params is not None, "the lane engine generates text only"
-        depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
-        self.depths[request.request_id] = depth
-        self.decoders[request.request_id] = decoder_of(params, self.lanes.decoder, self.lanes.max_in_flight)
+        try:
+            depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
+            decoder = decoder_of(params, self.lanes.decoder, self.lanes.max_in_flight)
+        except Exception as error:
+            depth, decoder = depth_of({}, self.config.num_recurrences, None), Decoder()
+            self._fail(name, error)
+        self.depths[name], self.decoders[name] = depth, decoder
         if self.cache_config.enable_prefix_caching:
             request.cache_salt = f"{request.cache_salt or ''} {depth.key}"
             request.block_hashes.clear()
@@ -105,12 +122,15 @@ class LaneScheduler(Scheduler):
         Sets `num_computed_tokens` of requests that decode, before vLLM's own update. `work` travels in the field
         `routed_experts`, one row [3] of int32 a token.
         """
+        self._drop_failed(scheduler_output, model_runner_output)
         index, tokens = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
         decoding = []
         for name in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(name)
             if request is None or request.is_finished():
                 continue  # aborted while the step ran
+            if name in self.grammar_compile_error_reqs:
+                continue
             if request.num_computed_tokens == request.num_tokens:  # not an inner chunk of a prompt
                 request.num_computed_tokens += len(tokens[index[name]]) - 1  # the last token's position is in flight
                 decoding.append((request, self.depths[name]))
@@ -136,3 +156,49 @@ class LaneScheduler(Scheduler):
         elif not depth.full:  # positions behind the newest have recurrences left
             done = max(prompt, done - depth.num_recurrences)
         self.kv_cache_manager.cache_blocks(request, done)
+
+    # ---- requests that fail ---------------------------------------------------------------------------------------
+    def _fail(self, name: str, error: BaseException | None = None) -> None:
+        """End a request by an error with the next outputs, as vLLM ends those whose grammar does not compile."""
+        if error is not None:
+            print_fault(name, error)
+        self.grammar_compile_error_reqs.add(name)
+
+    def _drop_failed(self, scheduler_output: SchedulerOutput, output: LaneOutput) -> None:
+        """Fail the requests that failed in the worker, and drop the tokens of this step.
+
+        Blocks are published when they are scheduled. Those of a request that did not run hold nothing: they are
+        forgotten, and requests of the same step that share them fail, too.
+        """
+        empty, size = set[int](), self.block_size
+        for name, count in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests.get(name)
+            if request is None or request.is_finished():
+                continue
+            blocks, ran = self.kv_cache_manager.get_block_ids(name)[0], output.failed.get(name, True)
+            if not ran or not empty.isdisjoint(blocks):
+                empty.update(blocks[(request.num_computed_tokens - count) // size :])
+                self._fail(name, RuntimeError("its prompt begins as that of a request that failed") if ran else None)
+            if name in output.failed:
+                self._fail(name)
+            if name in self.grammar_compile_error_reqs:
+                output.sampled_token_ids[output.req_id_to_index[name]] = []
+        if empty and self.cache_config.enable_prefix_caching:
+            self.kv_cache_manager.evict_blocks(empty)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """As vLLM's. A request whose grammar raises fails, and has no mask."""
+        try:
+            return super().get_grammar_bitmask(scheduler_output)
+        except Exception as error:
+            first = error
+        good: dict[str, int] = {}
+        for name, count in scheduler_output.num_scheduled_tokens.items():
+            try:
+                super().get_grammar_bitmask(replace(scheduler_output, num_scheduled_tokens={name: count}))
+                good[name] = count
+            except Exception as error:
+                self._fail(name, error)
+        if len(good) == len(scheduler_output.num_scheduled_tokens):
+            raise first  # no request's alone
+        return super().get_grammar_bitmask(replace(scheduler_output, num_scheduled_tokens=good))

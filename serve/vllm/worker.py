@@ -34,7 +34,7 @@ from ..engine.loop_config import LoopConfig
 from ..engine.request import MAX_STOPS, Request
 from .arrivals import arrivals
 from .attention import PagedAttention
-from .output import LaneOutput
+from .output import LaneOutput, print_fault
 from .runner import RunnerAttributes, WorkerAttributes
 from .sampling import LaneSampler
 
@@ -126,7 +126,7 @@ class LaneSteps(RunnerAttributes):
 
         Releases the rows of finished and preempted requests, admits new requests to rows, sets block tables, and starts
         prompt tokens. Returns a LaneOutput: tokens [ragged] and their work. Returns None where grammars mask tokens,
-        until `sample_tokens` samples them.
+        until `sample_tokens` samples them. An exception in the work for one request ends that request alone.
         """
         for name in sorted(scheduler_output.finished_req_ids):
             self._release(name)
@@ -138,22 +138,20 @@ class LaneSteps(RunnerAttributes):
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         self.sampler_of_lanes.start_step()
-        names = list(scheduler_output.num_scheduled_tokens)
-        for name in names:
-            if name not in self.row:
-                self._admit(name)
-        rows = torch.tensor([self.row[name] for name in names], device=self.device)
-        batch = self.input_batch
-        tables = batch.block_table[0].get_cpu_tensor()[[batch.req_id_to_index[name] for name in names]]
-        self.loop.set_block_tables(rows, tables.to(self.device))
-        prompts = [self._prompt(n, count) for n, count in scheduler_output.num_scheduled_tokens.items()]
-        if prompts := [prompt for prompt in prompts if prompt is not None]:
-            self.loop.prompt(prompts)
-        self.loop.step(rows)
+        scheduled = scheduler_output.num_scheduled_tokens
+        prompts = [self._take_in(name, count) for name, count in scheduled.items()]
+        if names := [name for name in scheduled if name in self.row]:
+            rows = torch.tensor([self.row[name] for name in names], device=self.device)
+            batch = self.input_batch
+            tables = batch.block_table[0].get_cpu_tensor()[[batch.req_id_to_index[name] for name in names]]
+            self.loop.set_block_tables(rows, tables.to(self.device))
+            if prompts := [prompt for prompt in prompts if prompt is not None]:
+                self.loop.prompt(prompts)
+            self.loop.step(rows)
         if self.loop.parked:  # vLLM brings the masks of their grammars with `sample_tokens`
             self.parked = scheduler_output
             return None
-        return self._output(names)
+        return self._output(list(scheduled))
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -172,8 +170,25 @@ class LaneSteps(RunnerAttributes):
     def take_draft_token_ids(self) -> None:
         return None
 
-    def _admit(self, name: str) -> None:
-        state, row = self.requests[name], self.free.pop()
+    def _take_in(self, name: str, count: int) -> Prompt | None:
+        """Admit a request that has no row yet. Returns its prompt tokens as `_prompt` does.
+
+        After an exception the request has no row.
+        """
+        faults, prompt = self.sampler_of_lanes.faults, None
+        row = self.row[name] if name in self.row else self.free.pop()
+        with faults.of(row):
+            if name not in self.row:
+                self._admit(name, row)
+            prompt = self._prompt(name, count)
+        if row in faults:
+            print_fault(name, faults.pop(row))
+            self.row[name] = row
+            self._release(name)
+        return prompt
+
+    def _admit(self, name: str, row: int) -> None:
+        state = self.requests[name]
         params, done = state.sampling_params, len(state.output_token_ids)
         assert params.max_tokens is not None, "vLLM sets it"
         depth = depth_of(params.extra_args or {}, self.depth_config.num_recurrences, self.depth_config.exit)
@@ -246,21 +261,29 @@ class LaneSteps(RunnerAttributes):
                 return None
         return Prompt(row, torch.tensor(tokens[first:last]), first, name in self.flying, generated=prompt)
 
-    def _output(self, names: list[str]) -> LaneOutput:
-        rows = torch.tensor([self.row[name] for name in names], device=self.device)
+    def _output(self, scheduled: list[str]) -> LaneOutput:
+        faults, names = self.sampler_of_lanes.faults, [name for name in scheduled if name in self.row]
+        rows = torch.tensor([self.row[name] for name in names], dtype=torch.long, device=self.device)
         tokens, depths = self.loop.outputs(rows)
         spent = self._count(rows).tolist()
         for name, new, deep in zip(names, tokens, depths, strict=True):
             self.requests[name].output_token_ids.extend(new[self.sampler_of_lanes.appended.get(name, 0) :])
             for depth in deep:
                 self.exits[min(depth, len(self.exits) - 1)] += 1  # a diffusion may go deeper
+        failed = {name: True for name in names if self.row[name] in faults}
+        for name in failed:
+            print_fault(name, faults[self.row[name]])
+        missing = [name for name in scheduled if name not in self.row]
+        order, tokens = [*names, *missing], [*tokens, *([] for _ in missing)]
+        work = [[(depth, *now) for depth in deep] for deep, now in zip(depths, spent, strict=True)]
         return LaneOutput(
-            req_ids=names,
-            req_id_to_index={name: number for number, name in enumerate(names)},
+            req_ids=order,
+            req_id_to_index={name: number for number, name in enumerate(order)},
             sampled_token_ids=tokens,
-            logprobs=self.sampler_of_lanes.lists(names, [len(new) for new in tokens]),
-            prompt_logprobs_dict=self._prompt_logprobs(names),
-            work=[[(depth, *now) for depth in deep] for deep, now in zip(depths, spent, strict=True)],
+            logprobs=self.sampler_of_lanes.lists(order, [len(new) for new in tokens]),
+            prompt_logprobs_dict=self._prompt_logprobs([name for name in names if name not in failed]),
+            work=[*work, *([] for _ in missing)],
+            failed=failed | dict.fromkeys(missing, False),
         )
 
     def _count(self, rows: Any) -> torch.Tensor:
@@ -276,20 +299,25 @@ class LaneSteps(RunnerAttributes):
     def _read_prompt(self, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
         """x [m, D] of prompt positions [m] in engine rows [m]: reads the log-probability of the next prompt token."""
         for r in row.unique().tolist():
-            name = self.sampler_of_lanes.name_of[r]
-            state, wanted = self.requests[name], self.num_prompt_logprobs[name]
-            prompt = torch.tensor(state.prompt_token_ids, device=x.device)
-            at = (row == r) & (position < len(prompt) - 1)
-            if state.in_progress_prompt_logprobs_cpu is None:
-                state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
-            some_at = at.nonzero().squeeze(1)
-            for some in some_at.split(256) if len(some_at) else ():  # logits of a long prompt take memory
-                logprobs = self.loop.forward.logits(x[some]).float()
-                if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
-                    logprobs = Sampler.compute_logprobs(logprobs)
-                values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
-                for whole, part in zip(state.in_progress_prompt_logprobs_cpu[:3], values[:3], strict=True):
-                    whole[position[some].cpu()] = part.to(whole.dtype).cpu()
+            with self.sampler_of_lanes.faults.of(r):
+                self._read_prompt_of(r, x, row, position)
+
+    def _read_prompt_of(self, r: int, x: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> None:
+        """As `_read_prompt`, for engine row `r`."""
+        name = self.sampler_of_lanes.name_of[r]
+        state, wanted = self.requests[name], self.num_prompt_logprobs[name]
+        prompt = torch.tensor(state.prompt_token_ids, device=x.device)
+        at = (row == r) & (position < len(prompt) - 1)
+        if state.in_progress_prompt_logprobs_cpu is None:
+            state.in_progress_prompt_logprobs_cpu = LogprobsTensors.empty_cpu(len(prompt) - 1, wanted + 1)
+        some_at = at.nonzero().squeeze(1)
+        for some in some_at.split(256) if len(some_at) else ():  # logits of a long prompt take memory
+            logprobs = self.loop.forward.logits(x[some]).float()
+            if self.model_config.logprobs_mode not in ("raw_logits", "processed_logits"):
+                logprobs = Sampler.compute_logprobs(logprobs)
+            values = Sampler.gather_logprobs(logprobs, wanted, prompt[position[some] + 1])
+            for whole, part in zip(state.in_progress_prompt_logprobs_cpu[:3], values[:3], strict=True):
+                whole[position[some].cpu()] = part.to(whole.dtype).cpu()
 
     def _prompt_logprobs(self, names: list[str]) -> dict[str, LogprobsTensors | None]:
         """Log-probabilities of the requests whose prompts are through, once each."""
@@ -319,14 +347,18 @@ def counts(runner: Any) -> dict[str, Any]:
 # ---- platforms ------------------------------------------------------------------------------------------------------
 class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompatibleVariableOverride]
     def _attention(self, block_size: int) -> Attention:
-        """The engine's own kernels, if graphs are wanted, and no backend of vLLM's is asked for. Several ranks do
-        without graphs, in which their all-reduce would have to be."""
-        alone = get_tp_group().world_size == 1
-        if not self.lane_config.graphs or self.vllm_config.attention_config.backend is not None or not alone:
+        """The engine's own kernels, where graphs are recorded."""
+        if not self._records():
             return super()._attention(block_size)
         from .triton_attention import PagedTriton  # which wants Triton
 
         return PagedTriton(self.parts.caches, self.parts.outer, block_size)
+
+    def _records(self) -> bool:
+        """Graphs are wanted, and no backend of vLLM's is asked for. Several ranks do without graphs, in which their
+        all-reduce would have to be."""
+        graphs, backend = LaneConfig.of(self.vllm_config).graphs, self.vllm_config.attention_config.backend
+        return graphs and backend is None and get_tp_group().world_size == 1
 
 
 class LaneWork(WorkerAttributes):
@@ -375,9 +407,12 @@ class GpuLaneWorker(LaneWork, Worker):
         return self.runner(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        """Bytes for keys and values. The state of lanes takes some of them, unless the user set their number."""
-        free = super().determine_available_memory()
-        return free if self.cache_config.kv_cache_memory_bytes else free - self.model_runner.state_bytes()
+        """Bytes for keys and values. The state of lanes and the graphs take some of them, unless the user set their
+        number."""
+        free, runner = super().determine_available_memory(), self.model_runner
+        if self.cache_config.kv_cache_memory_bytes:
+            return free
+        return free - runner.state_bytes()
 
 
 if current_platform.is_cpu():  # these modules put what does nothing in the place of torch's streams and events
