@@ -8,6 +8,7 @@
     decoders.py           how positions are decoded: plain, wave, diffusion
     depth.py              a request's depth: its fields, then the model's defaults
     lanes.py              settings of the lane engine inside vLLM
+    prompt_budget.py      prompt tokens of a step, in tokens x depth
     limits.py             models that can be served, and what their requests may ask
     validation.py         the values of request fields, against those limits
 """

@@ -1,12 +1,13 @@
 """vLLM's scheduler, for engine steps that give a request 0 to `passes_per_step` tokens.
 
 As in vLLM, a request that decodes is scheduled with one token a step, and blocks are allocated some tokens ahead.
-`update_from_output` accepts ragged lists of tokens and cuts them at a stop. Five things differ:
+`update_from_output` accepts ragged lists of tokens and cuts them at a stop. Six things differ:
 
 - Positions count as computed once their token is there.
 - A block is published to the prefix cache only once every depth of its positions is written.
 - Requests whose prompts leave different keys and values do not share blocks.
 - The output carries the depths of tokens.
+- Prompt tokens of a step are budgeted in tokens x depth.
 - An exception in the work for one request ends that request, with vLLM's finish reason "error".
 """
 
@@ -23,6 +24,7 @@ from vllm.v1.request import Request
 from ..api.decoders import Decoder, decoder_of
 from ..api.depth import Depth, depth_of
 from ..api.lanes import LaneConfig
+from ..api.prompt_budget import PromptBudget
 from ..engine.kv import policy_of
 from .arrivals import arrivals, count_arrivals
 from .output import LaneOutput, print_fault
@@ -79,7 +81,18 @@ class LaneScheduler(Scheduler):
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         if shared := arrivals():
             shared.start_step()
+        unread = sum(request.num_tokens - request.num_computed_tokens > 1 for request in self.running)
+        self.budget = PromptBudget(self.max_num_scheduled_tokens, unread + self.get_request_counts()[1])
         return super().schedule(*args, **kwargs)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """The tokens of a request that this step computes: vLLM lets a drafter shorten a chunk here, we have none.
+
+        A prompt that must be computed whole is not cut.
+        """
+        if num_new_tokens <= 1 or not self.scheduler_config.enable_chunked_prefill:
+            return num_new_tokens
+        return self.budget.take(num_new_tokens, self.depths[request.request_id].num_recurrences)
 
     def add_request(self, request: Request) -> None:
         """Add a request, with its depth and decoder. Its depth becomes part of the hashes of its blocks."""

@@ -82,8 +82,10 @@ class LaneSteps(RunnerAttributes):
         self.loop.eager_tick.budget = lanes.budget or 0
         if shared := arrivals():  # a server's, whose replies and new requests must not wait
             self.loop.eager = True
-            if get_tp_group().world_size == 1:  # ranks would not hear of them in the same tick
-                self.loop.somebody_waits = shared.waiting
+        # Ranks would not hear of new requests in the same tick.
+        arrived = shared.waiting if shared and get_tp_group().world_size == 1 else lambda: False
+        self.cut = False  # a prompt's next tokens wait for the step to end
+        self.loop.somebody_waits = lambda: self.cut or arrived()
         self.free = list(range(rows))[::-1]
         self.row: dict[str, int] = {}
         self.flying: set[str] = set()  # requests whose prompt is through
@@ -140,6 +142,7 @@ class LaneSteps(RunnerAttributes):
         self.sampler_of_lanes.start_step()
         scheduled = scheduler_output.num_scheduled_tokens
         prompts = [self._take_in(name, count) for name, count in scheduled.items()]
+        self.cut = any(prompt is not None and not prompt.wants_token for prompt in prompts)
         if names := [name for name in scheduled if name in self.row]:
             rows = torch.tensor([self.row[name] for name in names], device=self.device)
             batch = self.input_batch
