@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from ..api.decoders import DECODERS, Decoder, decoder_of
 from ..api.depth import depth_of
 from ..api.lanes import AUTO, LaneConfig
 from ..engine.attention.base import Attention
-from ..engine.graphs import on_cuda
+from ..engine.graphs import on_cuda, reserved_bytes
 from ..engine.kv import policy_of
 from ..engine.loop import Loop, Prompt
 from ..engine.loop_config import LoopConfig
@@ -363,6 +364,11 @@ class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompa
         graphs, backend = LaneConfig.of(self.vllm_config).graphs, self.vllm_config.attention_config.backend
         return graphs and backend is None and get_tp_group().world_size == 1
 
+    def graph_bytes(self) -> int:
+        """Bytes that graphs will hold, by an estimate."""
+        rows, vocabulary = self.vllm_config.scheduler_config.max_num_seqs, self.model.config.vocab_size
+        return reserved_bytes(rows, vocabulary) if self._records() else 0
+
 
 class LaneWork(WorkerAttributes):
     """The part of a worker for lanes. Mixed into vLLM's workers of each platform."""
@@ -384,6 +390,12 @@ class LaneWork(WorkerAttributes):
         # compiled: what an engine before this one has left in cycles goes now.
         gc.collect()
         loop.warm_up()
+        if loop.graph_tick:
+            start = time.perf_counter()
+            loop.graph_tick.record_common(((runner.depth_config.exit or {}).get("rule") or "fixed") != "fixed")
+            made, seconds = loop.graph_tick.cache.captures, time.perf_counter() - start
+            if made:
+                print(f"loopwise: {made} CUDA graphs recorded in {seconds:.0f} s", file=sys.stderr, flush=True)
         if AUTO not in (lanes.budget, lanes.coda_wait):
             return done
         group: Any = get_tp_group()
@@ -415,7 +427,7 @@ class GpuLaneWorker(LaneWork, Worker):
         free, runner = super().determine_available_memory(), self.model_runner
         if self.cache_config.kv_cache_memory_bytes:
             return free
-        return free - runner.state_bytes()
+        return free - runner.state_bytes() - runner.graph_bytes()
 
 
 if current_platform.is_cpu():  # these modules put what does nothing in the place of torch's streams and events
