@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, run_cases, save, source_config
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.xdist_group("vllm"),  # one engine at a time
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
