@@ -87,22 +87,23 @@ def run(case: dict) -> dict:
     options |= {"max_num_batched_tokens": 48, "kv_cache_memory_bytes": 1 << 26}
     lanes = LaneConfig(compile=False, passes_per_step=4)
     llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
-    core = llm.llm_engine.engine_core.engine_core
+    engine: Any = llm.llm_engine
+    core = engine.engine_core.engine_core
     known, rounds = faults(core), {}
     for name, poisoned in case["faults"].items():
         asked = list(case["requests"])
         asked[POISON] = {**asked[POISON], "sampling": poisoned}
-        clean = _round(llm.llm_engine, asked)
+        clean = _round(engine, asked)
         owner, attribute, wrong, after = known[name]
         with patch.object(owner, attribute, fails(getattr(owner, attribute), wrong, after)):
-            faulty = _round(llm.llm_engine, asked)
+            faulty = _round(engine, asked)
         rounds[name] = [clean, faulty]
-    llm.llm_engine.step()
+    engine.step()
     pool = core.scheduler.kv_cache_manager.block_pool
     held = {"blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), "requests": len(core.scheduler.requests)}
     runner = core.model_executor.driver_worker.worker.model_runner
     held |= {"rows": len(runner.row), "features": len(runner.loop.work.in_use)}
-    llm.llm_engine.engine_core.shutdown()
+    engine.engine_core.shutdown()
     return {"rounds": rounds, "held": held, "faults": list(known)}
 
 
