@@ -11,7 +11,7 @@ Shapes: N rows of a pass or a read-out, of which some are real; D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -269,7 +269,7 @@ class GraphTick:
             self._replay(key, keys[key])
 
     @contextmanager
-    def _mixed(self, mix: Mix) -> Iterator[None]:
+    def _mixed(self, mix: Mix) -> Generator[None]:
         """Requests have the rules and the sampling of `mix`, as far as a graph depends on them."""
         rules, in_use, sampling = self.rules.in_use, self.work.in_use, ("drawn", "cut", "penalised")
         before = {name: in_use[name] for name in sampling}

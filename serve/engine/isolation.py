@@ -5,7 +5,7 @@ Shapes: m tokens to sample, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ class Faults(dict[int, Exception]):
     """By row, the exception that its request ends with. The caller ends these requests after the step."""
 
     @contextmanager
-    def of(self, row: int) -> Iterator[None]:
+    def of(self, row: int) -> Generator[None]:
         """Do the work of `row` alone. An exception ends here, and becomes the row's fault.
 
         Raises torch.AcceleratorError: then the device is lost, for all requests.
