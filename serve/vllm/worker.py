@@ -122,6 +122,12 @@ class LaneSteps(RunnerAttributes):
         builder = self.attn_groups[0][0].get_metadata_builder()
         return self.paged(self.parts.caches, self.parts.outer, block_size, builder, self.lane_config.compile)
 
+    def _records(self) -> bool:
+        """Graphs are wanted, and no backend of vLLM's is asked for. Several ranks do without graphs, in which their
+        all-reduce would have to be."""
+        graphs, backend = LaneConfig.of(self.vllm_config).graphs, self.vllm_config.attention_config.backend
+        return graphs and backend is None and get_tp_group().world_size == 1
+
     # ---- a step -------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -357,12 +363,6 @@ class GpuLaneRunner(LaneSteps, GPUModelRunner):  # pyright: ignore[reportIncompa
         from .triton_attention import PagedTriton  # which wants Triton
 
         return PagedTriton(self.parts.caches, self.parts.outer, block_size)
-
-    def _records(self) -> bool:
-        """Graphs are wanted, and no backend of vLLM's is asked for. Several ranks do without graphs, in which their
-        all-reduce would have to be."""
-        graphs, backend = LaneConfig.of(self.vllm_config).graphs, self.vllm_config.attention_config.backend
-        return graphs and backend is None and get_tp_group().world_size == 1
 
     def graph_bytes(self) -> int:
         """Bytes that graphs will hold, by an estimate."""
