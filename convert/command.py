@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from ..arguments import RecipeParser
-from ..directory import ended_by_sigterm
+from ..directory import claimed, ended_by_sigterm
 from ..recipe import load_recipe
 from .inspection import describe
 from .plan import PARTS
@@ -30,22 +33,10 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse(argv)
     recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
-
-    from ..quiet import quiet
+    with ended_by_sigterm(), nullcontext() if args.dry_run else claimed(Path(args.out)):
+        facts = _convert(args, recipe)
     from .agreement import in_words
-    from .pipeline import convert
 
-    quiet()
-    with ended_by_sigterm():
-        facts = convert(
-            args.source,
-            args.out,
-            recipe,
-            force=args.force,
-            check=not args.no_verify,
-            dry_run=args.dry_run,
-            show_progress=sys.stderr.isatty(),
-        )
     print(_summary(facts))
     if args.dry_run:
         print("dry run: nothing written")
@@ -54,6 +45,23 @@ def main(argv: list[str]) -> int:
         verified = f"verified, {in_words(found)}" if found else "not verified"
         print(f"written: {args.out} ({verified})")
     return 0
+
+
+def _convert(args: Namespace, recipe: ConvertRecipe) -> dict[str, Any]:
+    """The facts of `convert` for the command line `args`. Imports torch."""
+    from ..quiet import quiet
+    from .pipeline import convert
+
+    quiet()
+    return convert(
+        args.source,
+        args.out,
+        recipe,
+        force=args.force,
+        check=not args.no_verify,
+        dry_run=args.dry_run,
+        show_progress=sys.stderr.isatty(),
+    )
 
 
 def _summary(facts: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import Parser
-from ..directory import RECORD, ended_by_sigterm, new_directory
+from ..directory import RECORD, claimed, ended_by_sigterm, new_directory
 from ..errors import UserError
 from .recipe import DEEPEST
 
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-verify", action="store_true", help="skip the check against MODEL")
     args = parser.parse_args(argv)
 
-    from ..quiet import quiet
+    with ended_by_sigterm(), claimed(Path(args.out)):
+        from ..quiet import quiet
 
-    quiet()
-    with ended_by_sigterm():
+        quiet()
         found = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
     from .agreement import in_words
 
@@ -87,7 +87,7 @@ def export(
             "max_dlogit": decisive(differences) if differences else None,
             "max_dlogit_by_dtype": differences,
         }
-        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return differences
 
 

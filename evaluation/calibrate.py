@@ -12,11 +12,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..arguments import RecipeParser
+from ..carried import MODEL_CODE, copy_model_code
 from ..checkpoint import config_fields, weight_files
 from ..convert.calibrate import calibrate as calibrate_in_place
 from ..convert.calibrate import router_table, router_thresholds, write_fields
 from ..deprecated import print_warning
-from ..directory import RECORD, check_new, ended_by_sigterm, new_directory
+from ..directory import RECORD, check_new, claimed, ended_by_sigterm, new_directory, record_of
 from ..errors import UserError
 from ..exit_rules import ExitRule
 from ..quiet import quiet
@@ -88,11 +89,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     args = parser.parse(argv)
     model, out = Path(args.model).expanduser(), Path(args.out).expanduser()
-    quiet()
     if not args.settings and not args.recipe:
+        quiet()
         return _old_form(args.model, args.out)
     recipe = load_recipe(Calibrate, "calibrate", args.recipe, args.settings)
-    with ended_by_sigterm():
+    with ended_by_sigterm(), claimed(out):
+        quiet()
         print(calibrate(model, out, recipe, args.force), flush=True)
     return 0
 
@@ -173,10 +175,11 @@ def _write(
     """
     with new_directory(out, model, force) as directory:
         for file in sorted(path for path in model.iterdir() if path.is_file() and path.name != CURVE):
-            copy_file(file, directory / file.name, link=file in files)
-        write_fields(directory / "config.json", settings)
-        record = json.loads((model / RECORD).read_text(encoding="utf-8")) if (model / RECORD).is_file() else {}
-        record = {"loopwise": __version__, **record, "calibrated": {"from": str(model), **settings}}
+            if file.suffix != ".py":
+                copy_file(file, directory / file.name, link=file in files)
+        copy_model_code(directory)
+        write_fields(directory / "config.json", {**settings, "auto_map": MODEL_CODE})
+        record = {"loopwise": __version__, **record_of(model), "calibrated": {"from": str(model), **settings}}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if found:
             (directory / CURVE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

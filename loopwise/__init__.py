@@ -5,13 +5,16 @@ file imports only files above it:
 
     version.py        the release
     errors.py         UserError: one line, exit 2
+    bounded.py        limits of time and memory for a program in a file
     quiet.py          less chatter of libraries
     deprecated.py     old names of keys
     unused.py         settings without effect
     recipe.py         recipes: YAML files and key=value settings
     recipe_schema.py  JSON schemas of recipes, for editors
     hub.py            ids of the Hugging Face hub
+    input_files.py    regular files alone, inside of their directory
     carried.py        files that travel with a checkpoint
+    lock.py           one writer of a directory at a time
     directory.py      output directories: written whole or not at all
     sampling.py       ranges of sampling parameters
     exit_rules.py     names of the exit rules
@@ -26,6 +29,7 @@ file imports only files above it:
     gguf_config.py    its config
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
+    load.py           configs, tokenizers and models, loaded without code of theirs
     convert/          loopwise convert, export, inspect
     train/            loopwise train, init
     serve/            loopwise serve, generate

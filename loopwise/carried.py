@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .input_files import check_inside
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 VOCABULARY = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken*.json", "spiece*", "*.bpe")
@@ -24,19 +25,17 @@ def copy_licences(path: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
-def check_inside(file: Path, path: Path) -> None:
-    """Raises UserError if `file` of the checkpoint `path` is a link to a place outside of it.
+MODEL_CODE = {
+    "AutoConfig": "configuration_recurrent_depth.RecurrentDepthConfig",
+    "AutoModelForCausalLM": "modeling_recurrent_depth.RecurrentDepthForCausalLM",
+}  # auto_map of every recurrent-depth config.json
 
-    The target would be published with the output. Links into the hub's cache are allowed: the hub stores files so.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
 
-    target, root = file.resolve(), path.resolve()
-    homes = [root, Path(HF_HUB_CACHE).expanduser().resolve()]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent)
-    if not any(target.is_relative_to(home) for home in homes):
-        raise UserError(f"{file} is a link to {target}, outside of the source; put the file itself there")
+def copy_model_code(directory: Path) -> None:
+    """Copy the model's files of this release into the checkpoint `directory`, which loads by them elsewhere."""
+    for file in sorted((Path(__file__).parent / "model").glob("*.py")):
+        if file.name != "__init__.py":
+            shutil.copyfile(file, directory / file.name)
 
 
 def check_tokenizer_inside(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -11,12 +12,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
+from .lock import RUN, locked, marker
 from .version import __version__
 
 RECORD = "loopwise.json"  # every command that makes a directory writes this file into it
 RUN_RECORD = "train_recipe.yaml"  # the record of a training run without a final model
+RUN_PLACES = re.compile(  # files and folders of a training run in OUT
+    rf"{re.escape(RUN_RECORD)}|checkpoint-\d+|tokens|runs|run\.(json|png)|\.(checkpoint-\d+|final|rehearsal)\.partial"
+)
+LOCKED = re.compile(r"-[0-9a-f]{12}$")  # the end of a temporary directory's name, of a release that takes locks
 RUN_HEADER = "# loopwise "  # begins its first line, before release and command; a recipe written by hand lacks it
 
 
@@ -36,7 +43,22 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def beside(out: Path, kind: str) -> Path:
     """A hidden sibling of `out` for this process. kind: `partial` for new output, `old` for replaced output."""
-    return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
+    return out.with_name(f".{out.name}.{kind}-{os.getpid()}-{RUN}")
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """A block in which no other process writes `out`. Raises UserError at once where one does.
+
+    Commands enter it before they read their input, so that a second run is refused before its work. Writes nothing
+    where the parent of `out` does not exist: nobody is at work there.
+    """
+    found = place(out)
+    if not found.parent.is_dir():
+        yield
+        return
+    with locked(found):
+        yield
 
 
 def is_ours(directory: Path) -> bool:
@@ -58,6 +80,8 @@ def check_replaceable(out: Path, force: bool) -> None:
     if not out.is_dir() or _empty(out):
         return
     ours = is_ours(out)
+    if force and ours:
+        check_nothing_foreign(out)
     if not force:
         choices = ", or replace it with --force" if ours else ""
         raise UserError(f"{out} is not empty; choose another directory{choices}")
@@ -67,23 +91,87 @@ def check_replaceable(out: Path, force: bool) -> None:
         )
 
 
+def check_nothing_foreign(out: Path) -> None:
+    """Raises UserError if `out`, which is ours, holds a file that Loopwise did not write."""
+    if theirs := _foreign_file(out):
+        raise UserError(
+            f"{out}: --force replaces only what Loopwise wrote, and not {theirs}; move that elsewhere, or choose "
+            "another directory"
+        )
+
+
+def _foreign_file(out: Path) -> str | None:
+    """The first file of `out` that Loopwise did not write; None where there is none.
+
+    Records of earlier releases list no files: all files count as ours there.
+    """
+    run, files = (out / RUN_RECORD).is_file(), record_of(out).get("files")
+    if files is None and (not run or (out / RECORD).exists()):
+        return None
+    known = {*(files or ()), RECORD}
+    for path in sorted(out.iterdir()):
+        if not (run and RUN_PLACES.fullmatch(path.name)) and path.name not in (".DS_Store", "__pycache__"):
+            for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
+                name = file.relative_to(out).as_posix()
+                if name not in known and (file.is_symlink() or not file.is_dir()):
+                    return name
+    return None
+
+
+def finish(directory: Path) -> None:
+    """Add the names of all files in `directory` to its record, and the sha256 of the model's code.
+
+    Raises UserError for Python files that are not Loopwise's own.
+    """
+    record, own = record_of(directory), Path(__file__).parent / "model"
+    code: dict[str, str] = {}
+    for file in sorted(directory.rglob("*.py")):
+        if not (own / file.name).is_file() or file.read_bytes() != (own / file.name).read_bytes():
+            raise UserError(f"{file.name} is not Loopwise's own code, and no output carries any other; remove it")
+        code[file.relative_to(directory).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
+    record |= {"code": code} if code else {}
+    text = json.dumps({**record, "files": names}, indent=2) + "\n"
+    (directory / RECORD).write_text(text, encoding="utf-8")
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """The record in `directory`; empty without one that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
 def left_by_killed(out: Path, kind: str) -> list[Path]:
-    """Siblings of `out` that killed processes left: with a process id in the name, and ours or empty."""
-    found = [path for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")) if removable(path)]
-    pids = [path.name.rpartition("-")[2] for path in found]
-    return [path for path, pid in zip(found, pids, strict=True) if re.fullmatch("[0-9]+", pid) and not _alive(int(pid))]
+    """Siblings of `out` that killed processes left: named as by `beside`, and ours or empty.
+
+    The caller holds the lock of `out`, so no other process is at work on them. Earlier releases had no lock, and named
+    them by a process id alone, which proves nothing in another container. Theirs are never deleted: only a directory
+    that was to be replaced counts, as it can be put back.
+    """
+    found = []
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")):
+        name = re.fullmatch(r"([0-9]+)(-[0-9a-f]{12})?", path.name.rpartition(f".{kind}-")[2])
+        if not name or not removable(path):
+            continue
+        if name[2][1:] != RUN if name[2] else kind == "old" and not _alive(int(name[1])):
+            found.append(path)
+    return found
 
 
 def begin(partial: Path) -> None:
-    """Make the directory `partial` with a record, so that a later process may remove it after a kill."""
+    """Make the directory `partial` with a record and the marker of this process, so that a later one may remove it."""
     partial.mkdir(parents=True)
-    (partial / RECORD).write_text(json.dumps({"loopwise": __version__, "unfinished": True}) + "\n", encoding="utf-8")
+    record = {"loopwise": __version__, "unfinished": True, "marker": marker()}
+    (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def settle(out: Path) -> None:
     """Restore (`old`) or remove (`partial`) the siblings of `out` that killed processes left."""
     for stale in left_by_killed(out, "old"):
-        restore(stale, out)
+        if not out.exists() or LOCKED.search(stale.name):
+            restore(stale, out)
     for stale in left_by_killed(out, "partial"):
         remove(stale)
 
@@ -193,14 +281,20 @@ def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]
 
     source: the file or directory that the block reads.   force: replace a directory of ours at `out`. After a kill at
     any moment the old or the new directory exists, or the next call restores it. Raises UserError as `place` and
-    `check_replaceable` do, and for a full disk.
+    `check_replaceable` do, for a full disk, and at once where another process makes `out`.
     """
+    with locked(place(out, source)):
+        yield from _new_directory(out, source, force)
+
+
+def _new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
     settle(place(out, source))  # first, as it may restore a directory that needs --force
     out = check_new(out, source, force)
     partial, old = beside(out, "partial"), beside(out, "old")
     try:
         begin(partial)
         yield partial
+        finish(partial)
         check_replaceable(out, force)  # again, as another process may have filled it
         if out.is_dir():
             out.rename(old)

@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from loopwise.carried import copy_licences
-from loopwise.directory import RECORD
+from loopwise.directory import RECORD, record_of
 from loopwise.version import __version__
 
 from .recipe import Train
@@ -37,7 +37,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "held_out_accuracy": _measured(trainer, "eval_accuracy"),
     }
     if (source / RECORD).is_file():  # provenance of the model that was trained
-        facts["source"]["facts"] = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        facts["source"]["facts"] = record_of(source)
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
     copy_licences(source, directory)

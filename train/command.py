@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loopwise.arguments import RecipeParser
+from loopwise.directory import claimed
 from loopwise.errors import UserError, missing
 from loopwise.recipe import load_recipe
 
@@ -40,13 +41,14 @@ def main(argv: list[str]) -> int:
         from .worker import worker
 
         return worker(run)
-    if args.launcher:
-        from .launch import launch
+    with claimed(out):
+        if args.launcher:
+            from .launch import launch
 
-        return launch(run, args.launcher, args.processes, argv)
-    from .run import train
+            return launch(run, args.launcher, args.processes, argv)
+        from .run import train
 
-    train(run.model, out, recipe, args.resume, args.force, args.accept_changes)
+        train(run.model, out, recipe, args.resume, args.force, args.accept_changes)
     return 0
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from loopwise.arguments import RecipeParser
 from loopwise.carried import check_tokenizer_inside
-from loopwise.directory import RECORD, new_directory
+from loopwise.directory import RECORD, claimed, new_directory
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import Count, Integer, Number, Section, load_recipe
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     args = parser.parse(argv)
     recipe = load_recipe(Init, "init", args.recipe, args.settings)
-    count = init(args.tokenizer, Path(args.out).expanduser(), recipe, args.force)
+    with claimed(Path(args.out)):
+        count = init(args.tokenizer, Path(args.out).expanduser(), recipe, args.force)
     print(f"untrained model of {count:,} parameters written to {args.out}")
     return 0
 
@@ -92,5 +93,5 @@ def init(tokenizer: str, out: Path, recipe: Init, force: bool = False) -> int:
         model.save_pretrained(directory)
         loaded.save_pretrained(directory)
         facts = {"loopwise": __version__, "tokenizer": tokenizer, "init": recipe.model_dump()}
-        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return parameters(model)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loopwise.directory import RECORD, beside, is_ours, left_by_killed, place, restore, settle
+from loopwise.directory import RECORD, beside, check_nothing_foreign, is_ours, left_by_killed, place, restore, settle
 from loopwise.directory import RUN_RECORD as RECIPE
 from loopwise.errors import UserError
 
@@ -86,6 +86,8 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
             f"{out}: --force replaces an earlier run or a model that Loopwise wrote, and this holds neither; choose "
             "another directory"
         )
+    if force:
+        check_nothing_foreign(out)
     if not resume and not force:
         choices = "--resume continues the run in it, --force replaces it, or " if run else ""
         choices = "--force replaces it, or " if not run and _replaceable(out) else choices

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loopwise.directory import finish
 from loopwise.errors import UserError
 
 from .card import write_card
@@ -43,6 +44,7 @@ def _write(trainer: RecurrentTrainer, state: dict[str, torch.Tensor], model: str
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     record = {"run": trainer.run, "spent": trainer.spent()}
     (directory / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    finish(directory)
 
 
 def rehearse(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> None:

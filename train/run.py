@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loopwise.directory import claimed
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 
@@ -43,9 +44,10 @@ def train(
     that is not finite.
     """
     run = Run(model, Path(out), recipe, resume, force, accept_changes, ranks.count(), ranks.layout())
-    if prepare(run):
-        with discarded_unless_begun(run.out):
-            work(run)
+    with claimed(run.out):
+        if prepare(run):
+            with discarded_unless_begun(run.out):
+                work(run)
 
 
 def work(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:

@@ -6,10 +6,11 @@ import atexit
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import NoReturn
 
+from loopwise.directory import claimed
 from loopwise.errors import UserError
 
 from . import ranks
@@ -33,9 +34,11 @@ def worker(run: Run) -> int:
     try:
         if PREPARED in os.environ:
             work(run, callbacks=[EndWithParent()])
-        elif _prepare_in_first(run, first):
-            with discarded_unless_begun(run.out) if first else nullcontext():
-                work(run)
+        else:
+            with ExitStack() as stack:
+                if _prepare_in_first(run, first, stack):
+                    stack.enter_context(discarded_unless_begun(run.out) if first else nullcontext())
+                    work(run)
     except UserError:
         if not first:
             time.sleep(5)  # the first process usually prints the same error, and its exit ends this process
@@ -45,8 +48,11 @@ def worker(run: Run) -> int:
     return _leave()
 
 
-def _prepare_in_first(run: Run, first: bool) -> bool:
-    """The result of `prepare`, which the first process calls, in every process. If it fails, the others exit."""
+def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
+    """The result of `prepare`, which the first process calls, in every process. If it fails, the others exit.
+
+    The first process holds OUT until `stack` ends.
+    """
     import torch
     from accelerate import PartialState
 
@@ -55,6 +61,7 @@ def _prepare_in_first(run: Run, first: bool) -> bool:
     if first:
         try:
             check(run.layout, run.recipe.optimiser)
+            stack.enter_context(claimed(run.out))
             results = [prepare(run)]
         except UserError as error:
             results = [error]

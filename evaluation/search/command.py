@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from ...arguments import RecipeParser
-from ...directory import ended_by_sigterm
+from ...directory import claimed, ended_by_sigterm
 from ...errors import UserError
 from ...recipe import load_recipe
 from .recipe import Search
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     from .search import run
     from .table import table
 
-    with ended_by_sigterm():
+    with ended_by_sigterm(), claimed(save_as) if save_as else nullcontext():
         result = run(args.model, recipe, out, save_as, args.force)
         print(json.dumps(result) if args.json else table(result), flush=True)
         if save_as:

@@ -60,7 +60,8 @@ def check_out(out: Path, *read: str | None) -> Path:
         if Path(given).expanduser().resolve().is_relative_to(found):
             raise UserError(f"{given} lies in {out}, which the demo replaces; choose another directory with --out")
     for path in sorted(found.iterdir()) if found.exists() else []:
-        name = re.sub(r"^\.(.+)\.(partial|old)-[0-9]+$", r"\1", path.name)  # left by a demo that was killed
+        # Left by a demo that was killed.
+        name = re.sub(r"^\.(.+)\.((partial|old)-[0-9]+(-[0-9a-f]{12})?|lock)$", r"\1", path.name)
         if not (removable(path) if path.is_dir() else path.is_file()) or name not in MODELS | FILES:
             raise UserError(f"{out} holds {path.name}, which no demo left: move it, or choose another with --out")
     return found

@@ -301,7 +301,9 @@ def test_interrupted_between_the_renames_the_old_output_is_kept(tmp_path, source
 def test_only_what_is_ours_is_removed_beside_the_output(tmp_path, source):
     kept = {".out.old-999999999": "precious", ".out.old-mine": "loopwise.json", ".out.partial-mine": "loopwise.json"}
     kept |= {".out.partial-999999999": "precious"}
-    gone = {".out.old-999999998": "loopwise.json", ".out.partial-999999998": "loopwise.json"}
+    kept |= {".out.partial-999999996": "loopwise.json"}  # of an earlier release, which took no lock
+    ended = "999999998-0123456789ab"
+    gone = {f".out.old-{ended}": "loopwise.json", f".out.partial-{ended}": "loopwise.json"}
     for name, file in {**kept, **gone}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text('{"loopwise": "0.1.0"}')

@@ -12,6 +12,7 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.directory import is_ours
+from loopwise.lock import RUN
 from tests.helpers.train_tiny import run
 
 RECORD = '{"loopwise": "0.1.0"}'
@@ -84,11 +85,8 @@ def test_what_is_only_named_as_ours_is_left(dead, plain, command, corpus, tmp_pa
     run(command(plain, out, "steps=1", "save_every=1", f"data.cache={kept}"))
     [entry] = kept.iterdir()
     shutil.rmtree(entry)
-    folders = [f"{place}.partial-{dead}" for place in (tmp_path / ".out", kept / f".{entry.name}")]
-    number = dead + 1  # of another process that has ended
-    while Path(f"/proc/{number}").exists():
-        number += 1
-    theirs, ours = folders, [f"{folder.rpartition('-')[0]}-{number}" for folder in folders]
+    places = [f"{place}.partial-{dead}" for place in (tmp_path / ".out", kept / f".{entry.name}")]
+    theirs, ours = ([f"{place}-{run}" for place in places] for run in ("0123456789ab", "0123456789cd"))
     for folder in (*theirs, *ours):
         Path(folder).mkdir()
         (Path(folder) / "precious").touch()
@@ -181,7 +179,7 @@ def test_a_run_that_fails_leaves_what_others_put_beside_it(plain, command, tmp_p
     with pytest.raises(RuntimeError):
         main(command(plain, out, "steps=1", "--force"))
     assert files(out) == {"precious": b"mine"}
-    assert (tmp_path / f".out.old-{os.getpid()}" / "model.safetensors").is_file()
+    assert (tmp_path / f".out.old-{os.getpid()}-{RUN}" / "model.safetensors").is_file()
     assert "what --force was to replace is in" in capsys.readouterr().err
     shutil.rmtree(out)
 

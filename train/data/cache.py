@@ -11,6 +11,7 @@ import numpy as np
 
 from loopwise.directory import begin, beside, remove, settle
 from loopwise.errors import UserError
+from loopwise.lock import locked
 
 from ..recipe import Data
 from .sources import files_of
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 3  # version of an entry; raised when the same files give other tokens or marks
+WAIT = 600.0  # seconds for another run to write an entry
 DONE = "done"  # written last, so that a killed run leaves no entry that looks complete
 
 
@@ -39,7 +41,20 @@ def entry(sources: list[str], data: Data, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` into `folder`, whole or not at all. Raises UserError if they cannot be written there."""
+    """Write `arrays` into `folder`, whole or not at all; nothing where another run has written it meanwhile.
+
+    Waits for another run that writes it. Raises UserError if they cannot be written there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with locked(folder.resolve(), wait=WAIT):
+        if not (folder / DONE).is_file():
+            _write(folder, arrays)
+
+
+def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     partial = beside(folder, "partial")
     try:
         settle(folder)
@@ -47,10 +62,13 @@ def keep(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         (partial / DONE).write_text("", encoding="utf-8")
-        if not (folder / DONE).is_file():  # else another run has written the same entry meanwhile
-            remove(folder)
-            partial.replace(folder)
+        remove(folder)
+        partial.replace(folder)
     except OSError as error:
-        raise UserError(f"data.cache={folder.parent}: cannot be written ({error.strerror or error})") from None
+        raise _unwritable(folder, error) from None
     finally:
         remove(partial)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"data.cache={folder.parent}: cannot be written ({error.strerror or error})")

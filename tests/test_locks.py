@@ -1,0 +1,265 @@
+"""Two runs in one place, and what is deleted beside them: nothing that Loopwise did not write."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from loopwise import lock
+from loopwise.cli import main
+from loopwise.directory import RECORD, check_replaceable, claimed, finish, is_ours, new_directory
+from loopwise.errors import UserError
+from loopwise.lock import has_ended, lock_file, locked, marker
+from tests.helpers.repository import ROOT
+from tests.helpers.serve_tiny import tokenizer
+from tests.helpers.train_tiny import llama_config, save_recurrent
+
+COMMANDS = {
+    "init": "init P O num_hidden_layers=1 hidden_size=32 num_attention_heads=2",
+    "convert": "convert P O sizes=1,2,1 --no-verify",
+    "export": "export R O --unroll 2 --no-verify",
+    "calibrate": "calibrate R O data=T rule=latent-diff sequence_length=32 limit=4 budget=9",
+    "train": "train P O data.train=T data.sequence_length=32 batch_size=2 steps=1",
+}
+STATES = ("live", "dead", "foreign", "other container")
+EVERY = [(verb, state, force) for verb in COMMANDS for state in STATES for force in (False, True)]
+SOME = [
+    ("train", "live", True),
+    ("train", "dead", True),
+    ("convert", "other container", True),
+    ("export", "foreign", True),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> SimpleNamespace:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("locks")
+    text = folder / "text.txt"
+    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
+    AutoModelForCausalLM.from_config(llama_config(eos_token_id=257)).save_pretrained(folder / "plain")
+    tokenizer().save_pretrained(folder / "plain")
+    save_recurrent(folder / "recurrent", tokenizer(), {"eos_token_id": 257}, injection="none")
+    return SimpleNamespace(P=folder / "plain", R=folder / "recurrent", T=text)
+
+
+def arguments(verb: str, models: SimpleNamespace, out: Path) -> list[str]:
+    names = {"O": str(out), **{name: str(path) for name, path in vars(models).items()}}
+    words = [word.rpartition("=") for word in COMMANDS[verb].split()]
+    return [key + eq + names.get(value, value) for key, eq, value in words]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Files in `folder` without locks, by name."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".lock"
+    }
+
+
+@contextmanager
+def holder(out: Path, *host: str) -> Iterator[subprocess.Popen]:
+    """Another process that holds `out`."""
+    command = [sys.executable, "-m", "tests.helpers.holder", str(out), *host]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def earlier(out: Path) -> None:
+    """An earlier output, with a file of the user's."""
+    out.mkdir()
+    (out / "model.safetensors").write_text("earlier")
+    (out / RECORD).write_text('{"loopwise": "0.1.0"}')
+    finish(out)
+    (out / "notes.txt").write_text("mine")
+
+
+def check_scenario(verb: str, state: str, force: bool, models: SimpleNamespace, folder: Path, capsys) -> None:
+    """Run `verb` in a place in that `state`. It is refused in one line, and all files are there as before."""
+    out, told = folder / "out", arguments(verb, models, folder / "out") + ["--force"] * force
+    for name in (".out.partial-7", ".out.old-mine", ".out.partial-7-0123456789ab"):  # named as ours, and not ours
+        (folder / name).mkdir()
+        (folder / name / "precious").write_text("mine")
+    if state == "foreign":
+        out.mkdir()
+        (out / "precious").write_text("mine")
+        (out / "config.json").write_text("{}")
+    else:
+        earlier(out)
+    capsys.readouterr()
+    before = tree(folder)
+    if state == "foreign":
+        assert main(told) == 2
+    elif state == "dead":
+        with holder(out):
+            pass
+        assert main(told) == 2  # with OUT put back, and the user's file in it
+    else:
+        with holder(out, *(["another-host"] if state == "other container" else [])):
+            before = tree(folder)
+            start = time.monotonic()
+            assert main(told) == 2
+            assert time.monotonic() - start < 1
+            assert tree(folder) == before
+    assert capsys.readouterr().err.count("\n") == 1
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("verb", "state", "force"), SOME)
+def test_no_file_is_lost(verb, state, force, models, tmp_path, capsys):
+    check_scenario(verb, state, force, models, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "state", "force"), EVERY)
+def test_no_file_is_lost_in_any_scenario(verb, state, force, models, tmp_path, capsys):
+    check_scenario(verb, state, force, models, tmp_path, capsys)
+
+
+def test_what_a_killed_run_left_is_removed_and_its_place_used(models, tmp_path):
+    out = tmp_path / "out"
+    with holder(out):
+        pass
+    assert len([*tmp_path.iterdir()]) == 2  # the partial directory, and the file of a lock that nobody holds
+    assert main(arguments("init", models, out)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_a_second_process_is_refused_at_once(verb, models, tmp_path):
+    """Within a second of its own work: the start of Python and of the command line is measured apart."""
+    command = [sys.executable, "-m", "loopwise"]
+
+    def seconds(*given: str) -> tuple[float, subprocess.CompletedProcess]:
+        start = time.monotonic()
+        done = subprocess.run([*command, *given], capture_output=True, text=True, cwd=ROOT, check=False)
+        return time.monotonic() - start, done
+
+    base = min(seconds("--version")[0] for _ in range(3))
+    with holder(tmp_path / "out"):
+        took, done = min((seconds(*arguments(verb, models, tmp_path / "out")) for _ in range(3)), key=lambda x: x[0])
+    assert done.returncode == 2
+    assert "another run of Loopwise writes it" in done.stderr
+    assert took - base < 1, (took, base)
+
+
+def test_a_lock_is_taken_again_by_the_same_process_and_freed(tmp_path):
+    out = tmp_path / "out"
+    with claimed(out), locked(out):
+        assert json.loads(lock_file(out).read_text())["pid"] == os.getpid()
+    assert not [*tmp_path.iterdir()]
+    with claimed(tmp_path / "none" / "out"):  # nobody can be at work there
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_lock_passes_from_one_process_to_the_next(tmp_path):
+    """Its file is removed by each holder; nobody may lock a file that is gone."""
+    script = (
+        "import sys, time, pathlib\nfrom loopwise.lock import locked\n"
+        "counter = pathlib.Path(sys.argv[1])\n"
+        "for _ in range(20):\n"
+        "    with locked(counter, wait=60):\n"
+        "        n = int(counter.read_text()); time.sleep(0.001); counter.write_text(str(n + 1))\n"
+    )
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    command = [sys.executable, "-c", script, str(counter)]
+    running = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
+    assert [process.wait(120) for process in running] == [0, 0, 0, 0]
+    assert counter.read_text() == "80"
+
+
+@pytest.mark.parametrize(
+    ("change", "ended"),
+    [
+        ({}, False),
+        ({"pid": 999999999}, True),
+        ({"started": "1"}, True),  # another process has its number now
+        ({"boot": "before"}, True),
+        ({"host": "another", "pid": 999999999}, False),  # nobody here can know
+        ({"boot": ""}, False),
+    ],
+)
+def test_a_marker_shows_the_end_of_its_process(change, ended):
+    assert has_ended({**marker(), **change}) == ended
+
+
+def test_without_locks_of_the_file_system_the_marker_decides(tmp_path, monkeypatch):
+    def none(handle: int, kind: int) -> None:
+        raise OSError(lock.errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    out = tmp_path / "out"
+    mark = {**marker(), "run": "0123456789ab", "pid": os.getppid(), "started": lock._started(os.getppid())}
+    lock_file(out).write_text(json.dumps(mark))
+    with pytest.raises(UserError, match=rf"process {os.getppid()} on {socket.gethostname()}"), claimed(out):
+        pass
+    lock_file(out).write_text(json.dumps({**mark, "host": "another"}))
+    with pytest.raises(UserError, match="on another"), claimed(out):
+        pass
+    lock_file(out).write_text(json.dumps({**mark, "started": "1"}))
+    with claimed(out):
+        pass
+
+
+def test_two_runs_keep_one_cache_entry(tmp_path):
+    """A partial entry of a killed run with our process id, as in containers, is no obstacle."""
+    from loopwise.train.data.cache import DONE, keep
+
+    folder = tmp_path / "cache" / "entry"
+    stale = folder.with_name(f".entry.partial-{os.getpid()}")
+    stale.mkdir(parents=True)
+    (stale / "tokens.npy").touch()
+    keep(folder, {"tokens": np.arange(3)})
+    keep(folder, {"tokens": np.arange(4)})  # written meanwhile: it stays
+    assert (folder / DONE).is_file()
+    assert len(np.load(folder / "tokens.npy")) == 3
+    assert sorted(path.name for path in folder.parent.iterdir()) == [stale.name, "entry"]
+
+
+def test_force_spares_a_directory_with_files_of_others(tmp_path):
+    out = tmp_path / "out"
+    with new_directory(out, None, False) as made:
+        (made / "inner").mkdir()
+        (made / "inner" / "weights").touch()
+    check_replaceable(out, True)
+    (out / "inner" / "mine").touch()
+    with pytest.raises(UserError, match="not inner/mine; move that elsewhere"):
+        check_replaceable(out, True)
+
+
+def test_an_output_carries_no_code_but_ours(tmp_path):
+    from loopwise.carried import copy_model_code
+
+    with new_directory(tmp_path / "out", None, False) as made:
+        copy_model_code(made)
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert "modeling_recurrent_depth.py" in record["code"]
+    assert is_ours(tmp_path / "out")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "call.py").write_text("import os\n")
+    with pytest.raises(UserError, match=r"call\.py is not Loopwise's own code"):
+        finish(foreign)
