@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..errors import UserError
+from ..load import read_config
 from .agreement import WAY_OUT
 from .plan import Plan
 from .relax import as_matrix
@@ -23,8 +24,8 @@ LEFT_OUT = 1.25
 
 def check_config(directory: Path, config: PreTrainedConfig) -> None:
     """Raise UserError unless config.json in `directory`, read back, equals `config` in every field."""
-    pairs = [AutoConfig.from_pretrained(directory).to_dict(), config.to_dict()]
-    found, wanted = (_flat({**fields, "_name_or_path": None}) for fields in pairs)
+    pairs = [read_config(directory).to_dict(), config.to_dict()]
+    found, wanted = (_flat({**fields, "_name_or_path": None, "auto_map": None}) for fields in pairs)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(

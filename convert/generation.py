@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..carried import check_inside
 from ..checkpoint import read_json
 from ..errors import UserError, reason
+from ..input_files import check_inside
 from ..sampling import SETTINGS, check_setting, end_tokens, respelt
 
 FILE = "generation_config.json"

@@ -105,7 +105,7 @@ class ImportConversion(Conversion):
         fields = read_json(file) if file.is_file() else {}
         if fields and {fields.get(name) for name in SPECIAL_TOKENS} <= {0, None}:
             fields |= {name: getattr(self.config, name) for name in SPECIAL_TOKENS}
-            file.write_text(json.dumps(fields, indent=2) + "\n")
+            file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return {}
 
     def verify(self, directory: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import UserError
+from ..input_files import check_regular
 from ..model.source_layers import layer_list_name
 from .plan import PARTS
 from .source import SourceWeights
@@ -47,6 +48,7 @@ def text_tokens(source: Path, config: PreTrainedConfig, text: str, label: str) -
     Raises UserError, in which `label` precedes the name of the file, where it is no text or shorter than a block.
     """
     block = min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
+    check_regular(Path(text).expanduser(), f"{label}{text}")
     try:
         content = Path(text).expanduser().read_text(encoding="utf-8-sig")[: 16 * TOKENS]
     except UnicodeDecodeError as error:

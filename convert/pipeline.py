@@ -72,8 +72,8 @@ def convert(
             differences = conversion.verify(directory) if check else None
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
-            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
-            (directory / "README.md").write_text(model_card(facts, conversion.config))
+            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (directory / "README.md").write_text(model_card(facts, conversion.config), encoding="utf-8")
     return facts
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .. import load
 from ..checkpoint import config_fields
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
@@ -26,10 +27,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise UserError(f"{path} is quantised; convert the unquantised checkpoint, and quantise the result")
     if fields.get("text_config") is not None:
         raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
-    if "auto_map" in fields and model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"{path} ({model_type}) needs remote code, which is not run; only transformers' own are converted"
-        )
+    load.check_needs_no_code(fields, str(path))
     check_supported(model_type)
     if fields.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(
@@ -37,11 +35,13 @@ def read_config(path: Path) -> PreTrainedConfig:
             "does not have; train the model without it first"
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = load.read_config(path)
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={config.num_hidden_layers}")
         with torch.device("meta"):
             empty_model(config)
+    except UserError:
+        raise
     except Exception as error:  # transformers and torch share no base class for errors in a config
         raise UserError(
             f"{path / 'config.json'}: no {model_type} model can be built from it ({reason(error)})"
@@ -59,7 +59,7 @@ def read_recurrent_config(path: Path) -> RecurrentDepthConfig:
     kind = config_fields(path).get("model_type")
     if kind != "recurrent_depth":
         raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
-    return RecurrentDepthConfig.from_pretrained(path)
+    return load.read_config(path)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

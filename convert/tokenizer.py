@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..carried import SETTINGS, VOCABULARY, check_tokenizer_inside, refuse_code
+from ..bounded import bounded
+from ..carried import SETTINGS, VOCABULARY, check_tokenizer_inside
 from ..checkpoint import read_json
 from ..errors import UserError, reason
+from ..load import read_any_config, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,20 +39,15 @@ def load_tokenizer(path: Path, name: str = "") -> PreTrainedTokenizerBase | None
     name: the checkpoint as the user named it: for some hub ids transformers has a better class. Raises UserError for
     files that cannot be loaded, for links out of the checkpoint, and for a tokenizer that needs code of its own.
     """
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-
     if all(file.suffix == ".py" for pattern in VOCABULARY for file in path.glob(pattern)):
         return None
     check_tokenizer_inside(path)
-    settings = path / SETTINGS
-    refuse_code(read_json(settings) if settings.is_file() else {}, path)
     try:
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        except (ValueError, OSError):  # a model_type that transformers lacks
-            config = PreTrainedConfig.from_pretrained(path)
+        config = read_any_config(path)
         config._name_or_path = name or str(path)  # pyright: ignore[reportPrivateUsage]
-        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, mistral_format=False)
+        return read_tokenizer(path, config=config, mistral_format=False)
+    except UserError:
+        raise
     except Exception as error:  # transformers' tokenizers share no base class for errors in files
         raise UserError(
             f"{path}: its tokenizer cannot be loaded ({reason(error)}); repair its files, or convert without them"
@@ -79,10 +76,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
 
 def _compared(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str | None:
     """The first difference of the tokenizer that transformers loads from `directory`; None where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        written = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, mistral_format=False)
+        written = read_tokenizer(directory, mistral_format=False)
     except Exception as error:
         return f"it cannot be loaded ({reason(error)})"
     return difference(tokenizer, written)
@@ -132,9 +127,10 @@ def _different_texts(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> 
 def _different_chats(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
     """The first difference in a conversation in the chat template."""
     for prompt in (True, False):
-        made, remade = (
-            _tried(t.apply_chat_template, CHAT, tokenize=False, add_generation_prompt=prompt) for t in (a, b)
-        )
+        with bounded("the chat template"):
+            made, remade = (
+                _tried(t.apply_chat_template, CHAT, tokenize=False, add_generation_prompt=prompt) for t in (a, b)
+            )
         if made != remade:
             return f"its chat template makes {remade[:60]!r}, not {made[:60]!r}"
     return None
@@ -161,5 +157,7 @@ def _tried(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The result of `call`, or its error as text: a template may refuse a conversation, a tokenizer a text."""
     try:
         return call(*args, **kwargs)
+    except MemoryError:  # see `bounded`
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"

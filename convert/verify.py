@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+from ..load import read_config
 from ..model import RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
 from ..unroll import config_with_layers
@@ -100,7 +101,7 @@ def reloaded(
 
     dtype: the type in which it computes; None for that of its config. A plain checkpoint gives a plain model.
     """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
+    config: PreTrainedConfig = read_config(directory)
     with torch.device("meta"):
         empty = empty_model(config)
     with SourceWeights(directory, empty) as weights:

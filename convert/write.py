@@ -54,7 +54,7 @@ def write_weights(tensors: list[Pending], directory: Path, show_progress: bool, 
     else:
         where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not show_progress) as progress:
         for name, shard in zip(names, shards, strict=True):
             _write_shard(shard, directory / name, progress)

@@ -29,7 +29,7 @@ def sources(root: Path, *folders: str) -> Iterator[tuple[str, ast.Module]]:
             for name in sorted(names):
                 path = Path(directory, name)
                 if path.suffix == ".py":
-                    yield module_name(path.relative_to(root)), ast.parse(path.read_text(), str(path))
+                    yield module_name(path.relative_to(root)), ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def imported(module: str, tree: ast.AST) -> Iterator[str]:

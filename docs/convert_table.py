@@ -55,9 +55,11 @@ def main() -> None:
         print(lines[-1], flush=True)
     lines += ["", *(f"{n + 1}. {reason}" for n, reason in enumerate(reasons))]
     page = ROOT / "docs/reference/sources.md"
-    before, _, rest = page.read_text().partition("<!-- table -->")
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
     after = rest.partition("<!-- /table -->")[2]
-    page.write_text(f"{before}<!-- table -->\n" + "\n".join(lines).rstrip() + f"\n<!-- /table -->{after}")
+    table = "\n".join(lines).rstrip()
+    table = "\n".join(lines).rstrip()
+    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->{after}", encoding="utf-8")
 
 
 def cell(source: Path, out: Path, keys: dict[str, Any], reasons: list[str]) -> str:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, reason, shorten
+from .input_files import check_entries, check_regular
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+
+# Values of two fields that a config.json may have. transformers takes any other for a kernel of the hub, whose code it
+# fetches and runs; and where a package lacks, it takes the hub's kernel of that name.
+IMPLEMENTATIONS: dict[str, dict[str, str | None]] = {
+    "attn_implementation": {
+        "eager": None, "sdpa": None, "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface",
+    },
+    "experts_implementation": {"eager": None, "grouped_mm": None, "batched_mm": None},
+}  # fmt: skip
 
 
 def config_fields(path: Path) -> dict[str, Any]:
     """The fields of config.json in the directory `path`.
 
-    Raises UserError where there is none, or no model_type; for a recurrent-depth model of a newer format version; and
-    where a PEFT adapter lies beside the model: transformers adds it to the weights without a word, and vLLM does not.
+    Raises UserError where there is none, or no model_type; for a recurrent-depth model of a newer format version; for a
+    file that is not regular or a link out of `path`; for kernels of the hub; and where a PEFT adapter lies beside the
+    model: transformers adds it to the weights without a word, and vLLM does not.
     """
-    if (path / ADAPTER).is_file():
-        raise UserError(
-            f"{path} has an {ADAPTER}, a PEFT adapter: merge it into the model first (merge_and_unload), or move it "
-            "elsewhere if it does not belong here"
-        )
+    check_entries(path)
+    if (path / ADAPTER).exists():
+        raise adapter_error(str(path))
     fields = read_json(path / "config.json", f"{path} has no config.json; give the directory of a checkpoint")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
+    check_implementations(fields, str(path / "config.json"))
     version = fields.get("format_version", 1)
     known = type(version) is int and version == 1  # the first, without an import; True and 1.0 equal it, too
     if fields["model_type"] == "recurrent_depth" and not known:
@@ -35,6 +46,45 @@ def config_fields(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from None
     return fields
+
+
+def adapter_error(model: str) -> UserError:
+    """The error for a PEFT adapter beside `model`."""
+    return UserError(
+        f"{model} has an {ADAPTER}, a PEFT adapter: merge it into the model first (merge_and_unload), or move it "
+        "elsewhere if it does not belong here"
+    )
+
+
+def check_implementations(fields: dict[str, Any], where: str) -> None:
+    """Raises UserError, which begins with `where`, if the `fields` of a config.json name a kernel of the hub.
+
+    Configs inside of `fields` count, too. Values may be an object, with a name for each of these.
+    """
+    inside: list[Any] = [fields]
+    for part in inside:
+        if isinstance(part, list):
+            inside += part
+        if not isinstance(part, dict):
+            continue
+        inside += part.values()
+        for key, value in part.items():
+            name = str(key).removeprefix("_").removesuffix("_internal")
+            if name in IMPLEMENTATIONS:
+                for each in value.values() if isinstance(value, dict) else [value]:
+                    _check_implementation(where, name, each)
+
+
+def _check_implementation(where: str, name: str, value: Any) -> None:
+    allowed = IMPLEMENTATIONS[name]
+    if value is None:
+        return
+    if not isinstance(value, str) or value not in allowed:
+        rule = f"choose from {', '.join(allowed)}, or remove it; kernels of the hub are code, which is not run"
+        raise UserError(f"{where}: {name}={shorten(repr(value), 200)}: {rule}")
+    package = allowed[value]
+    if package and find_spec(package) is None:
+        raise UserError(f"{where}: {name}={value!r} needs the package {package}; install it, or remove the field")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -98,14 +148,17 @@ def _beside(path: Path, name: str, where: str) -> Path:
 
 def read_json(file: Path, absent: str = "") -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError where it is none; `absent` is the message where there is no file."""
+    check_regular(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(absent or f"{file}: no such file") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{file}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # of Python, too, for an integer of more than 4,300 digits
+        raise UserError(f"{file}: not valid JSON ({reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
     return content

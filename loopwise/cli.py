@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ USAGE = "usage: loopwise VERB ... (loopwise VERB --help for more)\n\n" + "\n".jo
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code; the command itself (`argv` None), once it has been a server, ends here."""
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # transformers fetches and runs code of the hub's otherwise
     if argv is not None or sys.argv[1:2] != ["serve"]:
         return guarded(_run, sys.argv[1:] if argv is None else argv)
     try:
@@ -64,6 +66,9 @@ def _leave(code: int) -> int:
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """The result of `run(argv)`, or the exit code of its end: 2 bad input (one line on stderr), 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character ends no command
     try:
         try:
             return run(argv)

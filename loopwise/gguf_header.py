@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, reason, shorten
+from .input_files import check_regular
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -61,6 +62,7 @@ def read_header(file: Path) -> Header:
 
     Raises UserError for a file that is no GGUF file, truncated, big-endian, one part of several, or no model.
     """
+    check_regular(file)
     try:
         with open(file, "rb") as stream:
             start = stream.read(8)

@@ -127,14 +127,14 @@ def check_tensors(model: str | Path) -> None:
     """
     from safetensors import safe_open
 
-    from ..model import RecurrentDepthConfig
+    from ..load import read_config
     from .completeness import Completeness
 
     folder = Path(model)
     files = weight_files(folder)
     check_same_for_vllm(folder, files)
     try:
-        completeness = Completeness(RecurrentDepthConfig.from_pretrained(folder))
+        completeness = Completeness(read_config(folder))
     except Exception as error:  # the errors of transformers and torch about a config share no base class
         raise UserError(
             f"{folder / 'config.json'}: no recurrent-depth model can be built from it ({reason(error)})"
@@ -158,7 +158,8 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
     Raises UserError, naming the file, for one that cannot be loaded.
     """
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
+
+    from ..load import read_tokenizer
 
     folder = Path(model)
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
@@ -172,6 +173,8 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
         if file.is_file():
             Tokenizer.from_file(where)
         where = f"{folder}: its tokenizer"
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return read_tokenizer(folder, trust=trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # the errors of transformers' tokenizers share no base class
         raise UserError(f"{where}: cannot be loaded ({reason(error)})") from None

@@ -55,11 +55,11 @@ def available(device: Any = None) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if not MEMINFO.exists():
         return None
-    words = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+    words = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="utf-8").splitlines() if ":" in line)
     free = int(words["MemAvailable"].split()[0]) << 10 if "MemAvailable" in words else None
     for limit, used in CGROUPS:
-        if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-            left = int(most) - int(used.read_text())
+        if limit.exists() and used.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+            left = int(most) - int(used.read_text(encoding="ascii"))
             return left if free is None else min(free, left)
     return free
 

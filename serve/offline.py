@@ -135,13 +135,13 @@ class Engine:
         """
         fields: dict[str, Any] | None = None
         if isinstance(model, str | Path):
-            from transformers import AutoModelForCausalLM
+            from ..load import read_model
 
             read_fields(model)
             fields = fields_of(model)
             check_tensors(model)
             self.tokenizer = load_tokenizer(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")
+            model = read_model(model, dtype=dtype or "auto")
         model = model.eval()
         if model.config.model_type != "recurrent_depth":
             raise UserError(f"model_type {model.config.model_type!r}: convert the model first (loopwise convert)")

@@ -10,22 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loopwise.carried import refuse_code
 from loopwise.checkpoint import config_fields, weight_files
 from loopwise.errors import UserError, reason
 from loopwise.gguf_source import find_gguf
 from loopwise.gguf_tensors import GgufTensors
 from loopwise.hub import check_may_be_hub_id, not_found
+from loopwise.load import read_config, read_model, read_tokenizer
 from loopwise.model import RecurrentDepthConfig
 from loopwise.model.configuration_source import clear_source_settings
 
@@ -45,7 +37,7 @@ def load_config(model: str, revision: str | None) -> Any:
             weight_files(path)
     check_may_be_hub_id(model)
     with _one_line_errors(model):
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = read_config(model, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model}: its weights are quantized and cannot be trained; start from the unquantized model")
     return config
@@ -59,8 +51,7 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     and for a tokenizer with code of its own (`auto_map`).
     """
     with _one_line_errors(model):
-        refuse_code(get_tokenizer_config(model, revision=revision), Path(model))
-        return AutoTokenizer.from_pretrained(model, revision=revision)
+        return read_tokenizer(model, revision)
 
 
 def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
@@ -73,14 +64,14 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     with _one_line_errors(model):
         if file:
-            config = AutoConfig.from_pretrained(model)
+            config = read_config(model)
             with torch.device("meta"):
                 empty: Any = AutoModelForCausalLM.from_config(config)
             tensors = GgufTensors(file, empty)
             values = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
             result: Any = type(empty).from_pretrained(None, config=config, state_dict=values, **options)
         else:
-            result = AutoModelForCausalLM.from_pretrained(model, revision=revision, use_safetensors=True, **options)
+            result = read_model(model, revision, **options)
     loaded, info = result
     if not is_recurrent(loaded.config):
         # output_router_logits stays: a plain mixture of experts can run with it, and another trainer may need it.

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from ...errors import UserError
+from ...input_files import check_regular
 from ...recipe import Count, Integer, Number, Section
 from ...train.recipe.fields import once
 from ...unused import Unused
@@ -52,6 +53,7 @@ class Picture(Section):
         """The text itself. Raises UserError for a file that is no text, or empty."""
         if self.text is not None:
             return self.text
+        check_regular(Path(self.file or "").expanduser(), f"file={self.file}")
         try:
             text = Path(self.file or "").expanduser().read_text(encoding="utf-8")
         except OSError as error:

@@ -102,7 +102,7 @@ def measure(model: object, data: str, result: Path, *settings: str) -> dict[str,
         "eval", model, f"data={data}", f"eval_fraction={HELD_OUT}", f"sequence_length={LENGTH}", f"limit={SEQUENCES}",
         *settings, "--out", result,
     )  # fmt: skip
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:

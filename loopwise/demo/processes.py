@@ -83,7 +83,7 @@ class Server:
         print(f"\n$ loopwise {shlex.join(self.words)} > {shlex.quote(str(self.log))} 2>&1 &", flush=True)
         command, self.start = [PYTHON, "-m", "loopwise", *self.words], time.monotonic()
         with (
-            self.log.open("w") as stream,
+            self.log.open("w", encoding="utf-8") as stream,
             _running(command, signal.SIGTERM, STOP_SECONDS, stdout=stream, stderr=subprocess.STDOUT) as process,
         ):
             yield process
@@ -96,7 +96,11 @@ class Server:
         end = time.monotonic() + READY_SECONDS
         while time.monotonic() < end:
             if process.poll() is not None:
-                errors = [line for line in self.log.read_text().splitlines() if line.startswith("loopwise: error: ")]
+                errors = [
+                    line
+                    for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                    if line.startswith("loopwise: error: ")
+                ]
                 why = errors[-1].removeprefix("loopwise: error: ") if errors else f"exit code {process.returncode}"
                 raise UserError(f"the server ended: {why}; its output is in {self.log}")
             try:

@@ -25,6 +25,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     worker.py            vLLM's worker and model runner, around the lane engine
     process.py           engine processes end with their server
     announce.py          lines printed before the engine starts
+    trusted.py           code of a checkpoint: named where it runs, kept from running elsewhere
     startup.py           checks of memory, block size, cores and tokenizer before the engine starts
     shutdown.py          open requests are drained, then aborted
     metrics.py           Prometheus metrics of the lane engine

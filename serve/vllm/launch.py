@@ -35,6 +35,7 @@ from .startup import (
     lacks_compiler,
     share_cores,
 )
+from .trusted import trusted_code, without_model_script
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
 # Modules of vLLM 0.33, and their names in earlier releases.
@@ -79,7 +80,7 @@ def parse_arguments(
         raise UserError(explained(error, given)) from None
     _check_tokenizer(args, model)
     memory = check_memory(args, defaults)
-    return args, given, [memory] if memory else []
+    return args, given, [*trusted_code(args, model), *([memory] if memory else [])]
 
 
 def first_module(*names: str) -> Any:
@@ -240,6 +241,7 @@ async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
         raise SystemExit(128 + number)
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
+    without_model_script()
     ending = install(metrics)
     announce_at_start(lines)
     address, listener = setup_server(args, reuse_port=False)

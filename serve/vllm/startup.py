@@ -52,9 +52,9 @@ def check_memory(args: Any, defaults: Defaults) -> str | None:
     """
     from vllm.platforms import current_platform
 
-    from ...model import RecurrentDepthConfig
+    from ...load import read_config
 
-    config = RecurrentDepthConfig.from_pretrained(args.model)
+    config = read_config(args.model)
     depth, most = (args.hf_overrides[name] for name in ("num_recurrences", "max_recurrences"))
     size = 4 if args.dtype in ("float32", "float") else 2
     ranks = args.tensor_parallel_size

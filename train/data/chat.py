@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loopwise.bounded import bounded
 from loopwise.errors import UserError, reason, shorten
 
 if TYPE_CHECKING:
@@ -135,10 +136,9 @@ def encode(
     try:
         if isinstance(template, dict):
             template = tokenizer.get_chat_template(None, arguments.get("tools"))
-        if MARKED.search(template):
-            ids, mask = _from_template(messages, tokenizer, {**arguments, **more})
-        else:
-            ids, mask = _from_prefixes(messages, tokenizer, {**arguments, **more})
+        with bounded("the chat template"):
+            from_this = _from_template if MARKED.search(template) else _from_prefixes
+            ids, mask = from_this(messages, tokenizer, {**arguments, **more})
         key = json.dumps(messages if not arguments else [messages, arguments], default=str)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

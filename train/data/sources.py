@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loopwise.errors import UserError
+from loopwise.input_files import check_inside, check_regular
 from loopwise.unused import Unused
 
 from .. import tasks
@@ -26,17 +27,28 @@ def files_of(source: str, split: str = "train", subset: str | None = None) -> li
     if tasks.is_task(source):
         return None
     path = Path(source).expanduser()
+    check_regular(path)
     if path.is_file():
         return [path]
     if path.is_dir() and not is_saved_dataset(path):
         files = sorted(_walk(path))
         if files and _has_splits(path, files):
             with one_line_errors(source):
-                return files_of_split(path, split, subset)
-        return files
+                files = files_of_split(path, split, subset)
+        return _checked(files, path)
     if any(character in source for character in "*?["):
-        return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)]
+        named = next(n for n, part in enumerate(path.parts) if any(character in part for character in "*?["))
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        return _checked([p for p in found if not p.is_dir()], Path(*path.parts[:named]))
     return None
+
+
+def _checked(files: list[Path], folder: Path) -> list[Path]:
+    """The `files` of `folder`. Raises UserError for one that is not regular, or is a link out of the folder."""
+    for file in files:
+        check_regular(file)
+        check_inside(file, folder)
+    return [file for file in files if file.is_file()]
 
 
 def _has_splits(path: Path, files: list[Path]) -> bool:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from loopwise.checkpoint import read_json
 from loopwise.errors import UserError, missing, reason
+from loopwise.input_files import check_tree
 
 from .snapshot import kind_of
 
@@ -68,6 +70,12 @@ def load_saved(source: str, path: Path, split: str) -> Dataset:
     """The dataset saved in the directory `path`. Raises UserError if it lacks `split`."""
     import datasets
 
+    check_tree(path)
+    for state in path.rglob("state.json"):
+        for part in read_json(state).get("_data_files") or []:
+            name = part.get("filename") if isinstance(part, dict) else part
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{state}: names {name!r}; the files of a dataset lie in its directory")
     dataset = datasets.load_from_disk(str(path))
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset

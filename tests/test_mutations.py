@@ -1,0 +1,198 @@
+"""Checkpoints and recipes, changed at random: read as before, or refused in one line with nothing written."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loopwise.cli import main
+from tests.helpers.serve_tiny import tokenizer
+from tests.helpers.train_tiny import llama_config, save_recurrent
+
+FILES = ("config.json", "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+         "generation_config.json", "model.safetensors", "chat_template.jinja", "loopwise.json")  # fmt: skip
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2**31, 10**18, -(10**30), 0.5, float("nan"), float("inf"), "", "x", "0", "../x",
+    "é\u0000\ud83d", "/dev/zero", "a" * 10_000, [], [[]], {}, {"a": {}}, [None], [-1], [10**9], [1] * 5000,
+    {"model_type": "llama"}, "DEEP", "DIGITS",
+]  # fmt: skip
+LITERALS = {'"DEEP"': "[" * 3000 + "]" * 3000, '"DIGITS"': "9" * 5000}
+SCALARS = (
+    "2020-99-99", "!!int abc", "0b_", "&a [*a]", "!!python/object/apply:os.getcwd []", "1e999", "~", "? ", "[", "{",
+    "'", "\t", "!x", "<<: 1", "[" * 3000, "9" * 5000, "é", "0x", "1:99", "- -", "|", "%YAML 9", "*b", "@", "`",
+    "{a: 1, a: 2}", "true", "-", "-1", "0", "[]", "{}", "null", ".inf", ".nan", "!!set {a}", "!!binary x",
+)  # fmt: skip
+DATA = {"train": "T", "sequence_length": 32}
+RECIPE: dict[str, dict[str, Any]] = {
+    "train": {"data": DATA, "batch_size": 2, "steps": 1, "optimiser": {"learning_rate": 1}},
+    "convert": {"sizes": [1, 2, 1], "num_recurrences": 2, "injection": "linear", "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> SimpleNamespace:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("mutations")
+    text = folder / "text.txt"
+    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
+    small = {"eos_token_id": 257, "hidden_size": 16, "intermediate_size": 16}
+    AutoModelForCausalLM.from_config(llama_config(**small)).save_pretrained(folder / "plain")
+    save_recurrent(folder / "recurrent", tokenizer(), small)
+    tokenizer().save_pretrained(folder / "plain")
+    for model in ("plain", "recurrent"):
+        (folder / model / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
+    return SimpleNamespace(plain=folder / "plain", recurrent=folder / "recurrent", text=text)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The paths of all values inside of `value`, of long lists and mappings some."""
+    found = [path] if path else []
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    for key, inner in items[:40]:
+        found += places(inner, (*path, key))
+    return found
+
+
+def changed_json(text: str, draw: random.Random) -> str:
+    """The JSON `text` with one value replaced, added or left out."""
+    value = json.loads(text)
+    *above, last = draw.choice(places(value))
+    holder = value
+    for key in above:
+        holder = holder[key]
+    way = draw.randrange(6)
+    if way == 0:
+        del holder[last]
+    elif way == 1 and isinstance(holder, dict):
+        holder["".join(draw.choices("abcxyz_", k=8))] = draw.choice(VALUES)
+    else:
+        holder[last] = draw.choice(VALUES)
+    made = json.dumps(value)
+    for short, long in LITERALS.items():
+        made = made.replace(short, long)
+    return made
+
+
+def changed_bytes(content: bytes, draw: random.Random) -> bytes:
+    """`content` with some bytes changed, cut, or put in."""
+    at = draw.randrange(min(len(content), 2000) or 1)
+    more = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
+    return [content[:at], content[:at] + more + content[at + len(more) :], content[:at] + more + content[at:]][
+        draw.randrange(3)
+    ]
+
+
+def mutate(folder: Path, draw: random.Random) -> str:
+    """Change one file of the checkpoint `folder`. Returns its name."""
+    name = draw.choice(FILES)
+    file = folder / name
+    if not file.exists():
+        file.write_text("{}")
+    way = draw.randrange(10)
+    if way == 0:
+        file.unlink()
+        if draw.randrange(2):
+            file.mkdir()
+        return name
+    content = file.read_bytes()
+    if way < 7 and file.suffix == ".json" and json.loads(content):
+        file.write_text(changed_json(content.decode(), draw), encoding="utf-8")
+    else:
+        file.write_bytes(changed_bytes(content, draw))
+    return name
+
+
+def mutated_recipe(kind: str, file: Path, draw: random.Random) -> None:
+    """Write a recipe with one scalar replaced."""
+    from yaml import safe_dump
+
+    lines = safe_dump(RECIPE[kind]).splitlines()
+    at = draw.randrange(len(lines))
+    key, colon, _ = lines[at].rpartition(":")
+    scalar = draw.choice(SCALARS)
+    lines[at] = f"{key}{colon} {scalar}" if draw.randrange(4) else f"{scalar}: {lines[at].strip()}"
+    text = "\n".join(lines).encode()
+    file.write_bytes(changed_bytes(text, draw) if draw.randrange(4) == 0 else text)
+
+
+COMMANDS: dict[str, Callable[[SimpleNamespace, Path], list[str]]] = {
+    "inspect": lambda models, out: ["inspect", "M"],
+    "convert": lambda models, out: ["convert", "M", str(out), "sizes=1,2,1", "--dry-run"],
+    "train": lambda models, out: [
+        *("train", "M", str(out), f"data.train={models.text}", "data.sequence_length=32", "steps=1", "--dry-run"),
+    ],
+    "eval": lambda models, out: ["eval", "M", f"data={models.text}", "sequence_length=32", "limit=1"],
+    "generate": lambda models, out: ["generate", "M", "prompt=again", "max_tokens=1"],
+}
+
+
+def check(arguments: list[str], out: Path, seed: int, what: str, capsys) -> int:
+    """Run the command. Returns its exit code."""
+    capsys.readouterr()
+    start = time.monotonic()
+    try:
+        status = main(arguments)
+    except BaseException as error:
+        raise AssertionError(f"seed {seed}, {what}: {type(error).__name__}: {str(error)[:300]}") from error
+    took = time.monotonic() - start
+    errors = capsys.readouterr().err
+    assert status in (0, 2), (seed, what, status)
+    assert took < 5, (seed, what, took)
+    if status == 2:
+        lines = [line for line in errors.splitlines() if line.startswith("loopwise: error: ")]
+        assert len(lines) == 1, (seed, what, errors[-500:])
+        assert errors.endswith(f"{lines[0]}\n"), (seed, what, errors[-500:])
+        assert len(lines[0]) < 2000, (seed, what)
+        assert not out.exists(), (seed, what)
+    return status
+
+
+def check_checkpoint(seed: int, models: SimpleNamespace, folder: Path, capsys) -> int:
+    draw, copy, out = random.Random(seed), folder / "model", folder / "out"
+    verb = draw.choice([*COMMANDS])
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(models.plain if verb == "convert" else models.recurrent, copy)
+    name = mutate(copy, draw)
+    given = [str(copy) if word == "M" else word for word in COMMANDS[verb](models, out)]
+    before = sorted(path.name for path in folder.iterdir())
+    status = check(given, out, seed, f"{verb} with another {name}", capsys)
+    assert sorted(path.name for path in folder.iterdir()) == before, seed
+    return status
+
+
+def check_recipe(seed: int, models: SimpleNamespace, folder: Path, capsys) -> int:
+    draw = random.Random(seed)
+    kind = draw.choice([*RECIPE])
+    file, out = folder / "recipe.yaml", folder / "out"
+    mutated_recipe(kind, file, draw)
+    file.write_bytes(file.read_bytes().replace(b"train: T", f"train: {models.text}".encode()))
+    model = models.plain if kind == "convert" else models.recurrent
+    text = file.read_text(encoding="utf-8", errors="replace")
+    given = [kind, str(model), str(out), "--recipe", str(file), "--dry-run"]
+    return check(given, out, seed, text[:300], capsys)
+
+
+@pytest.mark.parametrize("first", [0])
+def test_a_hundred_mutations(first, models, tmp_path, capsys):
+    found = [check_checkpoint(seed, models, tmp_path, capsys) for seed in range(first, first + 50)]
+    found += [check_recipe(seed, models, tmp_path, capsys) for seed in range(first, first + 50)]
+    assert found.count(2) > 40  # most are refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 6000, 500))
+def test_ten_thousand_mutations(first, models, tmp_path, capsys):
+    refused = 0
+    for seed in range(first, first + 500):
+        refused += check_checkpoint(seed, models, tmp_path, capsys) == 2
+        refused += check_recipe(seed, models, tmp_path, capsys) == 2
+    assert refused > 300

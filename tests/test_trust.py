@@ -1,0 +1,221 @@
+"""Code in a checkpoint: no command runs it, and no output carries it on."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from loopwise.cli import main
+from loopwise.errors import UserError
+from loopwise.load import code_of, read_model, read_tokenizer
+from tests.helpers import canaries
+from tests.helpers.repository import ROOT
+from tests.helpers.serve_tiny import tokenizer
+from tests.helpers.serving import Server, free_port
+from tests.helpers.train_tiny import llama_config, save_recurrent
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+PACKAGES = ("loopwise", "convert", "train", "serve", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> SimpleNamespace:
+    """A plain model, a recurrent one that can be exported and served, and a text."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("trust")
+    text = folder / "text.txt"
+    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
+    AutoModelForCausalLM.from_config(llama_config(eos_token_id=257)).save_pretrained(folder / "plain")
+    tokenizer().save_pretrained(folder / "plain")
+    save_recurrent(folder / "recurrent", tokenizer(), {"eos_token_id": 257}, injection="none")
+    return SimpleNamespace(plain=folder / "plain", recurrent=folder / "recurrent", text=text)
+
+
+TRAINING = ["data.sequence_length=32", "batch_size=2", "steps=1", "log_every=1"]
+COMMANDS = {  # verb: does it read the plain model, arguments (M the model, R a sound one, T the text, O the output)
+    "convert": (True, "convert M O sizes=1,2,1 num_recurrences=2"),
+    "train": (False, f"train M O data.train=T {' '.join(TRAINING)}"),
+    "eval": (False, "eval M data=T sequence_length=32 limit=2 num_recurrences=1"),
+    "search": (True, "search M data=T sequence_length=32 limit=2 sizes=1 stride=3 ways=skip"),
+    "calibrate": (False, "calibrate M O data=T rule=latent-diff sequence_length=32 limit=4 budget=9"),
+    "plot": (False, "plot text M text=again --out O.html"),
+    "generate": (False, "generate M prompt=again max_tokens=2"),
+    "inspect": (False, "inspect M"),
+    "export": (False, "export M O --unroll 2"),
+    "teacher": (False, f"train R O data.train=T objectives.distillation.teacher=M {' '.join(TRAINING)}"),
+}
+SOME = [("convert", "auto_map of config.json"), ("calibrate", "files with Loopwise's names"), ("teacher", "an adapter")]
+EVERY = [(verb, place) for verb in COMMANDS for place in canaries.PLACES]
+
+
+def arguments(verb: str, model: Path, models: SimpleNamespace, folder: Path) -> list[str]:
+    """The command line of `verb` for `model`."""
+    names = {"M": str(model), "R": str(models.recurrent), "T": str(models.text), "O": str(folder / "out")}
+    found = []
+    for word in COMMANDS[verb][1].split():
+        key, eq, value = word.rpartition("=")
+        stem, dot, suffix = value.partition(".")
+        found.append(key + eq + names.get(stem, stem) + dot + suffix)
+    return found
+
+
+def check_quiet(verb: str, place: str, models: SimpleNamespace, folder: Path, capsys) -> None:
+    """Run `verb` on a model with code in `place`: refused in one line, or done without it; outputs have none of it."""
+    plain = COMMANDS[verb][0]
+    model, canary = canaries.poisoned(models.plain if plain else models.recurrent, folder, place)
+    capsys.readouterr()
+    status = main(arguments(verb, model, models, folder))
+    errors = capsys.readouterr().err
+    assert not canary.exists(), (verb, place)
+    assert status in (0, 2), errors
+    needs_tokenizer = verb not in ("inspect", "teacher")
+    if place in canaries.REFUSED and (needs_tokenizer or "tokenizer" not in place):
+        assert status == 2, (verb, place)
+    if status == 2:
+        assert errors.count("loopwise: error: ") == 1
+        assert not (folder / "out").exists()
+    for file in (folder / "out").rglob("*"):
+        assert file.suffix != ".py" or canary.name not in file.read_text(encoding="utf-8"), file
+        assert not file.name.startswith(("foreign", "tokenization_foreign")), file
+        assert file.suffix != ".json" or "foreign." not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize(("verb", "place"), SOME)
+def test_code_of_a_checkpoint_stays_quiet(verb, place, models, tmp_path, capsys):
+    check_quiet(verb, place, models, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "place"), EVERY)
+def test_every_place_stays_quiet_for_every_verb(verb, place, models, tmp_path, capsys):
+    check_quiet(verb, place, models, tmp_path, capsys)
+
+
+def test_the_canaries_can_fire(tmp_path):
+    canary = tmp_path / "canary"
+    exec(canaries.code(canary), {})
+    assert canary.exists()
+    canary.unlink()
+    pickle.loads(pickle.dumps(canaries.Fires(canary)))
+    assert canary.exists()
+
+
+@needs_vllm
+@pytest.mark.parametrize("place", canaries.REFUSED)
+def test_serve_refuses(place, models, tmp_path, capsys):
+    model, canary = canaries.poisoned(models.recurrent, tmp_path, place)
+    assert main(["serve", str(model), f"port={free_port()}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not canary.exists()
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_a_server_runs_nothing_of_its_model(models, tmp_path, monkeypatch):
+    """The places that `serve` does not refuse, all in one checkpoint, which is also SageMaker's model directory."""
+    left = [place for place in canaries.PLACES if place not in canaries.REFUSED]
+    model, canary = canaries.poisoned(models.recurrent, tmp_path, left[0])
+    for place in left[1:]:
+        canaries.PLACES[place](model, canary)
+    monkeypatch.setenv("SAGEMAKER_MODEL_PATH", str(model))
+    server = Server(model, "--", "--enforce-eager", "--max-model-len", "64")
+    try:
+        server.wait_until(server.healthy, 240)
+    finally:
+        server.kill()
+    assert not canary.exists()
+
+
+@needs_vllm
+def test_the_model_script_of_sagemaker_is_not_run(tmp_path, monkeypatch):
+    from fastapi import FastAPI
+    from model_hosting_container_standards.sagemaker import bootstrap
+    from model_hosting_container_standards.sagemaker.sagemaker_loader import SageMakerFunctionLoader
+
+    from loopwise.serve.vllm.trusted import without_model_script
+
+    (tmp_path / "model.py").write_text(canaries.code(tmp_path / "canary"))
+    monkeypatch.setenv("SAGEMAKER_MODEL_PATH", str(tmp_path))
+    monkeypatch.setattr(SageMakerFunctionLoader, "_default_function_loader", None)
+    without_model_script()
+    bootstrap(FastAPI())
+    assert not (tmp_path / "canary").exists()
+    assert SageMakerFunctionLoader.load_function_from_spec("os:getpid") is not None  # what the operator names
+
+
+def test_trusted_code_is_named(models, tmp_path, capsys):
+    model, canary = canaries.poisoned(models.recurrent, tmp_path, "auto_map of the tokenizer")
+    assert code_of(model) == [str(model / "tokenization_foreign.py")]
+    assert code_of(models.recurrent) == []  # its config's code is Loopwise's own
+    canaries.change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": "their/repo--tokens.Theirs"})
+    assert code_of(model) == ["tokens.py of the hub's their/repo"]
+    with pytest.raises(UserError, match="which is not run"):
+        read_tokenizer(model)
+    assert not canary.exists()
+
+
+@needs_vllm
+def test_the_flag_prints_what_it_runs(models, tmp_path):
+    from loopwise.serve.vllm.trusted import trusted_code
+
+    model, _ = canaries.poisoned(models.recurrent, tmp_path, "auto_map of the tokenizer")
+    args = SimpleNamespace(trust_remote_code=True, tokenizer=None)
+    assert trusted_code(args, str(model)) == [f"--trust-remote-code: {model}/tokenization_foreign.py will run"]
+    assert trusted_code(args, str(models.recurrent)) == ["--trust-remote-code: no file to run"]
+    args.trust_remote_code = False
+    assert trusted_code(args, str(model)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attn_implementation": "org/kernel"}, "choose from eager, sdpa, flash_attention_2, flash_attention_3"),
+        ({"_attn_implementation": {"": "sdpa", "text_config": "org/kernel"}}, "choose from"),
+        ({"_attn_implementation_internal": "org/kernel"}, "choose from"),
+        ({"text_config": {"attn_implementation": "paged|org/kernel"}}, "choose from"),
+        ({"layers": [{"attn_implementation": "org/kernel"}]}, "choose from"),
+        ({"attn_implementation": 7}, "choose from"),
+        ({"attn_implementation": "flash_attention_2"}, "needs the package flash_attn"),
+        ({"experts_implementation": "sonicmoe"}, "choose from eager, grouped_mm, batched_mm"),
+        ({"attn_implementation": "sdpa", "experts_implementation": None}, None),
+    ],
+)
+def test_kernels_of_the_hub_are_refused(fields, said, models, tmp_path, capsys):
+    model = tmp_path / "m"
+    canaries.shutil.copytree(models.recurrent, model)
+    canaries.change(model / "config.json", **fields)
+    status = main(["inspect", str(model)])
+    assert (status == 2) == (said is not None)
+    assert said is None or said in capsys.readouterr().err
+
+
+def test_a_model_is_loaded_without_the_names_of_its_code(models, tmp_path):
+    model, _ = canaries.poisoned(models.plain, tmp_path, "auto_map of config.json")
+    read_model(model).save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_one_file_loads_what_others_made():
+    """`from_pretrained` stands in loopwise/load.py alone, but for a GGUF file's tokenizer and weights."""
+    found: dict[str, list[str]] = {}
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            if package == "loopwise" and any((ROOT / "loopwise" / p) in file.parents for p in PACKAGES[1:]):
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "get_config_dict"):
+                    found.setdefault(str(file.relative_to(ROOT)), []).append(ast.unparse(node))
+    load = found.pop("loopwise/load.py")
+    assert len(load) >= 5
+    assert found == {
+        "loopwise/gguf_source.py": ["PreTrainedTokenizerFast.from_pretrained"],
+        "train/pretrained.py": ["type(empty).from_pretrained"],  # with weights in memory
+    }
