@@ -203,3 +203,15 @@ def test_limits_are_lifted_afterwards():
     assert resource.getrlimit(resource.RLIMIT_AS) == limit
     assert signal.getsignal(signal.SIGALRM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{}", "x", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": [1, null]}}']
+)
+def test_a_checkpoint_with_a_broken_record_is_damaged(record, tmp_path):
+    from loopwise.train.checkpoint import check_same_run, damage
+
+    (tmp_path / "run.json").write_text(record)
+    assert damage(tmp_path, thorough=True) == "no readable run.json"
+    with pytest.raises(UserError, match=r"run\.json: "):
+        check_same_run(tmp_path, {"recipe": {}})

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loopwise.checkpoint import read_json
 from loopwise.directory import system_error
 from loopwise.errors import UserError, reason
 from loopwise.recipe import validate
@@ -117,10 +118,11 @@ def checkpoints(out: Path) -> list[Path]:
 def damage(checkpoint: Path, thorough: bool) -> str | None:
     """The damage of a checkpoint in words, or None. thorough: compare checksums, not only sizes."""
     try:
-        files = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        listed = read_json(checkpoint / RUN)["files"]
+        files = [(str(name), int(size), int(crc)) for name, (size, crc) in listed.items()]
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {RUN}"
-    for name, (size, crc) in files.items():
+    for name, size, crc in files:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -159,7 +161,10 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) 
 
     run: from `Run.facts`; the digest of the data may be missing.   accept: print the changes to stderr instead.
     """
-    old = _flat(_as_today(json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["run"]))
+    record = read_json(checkpoint / RUN).get("run")
+    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
+        raise UserError(f"{checkpoint / RUN}: not the record of a run")
+    old = _flat(_as_today(record))
     new = _flat(run)
     compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
