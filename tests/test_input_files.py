@@ -205,9 +205,10 @@ def test_limits_are_lifted_afterwards():
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-@pytest.mark.parametrize(
-    "record", ["[]", "{}", "x", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": [1, null]}}']
-)
+RECORDS = ("[]", "{}", "x", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": [1, null]}}')
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_a_checkpoint_with_a_broken_record_is_damaged(record, tmp_path):
     from loopwise.train.checkpoint import check_same_run, damage
 
