@@ -13,13 +13,14 @@ from pydantic import Field
 
 from ..arguments import RecipeParser
 from ..carried import MODEL_CODE, copy_model_code
-from ..checkpoint import config_fields, weight_files
+from ..checkpoint import config_fields, read_json, weight_files
 from ..convert.calibrate import calibrate as calibrate_in_place
 from ..convert.calibrate import router_table, router_thresholds, write_fields
 from ..deprecated import print_warning
 from ..directory import RECORD, check_new, claimed, ended_by_sigterm, new_directory, record_of
 from ..errors import UserError
 from ..exit_rules import ExitRule
+from ..load import MAPPED
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..train.recipe.fields import BadRecords, Fraction, Strings
@@ -175,10 +176,13 @@ def _write(
     """
     with new_directory(out, model, force) as directory:
         for file in sorted(path for path in model.iterdir() if path.is_file() and path.name != CURVE):
-            if file.suffix != ".py":
-                copy_file(file, directory / file.name, link=file in files)
+            if file.suffix == ".py" or (file.name in MAPPED and "auto_map" in read_json(file)):
+                continue  # code of others, and files that name it
+            copy_file(file, directory / file.name, link=file in files)
+        copy_file(model / "config.json", directory / "config.json", link=False)
         copy_model_code(directory)
-        write_fields(directory / "config.json", {**settings, "auto_map": MODEL_CODE})
+        source = {name: x for name, x in config_fields(model)["source_config"].items() if name != "auto_map"}
+        write_fields(directory / "config.json", {**settings, "source_config": source, "auto_map": MODEL_CODE})
         record = {"loopwise": __version__, **record_of(model), "calibrated": {"from": str(model), **settings}}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if found:
