@@ -35,10 +35,11 @@ def read_config(model: str | Path, revision: str | None = None) -> Any:
     fields = config_fields(Path(model)) if local else _hub_fields(str(model), revision)
     kind = fields.get("model_type")
     check_needs_no_code(fields, str(model))
+    options: dict[str, Any] = {"revision": revision}
     try:
         if kind == RecurrentDepthConfig.model_type:
-            return _without_code(RecurrentDepthConfig.from_pretrained(model, revision=revision))
-        return _without_code(AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False))
+            return _without_code(RecurrentDepthConfig.from_pretrained(model, **options))
+        return _without_code(AutoConfig.from_pretrained(model, trust_remote_code=False, **options))
     except Exception as error:  # the errors of configs about their fields share no base class
         if not local:
             raise

@@ -36,7 +36,7 @@ def _socket(path: Path) -> None:
         made.bind(os.path.relpath(path))
 
 
-KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
+KINDS: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "a FIFO": (os.mkfifo, "a FIFO"),
     "a socket": (_socket, "a socket"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "a device"),
