@@ -113,7 +113,8 @@ def _foreign_file(out: Path) -> str | None:
         if not (run and RUN_PLACES.fullmatch(path.name)) and path.name not in (".DS_Store", "__pycache__"):
             for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
                 name = file.relative_to(out).as_posix()
-                if name not in known and (file.is_symlink() or not file.is_dir()):
+                drawn = re.sub(r"(\.[a-z]+)?\.png$", ".json", name)  # a picture of `loopwise plot`, by its default name
+                if name not in known and drawn not in known and (file.is_symlink() or not file.is_dir()):
                     return name
     return None
 
