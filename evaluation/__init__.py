@@ -8,7 +8,9 @@ scores tasks. This package may use `convert`, `train` and `serve`. Files in read
     answers.py     conversations as sequences, with their answers and groups
     depths.py      losses, right answers and states at several depths, in one pass if possible
     result.py      means, standard errors, the effect of the recurrences
+    replies.py     replies to the questions of the data: right answers, depths, speed
     endpoint.py    the answers of a running server
+    lanes.py       the answers of the lane engine in this process
     exits/         exit rules: loss, right answers and mean depth along their thresholds
     loss.py        the whole measurement of loss and answers
     report.py      the result as a table

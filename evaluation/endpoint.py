@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError, reason
-from .answers import Answer, Sequences, accuracy
+from .answers import Answer, Sequences
 from .recipe import Evaluate
+from .replies import Replies, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SECONDS = 600  # timeout of one request
-
-
-@dataclass
-class Replies:
-    """The replies to all requests.
-
-    right: True for each reply that equals its answer.   depths: mean recurrences per token of each, None if the server
-    reports none.   tokens: sum over prompts and replies.   seconds: time of all requests together.
-    """
-
-    right: list[bool]
-    depths: list[float | None]
-    tokens: int
-    seconds: float
 
 
 class Endpoint:
@@ -125,39 +110,10 @@ class Endpoint:
 
 
 def evaluate(model: str, recipe: Evaluate, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The result of `loopwise eval` for the answers of a server: without losses and "loop".
-
-    Each result and each group has "mean_recurrences" per token of its answers (None if the server reports none). Each
-    result has "seconds" and "tokens_per_second", with prompts. Raises UserError for an error of the server.
-    """
-    from tqdm import tqdm
-
+    """The result of `replies.measured` for a server. Raises UserError for an error of the server."""
     server = Endpoint(recipe.endpoint or "")
-    depths = recipe.num_recurrences or [None]
-    results = []
-    count = len(depths) * len(sequences.answers)
-    with tqdm(total=count, desc="eval", unit="answer", disable=not sys.stderr.isatty()) as bar:
-        for depth in depths:
-            fields = {**recipe.request, **({"num_recurrences": depth} if depth else {})}
-            replies = server.ask(sequences, tokenizer, fields, recipe.batch_size, bar.update)
-            result = {"num_recurrences": depth, **accuracy(sequences, replies.right)}
-            result["mean_recurrences"] = _mean(replies.depths)
-            for name, group in result["groups"].items():
-                members = [d for a, d in zip(sequences.answers, replies.depths, strict=True) if a.group == name]
-                group["mean_recurrences"] = _mean(members)
-            result |= {"seconds": replies.seconds, "tokens_per_second": replies.tokens / replies.seconds}
-            results.append(result)
-    facts = {
-        "endpoint": recipe.endpoint,
-        "served": server.name,
-        "request": recipe.request,
-        "data": recipe.data,
-        "group": recipe.group,
-    }
-    counted = {"records": len(sequences.ids), "answers": len(sequences.answers)}
-    return {"model": model, **facts, **counted, "results": results}
 
+    def ask(fields: dict[str, Any], report: Callable[[], object]) -> Replies:
+        return server.ask(sequences, tokenizer, fields, recipe.batch_size, report)
 
-def _mean(depths: list[float | None]) -> float | None:
-    known = [depth for depth in depths if depth is not None]
-    return sum(known) / len(known) if len(known) == len(depths) else None
+    return measured(model, recipe, sequences, {"endpoint": recipe.endpoint, "served": server.name}, ask)

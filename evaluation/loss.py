@@ -58,6 +58,12 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
         from . import endpoint
 
         return endpoint.evaluate(model, recipe, sequences, tokenizer)
+    if recipe.engine == "lanes":
+        from . import lanes
+
+        if not recurrent:
+            raise UserError(f"engine=lanes: {model} is a plain {config.model_type}, without recurrence")
+        return lanes.evaluate(model, recipe, sequences, routed_by(load_weights(model, recipe.revision), recipe))
     if recipe.exit_sweep:
         return _sweep(model, recipe, sequences, config)
     return _measure(model, recipe, sequences, config, depths)
@@ -95,7 +101,7 @@ def _measure(
     from .answers import accuracy
     from .depths import measure
 
-    loaded = load_weights(model, recipe.revision)
+    loaded = routed_by(load_weights(model, recipe.revision), recipe)
     device = loaded.device
     with (
         tqdm(total=len(sequences.ids), desc="eval", unit="sequence", disable=not sys.stderr.isatty()) as bar,
@@ -144,6 +150,16 @@ def load_weights(model: str, revision: str | None) -> Any:
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return load_model(model, revision).to(device)  # pyright: ignore[reportArgumentType]
+
+
+def routed_by(loaded: Any, recipe: Evaluate) -> Any:
+    """`loaded`, whose router takes tokens by `recipe.router_inference`. Raises UserError for another model."""
+    if recipe.router_inference:
+        router = getattr(loaded.config, "router", None)
+        if not router or router["kind"] != "expert":
+            raise UserError(f"router_inference={recipe.router_inference}: this model has no expert-choice router")
+        router["inference"] = recipe.router_inference
+    return loaded
 
 
 def counts(recipe: Evaluate, sequences: Sequences) -> dict[str, Any]:

@@ -24,9 +24,7 @@ Rules = Annotated[list[Literal["all", ExitRule]], AfterValidator(once)]
 DATA_KEYS = (
     "eval_fraction", "text_field", "chat_field", "group", "split", "subset", "bad_records", "sequence_length",
 )  # fmt: skip
-TASK_KEYS = (
-    "engine", "baseline", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples",
-)  # fmt: skip
+TASK_KEYS = ("baseline", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples")
 
 
 class Evaluate(Section):
@@ -75,6 +73,11 @@ class Evaluate(Section):
         default="float32", description="float32, or bfloat16 autocast; with tasks, the type of the weights"
     )
     revision: str | None = Field(default=None, description="revision of MODEL when it is a hub id")
+    router_inference: Literal["threshold", "topk"] | None = Field(
+        default=None,
+        description="with data: how an expert-choice router takes tokens: threshold, as it is served, or topk, the "
+        "best of the whole sequence (default: the model's own)",
+    )
     endpoint: str | None = Field(
         default=None,
         description="URL of a running server of MODEL, as http://127.0.0.1:8000/v1: its answers are measured, and "
@@ -86,8 +89,8 @@ class Evaluate(Section):
     )
     engine: Literal["transformers", "lanes"] = Field(
         default="transformers",
-        description="with tasks, what generates answers: transformers, or the lane engine of loopwise generate. "
-        "Log-likelihoods are always transformers'",
+        description="what answers: transformers, or the lane engine of loopwise generate, which also measures depths "
+        "and tokens per second. With tasks, log-likelihoods are always transformers'",
     )
     baseline: str | None = Field(
         default=None, description="with tasks: a plain model, as the source, that is measured once beside MODEL"
@@ -113,7 +116,9 @@ class Evaluate(Section):
     thresholds: Count = Field(
         default=8, description="with exit_sweep: thresholds of each rule; their mean depths are spread"
     )
-    kv_policy: str | None = Field(default=None, description="with exit_sweep: KV policy (default: the model's own)")
+    kv_policy: str | None = Field(
+        default=None, description="with exit_sweep, or data and engine=lanes: KV policy (default: the model's own)"
+    )
     min_recurrences: Count | None = Field(
         default=None, description="with exit_sweep: recurrences before a rule may fire (default: the model's own, or 1)"
     )
@@ -134,6 +139,8 @@ class Evaluate(Section):
             raise ValueError(f"group={self.group} groups right answers, and text has none: give chat_field")
         if self.endpoint and not self.tasks and not self.has_answers:
             raise ValueError(f"endpoint={self.endpoint} measures answers, and text has none: give chat_field")
+        if self.engine == "lanes" and not self.tasks and not self.has_answers:
+            raise ValueError("engine=lanes generates answers, and text has none: give chat_field")
         if "fixed" in (self.exit_sweep or []):
             raise ValueError("exit_sweep=fixed: every sweep has fixed depths (num_recurrences); name a rule that exits")
         if self.endpoint and self.exit_sweep:
@@ -152,14 +159,24 @@ class Evaluate(Section):
         if self.endpoint:
             yield Unused("precision", ("endpoint",), "the server sets its own precision; start it with dtype")
             yield Unused("engine", ("endpoint",), "the server at endpoint generates")
+            yield Unused("router_inference", ("endpoint",), "the server routes as its model's config says")
         elif self.engine != "lanes":
-            why = "its fields are sent to a server, and endpoint names none"
-            yield Unused("request", ("endpoint", "engine"), why + "; engine=lanes takes them, too" * bool(self.tasks))
+            why = "its fields are sent to a server, and endpoint names none; engine=lanes takes them, too"
+            yield Unused("request", ("endpoint", "engine"), why)
         if self.tasks:
             yield Unused("exit_sweep", ("tasks",), "it measures data; tasks take engine=lanes request.exit_rule=...")
-        if not self.exit_sweep:
-            for name in ("thresholds", "kv_policy", "min_recurrences", "prompt_exit"):
-                yield Unused(name, ("exit_sweep",), "it sets how exit_sweep decodes, which names no rule")
+            yield Unused("router_inference", ("tasks",), "it belongs to data=...")
+        if self.exit_sweep:
+            yield Unused("engine", ("exit_sweep",), "exit_sweep decodes in the lane engine, and takes no engine")
+        else:
+            yield from self._only_with_sweep()
+
+    def _only_with_sweep(self) -> Iterator[Unused]:
+        why = "it sets how exit_sweep decodes, which names no rule"
+        for name in ("thresholds", "min_recurrences", "prompt_exit"):
+            yield Unused(name, ("exit_sweep",), why)
+        if self.tasks or self.endpoint or self.engine != "lanes":
+            yield Unused("kv_policy", ("exit_sweep", "engine"), f"{why}, and engine=lanes does not answer data")
 
     @property
     def has_answers(self) -> bool:

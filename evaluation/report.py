@@ -9,8 +9,8 @@ from .exits.table import sweep_table
 
 def table(result: dict[str, Any]) -> str:
     """The result of `evaluate`, one line per depth."""
-    if "endpoint" in result:
-        return _endpoint_table(result)
+    if "endpoint" in result or "engine" in result:
+        return _replies_table(result)
     if "exits" in result:
         return sweep_table(result)
     has_answers = "answers" in result
@@ -48,14 +48,18 @@ def _loop_lines(loop: dict[str, Any]) -> list[str]:
     return lines + loop["diagnosis"]
 
 
-def _endpoint_table(result: dict[str, Any]) -> str:
+def _replies_table(result: dict[str, Any]) -> str:
     groups = list(result["results"][0]["groups"])
     width = max(6, *map(len, groups)) if groups else 6
     names = " ".join(f"{name:>{width}}" for name in [*groups, "all"])
     by = f", by {result['group']}" if groups else ""
+    who = (
+        f"{result['served']} at {result['endpoint']}, with the tokenizer of {result['model']}"
+        if "endpoint" in result
+        else f"{result['model']} in the lane engine, kv_policy={result['kv_policy']}"
+    )
     lines = [
-        f"{result['served']} at {result['endpoint']}, with the tokenizer of {result['model']}: "
-        f"{result['answers']:,} answers",
+        f"{who}: {result['answers']:,} answers",
         f"{'':>11}  right answers in %{by}, and the recurrences per token",
         f"{'recurrences':>11}  {names}  {names}  {'tokens/s':>8}",
     ]

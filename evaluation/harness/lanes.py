@@ -16,8 +16,8 @@ from lm_eval.api.registry import register_model
 from ...errors import UserError
 from ...sampling import SETTINGS
 from ...serve import Completion, Engine, Params
-from ...serve.api.decoders import diffusion
 from ...trained import beyond_trained
+from ..lanes import params_fields, positions_in_flight
 from .models import LoopwiseLM
 
 AT_ONCE = 16  # requests, for batch_size=auto
@@ -41,12 +41,7 @@ class LanesLM(LoopwiseLM):
         super().__init__(pretrained=pretrained, num_recurrences=num_recurrences, **arguments)
         if self.depth is None:
             raise UserError(f"engine=lanes: {self.config.model_type} is a plain model, without recurrence")
-        self.fields = dict(request or {})
-        try:
-            if "diffusion" in self.fields:
-                self.fields["diffusion"] = diffusion(self.fields["diffusion"])
-        except ValueError as error:
-            raise UserError(f"request.diffusion{error}") from None
+        self.fields = params_fields(request or {})
         self.deepest = max(self.depth, deepest or 1, self.config.max_recurrences)
         size = str(self.batch_size_per_gpu)
         self.at_once = int(size) if size.isdecimal() else AT_ONCE
@@ -118,7 +113,7 @@ class LanesLM(LoopwiseLM):
                 max_num_seqs=seqs,
                 max_model_len=min(room, self.max_length),
                 max_recurrences=None if self.config.router else self.deepest,
-                max_in_flight=self.fields.get("max_in_flight", 8) if "decoder" in self.fields else 1,
+                max_in_flight=positions_in_flight(self.fields),
                 tokenizer=self.tokenizer,
                 tell=lambda line: None if line in told else print(f"loopwise: {line}", file=sys.stderr, flush=True),
             )

@@ -20,7 +20,7 @@ PICTURES = {
     "curriculum": "R by step: a recipe (name or file), with key=value",
     "run": "loss and depth of a training run: the directory OUT",
     "eval": "score or loss by recurrences and FLOPs: a FILE of loopwise eval --out",
-    "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint and group",
+    "depth": "recurrences by group: a FILE of loopwise eval --out, measured with endpoint or engine=lanes, and group",
     "sweep": "score or loss by mean depth: a FILE of loopwise eval exit_sweep=.. --out, or a calibration.json",
     "search": "blocks, or lengths of chains: a FILE of loopwise search --out",
     "text": "a text, each token in the colour of its depth: a MODEL, with keys below (writes .html and .png)",

@@ -39,7 +39,7 @@ def eval_figure(file: Path) -> Figure:
 def depth_figure(file: Path) -> Figure:
     """Mean recurrences and right answers by group, at the last depth of the result.
 
-    file: of `loopwise eval endpoint=.. group=.. --out`. Raises UserError for any other file.
+    file: of `loopwise eval endpoint=.. group=.. --out`, or with engine=lanes. Raises UserError for any other file.
     """
     result = read(file)
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def depth_figure(file: Path) -> Figure:
         shares = [100 * cells[group]["accuracy"] for group in groups]
     except (KeyError, TypeError, IndexError):
         raise UserError(
-            f"{file}: no recurrences of groups in it (loopwise eval with endpoint, group and --out)"
+            f"{file}: no recurrences of groups in it (loopwise eval with endpoint or engine=lanes, group and --out)"
         ) from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

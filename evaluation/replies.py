@@ -1,0 +1,66 @@
+"""Replies to the questions of the data, from a server or from the lane engine, as a result of `loopwise eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .answers import Sequences, accuracy
+from .recipe import Evaluate
+
+
+@dataclass
+class Replies:
+    """The replies to all requests of one depth.
+
+    right: True for each reply that equals its answer.   depths: mean recurrences per token of each, None if the server
+    reports none.   tokens: sum over prompts and replies.   seconds: time of all requests together.   facts: more keys
+    of the result.
+    """
+
+    right: list[bool]
+    depths: list[float | None]
+    tokens: int
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def measured(
+    model: str,
+    recipe: Evaluate,
+    sequences: Sequences,
+    facts: dict[str, Any],
+    ask: Callable[[dict[str, Any], Callable[[], object]], Replies],
+) -> dict[str, Any]:
+    """The result of `loopwise eval` for replies: without losses and "loop".
+
+    facts: who replies.   ask: the replies for given fields of the requests; calls its second argument after each reply.
+    Each result and each group has "mean_recurrences" per token of its answers (None if unknown). Each result has
+    "seconds" and "tokens_per_second", with prompts.
+    """
+    import sys
+
+    from tqdm import tqdm
+
+    depths = recipe.num_recurrences or [None]
+    results = []
+    count = len(depths) * len(sequences.answers)
+    with tqdm(total=count, desc="eval", unit="answer", disable=not sys.stderr.isatty()) as bar:
+        for depth in depths:
+            replies = ask({**recipe.request, **({"num_recurrences": depth} if depth else {})}, bar.update)
+            result = {"num_recurrences": depth, **accuracy(sequences, replies.right)}
+            result["mean_recurrences"] = _mean(replies.depths)
+            for name, group in result["groups"].items():
+                members = [d for a, d in zip(sequences.answers, replies.depths, strict=True) if a.group == name]
+                group["mean_recurrences"] = _mean(members)
+            result |= {"seconds": replies.seconds, "tokens_per_second": replies.tokens / replies.seconds}
+            results.append(result | replies.facts)
+    facts = {**facts, "request": recipe.request, "data": recipe.data, "group": recipe.group}
+    counted = {"records": len(sequences.ids), "answers": len(sequences.answers)}
+    return {"model": model, **facts, **counted, "results": results}
+
+
+def _mean(depths: list[float | None]) -> float | None:
+    known = [depth for depth in depths if depth is not None]
+    return sum(known) / len(known) if len(known) == len(depths) else None
