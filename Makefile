@@ -1,5 +1,5 @@
-# Targets: setup, demo, docs, test, test-slow, test-browser, test-real, test-vllm, results-train, lint, wheel, clean. All but
-# test-vllm work in .venv, which the first of them creates.
+# Targets: setup, demo, docs, test, test-slow, test-browser, test-real, test-vllm, results, results-real, lint, wheel, clean.
+# All but test-vllm work in .venv, which the first of them creates.
 #
 # make demo MODEL=model.gguf TEXT=my/files OUT=folder    the main job, on your own model and text
 # make test ARGS="-k identity -x"       options for pytest
@@ -27,7 +27,7 @@ VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
 	case $$($$python -c '$(VERSION)' 2>/dev/null) in (3.11|3.12|3.13) echo $$python; break;; esac; done)
 
-.PHONY: deps setup demo docs test test-slow test-browser test-real test-vllm results-train lint wheel clean anew
+.PHONY: deps setup demo docs test test-slow test-browser test-real test-vllm results results-real lint wheel clean anew
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -149,9 +149,13 @@ test-vllm: $(OTHER)/.setup
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest \
 		tests/serve/vllm/test_serve_equal.py tests/serve/vllm/test_lanes.py tests/serve/vllm/test_lane_features.py $(ARGS)
 
-# The papers' orderings on small models, an hour of a quiet core; resumable. make results-train ARGS="--scale 0.1"
-results-train: setup
-	$(BIN)/python bench/results_train.py $(ARGS)
+# docs/results.md: (b) to (e) on small models, under two hours of two quiet cores. Killed, the same command goes on.
+results: setup
+	$(BIN)/python -m bench.results $(ARGS)
+
+# (a) on SmolLM2-135M, for hours; ARGS="--real FOLDER" puts the files of a finished run into (f).
+results-real: setup
+	$(BIN)/python -m bench.results real $(ARGS)
 
 # The source distribution first, then the wheel from it: each shows that the other is whole.
 wheel: setup

@@ -1,0 +1,48 @@
+"""Training FLOPs as run.json records them, and the steps that cost as much as another run."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from loopwise.recipe import load_recipe
+from loopwise.train.fitting import curriculum
+from loopwise.train.measure import parameter_costs, token_flops
+from loopwise.train.pretrained import load_config, load_model
+from loopwise.train.recipe import Train
+
+
+def spent(run: Path) -> float:
+    """Training FLOPs of a finished run."""
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))["spent"]["flops"]
+
+
+@cache
+def costs(model: Path) -> tuple[int, int]:
+    return parameter_costs(load_model(str(model)))
+
+
+def price(model: Path, arguments: list[str], steps: int) -> float:
+    """FLOPs that `loopwise train MODEL OUT ARGUMENTS steps=..` will cost."""
+    named = [word for word in arguments if word.startswith("--recipe=")]
+    settings = [word for word in arguments if not word.startswith("--")]
+    name = named[0].partition("=")[2] if named else None
+    recipe = load_recipe(Train, "train", name, [*settings, f"steps={steps}"])
+    config = load_config(str(model), None)
+    course, router = curriculum(config, recipe, steps), getattr(config, "router", None)
+    warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * steps)
+    tokens = recipe.batch_size * recipe.data.sequence_length
+    each = (token_flops(costs(model), course.at(s) if course else None, router, s, warmup) for s in range(steps))
+    return tokens * float(sum(each))
+
+
+def steps_worth(model: Path, arguments: list[str], flops: float) -> int:
+    """The number of steps of `loopwise train MODEL OUT ARGUMENTS` that costs nearest to `flops`."""
+    steps = 8
+    for _ in range(20):  # the price of a step may depend on the length of the run
+        better = max(1, round(steps * flops / price(model, arguments, steps)))
+        if better == steps:
+            break
+        steps = better
+    return steps

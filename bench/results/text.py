@@ -1,0 +1,65 @@
+"""Records of text to learn from and to hold out, and a tokenizer of characters."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .commands import Failed
+
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+LEAST = 1_000_000  # characters
+HELD_OUT = 150_000
+
+
+def prepare(folder: Path, text: Path | None) -> None:
+    """Write train.jsonl, held_out.jsonl and tokenizer/ into `folder`, unless they are there.
+
+    text: a file or a folder; None: Python's standard library. Every 20th document is held out, and of it 4,000
+    characters, as held-out text is measured often. Raises Failed for too little text.
+    """
+    if (folder / "tokenizer" / "tokenizer.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: list[str] = []
+    held: list[str] = []
+    size = 0
+    for number, document in enumerate(documents(text)):
+        clean = "".join(c for c in document if c in CHARACTERS)
+        if number % 20 == 10 and size < HELD_OUT:
+            held.append(clean[1000:5000] or clean)
+            size += len(clean)
+        else:
+            kept.append(clean)
+    if sum(map(len, kept)) < LEAST:
+        raise Failed(f"{text}: {sum(map(len, kept)):,} characters of text; at least {LEAST:,} are needed")
+    for name, texts in (("train", kept), ("held_out", held)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+
+
+def documents(text: Path | None) -> Iterator[str]:
+    """The documents of a folder, the paragraphs of a file, or the modules of Python's standard library."""
+    if text is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
+        files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    elif text.exists():
+        files = [path for path in sorted(text.rglob("*")) if path.is_file()] if text.is_dir() else [text]
+    else:
+        raise Failed(f"{text}: no such file or directory")
+    for file in files:
+        try:
+            document = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        parts = document.split("\n\n") if text and text.is_file() else [document]
+        yield from (part for part in parts if part.strip())
