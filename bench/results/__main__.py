@@ -14,7 +14,7 @@ from loopwise.errors import UserError
 
 from . import curriculum, decoders, depth, gained, page, relaxed, routing, text
 from .chains import TINY, Size
-from .commands import Commands, Failed, alone
+from .commands import Commands, Failed, alone, read
 
 SMALL = "bcde"
 
@@ -75,19 +75,18 @@ def real(at: Commands, size: Size, source: Path, tiny: bool) -> None:
     at.together(relaxed.tasks(at, size))
 
 
-def source_in(out: Path, model: Path | None) -> Path:
+def source_in(at: Commands, model: Path | None, tiny: bool) -> Path:
     """The source of (a) as an entry of OUT, so that commands can name it: a link to `model`, or SmolLM2."""
+    if model is None and tiny:
+        return at.run("tiny-source", "init", "text/tokenizer", "tiny-source", "num_hidden_layers=4")
     if model is None:
-        from loopwise.demo.pretrained import FILE, fetch
+        from loopwise.demo.pretrained import fetch
 
-        place = out / FILE
-        if not place.exists():
-            place.symlink_to(fetch())
-        return place
-    place = out / model.name
+        model = fetch()
+    if not model.exists():
+        raise Failed(f"--model {model}: no such file or directory")
+    place = at.out / model.name
     if not place.exists():
-        if not model.exists():
-            raise Failed(f"--model {model}: no such file or directory")
         place.symlink_to(model.resolve())
     return place
 
@@ -105,25 +104,20 @@ def run(args: argparse.Namespace) -> list[str]:
         one = args.what == "real" and not args.tiny
         at = Commands(args.out, workers=1 if one else 2, threads=(os.cpu_count() or 1) if one else 1)
         if args.what != "report":
-            text.prepare(at.out / "text", args.text)
+            text.prepare(at.out / "text", args.text, 200_000 if args.tiny else text.MOST)
         if args.real:
             gained.take(at, args.real)
         if args.what == "small":
             small(at, size, args.only)
-        named = args.model
-        if args.tiny and named is None:
-            at.run("tiny-source", "init", "text/tokenizer", "tiny-source", "num_hidden_layers=4")
-            named = at.out / "tiny-source"
-        source = source_in(at.out, named) if args.what == "real" or named else at.out / "no source"
+        source = Path("none")
         if args.what == "real":
+            source = source_in(at, args.model, args.tiny)
             real(at, whole, source, args.tiny)
         return page.write(at, size, whole, _last_source(at, source), args.report, args.images)
 
 
 def _last_source(at: Commands, source: Path) -> Path:
     """The source of the runs of (a) in OUT, if there are some, else `source`."""
-    from .commands import read
-
     note = at.out / "jobs" / "relaxed.tied.json"
     return at.out / read(note)["command"][1] if note.is_file() else source
 

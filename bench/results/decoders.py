@@ -101,7 +101,7 @@ def lines(at: Commands, size: Size) -> list[str]:
         "core):",
         "",
         *table(["", "passes a token", *(f"speed, {batch} at once" for batch in BATCHES), "right in %"], rows),
-        *(claim(f"{NAMES[name]} is faster than plain decoding, one request at once", ratios(name, 1), even, "x", ".2f")
+        *(claim(f"{NAMES[name]} is faster than plain decoding, one request at once", ratios(name, 1), even, "times", ".2f")
           for name in parallel),
         *(kept(f"{NAMES[name]} has the right answers of plain decoding", right(name), right("plain"))
           for name in parallel),

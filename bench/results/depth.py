@@ -182,10 +182,10 @@ def _exits(at: Commands, size: Size, images: Path, link: str) -> tuple[list[str]
         *table(["hops", "recurrences", "right in %", f"right at R = {EXIT_R}"], rows),
         f"![Recurrences by hops]({link}/results-exits.png)",
         "",
-        judged("Shallow questions leave earlier than deep ones", [of == sorted(of) for of in depths],
+        judged("Shallow questions leave earlier than deep ones", [of == sorted(of) and of[0] < of[-1] for of in depths],
                f"{spread([of[0] for of in depths])} for 1 hop, {spread([of[-1] for of in depths])} for 8"),
         kept("Early exit keeps the right answers", *right),
-        claim("Early exit serves more tokens a second", faster, [1.0] * len(faster), "of fixed depth", ".2f"),
+        claim("Early exit serves more tokens a second", faster, [1.0] * len(faster), "times", ".2f"),
         f"- Tokens a second, prompts included: {spread(speeds[0], ',.0f')} with exits, {spread(speeds[1], ',.0f')} at "
         f"R = {EXIT_R}: {spread(faster, '.2f')}x.",
         "",

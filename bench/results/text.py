@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +15,33 @@ from .commands import Failed
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 LEAST = 1_000_000  # characters
+MOST = 6_000_000  # of which the longest run reads half
 HELD_OUT = 150_000
 
 
-def prepare(folder: Path, text: Path | None) -> None:
+def prepare(folder: Path, text: Path | None, most: int = MOST) -> None:
     """Write train.jsonl, held_out.jsonl and tokenizer/ into `folder`, unless they are there.
 
-    text: a file or a folder; None: Python's standard library. Every 20th document is held out, and of it 4,000
-    characters, as held-out text is measured often. Raises Failed for too little text.
+    text: a file or a folder; None: Python's standard library.   most: about so many characters to learn from. Every
+    20th document is held out, and of it 4,000 characters. Raises Failed for too little text.
     """
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
     held: list[str] = []
-    size = 0
+    size = {True: 0, False: 0}
+    drop = {ord(c): None for c in map(chr, range(32)) if c not in CHARACTERS}
     for number, document in enumerate(documents(text)):
-        clean = "".join(c for c in document if c in CHARACTERS)
-        if number % 20 == 10 and size < HELD_OUT:
-            held.append(clean[1000:5000] or clean)
-            size += len(clean)
-        else:
-            kept.append(clean)
-    if sum(map(len, kept)) < LEAST:
-        raise Failed(f"{text}: {sum(map(len, kept)):,} characters of text; at least {LEAST:,} are needed")
+        clean = document.encode("ascii", "ignore").decode().translate(drop)
+        hold = number % 20 == 10 and size[True] < HELD_OUT
+        part = clean[1000:5000] or clean if hold else clean
+        (held if hold else kept).append(part)
+        size[hold] += len(part)
+        if size[False] >= most:
+            break
+    if size[False] < min(LEAST, most):
+        raise Failed(f"{text}: {size[False]:,} characters of text; at least {LEAST:,} are needed")
     for name, texts in (("train", kept), ("held_out", held)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     vocabulary = {token: i for i, token in enumerate(["<eos>", *CHARACTERS])}
@@ -47,7 +51,7 @@ def prepare(folder: Path, text: Path | None) -> None:
 
 
 def documents(text: Path | None) -> Iterator[str]:
-    """The documents of a folder, the paragraphs of a file, or the modules of Python's standard library."""
+    """The documents of a folder, the paragraphs of a file, or the modules of Python's standard library, shuffled."""
     if text is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
@@ -56,6 +60,7 @@ def documents(text: Path | None) -> Iterator[str]:
         files = [path for path in sorted(text.rglob("*")) if path.is_file()] if text.is_dir() else [text]
     else:
         raise Failed(f"{text}: no such file or directory")
+    random.Random(0).shuffle(files)
     for file in files:
         try:
             document = file.read_text(encoding="utf-8")
