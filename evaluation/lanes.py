@@ -55,7 +55,7 @@ def _engine(loaded: Any, recipe: Evaluate, sequences: Sequences) -> Any:
     from ..serve import Engine
 
     config = loaded.config
-    deepest = max([config.max_recurrences, *(recipe.num_recurrences or [])])
+    deepest: int = max([int(config.max_recurrences), *map(int, recipe.num_recurrences or [])])
     return Engine(
         loaded.to(getattr(torch, recipe.precision)),
         max_num_seqs=min(recipe.batch_size, len(sequences.answers)),

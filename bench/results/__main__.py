@@ -57,7 +57,6 @@ def small(at: Commands, size: Size, letters: str) -> None:
     then += routing.others(at, size) if "d" in letters else []
     then += curriculum.tasks(at, size) if "b" in letters else []
     if "e" in letters:
-        decoders.prepare(at)
         then += decoders.tasks(at, size)
     at.together(then)
     if "c" in letters:
