@@ -29,7 +29,7 @@ MUON = ["optimiser.kind=muon", "optimiser.learning_rate=3e-3", "optimiser.schedu
 BASE = [*DATA, *MUON, "optimiser.muon_learning_rate=0.02"]
 DEEP = [*DATA, *MUON, "optimiser.muon_learning_rate=0.01", "recurrence.sampler=poisson-lognormal"]
 DEEP += ["recurrence.mean=6", "recurrence.max=16"]
-STEPS = {"base": 1000, "model": 250}
+STEPS = {"base": 400, "model": 120}
 
 
 def tasks(at: Commands, size: Size) -> list[Callable[[], Any]]:

@@ -212,7 +212,7 @@ def test_wrong_files_are_one_line(data, task, message, asked, tmp_path, capsys):
         (["TASK", "data=a.txt"], "give data=..., to measure a loss, or tasks=..., for scores; not both"),
         ([], "give data=..., to measure a loss, or tasks=..., for scores"),
         (["TASK", "chat_field=messages"], "chat_field=messages has no effect: tasks have their own data"),
-        (["data=a.txt", "engine=lanes"], "engine=lanes has no effect: it belongs to tasks=..."),
+        (["data=a.txt", "engine=lanes"], "engine=lanes generates answers, and text has none"),
         (["TASK", "request.exit_rule=kl"], "endpoint names none; engine=lanes takes them, too"),
         (["TASK", "engine=lanes", "request.exit_rule=kl"], "request.exit_rule has no effect on task chosen"),
         (["TASK", "baseline=MODEL"], "is a recurrent-depth model; give a plain one, as the source"),
