@@ -44,7 +44,7 @@ KINDS = (
         ("data.train=text/train.jsonl", "data.cache=cache", "data.sequence_length=128", "batch_size=16", *SCHEDULE),
         "optimiser.learning_rate",
         ("1e-3", "3e-3"),
-        1000,
+        600,
     ),
     Kind(
         "chains",
@@ -54,7 +54,7 @@ KINDS = (
          "optimiser.kind=muon", "optimiser.learning_rate=3e-3", *SCHEDULE),
         "optimiser.muon_learning_rate",
         ("0.01", "0.02"),
-        1000,
+        800,
     ),
 )  # fmt: skip
 ARMS = {"fixed": ("method=recursive",), "mor": ("method=mor", "router.auxiliary=true")}
