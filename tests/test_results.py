@@ -66,7 +66,7 @@ def _finished_run(out: Path, folder: Path) -> None:
 def test_a_killed_run_goes_on_with_what_it_has(tmp_path):
     """SIGKILL in the middle of a training run, whose process saves and ends; the same command then resumes it."""
     out = tmp_path / "results"
-    argv = [*results(out, "--only", "c"), "--share", "0.02"]
+    argv = [*results(out, "--only", "c"), "--share", "0.008"]
     running = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = out / "chains" / "hops-0"
     try:
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_with_what_it_has(tmp_path):
     assert "hops-0 --recipe=hops" in done.stdout
     assert "--resume" in done.stdout
     assert json.loads(note.read_text())["attempts"] == 2
-    assert json.loads((run / "run.json").read_text())["spent"]["steps"] == 20
+    assert json.loads((run / "run.json").read_text())["spent"]["steps"] == 8
 
 
 def _wait(done, seconds: float) -> None:

@@ -109,6 +109,7 @@ def work(argv: list[str], folder: str, log: str) -> None:
     """The process of a command: its output goes to the file `log`. It stops and saves if the program ends."""
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fcntl.flock(output, fcntl.LOCK_EX)  # a process of a killed program may still be saving
     os.dup2(output, 1)
     os.dup2(output, 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
