@@ -124,7 +124,7 @@ WITHOUT_EFFECT: list[tuple[str, str, list[str], str, list[str]]] = [
     ("train", "optimiser.muon_learning_rate", [], "1e-3", ["optimiser.kind=muon"]),
     ("train", "optimiser.muon_momentum", [], "0.9", ["optimiser.kind=muon"]),
     ("train", "optimiser.muon_adjust", [], "match_rms_adamw", ["optimiser.kind=muon"]),
-    ("eval", "engine", ["data=text.txt", "exit_sweep=cosine"], "lanes", TASKS),
+    ("eval", "engine", ["data=task:hops", "exit_sweep=cosine"], "lanes", ["exit_sweep=null"]),
     ("eval", "router_inference", TASKS, "topk", ["data=text.txt", "tasks=[]"]),
     ("eval", "router_inference", ["data=task:hops", "endpoint=http://a/v1"], "topk", ["endpoint=null"]),
     ("eval", "baseline", [], "plain", TASKS),

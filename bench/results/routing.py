@@ -15,9 +15,9 @@ from .markdown import block, claim, judged, minutes, spread, table
 
 LOOPS = 3
 PHASES = [
-    {"share": 0.3, "sources": {"task:hops?hops=0": 1}},
-    {"share": 0.35, "sources": {"task:hops?hops=1..2": 1}},
-    {"share": 0.35, "sources": {"task:hops?hops=1..2": 0.25, "task:hops?hops=1..3": 1}},
+    {"share": 0.4, "sources": {"task:hops?hops=0": 1}},
+    {"share": 0.3, "sources": {"task:hops?hops=1..2": 1}},
+    {"share": 0.3, "sources": {"task:hops?hops=1..2": 0.25, "task:hops?hops=1..3": 1}},
 ]
 ASKED = [1, 2, 3]  # hops
 SCHEDULE = ["optimiser.schedule=wsd", "optimiser.warmup=0.05", "optimiser.cooldown=0.2", "recurrence.sampler=fixed"]
