@@ -153,7 +153,7 @@ test-vllm: $(OTHER)/.setup
 results: setup
 	$(BIN)/python -m bench.results $(ARGS)
 
-# (a) on SmolLM2-135M, for hours; ARGS="--real FOLDER" puts the files of a finished run into (f).
+# (a) on SmolLM2-135M, for hours. `python -m bench.results report --real FOLDER` puts a finished run's files into (f).
 results-real: setup
 	$(BIN)/python -m bench.results real $(ARGS)
 

@@ -4,6 +4,7 @@
 
 `small` trains the models of (b) to (e), under two hours of two cores; `real` those of (a), for hours. `report` writes
 the page from the files of OUT. A killed run goes on at the same command. Commands name folders of OUT, and run in it.
+`report --real FOLDER` takes the files of (f), which `gained.py` lists.
 
     commands.py    `loopwise` commands in processes of their own: two at once, resumed, with their time
     costs.py       training FLOPs, and the steps that cost as much as another run
