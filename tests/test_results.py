@@ -152,6 +152,19 @@ def test_steps_that_cost_as_much(tmp_path):
         assert steps_worth(tmp_path / name, [*settings, *more], flops) == 3
 
 
+def test_models_are_priced_in_threads(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bench.results.costs import costs
+    from tests.helpers.train_tiny import run
+
+    names = [str(tmp_path / str(n)) for n in range(6)]
+    for name in names:
+        run(["init", "task:hops", name, "hidden_size=16"])
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(costs, map(Path, names)))) == 1
+
+
 def test_claims_are_printed_as_they_are():
     from bench.results.markdown import claim, kept, spread
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -12,14 +13,22 @@ from loopwise.train.measure import parameter_costs, token_flops
 from loopwise.train.pretrained import load_config, load_model
 from loopwise.train.recipe import Train
 
+LOADING = threading.Lock()
+
 
 def spent(run: Path) -> float:
     """Training FLOPs of a finished run."""
     return json.loads((run / "run.json").read_text(encoding="utf-8"))["spent"]["flops"]
 
 
-@cache
 def costs(model: Path) -> tuple[int, int]:
+    """`parameter_costs` of the checkpoint `model`. Threads take turns: loading by transformers is not made for them."""
+    with LOADING:
+        return _costs(model)
+
+
+@cache
+def _costs(model: Path) -> tuple[int, int]:
     return parameter_costs(load_model(str(model)))
 
 
