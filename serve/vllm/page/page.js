@@ -75,7 +75,16 @@ function fillDials() {
     : `This server runs every token at R = ${settings.num_recurrences} (engine=fixed).`;
   $("note").textContent = fixedDepth() ? why : "";
   $("note").hidden = !fixedDepth();
+  $("policy").textContent = policyOf(settings);
   turnDials();
+}
+
+function policyOf({ kv_policy: policy, router_kv: routed, engine }) {
+  // The server's own choice, for all requests.
+  if (!policy) return `router.kv=${routed}`;
+  if (engine === "fixed") return `kv_policy=${policy}`;
+  if (policy === "per-depth") return `kv_policy=${policy}: exits save latency, not work.`;
+  return `kv_policy=${policy}: exits save work, and change what later tokens read.`;
 }
 
 const fixedDepth = () => state.settings.engine === "fixed" || state.settings.routed;

@@ -50,6 +50,7 @@ def depth_settings(vllm_config: Any) -> dict[str, Any]:
     """The depth fields that requests to an engine with this VllmConfig may have, and their defaults.
 
     engine: lanes or fixed.   trained_recurrences: of training, null where it is not recorded.
+    kv_policy: of all requests; null for a routed model, which has `router_kv` instead.
     exit_rules: by name, the threshold of a request that gives none; null for `fixed`.
     decoders: by name, why the model excludes it; null for those that it allows.
     """
@@ -58,6 +59,7 @@ def depth_settings(vllm_config: Any) -> dict[str, Any]:
     depth, exits = limits.num_recurrences, getattr(config, "exit", None)
     thresholds = {name: depth_of({"exit_rule": name}, depth, exits).threshold for name in limits.rules}
     excluded: dict[str, str] = dict(limits.unfit)
+    policy = "per-depth" if limits.fixed else config.kv_policy  # the fixed engine has a cache of every recurrence
     if limits.fixed:
         excluded |= dict.fromkeys(DECODERS[1:], "engine=fixed has none")
     return {
@@ -66,6 +68,8 @@ def depth_settings(vllm_config: Any) -> dict[str, Any]:
         "max_recurrences": depth if limits.fixed or limits.routed else limits.max_recurrences,
         "trained_recurrences": getattr(config, "trained_recurrences", None),
         "routed": limits.routed,
+        "kv_policy": None if limits.routed else policy,
+        "router_kv": config.router["kv"] if limits.routed else None,
         "exit_rules": {name: None if name == "fixed" else value for name, value in thresholds.items()},
         "exit_rule": limits.rule,
         "decoders": {name: excluded.get(name) for name in DECODERS},

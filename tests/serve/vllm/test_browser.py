@@ -35,7 +35,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(model) -> Iterator[Server]:
     """A server with a key, whose requests leave by a rule unless they name another."""
-    with serving(model[0], "num_recurrences=4", "--", "--api-key", KEY) as started:
+    with serving(model[0], "num_recurrences=4", "kv_policy=last-exited", "--", "--api-key", KEY) as started:
         yield started
 
 
@@ -111,6 +111,8 @@ def test_a_question_at_two_depths(server, browser, scheme):
     assert len(tab.faults) == 2  # the console notes both answers with status 401
     tab.faults.clear()
     tab.unlock()
+    policy = "kv_policy=last-exited: exits save work, and change what later tokens read."
+    assert page.locator("#policy").inner_text() == policy
     page.get_by_label("Recurrences R").fill("8")
     page.get_by_label("Compare with a second R").check()
     page.get_by_label("Second R:").fill("2")
@@ -267,6 +269,7 @@ def test_the_fixed_engine_shows_one_depth_behind_a_prefix(model, browser):
         tab = Tab(browser, server.url + "/x/depth")
         tab.page.locator("#note", has_text="every token at R = 2").wait_for()
         assert tab.page.get_by_label("Recurrences R").is_disabled()
+        assert tab.page.locator("#policy").inner_text() == "kv_policy=per-depth"
         tab.page.get_by_label("Most tokens").fill("12")
         tab.page.get_by_label("The model gets").select_option("text")
         tab.ask("hello")

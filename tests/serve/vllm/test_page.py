@@ -11,21 +11,27 @@ import numpy as np
 import pytest
 
 from loopwise.model import RecurrentDepthConfig
+from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.vllm.page.routes import FILES, FOLDER
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, source_config
 
+ROUTER = {"kind": "token", "depths": 2, "kv": "first-recursion"}
 
-def application(root: str = "", **fields):
-    """An application with the page's routes alone, and vLLM's authentication by the key `secret`."""
+
+def application(root: str = "", lanes: dict[str, Any] | None = None, **fields):
+    """An application with the page's routes alone, and vLLM's authentication by the key `secret`.
+
+    lanes: vLLM's additional_config of the lane engine; None for the fixed one.
+    """
     from fastapi import FastAPI
     from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
     from loopwise.serve.vllm.page.routes import page_routes
 
-    config = RecurrentDepthConfig(source_config=source_config("llama", **GROUPED), **RETROFIT, **fields)
+    config = RecurrentDepthConfig(source_config=source_config("llama", **GROUPED), **{**RETROFIT, **fields})
     app = FastAPI(root_path=root)
     model = SimpleNamespace(hf_config=config)
-    app.state.engine_client = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, additional_config=None))
+    app.state.engine_client = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, additional_config=lanes))
     app.router.routes.extend(page_routes())
     app.add_middleware(AuthenticationMiddleware, tokens=["secret"])
     return app
@@ -52,6 +58,25 @@ def test_files_need_no_key_and_the_settings_do(root, prefix):
         reply = client.get(prefix + "/v1/depth", headers={"Authorization": "Bearer secret"})
         assert (reply.json()["engine"], reply.json()["num_recurrences"]) == ("fixed", 4)
         assert client.get(prefix + "/depth/routes.py").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "policy", "routed"),
+    [
+        ("lanes", {}, "per-depth", None),
+        ("lanes", {"kv_policy": "last-exited"}, "last-exited", None),
+        ("fixed", {"kv_policy": "last-exited"}, "per-depth", None),  # which has a cache of every recurrence
+        ("lanes", {"router": ROUTER, "injection": "none"}, None, "first-recursion"),
+    ],
+)
+def test_the_settings_have_the_kv_policy_in_force(engine, fields, policy, routed):
+    pytest.importorskip("vllm")
+    from starlette.testclient import TestClient
+
+    lanes = LaneConfig().flags()["additional_config"] if engine == "lanes" else None
+    with TestClient(application(lanes=lanes, **fields)) as client:
+        found = client.get("/v1/depth", headers={"Authorization": "Bearer secret"}).json()
+    assert (found["engine"], found["kv_policy"], found["router_kv"]) == (engine, policy, routed)
 
 
 class Addresses(HTMLParser):
