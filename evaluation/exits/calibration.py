@@ -12,6 +12,7 @@ from ...errors import UserError
 from ..answers import Sequences
 from .bench import Bench
 from .choose import GRID, HALVINGS, choose
+from .sweep import spread_depths
 
 
 def halves(sequences: Sequences) -> tuple[Sequences, Sequences]:
@@ -28,17 +29,20 @@ def calibrate(bench: Bench, data: tuple[Sequences, Sequences], rule: str, budget
     """The curve of `rule` and its chosen threshold on the first half, and the check on the second.
 
     bench: of all data.   budget: nats a token that the loss may lie above full depth's. Returns the facts of
-    `Decoding`, {"rule", "budget", "results": [row at full depth], "exits": {rule: rows}, "chosen": row, "check":
-    {"full": row, "chosen": row}}; rows are those of `Bench`. Raises UserError where no threshold stays within the
-    budget.
+    `Decoding`, {"rule", "budget", "results": rows at fixed depths up to full depth, "exits": {rule: rows}, "chosen":
+    row, "check": {"full": row, "chosen": row}}; rows are those of `Bench`. Raises UserError where no threshold stays
+    within the budget.
     """
     from tqdm import tqdm
 
     first, second = (replace(bench, sequences=half) for half in data)
-    runs = (2 + GRID + HALVINGS) * len(first.spans) + 2 * len(second.spans)
+    top = bench.decoding.num_recurrences
+    fewer = spread_depths(top)[:-1]  # full depth is measured first: the others compare with it
+    runs = (2 + GRID + HALVINGS + len(fewer)) * len(first.spans) + 2 * len(second.spans)
     with tqdm(total=runs, desc="calibrate", unit="answer", disable=not sys.stderr.isatty()) as bar:
         first.report = second.report = bar.update
         full, chosen, curve = choose(first, rule, budget)
-        check = {"full": second.fixed(bench.decoding.num_recurrences), "chosen": second.at(rule, chosen["threshold"])}
-    found = {**vars(bench.decoding), "rule": rule, "budget": budget, "results": [full], "exits": {rule: curve}}
+        fixed = [*map(first.fixed, fewer), full]
+        check = {"full": second.fixed(top), "chosen": second.at(rule, chosen["threshold"])}
+    found = {**vars(bench.decoding), "rule": rule, "budget": budget, "results": fixed, "exits": {rule: curve}}
     return {**found, "chosen": chosen, "check": check}

@@ -57,14 +57,20 @@ def calibration_table(found: dict[str, Any]) -> str:
     lines = [f"{rule}, loss within {found['budget']:g} nats a token of R={top}, decoded under {_conditions(found)}"]
     lines.append(f"one half of the data, {found['tokens']:,} tokens:")
     lines.append(_head(top, "accuracy" in found["chosen"]))
-    for row in [*found["exits"][rule], *found["results"]]:
-        lines.append(_line(row) + ("  chosen" if row == found["chosen"] else ""))
+    lines += [_line(row) + ("  chosen" if row == found["chosen"] else "") for row in found["exits"][rule]]
+    lines += ["fixed depths:", *map(_line, found["results"])]
     lines.append(f"the other half, {found['check_tokens']:,} tokens, which had no part in the choice:")
     lines += [_line(check["chosen"]), _line(check["full"])]
     if (found["chosen"]["over_full_error"] or 0) > found["budget"]:
         lines.append("note: the standard error of the choice is above the budget; more data makes it surer")
     if (over := check["chosen"]["over_full"]) > found["budget"]:
         lines.append(f"warning: on the other half the loss is {over:.4f} above full depth's, over the budget")
+    fixed = least_depths(found, found["budget"]).get("fixed")
+    if fixed and fixed["mean_recurrences"] <= (spent := found["chosen"]["mean_recurrences"]):
+        lines.append(
+            f"note: num_recurrences={fixed['num_recurrences']} stays within the budget without a rule, at no more "
+            f"recurrences than the chosen {spent:.2f}"
+        )
     if max(row["over_full"] for row in (found["chosen"], check["chosen"])) < 0:
         lines.append(
             f"note: R={top} has a greater loss on both halves: look for a smaller num_recurrences first (loopwise eval)"

@@ -30,7 +30,8 @@ def sweep_figure(file: Path) -> Figure:
     try:
         chosen, top = result.get("chosen"), result["num_recurrences"]
         kind = "accuracy" if "answers" in result and not chosen else "loss"
-        _draw(axes, result["results"], kind, f"R={top}" if chosen else "fixed depths", "s", "0.35")
+        fixed = result["results"]  # a calibration of an earlier release has full depth alone
+        _draw(axes, fixed, kind, "fixed depths" if len(fixed) > 1 else f"R={top}", "s", "0.35")
         for number, (rule, rows) in enumerate(result["exits"].items()):
             _draw(axes, rows, kind, rule, f"{MARKERS[number]}-", f"C{number}")
         if chosen:
@@ -38,7 +39,7 @@ def sweep_figure(file: Path) -> Figure:
             axes.axhline(limit, linewidth=1, color="0.6", label=f"budget: {result['budget']:g} above R={top}")
             label = f"chosen threshold: {chosen['threshold']:.3g}"
             if "accuracy" in chosen:
-                right, full = (f"{100 * row['accuracy']:.0f} %" for row in (chosen, result["results"][0]))
+                right, full = (f"{100 * row['accuracy']:.0f} %" for row in (chosen, fixed[-1]))
                 label += f", {right} of the answers right ({full} at R={top})"
             axes.plot(chosen["mean_recurrences"], chosen["loss"], "*", markersize=14, color="C3", label=label)
         axes.set_title(_title(result), fontsize="medium")

@@ -232,6 +232,14 @@ def test_a_loss_may_hold_where_right_answers_do_not():
         assert ("are right, and 80.0 % at full depth" in text) == warned
         assert "right in %" in text
         assert "look for a smaller num_recurrences" not in text
+    assert "without a rule" not in text
+    half = {"num_recurrences": 4, **row(4, 0.0, 0.80)}
+    found["results"] = [half, full]
+    for chosen, noted in ((high, True), (low, False)):  # a fixed depth that spends less, and one that spends more
+        text = calibration_table({**found, "chosen": chosen, "check": {"full": full, "chosen": chosen}})
+        line = "note: num_recurrences=4 stays within the budget without a rule, at no more recurrences than the chosen "
+        assert (line + "5.00" in text.splitlines()) == noted
+        assert ("without a rule" in text) == noted
     better = {"threshold": 0.2, **row(2.0, -0.1, 0.80)}
     text = calibration_table({**found, "chosen": better, "check": {"full": full, "chosen": better}})
     assert "note: R=8 has a greater loss on both halves: look for a smaller num_recurrences first" in text
@@ -328,6 +336,14 @@ def test_a_calibrated_copy(model, chats, tmp_path, capsys):
     assert chosen == min((r for r in rows if r["over_full"] <= 3), key=lambda row: row["mean_recurrences"])
     assert found["check"]["chosen"]["threshold"] == chosen["threshold"]
     assert f"exit.threshold={chosen['threshold']:.3g}" in printed
+    fixed = found["results"]  # beside the curve, as many depths as a sweep has
+    assert [row["num_recurrences"] for row in fixed] == [row["mean_recurrences"] for row in fixed] == [1, 2, 3, 4]
+    assert all(row["over_full"] == pytest.approx(row["loss"] - fixed[-1]["loss"], abs=1e-6) for row in fixed)
+    assert len({round(row["loss"], 4) for row in fixed}) == 4
+    lines = printed.splitlines()
+    assert [line.split()[:2] for line in lines[lines.index("fixed depths:") + 1 :][:4]] == [
+        ["-", f"{depth}.00"] for depth in (1, 2, 3, 4)
+    ]
     request = Engine(str(out), max_num_seqs=1, max_model_len=20).request(Params())
     assert (request.rule, request.threshold) == ("latent-diff", chosen["threshold"])
     run(["plot", "sweep", str(out / "calibration.json")])
@@ -335,6 +351,11 @@ def test_a_calibrated_copy(model, chats, tmp_path, capsys):
     legend = [text.get_text() for text in drawn.get_legend().get_texts()]
     assert "bars: standard error of the distance from full depth" in legend
     assert f"{100 * chosen['accuracy']:.0f} % of the answers right" in "".join(legend)
+    assert "fixed depths" in legend
+    earlier = tmp_path / "earlier.json"  # which has full depth alone
+    earlier.write_text(json.dumps({**found, "results": fixed[-1:]}))
+    drawn = sweep_figure(earlier).axes[0]
+    assert "R=4" in [text.get_text() for text in drawn.get_legend().get_texts()]
     assert "is not empty" in refused([*arguments, "budget=3"], capsys)
     run([*arguments, "budget=3", "--force"])
 
@@ -352,7 +373,7 @@ def test_halves_share_no_sequence_and_check_the_choice(model, chats, tmp_path, c
     everything = said(["eval", str(model), f"data={chats}", "chat_field=messages"], capsys)
     assert found["tokens"] + found["check_tokens"] == everything["tokens"]
     mean = (
-        found["results"][0]["loss"] * found["tokens"] + found["check"]["full"]["loss"] * found["check_tokens"]
+        found["results"][-1]["loss"] * found["tokens"] + found["check"]["full"]["loss"] * found["check_tokens"]
     ) / everything["tokens"]
     assert mean == pytest.approx(everything["results"][0]["loss"], abs=1e-4)
 
