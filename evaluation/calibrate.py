@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from ..load import MAPPED
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..train.recipe.fields import BadRecords, Fraction, Strings
+from ..trained import beyond_trained
 from ..unused import Unused
 from ..version import __version__
 from .exits.table import calibration_table
@@ -143,7 +145,8 @@ def measure(model: Path, config: Any, recipe: Calibrate) -> dict[str, Any]:
     from ..train.pretrained import load_config, load_tokenizer
     from .exits import calibration
     from .exits.bench import Bench, Decoding
-    from .loss import counts, held_out, load_weights
+    from .exits.sweep import spread_depths
+    from .loss import counts, facts_of, held_out, load_weights
 
     rule = recipe.rule or (config.exit or {}).get("rule", "fixed")
     if rule == "fixed":
@@ -152,9 +155,11 @@ def measure(model: Path, config: Any, recipe: Calibrate) -> dict[str, Any]:
     sequences = held_out(str(model), asked, load_config(str(model), None), load_tokenizer(str(model), None))
     halves = calibration.halves(sequences)
     decoding = Decoding.of(recipe, config, recipe.num_recurrences or config.num_recurrences)
+    if warning := beyond_trained(config.trained_recurrences, spread_depths(decoding.num_recurrences)):
+        print(warning, file=sys.stderr)
     weights = load_weights(str(model), None).to(getattr(torch, recipe.precision))
     bench = Bench.open(weights, sequences, decoding, recipe.batch_size)
-    facts = {"loopwise": __version__, "model": str(model), "data": recipe.data, **counts(asked, halves[0])}
+    facts = {"loopwise": __version__, **facts_of(str(model), weights, asked), **counts(asked, halves[0])}
     facts["check_tokens"] = counts(asked, halves[1])["tokens"]
     return {**facts, **calibration.calibrate(bench, halves, rule, recipe.budget)}
 

@@ -109,11 +109,18 @@ class Endpoint:
             ) from None
 
 
-def evaluate(model: str, recipe: Evaluate, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def evaluate(
+    model: str,
+    recipe: Evaluate,
+    sequences: Sequences,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The result of `replies.measured` for a server. Raises UserError for an error of the server."""
     server = Endpoint(recipe.endpoint or "")
 
     def ask(fields: dict[str, Any], report: Callable[[], object]) -> Replies:
         return server.ask(sequences, tokenizer, fields, recipe.batch_size, report)
 
-    return measured(model, recipe, sequences, {"endpoint": recipe.endpoint, "served": server.name}, ask)
+    facts = {"endpoint": recipe.endpoint, "served": server.name}
+    return measured(model, recipe, sequences, trained, facts, ask)

@@ -29,7 +29,7 @@ def evaluate(model: str, recipe: Evaluate, sequences: Sequences, loaded: Any) ->
     def ask(fields: dict[str, Any], report: Callable[[], object]) -> Replies:
         return _ask(engine, sequences, params_fields(fields), report)
 
-    return measured(model, recipe, sequences, facts, ask)
+    return measured(model, recipe, sequences, config.trained_recurrences, facts, ask)
 
 
 def params_fields(request: dict[str, Any]) -> dict[str, Any]:

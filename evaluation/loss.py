@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..gguf_source import find_gguf, unpacked
 from ..quiet import quiet
-from ..trained import beyond_trained
+from ..trained import beyond_trained, is_beyond
 from .recipe import Evaluate
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     """Loss per token (nats) of `model` on the held-out data of `recipe`, at each of its depths.
 
-    Returns {"model", "parameters", "data", "tokens", "results": [{"num_recurrences", "loss", "loss_error",
-    "perplexity", "flops_per_token"}], "loop"}. `num_recurrences` is None for a plain model; "loop" as from
-    `loop_effect`. "flops_per_token" are those of a forward pass, None for a routed model.
+    Returns {"model", "parameters", "trained_recurrences", "data", "tokens", "results": [{"num_recurrences", "loss",
+    "loss_error", "perplexity", "flops_per_token", "beyond_trained"}], "loop"}. `num_recurrences` is None for a plain
+    model; "loop" as from `loop_effect`. "flops_per_token" are those of a forward pass, None for a routed model.
+    "trained_recurrences" are the config's, and "beyond_trained" is True for a depth beyond them.
     For conversations "tokens" counts the assistant's tokens, and "records", "answers" and "group" are added. Each
     result then has "accuracy" and "groups". An answer is right if each of its tokens is the likeliest one after the
     true tokens before it. Every "_error" is a standard error over sequences or answers, None for a single one.
@@ -49,7 +50,7 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
         )
     if recipe.exit_sweep and not recurrent:
         raise UserError(f"exit_sweep: {model} is a plain {config.model_type}, without recurrence")
-    depths = (recipe.num_recurrences or [config.num_recurrences]) if recurrent else None
+    depths = _depths(recipe, config) if recurrent else None
     if depths and (warning := beyond_trained(config.trained_recurrences, depths)):
         print(warning, file=sys.stderr)
     tokenizer = load_tokenizer(model, recipe.revision)
@@ -57,7 +58,8 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     if recipe.endpoint:
         from . import endpoint
 
-        return endpoint.evaluate(model, recipe, sequences, tokenizer)
+        trained = getattr(config, "trained_recurrences", None)
+        return endpoint.evaluate(model, recipe, sequences, tokenizer, trained)
     if recipe.engine == "lanes":
         from . import lanes
 
@@ -65,8 +67,24 @@ def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
             raise UserError(f"engine=lanes: {model} is a plain {config.model_type}, without recurrence")
         return lanes.evaluate(model, recipe, sequences, routed_by(load_weights(model, recipe.revision), recipe))
     if recipe.exit_sweep:
-        return _sweep(model, recipe, sequences, config)
+        return _sweep(model, recipe, sequences, config, depths or [])
     return _measure(model, recipe, sequences, config, depths)
+
+
+def _depths(recipe: Evaluate, config: Any) -> list[int]:
+    """The depths to measure a recurrent-depth model at."""
+    from .exits.sweep import spread_depths
+
+    default = spread_depths(config.num_recurrences) if recipe.exit_sweep else [config.num_recurrences]
+    return recipe.num_recurrences or default
+
+
+def facts_of(model: str, loaded: Any, recipe: Evaluate) -> dict[str, Any]:
+    """The facts of the model and the data that a result begins with."""
+    from ..train.pretrained import parameters
+
+    trained = getattr(loaded.config, "trained_recurrences", None)
+    return {"model": model, "parameters": parameters(loaded), "trained_recurrences": trained, "data": recipe.data}
 
 
 def held_out(model: str, recipe: Evaluate, config: Any, tokenizer: PreTrainedTokenizerBase) -> Sequences:
@@ -96,7 +114,6 @@ def _measure(
     from tqdm import tqdm
 
     from ..convert.inspection import flops_per_token
-    from ..train.pretrained import parameters
     from . import result
     from .answers import accuracy
     from .depths import measure
@@ -109,8 +126,7 @@ def _measure(
     ):
         size = recipe.batch_size * recipe.sequence_length
         found = measure(loaded, sequences, _with_one(config, depths), size, bar.update)
-    report: dict[str, Any] = {"model": model, "parameters": parameters(loaded), "data": recipe.data}
-    report |= counts(recipe, sequences)
+    report = {**facts_of(model, loaded, recipe), **counts(recipe, sequences)}
     routed = depths is not None and bool(config.router)  # how many recurrences a token has is not measured here
     report["results"] = [
         {
@@ -118,6 +134,7 @@ def _measure(
             **result.loss(found.losses[depth], found.tokens),
             **(accuracy(sequences, found.right[depth].tolist()) if recipe.has_answers else {}),
             "flops_per_token": None if routed else flops_per_token(config, depth),
+            "beyond_trained": is_beyond(report["trained_recurrences"], depth),
         }
         for depth in depths or [None]
     ]
@@ -125,19 +142,16 @@ def _measure(
     return report
 
 
-def _sweep(model: str, recipe: Evaluate, sequences: Sequences, config: Any) -> dict[str, Any]:
+def _sweep(model: str, recipe: Evaluate, sequences: Sequences, config: Any, depths: list[int]) -> dict[str, Any]:
     """The result of `evaluate` with exit_sweep: see `exits.sweep`. It has no "loop"."""
     import torch
 
-    from ..train.pretrained import parameters
     from .exits.bench import Decoding
-    from .exits.sweep import spread_depths, sweep
+    from .exits.sweep import sweep
 
-    depths = recipe.num_recurrences or spread_depths(config.num_recurrences)
     decoding = Decoding.of(recipe, config, max(depths))
     loaded = load_weights(model, recipe.revision).to(getattr(torch, recipe.precision))
-    report = {"model": model, "parameters": parameters(loaded), "data": recipe.data, **counts(recipe, sequences)}
-    report |= vars(decoding)
+    report = {**facts_of(model, loaded, recipe), **counts(recipe, sequences), **vars(decoding)}
     names: list[str] = [*(recipe.exit_sweep or [])]
     return report | sweep(loaded, sequences, decoding, names, depths, recipe.thresholds, recipe.batch_size)
 

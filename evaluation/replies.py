@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..trained import is_beyond
 from .answers import Sequences, accuracy
 from .recipe import Evaluate
 
@@ -30,12 +31,13 @@ def measured(
     model: str,
     recipe: Evaluate,
     sequences: Sequences,
+    trained: dict[str, Any] | None,
     facts: dict[str, Any],
     ask: Callable[[dict[str, Any], Callable[[], object]], Replies],
 ) -> dict[str, Any]:
     """The result of `loopwise eval` for replies: without losses and "loop".
 
-    facts: who replies.   ask: the replies for given fields of the requests; calls its second argument after each reply.
+    trained: `trained_recurrences` of the model's config.   facts: who replies.   ask: the replies for given fields of the requests; calls its second argument after each reply.
     Each result and each group has "mean_recurrences" per token of its answers (None if unknown). Each result has
     "seconds" and "tokens_per_second", with prompts.
     """
@@ -49,7 +51,8 @@ def measured(
     with tqdm(total=count, desc="eval", unit="answer", disable=not sys.stderr.isatty()) as bar:
         for depth in depths:
             replies = ask({**recipe.request, **({"num_recurrences": depth} if depth else {})}, bar.update)
-            result = {"num_recurrences": depth, **accuracy(sequences, replies.right)}
+            result = {"num_recurrences": depth, "beyond_trained": is_beyond(trained, depth)}
+            result |= accuracy(sequences, replies.right)
             result["mean_recurrences"] = _mean(replies.depths)
             for name, group in result["groups"].items():
                 members = [d for a, d in zip(sequences.answers, replies.depths, strict=True) if a.group == name]
@@ -58,7 +61,7 @@ def measured(
             results.append(result | replies.facts)
     facts = {**facts, "request": recipe.request, "data": recipe.data, "group": recipe.group}
     counted = {"records": len(sequences.ids), "answers": len(sequences.answers)}
-    return {"model": model, **facts, **counted, "results": results}
+    return {"model": model, "trained_recurrences": trained, **facts, **counted, "results": results}
 
 
 def _mean(depths: list[float | None]) -> float | None:

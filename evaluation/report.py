@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .exits.table import sweep_table
+from .exits.table import mark, marked, sweep_table
 
 
 def table(result: dict[str, Any]) -> str:
@@ -28,11 +28,12 @@ def table(result: dict[str, Any]) -> str:
     lines.append(head + ("  " + " ".join(f"{name:>{width}}" for name in [*groups, "all"]) if has_answers else ""))
     for row in result["results"]:
         depth = "-" if row["num_recurrences"] is None else row["num_recurrences"]
-        line = f"{depth:>11}  {row['loss']:>8.4f}  {row['perplexity']:>10.2f}"
+        line = f"{depth:>11}{mark(row)} {row['loss']:>8.4f}  {row['perplexity']:>10.2f}"
         if has_answers:
             shares = [*(row["groups"][name]["accuracy"] for name in groups), row["accuracy"]]
             line += "  " + " ".join(f"{100 * share:>{width}.1f}" for share in shares)
         lines.append(line)
+    lines += marked(result, result["results"])
     return "\n".join(lines + (_loop_lines(result["loop"]) if result["loop"] else []))
 
 
@@ -68,5 +69,6 @@ def _replies_table(result: dict[str, Any]) -> str:
         right = " ".join(f"{100 * cell['accuracy']:>{width}.1f}" for cell in cells)
         spent = [cell["mean_recurrences"] for cell in cells]
         depths = " ".join(f"{'-' if depth is None else f'{depth:.2f}':>{width}}" for depth in spent)
-        lines.append(f"{row['num_recurrences'] or '-':>11}  {right}  {depths}  {row['tokens_per_second']:>8,.0f}")
-    return "\n".join(lines)
+        depth = row["num_recurrences"] or "-"
+        lines.append(f"{depth:>11}{mark(row)} {right}  {depths}  {row['tokens_per_second']:>8,.0f}")
+    return "\n".join(lines + marked(result, result["results"]))

@@ -13,6 +13,7 @@ from ...serve.engine.admission import prompt_rules
 from ...serve.engine.exits import RULES
 from ...serve.params import Params
 from ...train import diagnosis
+from ...trained import is_beyond
 from .. import result
 from ..answers import Sequences, accuracy
 from .forced import Decoded, ForcedEngine, Span
@@ -56,9 +57,10 @@ def spans_of(sequences: Sequences) -> list[Span]:
 class Bench:
     """Measures `sequences` by `engine`.
 
-    Rows of results are {"mean_recurrences", "loss", "loss_error", "perplexity", "over_full", "over_full_error"}, and
-    for conversations those of `accuracy`, with the "mean_recurrences" of each group. "over_full": the loss less that at
-    full depth, with a standard error that is paired over sequences; None without `full`.
+    Rows of results are {"mean_recurrences", "loss", "loss_error", "perplexity", "over_full", "over_full_error",
+    "beyond_trained"}, and for conversations those of `accuracy`, with the "mean_recurrences" of each group.
+    "over_full": the loss less that at full depth, with a standard error that is paired over sequences; None without
+    `full`.   "beyond_trained": the mean depth is greater than any of training.
     """
 
     engine: ForcedEngine
@@ -150,6 +152,7 @@ class Bench:
         losses = self._by_sequence(decoded.losses)
         spent = [sum(depths[span.start - 1 :]) for span, depths in zip(self.spans, decoded.depths, strict=True)]
         row: dict[str, Any] = {"mean_recurrences": float(sum(spent) / self.tokens.sum())}
+        row["beyond_trained"] = is_beyond(self.engine.config.trained_recurrences, row["mean_recurrences"])
         row |= result.loss(losses, self.tokens)
         if self.full is not None:
             over = losses - self.full

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...trained import MARK, mark_line
+
 BUDGET = 0.01  # nats a token above full depth that the last line of a sweep allows
 
 
@@ -17,6 +19,7 @@ def sweep_table(result: dict[str, Any]) -> str:
     for name, rows in {"fixed": result["results"], **result["exits"]}.items():
         for row in rows:
             lines.append(f"{name:<16} {_line(row)}")
+    lines += marked(result, [*result["results"], *(row for rows in result["exits"].values() for row in rows)])
     found = {name: _spent(row) for name, row in least_depths(result, BUDGET).items()}
     least = ", ".join(f"{name} {spent}" for name, spent in found.items())
     lines.append(f"fewest recurrences within {BUDGET} nats a token of R={top}: {least}")
@@ -25,6 +28,16 @@ def sweep_table(result: dict[str, Any]) -> str:
         least = ", ".join(f"{name} {spent}" for name, spent in found.items())
         lines.append(f"fewest recurrences with right answers within one standard error of R={top}: {least}")
     return "\n".join(lines)
+
+
+def marked(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """The line about the mark, where a row has it. Results of earlier releases have none."""
+    return [mark_line(result["trained_recurrences"])] if any(row.get("beyond_trained") for row in rows) else []
+
+
+def mark(row: dict[str, Any]) -> str:
+    """The mark of a row beyond the trained depths, or a space."""
+    return MARK if row.get("beyond_trained") else " "
 
 
 def least_depths(result: dict[str, Any], budget: float) -> dict[str, dict[str, Any]]:
@@ -61,6 +74,7 @@ def calibration_table(found: dict[str, Any]) -> str:
     lines += ["fixed depths:", *map(_line, found["results"])]
     lines.append(f"the other half, {found['check_tokens']:,} tokens, which had no part in the choice:")
     lines += [_line(check["chosen"]), _line(check["full"])]
+    lines += marked(found, [*found["exits"][rule], *found["results"], *check.values()])
     if (found["chosen"]["over_full_error"] or 0) > found["budget"]:
         lines.append("note: the standard error of the choice is above the budget; more data makes it surer")
     if (over := check["chosen"]["over_full"]) > found["budget"]:
@@ -102,7 +116,8 @@ def _line(row: dict[str, Any]) -> str:
     if row["over_full_error"] is not None:
         above += f" ± {row['over_full_error']:.4f}"
     right = f" {100 * row['accuracy']:>11.1f}" if "accuracy" in row else ""
-    return f"{threshold:>9} {row['mean_recurrences']:>12.2f} {row['loss']:>9.4f} {error:>7} {above:>17}{right}"
+    depth = f"{row['mean_recurrences']:>12.2f}{mark(row)}"
+    return f"{threshold:>9} {depth}{row['loss']:>9.4f} {error:>7} {above:>17}{right}"
 
 
 def _spent(row: dict[str, Any]) -> str:

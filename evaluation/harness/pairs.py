@@ -9,7 +9,7 @@ from typing import Any
 from ...convert.inspection import flops_per_token
 from ...errors import UserError
 from ...train.pretrained import is_recurrent, load_config
-from ...trained import beyond_trained
+from ...trained import beyond_trained, is_beyond
 from ...version import __version__
 from ..recipe import Evaluate
 from .catalogue import fingerprint, load_tasks
@@ -105,7 +105,7 @@ class Measurement:
             "seconds_per_token": work.seconds_per_token,
             "mean_recurrences": None if baseline else work.mean_recurrences,
             "flops_per_token": flops_per_token(config, work.mean_computed),
-            "beyond_trained": bool(depth and self.trained and depth > self.trained["max"]),
+            "beyond_trained": is_beyond(self.trained, depth),
         }
 
     def _add_groups(self) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...trained import trained_at
+from ...trained import MARK, mark_line
 
-BEYOND = "†"  # marks depths beyond the trained ones
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "mean_recurrences": ("recurrences/token", lambda value: f"{value:.2f}"),
     "flops_per_token": ("GFLOP/token", lambda value: f"{value / 1e9:.4g}"),
@@ -41,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [[task, name, "", *cells] for task, cells in costs.items()]
     notes = []
     if beyond and result["trained_recurrences"]:
-        notes = ["", f"{BEYOND} beyond the {trained_at(result['trained_recurrences'])} that the model was trained at"]
+        notes = ["", mark_line(result["trained_recurrences"])]
     return "\n".join([f"{_heading(result)}", "", *_aligned([head, *lines]), *notes])
 
 
@@ -71,7 +70,7 @@ def _title(column: tuple[bool, int], beyond: set[int]) -> str:
     recurrent, depth = column
     if not recurrent:
         return "baseline"
-    return "model" if not depth else f"R={depth}" + f" {BEYOND}" * (depth in beyond)
+    return "model" if not depth else f"R={depth}" + f" {MARK}" * (depth in beyond)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

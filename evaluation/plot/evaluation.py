@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import read_json
 from ...errors import UserError
+from ...trained import MARK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ def eval_figure(file: Path) -> Figure:
         groups = list(rows[0].get("groups") or {})
         if groups:
             cells = [[row["groups"][name] for name in groups] for row in rows]
-            figure = _heat_map(result["group"] or "", groups, [_depth(row) for row in rows], cells)
+            figure = _heat_map(result["group"] or "", groups, [*map(_depth, rows)], cells)
             figure.suptitle(_counted(result, cells), fontsize="medium")
             return figure
         return _curves(rows, str(result["model"]))
@@ -68,16 +69,19 @@ def depth_figure(file: Path) -> Figure:
 
 
 def _depth(row: dict[str, Any]) -> str:
-    return "-" if row["num_recurrences"] is None else str(row["num_recurrences"])
+    depth = "-" if row["num_recurrences"] is None else str(row["num_recurrences"])
+    return f"{depth} {MARK}" if row.get("beyond_trained") else depth
 
 
 def _counted(result: dict[str, Any], cells: list[list[dict[str, Any]]]) -> str:
-    """Model and answers in two lines, with the greatest standard error of a cell."""
+    """Model and answers in two lines, with the greatest standard error of a cell, and a third line about marks."""
     counts = sorted({cell["answers"] for row in cells for cell in row})
     each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     error = max((cell["accuracy_error"] or 0.0 for row in cells for cell in row), default=0.0)
     sure = f", standard error up to {100 * error:.0f} %" if error else ""
-    return f"{result['model']}\n{each} answers a cell{sure}"
+    marked = any(row.get("beyond_trained") for row in result["results"])
+    beyond = f"\n{MARK} deeper than trained (up to R = {result['trained_recurrences']['max']})" if marked else ""
+    return f"{result['model']}\n{each} answers a cell{sure}{beyond}"
 
 
 def _heat_map(group: str, groups: list[str], depths: list[str], cells: list[list[dict[str, Any]]]) -> Figure:
@@ -131,7 +135,7 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     panels[0].set_xticks(sorted({row["num_recurrences"] for row in rows if row["num_recurrences"]}))
     if known:
         panels[1].set_xlabel("GFLOP a token")
-    if rows[0].get("task"):
+    if rows[0].get("task") or beyond:
         panels[0].legend(frameon=False, fontsize="small")
     return figure
 

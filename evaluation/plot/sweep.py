@@ -42,6 +42,7 @@ def sweep_figure(file: Path) -> Figure:
                 right, full = (f"{100 * row['accuracy']:.0f} %" for row in (chosen, fixed[-1]))
                 label += f", {right} of the answers right ({full} at R={top})"
             axes.plot(chosen["mean_recurrences"], chosen["loss"], "*", markersize=14, color="C3", label=label)
+        _shade(axes, result)
         axes.set_title(_title(result), fontsize="medium")
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{file}: not a sweep (loopwise eval with exit_sweep and --out), nor a calibration") from None
@@ -63,6 +64,17 @@ def _draw(axes: Axes, rows: list[dict[str, Any]], kind: str, label: str, marker:
     values = [scale * row[kind] for row in rows]
     errors = [scale * (row[error] or 0.0) for row in rows]
     axes.errorbar(depths, values, errors, fmt=marker, color=color, label=label, markersize=5, alpha=0.8, capsize=2)
+
+
+def _shade(axes: Axes, result: dict[str, Any]) -> None:
+    """Grey behind the mean depths beyond the trained ones, if any were measured."""
+    rows = [*result["results"], *(row for rows in result["exits"].values() for row in rows)]
+    if not any(row.get("beyond_trained") for row in rows):
+        return
+    trained = result["trained_recurrences"]["max"]
+    right = axes.get_xlim()[1]
+    axes.axvspan(trained, right, color="0.93", zorder=0, label=f"deeper than trained (up to R={trained})")
+    axes.set_xlim(right=right)
 
 
 def _title(result: dict[str, Any]) -> str:

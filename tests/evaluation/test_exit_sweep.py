@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from loopwise.evaluation.exits.bench import Bench, Decoding
 from loopwise.evaluation.exits.choose import choose
 from loopwise.evaluation.exits.forced import ForcedEngine, Span
 from loopwise.evaluation.exits.readings import Recorder, Saved
+from loopwise.evaluation.plot.evaluation import eval_figure
 from loopwise.evaluation.plot.sweep import sweep_figure
 from loopwise.exit_rules import ExitRule
 from loopwise.serve import Engine, Params
@@ -211,6 +213,46 @@ def test_a_sweep_beside_fixed_depths(model, chats, tmp_path, capsys):
     assert (fixed.lines[0].get_linestyle(), latent.lines[0].get_linestyle()) == ("None", "-")
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert "bars: one standard error" in legend
+
+
+TRAINED = "† beyond the 1 to 2 recurrences (mean 1.5) that the model was trained at"
+
+
+def test_depths_beyond_the_training_are_marked(model, chats, tmp_path, capsys):
+    """In a sweep, a calibration and a loss, in their tables and pictures; one warning line names them."""
+    copy = shutil.copytree(model, tmp_path / "trained")
+    fields = json.loads((copy / "config.json").read_text())
+    fields["trained_recurrences"] = {"min": 1, "max": 2, "mean": 1.5}
+    (copy / "config.json").write_text(json.dumps(fields))
+    given, out = [f"data={chats}", "chat_field=messages"], tmp_path / "sweep.json"
+    exits = ["kv_policy=last-exited", "prompt_exit=true"]
+    warning = "warning: num_recurrences=3, 4: this model was trained at 1 to 2 recurrences (mean 1.5), and not beyond"
+    run(["eval", str(copy), *given, *exits, "exit_sweep=cosine", "thresholds=3", "--out", str(out)])
+    shown, told = capsys.readouterr()
+    assert told.count(warning) == 1
+    assert TRAINED in shown.splitlines()
+    found = json.loads(out.read_text())
+    rows = found["results"] + found["exits"]["cosine"]
+    assert [row["beyond_trained"] for row in rows] == [row["mean_recurrences"] > 2 for row in rows]
+    assert {row["beyond_trained"] for row in found["exits"]["cosine"]} == {False, True}
+    assert shown.count("†") == 1 + sum(row["beyond_trained"] for row in rows)
+    axes: Any = sweep_figure(out).axes[0]
+    (span,) = axes.patches
+    left, right = span.get_extents().transformed(axes.transData.inverted()).intervalx
+    assert (left, right) == pytest.approx((2, axes.get_xlim()[1]))
+    assert right > 4
+    run(["calibrate", str(copy), str(tmp_path / "out"), *given, *exits, "rule=cosine", "budget=9"])
+    shown, told = capsys.readouterr()
+    assert told.count(warning) == 1
+    assert TRAINED in shown.splitlines()
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text())["results"][-1]["beyond_trained"]
+    run(["eval", str(copy), *given, "group=kind", "num_recurrences=2,4", "--out", str(tmp_path / "loss.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[:11].strip().isdigit()] == ["2", "4†"]
+    assert TRAINED in lines
+    figure: Any = eval_figure(tmp_path / "loss.json")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["2", "4 †"]
+    assert figure.get_suptitle().endswith("\n† deeper than trained (up to R = 2)")
 
 
 def test_a_loss_may_hold_where_right_answers_do_not():
