@@ -94,7 +94,8 @@ def _draw_model(args: argparse.Namespace) -> list[Path]:
             raise UserError("exit_rule and kv_policy: loopwise plot states draws all recurrences of every token")
         from .states import states_figure
 
-        _save(states_figure(*states(args.source, picture), picture.tokens, name), file)
+        tokens, found, trained = states(args.source, picture)
+        _save(states_figure(tokens, found, picture.tokens, name, trained), file)
         return [file]
     if picture.tokens:
         raise UserError(f"tokens={picture.tokens[0]}: loopwise plot states follows tokens; {args.what} shows all")

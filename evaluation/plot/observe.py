@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...quiet import quiet
+from ...trained import beyond_trained
 from .recipe import Picture
 
 if TYPE_CHECKING:
@@ -82,8 +83,11 @@ def depths(model: str, picture: Picture) -> Depths:
     return Depths(tokens, found, request.num_recurrences, rule, bool(config.router))
 
 
-def states(model: str, picture: Picture) -> tuple[Tokens, Tensor]:
-    """The tokens of the picture's text, and their states s_1 .. s_R [R, T, D] in float32."""
+def states(model: str, picture: Picture) -> tuple[Tokens, Tensor, int | None]:
+    """The tokens of the picture's text, their states s_1 .. s_R [R, T, D] in float32, and the greatest R of training.
+
+    Prints a warning where R is beyond that of training, which is None where it is not recorded.
+    """
     quiet()
     import torch
 
@@ -100,4 +104,7 @@ def states(model: str, picture: Picture) -> tuple[Tokens, Tensor]:
             torch.tensor([tokens.ids]), num_recurrences=picture.num_recurrences, output_states=True, use_cache=False,
             logits_to_keep=1,
         )  # fmt: skip
-    return tokens, out.states[:, 0].float()
+    trained = config.trained_recurrences
+    if warning := beyond_trained(trained, [len(out.states)]):
+        print(warning, file=sys.stderr)
+    return tokens, out.states[:, 0].float(), trained and trained["max"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch
 
 from loopwise.cli import main
 from loopwise.evaluation.exits.forced import ForcedEngine
+from loopwise.evaluation.plot import command
 from loopwise.evaluation.plot.observe import Depths, Tokens, depths, states, tokens_of
 from loopwise.evaluation.plot.recipe import Picture
 from loopwise.evaluation.plot.states import components, states_figure
@@ -120,7 +122,8 @@ def test_tokens_can_be_read_on_their_colours(most):
 def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
     from loopwise.train.pretrained import load_model
 
-    tokens, found = states(str(recurrent), Picture(text=TEXT, num_recurrences=4))
+    tokens, found, trained = states(str(recurrent), Picture(text=TEXT, num_recurrences=4))
+    assert trained is None
     model = load_model(str(recurrent)).eval()
     with torch.no_grad():
         lasts = [
@@ -138,6 +141,29 @@ def test_states_are_those_of_models_of_fewer_recurrences(recurrent):
     assert torch.allclose(paths[-1], torch.zeros(2, 2), atol=1e-5)
     assert paths.square().sum() <= relative.square().sum() * (1 + 1e-5)
     assert sum(shares) == pytest.approx(float(paths.square().sum() / relative.square().sum()), rel=1e-4)
+
+
+def test_states_beyond_the_training_are_dotted_and_on_grey(recurrent, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(recurrent, tmp_path / "m")
+    fields = json.loads((model / "config.json").read_text())
+    fields["trained_recurrences"] = {"min": 1, "max": 2, "mean": 1.5}
+    (model / "config.json").write_text(json.dumps(fields))
+    given = ["text=the core runs", "num_recurrences=4", "--out", str(tmp_path / "s.png")]
+    figures: list[Any] = []
+    monkeypatch.setattr(command, "_save", lambda figure, _: figures.append(figure))
+    assert main(["plot", "states", str(model), *given]) == 0
+    warning = "warning: num_recurrences=4: this model was trained at 1 to 2 recurrences (mean 1.5), and not beyond"
+    assert capsys.readouterr().err.count(warning) == 1
+    (figure,) = figures
+    paths, moves = figure.axes
+    solid, dotted, *_ = [line for line in paths.lines if len(line.get_xdata()) > 1]
+    assert [(len(line.get_xdata()), line.get_linestyle()) for line in (solid, dotted)] == [(2, "-"), (3, ":")]
+    assert "deeper than trained (R=2)" in [text.get_text() for text in paths.get_legend().get_texts()]
+    (span,) = moves.patches
+    assert span.get_extents().transformed(moves.transData.inverted()).intervalx == pytest.approx((2.5, 4.5))
+    tokens, found, trained = states(str(model), Picture(text="the core runs", num_recurrences=2))
+    figure = states_figure(tokens, found, None, "m", trained)
+    assert not figure.axes[1].patches  # as deep as trained
 
 
 def test_a_router_takes_the_tokens_that_its_picture_shows(tmp_path, tokenizer, capsys):
