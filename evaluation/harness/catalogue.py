@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ...errors import UserError, nearest, reason
@@ -40,10 +42,11 @@ def load_tasks(names: list[str]) -> Catalogue:
     run the model's code or show images.
     """
     places = [None if _registered(name) else Path(name).expanduser() for name in names]
-    manager = TaskManager(include_defaults=any(place is None for place in places))
+    files = [None if place is None else _of_file(place) for place in places]
+    manager = TaskManager(include_defaults=any(file is None or _names_tasks(file) for file in files))
     found = Catalogue()
-    for name, place in zip(names, places, strict=True):
-        for spec in _matching(manager, name) if place is None else [_of_file(place)]:
+    for name, file in zip(names, files, strict=True):
+        for spec in _matching(manager, name) if file is None else [file]:
             loaded = _load(manager, name, spec)
             if twice := next((task for task in loaded["tasks"] if task in found.tasks), None):
                 raise UserError(f"tasks={','.join(names)}: two of them hold a task named {twice!r}")
@@ -89,8 +92,8 @@ def _matching(manager: TaskManager, name: str) -> list[str]:
     return found
 
 
-def _of_file(file: Path) -> str | dict[str, Any]:
-    """The task of `file` as lm-eval's manager takes it: its config, or its path for a group."""
+def _of_file(file: Path) -> dict[str, Any]:
+    """The config of the task, or of the group of tasks, in `file`. Raises UserError for a wrong one."""
     if not file.is_file():
         raise UserError(f"tasks={file}: no such file")
     if file.suffix == ".jsonl":
@@ -101,18 +104,31 @@ def _of_file(file: Path) -> str | dict[str, Any]:
         raise UserError(f"{file}: not a task file ({reason(error)})") from None
     if is_short(values):
         return read_short(file)
-    if "group" in values:
-        return str(file)
-    if not isinstance(values.get("task"), str):
+    members = values.get("task")
+    if "group" in values and not isinstance(members, list):
+        raise UserError(f"{file}: task={members!r}: the list of a group's tasks, by name or with their config")
+    if "group" not in values and not isinstance(members, str):
         raise UserError(f"{file}: no key 'data' (short form) or 'task' (lm-eval's) in it")
     try:
-        return located(file, load_yaml(file))
+        config = load_yaml(file)
+        if "group" not in config:
+            return located(file, config)
+        tasks = [located(file, task) if isinstance(task, dict) else task for task in config["task"]]
+        return {**config, "task": tasks}
     except Exception as error:  # those of the functions' modules
         raise UserError(f"{file}: its functions cannot be imported ({reason(error)})") from None
 
 
+def _names_tasks(config: dict[str, Any]) -> bool:
+    """True for the config of a group that has tasks of lm-eval by name."""
+    return "group" in config and not all(isinstance(task, dict) for task in config["task"])
+
+
 def _load(manager: TaskManager, name: str, spec: str | dict[str, Any]) -> Any:
     try:
+        if isinstance(spec, dict) and "group" in spec:  # of a group's path, lm-eval takes the list of tasks for a name
+            entry = Entry(spec["group"], Kind.GROUP, None, spec)
+            return manager.load([TaskFactory().build(entry, registry=manager.task_index)])
         return manager.load([spec])
     except UserError:
         raise

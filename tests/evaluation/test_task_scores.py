@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
 from loopwise.evaluation.harness import pairs
 from loopwise.evaluation.harness.local import read_short
 from loopwise.train.tasks import tokenizer
+from tests.helpers.questions import CHOSEN
 from tests.helpers.train_tiny import run
 
 
@@ -193,6 +195,7 @@ CHOICE = '{"question": "a", "answer": "b", "choices": ["b", "c"]}\n'
         (LINE, "data: d.jsonl\nchoices: [yes, no]", "choices=[True, False]: YAML reads yes and no as true and false"),
         (LINE, "data: d.jsonl\nchoices: [b, c]\nmetric: exact_match", "choices have no effect on metric=exact_match"),
         (LINE, "data: [", "t.yaml: not a task file ("),
+        (LINE, "group: g\ntask: d", "t.yaml: task='d': the list of a group's tasks, by name or with their config"),
         (LINE, "output_type: generate_until", "t.yaml: no key 'data' (short form) or 'task' (lm-eval's) in it"),
     ],
 )
@@ -267,3 +270,40 @@ def test_an_exit_rule_in_the_lane_engine_saves_recurrences(asked, tmp_path):
     [fixed] = rows(tmp_path / "fixed.json").values()
     assert fixed["mean_recurrences"] == 4
     assert fixed["flops_per_token"] >= row["flops_per_token"]
+
+
+def test_a_group_of_tasks_has_a_row_of_its_own(asked, tmp_path, capsys):
+    """At every depth, the mean over all questions of its tasks; it stands below them in the table."""
+    questions = (asked / "chosen.jsonl").read_text().splitlines(keepends=True)
+    part, members = yaml.safe_load(CHOSEN), []
+    for name, own in (("few", questions[:6]), ("many", questions[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(own))
+        files = {"data_files": {"test": f"{name}.jsonl"}}
+        members.append({**part, "task": name, "dataset_kwargs": files})
+    mean = [{"metric": "acc", "weight_by_size": True}]
+    (tmp_path / "both.yaml").write_text(
+        yaml.safe_dump({"group": "both", "task": members, "aggregate_metric_list": mean})
+    )
+    out = tmp_path / "both.json"
+    given = ["eval", str(asked / "model"), f"tasks={tmp_path}/both.yaml", "num_recurrences=1,4", "--out", str(out)]
+    run([*given, "log_samples=true"])
+    shown = capsys.readouterr().out
+    found = rows(out)
+    assert list(found) == [(task, depth) for task in ("both::few", "both::many", "both") for depth in (1, 4)]
+    for depth in (1, 4):
+        row = found["both", depth]
+        right = [one["score"] for task in ("both::few", "both::many") for one in found[task, depth]["logged"]]
+        assert row["samples"] == len(right) == 24
+        assert row["score"] == pytest.approx(sum(right) / 24)
+        assert row["score_error"] is not None
+        assert row["beyond_trained"] == (depth == 4)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[4:7]]
+    assert [line[:3] for line in lines] == [
+        ["both::few", "acc", "6"],
+        ["both::many", "acc", "18"],
+        ["both", "acc", "24"],
+    ]
+    for cell, depth in zip(lines[2][3:], (1, 4), strict=True):
+        assert cell == f"{found['both', depth]['score']:.3f} ± {found['both', depth]['score_error']:.3f}"
+    run([*given, "log_samples=true"])  # nothing is measured again
+    assert rows(out) == found
