@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from loopwise.cli import main
 from loopwise.evaluation.harness import pairs
 from loopwise.evaluation.harness.local import read_short
 from loopwise.train.tasks import tokenizer
+from tests.helpers.blocked import without
 from tests.helpers.questions import CHOSEN
 from tests.helpers.train_tiny import run
 
@@ -307,3 +311,42 @@ def test_a_group_of_tasks_has_a_row_of_its_own(asked, tmp_path, capsys):
         assert cell == f"{found['both', depth]['score']:.3f} ± {found['both', depth]['score_error']:.3f}"
     run([*given, "log_samples=true"])  # nothing is measured again
     assert rows(out) == found
+
+
+def test_questions_in_the_chat_template(asked, tmp_path):
+    """With a system message, and solved examples as turns: the prompt is the tokenizer's own."""
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }};{% endfor %}"
+    template += "{% if add_generation_prompt %}[a]{% endif %}"
+    model = shutil.copytree(asked / "model", tmp_path / "model")
+    known = AutoTokenizer.from_pretrained(model)
+    known.chat_template = template
+    known.save_pretrained(model)
+    (tmp_path / "few.jsonl").write_text("".join(f'{{"question": "q{n}", "answer": "a{n}"}}\n' for n in range(2)))
+    out = tmp_path / "few.json"
+    given = ["eval", str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true", "log_samples=true"]
+    run([*given, "system_instruction=be brief", "num_fewshot=1", "--out", str(out)])
+    [row] = rows(out).values()
+    assert [one["prompt"] for one in row["logged"]] == [
+        f"[s]be brief;[u]q{other};[a]a{other};[u]q{own};[a]" for own, other in ((0, 1), (1, 0))
+    ]
+
+
+def test_a_tokenizer_without_a_chat_template_is_one_line(asked, tmp_path, capsys):
+    model = shutil.copytree(asked / "model", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
+    assert main(["eval", str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "chat template" in told[-1]
+    assert len(told) == 1
+
+
+def test_the_package_that_tasks_need_is_named():
+    program = "from loopwise.cli import main\nraise SystemExit(main(['eval', 'model', 'tasks=few.jsonl']))"
+    done = subprocess.run([sys.executable, "-c", without("lm_eval", program)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "loopwise: error: tasks needs lm-eval: in a clone of Loopwise, run pip install -e '.[eval]'"
+    ]
