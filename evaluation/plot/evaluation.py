@@ -10,6 +10,7 @@ from ...errors import UserError
 from ...trained import MARK
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -130,7 +131,7 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     panels[0].set_ylabel(names.pop() if len(names) == 1 else "score")
     if beyond:
         trained = max((row["num_recurrences"] or 0 for row in rows if not row["beyond_trained"]), default=0)
-        panels[0].axvspan((trained + beyond[0]) / 2, beyond[-1] + 0.3, color="0.93", label="deeper than trained")
+        shade_beyond(panels[0], (trained + beyond[0]) / 2, beyond[-1] + 0.3)
     panels[0].set_xlabel("recurrences")
     panels[0].set_xticks(sorted({row["num_recurrences"] for row in rows if row["num_recurrences"]}))
     if known:
@@ -138,6 +139,11 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
     if rows[0].get("task") or beyond:
         panels[0].legend(frameon=False, fontsize="small")
     return figure
+
+
+def shade_beyond(axes: Axes, left: float, right: float) -> None:
+    """Grey behind depths that the model was not trained at. Its edge shows in a legend that stands on the grey."""
+    axes.axvspan(left, right, facecolor="0.93", edgecolor="0.75", zorder=0, label="deeper than trained")
 
 
 def _what(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
+from .evaluation import shade_beyond
 from .observe import Tokens
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _paths(axes: Axes, tokens: Tokens, states: Tensor, chosen: list[int], traine
         axes.plot(x[:1], y[:1], "o", markerfacecolor="white", color=line.get_color())
     axes.plot(0, 0, "s", color="0.3")
     if trained < len(states):
-        axes.plot([], [], ":", color="0.3", label=f"deeper than trained (R={trained})")
+        axes.plot([], [], ":", color="0.3", label=f"deeper than trained (up to R={trained})")
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the squares")
     axes.set_ylabel(f"second principal component, {shares[1]:.0%}")
     axes.set_title(f"states less the last: s_1 (circles) to s_{len(states)} (square)", fontsize="small")
@@ -84,7 +85,7 @@ def _moves(axes: Axes, tokens: Tokens, states: Tensor, chosen: list[int], traine
     for place in chosen:
         axes.plot(recurrences, moves[:, place].tolist(), linewidth=1, label=_label(tokens, place))
     if trained < len(states):
-        axes.axvspan(trained + 0.5, len(states) + 0.5, color="0.93", zorder=0, label="deeper than trained")
+        shade_beyond(axes, trained + 0.5, len(states) + 0.5)
     axes.set_yscale("log")
     axes.set_xticks(recurrences)
     axes.set_xlabel("recurrence r")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from .evaluation import read
+from .evaluation import read, shade_beyond
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +71,8 @@ def _shade(axes: Axes, result: dict[str, Any]) -> None:
     rows = [*result["results"], *(row for rows in result["exits"].values() for row in rows)]
     if not any(row.get("beyond_trained") for row in rows):
         return
-    trained = result["trained_recurrences"]["max"]
     right = axes.get_xlim()[1]
-    axes.axvspan(trained, right, color="0.93", zorder=0, label=f"deeper than trained (up to R={trained})")
+    shade_beyond(axes, result["trained_recurrences"]["max"], right)
     axes.set_xlim(right=right)
 
 

@@ -158,7 +158,7 @@ def test_states_beyond_the_training_are_dotted_and_on_grey(recurrent, tmp_path, 
     paths, moves = figure.axes
     solid, dotted, *_ = [line for line in paths.lines if len(line.get_xdata()) > 1]
     assert [(len(line.get_xdata()), line.get_linestyle()) for line in (solid, dotted)] == [(2, "-"), (3, ":")]
-    assert "deeper than trained (R=2)" in [text.get_text() for text in paths.get_legend().get_texts()]
+    assert "deeper than trained (up to R=2)" in [text.get_text() for text in paths.get_legend().get_texts()]
     (span,) = moves.patches
     assert span.get_extents().transformed(moves.transData.inverted()).intervalx == pytest.approx((2.5, 4.5))
     tokens, found, trained = states(str(model), Picture(text="the core runs", num_recurrences=2))
