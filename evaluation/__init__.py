@@ -6,6 +6,7 @@ scores tasks. This package may use `convert`, `train` and `serve`. Files in read
     recipe.py      Evaluate, the recipe of `loopwise eval`
     result_file.py  files of results, written whole and read back
     answers.py     conversations as sequences, with their answers and groups
+    guess.py       the right answers that guessing gets, of generated tasks
     depths.py      losses, right answers and states at several depths, in one pass if possible
     result.py      means, standard errors, the effect of the recurrences
     replies.py     replies to the questions of the data: right answers, depths, speed

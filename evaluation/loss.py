@@ -25,10 +25,10 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     "loss_error", "perplexity", "flops_per_token", "beyond_trained"}], "loop"}. `num_recurrences` is None for a plain
     model; "loop" as from `loop_effect`. "flops_per_token" are those of a forward pass, None for a routed model.
     "trained_recurrences" are the config's, and "beyond_trained" is True for a depth beyond them.
-    For conversations "tokens" counts the assistant's tokens, and "records", "answers" and "group" are added. Each
-    result then has "accuracy" and "groups". An answer is right if each of its tokens is the likeliest one after the
-    true tokens before it. Every "_error" is a standard error over sequences or answers, None for a single one.
-    With `exit_sweep` the result is that of `exits.sweep`, with the facts of its `Decoding`.
+    For conversations "tokens" counts the assistant's tokens, and "records", "answers", "group" and "guess" (of
+    `guessing`) are added. Each result then has "accuracy" and "groups". An answer is right if each of its tokens is the
+    likeliest one after the true tokens before it. Every "_error" is a standard error over sequences or answers, None
+    for a single one. With `exit_sweep` the result is that of `exits.sweep`, with the facts of its `Decoding`.
     Raises UserError for bad input.
     """
     if find_gguf(Path(model)) is None:
@@ -117,6 +117,7 @@ def _measure(
     from . import result
     from .answers import accuracy
     from .depths import measure
+    from .guess import guessing
 
     loaded = routed_by(load_weights(model, recipe.revision), recipe)
     device = loaded.device
@@ -138,6 +139,8 @@ def _measure(
         }
         for depth in depths or [None]
     ]
+    if recipe.has_answers:
+        report["guess"] = guessing(recipe, len(sequences.answers))
     report["loop"] = None if depths is None else result.loop_effect(found)
     return report
 

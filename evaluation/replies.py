@@ -8,6 +8,7 @@ from typing import Any
 
 from ..trained import is_beyond
 from .answers import Sequences, accuracy
+from .guess import guessing
 from .recipe import Evaluate
 
 
@@ -37,7 +38,9 @@ def measured(
 ) -> dict[str, Any]:
     """The result of `loopwise eval` for replies: without losses and "loop".
 
-    trained: `trained_recurrences` of the model's config.   facts: who replies.   ask: the replies for given fields of the requests; calls its second argument after each reply.
+    trained: `trained_recurrences` of the model's config.   facts: who replies.   ask: the replies for given fields of
+    the requests; calls its second argument after each reply.
+
     Each result and each group has "mean_recurrences" per token of its answers (None if unknown). Each result has
     "seconds" and "tokens_per_second", with prompts.
     """
@@ -60,7 +63,8 @@ def measured(
             result |= {"seconds": replies.seconds, "tokens_per_second": replies.tokens / replies.seconds}
             results.append(result | replies.facts)
     facts = {**facts, "request": recipe.request, "data": recipe.data, "group": recipe.group}
-    counted = {"records": len(sequences.ids), "answers": len(sequences.answers)}
+    counted: dict[str, Any] = {"records": len(sequences.ids), "answers": len(sequences.answers)}
+    counted["guess"] = guessing(recipe, len(sequences.answers))
     return {"model": model, "trained_recurrences": trained, **facts, **counted, "results": results}
 
 

@@ -26,15 +26,22 @@ def table(result: dict[str, Any]) -> str:
     head = f"{'recurrences':>11}  {'loss':>8}  {'perplexity':>10}"
     width = max(5, *map(len, groups)) if groups else 5
     lines.append(head + ("  " + " ".join(f"{name:>{width}}" for name in [*groups, "all"]) if has_answers else ""))
+    if guess := result.get("guess"):
+        shares = " ".join(f"{100 * share:>{width}.1f}" for share in _shares(guess, groups))
+        lines.append(f"{'guess':>11}  {'':>8}  {'':>10}  {shares}")
     for row in result["results"]:
         depth = "-" if row["num_recurrences"] is None else row["num_recurrences"]
         line = f"{depth:>11}{mark(row)} {row['loss']:>8.4f}  {row['perplexity']:>10.2f}"
         if has_answers:
-            shares = [*(row["groups"][name]["accuracy"] for name in groups), row["accuracy"]]
-            line += "  " + " ".join(f"{100 * share:>{width}.1f}" for share in shares)
+            line += "  " + " ".join(f"{100 * share:>{width}.1f}" for share in _shares(row, groups))
         lines.append(line)
     lines += marked(result, result["results"])
     return "\n".join(lines + (_loop_lines(result["loop"]) if result["loop"] else []))
+
+
+def _shares(row: dict[str, Any], groups: list[str]) -> list[float]:
+    """Right answers of each group, and of all."""
+    return [*(row["groups"][name]["accuracy"] for name in groups), row["accuracy"]]
 
 
 def _loop_lines(loop: dict[str, Any]) -> list[str]:
@@ -64,9 +71,11 @@ def _replies_table(result: dict[str, Any]) -> str:
         f"{'':>11}  right answers in %{by}, and the recurrences per token",
         f"{'recurrences':>11}  {names}  {names}  {'tokens/s':>8}",
     ]
+    if guess := result.get("guess"):
+        lines.append(f"{'guess':>11}  " + " ".join(f"{100 * share:>{width}.1f}" for share in _shares(guess, groups)))
     for row in result["results"]:
         cells = [*(row["groups"][name] for name in groups), row]
-        right = " ".join(f"{100 * cell['accuracy']:>{width}.1f}" for cell in cells)
+        right = " ".join(f"{100 * share:>{width}.1f}" for share in _shares(row, groups))
         spent = [cell["mean_recurrences"] for cell in cells]
         depths = " ".join(f"{'-' if depth is None else f'{depth:.2f}':>{width}}" for depth in spent)
         depth = row["num_recurrences"] or "-"

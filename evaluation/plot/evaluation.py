@@ -30,7 +30,12 @@ def eval_figure(file: Path) -> Figure:
         groups = list(rows[0].get("groups") or {})
         if groups:
             cells = [[row["groups"][name] for name in groups] for row in rows]
-            figure = _heat_map(result["group"] or "", groups, [*map(_depth, rows)], cells)
+            names, shown = [*map(_depth, rows)], cells
+            if guess := result.get("guess"):  # below the depths
+                names, shown = ["guess", *names], [[guess["groups"][name] for name in groups], *cells]
+            figure = _heat_map(result["group"] or "", groups, names, shown)
+            if guess:
+                figure.axes[0].axhline(0.5, color="white", linewidth=4)  # no depth
             figure.suptitle(_counted(result, cells), fontsize="medium")
             return figure
         return _curves(rows, str(result["model"]))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from loopwise.cli import main
 from loopwise.evaluation import depths
 from loopwise.evaluation.answers import Answer, Sequences
+from loopwise.evaluation.plot.evaluation import eval_figure
 from loopwise.evaluation.recipe import Evaluate
 from loopwise.train import tasks
 from loopwise.train.pretrained import load_model
@@ -112,7 +113,8 @@ def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert (result["records"], result["answers"], result["tokens"], result["group"]) == (40, 40, 40, "hops")
     model, tokenizer = load_model(str(small)).eval(), tasks.tokenizer("hops")
-    records = list(tasks.parse(f"{TASK}&split=held-out").records())
+    parsed: Any = tasks.parse(f"{TASK}&split=held-out")
+    records = list(parsed.records())
     asked = [tokenizer(record["messages"][0]["content"])["input_ids"] for record in records]
     answers = torch.tensor([tokenizer(record["messages"][1]["content"])["input_ids"][0] for record in records])
     for row, depth in zip(result["results"], (1, 3), strict=True):
@@ -138,9 +140,29 @@ def test_right_answers_by_depth_and_group(small, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "right answers in %, by hops"
     assert lines[2].split() == ["recurrences", "loss", "perplexity", "0", "1", "6", "10", "all"]
-    last = result["results"][1]
-    shares = [*(group["accuracy"] for group in last["groups"].values()), last["accuracy"]]
-    assert lines[4].split()[3:] == [f"{100 * share:.1f}" for share in shares]
+    for line, row in zip(lines[3:], (result["guess"], *result["results"]), strict=False):
+        shares = [*(group["accuracy"] for group in row["groups"].values()), row["accuracy"]]
+        assert line.split()[-5:] == [f"{100 * share:.1f}" for share in shares]
+    assert lines[3].split()[0] == "guess"
+    chances = [parsed.guess(record)[0] for record in records]
+    for number, group in enumerate(("0", "1", "6", "10")):
+        assert result["guess"]["groups"][group]["accuracy"] == pytest.approx(sum(chances[number::4]) / 10)
+    assert result["guess"]["accuracy"] == pytest.approx(sum(chances) / 40)
+    figure: Any = eval_figure(tmp_path / "result.json")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["guess", "1", "3"]
+    drawn = [text.get_text() for text in figure.axes[0].texts[:4]]
+    assert drawn == [f"{100 * group['accuracy']:.0f}" for group in result["guess"]["groups"].values()]
+    assert "10 answers a cell" in figure.get_suptitle()
+
+
+def test_guessing_is_known_for_the_measured_answers_alone(small, capsys):
+    """With a limit it is that of its records; a share that a run holds out has none."""
+    source = "task:hops?hops=1..4&questions=1&lookups=0&records=40"
+    arguments = ["eval", str(small), "group=hops", "limit=8"]
+    parsed: Any = tasks.parse(f"{source}&split=held-out")
+    chances = [parsed.guess(parsed.record(number))[0] for number in range(0, 40, 5)]
+    assert said([*arguments, f"data={source}"], capsys)["guess"]["accuracy"] == pytest.approx(sum(chances) / 8)
+    assert said([*arguments[:2], f"data={source}", "eval_fraction=0.2"], capsys)["guess"] is None
 
 
 def test_conversations_of_a_file(recurrent, tmp_path, capsys):
@@ -364,10 +386,12 @@ def test_pictures_of_measurements(small, recurrent, short, tmp_path, capsys):
         assert np.ptp(imread(tmp_path / f"{name}.png")) > 0.5
     result = json.loads((tmp_path / "hops.json").read_text())
     axes = eval_figure(tmp_path / "hops.json").axes[0]
-    shares = [[100 * group["accuracy"] for group in row["groups"].values()] for row in result["results"]]
+    shares = [
+        [100 * group["accuracy"] for group in row["groups"].values()] for row in (result["guess"], *result["results"])
+    ]
     drawn: Any = axes.images[0].get_array()
     assert np.allclose(drawn, shares)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["guess", "1", "2", "4"]
     (tmp_path / "other.json").write_text("{}")
     for file in ("other.json", "nowhere.json"):
         assert main(["plot", "eval", str(tmp_path / file)]) == 2

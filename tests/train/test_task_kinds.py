@@ -122,6 +122,40 @@ def test_records_are_the_same_everywhere(source, digest):
     assert hashlib.sha256(json.dumps(taken(source, 50)).encode()).hexdigest()[:16] == digest
 
 
+def guesses(name: str, entries: list[tuple[str, str]], question: str, answer: str) -> list[str]:
+    """All answers that a guess takes with equal probability."""
+    if name == "parity":
+        return ["".join(bits) for bits in itertools.product("01", repeat=len(answer))]
+    if name == "s5":
+        return ["".join(images) for images in itertools.permutations("12345")]
+    ends = {end for _, end in entries}
+    return sorted(ends if question[0] == "!" else ends & {*"0123456789"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "task:hops?hops=1..4+6&lookups=0.3",
+        "task:hops?hops=1..8&lookups=0&questions=1&digits=distinct",
+        "task:parity?length=2..6&questions=2",
+        "task:parity?length=2..4&answer=running",
+        "task:s5?length=2",
+    ],
+)
+def test_the_chance_of_a_guess_is_that_of_one_among_all_that_fit(source):
+    parsed = tasks.parse(source)
+    for record in taken(source, 40):
+        entries, answered = read(record)
+        fit = [guesses(parsed.name, entries, question, answer) for question, answer in answered]
+        assert all(answer in among for (_, answer), among in zip(answered, fit, strict=True))
+        assert parsed.guess(record) == pytest.approx([1 / len(among) for among in fit])
+
+
+def test_sums_have_no_simple_guess():
+    parsed = tasks.parse("task:sums?modulo=7")
+    assert parsed.guess(parsed.record(0)) is None
+
+
 def chains(entries: list[tuple[str, str]]) -> dict[str, list[str]]:
     """{last name: the names from the digit on} of every chain."""
     values = dict(entries)

@@ -68,12 +68,17 @@ def spread(count: int, most: int) -> Sequence[int]:
 def some_generated(sources: list[str], reader: Reader, most: int) -> Iterator[Any]:
     """The documents of at most `most` records of generated tasks, evenly spread over all `sources`."""
     parsed = [tasks.parse(source) for source in sources]
-    ends = list(accumulate(task.values["records"] for task in parsed))
-    for place in spread(ends[-1], most):
-        i = bisect_right(ends, place)
-        number = place - (ends[i - 1] if i else 0)
+    for i, number in some_records(parsed, most):
         record = parsed[i].record(number)
         yield reader_for(sources[i], reader).document(record, f"{sources[i]} record {number}")
+
+
+def some_records(sources: list[tasks.Source], most: int) -> Iterator[tuple[int, int]]:
+    """(place of the source, number of the record) of at most `most` records, evenly spread over all `sources`."""
+    ends = list(accumulate(source.values["records"] for source in sources))
+    for place in spread(ends[-1], most):
+        i = bisect_right(ends, place)
+        yield i, place - (ends[i - 1] if i else 0)
 
 
 def _files(source: str, paths: list[Path], reader: Reader) -> Iterator[Any]:

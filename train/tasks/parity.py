@@ -18,4 +18,4 @@ def _products(values: dict[str, Any], word: list[str]) -> list[str]:
     return [str(bit) for bit in accumulate(map(int, word), xor)]
 
 
-WORDS = Words(_element, _products, {})
+WORDS = Words(_element, _products, {}, forms=2)

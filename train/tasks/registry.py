@@ -17,7 +17,8 @@ class Task:
 
     parameters: by name.   settle: fills in values that depend on other parameters; raises ValueError.   draw: (problem,
     record) from the settled values, `Draws` and the record's number.   vocabulary: tokens of one character each.
-    silent: characters without a token.
+    silent: characters without a token.   guess: from the settled values and a record, the probability that a guess
+    answers each of its questions; None where no simple one is known.
     """
 
     parameters: dict[str, Parameter]
@@ -25,16 +26,18 @@ class Task:
     draw: Callable[[dict[str, Any], Draws, int], tuple[str, dict[str, Any]]]
     vocabulary: tuple[str, ...]
     silent: str
+    guess: Callable[[dict[str, Any], dict[str, Any]], list[float]] | None = None
 
 
 def _of_words(words: Words) -> Task:
-    return Task(words.parameters, words.settle, words.draw, VOCABULARY, hops.SILENT)
+    guess = words.guess if words.forms else None
+    return Task(words.parameters, words.settle, words.draw, VOCABULARY, hops.SILENT, guess)
 
 
 # One vocabulary for all but `hops`, so that a model can learn them together, and hops with them.
 VOCABULARY = (*hops.VOCABULARY, "+", "-", ",")
 TASKS = {
-    "hops": Task(hops.PARAMETERS, hops.settle, hops.draw, hops.VOCABULARY, hops.SILENT),
+    "hops": Task(hops.PARAMETERS, hops.settle, hops.draw, hops.VOCABULARY, hops.SILENT, hops.guess),
     "sums": _of_words(sums.WORDS),
     "parity": _of_words(parity.WORDS),
     "s5": _of_words(s5.WORDS),

@@ -25,4 +25,4 @@ def _products(values: dict[str, Any], word: list[str]) -> list[str]:
     return list(accumulate(word, lambda before, p: "".join(before[int(i) - 1] for i in p)))
 
 
-WORDS = Words(_element, _products, {}, separator=",")
+WORDS = Words(_element, _products, {}, separator=",", forms=120)

@@ -59,6 +59,11 @@ class Source:
             f"{PREFIX}{self.name}: {TRIES} draws gave no {split} problem; ask for longer or more varied ones"
         )
 
+    def guess(self, record: dict[str, Any]) -> list[float] | None:
+        """The probability that a guess answers each question of `record`; None where no simple one is known."""
+        guess = TASKS[self.name].guess
+        return guess(self.values, record) if guess else None
+
     def records(self) -> Iterator[dict[str, Any]]:
         """All records in order."""
         return map(self.record, range(self.values["records"]))

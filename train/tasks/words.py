@@ -24,13 +24,15 @@ class Words:
     """The records of one task.
 
     element: draws an element, as text.   products: the value of each beginning of a word, as text; the last one is the
-    word's.   own: parameters of this task.   separator: text between elements.
+    word's.   own: parameters of this task.   separator: text between elements.   forms: number of values, where all are
+    equally likely.
     """
 
     element: Callable[[Values, Draws], str]
     products: Callable[[Values, list[str]], list[str]]
     own: dict[str, Parameter]
     separator: str = ""
+    forms: int | None = None
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -85,6 +87,11 @@ class Words:
         program = "".join(f"{name}={self.separator.join(word)};" for name, word in order)
         answered = [(f"?{name}=", self._answer(values, word)) for name, word in named[:count]]
         return program, {"messages": conversation(program, answered), "length": asked}
+
+    def guess(self, values: Values, record: dict[str, Any]) -> list[float]:
+        """The probability that a guess among all `forms` is right, for each question."""
+        running = values["answer"] == RUNNING
+        return [(self.forms or 1) ** -(length if running else 1) for length in record["length"]]
 
     def _answer(self, values: Values, word: list[str]) -> str:
         products = self.products(values, word)
