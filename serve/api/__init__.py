@@ -4,6 +4,7 @@
 
     architectures.py      source architectures that can be served
     generation_config.py  sampling defaults and stop tokens of generation_config.json
+    echo.py               values of requests, cut short for messages
     fields.py             names of request fields, read from a request's body
     decoders.py           how positions are decoded: plain, wave, diffusion
     depth.py              a request's depth: its fields, then the model's defaults

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .echo import brief, cut
 from .fields import rename_fields
 
 if TYPE_CHECKING:
@@ -72,19 +73,19 @@ def diffusion(given: dict[str, Any] | str) -> DiffusionSettings:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or JSON in many brackets
             given = str(given)
     if not isinstance(given, dict):
-        raise ValueError(f"={given!r}: an object of {', '.join(kinds)}")
+        raise ValueError(f"={brief(given)}: an object of {', '.join(kinds)}")
     for name, value in given.items():
         if name not in kinds:
-            raise ValueError(f".{name}: no such field; they are {', '.join(kinds)}")
+            raise ValueError(f".{cut(name)}: no such field; they are {', '.join(kinds)}")
         kind = kinds[name]
         wanted = (int, float) if kind is float else kind
         large = isinstance(value, int | float) and not abs(value) < LARGE
         if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or large:
             rule = {int: "an integer", float: "a finite number", bool: "true or false", str: "a name"}[kind]
-            raise ValueError(f".{name}={value!r}: {rule}")
+            raise ValueError(f".{name}={brief(value)}: {rule}")
     made = DiffusionSettings(**given)
     if mistake := made.mistake():
         raise ValueError(f".{mistake}")

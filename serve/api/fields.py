@@ -7,6 +7,7 @@ The fields stand at the top level of a request's body or inside its `vllm_xargs`
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 
 from ...deprecated import SERVING, current_name, old_names, print_warning, rename, two_names
 from ...errors import UserError
+from .echo import brief, cut
 
 FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
@@ -56,14 +58,20 @@ SERVER_KEYS = ("kv_policy", "max_recurrences")
 XARGS = "vllm_xargs"
 KIND = "request field"  # in messages about old names
 UNREAD = ("extra_body", "extra_args", "sampling_params")  # names in Python clients; a server ignores them
+LONGEST = 32  # characters of a name that can be nearly one of ours
+MOST_UNKNOWN = 64  # names in a body that nobody reads: each is compared with all of ours
+MESSAGE = 1000  # characters of a refusal
 
 
 class FieldError(ValueError):
-    """A field of a request that is refused. The message names field, value, rule and choices."""
+    """A field of a request that is refused. The message names field, value, rule and choices.
+
+    Both are cut: a client chooses the length of names and values. Messages repeat values by `echo.brief`.
+    """
 
     def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
+        super().__init__(cut(message, MESSAGE))
+        self.field = cut(field)
 
 
 def rename_fields(values: dict[str, Any], warn: Callable[[str], object] | None = print_warning) -> dict[str, Any]:
@@ -99,9 +107,10 @@ def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, A
     Raises FieldError for:
     - a field with different values at the two places, or under its old and its new name,
     - a field whose key stands twice, or that stands where it is not read,
-    - a name that is nearly one of ours.
+    - a name that is nearly one of ours, or more than MOST_UNKNOWN names that nobody reads.
     """
     values: dict[str, Any] = {}
+    unknown: list[str] = []
     spelled: dict[str, str] = {}  # today's name -> the name in the body
     _check_doubled(body, XARGS)
     for place, names in ((body, known), (body.get(XARGS), ())):
@@ -118,25 +127,40 @@ def take_fields(body: dict[str, Any], known: Container[str] = ()) -> dict[str, A
                 other = values.setdefault(new, value)
                 unlike = isinstance(other, bool) != isinstance(value, bool)  # which are 0 and 1 to Python
                 if other is not value and (other != value or unlike):
-                    raise FieldError(name, f"{name} is {other!r} in the body, but {value!r} in {XARGS}")
+                    raise FieldError(name, f"{name} is {brief(other)} in the body, but {brief(value)} in {XARGS}")
                 if isinstance(value, Doubled):
-                    raise FieldError(name, f"{name}.{value.twice[0]} stands twice in the body: give one value")
+                    raise FieldError(name, f"{name}.{cut(value.twice[0])} stands twice in the body: give one value")
             elif name not in names:
-                check_name(name)
-    _check_unread(body, known)
+                unknown.append(name)
+    unknown += _check_unread(body, known)
+    check_names(unknown)
     for name in spelled.values():
         current_name(name, SERVING, FIELDS, KIND)  # warns
     return values
+
+
+def check_names(names: list[str]) -> None:
+    """Raises FieldError where one of `names`, which nobody reads, is nearly one of ours, or where they are many."""
+    if len(names) > MOST_UNKNOWN:
+        raise FieldError(names[0], f"{len(names)} fields that this server does not know: at most {MOST_UNKNOWN}")
+    for name in names:
+        check_name(name)
 
 
 def check_name(name: str) -> None:
     """Raises FieldError for a `name` that is nearly one of FIELDS, or an alias of one: vLLM would ignore it."""
     if name in SERVER_KEYS:
         raise FieldError(name, f"{name} is the server's, not a request's: loopwise serve MODEL {name}=...")
-    alias_of = ["num_recurrences"] if ALIASES.fullmatch(name.lower()) else []
-    if near := alias_of or difflib.get_close_matches(name.lower(), (*FIELDS, *OLD_FIELDS), n=1, cutoff=0.8):
-        meant = OLD_FIELDS.get(near[0], near[0])
+    if len(name) <= LONGEST and (meant := _meant(name.lower())):
         raise FieldError(name, f"unknown field {name!r}: did you mean {meant!r}? The fields are {', '.join(FIELDS)}")
+
+
+@functools.lru_cache(1024)  # every prompt of a request has its names
+def _meant(name: str) -> str | None:
+    """The field that `name` nearly is; None where it is far from all."""
+    alias_of = ["num_recurrences"] if ALIASES.fullmatch(name) else []
+    near = alias_of or difflib.get_close_matches(name, (*FIELDS, *OLD_FIELDS), n=1, cutoff=0.8)
+    return OLD_FIELDS.get(near[0], near[0]) if near else None
 
 
 def _check_doubled(place: dict[str, Any], *more: str) -> None:
@@ -145,8 +169,9 @@ def _check_doubled(place: dict[str, Any], *more: str) -> None:
             raise FieldError(name, f"{name} stands twice in the body: give one value")
 
 
-def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str, ...] = UNREAD) -> None:
-    """Raises FieldError for a depth field, or nearly one, in an object with one of these `names`."""
+def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str, ...] = UNREAD) -> list[str]:
+    """Raises FieldError for a depth field in an object with one of these `names`. Returns the unknown names in it."""
+    unknown = []
     for where in names:
         place = body.get(where)
         if not isinstance(place, dict):
@@ -158,5 +183,6 @@ def _check_unread(body: dict[str, Any], known: Container[str], names: tuple[str,
                     name, f"{name} in {where!r} is not read: put it at the top level of the body, or in its {XARGS}"
                 )
             if not ours and name not in known:
-                check_name(name)
-        _check_unread(place, known, (*UNREAD, XARGS))
+                unknown.append(name)
+        unknown += _check_unread(place, known, (*UNREAD, XARGS))
+    return unknown

@@ -64,6 +64,18 @@ def check_packed(router: dict[str, Any] | None, source: Any) -> None:
 
 
 @dataclass(frozen=True)
+class HttpLimits:
+    """Limits of the HTTP server; the keys of `loopwise serve` with these names describe them."""
+
+    max_body_mib: int = 8
+    body_seconds: int = 60
+    max_choices: int = 128
+    max_queue: int = 1024
+    open_metrics: bool = False
+    hang_seconds: int = 300
+
+
+@dataclass(frozen=True)
 class Limits:
     """Values that requests of a served model may have.
 
@@ -71,7 +83,8 @@ class Limits:
     prompt_exit: exits may end prompt positions.   fixed: every request runs at `num_recurrences`, whatever its fields.
     rule, decoder: of a request that names none.   max_in_flight: most positions of a request in flight.
     unfit: decoders that do not go with the model, and why.   routed: a router decides the depth of tokens.
-    prompt_rules: exit rules that may end prompt positions; None: all.
+    prompt_rules: exit rules that may end prompt positions; None: all.   max_model_len: positions of a request, in a
+    server.
     """
 
     num_recurrences: int
@@ -85,6 +98,7 @@ class Limits:
     unfit: dict[str, str] = field(default_factory=dict)
     routed: bool = False
     prompt_rules: tuple[str, ...] | None = None
+    max_model_len: int | None = None
 
 
 def limits_of(config: dict[str, Any], lanes: LaneConfig) -> Limits:

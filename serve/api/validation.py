@@ -8,7 +8,8 @@ from typing import Any
 
 from .decoders import DECODERS, LARGE, diffusion, history
 from .depth import check_minimum
-from .fields import FIELDS, FLAGS, FieldError, check_name, rename_fields
+from .echo import brief
+from .fields import FIELDS, FLAGS, LONGEST, FieldError, check_name, rename_fields
 from .limits import Limits
 
 
@@ -20,7 +21,7 @@ def validate_fields(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     for name, value in values.items():
         if name in FLAGS:
             if not isinstance(value, bool):
-                raise FieldError(name, f"{name}={value!r}: true or false")
+                raise FieldError(name, f"{name}={brief(value)}: true or false")
         elif name in ("num_recurrences", "min_recurrences"):
             _depth(name, value, limits.max_recurrences)
     if limits.fixed:
@@ -48,7 +49,7 @@ def validate_fields(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             f"prompt is cut into chunks; choose exit_rule from {', '.join(may)}",
         )
     if "trace" in values:
-        _check_trace(values["trace"], values, most)
+        _check_trace(values["trace"], values, most, limits.max_model_len)
     return {name: int(value) if name in FLAGS else value for name, value in values.items()}
 
 
@@ -64,7 +65,7 @@ def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
             continue
         raise FieldError(
             name,
-            f"{name}={value!r}: this server runs every request at num_recurrences={limits.num_recurrences} "
+            f"{name}={brief(value)}: this server runs every request at num_recurrences={limits.num_recurrences} "
             "(engine=fixed); depth per request needs engine=lanes",
         )
     return {name: int(value) for name, value in values.items() if name == "return_recurrences"}
@@ -73,7 +74,7 @@ def _check_fixed(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
 def _check_routed(values: dict[str, Any], limits: Limits) -> None:
     for name in ("min_recurrences", "exit_threshold", "prompt_exit", "trace"):
         if name in values:
-            raise FieldError(name, f"{name}={values[name]!r}: this model's router decides the depth of a token")
+            raise FieldError(name, f"{name}={brief(values[name])}: this model's router decides the depth of a token")
     if values.get("num_recurrences", limits.num_recurrences) != limits.num_recurrences:
         depth = values["num_recurrences"]
         raise FieldError(
@@ -93,7 +94,7 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     name, most = "max_in_flight", limits.max_in_flight
     in_flight = values.get(name, most)
     if isinstance(in_flight, bool) or not isinstance(in_flight, int) or not least <= in_flight <= most:
-        raise FieldError(name, f"{name}={in_flight!r}: an integer from {least} to {most}, the server's {name}")
+        raise FieldError(name, f"{name}={brief(in_flight)}: an integer from {least} to {most}, the server's {name}")
     if name in values and decoder == "plain":
         raise FieldError(name, f"{name}={in_flight}: decoder='plain' has one position in flight; use decoder='wave'")
     if decoder != "diffusion":
@@ -127,14 +128,14 @@ def validate_params(params: Any, limits: Limits) -> None:
     if decoder == "diffusion" and (name := history(params)):
         raise FieldError(
             name,
-            f"{name}={getattr(params, name)!r}: decoder='diffusion' refines tokens together, so a token can neither "
-            "wait for those before it nor have a log-probability; use decoder='plain' or 'wave'",
+            f"{name}={brief(getattr(params, name))}: decoder='diffusion' refines tokens together, so a token can "
+            "neither wait for those before it nor have a log-probability; use decoder='plain' or 'wave'",
         )
 
 
 def _depth(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise FieldError(name, f"{name}={value!r}: an integer from 1 to {most}, this model's max_recurrences")
+        raise FieldError(name, f"{name}={brief(value)}: an integer from 1 to {most}, this model's max_recurrences")
 
 
 def check_frozen(values: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def check_frozen(values: dict[str, Any]) -> None:
     for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit", "trace"):
         if name in values and (name, values[name]) not in (("exit_rule", "fixed"), ("prompt_exit", False)):
             raise FieldError(
-                name, f"{name}={values[name]!r}: decoder='diffusion' freezes positions by diffusion.freeze"
+                name, f"{name}={brief(values[name])}: decoder='diffusion' freezes positions by diffusion.freeze"
             )
 
 
@@ -150,31 +151,38 @@ def check_threshold(value: Any, rule: str) -> None:
     """Raises FieldError for a `value` that the exit `rule` cannot have as threshold."""
     name = "exit_threshold"
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGE:
-        raise FieldError(name, f"{name}={value!r}: a finite number, below {LARGE}")
+        raise FieldError(name, f"{name}={brief(value)}: a finite number, below {LARGE}")
     if rule == "fixed":
-        raise FieldError(name, f"{name}={value!r}: exit_rule='fixed' has no threshold")
+        raise FieldError(name, f"{name}={brief(value)}: exit_rule='fixed' has no threshold")
     if value < 0:
-        raise FieldError(name, f"{name}={value!r}: at least 0")
+        raise FieldError(name, f"{name}={brief(value)}: at least 0")
     if rule == "argmax-stability" and (value != int(value) or value < 1):
-        raise FieldError(name, f"{name}={value!r}: exit_rule='argmax-stability' counts recurrences: an integer from 1")
+        raise FieldError(
+            name, f"{name}={brief(value)}: exit_rule='argmax-stability' counts recurrences: an integer from 1"
+        )
     if rule == "gate" and value > 1:
-        raise FieldError(name, f"{name}={value!r}: exit_rule='gate' compares a probability: a number from 0 to 1")
+        raise FieldError(name, f"{name}={brief(value)}: exit_rule='gate' compares a probability: a number from 0 to 1")
 
 
-def _check_trace(trace: Any, values: dict[str, Any], most: int) -> None:
+def _check_trace(trace: Any, values: dict[str, Any], most: int, length: int | None) -> None:
     if not isinstance(trace, list) or not trace:
         raise FieldError(
-            "trace", f"trace={trace!r}: a list of depths, one for every position from the prompt's first on"
+            "trace", f"trace={brief(trace)}: a list of depths, one for every position from the prompt's first on"
         )
-    for depth in trace:
+    if length is not None and len(trace) > length:
+        raise FieldError("trace", f"trace has {len(trace)} depths: at most {length}, the positions of this server")
+    for depth in () if set(map(type, trace)) == {int} and min(trace) >= 1 and max(trace) <= most else trace:
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
-            raise FieldError("trace", f"trace holds {depth!r}: integers from 1 to num_recurrences, which is {most}")
+            raise FieldError(
+                "trace", f"trace holds {brief(depth)}: integers from 1 to num_recurrences, which is {most}"
+            )
     for name in ("exit_rule", "exit_threshold", "min_recurrences", "prompt_exit"):
         if name in values:
             raise FieldError("trace", f"trace sets the depth of every position, so {name} cannot be given beside it")
 
 
 def _nearest(field: str, value: Any, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
+    short = isinstance(value, str) and len(value) <= LONGEST
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if short else []
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{field}={value!r}: {hint}choose from {', '.join(choices)}"
+    return f"{field}={brief(value)}: {hint}choose from {', '.join(choices)}"

@@ -36,7 +36,7 @@ class DiffusionSettings:
     def mistake(self) -> str | None:
         """An error message for the first value out of range; None without one."""
         if self.freeze not in FREEZES:
-            return f"freeze={self.freeze!r}: choose from {', '.join(FREEZES)}"
+            return f"freeze={self.freeze[:60]!r}: choose from {', '.join(FREEZES)}"
         for name in ("inner", "headway"):
             if getattr(self, name) < 1:
                 return f"{name}={getattr(self, name)}: at least 1"

@@ -8,9 +8,11 @@ heavy.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
-from ..api.fields import FieldError
+from ..api.echo import brief, cut
+from ..api.fields import UNREAD, XARGS, FieldError
 from .arguments import names
 
 SAMPLING = names("""
@@ -67,21 +69,31 @@ UNREAD_BY_BEAMS: dict[str, tuple] = {
     "structured_outputs": (), "response_format": ({"type": "text"},),
 }  # fmt: skip
 SMALLEST, LARGEST = -(2**63), 2**64 - 1  # integers that a message between vLLM's processes can hold
+DEEPEST = 100  # objects and lists in one another: parsers, printers and templates call themselves for each
+MOST_FIELDS = 256  # of a body; vLLM reads about 100
 OBJECTS = ("structured_outputs",)  # vLLM reads their keys before it checks that they are objects
 UNKNOWN = "it is not known to work with Loopwise yet"
 
 
-def validate_body(body: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises FieldError for a field of `body` that is refused. `known`: the fields that vLLM reads.
-
-    Also for values at which vLLM fails with status 500: those that its messages cannot hold, and wrong objects.
-    """
+def check_fields(body: dict[str, Any]) -> None:
+    """Raises FieldError for too many fields, and for values at which vLLM fails with status 500, on any route."""
+    for where in ("", XARGS, *UNREAD):
+        place = body.get(where) if where else body
+        if isinstance(place, dict) and len(place) > MOST_FIELDS:
+            raise FieldError(where, f"{where or 'the body'} has {len(place)} fields: at most {MOST_FIELDS}")
     for name, value in body.items():
-        _check_holdable(name, value)
+        check_holdable(name, value)
         if name in OBJECTS and value is not None and not isinstance(value, dict):
-            raise FieldError(name, f"{name}={value!r:.60}: an object")
+            raise FieldError(name, f"{name}={brief(value, 60)}: an object")
         if name == "tools" and isinstance(choice := body.get("tool_choice"), dict) and "function" in choice:
             _check_named(value)
+
+
+def validate_body(body: dict[str, Any], known: Iterable[str]) -> None:
+    """Raises FieldError for a field of `body` that is refused, or by `check_fields`. `known`: the fields that vLLM
+    reads."""
+    check_fields(body)
+    for name, value in body.items():
         if name in REFUSED_BODY:
             _refuse(name, value, *REFUSED_BODY[name])
         elif name not in BODY and name in known:
@@ -93,25 +105,43 @@ def _check_named(tools: Any) -> None:
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or "name" not in function:
-            raise FieldError("tools", f"tools: {tool!r:.60} is no function with a name, and tool_choice names one")
+            raise FieldError("tools", f"tools: {brief(tool, 60)} is no function with a name, and tool_choice names one")
 
 
-def _check_holdable(name: str, value: Any) -> None:
-    """Raises FieldError for an integer of more than 64 bits, or half a surrogate, anywhere in the field `name`."""
-    parts = [value]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            parts += [*part, *part.values()]
-        elif isinstance(part, list):
-            parts += part
-        elif isinstance(part, int) and not SMALLEST <= part <= LARGEST:
-            raise FieldError(name, f"{part:.3g} in {name}: a whole number of at most 64 bits")
-        elif isinstance(part, str) and not part.isascii():
+def check_holdable(name: str, value: Any) -> None:
+    """Raises FieldError for an integer of more than 64 bits, half a surrogate, or values nested too deeply, anywhere in
+    the field `name`. Walks level by level: the longest lists, of a prompt's tokens, cost no step of Python an entry."""
+    level, depth = [name, value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise FieldError(name, f"{cut(name)} is nested too deeply: at most {DEEPEST} levels")
+        kinds = set(map(type, level))
+        if int in kinds:
+            numbers = [part for part in level if type(part) is int] if len(kinds) > 1 else level
+            if not SMALLEST <= min(numbers) <= max(numbers) <= LARGEST:
+                wrong = next(part for part in numbers if not SMALLEST <= part <= LARGEST)
+                short = f"{wrong:.3g}" if abs(wrong) < 10**300 else brief(wrong, 24)
+                raise FieldError(name, f"{short} in {cut(name)}: a whole number of at most 64 bits")
+        if str in kinds:
+            _check_text(name, [part for part in level if isinstance(part, str)])
+        if kinds <= {int, float, str, bool, type(None)}:
+            return
+        level = [inner for part in level if isinstance(part, dict | list) for inner in _inner(part)]
+
+
+def _inner(part: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return part if isinstance(part, list) else chain(part, part.values())
+
+
+def _check_text(name: str, texts: list[str]) -> None:
+    """Raises FieldError for half a surrogate in one of `texts`, of the field `name`."""
+    for text in texts:
+        if not text.isascii():
             try:
-                part.encode()
+                text.encode()
             except UnicodeEncodeError as error:
-                raise FieldError(name, f"{name} is not text: half a surrogate at {error.start}") from None
+                raise FieldError(name, f"{cut(name)} is not text: half a surrogate at {error.start}") from None
 
 
 def validate_beam_search(body: dict[str, Any], depth: Iterable[str]) -> None:
@@ -124,7 +154,7 @@ def validate_beam_search(body: dict[str, Any], depth: Iterable[str]) -> None:
     for name, nothing in UNREAD_BY_BEAMS.items():
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or value not in nothing):
-            raise FieldError(name, f"{name}={value!r:.60}: cannot be given with use_beam_search, which ignores it")
+            raise FieldError(name, f"{name}={brief(value, 60)}: cannot be given with use_beam_search, which ignores it")
 
 
 def validate_sampling(params: Any, default: Any) -> None:
@@ -161,4 +191,4 @@ def tokens_of(params: Any) -> dict[str, Iterable[int] | None]:
 
 def _refuse(name: str, value: Any, accepted: tuple, why: str) -> None:
     if value is not None and not any(type(value) is type(one) and value == one for one in accepted):
-        raise FieldError(name, f"{name}={value!r:.60}: {why}")
+        raise FieldError(name, f"{name}={brief(value, 60)}: {why}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 from ...trained import beyond_trained
@@ -21,7 +22,8 @@ def served_limits(vllm_config: Any) -> Limits:
     """The limits of requests in an engine with this VllmConfig, whose model is a recurrent-depth one."""
     config = vllm_config.model_config.hf_config
     if is_lanes(vllm_config):
-        return limits_of(vars(config), LaneConfig.of(vllm_config))
+        limits = limits_of(vars(config), LaneConfig.of(vllm_config))
+        return replace(limits, max_model_len=vllm_config.model_config.max_model_len)
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 
 

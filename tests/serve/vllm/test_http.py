@@ -209,7 +209,7 @@ def test_usage_counts_the_recurrences_of_every_choice(client):
     prompt = prompts()[2]
     trace = [3] * len(prompt) + [1, 2, 3, 1, 1, 2, 3]
     depths = [3, *trace[len(prompt) :]]
-    trace += [1] * 1000  # for positions that do not come, some of which the model does not even have
+    trace += [1] * (512 - len(trace))  # for positions that do not come
     more = {"ignore_eos": True, "trace": trace, "return_recurrences": True}
     request = {**GREEDY, "temperature": 1, "n": 2}
     usage = client.completions.create(**request, prompt=[prompt, prompt], extra_body=more).usage

@@ -55,7 +55,7 @@ def good(draw: random.Random) -> dict[str, Any]:
     body |= draw.choice(
         ({}, {"exit_rule": "latent-diff", "exit_threshold": 0.5}, {"exit_rule": "kl"}, {"temperature": 1.0, "n": 2},
          {"logprobs": 2}, {"stop": ["a"]}, {"structured_outputs": {"regex": "[0-9]{2}"}}, {"prompt_exit": True},
-         {"trace": [1] * 9999})
+         {"trace": [1] * 512})
     )  # fmt: skip
     return body
 
