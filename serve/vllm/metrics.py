@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
+
+PATIENCE = 1.0  # seconds that a scrape waits for the engine, which answers between two steps
 
 
 class DepthMetrics(Collector):
@@ -15,11 +19,25 @@ class DepthMetrics(Collector):
     def __init__(self, model: str):
         self.model = model
         self.counts: dict[str, Any] = {}
+        self.reading: asyncio.Task | None = None
         REGISTRY.register(self)
 
     async def update(self, engine_client: Any) -> None:
+        """Read `counts` anew, or leave those of before where the engine does not answer within PATIENCE.
+
+        However many scrapes come, the engine gets one question at a time.
+        """
+        if engine_client.errored:
+            return
+        if self.reading is None or self.reading.done():
+            self.reading = asyncio.get_running_loop().create_task(self._read(engine_client))
+        await asyncio.wait({self.reading}, timeout=PATIENCE)
+
+    async def _read(self, engine_client: Any) -> None:
         """Read `counts` from the first tensor-parallel rank; all ranks count the same."""
-        if not engine_client.errored:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
             self.counts = (await engine_client.collective_rpc("recurrence_counts"))[0]
 
     def collect(self) -> Iterator[Metric]:
