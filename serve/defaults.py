@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 from .api.depth import check_minimum, exit_of
 from .api.fields import FieldError
 from .api.lanes import LaneConfig
-from .api.limits import check_depth, check_policy, check_router, limits_of
+from .api.limits import HttpLimits, check_depth, check_policy, check_router, limits_of
 from .api.validation import validate_fields
 from .checkpoint import Facts
 from .recipe import ServeRecipe
@@ -24,7 +24,7 @@ class Defaults:
     """Settings of a server.
 
     engine, why: `lanes` or `fixed`, and the reason.   lanes: settings of the lane engine.   config: fields of the
-    model's config that the server replaces.   router: the model's.
+    model's config that the server replaces.   router: the model's.   http: limits of the HTTP server.
     """
 
     engine: str
@@ -32,6 +32,7 @@ class Defaults:
     lanes: LaneConfig
     config: dict[str, Any]
     router: dict[str, Any] | None = None
+    http: HttpLimits = field(default_factory=HttpLimits)
 
     @property
     def policy(self) -> KVPolicy:
@@ -63,6 +64,11 @@ class Defaults:
 
 def choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     """The settings of a server for a checkpoint with these facts. Raises UserError for keys that contradict them."""
+    http = HttpLimits(**{one.name: getattr(recipe, one.name) for one in fields(HttpLimits)})
+    return replace(_choose(facts, recipe), http=http)
+
+
+def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     most = recipe.max_recurrences or max(facts.max_recurrences, recipe.num_recurrences or 0)
     if recipe.max_recurrences is None:
         check_depth(recipe.num_recurrences or facts.num_recurrences, facts.max_recurrences)

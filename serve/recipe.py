@@ -56,6 +56,19 @@ class ServeRecipe(Section):
         "auto", description="of weights and cache; auto: the checkpoint's, but bfloat16 for float32"
     )
     name: str | None = Field(None, description="model name in the API; default the directory's name")
+    max_body_mib: Count = Field(8, description="MiB of a request's body; a larger one is answered with 413")
+    body_seconds: Count = Field(60, description="time in which a body has to arrive; a slower one gets 408")
+    max_choices: Count = Field(128, description="choices of one request: n x prompts")
+    max_queue: Integer = Field(
+        1024, ge=0, description="choices that may wait beside the --max-num-seqs that run; a request beyond gets 429"
+    )
+    open_metrics: bool = Field(False, description="with VLLM_API_KEY set, /metrics needs no key")
+    hang_seconds: Integer = Field(
+        300,
+        ge=0,
+        description="time without a sign of life of the engine, which it gives between two steps, after which the "
+        "server ends with exit status 1; 0: never",
+    )
     drain_seconds: Integer = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")
 
     @field_validator("budget", "coda_wait", mode="before", json_schema_input_type=Count | Literal["auto", 0, -1] | None)

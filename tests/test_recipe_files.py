@@ -73,7 +73,8 @@ SETTINGS = {
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010",
                 "recurrence_damping=1/R"],
     "generate": ["prompt=yes: 'no'\n", "temperature=0.5", "top_k=-1", "decoder=wave"],
-    "serve": ["budget=auto", "coda_wait=-1", "name=null", "max_lanes=4", "ticks=8"],
+    "serve": ["budget=auto", "coda_wait=-1", "name=null", "max_lanes=4", "ticks=8", "max_body_mib=16", "body_seconds=5",
+              "max_choices=4", "max_queue=0", "open_metrics=true", "hang_seconds=0"],
     "init": ["hidden_size=64", "seed=7"],
 }  # fmt: skip
 
@@ -215,7 +216,12 @@ REFUSED = {
     "serve": """
         budget: some
         budget: -2
+        body_seconds: 0
         engine: fast
+        hang_seconds: -1
+        max_body_mib: 0
+        max_choices: 0
+        max_queue: -1
         passes_per_step: 0
         port: 70000
     """,

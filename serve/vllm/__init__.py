@@ -4,6 +4,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
 
     arguments.py         every argument of vLLM's server: passed on, harmless or refused
     argument_errors.py   wrong values of arguments, in one line with flag and rule
+    exposure.py          who can reach the server, and who may ask it
     routes.py            every route of vLLM's HTTP server, in the same three groups
     requests.py          every field of vLLM's requests, and checks of their values
     validation.py        every request, validated before the engine gets it
@@ -23,14 +24,16 @@ The only package that imports vLLM, and this file imports nothing until `registe
     scheduler.py         vLLM's scheduler, for steps that give a request several tokens
     runner.py            types of vLLM's model runner and worker, as far as the lane engine reads them
     worker.py            vLLM's worker and model runner, around the lane engine
-    process.py           engine processes end with their server
     announce.py          lines printed before the engine starts
     trusted.py           code of a checkpoint: named where it runs, kept from running elsewhere
     startup.py           checks of memory, block size, cores and tokenizer before the engine starts
+    load.py              how much requests may ask for
+    watchdog.py          a hanging engine ends the server
     shutdown.py          open requests are drained, then aborted
     metrics.py           Prometheus metrics of the lane engine
     work.py              recurrences of a request, from vLLM's outputs to its reply
     page/                the page /depth, and the settings that it offers
+    guard.py             the outermost middleware: keys, sizes of bodies
     http.py              depth fields in HTTP requests, recurrences in their replies
     launch.py            vLLM's server: its arguments, its start and its end
     lanes.py             the old place of LaneConfig
@@ -46,7 +49,7 @@ def register() -> None:
 
     import loopwise.model  # noqa: F401  registers the config with AutoConfig
 
-    from .process import stop_with_server
+    from ...process import stop_with_server
     from .validation import install_validation
 
     install_validation()

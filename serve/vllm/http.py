@@ -1,26 +1,33 @@
 """Depth over HTTP: a request's fields are validated, and its reply gets recurrences and passes.
 
-One ASGI middleware around vLLM's application, inside its authentication. It relies on the shape of OpenAI's requests
-and replies, on `vllm_xargs`, and on the functions that `install` wraps.
+One ASGI middleware around vLLM's application, inside all others. It relies on the shape of OpenAI's requests and
+replies, on `vllm_xargs`, and on the functions that `install` wraps.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
+from ..api.limits import HttpLimits
 from ..api.validation import validate_fields
+from .exposure import keys_of
+from .guard import Guard, read_body, refuse, replay, route
+from .load import RETRY_AFTER, Load, QueueFull, check_choices, choices_of
 from .page.routes import page_routes
-from .requests import validate_beam_search, validate_body
+from .requests import DEEPEST, check_fields, check_holdable, validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
 from .shutdown import GRACE, Ending
 from .validation import served_limits, validate_request
+from .watchdog import Watchdog
 from .work import Work, note_tokens
 
 CHUNKED = ("/v1/completions", "/v1/chat/completions", "/invocations")  # whose streams have choices in their chunks
+HEALTH = ("/health", "/ping")
 WORK: ContextVar[Work | None] = ContextVar("loopwise_work", default=None)
 
 
@@ -28,50 +35,92 @@ class DepthFields:
     """ASGI middleware that validates depth fields, and completes usage.
 
     metrics: updates the lane engine's counters before a scrape; None for the fixed engine.   ending: the server's.
+    watchdog: notices a hanging engine.   load: the choices of open requests.
     """
 
-    def __init__(self, app: Callable, metrics: Callable | None, ending: Ending):
-        self.app, self.metrics, self.ending = app, metrics, ending
+    def __init__(self, app: Callable, metrics: Callable | None, ending: Ending, watchdog: Watchdog, load: Load):
+        self.app, self.metrics, self.ending, self.watchdog, self.load = app, metrics, ending, watchdog, load
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        path = _route(scope)
+        path = route(scope)
+        if scope["type"] == "lifespan":  # the application starts, with its engine
+            self.watchdog.start(scope["app"].state.engine_client, self.ending)
+        if self.watchdog.hung and path in HEALTH:
+            return await refuse(503, "ServiceUnavailableError", "vLLM's engine hangs", send)
         if scope["type"] == "http" and path == "/metrics" and self.metrics:
             await self.metrics(scope["app"].state.engine_client)
         if scope["type"] == "http" and path in REFUSED:
-            return await _refuse(400, "BadRequestError", f"{path}: {REFUSED[path]}", None, send)
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATION:
+            return await refuse(400, "BadRequestError", f"{path}: {REFUSED[path]}", send)
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if self.ending.requested and not self.ending.dead:  # vLLM would send an empty reply with status 200
-            return await _refuse(503, "ServiceUnavailableError", "the server is shutting down", None, send)
-        body = await _read(receive)
+        if path in GENERATION and self.ending.requested and not self.ending.dead:
+            # vLLM would send an empty reply with status 200.
+            return await refuse(503, "ServiceUnavailableError", "the server is shutting down", send)
+        body = await read_body(receive) or b""
         try:
-            fields = parse_body(body)
-        except (ValueError, RecursionError):  # vLLM's error message follows
-            return await self.app(scope, _replay(body, receive), send)
-        if not isinstance(fields, dict):
-            return await self.app(scope, _replay(body, receive), send)
-        limits = served_limits(scope["app"].state.engine_client.vllm_config)
-        try:
-            validate_body(fields, _known(path))
-            if not GENERATION[path]:
-                _refuse_fields(path, fields)
-                return await self.app(scope, _replay(body, receive), send)
-            values = validate_fields(take_fields(fields, _known(path)), limits)
-            validate_beam_search(fields, values)
+            fields = _parse(body)
+            work = _completed(path, fields, scope["app"])
+            choices = 0 if fields is None or path not in GENERATION else choices_of(path, fields)
+            check_choices(choices, self.load.limits)
         except FieldError as error:
-            return await _refuse(400, "BadRequestError", str(error), error.field, send)
-        work = _work_of(path, fields, values, limits.num_recurrences if limits.fixed else None)
-        if values:
-            given = fields.get("vllm_xargs")
-            if given is not None and not isinstance(given, dict):
-                return await self.app(scope, _replay(body, receive), send)
-            fields["vllm_xargs"] = {**(given or {}), **values}
-        body = json.dumps(fields).encode()
+            return await refuse(400, "BadRequestError", str(error), send, error.field)
+        if work is not None:
+            body = json.dumps(fields).encode()
+            scope, send = _with_length(scope, body), Reply(send, work)
         token = WORK.set(work)
         try:
-            await self.app(_with_length(scope, body), _replay(body, receive), Reply(send, work))
+            with self.load.admitted(choices, max_num_seqs(scope["app"])):
+                await self.app(scope, replay(body, receive), send)
+        except QueueFull as error:
+            await refuse(429, "TooManyRequests", str(error), send, retry_after=RETRY_AFTER)
         finally:
             WORK.reset(token)
+
+
+def max_num_seqs(app: Any) -> int:
+    """The sequences that the engine of `app` runs at once."""
+    return app.state.engine_client.vllm_config.scheduler_config.max_num_seqs
+
+
+def _parse(body: bytes) -> Any:
+    """The JSON object of a `body`; None where it is none: vLLM's message about that follows. Raises FieldError for
+    values that are nested too deeply."""
+    try:
+        fields = parse_body(body)
+    except RecursionError:
+        raise FieldError("", f"the body is nested too deeply: at most {DEEPEST} levels") from None
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        check_holdable("the body", fields)
+        return None
+    return fields
+
+
+def _completed(path: str, fields: dict[str, Any] | None, app: Any) -> Work | None:
+    """The Work of a request to `path` that generates; its depth fields are put into `vllm_xargs` of `fields`.
+
+    None where the request goes on as it came. Raises FieldError for a field that is refused.
+    """
+    if fields is None:
+        return None
+    if path not in GENERATION:
+        check_fields(fields)
+        return None
+    limits = served_limits(app.state.engine_client.vllm_config)
+    validate_body(fields, _known(path))
+    if not GENERATION[path]:
+        _refuse_fields(path, fields)
+        return None
+    values = validate_fields(take_fields(fields, _known(path)), limits)
+    validate_beam_search(fields, values)
+    work = _work_of(path, fields, values, limits.num_recurrences if limits.fixed else None)
+    if values:
+        given = fields.get("vllm_xargs")
+        if given is not None and not isinstance(given, dict):
+            return None
+        fields["vllm_xargs"] = {**(given or {}), **values}
+    return work
 
 
 class Reply:
@@ -129,11 +178,11 @@ class Reply:
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def install(metrics: Callable | None) -> Ending:
+def install(metrics: Callable | None, limits: HttpLimits) -> Ending:
     """Wrap vLLM's application and AsyncLLM in this process. Returns the state of the server's end.
 
-    Functions are wrapped: the application gets the middleware and the page; `generate` validates requests of all routes
-    before a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own
+    Functions are wrapped: the application gets the middleware, the guard and the page; `generate` validates requests of
+    all routes before a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own
     `--middleware` would run outside of its authentication, and has no access to the engine's outputs.
     """
     from starlette.middleware import Middleware
@@ -141,14 +190,17 @@ def install(metrics: Callable | None) -> Ending:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    ending = Ending()
+    ending, watchdog = Ending(), Watchdog(limits.hang_seconds)
     others, generate, shutdown = launcher.init_entrypoints_middleware, AsyncLLM.generate, AsyncLLM.shutdown
 
     def init_middleware(args, app, supported_tasks):
         others(args, app, supported_tasks)
         ending.app = app
         app.router.routes.extend(page_routes())
-        app.user_middleware.append(Middleware(DepthFields, metrics=metrics, ending=ending))  # the innermost
+        own = Middleware(DepthFields, metrics=metrics, ending=ending, watchdog=watchdog, load=Load(limits))
+        app.user_middleware.append(own)  # the innermost
+        guard = Middleware(Guard, keys=keys_of(args, os.environ), limits=limits)
+        app.user_middleware.insert(0, guard)  # the outermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):
         validate_request(sampling_params, self.vllm_config, prompt)
@@ -192,12 +244,6 @@ def _work_of(path: str, fields: dict[str, Any], values: dict[str, Any], fixed: i
     return Work(fixed, asked, in_chunks, remove_ids=not with_ids)
 
 
-def _route(scope: dict) -> str:
-    """The route's path, without `--root-path`, which a proxy may or may not have stripped."""
-    path, root = scope.get("path", ""), scope.get("root_path", "")
-    return path.removeprefix(root) if path.startswith(root + "/") else path
-
-
 def _refuse_fields(path: str, fields: dict[str, Any]) -> None:
     """Raises FieldError for a depth field in a body of route `path`, which has none."""
     if name := next((name for name in (*FIELDS, *OLD_FIELDS) if fields.get(name) is not None), None):
@@ -212,41 +258,7 @@ def _known(path: str) -> set[str]:
     return {field for module, name in GENERATION[path] for field in getattr(import_module(module), name).model_fields}
 
 
-async def _read(receive: Callable) -> bytes:
-    """The whole body of a request; what there is of it where the client disconnects."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
-def _replay(body: bytes, receive: Callable) -> Callable:
-    """A `receive` that returns `body`, then the messages of `receive`, such as the client's disconnect."""
-    first = True
-
-    async def replay():
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replay
-
-
 def _with_length(scope: dict, body: bytes) -> dict:
     """`scope` with the length of `body` in its headers."""
     headers = [(n, v) for n, v in scope["headers"] if n.lower() not in (b"content-length", b"transfer-encoding")]
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-
-
-async def _refuse(status: int, kind: str, message: str, field: str | None, send: Callable) -> None:
-    """Send vLLM's error object."""
-    body = json.dumps({"error": {"message": message, "type": kind, "param": field, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

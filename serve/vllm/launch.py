@@ -16,16 +16,17 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import UserError
+from ...process import SERVER
 from ...trained import beyond_trained
 from ..api.lanes import LANES
-from ..api.limits import check_depth
+from ..api.limits import HttpLimits, check_depth
 from ..checkpoint import Facts, load_tokenizer
 from ..defaults import Defaults
 from ..recipe import ServeRecipe
 from .argument_errors import check_values, explained, parsed
 from .arguments import check_arguments
 from .arrivals import ARRIVALS, share
-from .process import SERVER
+from .exposure import check_exposure
 from .startup import (
     SPACE,
     apply_generation_config,
@@ -79,8 +80,9 @@ def parse_arguments(
     except (TypeError, ValueError, VLLMValidationError) as error:
         raise UserError(explained(error, given)) from None
     _check_tokenizer(args, model)
-    memory = check_memory(args, defaults)
-    return args, given, [*trusted_code(args, model), *([memory] if memory else [])]
+    exposure = check_exposure(args, defaults.http.open_metrics, os.environ)
+    lines = [exposure, check_memory(args, defaults)]
+    return args, given, [*trusted_code(args, model), *(line for line in lines if line)]
 
 
 def first_module(*names: str) -> Any:
@@ -210,7 +212,7 @@ def run_server(
     if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
         lines.append(line)
     try:
-        if uvloop.run(_run(args, lines)):
+        if uvloop.run(_run(args, lines, defaults.http)):
             print("loopwise: error: vLLM's engine died; the reason stands in the lines above", file=sys.stderr)
             return 1
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
@@ -223,7 +225,7 @@ def run_server(
     return 0
 
 
-async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
+async def _run(args: argparse.Namespace, lines: list[str], limits: HttpLimits) -> bool:
     """Run the server as `vllm serve` does after parsing; this one can be stopped while the engine starts.
 
     `lines` are printed before that. Returns True where it ended because the engine died. The `vllm` command itself
@@ -242,7 +244,7 @@ async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
 
     metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
     without_model_script()
-    ending = install(metrics)
+    ending = install(metrics, limits)
     announce_at_start(lines)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server installs handlers that drain

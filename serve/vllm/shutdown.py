@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from .watchdog import kill_engine
+
 GRACE = 3.0  # seconds between the abort of requests and the kill of processes that still run
 
 
@@ -46,13 +48,8 @@ class Ending:
 
     def _force(self, engine: Any) -> None:
         """Kill the engine's processes and close connections: for a long step, and for clients that do not read."""
-        from vllm.utils.system_utils import kill_process_tree
-
         engine.output_handler.cancel()  # it would report the dead engine as an error
-        manager = engine.engine_core.resources.engine_manager
-        for process in manager.processes if manager else ():
-            if process.is_alive():
-                kill_process_tree(process.pid)
+        kill_engine(engine)
         for connection in list(self.app.state.server.server_state.connections):
             connection.transport.abort()
 

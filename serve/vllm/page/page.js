@@ -356,7 +356,7 @@ async function poll() {
   if (document.visibilityState !== "visible") return;
   let found = null;
   try {
-    const response = await fetch("metrics");
+    const response = await fetch("metrics", { headers: headers() });
     found = response.ok ? parseMetrics(await response.text()) : null;
   } catch {
     $("live-note").textContent = "The server does not answer.";

@@ -1,6 +1,6 @@
 """Routes of the page, for vLLM's application.
 
-vLLM's authentication guards paths that begin with /v1. So the page's files need no key, and what the page asks does.
+The page's files need no key (`guard.OPEN`); what the page asks does.
 """
 
 from __future__ import annotations

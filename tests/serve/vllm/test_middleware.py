@@ -19,14 +19,19 @@ def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
     from starlette.responses import JSONResponse
     from starlette.testclient import TestClient
 
+    from loopwise.serve.api.limits import HttpLimits
     from loopwise.serve.vllm.http import DepthFields, Ending
+    from loopwise.serve.vllm.load import Load
+    from loopwise.serve.vllm.watchdog import Watchdog
 
     app = FastAPI(root_path=root)
     config = SimpleNamespace(num_recurrences=4, max_recurrences=8)
     model = SimpleNamespace(hf_config=config)
-    vllm_config = SimpleNamespace(model_config=model, additional_config=None)
+    scheduler = SimpleNamespace(max_num_seqs=8)
+    vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler, additional_config=None)
     app.state.engine_client = SimpleNamespace(vllm_config=vllm_config)
-    app.add_middleware(cast(Any, DepthFields), metrics=None, ending=Ending())
+    own = {"metrics": None, "ending": Ending(), "watchdog": Watchdog(0), "load": Load(HttpLimits())}
+    app.add_middleware(cast(Any, DepthFields), **own)
 
     async def completions(request) -> JSONResponse:
         return JSONResponse({"heard": await request.json(), "usage": {"completion_tokens": 2}})
@@ -94,6 +99,7 @@ def test_streams_end_when_the_engine_is_stopped(monkeypatch):
     from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
+    from loopwise.serve.api.limits import HttpLimits
     from loopwise.serve.vllm.http import install
 
     for owner, name in (
@@ -108,7 +114,7 @@ def test_streams_end_when_the_engine_is_stopped(monkeypatch):
         "shutdown",
         lambda self, _: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
     )
-    install(None)
+    install(None, HttpLimits())
 
     async def serve() -> None:
         engine: Any = AsyncLLM.__new__(AsyncLLM)

@@ -1,0 +1,46 @@
+"""Who can reach the server, and who may ask it: checked before it starts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UserError
+
+KEY = "VLLM_API_KEY"
+DEV_MODE = "VLLM_SERVER_DEV_MODE"
+
+
+def keys_of(args: Any, environment: Mapping[str, str]) -> list[str]:
+    """The keys that requests may have: those of `--api-key` in vLLM's `args`, otherwise VLLM_API_KEY."""
+    return [key for key in (args.api_key or [environment.get(KEY)]) if key]
+
+
+def check_exposure(args: Any, open_metrics: bool, environment: Mapping[str, str]) -> str | None:
+    """A warning where everybody who reaches the server may use it; None where it has a key, or is local.
+
+    args: vLLM's.   open_metrics: the recipe's. Raises UserError for routes of development on an address that other
+    machines reach, and for an `open_metrics` that opens nothing.
+    """
+    keys = keys_of(args, environment)
+    if open_metrics and not keys:
+        raise UserError(f"open_metrics=true: without a key, /metrics is open already; set {KEY}, or leave it out")
+    if args.uds or is_loopback(args.host):
+        return None
+    if environment.get(DEV_MODE, "0") not in ("", "0"):
+        raise UserError(
+            f"{DEV_MODE}={environment[DEV_MODE]} with host={args.host}: its routes control the engine; serve them on "
+            "host=127.0.0.1 alone"
+        )
+    if keys:
+        return None
+    return f"warning: host={args.host} without a key: everybody who reaches this machine may use the server; set {KEY}"
+
+
+def is_loopback(host: str | None) -> bool:
+    """True for an address of this machine alone. None, and names other than localhost, count as reachable."""
+    try:
+        return ipaddress.ip_address(host or "0.0.0.0").is_loopback
+    except ValueError:
+        return host == "localhost"

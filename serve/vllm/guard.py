@@ -1,0 +1,165 @@
+"""The outermost middleware: requests without the server's key, and bodies that are too large or too slow, end here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..api.limits import HttpLimits
+from .page.routes import FILES
+
+# Routes that need no key: those by which a balancer asks for the server's health, and the files of the page, whose
+# requests have the user's key.
+OPEN = frozenset(["/health", "/ping", "/version", "/depth", *(f"/depth/{name}" for name in FILES)])
+METRICS = "/metrics"
+MESSAGE = 1000  # characters of an error's message
+LONG_WORD = re.compile(r"(\S{200})\S+")  # what a message repeats of a request
+NO_KEY = "this server wants its key: Authorization: Bearer KEY"
+
+
+class Guard:
+    """ASGI middleware. With `keys`, every path but those of OPEN needs one, also a path that leads nowhere.
+
+    limits: of bodies; with `open_metrics`, /metrics needs no key.
+    """
+
+    def __init__(self, app: Callable, keys: Sequence[str], limits: HttpLimits):
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+        self.app, self.limits = app, limits
+        self.key = AuthenticationMiddleware(app, list(keys)) if keys else None
+        self.open = OPEN | {METRICS} if limits.open_metrics else OPEN
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        if not self._allowed(scope):
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await refuse(401, "AuthenticationError", NO_KEY, send)
+        if scope["type"] == "websocket":
+            return await self.app(scope, receive, send)
+        most = self.limits.max_body_mib << 20
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                body = None if _length(scope) > most else await read_body(receive, most)
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            message = f"the body did not arrive within body_seconds={seconds} of this server"
+            return await refuse(408, "RequestTimeout", message, send, connection="close")
+        except ClientLeft:
+            return None
+        if body is None:
+            message = f"the body is larger than max_body_mib={self.limits.max_body_mib} of this server"
+            return await refuse(413, "PayloadTooLarge", message, send)
+        return await self.app(scope, replay(body, receive), ShortErrors(send))
+
+    def _allowed(self, scope: dict) -> bool:
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        if self.key is None or route(scope) in self.open or self.key.verify_token(headers):
+            return True
+        # A browser asks without a key before it sends one to another site; the answer is CORSMiddleware's.
+        return scope.get("method") == "OPTIONS" and {"origin", "access-control-request-method"} <= {*headers.keys()}
+
+
+class ShortErrors:
+    """Sends replies on, with the messages of errors cut to MESSAGE characters: some of vLLM's repeat a whole value."""
+
+    def __init__(self, send: Callable):
+        self.send = send
+        self.start: dict[str, Any] | None = None
+        self.body = bytearray()
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            self.start = message
+        elif self.start is None or message["type"] != "http.response.body":
+            await self.send(message)
+        else:
+            self.body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._send_short(self.start, bytes(self.body))
+
+    async def _send_short(self, start: dict[str, Any], body: bytes) -> None:
+        if len(body) > MESSAGE:
+            body = _short(body)
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        await self.send(start)
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def _short(body: bytes) -> bytes:
+    """The JSON `body` of an error with all texts in it cut; other bodies as they are."""
+    try:
+        return json.dumps(_cut_all(json.loads(body))).encode()
+    except ValueError:
+        return body[:MESSAGE]
+
+
+def _cut_all(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _cut_all(inner) for name, inner in value.items()}
+    return LONG_WORD.sub(r"\1...", value)[:MESSAGE] if isinstance(value, str) else value
+
+
+def route(scope: dict) -> str:
+    """The path that leads to a route, without `--root-path`, which a proxy may or may not have stripped."""
+    path, root = scope.get("path", ""), scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(root + "/") else path
+
+
+class ClientLeft(Exception):
+    """A client has disconnected before its body was whole."""
+
+
+def _length(scope: dict) -> int:
+    """The length of a body that its headers name; 0 without one."""
+    named = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return int(named) if named.isdigit() else 0
+
+
+async def read_body(receive: Callable, most: int | None = None) -> bytes | None:
+    """The whole body of a request; None where it has more than `most` bytes. Raises ClientLeft.
+
+    Its parts may be single bytes, and millions: a bytearray grows by all of them in linear time.
+    """
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        body += message.get("body", b"")
+        if most is not None and len(body) > most:
+            return None
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def replay(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that returns `body`, then the messages of `receive`, such as the client's disconnect."""
+    first = True
+
+    async def replayed():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+async def refuse(status: int, kind: str, message: str, send: Callable, field: str | None = None, **more: str) -> None:
+    """Send an error object as vLLM does. more: headers, with _ for -."""
+    error: dict[str, Any] = {"message": message, "type": kind, "param": field, "code": status}
+    body = json.dumps({"error": error}).encode()
+    headers = {"content_type": "application/json", "content_length": str(len(body)), **more}
+    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

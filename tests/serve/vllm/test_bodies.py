@@ -1,0 +1,267 @@
+"""Bodies of requests: their size, the time that they take, what refusals repeat of them, and no status 500."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+
+from loopwise.serve.api.echo import brief
+from loopwise.serve.api.fields import FIELDS, FieldError, parse_body, take_fields
+from loopwise.serve.api.limits import HttpLimits
+from loopwise.serve.vllm.guard import Guard, read_body
+from loopwise.serve.vllm.requests import BODY, check_fields
+from tests.helpers.application import application
+from tests.helpers.fuzz import VALID, case, nested
+from tests.helpers.repository import ROOT
+from tests.helpers.serving import free_port
+
+pytestmark = pytest.mark.xdist_group("vllm")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+MIB = 1 << 20
+
+
+# ---- size and time --------------------------------------------------------------------------------------------------
+def parts(*sizes: int) -> Callable:
+    """A `receive` that gives a body in parts of these sizes."""
+    left = iter(enumerate(sizes, 1))
+
+    async def receive() -> dict[str, Any]:
+        number, size = next(left)
+        return {"type": "http.request", "body": bytes(size), "more_body": number < len(sizes)}
+
+    return receive
+
+
+def guarded(receive: Callable, limits: HttpLimits, length: int | None = None) -> tuple[int, str | int]:
+    """Status, and error message or length of the body that came through, of a request to a guarded application."""
+    sent = []
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        message = await receive()
+        assert not message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(len(message["body"])).encode()})
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [] if length is None else [(b"content-length", str(length).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(Guard(app, [], limits)(scope, receive, send))
+    start, body = sent
+    text = json.loads(body["body"])
+    return start["status"], text if start["status"] == 200 else text["error"]["message"]
+
+
+def test_a_body_beyond_the_limit_is_413():
+    limits = HttpLimits(max_body_mib=2)
+    too_large = (413, "the body is larger than max_body_mib=2 of this server")
+    assert guarded(parts(MIB, MIB), limits) == (200, 2 * MIB)
+    assert guarded(parts(MIB, MIB, 1), limits) == too_large
+    assert guarded(parts(), limits, length=2 * MIB + 1) == too_large  # not a byte of it is read
+    assert HttpLimits().max_body_mib == 8
+
+
+def test_a_body_that_does_not_come_is_408():
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.6)
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    start = time.monotonic()
+    assert guarded(receive, HttpLimits(body_seconds=1))[0] == 408
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("sizes", [[1 << 16] * 1024, [1] * 300_000], ids=["64 MiB", "single bytes"])
+def test_a_body_is_read_in_linear_time(sizes):
+    """64 MiB in parts of 64 KiB took 15 s while every part copied those before."""
+    start = time.monotonic()
+    body = asyncio.run(read_body(parts(*sizes)))
+    assert body == bytes(sum(sizes))
+    assert time.monotonic() - start < 3
+
+
+@contextlib.contextmanager
+def guard_server() -> Iterator[int]:
+    """The port of uvicorn with a guarded application, in another process."""
+    port = free_port()
+    program = [sys.executable, "-m", "tests.helpers.run_guard", str(port)]
+    process = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                latency(port, 1)
+                break
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def latency(port: int, count: int) -> list[float]:
+    """Seconds that each of `count` requests to /health took."""
+    connection, took = HTTPConnection("127.0.0.1", port, timeout=30), []
+    for _ in range(count):
+        start = time.perf_counter()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        took.append(time.perf_counter() - start)
+        time.sleep(0.005)
+    connection.close()
+    return took
+
+
+@needs_vllm
+@pytest.mark.parametrize("way", ["chunked", pytest.param("length", marks=pytest.mark.slow)])
+def test_an_upload_does_not_delay_others(way):
+    """64 MiB: each upload ends with 413, and /health answers as fast as without, but for 20 ms of 99 %."""
+    delays = []
+    with guard_server() as port:
+        for _ in range(5):  # a busy machine delays by itself
+            alone = statistics.quantiles(latency(port, 100), n=100)[98]
+            command = [sys.executable, "-m", "tests.helpers.run_guard", str(port), way]
+            upload = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            assert upload.stdout is not None
+            assert upload.stdout.readline() == "started\n"
+            beside = statistics.quantiles(latency(port, 100), n=100)[98]
+            upload.kill()
+            counted = upload.communicate()[0].splitlines()
+            assert counted
+            assert set(counted) == {"413"}
+            delays.append(beside - alone)
+            if delays[-1] < 0.02:
+                break
+    print(f"/health beside uploads: {min(delays) * 1e3:.1f} ms later at p99")
+    assert min(delays) < 0.02
+
+
+# ---- what is refused, and how ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("where", ["", "vllm_xargs", "extra_body"])
+@pytest.mark.parametrize("count", [65, 250, 100_000])
+def test_unknown_names_are_refused_at_once(where, count):
+    """Each is compared with all fields, at 90 us; 100,000 of them took 9 s."""
+    many = {f"num_recurrence_{n}_of": 1 for n in range(count)}
+    body: dict[str, Any] = {"prompt": "a", **({where: many} if where else many)}
+    start = time.perf_counter()
+    with pytest.raises(FieldError, match=r"fields that this server does not know: at most 64|fields: at most 256"):
+        check_fields(body) or take_fields(body, {"prompt"})
+    assert time.perf_counter() - start < 0.02
+
+
+def test_few_unknown_names_pass_and_a_near_one_is_found_among_them():
+    names = {f"other_{n}": n for n in range(60)}
+    assert take_fields(dict(names)) == {}
+    with pytest.raises(FieldError, match="did you mean 'num_recurrences'"):
+        take_fields({**names, "num_recurences": 2})
+
+
+def test_long_names_cost_nothing():
+    start = time.perf_counter()
+    assert take_fields({"num_recurrences" * 500_000: 1}) == {}
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize(
+    "value", [1, -2.5, None, True, "it's", "", [], {}, [1, [2, {"a": "b"}]], {"a": [None], "b": {"c": {}}}, 10**30]
+)
+def test_a_short_value_is_repeated_as_it_is(value):
+    assert brief(value) == repr(value)
+    assert brief(value, 5) == repr(value) if len(repr(value)) <= 5 else brief(value, 5) == repr(value)[:2] + "..."
+
+
+@pytest.mark.parametrize("value", ["x" * 8 * MIB, [[1] * 99] * MIB, {"a": "b" * MIB}, {"a" * MIB: 1}, nested(900)])
+def test_a_long_value_is_cut_at_the_cost_of_what_is_shown(value):
+    start = time.perf_counter()
+    assert len(brief(value)) == 200
+    assert time.perf_counter() - start < 0.05
+
+
+def test_deep_json_is_refused_by_depth():
+    check_fields({"metadata": nested(95)})
+    for value in (nested(101), nested(101, "{")):
+        with pytest.raises(FieldError, match="metadata is nested too deeply: at most 100 levels"):
+            check_fields({"metadata": value})
+    with pytest.raises(RecursionError):
+        parse_body(b"[" * 100_000)
+
+
+def test_an_integer_of_any_size_is_refused():
+    """No float holds the last one, by which the message would show it."""
+    for number in (2**64, -(2**63) - 1, 10**400):
+        with pytest.raises(FieldError, match="in seed: a whole number of at most 64 bits"):
+            check_fields({"seed": number})
+
+
+async def post(client: Any, path: str, body: bytes) -> Any:
+    return await client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+
+@contextlib.asynccontextmanager
+async def client_of(folder, *settings: str, flags: tuple[str, ...] = ()):
+    import httpx
+
+    async with application(folder, *settings, flags=flags) as app:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            yield client
+
+
+LONG = ["y" * 10**5, ["y" * 10**5], {"y" * 10**5: 1}, "[" * 10**5, 10**400, nested(99), nested(300), [7] * 10**5]
+
+
+@needs_vllm
+@pytest.mark.parametrize("values", [LONG[:1], pytest.param(LONG[1:], marks=pytest.mark.slow)], ids=["text", "others"])
+def test_refusals_repeat_at_most_200_characters(model, values):
+    """Of a long value in any field, on any route: status below 500, an answer below 4 kB."""
+
+    async def check() -> None:
+        async with client_of(model[0]) as client:
+            for path, body in (VALID[0], VALID[8], ("/tokenize", VALID[-6][1])):
+                names = {*BODY, *FIELDS} - {"prompt", "messages"} if path.startswith("/v1") else {"model", "prompt"}
+                for name, value in itertools.product(sorted(names), values):
+                    reply = await post(client, path, json.dumps({**body, name: value}).encode())
+                    assert reply.status_code < 500, (path, name, reply.text[:500])
+                    if reply.status_code >= 400:
+                        assert len(reply.content) < 4096, (path, name, reply.text[:500])
+                        assert "y" * 201 not in reply.text
+
+    asyncio.run(check())
+
+
+async def fuzz(folder, numbers: range) -> Counter[int]:
+    """Statuses of fuzzed bodies. Raises AssertionError for a status of 500 and above, which names the case."""
+    found: Counter[int] = Counter()
+    flags = ("--enable-scale-out",)
+    async with client_of(folder, flags=flags) as client:
+        for number in numbers:
+            path, body = case(number)
+            reply = await asyncio.wait_for(post(client, path, body), 60)
+            assert reply.status_code < 500 or reply.status_code in (501, 503), (number, path, body[:2000], reply.text)
+            found[reply.status_code] += 1
+    return found
+
+
+@needs_vllm
+@pytest.mark.parametrize("count", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_body_is_answered_with_500(model, count):
+    found = asyncio.run(fuzz(model[0], range(count)))
+    print(dict(found))
+    assert found[200] > count / 20
+    assert found[400] > count / 3

@@ -1,0 +1,143 @@
+"""How much requests may ask for: choices of one, of all that are open, and the length of a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopwise.serve.api.fields import FieldError
+from loopwise.serve.api.limits import HttpLimits, Limits
+from loopwise.serve.api.validation import validate_fields
+from loopwise.serve.vllm.load import Load, QueueFull, check_choices, choices_of
+from tests.helpers.application import application
+
+pytestmark = pytest.mark.xdist_group("vllm")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "count"),
+    [
+        ("/v1/completions", {"prompt": "a"}, 1),
+        ("/v1/completions", {"prompt": "a", "n": 5}, 5),
+        ("/v1/completions", {"prompt": [1, 2, 3], "n": 5}, 5),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 5}, 10),
+        ("/v1/completions", {"prompt": [[1], [2], [3]]}, 3),
+        ("/v1/completions", {"prompt": [], "n": None}, 1),
+        ("/v1/completions", {"n": "x"}, 1),
+        ("/v1/completions", {"prompt": "a", "n": -3}, 1),
+        ("/v1/completions", {"prompt": "a", "n": 4, "use_beam_search": True}, 4),
+        ("/v1/chat/completions", {"messages": [{}, {}, {}], "n": 2}, 2),
+        ("/v1/chat/completions/batch", {"messages": [[{}], [{}]], "n": 2}, 4),
+        ("/invocations", {"prompt": ["a"] * 7}, 7),
+        ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {"n": 6}}, 6),
+        ("/generative_scoring", {"query": "a", "items": ["b"] * 9}, 9),
+    ],
+)
+def test_choices_are_counted(path, body, count):
+    assert choices_of(path, body) == count
+
+
+def test_a_request_of_too_many_choices_is_refused():
+    check_choices(128, HttpLimits())
+    with pytest.raises(FieldError, match="n x prompts = 129: at most max_choices=128 of this server"):
+        check_choices(129, HttpLimits())
+
+
+def test_the_queue_has_an_end_and_room_again():
+    load = Load(HttpLimits(max_queue=3))
+    with load.admitted(99, running=2):  # alone
+        pass
+    with load.admitted(2, running=2), load.admitted(3, running=2):
+        with pytest.raises(QueueFull, match="5 choices are running or waiting: at most max_queue=3 wait"):
+            load.admitted(1, running=2).__enter__()
+        with load.admitted(0, running=2):  # a route that does not generate
+            pass
+    with pytest.raises(ValueError, match="x"), load.admitted(5, running=2):
+        raise ValueError("x")
+    assert load.open == 0
+
+
+@pytest.mark.parametrize("length", [None, 512])
+def test_a_trace_is_at_most_as_long_as_the_model(length):
+    limits = Limits(4, 8, ("fixed",), prompt_exit=True, max_model_len=length)
+    assert len(validate_fields({"trace": [4] * 512}, limits)["trace"]) == 512
+    if length is None:  # offline, where a trace costs its own user
+        assert validate_fields({"trace": [4] * 513}, limits)
+        return
+    with pytest.raises(FieldError, match="trace has 513 depths: at most 512, the positions of this server"):
+        validate_fields({"trace": [4] * 513}, limits)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@needs_vllm
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_full_server_answers_429_and_goes_on(model, count):
+    """Of `count` requests at once, the engine runs 4 and 16 wait; the others are told at once when to come again."""
+    import httpx
+
+    async def check() -> None:
+        async with application(model[0], "max_queue=16", flags=("--max-num-seqs", "4")) as app:
+            core = app.state.engine_client.engine_core
+            core.answers.clear()
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+
+                async def ask(number: int) -> Any:
+                    body = {"model": "tiny", "prompt": "a" * 100, "max_tokens": 2, "stream": number % 2 > 0}
+                    return await client.post("/v1/completions", json=body)
+
+                first = [asyncio.create_task(ask(n)) for n in range(10)]
+                await asyncio.sleep(0.5)
+                for task in first[:5]:  # who leaves is counted off
+                    task.cancel()
+                await asyncio.gather(*first[:5], return_exceptions=True)
+                tasks = first[5:] + [asyncio.create_task(ask(n)) for n in range(count // 2)]
+                while sum(task.done() for task in tasks) < len(tasks) - 20:
+                    await asyncio.sleep(0.05)
+                before = resident()
+                more = [asyncio.create_task(ask(n)) for n in range(count - len(tasks) - 5)]
+                await asyncio.wait(more, timeout=60)
+                grown = resident() - before
+                refused = [task.result() for task in tasks + more if task.done()]
+                assert {reply.status_code for reply in refused} == {429}
+                assert {reply.headers["retry-after"] for reply in refused} == {"5"}
+                assert "at most max_queue=16 wait" in refused[0].json()["error"]["message"]
+                assert grown < 32 << 20
+                core.answers.set()
+                statuses = Counter(reply.status_code for reply in await asyncio.gather(*tasks, *more))
+                assert statuses == {200: 20, 429: len(tasks + more) - 20}
+                assert (await ask(0)).status_code == 200
+
+    asyncio.run(check())
+
+
+@needs_vllm
+def test_limits_are_400_over_http(model):
+    import httpx
+
+    async def check() -> None:
+        async with application(model[0], "max_choices=4") as app:
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                for fields, said in (
+                    ({"n": 5}, "n x prompts = 5: at most max_choices=4 of this server"),
+                    ({"prompt": ["a"] * 3, "n": 2}, "n x prompts = 6"),
+                    ({"trace": [1] * 513}, "trace has 513 depths: at most 512, the positions of this server"),
+                ):
+                    reply = await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", **fields})
+                    assert reply.status_code == 400
+                    assert said in reply.json()["error"]["message"]
+                body = {"model": "tiny", "prompt": ["a", "b"], "n": 2, "trace": [1] * 512, "max_tokens": 1}
+                assert (await client.post("/v1/completions", json={**body, "temperature": 1})).status_code == 200
+
+    asyncio.run(check())
