@@ -105,6 +105,8 @@ def _short(body: bytes) -> bytes:
 def _cut_all(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _cut_all(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_cut_all(inner) for inner in value[:10]]
     return LONG_WORD.sub(r"\1...", value)[:MESSAGE] if isinstance(value, str) else value
 
 

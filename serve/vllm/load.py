@@ -40,18 +40,28 @@ class Load:
             self.open -= choices
 
 
+PROMPTS = {  # by route: the field with a request's prompts; elsewhere, a request has one
+    "/v1/completions": "prompt",
+    "/invocations": "prompt",
+    "/v1/chat/completions/batch": "messages",
+    "/generative_scoring": "items",
+}
+
+
 def choices_of(path: str, body: dict[str, Any]) -> int:
-    """The sequences that a request with this `body` asks for; 1 where vLLM will refuse the fields that tell it."""
+    """The sequences that a request with this `body` asks for; where vLLM will refuse the fields that tell it, any."""
     params = body.get("sampling_params") if path == "/inference/v1/generate" else body
-    n = params.get("n") if isinstance(params, dict) else 1
-    if path == "/generative_scoring":
-        prompts = body.get("items")
-    elif path == "/v1/chat/completions/batch":
-        prompts = body.get("messages")
-    else:
-        prompts = None if "messages" in body else body.get("prompt")
-    several = isinstance(prompts, list) and len(prompts) > 0 and not isinstance(prompts[0], int)
-    return max(n if type(n) is int else 1, 1) * (len(prompts) if several and isinstance(prompts, list) else 1)
+    prompts = body.get(PROMPTS.get(path, ""))
+    several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)  # not one, of tokens
+    return _count(params.get("n") if isinstance(params, dict) else 1) * (len(prompts) if several else 1)
+
+
+def _count(n: Any) -> int:
+    """`n` as vLLM reads it: text and floats of whole numbers count, too."""
+    try:
+        return max(int(n), 1)
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def check_choices(choices: int, limits: HttpLimits) -> None:
