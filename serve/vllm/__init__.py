@@ -24,7 +24,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     scheduler.py         vLLM's scheduler, for steps that give a request several tokens
     runner.py            types of vLLM's model runner and worker, as far as the lane engine reads them
     worker.py            vLLM's worker and model runner, around the lane engine
-    announce.py          lines printed before the engine starts
+    announce.py          lines printed before the engine starts, and at the server's end
     trusted.py           code of a checkpoint: named where it runs, kept from running elsewhere
     startup.py           checks of memory, block size, cores and tokenizer before the engine starts
     load.py              how much requests may ask for

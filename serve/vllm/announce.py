@@ -1,8 +1,15 @@
-"""Lines printed before vLLM's engine starts, and after vLLM has checked its arguments."""
+"""Lines on stderr: those before vLLM's engine starts, once vLLM has checked its arguments, and those of its end."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+
+
+def say(line: str) -> None:
+    """Print a `line` about the server's end, which goes on where nothing can be printed: the disk may be full."""
+    with contextlib.suppress(OSError):
+        print(f"loopwise: {line}", file=sys.stderr, flush=True)
 
 
 def announce_at_start(lines: list[str]) -> None:

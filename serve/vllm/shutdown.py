@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from dataclasses import dataclass
 from typing import Any
 
+from .announce import say
 from .watchdog import kill_engine
 
 GRACE = 3.0  # seconds between the abort of requests and the kill of processes that still run
@@ -42,7 +42,7 @@ class Ending:
         """Abort all requests, which ends their replies; the engine ends after its running step."""
         if self.cutting is not None:
             return
-        print(f"loopwise: {why}: open requests are cut off", file=sys.stderr, flush=True)
+        say(f"{why}: open requests are cut off")
         self.cutting = loop.create_task(engine.abort(list(engine.output_processor.request_states), internal=True))
         loop.call_later(GRACE, self._force, engine)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from typing import Any
+
+from .announce import say
 
 PERIOD = 2.0  # seconds between an engine's answer and the next question
 SHOWN = 2.0  # seconds in which /health says so before the engine is killed
@@ -47,12 +48,7 @@ class Watchdog:
     async def _end(self, engine: Any) -> None:
         """Kill the engine's processes. vLLM then ends open requests with an error, and the server."""
         self.hung = True
-        print(
-            f"loopwise: error: vLLM's engine has given no sign of life for hang_seconds={self.seconds}; the server "
-            "ends",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"error: vLLM's engine has given no sign of life for hang_seconds={self.seconds}; the server ends")
         await asyncio.sleep(SHOWN)
         kill_engine(engine)
         await asyncio.sleep(LEFT)

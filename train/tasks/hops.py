@@ -126,8 +126,9 @@ def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> di
 def guess(values: dict[str, Any], record: dict[str, Any]) -> list[float]:
     """The probability that a guess is right, for each question: of the digits that the program has, all equally likely;
     for a lookup, of the right-hand sides."""
-    program = record["messages"][0]["content"].rpartition(";")[0]
-    ends = {statement.partition("=")[2] for statement in program.split(";")}
+    end = "\n" if values["style"] == "code" else ";"
+    program = record["messages"][0]["content"].rpartition(end)[0]
+    ends = {statement.partition("=")[2].strip() for statement in program.split(end)}
     digits = ends & {*DIGITS}
     return [1 / len(digits if n else ends) for n in record["hops"]]
 

@@ -127,3 +127,11 @@ def test_streams_end_when_the_engine_is_stopped(monkeypatch):
             await asyncio.wait_for(stream.get(), 10)
 
     asyncio.run(serve())
+
+
+def test_a_full_disk_does_not_stop_the_end():
+    """A signal's handler prints before it aborts requests."""
+    program = "from loopwise.serve.vllm.announce import say; say('a line'); print('went on')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.stdout == "went on\n"
