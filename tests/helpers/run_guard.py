@@ -42,4 +42,7 @@ def upload(port: int, way: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1])) if len(sys.argv) == 2 else upload(int(sys.argv[1]), sys.argv[2])
+    if len(sys.argv) == 2:
+        serve(int(sys.argv[1]))
+    else:
+        upload(int(sys.argv[1]), sys.argv[2])

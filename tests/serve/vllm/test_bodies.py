@@ -159,9 +159,14 @@ def test_unknown_names_are_refused_at_once(where, count):
     """Each is compared with all fields, at 90 us; 100,000 of them took 9 s."""
     many = {f"num_recurrence_{n}_of": 1 for n in range(count)}
     body: dict[str, Any] = {"prompt": "a", **({where: many} if where else many)}
+
+    def check() -> None:
+        check_fields(body)
+        take_fields(body, {"prompt"})
+
     start = time.perf_counter()
     with pytest.raises(FieldError, match=r"fields that this server does not know: at most 64|fields: at most 256"):
-        check_fields(body) or take_fields(body, {"prompt"})
+        check()
     assert time.perf_counter() - start < 0.02
 
 
