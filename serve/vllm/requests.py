@@ -127,7 +127,7 @@ def check_holdable(name: str, value: Any) -> None:
             _check_text(name, [part for part in level if isinstance(part, str)])
         if kinds <= {int, float, str, bool, type(None)}:
             return
-        level = [inner for part in level if isinstance(part, dict | list) for inner in _inner(part)]
+        level = list(chain.from_iterable(_inner(part) for part in level if isinstance(part, dict | list)))
 
 
 def _inner(part: dict[str, Any] | list[Any]) -> Iterable[Any]:
