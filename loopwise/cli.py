@@ -11,10 +11,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import UserError, unknown
-from .process import stop_with_server
 from .version import __version__
-
-stop_with_server()  # a process that a server spawns imports the server's main module first, and this file by it
 
 # verb -> (module with `main(argv) -> int`, what it does). The order is the order of the main job.
 VERBS = {

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+from typing import Any
 
 SERVER = "LOOPWISE_SERVER"  # environment variable: process id of the `loopwise serve` that vLLM's processes belong to
+
+
+class _First:
+    """Where it is unpickled, it calls `stop_with_server`, and leaves another one for that process's children."""
+
+    def __reduce__(self) -> Any:
+        return _start, ()
+
+
+def _start() -> _First:
+    stop_with_server()
+    return _First()
+
+
+def own_processes() -> None:
+    """Let the processes that this one spawns from now on call `stop_with_server` before they import anything else.
+
+    vLLM's plugin calls it, too, but only after some ten seconds of imports. A process is unpickled in its child, and
+    begins with the configuration that it has from its parent; multiprocessing has no public place for that.
+    """
+    os.environ[SERVER] = str(os.getpid())
+    configuration: dict[str, Any] = getattr(multiprocessing.current_process(), "_config", {})
+    configuration["loopwise"] = _First()
 
 
 def stop_with_server() -> None:

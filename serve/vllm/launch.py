@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import UserError
-from ...process import SERVER
+from ...process import own_processes
 from ...trained import beyond_trained
 from ..api.lanes import LANES
 from ..api.limits import HttpLimits, check_depth
@@ -203,7 +203,7 @@ def run_server(
     """
     import uvloop
 
-    os.environ[SERVER] = str(os.getpid())
+    own_processes()
     if defaults.engine == "lanes" and sys.platform == "linux":
         os.environ[ARRIVALS] = share()
     where, name = f"http://{args.host}:{args.port}", args.served_model_name[0]
