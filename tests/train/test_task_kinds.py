@@ -172,13 +172,17 @@ def chains(entries: list[tuple[str, str]]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("more", ["", "&statements=10..24&questions=2", "&name_length=2&order=reverse"])
 def test_code_is_python_with_the_same_chains(more):
     """Python itself computes what the programs print, and the same draws give other text only."""
-    for record in taken(f"task:hops?style=code&hops=1..4{more}", 40):
+    source = f"task:hops?style=code&hops=1..4{more}"
+    for record in taken(source, 40):
         asked, answers = ([message["content"] for message in record["messages"][i::2]] for i in (0, 1))
         program, _, first = asked[0].rpartition("\n")
         lines = dict(line.split(" = ") for line in program.split("\n"))
         ordered: dict[str, str] = {}
         while len(ordered) < len(lines):  # a statement may stand before the one that it needs
             ordered |= {k: v for k, v in lines.items() if v.isdigit() or v in ordered}
+        digits = {value for value in lines.values() if value.isdigit()}
+        chances = [1 / len(digits if hops else {*lines.values()}) for hops in record["hops"]]
+        assert tasks.parse(source).guess(record) == pytest.approx(chances)
         values: dict[str, Any] = {}
         exec("\n".join(f"{k} = {v}" for k, v in ordered.items()), values)
         questions = [first, *(question.removeprefix("\n") for question in asked[1:])]
