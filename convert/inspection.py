@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..arguments import Parser
 from ..directory import RECORD
+from ..errors import UserError, reason
 from ..trained import trained_at
 from .plan import PARTS
 
@@ -139,8 +140,11 @@ def _sizes(config: RecurrentDepthConfig) -> _Sizes:
 
     from ..model import RecurrentDepthForCausalLM
 
-    with torch.device("meta"):
-        model = RecurrentDepthForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = RecurrentDepthForCausalLM(config)
+    except Exception as error:  # transformers and torch share no base class for errors in a config
+        raise UserError(f"config.json: no recurrent-depth model can be built from it ({reason(error)})") from None
     parts = {part: list(model.get_submodule(part).named_parameters()) for part in (*PARTS, "injection")}
     counts = {part: sum(p.numel() for _, p in parameters) for part, parameters in parts.items()}
     used = {part: sum(_used(config, name, p) for name, p in parameters) for part, parameters in parts.items()}
