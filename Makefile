@@ -1,5 +1,5 @@
-# Targets: setup, demo, docs, test, test-slow, test-browser, test-real, test-vllm, results, results-real, lint, wheel, clean.
-# All but test-vllm work in .venv, which the first of them creates.
+# Targets: setup, serve-only, demo, docs, test, test-slow, test-browser, test-real, test-vllm, results, results-real, lint, audit,
+# wheel, clean. All but test-vllm work in .venv, which the first of them creates.
 #
 # make demo MODEL=model.gguf TEXT=my/files OUT=folder    the main job, on your own model and text
 # make test ARGS="-k identity -x"       options for pytest
@@ -18,7 +18,6 @@ BIN := $(VENV)/bin
 GPU ?= $(if $(wildcard $(VENV)/.deps-gpu),1,0)
 KIND := $(if $(filter-out 0,$(GPU)),gpu,cpu)
 WORKERS ?= 2
-EXTRAS := [train,serve,eval,dev,docs]
 # PyTorch's own index of CPU builds: PyPI has builds for CUDA only, except for macOS.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -27,7 +26,8 @@ VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
 	case $$($$python -c '$(VERSION)' 2>/dev/null) in (3.11|3.12|3.13) echo $$python; break;; esac; done)
 
-.PHONY: deps setup demo docs test test-slow test-browser test-real test-vllm results results-real lint wheel clean anew
+.PHONY: deps setup serve-only demo docs test test-slow test-browser test-real test-vllm results results-real lint audit wheel
+.PHONY: clean anew
 
 deps: $(VENV)/.deps-$(KIND)
 setup: $(VENV)/.setup-$(KIND)
@@ -62,15 +62,20 @@ define environment
 	echo "$$base -m venv $(VENV)"; "$$base" -m venv $(VENV)
 endef
 
-# torch goes in first and by itself, so that nothing else is taken from PyTorch's index. setuptools then builds the few
-# packages that have no wheel, and not whichever release of it is the newest.
+# torch goes in first and by itself, so that nothing else is taken from PyTorch's index, whose hashes no lock has.
 define torch
 	@grep '^torch==' constraints.txt > $(1)/torch.txt; \
 	pip="$(1)/bin/pip install --no-deps -r $(1)/torch.txt"; echo "$$pip"; \
 	$$pip 2>/dev/null || { echo "$$pip --index-url $(TORCH_INDEX)"; $$pip --index-url "$(TORCH_INDEX)"; } || { \
 		echo "torch's CPU build is neither where pip looks by itself nor at $(TORCH_INDEX): check the network, or name" \
 			"an index that has it with TORCH_INDEX=address" >&2; exit 1; }
-	$(1)/bin/pip install --no-deps $$(grep '^setuptools==' constraints.txt)
+	$(call setuptools,$(1),cpu)
+endef
+
+# setuptools of the lock $(2), by its hashes: it builds the few packages that have no wheel.
+define setuptools
+	@sed -n '/^setuptools==/,/[^\\]$$/p' supply/$(2).txt > $(1)/setuptools.txt
+	$(1)/bin/pip install --no-deps --require-hashes -r $(1)/setuptools.txt
 endef
 
 # Runs pip; where it fails, the last line says what to do.
@@ -79,20 +84,34 @@ define install
 		echo "Not every package could be installed, pip says why above: the same make again begins anew" >&2; exit 1; }
 endef
 
-$(VENV)/.deps-cpu: constraints.txt
+# The packages of a lock, each file by its hash.
+locked = $(call install,$(BIN)/pip install --no-deps --no-build-isolation --require-hashes -r supply/$(1).txt)
+
+$(VENV)/.deps-cpu: constraints.txt supply/cpu.txt
 	$(environment)
 	$(call torch,$(VENV))
-	$(call install,$(BIN)/pip install --no-deps --no-build-isolation -r constraints.txt)
+	$(call locked,cpu)
 	@touch $@ && rm $(VENV)/.unfinished
 
-$(VENV)/.deps-gpu: pyproject.toml
+$(VENV)/.deps-gpu: supply/gpu.txt
 	$(environment)
-	$(call install,$(BIN)/pip install -e '.$(EXTRAS)')
+	$(call setuptools,$(VENV),gpu)
+	$(call locked,gpu)
+	@touch $@ && rm $(VENV)/.unfinished
+
+# The part of the CPU set that serving needs: the image `serve`.
+$(VENV)/.deps-serve: constraints.txt supply/serve.txt
+	$(environment)
+	$(call torch,$(VENV))
+	$(call locked,serve)
 	@touch $@ && rm $(VENV)/.unfinished
 
 $(VENV)/.setup-$(KIND): pyproject.toml $(VENV)/.deps-$(KIND)
 	$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@touch $@
+
+serve-only: $(VENV)/.deps-serve
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
 
 # The values reach the command through the environment, so that a path may hold spaces and quotes.
 demo: setup
@@ -157,9 +176,25 @@ results: setup
 results-real: setup
 	$(BIN)/python -m bench.results real $(ARGS)
 
-# The source distribution first, then the wheel from it: each shows that the other is whole.
+# Locks, licences and the wheel's bytes by tests; bills of materials into build/sbom; known advisories. Where no database of
+# these can be reached, a line says so, and NEED=1 makes it an error.
+AUDIT := .venv-audit
+audit: setup $(AUDIT)/.setup
+	$(BIN)/python -m pytest -q tests/test_supply.py
+	$(AUDIT)/bin/python -m supply.sbom build/sbom
+	$(AUDIT)/bin/python -m supply.advisories $(if $(NEED),--need)
+
+$(AUDIT)/.setup: supply/tools.txt
+	$(suitable)
+	"$(PYTHON)" -m venv --clear $(AUDIT)
+	$(AUDIT)/bin/pip install --no-deps --require-hashes -r supply/tools.txt
+	@touch $@
+
+# The source distribution first, then the wheel from it: each shows that the other is whole. Dates of files are those of the
+# commit, so that the same commit gives the same bytes.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: setup
-	$(BIN)/python -m build --no-isolation --outdir dist
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(BIN)/python -m build --no-isolation --outdir dist
 
 # Build products and caches only: not .venv, and never what the demo or a training run wrote.
 clean:

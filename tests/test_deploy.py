@@ -157,7 +157,7 @@ def test_places_of_the_compose_file_fit_together():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert (DEPLOY / services["server"]["build"]["context"] / "Dockerfile").resolve() == ROOT / "Dockerfile"
     targets = {services["server"]["build"]["target"], read("compose.gpu.yaml")["services"]["server"]["build"]["target"]}
-    assert targets == {*re.findall(r"FROM \S+ AS (cpu|gpu)", dockerfile)}
+    assert targets == {*re.findall(r"FROM \S+ AS (serve|gpu)", dockerfile)}
     port = re.findall(r"EXPOSE (\d+)", dockerfile)
     assert services["server"]["ports"] == [f"127.0.0.1:{port[0]}:{port[0]}"]
     (job,) = read("prometheus.yaml")["scrape_configs"]

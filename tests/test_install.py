@@ -344,22 +344,32 @@ def test_images_are_made_by_make_alone():
             assert words[0] == "make", f"{words}: a step that only the image runs"
             assert commands(*words[1:]), f"{words}: the Makefile has nothing to do"
             runs.setdefault(stage, []).append(words[1:])
-    assert set(runs) == {"cpu", "gpu"}
+    assert set(runs) == {"serve", "cpu", "gpu"}
     script = (ROOT / ".ci/run").read_text().splitlines()
     assert script[-1] == "exec make test"
     tested = commands("test", "GPU=0")
     for words in runs["cpu"]:
         assert set(commands(*words, "GPU=0")) <= set(tested), f"make {words} does more than make test"
-    assert any(".[train,serve," in command for command in commands(*runs["gpu"][-1]))
+    for kind in ("serve", "gpu"):
+        assert any(f"--require-hashes -r supply/{kind}.txt" in command for command in commands(*runs[kind][-1]))
 
 
 def test_images_copy_what_exists_and_serve_as_nobody():
     lines = docker_lines()
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert {"loopwise", *LINKED, "Makefile", "constraints.txt", "pyproject.toml", "LICENSE", "README.md"} == set(kept)
+    assert {
+        "loopwise",
+        *LINKED,
+        "Makefile",
+        "constraints.txt",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "supply",
+    } == set(kept)
     for instruction, *words in lines:
         if instruction == "COPY":
             assert all(word == "." or word in kept for word in words[:-1])
-    assert [words for instruction, *words in lines if instruction == "USER"] == [["nobody"], ["nobody"]]
+    assert [words for instruction, *words in lines if instruction == "USER"] == [["nobody"]] * 3
     entry = next(" ".join(words) for instruction, *words in lines if instruction == "ENTRYPOINT")
     assert "/opt/loopwise/.venv/bin/loopwise, serve" in entry

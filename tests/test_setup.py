@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from supply.locks import read
 from tests.helpers.repository import ROOT
 
 # A Python of version $VERSION, which `-m venv` copies into the environment beside a pip that notes how it is called.
@@ -29,7 +30,7 @@ echo "$*" >> "$CALLS"
 exit 0
 """
 # Tools that the Makefile may use. No Python of this machine is found beside the stand-ins.
-SYSTEM = ("make", "bash", "sh", "grep", "ls", "mkdir", "touch", "rm", "find", "cp", "dirname")
+SYSTEM = ("make", "bash", "sh", "grep", "sed", "ls", "mkdir", "touch", "rm", "find", "cp", "dirname")
 PYTORCH = "https://download.pytorch.org/whl/cpu"
 
 
@@ -41,6 +42,7 @@ class Machine:
         self.root.mkdir()
         for name in ("Makefile", "constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / "supply", self.root / "supply")
         self.bin = root / "bin"
         self.bin.mkdir()
         self.program("pip", PIP)
@@ -81,8 +83,8 @@ def machine(tmp_path) -> Machine:
 
 TORCH = "install --no-deps -r .venv/torch.txt"
 REST = [
-    "install --no-deps setuptools==78.1.1",
-    "install --no-deps --no-build-isolation -r constraints.txt",
+    "install --no-deps --require-hashes -r .venv/setuptools.txt",
+    "install --no-deps --no-build-isolation --require-hashes -r supply/cpu.txt",
     "install --no-deps --no-build-isolation -e .",
 ]
 
@@ -92,6 +94,9 @@ def test_torch_comes_from_where_pip_looks(machine):
     lines = (machine.root / ".venv/torch.txt").read_text().splitlines()
     assert lines
     assert all(line.startswith("torch==") for line in lines)
+    (builder,) = read(machine.root / ".venv/setuptools.txt")
+    assert builder in read(machine.root / "supply/cpu.txt")
+    assert builder.hashes
     assert machine.make("setup") == (0, [], "")
 
 
@@ -101,7 +106,7 @@ def test_torch_and_nothing_else_comes_from_its_own_index(machine, given, index):
     assert (code, calls) == (0, [TORCH, f"{TORCH} --index-url {index}", *REST])
 
 
-@pytest.mark.parametrize(("fail", "said"), [(r"torch\.txt", PYTORCH), ("constraints", "pip says why above")])
+@pytest.mark.parametrize(("fail", "said"), [(r"torch\.txt", PYTORCH), ("cpu.txt", "pip says why above")])
 def test_what_cannot_be_fetched_is_one_line_and_is_begun_anew(machine, fail, said):
     code, _, line = machine.make("setup", fail=fail)
     assert code
@@ -164,10 +169,15 @@ def test_a_folder_that_setup_did_not_make_is_left_alone(machine):
     assert machine.make("setup", "VENV=a b")[0] == 2
 
 
+def test_what_only_serves_has_its_own_lock(machine):
+    serving = [call.replace("cpu.txt", "serve.txt") for call in REST]
+    assert machine.make("serve-only") == (0, [TORCH, *serving], "")
+
+
 def test_the_other_kind_is_made_anew(machine):
     machine.make("setup")
     code, calls, _ = machine.make("setup", "GPU=1")
-    assert (code, calls) == (0, ["install -e .[train,serve,eval,dev,docs]", REST[-1]])
+    assert (code, calls) == (0, [*(call.replace("cpu.txt", "gpu.txt") for call in REST[:-1]), REST[-1]])
     assert machine.make("setup") == (0, [], "")
     assert machine.make("setup", "GPU=0") == (0, [TORCH, *REST], "")
 
@@ -178,5 +188,5 @@ def test_clean_keeps_the_environment_and_what_runs_wrote(machine):
         (machine.root / name).mkdir(parents=True)
     assert machine.make("clean")[0] == 0
     left = {path.name for path in machine.root.iterdir()}
-    assert left == {"Makefile", "constraints.txt", "pyproject.toml", ".venv", "tests", "demo-run", "runs"}
+    assert left == {"Makefile", "constraints.txt", "pyproject.toml", "supply", ".venv", "tests", "demo-run", "runs"}
     assert not (machine.root / "tests/__pycache__").exists()

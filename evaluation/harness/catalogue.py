@@ -128,7 +128,8 @@ def _load(manager: TaskManager, name: str, spec: str | dict[str, Any]) -> Any:
     try:
         if isinstance(spec, dict) and "group" in spec:  # of a group's path, lm-eval takes the list of tasks for a name
             entry = Entry(spec["group"], Kind.GROUP, None, spec)
-            return manager.load([TaskFactory().build(entry, registry=manager.task_index)])
+            group: Any = TaskFactory().build(entry, registry=manager.task_index)
+            return manager.load([group])
         return manager.load([spec])
     except UserError:
         raise
