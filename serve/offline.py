@@ -125,8 +125,7 @@ class Engine:
                 self.loop.warm_up()
             if wait is AUTO:
                 self.loop.schedule.costs = self.loop.measure()
-        self.max_num_seqs, self.max_model_len = max_num_seqs, room
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs, self.max_model_len, self.max_num_batched_tokens = max_num_seqs, room, max_num_batched_tokens
 
     def _load(self, model: Any, dtype: str | None) -> tuple[Any, dict[str, Any]]:
         """The model, loaded if it is a directory, and the fields of its generation_config.json.

@@ -19,9 +19,11 @@ from tests.helpers.repository import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOW = ".github/workflows/tests.yml"
+NIGHTLY = ".github/workflows/nightly.yml"
 FILES = {
     "CITATION.cff": "citation-file-format",
     WORKFLOW: "github-workflows",
+    NIGHTLY: "github-workflows",
     ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
     ".github/ISSUE_TEMPLATE/bug.yml": "github-issue-forms",
     ".github/ISSUE_TEMPLATE/architecture.yml": "github-issue-forms",
@@ -66,17 +68,25 @@ def test_every_form_is_checked():
 
 
 def test_the_workflow_runs_make_s_targets_and_all_of_its_tests():
-    jobs = read(WORKFLOW)["jobs"]
+    jobs = {**read(WORKFLOW)["jobs"], **{f"nightly {name}": job for name, job in read(NIGHTLY)["jobs"].items()}}
     phony = set(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split())
     run = {target for job in jobs.values() for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
+    run = {target.split()[0] for target in run}
     steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
     run |= {word for step in steps for word in re.findall(r"\bmake ([\w-]+)", step)}
     assert run <= phony
-    assert {target for target in phony if target.startswith("test")} | {"setup", "lint", "wheel"} <= run
+    assert {target for target in phony if target.startswith("test")} | {"setup", "lint", "wheel", "audit"} <= run
     assert not phony & {"docs"} - run, "the documentation is built in public, too"
     paths = [word for step in steps for word in re.findall(r"\btests/\S+", step)]
     assert paths
     assert all((ROOT / path).is_file() for path in paths)
+
+
+def test_the_slow_tests_run_every_night():
+    """On a schedule whose day, month and weekday are any."""
+    (entry,) = read(NIGHTLY)["on"]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", entry["cron"])
+    assert "test-slow" in read(NIGHTLY)["jobs"]["slow"]["strategy"]["matrix"]["target"]
 
 
 def test_the_workflow_tests_every_python():

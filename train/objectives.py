@@ -46,7 +46,7 @@ class Targets(NamedTuple):
         return values * (self.weights if values.shape == self.valid.shape else self.weights[self.valid][None])
 
     @property
-    def count(self) -> torch.Tensor:
+    def total(self) -> torch.Tensor:
         """The sum of the weights of all targets, a scalar."""
         return self.valid.sum() if self.weights is None else self.weights[self.valid].sum()
 
@@ -235,12 +235,12 @@ class Objective:
         if wanted.ponder:
             total = wanted.ponder.weight * self._at(batch.valid, batch.weighed(outputs.ponder)).sum()
         if wanted.router and self.router:
-            total = total + batch.count * self._routing(outputs.router_outputs)
+            total = total + batch.total * self._routing(outputs.router_outputs)
         return total + self._experts(outputs, batch)
 
     def _experts(self, outputs: Any, batch: Targets) -> Any:
         weight = self.objectives.experts
-        return weight * batch.count * outputs.aux_loss if weight else 0.0
+        return weight * batch.total * outputs.aux_loss if weight else 0.0
 
     def _routing(self, routed: Any) -> Any:
         weights = self.objectives.router

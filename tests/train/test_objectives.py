@@ -450,7 +450,7 @@ def test_blocks_count_alike_however_many_targets_they_have(recurrent, inputs, mo
     model: Any = load_model(str(recurrent)).train()
     labels = inputs["labels"].clone()
     labels[1, :9] = -100  # 8 targets beside 3
-    options = {"teacher": lambda _: random(2, 12, 272, seed=9)} if "distillation" in more else {}
+    options: dict[str, Any] = {"teacher": lambda _: random(2, 12, 272, seed=9)} if "distillation" in more else {}
     found = loss_and_gradients(
         model, {"average": "blocks", **more}, {**inputs, "labels": labels}, Depth(3, None), selects=False, **options
     )
