@@ -124,7 +124,7 @@ class ForcedEngine(Engine):
                 while queue and free:
                     row = free.pop()
                     running[row] = [queue.pop(), 0]
-                    self._admit(row, running[row][0], spans[running[row][0]], request)
+                    self._begin(row, running[row][0], spans[running[row][0]], request)
                 self._advance(spans, running, together)
                 for row in self._through(spans, running, together):
                     number, _ = running.pop(row)
@@ -137,7 +137,7 @@ class ForcedEngine(Engine):
             for row in running:  # of what was broken off
                 self.loop.release(row)
 
-    def _admit(self, row: int, number: int, span: Span, request: Request) -> None:
+    def _begin(self, row: int, number: int, span: Span, request: Request) -> None:
         self.loop.admit(row, replace(request, max_tokens=span.answers))
         self.targets[row] = -1
         self.targets[row, span.start : len(span.ids)] = torch.from_numpy(span.ids[span.start :]).to(self.targets)

@@ -52,8 +52,10 @@ def choices_of(path: str, body: dict[str, Any]) -> int:
     """The sequences that a request with this `body` asks for; where vLLM will refuse the fields that tell it, any."""
     params = body.get("sampling_params") if path == "/inference/v1/generate" else body
     prompts = body.get(PROMPTS.get(path, ""))
-    several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)  # not one, of tokens
-    return _count(params.get("n") if isinstance(params, dict) else 1) * (len(prompts) if several else 1)
+    count = 1  # a list of numbers is one prompt, of tokens
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        count = len(prompts)
+    return _count(params.get("n") if isinstance(params, dict) else 1) * count
 
 
 def _count(n: Any) -> int:
