@@ -27,7 +27,6 @@ SERVES_WITHOUT = {
     "clients": "anthropic",
     "decompiled graphs, for debugging": "depyf",
     "the process manager of SageMaker's images": "supervisor",
-    "a grammar backend that is not the default": "lm-format-enforcer",
     "tokenizers of Mistral's own format": "mistral-common",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -146,18 +145,3 @@ def test_the_citation_is_of_the_last_release():
     assert citation["license"] == project["license"]
     assert citation["keywords"] == project["keywords"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
-
-
-def test_what_security_says_of_keys_holds():
-    """Prefixes of paths for which vLLM asks for the key, and paths that answer without one."""
-    if (found := importlib.util.find_spec("vllm")) is None or not found.origin:
-        pytest.skip("vLLM is not installed")
-    source = (Path(found.origin).parent / "entrypoints/serve/middleware/authenticate.py").read_text()
-    guarded = re.findall(r"'(/\w+)'|\"(/\w+)\"", re.findall(r"GUARDED_PREFIX = (.*)", source)[0])
-    text = (ROOT / "SECURITY.md").read_text()
-    _, said = text.split("vLLM asks for the\n  key under", 1)
-    under, _, free = said.partition(", while ")
-    assert set(re.findall(r"`(/\w+)`", under)) == {a or b for a, b in guarded}
-    open_paths = re.findall(r"`(/\w+)`", free.partition(" answer everybody")[0])
-    assert len(open_paths) == 3
-    assert not any(path.startswith(tuple(a or b for a, b in guarded)) for path in open_paths)
