@@ -60,7 +60,7 @@ def stop_with_server() -> None:
 def _runs(process: int) -> bool:
     """True where a process of this id runs; one that has ended and waits for its parent does not."""
     try:
-        with open(f"/proc/{process}/stat") as file:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return False

@@ -52,7 +52,8 @@ def findings(report: dict) -> list[str]:
 def main(argv: list[str]) -> int:
     """Print a line for each finding, or one on why there is none. Returns the exit code."""
     wanted = asked([*read(PINS), *read(LOCKS["gpu"])])
-    ignored = [word for name in waived(WAIVERS.read_text(), datetime.date.today()) for word in ("--ignore-vuln", name)]
+    names = waived(WAIVERS.read_text(encoding="utf-8"), datetime.date.today())
+    ignored = [word for name in names for word in ("--ignore-vuln", name)]
     with tempfile.TemporaryDirectory() as folder:
         path, report = Path(folder) / "requirements.txt", Path(folder) / "report.json"
         # Two releases of one package, of the CPU's set and the GPU's, are asked about apart.
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
             groups[name in groups[0]][name] = line
         lines = []
         for group in groups:
-            path.write_text("\n".join(group.values()) + "\n")
+            path.write_text("\n".join(group.values()) + "\n", encoding="utf-8")
             command = ["pip_audit", "--no-deps", "--disable-pip", "-s", "osv", "-f", "json", "-o", str(report)]
             subprocess.run(
                 [
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
             if not report.exists():
                 print("advisories: not checked, OSV (api.osv.dev) could not be reached", file=sys.stderr)
                 return 1 if "--need" in argv else 0
-            lines += findings(json.loads(report.read_text()))
+            lines += findings(json.loads(report.read_text(encoding="utf-8")))
             report.unlink()
     print("\n".join(lines) if lines else f"advisories: none on {len(wanted)} releases, by OSV")
     return 1 if lines else 0

@@ -73,9 +73,9 @@ def license_of(found: importlib.metadata.Distribution) -> str:
 def licenses() -> dict[str, str]:
     """Package -> licence, of all pinned packages that are installed here."""
     pinned = {pin.name for pin in read(PINS) if pin.applies()}
-    found: dict[str, importlib.metadata.Distribution] = {
-        canonicalize_name(each.name): each for each in importlib.metadata.distributions()
-    }
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for each in importlib.metadata.distributions():
+        found.setdefault(canonicalize_name(each.name), each)  # the first one is imported: others carry copies behind it
     return {name: license_of(found[name]) for name in sorted(pinned & found.keys())}
 
 

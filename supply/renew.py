@@ -73,7 +73,7 @@ def resolved(*wanted: str) -> list[str]:
         env = {key: value for key, value in os.environ.items() if key not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")}
         env["PIP_CONFIG_FILE"] = os.devnull
         subprocess.run([*command, str(report), *wanted], check=True, env=env)
-        return listed(json.loads(report.read_text()))
+        return listed(json.loads(report.read_text(encoding="utf-8")))
 
 
 def listed(report: dict[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         cpu = locked([pin.requirement for pin in read(PINS) if not pin.version.endswith("+cpu")])
         write(LOCKS["cpu"], CPU, cpu)
         write(LOCKS["tools"], TOOLS, locked(resolved("pip-audit==2.10.1", "pip-tools==7.6.2")))
-        gpu = listed(json.loads(Path(argv[0]).read_text())) if argv else resolved(f"{ROOT}[{EXTRAS}]")
+        gpu = listed(json.loads(Path(argv[0]).read_text(encoding="utf-8"))) if argv else resolved(f"{ROOT}[{EXTRAS}]")
         write(LOCKS["gpu"], GPU, locked(gpu))
 
 

@@ -20,12 +20,12 @@ def trusted_code(args: Any, model: str) -> list[str]:
 def without_model_script() -> None:
     """Keep vLLM's application from running model.py of /opt/ml/model, or of $SAGEMAKER_MODEL_PATH.
 
-    vLLM makes every application ready for SageMaker, whose loader runs that file. The loader is made here, once, with
-    nothing to find; its class keeps it.
+    vLLM makes every application ready for SageMaker, whose loader runs that file. The loader is made here, once, for a
+    file that cannot be; its class keeps it.
     """
     try:
         from model_hosting_container_standards.common.custom_code_ref_resolver.function_loader import FunctionLoader
         from model_hosting_container_standards.sagemaker.sagemaker_loader import SageMakerFunctionLoader
     except ModuleNotFoundError:  # a release of vLLM without it
         return
-    SageMakerFunctionLoader._default_function_loader = FunctionLoader([], {})
+    SageMakerFunctionLoader._default_function_loader = FunctionLoader([], {"model": "/dev/null/model.py"})

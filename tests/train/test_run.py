@@ -336,8 +336,11 @@ def test_text_inside_out_is_refused(recurrent, command, tmp_path, capsys):
     (out / "text.txt").write_text("the core runs again " * 100)
     for source in (out / "text.txt", out, f"{out}/*.txt"):
         assert main(command(recurrent, out, "steps=2", f"data.train={source}", "--force")) == 2
-        assert "lies in OUT" in capsys.readouterr().err
-    assert (out / "text.txt").is_file()
+        assert "--force replaces only what Loopwise wrote, and not text.txt" in capsys.readouterr().err
+    (out / "text.txt").rename(tmp_path / "text.txt")
+    assert main(command(recurrent, out, "steps=2", f"data.train={out}/README.md", "--force")) == 2
+    assert "lies in OUT" in capsys.readouterr().err
+    assert (out / "README.md").is_file()
 
 
 def test_paths_of_the_home_directory_and_of_nothing(recurrent, command, tmp_path, capsys, monkeypatch):

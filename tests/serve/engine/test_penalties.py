@@ -117,8 +117,8 @@ def test_penalties_cost_nothing_without_a_request_that_has_one(monkeypatch):
         patch.setattr(Draws, "_penalised", fail)
         plain = engine.generate([[5, 6]], Params(5, ignore_eos=True, repetition_penalty=1.0, temperature=1.0))
         assert not len(engine.draws.tokens)
-        with pytest.raises(AssertionError, match="without a request"):
-            engine.generate([[5, 6]], Params(5, presence_penalty=0.1))
+        failed = engine.generate([[5, 6]], Params(5, presence_penalty=0.1))[0]
+        assert "without a request" in str(failed.error)
     engine.generate([[5, 6], [7]], Params(5, ignore_eos=True, presence_penalty=2.0))
     assert engine.draws.tokens.shape == (3, 101)
     assert (

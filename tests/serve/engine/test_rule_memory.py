@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # KV policy, m
 def tensor_bytes() -> int:
     """Bytes of the storages of all tensors that Python holds."""
     gc.collect()
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
 
 
