@@ -256,6 +256,6 @@ def test_a_source_without_a_tokenizer_converts(tmp_path):
 def test_a_tokenizer_that_transformers_cannot_load_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     source_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not valid JSON|cannot be loaded") as error:
+    with pytest.raises(UserError, match="not valid JSON") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
