@@ -183,6 +183,11 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Libraries change SafeLoader for the whole process: lm-format-enforcer reads dates as text. A recipe means the same.
+_as_date: Any = yaml.constructor.SafeConstructor.construct_yaml_timestamp
+Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_date)
+
+
 def _yaml(text: str, name: str) -> Any:
     """The value of the YAML `text`. Raises UserError, which begins with `name`, for text that is not YAML."""
     try:

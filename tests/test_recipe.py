@@ -219,7 +219,9 @@ def test_shipped_recipes_set_nothing_in_vain(path):
 @pytest.mark.parametrize(
     "value", ["2020-99-99", "!!int abc", "0b_", "!!timestamp abc", "!!float x", "[" * 3000, "9" * 5000, "{a: 1, a: 2}"]
 )
-def test_values_that_are_no_yaml_are_one_line(value, tmp_path):
+def test_values_that_are_no_yaml_are_one_line(value, tmp_path, monkeypatch):
+    as_text = {**yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str}
+    monkeypatch.setattr(yaml.SafeLoader, "yaml_constructors", as_text)  # as lm-format-enforcer sets it
     with pytest.raises(UserError) as caught:
         load("train", "data.train=text.txt", f"seed={value}")
     assert str(caught.value).startswith("'seed=")
