@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..arguments import Parser
-from ..directory import RECORD
+from ..directory import record_of
 from ..errors import UserError, reason
 from ..trained import trained_at
 from .plan import PARTS
@@ -92,11 +92,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
 
 def _training(model: Path) -> dict[str, float] | None:
-    try:
-        facts = json.loads((model / RECORD).read_text(encoding="utf-8"))
-        return {name: facts[name] for name in ("steps", "tokens", "flops")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    facts, names = record_of(model), ("steps", "tokens", "flops")
+    return {name: facts[name] for name in names} if facts.keys() >= {*names} else None
 
 
 def flops_per_token(config: PreTrainedConfig, depth: float | None) -> int | None:

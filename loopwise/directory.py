@@ -63,10 +63,8 @@ def claimed(out: Path) -> Iterator[None]:
 
 def is_ours(directory: Path) -> bool:
     """True if `directory` holds Loopwise's record. Only such directories are ever replaced or removed."""
-    with suppress(OSError, ValueError, RecursionError):
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and "loopwise" in record:
-            return True
+    if "loopwise" in record_of(directory):
+        return True
     with suppress(OSError), open(directory / RUN_RECORD, encoding="utf-8", errors="replace") as file:
         return re.match(rf"{RUN_HEADER}\S+: loopwise train\b", file.readline(300)) is not None
     return False

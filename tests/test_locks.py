@@ -23,7 +23,7 @@ from loopwise.errors import UserError
 from loopwise.lock import has_ended, lock_file, locked, marker
 from tests.helpers.repository import ROOT
 from tests.helpers.serve_tiny import tokenizer
-from tests.helpers.train_tiny import llama_config, save_recurrent
+from tests.helpers.train_tiny import save_for_all_commands
 
 COMMANDS = {
     "init": "init P O num_hidden_layers=1 hidden_size=32 num_attention_heads=2",
@@ -44,15 +44,8 @@ SOME = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> SimpleNamespace:
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("locks")
-    text = folder / "text.txt"
-    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
-    AutoModelForCausalLM.from_config(llama_config(eos_token_id=257)).save_pretrained(folder / "plain")
-    tokenizer().save_pretrained(folder / "plain")
-    save_recurrent(folder / "recurrent", tokenizer(), {"eos_token_id": 257}, injection="none")
-    return SimpleNamespace(P=folder / "plain", R=folder / "recurrent", T=text)
+    plain, recurrent, text = save_for_all_commands(tmp_path_factory.mktemp("locks"), tokenizer())
+    return SimpleNamespace(P=plain, R=recurrent, T=text)
 
 
 def arguments(verb: str, models: SimpleNamespace, out: Path) -> list[str]:

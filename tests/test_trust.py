@@ -18,7 +18,7 @@ from tests.helpers import canaries
 from tests.helpers.repository import ROOT
 from tests.helpers.serve_tiny import tokenizer
 from tests.helpers.serving import Server, free_port
-from tests.helpers.train_tiny import llama_config, save_recurrent
+from tests.helpers.train_tiny import save_for_all_commands
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 PACKAGES = ("loopwise", "convert", "train", "serve", "evaluation")
@@ -27,15 +27,8 @@ PACKAGES = ("loopwise", "convert", "train", "serve", "evaluation")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> SimpleNamespace:
     """A plain model, a recurrent one that can be exported and served, and a text."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("trust")
-    text = folder / "text.txt"
-    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
-    AutoModelForCausalLM.from_config(llama_config(eos_token_id=257)).save_pretrained(folder / "plain")
-    tokenizer().save_pretrained(folder / "plain")
-    save_recurrent(folder / "recurrent", tokenizer(), {"eos_token_id": 257}, injection="none")
-    return SimpleNamespace(plain=folder / "plain", recurrent=folder / "recurrent", text=text)
+    plain, recurrent, text = save_for_all_commands(tmp_path_factory.mktemp("trust"), tokenizer())
+    return SimpleNamespace(plain=plain, recurrent=recurrent, text=text)
 
 
 TRAINING = ["data.sequence_length=32", "batch_size=2", "steps=1", "log_every=1"]

@@ -45,6 +45,18 @@ def save_recurrent(path: Path, tokenizer, source: dict | None = None, **changes)
     return path
 
 
+def save_for_all_commands(folder: Path, tokenizer) -> tuple[Path, Path, Path]:
+    """A plain model, a recurrent one that can be exported and served, and a text, in `folder`."""
+    from transformers import AutoModelForCausalLM
+
+    text = folder / "text.txt"
+    text.write_text("the core runs again while depth grows with every pass over one state " * 40)
+    AutoModelForCausalLM.from_config(llama_config(eos_token_id=257)).save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
+    recurrent = save_recurrent(folder / "recurrent", tokenizer, {"eos_token_id": 257}, injection="none")
+    return folder / "plain", recurrent, text
+
+
 def run(arguments: list[str]) -> None:
     assert main(arguments) == 0
 
