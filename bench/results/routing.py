@@ -25,7 +25,7 @@ SCHEDULE = ["optimiser.schedule=wsd", "optimiser.warmup=0.05", "optimiser.cooldo
 
 @dataclass(frozen=True)
 class Kind:
-    """What the two models learn. rate: the setting that is tuned, among `rates`.   steps: of fixed recursion."""
+    """The task of the two models. rate: the setting that is tuned, among `rates`.   steps: of fixed recursion."""
 
     name: str
     empty: tuple[str, ...]  # arguments of init

@@ -195,7 +195,7 @@ STEPS = GraphSteps(_choose, _enter, _settle, _fetch, _emit, _start)
 
 
 class Mix(NamedTuple):
-    """What graphs depend on, of the requests that share them.
+    """The traits of requests on which their shared graphs depend.
 
     exits: some have exit rules.   drawn, cut, penalised: some are sampled so.
     """

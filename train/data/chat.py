@@ -132,13 +132,13 @@ def encode(
     if tokenizer is None or template is None:
         raise UserError("data.chat_field: the tokenizer has no chat template; set one, or use data.text_field")
     messages, arguments = conversation.messages, conversation.arguments
-    more = {"chat_template": chat_template} if chat_template else {}
+    given = {**arguments, "chat_template": chat_template} if chat_template else arguments
     try:
         if isinstance(template, dict):
             template = tokenizer.get_chat_template(None, arguments.get("tools"))
         with bounded("the chat template"):
             from_this = _from_template if MARKED.search(template) else _from_prefixes
-            ids, mask = from_this(messages, tokenizer, {**arguments, **more})
+            ids, mask = from_this(messages, tokenizer, given)
         key = json.dumps(messages if not arguments else [messages, arguments], default=str)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

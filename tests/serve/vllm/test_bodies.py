@@ -234,7 +234,7 @@ LONG = ["y" * 10**5, ["y" * 10**5], {"y" * 10**5: 1}, "[" * 10**5, 10**400, nest
 @needs_vllm
 @pytest.mark.parametrize("values", [LONG[:1], pytest.param(LONG[1:], marks=pytest.mark.slow)], ids=["text", "others"])
 def test_refusals_repeat_at_most_200_characters(model, values):
-    """Of a long value in any field, on any route: status below 500, an answer below 4 kB."""
+    """A long value in any field, on any route, gets a status below 500 and an answer below 4 kB."""
 
     async def check() -> None:
         async with client_of(model[0]) as client:

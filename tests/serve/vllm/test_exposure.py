@@ -55,7 +55,7 @@ def walk(routes: Any) -> list[tuple[str | None, set[str]]]:
 @needs_vllm
 @pytest.mark.parametrize("open_metrics", [False, True])
 def test_every_route_wants_the_key(model, monkeypatch, open_metrics):
-    """Of the application itself, with every optional one; those that are open are counted here by name."""
+    """The routes are those of the application, with every optional one. The open ones are listed here by name."""
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     settings = [f"open_metrics={str(open_metrics).lower()}"]
     flags = ("--enable-scale-out", "--enable-tokenizer-info-endpoint")

@@ -85,7 +85,7 @@ def resident() -> int:
 @needs_vllm
 @pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
 def test_a_full_server_answers_429_and_goes_on(model, count):
-    """Of `count` requests at once, the engine runs 4 and 16 wait; the others are told at once when to come again."""
+    """The engine runs 4 of `count` requests, and 16 wait. The others are told at once when to come again."""
     import httpx
 
     async def check() -> None:

@@ -21,7 +21,7 @@ LONG = 512  # tokens: as many times the budget as 8k are of 1,024
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, dict[str, Any]]:
-    """What run_budget.py measured, by the depth of the long prompts."""
+    """The measurements of run_budget.py, by the depth of the long prompts."""
     folder = tmp_path_factory.mktemp("budget")
     source = source_config("llama", **{**GROUPED, "max_position_embeddings": 1024})
     save(folder / "model", source, **{**RETROFIT, "num_recurrences": 4, "max_recurrences": DEEP})

@@ -115,7 +115,7 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.parametrize("seconds", [0, 0.02, 0.1, 1.5])
 def test_a_process_ends_with_its_server_from_its_first_moment_on(seconds):
-    """Whether the server ends before the process asks the kernel for a signal, or later. It imports nothing of ours."""
+    """The server may end before the process asks the kernel for a signal, or later. It imports nothing of ours."""
     server = subprocess.Popen([sys.executable, "-c", SERVER, str(seconds)], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     child = int(server.stdout.readline())
