@@ -189,9 +189,9 @@ def test_advice_to_install_works_from_a_clone():
             "training needs accelerate: in a clone of Loopwise, run pip install -e '.[train]'",
         ),
         (
-            ["train", "model", "out", "data.train=text.txt"],
-            "peft datasets",
-            "training needs datasets, peft: in a clone of Loopwise, run pip install -e '.[train]'",
+            ["train", "model", "out", "data.train=text.txt", "adapters.rank=2"],
+            "peft datasets",  # a source that needs the latter says so
+            "training needs peft: in a clone of Loopwise, run pip install -e '.[train]'",
         ),
         (
             ["train", "model", "out", "data.train=text.txt", "--launcher", "zero2", "--processes", "1", "--dry-run"],

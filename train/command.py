@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--processes {args.processes} needs --launcher")
     if args.accept_changes and not args.resume:
         raise UserError("--accept-changes belongs to --resume")
-    if absent := [name for name in ("accelerate", "datasets", "peft") if find_spec(name) is None]:
-        raise missing("training", ", ".join(absent), "train")
+    _check_packages(recipe)
     if not args.model or not args.out:
         raise UserError("MODEL and OUT may not be empty: give a model directory or hub id, and a directory to make")
     out = Path(args.out).expanduser()
@@ -50,6 +49,13 @@ def main(argv: list[str]) -> int:
 
         train(run.model, out, recipe, args.resume, args.force, args.accept_changes)
     return 0
+
+
+def _check_packages(recipe: Train) -> None:
+    """Raises UserError if a package is absent that every run needs, or one with adapters. Sources name theirs."""
+    needed = ["accelerate", "peft"] if recipe.adapters else ["accelerate"]
+    if absent := [name for name in needed if find_spec(name) is None]:
+        raise missing("training", ", ".join(absent), "train")
 
 
 def _parser() -> RecipeParser:

@@ -238,14 +238,14 @@ def stream_of(source: str, reader: Reader) -> Any:
     """
     if tasks.is_task(source):
         return tasks.Rows(source)
-    import datasets
-
     files = files_of(source, reader.split, reader.subset)
     if files is None:
         path = Path(source).expanduser()
         check_exists(source, path)
         if path.is_dir():
             return load_saved(source, path, reader.split).to_iterable_dataset()
+        import datasets
+
         return datasets.load_dataset(source, reader.subset, split=reader.split, streaming=True)
     if not files:
         raise UserError(f"{source}: no files there")
@@ -258,4 +258,6 @@ def stream_of(source: str, reader: Reader) -> Any:
     paths = [str(file) for file in files if not is_empty(file)]
     if not paths:
         raise UserError(f"{source}: no text in it")
+    import datasets
+
     return datasets.load_dataset(kinds.pop(), data_files=paths, split="train", streaming=True)

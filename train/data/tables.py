@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,16 +23,21 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # suffix: builder of `datas
 
 @contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
-    """Turn every error that `datasets` raises about `source` into a UserError of one line."""
-    try:
-        import datasets
+    """Turn every error that `datasets` raises about `source` into a UserError of one line.
 
-        datasets.disable_progress_bars()
+    Text, JSON lines and generated tasks need no `datasets`. Raises UserError where it is absent and a source needs it.
+    """
+    try:
+        if find_spec("datasets"):
+            import datasets
+
+            datasets.disable_progress_bars()
         yield
     except UserError:
         raise
     except ImportError:
-        raise missing(source, "the datasets library", "train") from None
+        otherwise = "; or give a file of text or JSON lines, which needs none"
+        raise missing(source, "the datasets library", "train", otherwise) from None
     except Exception as error:  # errors of datasets, pyarrow and the hub share no base class
         raise UserError(f"{source}: not readable as a file, a directory or a dataset ({reason(error)})") from None
 
