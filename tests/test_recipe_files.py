@@ -24,7 +24,7 @@ OLD = [
 ]
 # Settings that a user adds to a recipe of `loopwise train`.
 BESIDE = ["data.train=text.txt", "steps=7"]
-OWN = {"hops": [], "hops-base": [], "distill": [*BESIDE, "objectives.distillation.teacher=SOURCE"]}
+OWN = {"hops": [], "hops-base": [], "hops-code": [], "distill": [*BESIDE, "objectives.distillation.teacher=SOURCE"]}
 NAMES = [f"{verb}-{path.stem}" for verb, path in SHIPPED + OLD]
 
 

@@ -122,6 +122,16 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
     assert at.line("a/b") == "loopwise init a/b"
 
 
+def test_no_command_starts_when_the_time_is_over(tmp_path):
+    from bench.results.commands import Commands, Paused
+
+    at = Commands(tmp_path, seconds=0)
+    at.begun = True  # a first one always runs
+    with pytest.raises(Paused, match=r"^next is loopwise init a num_hidden_layers=3$"):
+        at.run("a", "init", "a", "num_hidden_layers=3")
+    assert not list((tmp_path / "jobs").iterdir())
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     from bench.results.commands import Failed, alone
 

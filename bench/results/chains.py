@@ -58,15 +58,17 @@ def retrofitted(at: Commands, size: Size, seed: int) -> Path:
     return train(at, f"chains/hops-{seed}", model, ["--recipe=hops"], size.steps(1000), seed)
 
 
-def phases(change: Callable[[str], str], last_only: bool = False) -> str:
-    """The phases of the recipe `hops` with other sources, as a setting.
+def phases(change: Callable[[str], str], last_only: bool = False, of: str = "hops", recurrence: bool = True) -> str:
+    """The phases of the recipe `of` with other sources, as a setting. recurrence: keep what they say of it.
 
     last_only: the sources of the last phase from the first step on, but for those of fewer hops.
     """
-    found = yaml.safe_load((RECIPES / "hops.yaml").read_text())["data"]["phases"]
+    found = yaml.safe_load((RECIPES / f"{of}.yaml").read_text())["data"]["phases"]
     if last_only:
         found = [{"share": 1, "sources": {list(found[-1]["sources"])[-1]: 1}}]
     for phase in found:
+        if not recurrence:
+            phase.pop("recurrence", None)
         phase["sources"] = {change(source): weight for source, weight in phase["sources"].items()}
     return f"data.phases={json.dumps(found)}"
 

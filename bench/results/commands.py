@@ -30,14 +30,22 @@ class Failed(Exception):
     """A command that failed, or was stopped; the message is one line."""
 
 
+class Paused(Exception):
+    """The time of this call is over; the message is the command that the next call begins with, or goes on with."""
+
+
 class Commands:
     """Runs commands in the folder `out`, `workers` at once with `threads` threads each.
 
-    out/jobs/NAME.json has the command, its seconds (over all attempts) and their number; out/jobs/NAME.log its output.
+    seconds: time of this call, or None. When it is over, a training run saves a checkpoint and stops, and no other
+    command starts; but a call runs one command at least, or one step of training. out/jobs/NAME.json has the command,
+    its seconds (over all attempts) and their number; out/jobs/NAME.log its output.
     """
 
-    def __init__(self, out: Path, workers: int = 2, threads: int = 1):
+    def __init__(self, out: Path, workers: int = 2, threads: int = 1, seconds: float | None = None):
         self.out, self.workers = out.resolve(), workers
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.begun = False  # True after the first command of this call
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the first process starts
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
@@ -48,7 +56,7 @@ class Commands:
     def run(self, made: str, *arguments: object) -> Path:
         """Run `loopwise ARGUMENTS`, if the folder or file `made` is not finished. Returns its path.
 
-        Raises Failed for a command that fails, and for a `made` of another command.
+        Raises Failed for a command that fails, and for a `made` of another command; Paused when the time is over.
         """
         with self.making[made]:
             return self._run(made, *arguments)
@@ -64,22 +72,32 @@ class Commands:
         finished = target if target.suffix == ".json" else target / "config.json"
         if not finished.is_file():
             resume = ["--resume"] if argv[0] == "train" and (target / FIRST_STEPS).is_file() else []
+            if self.begun and self._is_over():
+                raise Paused(f"next is loopwise {' '.join(argv + resume)}")
+            self.begun = True
             print(f"{time.strftime('%H:%M:%S')} loopwise {' '.join(argv + resume)}", flush=True)
-            self._process([*argv, *resume], record, note)
+            code = self._process([*argv, *resume], record, note)
             if not finished.is_file():
+                if argv[0] == "train" and code == 0 and self._is_over():
+                    raise Paused(last_line(note.with_suffix(".log")))
                 self._fail(f"loopwise {' '.join(argv)}: {last_line(note.with_suffix('.log'))}")
         return target
 
-    def _process(self, argv: list[str], record: dict[str, Any], note: Path) -> None:
-        """Run a command to its end; `record`, in the file `note`, has the time so far at any moment."""
+    def _is_over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    def _process(self, argv: list[str], record: dict[str, Any], note: Path) -> int | None:
+        """The exit code of a command; `record`, in the file `note`, has the time so far at any moment."""
         record["attempts"] += 1
         before, start = record["seconds"], time.monotonic()
-        child = self.context.Process(target=work, args=(argv, str(self.out), str(note.with_suffix(".log"))))
+        end = self.end if argv[0] == "train" else None
+        child = self.context.Process(target=work, args=(argv, str(self.out), str(note.with_suffix(".log")), end))
         child.start()
         while child.is_alive():
             child.join(5)
             record["seconds"] = round(before + time.monotonic() - start, 1)
             write(note, record)
+        return child.exitcode
 
     def _fail(self, message: str) -> None:
         self.failure = self.failure or Failed(message)
@@ -105,14 +123,19 @@ class Commands:
         return " ".join(["loopwise", *quoted])
 
 
-def work(argv: list[str], folder: str, log: str) -> None:
-    """The process of a command: its output goes to the file `log`. It stops and saves if the program ends."""
+def work(argv: list[str], folder: str, log: str, end: float | None = None) -> None:
+    """The process of a command: its output goes to the file `log`. It stops and saves if the program ends.
+
+    end: `time.monotonic()` at which a training run stops and saves, after its first step at the earliest.
+    """
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     fcntl.flock(output, fcntl.LOCK_EX)  # a process of a killed program may still be saving
     os.dup2(output, 1)
     os.dup2(output, 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if end is not None:
+        threading.Thread(target=_stop_at, args=(end,), daemon=True).start()
     from loopwise.cli import main
 
     sys.exit(main(argv))
@@ -125,6 +148,13 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(1)
+
+
+def _stop_at(end: float) -> None:
+    time.sleep(max(0.0, end - time.monotonic()))
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a run that trains has its own, which saves
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
