@@ -44,7 +44,7 @@ Converted from `{source}` by loopwise {facts["loopwise"]}. {checked}
 | coda | {plan["parents"]["coda"]} |
 | dropped | {plan["dropped"]} |
 
-Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`.{_damping(config)}{_router(config)}
+Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`.{_norm(config)}{_damping(config)}{_router(config)}
 {size["unique"]:,} parameters; the source has {size["source"]:,}. Recipe, versions and hashes are in `loopwise.json`.
 
 ```python
@@ -55,6 +55,12 @@ tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences={plan["num_recurrences"]})
 ```
 """
+
+
+def _norm(config: RecurrentDepthConfig) -> str:
+    """A sentence on the recurrence norm; "" for a model without any."""
+    norm = config.recurrence_norm
+    return "" if norm == "none" else f" Norm of recurrences: `{norm}`."
 
 
 def _damping(config: RecurrentDepthConfig) -> str:

@@ -75,6 +75,8 @@ def _summary(facts: dict[str, Any]) -> str:
     lines.append(f"dropped  {plan['dropped'] or 'none'}")
     order = ", each layer R times in a row" if plan["sharing"] == "sequence" else ""
     damping = plan.get("recurrence_damping", 1)  # an import has none
+    norm = plan.get("recurrence_norm", "none")
+    order += "" if norm == "none" else f", norm {norm}"
     order += "" if damping == 1 else f", damping {damping}"
     lines.append(f"injection {plan['injection']}, state {plan['state_init']}, R={plan['num_recurrences']}{order}")
     if facts.get("router"):

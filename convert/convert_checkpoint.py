@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UserError
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.configuration_source import clear_source_settings
-from ..model.source_layers import layer_list_name
+from ..model.source_layers import FINAL_NORM, layer_list_name
 from .architectures import layer_kinds
 from .conversion import Conversion
 from .dtypes import named_dtype
@@ -57,6 +57,7 @@ class RecipeConversion(Conversion):
 
         recipe.settle_init(source_config.hidden_size)
         self.plan = make_plan(recipe, layer_kinds(source_model), measure)
+        _check_norm(self.plan, source_model)
         if weights.untied:
             source_config.tie_word_embeddings = False
         self.dtype = named_dtype(recipe.dtype)
@@ -85,6 +86,15 @@ class RecipeConversion(Conversion):
     def _zero_lora(self) -> bool:
         """True where LoRA factors start at zero."""
         return any(factors.init == "zero" for factors in self.tensors.low_rank.values())
+
+
+def _check_norm(plan: Plan, source_model: PreTrainedModel) -> None:
+    """Raises UserError where the norm between recurrences is to be a final norm that the source has elsewhere."""
+    if plan.recurrence_norm == "between" and FINAL_NORM not in dict(source_model.named_modules()):
+        raise UserError(
+            f"recurrence_norm=between: this {source_model.config.model_type} has no final norm {FINAL_NORM} to stand "
+            "between recurrences; use recurrence_norm=true, or injection=decayed"
+        )
 
 
 def _relaxation(

@@ -101,6 +101,13 @@ def check_expressible(path: Path, config: RecurrentDepthConfig, unroll: int) -> 
             "has no such layer, so it cannot be exported"
         )
     plain = {"recurrence_norm": "none", "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+    if config.recurrence_norm == "between":
+        del plain["recurrence_norm"]
+        if unroll > 1:
+            raise UserError(
+                f"{path} has recurrence_norm='between': a norm stands between two recurrences, and a plain {kind} "
+                "has none there; --unroll 1 exports it"
+            )
     for name, without in plain.items():
         if (value := getattr(config, name)) != without:
             raise UserError(f"{path} has {name}={value!r}, and a plain {kind} no such thing; it cannot be exported")

@@ -72,6 +72,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "source": config.source_config.model_type,
         **{part: getattr(config, part) for part in PARTS},
         "injection": config.injection,
+        "recurrence_norm": config.recurrence_norm,
         "recurrence_damping": config.recurrence_damping,
         "state_init": config.state_init,
         "router": config.router,
@@ -225,6 +226,7 @@ def table(facts: dict[str, Any]) -> str:
             for part in PARTS
         ),
         f"injection {facts['injection']}, state {facts['state_init']} {'':<9} {sizes['injection']:>15,}",
+        *([f"norm {norm}"] if (norm := facts["recurrence_norm"]) != "none" else []),
         *([f"damping {damping}"] if (damping := facts["recurrence_damping"]) != 1 else []),
         *([f"router {describe(facts['router'])}"] if facts["router"] else []),
         f"unique parameters {sizes['unique']:,}",

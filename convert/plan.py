@@ -70,7 +70,11 @@ def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], l
         stands_for=layers.stands_for or [layers.parts["core"]] * depths,
         sharing=sharing.removeprefix("middle-"),
         injection=injection,
-        recurrence_norm="each" if recipe.recurrence_norm else "none",
+        recurrence_norm="between"
+        if recipe.recurrence_norm == "between"
+        else "each"
+        if recipe.recurrence_norm
+        else "none",
         recurrence_damping=recipe.recurrence_damping,
         recurrence_residual=recipe.recurrence_residual,
         recurrence_encoding=recipe.recurrence_encoding or encoding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from ..exit_rules import ExitRule
 from ..recipe import Count, Integer, Integers, Number, Section
@@ -17,6 +17,7 @@ Targets = Annotated[list[Target], Field(min_length=1)]
 Capacities = list[Annotated[Number, Field(gt=0, le=1)]]
 Thresholds = list[Annotated[Number, Field(ge=0, le=1)]]
 Damping = Literal["1/R", "learned"]  # beside numbers
+SWITCH = TypeAdapter(bool)
 DEEPEST = 4096  # recurrences
 AVERAGE_FROM = 1 / 4  # rank over hidden_size, from which tied layers start and end at a lower loss as averages
 Depth = Annotated[Count, Field(le=DEEPEST)]
@@ -42,6 +43,14 @@ def _damping(value: object) -> object:
     if not 0 < share <= 1:
         raise ValueError(f"a number above 0, at most 1; or one of {', '.join(get_args(Damping))}")
     return share
+
+
+def _recurrence_norm(value: object) -> object:
+    """`value`, true or false from what pydantic takes for it. Raises ValueError unless it is a recurrence norm."""
+    try:
+        return value if value == "between" else SWITCH.validate_python(value)
+    except ValidationError:
+        raise ValueError("true, false or between") from None
 
 
 class Layers(Section):
@@ -177,8 +186,10 @@ class ConvertRecipe(Section):
     injection: Literal["none", "add", "linear", "gated", "decayed"] | None = Field(
         None, description="how the prelude's output enters each recurrence (default: retrofit linear, recursive none)"
     )
-    recurrence_norm: bool = Field(
-        False, description="an RMS norm after every recurrence, which one recurrence of the source does not have"
+    recurrence_norm: Annotated[bool | Literal["between"], BeforeValidator(_recurrence_norm)] = Field(
+        False,
+        description="true: an RMS norm after every recurrence, which one recurrence of the source does not have; "
+        "between: the source's final norm between two recurrences, so R=1 is the source and states stay bounded",
     )
     recurrence_damping: Annotated[
         float | str, BeforeValidator(_damping, json_schema_input_type=Annotated[Number, Field(gt=0, le=1)] | Damping)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UserError
 from ..load import read_config
 from ..model import RecurrentDepthForCausalLM
-from ..model.source_layers import layer_list_name
+from ..model.source_layers import FINAL_NORM, layer_list_name
 from ..unroll import config_with_layers
 from .agreement import WAY_OUT, Logits, agreement
 from .dtypes import dtype_name
@@ -141,6 +141,13 @@ def _written_out(
         return tied
 
     model = streamed(lambda: empty_model(config), read, dtype)
+    if plan.recurrence_norm == "between":  # before damping, whose first state is the normed one
+        final = model.get_submodule(FINAL_NORM)
+        for number, (part, n, r) in enumerate(places):
+            if part == "core" and n == 0 and r:
+                model.get_submodule(f"{layers}{number}").register_forward_pre_hook(
+                    partial(_norm, final), with_kwargs=True
+                )
     _damp(model, layers, places, plan.recurrence_damping)
     if plan.recurrence_norm == "each":
         for number, (part, n, _) in enumerate(places):
@@ -166,6 +173,13 @@ def _damp(model: PreTrainedModel, layers: str, places: list[tuple[str, int, int]
 def _remember(seen: list[torch.Tensor], layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook that puts a layer's hidden states into `seen`."""
     seen[:] = [args[0] if args else kwargs["hidden_states"]]
+
+
+def _norm(norm: nn.Module, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook that norms a layer's hidden states."""
+    if args:
+        return (norm(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": norm(kwargs["hidden_states"])}
 
 
 def _mix(seen: list[torch.Tensor], share: float, layer: nn.Module, args: Any, out: Any) -> Any:

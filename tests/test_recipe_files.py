@@ -71,7 +71,7 @@ SETTINGS = {
     "calibrate": ["data=a.jsonl,b.jsonl", "rule=kl", "budget=1e-3", "prompt_exit=true"],
     "search": ["data=a.txt", "check=b.txt,c.txt", "sizes=2,4", "ways=skip,half-steps", "stride=2"],
     "convert": ["sizes=2,4,2", "lora.rank={q: 8, down: 32}", "exit.rule=kl", "exit.threshold=1e-3", "revision=010",
-                "recurrence_damping=1/R"],
+                "recurrence_damping=1/R", "recurrence_norm=between"],
     "generate": ["prompt=yes: 'no'\n", "temperature=0.5", "top_k=-1", "decoder=wave"],
     "serve": ["budget=auto", "coda_wait=-1", "name=null", "max_lanes=4", "ticks=8", "max_body_mib=16", "body_seconds=5",
               "max_choices=4", "max_queue=0", "open_metrics=true", "hang_seconds=0"],

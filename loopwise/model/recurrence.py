@@ -27,7 +27,7 @@ from .recurrence_encoding import RecurrenceEncoding
 from .recurrence_norm import norm_after, norm_at_end, norm_before
 from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
 from .router import Router
-from .source_layers import DepthCache, Overwriting, with_slot
+from .source_layers import FINAL_NORM, DepthCache, Overwriting, with_slot
 
 
 class Selection(NamedTuple):
@@ -176,7 +176,7 @@ class Recurrence:
 
     def _final_norm(self, s: torch.Tensor) -> torch.Tensor:
         """The source's final norm of s [.., D]."""
-        return self.source.get_submodule("model.norm")(s)
+        return self.source.get_submodule(FINAL_NORM)(s)
 
     def _own_norm(self, s: torch.Tensor) -> torch.Tensor:
         """The recurrence's own norm of s [.., D]; only models with recurrence_norm="each" have it."""

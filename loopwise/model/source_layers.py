@@ -22,6 +22,8 @@ from transformers.cache_utils import (
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
 
+FINAL_NORM = "model.norm"  # of the source; recurrence norms `between` and `last`, and exit gates, use it
+
 
 def layer_list_name(model: nn.Module, num_layers: int) -> str:
     """Dotted name of the list of decoder layers inside a transformers causal language model, e.g. `model.layers`.

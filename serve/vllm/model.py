@@ -18,6 +18,7 @@ from ...model import RecurrentDepthConfig
 from ...model.damping import Damping
 from ...model.injection import Injection
 from ...model.router import Router
+from ...model.source_layers import FINAL_NORM
 from ...unroll import config_with_layers
 from ..api.architectures import vllm_architecture
 from ..api.lanes import is_lanes
@@ -90,7 +91,7 @@ class RecurrentDepthForCausalLM(nn.Module):
     @property
     def final_norm(self) -> nn.Module:
         """The final norm of vLLM's model of the source."""
-        return self.source.get_submodule("model.norm")
+        return self.source.get_submodule(FINAL_NORM)
 
     def _norm(self) -> nn.Module | None:
         """The norm that `recurrence_norm` of the config names; None without one."""
