@@ -172,7 +172,7 @@ test-vllm: $(OTHER)/.setup
 results: setup
 	$(BIN)/python -m bench.results $(ARGS)
 
-# (a) on SmolLM2-135M, for hours. `python -m bench.results report --real FOLDER` puts a finished run's files into (f).
+# (a) on SmolLM2-135M, for hours. `python -m bench.gained` makes (f) on a GPU, and says how its files get into the page.
 results-real: setup
 	$(BIN)/python -m bench.results real $(ARGS)
 

@@ -1,4 +1,4 @@
-"""(f) A real model that gains by depth: the files of a finished run, made elsewhere by `loopwise` commands.
+"""(f) A real model that gains by depth: the files of a finished run, as `python -m bench.gained` makes them.
 
 The folder of the run has these results of `loopwise eval --out`, of the trained model where nothing else is said:
 
