@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,9 @@ RUN_HEADER = "# loopwise "  # begins its first line, before release and command;
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """A block in which SIGTERM ends the command like Ctrl-C, so that unfinished output is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

@@ -26,6 +26,7 @@
     checks.py             checks of the settings
     fitting.py            checks of the recipe against the model
     ranks.py              the processes of a run
+    agree.py              what all ranks hold alike: checkpoint and data
     progress.py           the progress bar and log lines
     speed.py              tokens per second
     samples.py            the samples of a run, in order
@@ -36,6 +37,7 @@
     publish.py            the final model
     prepare.py            checks and tokenizing, once before training
     run.py                `train` in this process, `work` in every process
+    watch.py              a process that ends a stopped rank
     launch.py             several processes: the side that starts them
     worker.py             several processes: one of them
     command.py            `loopwise train`

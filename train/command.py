@@ -15,10 +15,13 @@ from loopwise.recipe import load_recipe
 from .ranks import LAUNCHERS, is_worker
 from .recipe import Train
 from .settings import Run
+from .watch import watched
 
 
 def main(argv: list[str]) -> int:
     """Train, in this process or in several that it starts. Returns the exit code; raises UserError for bad input."""
+    if is_worker():
+        watched()  # before imports that take seconds
     parser = _parser()
     args = parser.parse(argv)
     recipe = load_recipe(Train, "train", args.recipe, args.settings)

@@ -5,6 +5,7 @@ Shapes: n blocks, B of a batch, T tokens, V vocabulary, R recurrences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +47,13 @@ def held_out(
     num_recurrences: int | None,
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
-) -> HeldOut:
+    stopped: Callable[[], bool] = lambda: False,
+) -> HeldOut | None:
     """Losses and right answers of this rank's share of `blocks`.
 
-    num_recurrences: R, or None for a plain model.   shard: (rank, ranks); each rank takes every `ranks`-th batch. Sets
-    the model to eval mode.
+    num_recurrences: R, or None for a plain model.   shard: (rank, ranks); each rank takes every `ranks`-th batch.
+    stopped: asked before each batch, in all ranks alike; True ends the measurement, which is None then. Sets the model
+    to eval mode.
     """
     model.eval()
     rank, ranks = shard
@@ -58,6 +61,8 @@ def held_out(
     found = HeldOut(*(torch.zeros(n, dtype=torch.float64) for n in (len(blocks), len(blocks), count)))
     stride = ranks * batch_size
     for first in range(0, len(blocks), stride):
+        if stopped():
+            return None
         # A rank without a batch runs the first batch and drops it: all ranks must gather sharded weights.
         mine = first + rank * batch_size < len(blocks)
         start = first + rank * batch_size if mine else 0

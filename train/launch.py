@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from loopwise.directory import ended_by_sigterm
 from loopwise.errors import UserError, missing
 from loopwise.recipe import RECIPES
 
@@ -19,8 +20,7 @@ from .output import discarded_unless_begun
 from .prepare import prepare
 from .recipe import Optimiser
 from .settings import Run
-
-PREPARED = "LOOPWISE_PREPARED"  # environment variable of workers whose launcher has called `prepare`
+from .watch import PREPARED
 
 
 def profile(launcher: str) -> list[str]:
@@ -95,8 +95,9 @@ def launch(run: Run, launcher: str, processes: int | None, argv: list[str]) -> i
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     run = replace(run, processes=count, layout="whole" if launcher == "ddp" else launcher)
-    if not prepare(run):
-        return 0
+    with ended_by_sigterm():
+        if not prepare(run):
+            return 0
     os.environ[PREPARED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     if not torch.accelerator.device_count():
@@ -115,7 +116,8 @@ def launch(run: Run, launcher: str, processes: int | None, argv: list[str]) -> i
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        # A worker saves and exits with 0 on SIGTERM. The run does so, too, if a checkpoint was written.
-        saved = error.sigval == signal.SIGTERM and any(c.stat().st_mtime >= started for c in checkpoints(run.out))
+        # A worker saves and exits with 0 on SIGTERM. The run does so, too, if a checkpoint or the model was written.
+        written = [path for path in (*checkpoints(run.out), run.out / "config.json") if path.exists()]
+        saved = error.sigval == signal.SIGTERM and any(path.stat().st_mtime >= started for path in written)
         return 0 if saved else 128 + error.sigval
     return 0

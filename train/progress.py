@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from tqdm import tqdm
@@ -40,17 +39,6 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
-
-
-class EndWithParent(TrainerCallback):
-    """Ends the process if its launcher is gone, so that a killed run stops writing."""
-
-    def __init__(self) -> None:
-        self.parent = os.getppid()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if os.getppid() != self.parent:
-            os._exit(1)
 
 
 def describe(logs: dict[str, float]) -> str:

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopwise.directory import claimed
+from loopwise.directory import claimed, ended_by_sigterm
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 
 from . import ranks
-from .checkpoint import last_sound, prune
+from .agree import chosen, from_first
+from .checkpoint import prune
 from .data import blocks, stream
 from .fitting import curriculum
 from .output import TOKENS, discarded_unless_begun
@@ -44,7 +45,7 @@ def train(
     that is not finite.
     """
     run = Run(model, Path(out), recipe, resume, force, accept_changes, ranks.count(), ranks.layout())
-    with claimed(run.out):
+    with claimed(run.out), ended_by_sigterm():
         if prepare(run):
             with discarded_unless_begun(run.out):
                 work(run)
@@ -53,10 +54,17 @@ def train(
 def work(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Train in an OUT that `prepare` has made. Every process of a run calls this; the first one writes the final model.
 
-    Raises UserError for a loss that is not finite, for a stream that cannot be read on, and for a full disk.
+    SIGTERM ends it: before the first step with nothing new, in training and in the last evaluation with a checkpoint,
+    while the model is written with the model. Raises UserError for a loss that is not finite, for a stream that cannot
+    be read on, for a full disk, and where the processes see different files in OUT.
     """
+    with ended_by_sigterm():
+        _work(run, callbacks)
+
+
+def _work(run: Run, callbacks: Sequence[TrainerCallback]) -> None:
     quiet()
-    checkpoint = last_sound(run.out)[0] if run.resume else None
+    checkpoint = chosen(run.out, run.resume)
     trainer, dtype = _trainer(run, checkpoint)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -68,12 +76,10 @@ def work(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:
         print(_opening(trainer, checkpoint), flush=True)
     with stopped_by_sigterm(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < trainer.args.max_steps:
-        if trainer.args.should_save:
-            last = f"checkpoint-{trainer.state.global_step}"
-            print(f"stopped by SIGTERM: {last} is written, --resume continues from it", flush=True)
-        return
-    _finish(run, trainer, dtype)
+        written = trainer.state.global_step == trainer.args.max_steps and _finish(run, trainer, dtype)
+    if not written and trainer.args.should_save:
+        last = f"checkpoint-{trainer.state.global_step}"
+        print(f"stopped by SIGTERM: {last} is written, --resume continues from it", flush=True)
 
 
 def _load(run: Run, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
@@ -121,10 +127,11 @@ def _trainer(run: Run, checkpoint: Path | None) -> tuple[RecurrentTrainer, str]:
     return RecurrentTrainer(loaded, tokenizer, args, recipe, data, streams, course, facts), dtype
 
 
-def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> None:
+def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> bool:
     """Measure held-out loss, merge adapters, write the final model, delete the tokens. Every process calls this.
 
-    Raises UserError, after a checkpoint, if the weights have left the range of `dtype`.
+    Returns False, after a checkpoint, if SIGTERM came before the model was begun. Raises UserError, after a checkpoint,
+    if the weights have left the range of `dtype`.
     """
     from . import adapters
     from .pretrained import overflow
@@ -135,7 +142,10 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> None:
     state = trainer.full_state()
     if run.recipe.adapters:
         state = adapters.merged(state, run.recipe.adapters, adapters.transposed(trainer.trained))
-    if message := trainer.broadcast(overflow(state, dtype)):
+    if trainer.stopping():
+        trainer.keep()
+        return False
+    if message := from_first(overflow(state, dtype)):
         trainer.keep()
         raise UserError(
             f"dtype={dtype}: after training, {message}; checkpoint-{trainer.state.global_step} is written: --resume "
@@ -146,11 +156,12 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> None:
         shutil.rmtree(run.out / TOKENS)
         print(*trainer.diagnosis, sep="\n", end="\n" * bool(trainer.diagnosis))
         print(f"model written to {run.out}", flush=True)
+    return True
 
 
 @contextmanager
 def stopped_by_sigterm(trainer: RecurrentTrainer) -> Iterator[None]:
-    """Inside of it, SIGTERM ends training after the present step, with a checkpoint. Clusters preempt with SIGTERM."""
+    """A block in which SIGTERM calls `trainer.stop()`. Clusters preempt with SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
         return

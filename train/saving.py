@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -16,8 +16,6 @@ from .data import Mixture, Stream
 from .data.stream import save_marks
 from .pretrained import write_model
 from .recipe import Train
-
-T = TypeVar("T")
 
 
 class CheckpointTrainer(Trainer):
@@ -93,13 +91,6 @@ class CheckpointTrainer(Trainer):
         """Write a checkpoint of this step, unless it exists. Every process calls this."""
         if not (self.out / f"checkpoint-{self.state.global_step}").is_dir():
             self._save_checkpoint(cast(Any, self.model))
-
-    def broadcast(self, value: T) -> T:
-        """The `value` of the first process, in every process. Every process calls this."""
-        values = [value]
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(values)
-        return values[0]
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """All weights in float32 in the first process, {} in the others. Every process calls this."""

@@ -239,17 +239,18 @@ class RecurrentTrainer(CheckpointTrainer):
         return prepared
 
     def stop(self) -> None:
-        """Save and end training after this step, on all ranks."""
+        """End training after this step, or the evaluation at once, with a checkpoint, on all ranks."""
         self._stopping = True
+
+    def stopping(self) -> bool:
+        """True if `stop` was called on any rank. Every process calls this, as ranks get a signal at different times."""
+        return bool(self._sum_of_ranks(torch.tensor(int(self._stopping))))
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._balance()
-        stopping = torch.tensor(int(self._stopping), device=self.args.device)
-        # Ranks may get the signal in different steps.
-        if self.args.world_size > 1:
-            stopping = cast(torch.Tensor, self.accelerator.reduce(stopping))
-        if stopping and self.state.global_step < self.args.max_steps:
+        if self.stopping() and self.state.global_step < self.args.max_steps:
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # a scheduler grants little time after its signal
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _balance(self) -> None:
@@ -265,7 +266,7 @@ class RecurrentTrainer(CheckpointTrainer):
         """Held-out loss per token in nats, `eval_loss_r<R>` for each R of `eval_at` (`eval_loss` for a plain model).
 
         With answers, also the shares of right ones, `eval_accuracy_r<R>`, and `eval_accuracy_r<R>_<group>`. Logs these
-        and the states. Every process calls this. Does nothing if this step was evaluated.
+        and the states. Every process calls this. Does nothing if this step was evaluated. `stop` ends it, with {}.
         """
         blocks, answers = self.blocks.held_out, self.blocks.answers
         assert blocks is not None, "the recipe names held-out text"
@@ -276,7 +277,9 @@ class RecurrentTrainer(CheckpointTrainer):
         depths = self.eval_at()
         found: Depths = {}
         for recurrences in depths:
-            here = held_out(self.trained, blocks, answers, recurrences, self.recipe.batch_size, shard)
+            here = held_out(self.trained, blocks, answers, recurrences, self.recipe.batch_size, shard, self.stopping)
+            if here is None:
+                return {}
             found[recurrences] = HeldOut(*map(self._sum_of_ranks, vars(here).values()))
         deepest, states = max(r or 0 for r in depths), None
         if deepest >= 2 and self.trained.config.sharing != "sequence":

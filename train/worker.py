@@ -8,32 +8,36 @@ import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import NoReturn
 
-from loopwise.directory import claimed
+from loopwise.directory import claimed, ended_by_sigterm
 from loopwise.errors import UserError
 
 from . import ranks
-from .launch import PREPARED, check
+from .agree import from_first, join
+from .launch import check
 from .output import discarded_unless_begun
 from .prepare import prepare
 from .run import work
 from .settings import Run
+from .watch import PREPARED
+
+TOKENISING = timedelta(days=7)  # while the first rank tokenises; the other ranks wait for it
 
 
 def worker(run: Run) -> int:
-    """Train as one process of a run. Returns the exit code, or ends the process.
+    """Train as one rank of a run. Returns the exit code, or ends the process.
 
-    Under the user's own launcher (`accelerate launch -m loopwise`) the first process prepares the run. Raises UserError
+    Under the user's own launcher (`accelerate launch -m loopwise`) the first rank prepares the run. Raises UserError
     as `prepare` and `work` do.
     """
-    from .progress import EndWithParent
-
     run = replace(run, processes=ranks.count(), layout=ranks.layout())
     first = ranks.is_first()
     try:
+        join()
         if PREPARED in os.environ:
-            work(run, callbacks=[EndWithParent()])
+            work(run)
         else:
             with ExitStack() as stack:
                 if _prepare_in_first(run, first, stack):
@@ -41,7 +45,7 @@ def worker(run: Run) -> int:
                     work(run)
     except UserError:
         if not first:
-            time.sleep(5)  # the first process usually prints the same error, and its exit ends this process
+            time.sleep(5)  # the first rank usually prints the same error, and its exit ends this process
         raise
     except KeyboardInterrupt:
         return 130  # the launcher prints the message
@@ -49,28 +53,30 @@ def worker(run: Run) -> int:
 
 
 def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
-    """The result of `prepare`, which the first process calls, in every process. If it fails, the others exit.
+    """The result of `prepare`, which the first rank calls, in every rank. If it fails, the others exit.
 
-    The first process holds OUT until `stack` ends.
+    The first rank holds OUT until `stack` ends. The others wait in a group of their own, as the run's group gives up
+    after the timeout of a collective, which tokenising a large text outlasts.
     """
     import torch
-    from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())  # joins the process group
-    results: list[bool | UserError | None] = [None]
+    waiting = torch.distributed.new_group(backend="gloo", timeout=TOKENISING)
+    result: bool | UserError | None = None
+    failure: BaseException | None = None
     if first:
         try:
             check(run.layout, run.recipe.optimiser)
             stack.enter_context(claimed(run.out))
-            results = [prepare(run)]
-        except UserError as error:
-            results = [error]
-    torch.distributed.broadcast_object_list(results)
-    if not isinstance(results[0], UserError):
-        return bool(results[0])
-    if first:
-        raise results[0]
-    sys.exit(2)
+            with ended_by_sigterm():
+                result = prepare(run)
+        except BaseException as error:  # the others would wait for it
+            result, failure = UserError(str(error)), error
+    result = from_first(result, waiting)
+    if failure:
+        raise failure
+    if isinstance(result, UserError):
+        sys.exit(2)
+    return bool(result)
 
 
 def _leave() -> NoReturn:
