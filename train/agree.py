@@ -50,11 +50,8 @@ def chosen(out: Path, resume: bool) -> Path | None:
 
     if ranks.count() == 1:
         return last_sound(out)[0] if resume else None
-    mine = None
-    if ranks.is_first():
-        checkpoint = last_sound(out)[0] if resume else None
-        mine = checkpoint and checkpoint.name, _seen(out, checkpoint)
-    name, expected = from_first(mine) or (None, None)
+    checkpoint = last_sound(out)[0] if resume and ranks.is_first() else None
+    name, expected = from_first((checkpoint and checkpoint.name, _seen(out, checkpoint)))
     checkpoint = out / name if name else None
     deadline = time.monotonic() + WAIT
     while (seen := _seen(out, checkpoint)) != expected and time.monotonic() < deadline:
