@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from bench.soak import main as soak
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, save, source_config
 from tests.helpers.serving import Server, metric, serving
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.xdist_group("vllm"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
@@ -100,6 +100,20 @@ async def load(server: Server, count: int, seed: int) -> Counter[int]:
     return statuses
 
 
+@pytest.mark.parametrize(
+    ("seconds", "flat"), [(36, 1.15), pytest.param(600, 1.05, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_a_soak_of_mixed_load(seconds, flat, tmp_path):
+    """`bench/soak.py` for a hundredth of an hour, and for a sixth. Caches still fill in so short a time."""
+    save(tmp_path / "tiny", source_config("llama", **GROUPED), **{**RETROFIT, "num_recurrences": 4})
+    arguments = ["--seconds", str(seconds), "--clients", "16", "--flat", str(flat), "--out", str(tmp_path / "soak")]
+    assert soak([str(tmp_path / "tiny"), *arguments]) == 0
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["answers"]["200"] > found["answers"]["400"] > 0
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["last-exited"])
 def test_thousands_of_requests(policy, tmp_path):
     shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
@@ -120,6 +134,7 @@ def test_thousands_of_requests(policy, tmp_path):
         assert resident(server) < before * 1.05 + (32 << 20)
 
 
+@pytest.mark.slow
 def test_a_killed_engine_ends_the_server(tmp_path):
     save(tmp_path / "tiny", source_config("llama", **GROUPED), **RETROFIT)
     with serving(tmp_path / "tiny", "--", "--enforce-eager") as server:
