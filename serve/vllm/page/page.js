@@ -335,7 +335,7 @@ const readSettingsOnce = async () => state.settings ?? readSettings();
 
 // ---- counters -------------------------------------------------------------------------------------------------------
 
-const counters = { first: null, last: null, lanes: [], at: 0 };
+const counters = { first: null, last: null, lanes: [], at: 0, refused: null }; // refused: a key that is not asked again
 const SECONDS = 60;
 
 function parseMetrics(text) {
@@ -353,10 +353,12 @@ function parseMetrics(text) {
 }
 
 async function poll() {
-  if (document.visibilityState !== "visible") return;
+  const key = $("key").value.trim();
+  if (document.visibilityState !== "visible" || key === counters.refused) return;
   let found = null;
   try {
     const response = await fetch("metrics", { headers: headers() });
+    counters.refused = response.status === 401 ? key : null;
     found = response.ok ? parseMetrics(await response.text()) : null;
   } catch {
     $("live-note").textContent = "The server does not answer.";
@@ -364,8 +366,8 @@ async function poll() {
   }
   $("counters").hidden = !found;
   if (!found) {
-    const fixed = state.settings?.engine === "fixed";
-    $("live-note").textContent = fixed ? "engine=fixed has no lanes to count." : "The server has no counters of lanes.";
+    const without = state.settings?.engine === "fixed" ? "engine=fixed has no lanes to count." : "The server has no counters of lanes.";
+    $("live-note").textContent = counters.refused === null ? without : "The counters want the API key, too.";
     return;
   }
   const now = performance.now() / 1000;

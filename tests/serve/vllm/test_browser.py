@@ -55,7 +55,7 @@ class Tab:
     def __init__(self, browser: Any, url: str, **options: Any):
         self.faults: list[str] = []
         self.page = browser.new_page(viewport={"width": 1400, "height": 900}, **options)
-        self.page.on("console", lambda line: line.type == "error" and self.faults.append(line.text))
+        self.page.on("console", lambda x: x.type == "error" and self.faults.append(f"{x.text} {x.location['url']}"))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         origin = "/".join(url.split("/")[:3])
         self.page.on("request", lambda one: one.url.startswith(origin) or self.faults.append(one.url))
@@ -108,7 +108,8 @@ def test_a_question_at_two_depths(server, browser, scheme):
     tab = Tab(browser, server.url + "/depth", color_scheme=scheme)
     page = tab.page
     page.locator("#model", has_text="API key").wait_for()
-    assert len(tab.faults) == 2  # the console notes both answers with status 401
+    refused = [fault.rpartition(server.url)[2] for fault in tab.faults if "401" in fault]
+    assert sorted(refused) == ["/metrics", "/v1/depth", "/v1/models"]  # each is asked once
     tab.faults.clear()
     tab.unlock()
     policy = "kv_policy=last-exited: exits save work, and change what later tokens read."
@@ -251,6 +252,7 @@ def test_everything_has_a_name_and_a_place_in_the_order_of_keys(server, browser)
     tab.unlock()
     tab.page.get_by_label("Compare with a second R").check()
     tab.page.get_by_label("Exit rule").select_option("cosine")
+    tab.page.locator("#reset").wait_for()  # the first counters show it
     controls = tab.page.locator("input, select, textarea, button").all()
     named = [one.evaluate("one => one.labels?.[0]?.textContent || one.textContent") for one in controls]
     assert all(name.strip() for name in named)
