@@ -10,6 +10,7 @@ Files in reading order, each importing only those above it:
     architectures.py         supported source architectures
     source_config.py         configs of sources, and their empty models
     source.py                weights by their names in the transformers model
+    repeats.py               layers of a source that repeat
     raw.py                   weights by their names on disk
     find_source.py           a directory, a GGUF file, or a download from the hub
     hashes.py                sha256 of the source's files

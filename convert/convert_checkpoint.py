@@ -23,6 +23,7 @@ from .influence import block_influence, plot
 from .plan import Plan, make_plan
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
+from .repeats import equal_layers, note, to_fold
 from .source import SourceWeights
 from .source_config import empty_model, read_config
 from .tensors import Tensors
@@ -43,6 +44,15 @@ def open_conversion(path: Path, recipe: ConvertRecipe) -> Generator[RecipeConver
         yield RecipeConversion(path, source_model, weights, recipe)
 
 
+def can_fold(path: Path) -> bool:
+    """True where method=fold would convert the source in the directory `path`."""
+    try:
+        with open_conversion(path, ConvertRecipe.model_validate({"method": "fold"})):
+            return True
+    except UserError:
+        return False
+
+
 class RecipeConversion(Conversion):
     """The conversion of the decoder `source_model`, on the meta device, with the tensors `weights`."""
 
@@ -56,7 +66,10 @@ class RecipeConversion(Conversion):
             return self.influence
 
         recipe.settle_init(source_config.hidden_size)
-        self.plan = make_plan(recipe, layer_kinds(source_model), measure)
+        kinds = layer_kinds(source_model)
+        same = equal_layers(weights, layer_list_name(source_model, len(kinds)) + ".", kinds)
+        block = to_fold(same, source_config.model_type) if recipe.method == "fold" else None
+        self.plan = make_plan(recipe, kinds, measure, block.layers(len(kinds)) if block else None)
         _check_norm(self.plan, source_model)
         if weights.untied:
             source_config.tie_word_embeddings = False
@@ -65,8 +78,9 @@ class RecipeConversion(Conversion):
         config = _config(source_config, self.plan, recipe, relaxation, self.dtype or stored)
         self.tensors = Tensors(config, self.plan, recipe, source_model, weights, self.dtype)
         facts: dict[str, Any] = {
-            "plan": {**asdict(self.plan), "dropped": self.plan.dropped(source_config.num_hidden_layers)},
+            "plan": {**asdict(self.plan), "dropped": [] if block else self.plan.dropped(len(kinds))},
             "parameters": {"source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names())},
+            "notes": note(same, block),
         }
         if self.influence:
             facts["influence"] = self.influence

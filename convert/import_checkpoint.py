@@ -18,6 +18,7 @@ from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .agreement import WAY_OUT, Logits, in_double
 from .architectures import SUPPORTED
 from .conversion import Conversion
+from .convert_checkpoint import can_fold
 from .double import Double
 from .dtypes import dtype_name, named_dtype
 from .expected import check_config, check_equal
@@ -51,7 +52,7 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
             raise UserError(
                 f"{path} ({model_type}) is no recurrent checkpoint that could be imported, so say how to make one of "
                 "it: method=retrofit with sizes=P,C,D or layers.prelude, layers.core, layers.coda; or method=recursive "
-                "with loops=B"
+                f"with loops=B{'; or method=fold, as some of its layers repeat' if can_fold(path) else ''}"
             )
         return False
     fitting = frozenset[str]().union(*(known.recipe_keys for known in formats))

@@ -59,7 +59,7 @@ def convert(
             **conversion.facts,
             **({"router": conversion.config.router} if conversion.config.router else {}),
         }
-        facts["notes"] = _notes(path, conversion.config, tokenizer)
+        facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
         facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
         if dry_run:
             check_new(Path(out), found, force)

@@ -50,17 +50,24 @@ class Layers(NamedTuple):
     parts: dict[str, list[int]]
     parents: dict[str, list[list[int]]]
     stands_for: list[list[int]]
+    sharing: str = "cycle"
 
 
-def make_plan(recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], list[float]]) -> Plan:
+def make_plan(
+    recipe: ConvertRecipe, kinds: list[str], influence: Callable[[], list[float]], folded: Layers | None = None
+) -> Plan:
     """The plan for a source whose layers are of these `kinds` (see `layer_kinds`).
 
-    `influence()` measures the block influence of every layer, and is called where the recipe asks for it. Raises
-    UserError for layers that the source lacks, and for layers of different kinds that would be tied.
+    `influence()` measures the block influence of every layer, and is called where the recipe asks for it. With method
+    fold, the layers are `folded`. Raises UserError for layers that the source lacks, and for layers of different kinds
+    that would be tied.
     """
     sharing = recipe.sharing or ("middle-cycle" if recipe.method == "mor" else "cycle")
     retrofit = recipe.method == "retrofit"
-    layers = _retrofit(recipe, len(kinds), influence) if retrofit else _recursive(recipe, sharing, kinds)
+    if folded is None:
+        layers = _retrofit(recipe, len(kinds), influence) if retrofit else _recursive(recipe, sharing, kinds)
+    else:
+        layers, sharing = folded, folded.sharing
     injection = recipe.injection or ("linear" if retrofit else "none")
     depths = recipe.num_recurrences or len(layers.stands_for) or 4
     encoding = "sinusoidal" if recipe.method == "universal" else "none"

@@ -20,6 +20,7 @@ Damping = Literal["1/R", "learned"]  # beside numbers
 SWITCH = TypeAdapter(bool)
 DEEPEST = 4096  # recurrences
 AVERAGE_FROM = 1 / 4  # rank over hidden_size, from which tied layers start and end at a lower loss as averages
+FOLD_KEYS = ("method", "max_recurrences", "kv_policy", "exit", "dtype", "revision", "seed")  # of method=fold
 Depth = Annotated[Count, Field(le=DEEPEST)]
 
 
@@ -157,11 +158,12 @@ class Exit(Section):
 class ConvertRecipe(Section):
     """The conversion of a source into a recurrent-depth model."""
 
-    method: Literal["recursive", "retrofit", "mor", "universal"] | None = Field(
+    method: Literal["recursive", "retrofit", "mor", "universal", "fold"] | None = Field(
         None,
         description="recursive (arXiv 2410.20672) ties all layers; retrofit (2511.07384) recurs a core, and need not "
         "be named where sizes or layers are given; mor (2507.10524) is recursive with a router; universal (1807.03819) "
-        "ties all layers into one; without any, a public recurrent checkpoint is imported",
+        "ties all layers into one; fold shares a block of layers that the source has several times, bit for bit; "
+        "without any, a public recurrent checkpoint is imported",
     )
     loops: Depth | None = Field(None, description="recursive, mor: number of loops B; it divides the layers to be tied")
     sharing: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] | None = Field(
@@ -213,7 +215,9 @@ class ConvertRecipe(Section):
         None, description="initial state (default: input, but zeros with injection=add, so that R=1 is the source)"
     )
     state_std: Number = Field(0.0087, gt=0, description="scale of state_init=normal")
-    num_recurrences: Depth | None = Field(None, description="R at inference (default: recursive loops, retrofit 4)")
+    num_recurrences: Depth | None = Field(
+        None, description="R at inference (default: recursive loops, retrofit 4; fold has the source's)"
+    )
     max_recurrences: Depth | None = Field(
         None, description="greatest R that can be served (default: num_recurrences, at least 8)"
     )
@@ -235,6 +239,11 @@ class ConvertRecipe(Section):
     def _consistent(self) -> ConvertRecipe:
         if self.method is None and (self.sizes is not None or self.layers is not None):
             self.method = "retrofit"
+        if self.method == "fold":
+            fields = type(self).model_fields
+            if changed := [key for key in fields if key not in FOLD_KEYS and getattr(self, key) != fields[key].default]:
+                raise ValueError(f"method=fold shares equal layers and changes nothing else: leave out {changed[0]}")
+            return self
         if self.method == "mor":
             self.router = self.router or Router.model_validate({})
         if self.method in ("recursive", "mor", "universal"):
@@ -265,7 +274,7 @@ class ConvertRecipe(Section):
 
     def settle_init(self, hidden_size: int) -> None:
         """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD: docs/negative.md."""
-        if self.method == "retrofit" or self.init is not None:
+        if self.method in ("retrofit", "fold") or self.init is not None:
             return
         rank = max(self.lora.ranks().values()) if self.lora and self.lora.init != "zero" else 0
         self.init = "average" if rank >= AVERAGE_FROM * hidden_size else "stepwise"
