@@ -22,7 +22,7 @@ from .convert_checkpoint import can_fold
 from .double import Double
 from .dtypes import dtype_name, named_dtype
 from .expected import check_config, check_equal
-from .formats import FORMATS, Format, recognize
+from .formats import FORMATS, Format, recognize, refuse_unsupported
 from .formats.base import Checkpoint, CheckpointMap, Transform
 from .generation import FILE
 from .plan import PARTS
@@ -39,8 +39,10 @@ STATE_STD = 0.1  # scale of the random state from which an import is verified
 def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
     """True where the directory `path` holds a public recurrent-depth checkpoint, which is imported.
 
-    Raises UserError for a recipe without a method for any other checkpoint, and for keys that an import does not take.
+    Raises UserError for a recipe without a method for any other checkpoint, for keys that an import does not take, and
+    for a recurrent model that is known and not supported.
     """
+    refuse_unsupported(path)
     fields = config_fields(path)
     model_type = fields["model_type"]
     formats = [known for known in FORMATS if known.model_type == model_type and not find_gguf(path)]

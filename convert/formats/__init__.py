@@ -9,7 +9,9 @@ Files in reading order, each importing only those above it:
     retrofitted_olmo.py    retrofitted OLMo 2
     retrofitted_llama.py   retrofitted Llama
     ouro.py                Ouro
+    nanbeige.py            Nanbeige4.2
     mor.py                 Mixture-of-Recursions, expert-choice and token-choice
+    unsupported.py         recurrent models that are recognised, and why they are not supported
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import UserError
-from . import huginn, mor, ouro, retrofitted_llama, retrofitted_olmo
+from . import huginn, mor, nanbeige, ouro, retrofitted_llama, retrofitted_olmo
 from .base import Format
+from .unsupported import refuse_unsupported
 
-__all__ = ["FORMATS", "Format", "recognize"]
+__all__ = ["FORMATS", "Format", "recognize", "refuse_unsupported"]
 
 FORMATS = (
     huginn.FORMAT,
     retrofitted_olmo.FORMAT,
     retrofitted_llama.FORMAT,
     ouro.FORMAT,
+    nanbeige.FORMAT,
     mor.EXPERT_CHOICE,
     mor.TOKEN_CHOICE,
 )
