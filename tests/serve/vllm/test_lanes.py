@@ -103,6 +103,7 @@ BETWEEN = {
     "damped-learned": Case(
         shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}, lanes={"compile": True}
     ),
+    "nanbeige": Case(shape={**RECURSIVE, "recurrence_norm": "between"}, decoders=("plain", "wave"), count=6),
     "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
 }
 SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}
