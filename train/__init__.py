@@ -11,6 +11,7 @@
     objectives.py         the loss of a micro-batch
     data/                 text to packed blocks of tokens
     pretrained.py         models and tokenizers: loading and saving
+    commits.py            commits of hub models, kept in OUT
     adapters.py           LoRA adapters
     optimisers.py         parameters by role, frozen roles, AdamW and Muon
     compute.py            gradient checkpointing and torch.compile

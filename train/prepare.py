@@ -17,7 +17,7 @@ from .checks import check, check_trackers, check_vocabulary
 from .data import blocks, stream
 from .fitting import check_model
 from .output import RECIPE, TOKENS, recover
-from .recipe import Data
+from .recipe import Data, Train
 from .settings import Run
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def prepare(run: Run) -> bool:
     Returns False if the run in OUT is already finished. Puts back what a killed run was to replace. Writes damaged
     checkpoints and progress to stderr. Raises UserError for bad input, with OUT as it was.
     """
+    from . import commits
     from .pretrained import load_config
 
     quiet()
@@ -46,28 +47,31 @@ def prepare(run: Run) -> bool:
     if finished:
         print(f"{out}: the run is already finished")
         return False
-    config = load_config(run.model, run.recipe.revision)
-    check_model(run.model, config, run.recipe)
+    recipe = commits.resolve(run.model, commits.kept(run.model, run.recipe, out / TOKENS) if checkpoint else run.recipe)
+    config = load_config(run.model, recipe.revision)
+    check_model(run.model, config, recipe)
     check_trackers(run.recipe.report_to)
     if checkpoint and (out / TOKENS / blocks.FACTS).is_file():
         return True  # with the text as it was when the run began
-    _write_tokens(run, config, checkpoint)
+    _write_tokens(run, recipe, config, checkpoint)
     return True
 
 
-def _write_tokens(run: Run, config: PretrainedConfig, checkpoint: Path | None) -> None:
+def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint: Path | None) -> None:
     """Make OUT with the recipe and the packed tokens; an earlier OUT moves aside.
 
-    Raises UserError, with OUT as it was.
+    recipe: that of `run`, with commits as revisions. Raises UserError, with OUT as it was.
     """
+    from . import commits
     from .pretrained import load_tokenizer
 
     out = run.out
     partial = beside(out, "partial")
     begin(partial)
     try:
-        tokenizer = load_tokenizer(run.model, run.recipe.revision)
-        built = _tokenise(run.recipe.data, tokenizer, partial / TOKENS)
+        tokenizer = load_tokenizer(run.model, recipe.revision)
+        built = _tokenise(recipe.data, tokenizer, partial / TOKENS)
+        commits.keep(run.model, run.recipe, recipe, partial / TOKENS)
         check_vocabulary(run.model, config, built.greatest)
         if checkpoint:
             check_same_run(checkpoint, run.facts(built.digest), run.accept_changes)

@@ -82,17 +82,17 @@ def _work(run: Run, callbacks: Sequence[TrainerCallback]) -> None:
         print(f"stopped by SIGTERM: {last} is written, --resume continues from it", flush=True)
 
 
-def _load(run: Run, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
+def _load(run: Run, recipe: Train, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
     """The model to train: frozen roles, adapters, gradient checkpointing and compilation are set.
 
-    Raises UserError if the weights leave the range of `dtype`, or if the model cannot separate documents.
+    recipe: that of `run`, with commits as revisions. Raises UserError if the weights leave the range of `dtype`, or if
+    the model cannot separate documents.
     """
     import torch
 
     from . import adapters, compute, optimisers, separation
     from .pretrained import load_model, overflow
 
-    recipe = run.recipe
     loaded = load_model(str(checkpoint)) if checkpoint else load_model(run.model, recipe.revision)
     if message := overflow(loaded.state_dict(), dtype):
         raise UserError(f"dtype={dtype}: {message}; choose dtype=bfloat16 or float32")
@@ -109,19 +109,21 @@ def _load(run: Run, checkpoint: Path | None, dtype: str) -> PreTrainedModel:
 def _trainer(run: Run, checkpoint: Path | None) -> tuple[RecurrentTrainer, str]:
     """(the trainer of this process, the dtype of the final weights)."""
     from .arguments import arguments
+    from .commits import kept
     from .pretrained import load_config, load_tokenizer
     from .trainer import RecurrentTrainer
 
-    recipe = run.recipe
+    recipe = kept(run.model, run.recipe, run.out / TOKENS)
     data = blocks.load(run.out / TOKENS)
     config = load_config(run.model, recipe.revision)
     dtype = recipe.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    loaded = _load(run, checkpoint, dtype)
+    loaded = _load(run, recipe, checkpoint, dtype)
     steps = recipe.steps or math.ceil((recipe.epochs or 1.0) * len(data.train) / run.samples_per_step)
     course = curriculum(config, recipe, steps)
     tokenizer = load_tokenizer(str(checkpoint or run.model), None if checkpoint else recipe.revision)
     # Two steps are more than is read ahead of the step after which a checkpoint is written.
-    streams = stream.open_all(recipe.data, tokenizer, recipe.seed, checkpoint, behind=2 * run.samples_per_step)
+    behind = 2 * run.samples_per_step
+    streams = stream.open_all(recipe.data, tokenizer, recipe.seed, checkpoint, behind, run.accept_changes)
     facts = {**run.facts(data.digest), "mean recurrences": course.base if course else None}
     args = arguments(recipe, steps, run.out, routed=bool(getattr(config, "router", None)))
     return RecurrentTrainer(loaded, tokenizer, args, recipe, data, streams, course, facts), dtype

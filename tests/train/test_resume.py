@@ -146,6 +146,40 @@ def test_resume_of_a_run_from_before_a_key_was_added(stopped, noisy, command, tm
     assert "from checkpoint-10" in capsys.readouterr().out
 
 
+def test_a_hub_model_that_moves_stays_as_it_was_when_the_run_began(noisy, command, tmp_path, monkeypatch):
+    """Branches are resolved once: OUT keeps the commits of the model and of the teacher."""
+    from huggingface_hub import constants
+
+    from loopwise.train import run as training
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, out = tmp_path / "hub" / "models--tiny--model", tmp_path / "out"
+    first, second = "1" * 40, "2" * 40
+    shutil.copytree(noisy, repository / "snapshots" / first)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(first)
+    settings = [*RECURRENCE, "steps=4", "save_every=2", "objectives.distillation.teacher=tiny/model"]
+    arguments = command(Path("tiny/model"), out, *settings)
+
+    def killed(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_finish", killed)
+        assert main(arguments) == 130
+    shutil.rmtree(out / "checkpoint-4")
+    moved = shutil.copytree(noisy, repository / "snapshots" / second)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    (moved / "model.safetensors").unlink()  # which the teacher would need
+    (repository / "refs" / "main").write_text(second)
+    run([*arguments, "--resume"])
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    record = json.loads((out / "loopwise.json").read_text())
+    assert record["source"] == {"id": "tiny/model", "revision": first}
+    assert record["recipe"]["objectives"]["distillation"]["revision"] == first
+
+
 def test_damaged_checkpoints_are_left_out(stopped, noisy, command, tmp_path, capsys):
     settings = ["steps=20", "save_every=10", *RECURRENCE, "--resume", "log_every=5"]
     ends = []

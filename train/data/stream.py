@@ -2,13 +2,15 @@
 
 A stream is read window by window. The documents of a window are tokenized and packed, under `wrapped` behind the
 remainder of the window before. Its blocks are shuffled by a function of (seed, window). A checkpoint stores where the
-window of the next block begins. Every process reads the whole stream and takes its own samples, so the number of ranks
-does not matter.
+window of the next block begins, and a digest of what was read there: a source that has changed since is refused.
+Every process reads the whole stream and takes its own samples, so the number of ranks does not matter.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +45,7 @@ class Mark:
 
     first: number of its first block.   window: its number.   source, row: the source that is read, and its next row.
     state: position of the `datasets` stream (None: its beginning).   rest: tokens and marks that fill no block yet.
+    read: digest of the window's documents, and of the names and sizes of the files before it; None: not known.
     """
 
     first: int = 0
@@ -51,13 +54,14 @@ class Mark:
     row: int = 0
     state: dict[str, Any] | None = None
     rest: Rest = ([], [])
+    read: str | None = None
 
 
 class Stream:
     """The blocks of `sources`, which are read one after the other and then again from the first.
 
     mark: where to begin (None: at the beginning).   behind: `mark()` is answered for blocks up to this far behind the
-    newest one read.
+    newest one read.   accept: a text that differs from what `mark` was written for is named on stderr, not refused.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class Stream:
         seed: int,
         mark: Mark | None,
         behind: int = 0,
+        accept: bool = False,
     ):
         self.sources, self.data, self.tokenizer, self.seed, self.behind = sources, data, tokenizer, seed, behind
+        self.accept = accept
         self.reader = reader_of(data, tokenizer)
         self.named = False  # True after a line about documents that are too long
         self._start(mark or Mark())
@@ -87,7 +93,7 @@ class Stream:
     def row(self, block: int) -> dict[str, np.ndarray]:
         """Block number `block`, as `Packed.sample` gives it. Reads on as needed; going back reads from the beginning.
 
-        Raises UserError if the source cannot be read on.
+        Raises UserError if the source cannot be read on, or has changed since the mark.
         """
         if block < self.marks[-1].first:
             self._start(Mark())
@@ -109,7 +115,9 @@ class Stream:
     def _read(self) -> None:
         """Read the next window."""
         begin = self.next
+        files = self._files_before(begin)
         corpus = tokenise(self._documents(), self.tokenizer)
+        self._compare(begin, _digest(corpus, files))
         cut, rest = self._packed(corpus, begin.rest)
         count = len(cut)
         keys = np.random.Philox(key=np.array([self.seed, begin.window], np.uint64)).random_raw(count)
@@ -119,6 +127,22 @@ class Stream:
             self.marks.append(begin)
         state = None if self.dataset is None else self.dataset.state_dict()
         self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
+
+    def _files_before(self, mark: Mark) -> list[tuple[str, int]]:
+        """(name, bytes) of the local files that the source of `mark` has given whole."""
+        self._open_at(mark)
+        files = self.dataset.files[: self.dataset.file] if isinstance(self.dataset, FileStream) else []
+        return [(str(file), file.stat().st_size) for file in files if file.is_file()]
+
+    def _compare(self, mark: Mark, read: str) -> None:
+        """Keep the digest `read` in `mark`. Raises UserError, unless `accept`, if the mark holds another one."""
+        before, mark.read = mark.read, read
+        if before in (None, read):
+            return
+        changed = f"{', '.join(self.sources)}: the text has changed since the checkpoint was written"
+        if not self.accept:
+            raise UserError(f"{changed} (window {mark.window}): --accept-changes continues with the new one")
+        print(f"{changed}; continuing with the new one", file=sys.stderr)
 
     def _packed(self, corpus: Corpus, rest: Rest) -> tuple[Packed, Rest]:
         """(the blocks of `corpus` behind `rest`, the rest of these). Whole documents leave none."""
@@ -140,10 +164,7 @@ class Stream:
     def _documents(self) -> Iterator[Any]:
         """The documents of one window: `data.window` of them."""
         passes, found = 0, 0
-        begin = self.next
-        self.place, self.number = begin.source, begin.row
-        if self.dataset is None:
-            self._open(begin.state)
+        self._open_at(self.next)
         while found < self.data.window:
             record = next(self.rows, None)
             if record is None:
@@ -162,6 +183,11 @@ class Stream:
                 passes, found = 0, found + 1
                 yield document
 
+    def _open_at(self, mark: Mark) -> None:
+        self.place, self.number = mark.source, mark.row
+        if self.dataset is None:
+            self._open(mark.state)
+
     def _open(self, state: dict[str, Any] | None) -> None:
         source = self.sources[self.place]
         with one_line_errors(source):
@@ -171,6 +197,14 @@ class Stream:
         self.rows = _rows(self.dataset, source)
 
 
+def _digest(corpus: Corpus, files: list[tuple[str, int]]) -> str:
+    """Hash of the documents of a window, and of the `files` before it."""
+    digest = hashlib.blake2b(json.dumps(files).encode(), digest_size=16)
+    for array in (corpus.tokens, corpus.marks):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 def first_blocks(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[Packed]:
     """The first window of every streamed source. Raises UserError for a source that cannot be read."""
     streams = open_all(data, tokenizer, seed=0, checkpoint=None, behind=0).values()
@@ -178,13 +212,23 @@ def first_blocks(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[Packed]
 
 
 def open_all(
-    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, checkpoint: Path | None, behind: int
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    checkpoint: Path | None,
+    behind: int,
+    accept: bool = False,
 ) -> dict[int, Stream]:
-    """The streams of `data` by their place in `data.parts()`, at the positions that `checkpoint` stores."""
+    """The streams of `data` by their place in `data.parts()`, at the positions that `checkpoint` stores.
+
+    behind, accept: as in `Stream`.
+    """
     file = checkpoint / MARKS if checkpoint else None
     marks = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
     return {
-        i: Stream(sources, data, tokenizer, seed + i, Mark(**marks[str(i)]) if str(i) in marks else None, behind)
+        i: Stream(
+            sources, data, tokenizer, seed + i, Mark(**marks[str(i)]) if str(i) in marks else None, behind, accept
+        )
         for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True))
         if streamed
     }

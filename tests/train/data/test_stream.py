@@ -202,6 +202,58 @@ def test_resumed_run_ends_the_same(noisy, mixed, tmp_path, capsys):
     assert marks[0]["0"]["first"] > 0
 
 
+@pytest.mark.parametrize("change", ["within the window", "before it", "an earlier file"])
+def test_a_text_that_changed_under_a_resume_is_refused(change, folder, tokenizer, tmp_path, capsys):
+    """By a digest in the mark: what follows would not be what the run was to read. Later files may change."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    expected = blocks(opened(source, tokenizer), 60)
+    first = opened(source, tokenizer)
+    first.row(9)
+    mark = json.loads(json.dumps(asdict(first.mark(9))))
+    assert mark["state"]["file"] == 1
+    with (source / "2.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    second = opened(source, tokenizer, Mark(**mark))
+    assert second.row(9)["input_ids"].tolist() == expected[9]
+    lines = (folder / "1.jsonl").read_text().splitlines(keepends=True)
+    if change == "within the window":
+        lines[mark["state"]["line"]] = '{"text": "another"}\n'
+    elif change == "before it":
+        lines.insert(0, '{"text": "another"}\n')
+    else:
+        (source / "0.jsonl").write_text('{"text": "another"}\n' + (source / "0.jsonl").read_text())
+    (source / "1.jsonl").write_text("".join(lines))
+    message = f"{source}: the text has changed since the checkpoint was written"
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened(source, tokenizer, Mark(**mark)).row(9)
+    data = first.data
+    Stream([str(source)], data, tokenizer, 0, Mark(**mark), accept=True).row(9)
+    assert capsys.readouterr().err == f"{message}; continuing with the new one\n"
+    opened(source, tokenizer, Mark(**{**mark, "read": None})).row(9)  # a checkpoint of an earlier release
+
+
+def test_a_stream_that_changed_is_refused_by_train(noisy, tmp_path, capsys):
+    source, out = tmp_path / "text.jsonl", tmp_path / "out"
+    good = [json.dumps({"text": f"document {i} of them all"}) for i in range(64)]
+    source.write_text("\n".join(good))
+    command = ["train", str(noisy), str(out), f"data.train={source}", "data.sequence_length=32", "data.streaming=true"]
+    command += ["data.window=8", "batch_size=4", "steps=4", "save_every=2"]
+    run(command)
+    for name in ("checkpoint-4", "tokens"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "config.json").unlink()
+    source.write_text("\n".join(["", *reversed(good)]))
+    for kept in (True, False):  # the first blocks, or only the place of the checkpoint
+        if not kept:
+            source.write_text("\n".join([*good[:8], *reversed(good[8:])]))
+        assert main([*command, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert ("digest of the data was" if kept else f"{source}: the text has changed since") in error
+    run([*command, "--resume", "--accept-changes"])
+    assert "continuing with the new one" in capsys.readouterr().err
+
+
 def test_a_stream_that_cannot_be_read_on_loses_no_step(noisy, tmp_path, capsys):
     """The steps done are in a checkpoint, and --resume continues as if the source had never been bad."""
     source, settings = tmp_path / "text.jsonl", ["data.streaming=true", "data.window=8", "batch_size=4", "steps=8"]
