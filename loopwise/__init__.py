@@ -7,6 +7,7 @@ file imports only files above it:
     errors.py         UserError: one line, exit 2
     bounded.py        limits of time and memory for a program in a file
     process.py        a server's processes end with it
+    caches.py         private caches of compiled code
     quiet.py          less chatter of libraries
     deprecated.py     old names of keys
     unused.py         settings without effect

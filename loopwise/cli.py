@@ -32,6 +32,8 @@ VERBS = {
     "completion": ("loopwise.completion", "print a script by which a shell completes these commands"),
 }
 
+COMPILING = ("train", "eval", "search", "calibrate", "generate", "serve")  # which may run torch.compile
+
 # Errors of a file or a disk that the user can mend: no room, no such place, no permission, a name that cannot be.
 FILES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
@@ -113,6 +115,10 @@ def _run(argv: list[str]) -> int:
         # short spin costs at most a tenth there, and makes small models on idle cores a fifth faster.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if argv[0] in COMPILING and not {"-h", "--help"} & {*argv}:
+        from .caches import use_private_caches
+
+        use_private_caches()
     return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..caches import use_private_caches
 from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError, unknown
 from ..trained import beyond_trained
@@ -148,6 +149,8 @@ class Engine:
 
     def _make_loop(self, policy: KVPolicy, sizes: LoopConfig) -> Loop:
         """The loop around the model, with its keys and values. Raises UserError where memory lacks for these."""
+        if sizes.compile:
+            use_private_caches()
         config, like = self.config, self.model.get_input_embeddings().weight
         room, rows, blocks = sizes.max_model_len, sizes.max_num_seqs, sizes.num_blocks
         parts = TransformersParts(self.model, room + 1)

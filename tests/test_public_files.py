@@ -145,3 +145,10 @@ def test_the_citation_is_of_the_last_release():
     assert citation["license"] == project["license"]
     assert citation["keywords"] == project["keywords"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
+
+
+def test_every_test_that_security_names_exists():
+    """docs/security.md promises by tests: a name without a file is a promise without one."""
+    named = {*re.findall(r"\btest_\w+\.py\b", (ROOT / "docs" / "security.md").read_text())}
+    assert len(named) > 15
+    assert sorted(named - {path.name for path in (ROOT / "tests").rglob("test_*.py")}) == []
