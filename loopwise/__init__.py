@@ -6,6 +6,7 @@ file imports only files above it:
     version.py        the release
     errors.py         UserError: one line, exit 2
     bounded.py        limits of time and memory for a program in a file
+    streams.py        stdout and stderr that end no command
     process.py        a server's processes end with it
     caches.py         private caches of compiled code
     quiet.py          less chatter of libraries

@@ -5,12 +5,12 @@ from __future__ import annotations
 import atexit
 import errno
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable
 
 from .errors import UserError, unknown
+from .streams import tolerate
 from .version import __version__
 
 # verb -> (module with `main(argv) -> int`, what it does). The order is the order of the main job.
@@ -68,9 +68,7 @@ def _leave(code: int) -> int:
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """The result of `run(argv)`, or the exit code of its end: 2 bad input (one line on stderr), 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character ends no command
+    tolerate()
     try:
         try:
             return run(argv)

@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import Any
 
+from .streams import tolerate
+
 SERVER = "LOOPWISE_SERVER"  # environment variable: process id of the `loopwise serve` that vLLM's processes belong to
 
 
@@ -19,6 +21,7 @@ class _First:
 
 
 def _start() -> _First:
+    tolerate()
     stop_with_server()
     return _First()
 

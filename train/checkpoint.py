@@ -6,6 +6,7 @@ and the facts of the run that wrote it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from .recipe import Train
 
 RUN = "run.json"
 DIGEST = "digest of the data"
+FULL = 2**20  # bytes that are free where a write has just failed for want of room
 DERIVED = ("gradient_accumulation x processes", "checkpoint layout")  # keys of the record that are no recipe keys
 # Keys that change logs and files of a run, but not its weights.
 FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
@@ -92,6 +94,8 @@ def written(partial: Path, name: str) -> Iterator[None]:
         message = str(error).strip().splitlines()[0] if wrapped else system_error(error)
         if message is None:
             raise
+        if wrapped and shutil.disk_usage(partial.parent).free < FULL:
+            message = os.strerror(errno.ENOSPC)  # torch names a position in its file instead
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(partial.parent).free / 2**30
         raise UserError(

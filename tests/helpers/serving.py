@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from .namespace import enter
 
 
 def free_port() -> int:
@@ -25,13 +28,16 @@ def free_port() -> int:
 
 
 class Server:
-    """A `loopwise serve` process in a session of its own."""
+    """A `loopwise serve` process in a session of its own. script: shell commands before it, in a mount namespace."""
 
-    def __init__(self, folder: Path, *settings: str):
+    def __init__(self, folder: Path, *settings: str, script: str = ""):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder.parent / f"{port}.log"
-        command = [sys.executable, "-m", "loopwise", "serve", folder, f"port={port}", "--recipe", "exact", *settings]
+        command = [sys.executable, "-m", "loopwise", "serve", str(folder)]
+        command += [f"port={port}", "--recipe", "exact", *settings]
+        if script:
+            command = enter(f"{script}\nexec {shlex.join(command)}")
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
