@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,3 +45,23 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host or "0.0.0.0").is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def origins_of(args: Any, environment: Mapping[str, str]) -> list[str] | None:
+    """The origins of pages that a server of this machine alone and without a key answers, beside its own page.
+
+    None: any, as the server has a key, or others reach it anyway. args: vLLM's.
+    """
+    return args.allowed_origins if not keys_of(args, environment) and is_loopback(args.host) else None
+
+
+def is_foreign(origin: str | None, host: str, origins: list[str] | None) -> bool:
+    """True for a request by a page of another site, whose name may have been rebound to this machine's address.
+
+    A browser then counts page and server as one site. It names the page's origin, and its name as `host`. No other
+    client sends an origin.   origins: from `origins_of`.
+    """
+    if origin is None or origins is None or {"*", origin} & {*origins}:
+        return False
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    return not is_loopback(name.strip("[]").lower().removesuffix("."))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..api.limits import HttpLimits
+from .exposure import is_foreign
 from .page.routes import FILES
 
 # Routes that need no key: those by which a balancer asks for the server's health, and the files of the page, whose
@@ -17,19 +18,21 @@ OPEN = frozenset(["/health", "/ping", "/version", "/depth", *(f"/depth/{name}" f
 METRICS = "/metrics"
 MESSAGE = 1000  # characters of an error's message
 LONG_WORD = re.compile(r"(\S{200})\S+")  # what a message repeats of a request
+FOREIGN = "pages of other sites are not answered without a key: set VLLM_API_KEY, or name them by --allowed-origins"
 NO_KEY = "this server wants its key: Authorization: Bearer KEY"
 
 
 class Guard:
     """ASGI middleware. With `keys`, every path but those of OPEN needs one, also a path that leads nowhere.
 
-    limits: of bodies; with `open_metrics`, /metrics needs no key.
+    limits: of bodies; with `open_metrics`, /metrics needs no key.   origins: of pages that are answered, see
+    `exposure.origins_of`.
     """
 
-    def __init__(self, app: Callable, keys: Sequence[str], limits: HttpLimits):
+    def __init__(self, app: Callable, keys: Sequence[str], limits: HttpLimits, origins: list[str] | None = None):
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-        self.app, self.limits = app, limits
+        self.app, self.limits, self.origins = app, limits, origins
         self.key = AuthenticationMiddleware(app, list(keys)) if keys else None
         self.open = OPEN | {METRICS} if limits.open_metrics else OPEN
 
@@ -40,6 +43,12 @@ class Guard:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1008})
             return await refuse(401, "AuthenticationError", NO_KEY, send)
+        headers = dict(scope["headers"])
+        origin, host = (headers.get(name) for name in (b"origin", b"host"))
+        if is_foreign(origin and origin.decode("latin-1"), (host or b"").decode("latin-1"), self.origins):
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await refuse(403, "PermissionDeniedError", FOREIGN, send)
         if scope["type"] == "websocket":
             return await self.app(scope, receive, send)
         most = self.limits.max_body_mib << 20

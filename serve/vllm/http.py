@@ -15,7 +15,7 @@ from typing import Any
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
 from ..api.limits import HttpLimits
 from ..api.validation import validate_fields
-from .exposure import keys_of
+from .exposure import keys_of, origins_of
 from .guard import Guard, read_body, refuse, replay, route
 from .load import RETRY_AFTER, Load, QueueFull, check_choices, choices_of
 from .page.routes import page_routes
@@ -199,7 +199,8 @@ def install(metrics: Callable | None, limits: HttpLimits) -> Ending:
         app.router.routes.extend(page_routes())
         own = Middleware(DepthFields, metrics=metrics, ending=ending, watchdog=watchdog, load=Load(limits))
         app.user_middleware.append(own)  # the innermost
-        guard = Middleware(Guard, keys=keys_of(args, os.environ), limits=limits)
+        keys, origins = keys_of(args, os.environ), origins_of(args, os.environ)
+        guard = Middleware(Guard, keys=keys, limits=limits, origins=origins)
         app.user_middleware.insert(0, guard)  # the outermost
 
     def follow(self, prompt, sampling_params, request_id, **kwargs):

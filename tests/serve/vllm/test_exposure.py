@@ -89,6 +89,37 @@ def test_another_site_learns_nothing_from_a_preflight(model):
     assert asyncio.run(ask(("--allowed-origins", '["http://evil"]'))).headers["access-control-allow-origin"]
 
 
+@needs_vllm
+@pytest.mark.parametrize("kind", ["local", "key", "open"])
+def test_a_page_whose_name_is_rebound_to_this_machine_is_refused(model, kind):
+    """Its browser counts it as the server's own, so the answer could be read. Programs name no origin."""
+    cases = {  # (origin, host): refused by a local server without a key
+        (None, "evil.example:8000"): False,
+        ("http://evil.example:8000", "evil.example:8000"): True,
+        ("http://evil.example", "127.0.0.1.evil.example"): True,
+        ("http://localhost:8000", "localhost:8000"): False,
+        ("http://127.0.0.1:8000", "127.0.0.1:8000"): False,
+        ("http://[::1]:8000", "[::1]:8000"): False,
+        ("http://friend.example", "friend.example"): False,
+    }
+    flags = {"local": (), "key": ("--api-key", "secret"), "open": ("--host", "0.0.0.0")}[kind]
+
+    async def check() -> None:
+        import httpx
+
+        flag = ("--allowed-origins", '["http://friend.example"]')
+        async with (
+            application(model[0], flags=(*flags, *flag)) as app,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client,
+        ):
+            for (origin, host), refused in cases.items():
+                headers = {"Host": host, **KEYS["right"]} | ({"Origin": origin} if origin else {})
+                reply = await client.get("/v1/models", headers=headers)
+                assert reply.status_code == (403 if refused and kind == "local" else 200), (origin, host)
+
+    asyncio.run(check())
+
+
 def arguments(host: str | None, *keys: str, uds: str | None = None) -> Any:
     return SimpleNamespace(host=host, api_key=list(keys) or None, uds=uds)
 
