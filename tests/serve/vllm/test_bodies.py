@@ -7,6 +7,9 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import random
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -270,3 +273,43 @@ def test_no_body_is_answered_with_500(model, count):
     print(dict(found))
     assert found[200] > count / 20
     assert found[400] > count / 3
+
+
+PIECES = [
+    b"GET /health HTTP/1.1", b"POST /v1/completions HTTP/1.1", b"\r\n", b"\r\n\r\n", b"\n", b"Host: x\r\n", b" ",
+    b"0\r\n\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999999999999\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"3\r\nabc\r\n", b"zz\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00", b"{}",
+    b"\x16\x03\x01\x02\x00", b"A" * 9000, b"X: " + b"y" * 70_000 + b"\r\n", b"Expect: 100-continue\r\n", b"\xff\xfe",
+    b"Upgrade: websocket\r\nConnection: upgrade\r\n", b"GET http://[::1 HTTP/1.1\r\n\r\n", b"ffffffff\r\n",
+]  # fmt: skip
+
+
+HEADS = [
+    b"POST /x HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n\r\n"
+    for line in (b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: 50", b"Transfer-Encoding: chunked")
+]
+
+
+@needs_vllm
+@pytest.mark.parametrize("count", [120, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_no_bytes_are_answered_with_500(count):
+    """Wrong lengths, cut chunks, and bytes that are no HTTP, by connections that then close. Others are answered."""
+    statuses: Counter[str] = Counter()
+    with guard_server() as port:
+        for number in range(count):
+            draw = random.Random(number)
+            sent = b"".join(draw.choice(PIECES) for _ in range(draw.randint(1, 12)))
+            if number % 4 == 0:
+                sent = HEADS[1] + b"hello"  # sound
+            elif number % 4 < 3:  # a sound head, whose length or body may not be
+                sent = draw.choice(HEADS) + sent
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, contextlib.suppress(OSError):
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                while reply := connection.recv(1 << 16):
+                    statuses.update(re.findall(r"HTTP/1\.1 (\d+)", reply.decode("latin-1")))
+        assert max(latency(port, 20)) < 5
+    print(dict(statuses))
+    assert statuses["400"] > count / 10
+    assert statuses["200"] >= count / 4
+    assert not [status for status in statuses if status >= "500"]

@@ -82,6 +82,9 @@ def test_who_comes_while_a_step_runs_is_heard_of(monkeypatch):
         monkeypatch.delenv(ARRIVALS)
         arrivals.cache_clear()
         assert arrivals() is None
+        monkeypatch.setenv(ARRIVALS, "/nonexistent/fd/9")  # a sandbox that hides /proc/PID/fd
+        arrivals.cache_clear()
+        assert arrivals() is None
     finally:
         for cached in (arrivals, count_arrivals):
             cached.cache_clear()
