@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -154,6 +155,7 @@ class Engine:
         config, like = self.config, self.model.get_input_embeddings().weight
         room, rows, blocks = sizes.max_model_len, sizes.max_num_seqs, sizes.num_blocks
         parts = TransformersParts(self.model, room + 1)
+        weakref.finalize(self, parts.release)
         outer, shapes = len(config.prelude) + len(config.coda), parts.shapes()
         each = slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize)
         check_room(each, policy, rows, room, like.device)

@@ -41,9 +41,9 @@ class TransformersParts:
             )
         if self.config.sharing != "cycle":
             raise UserError(f"sharing={self.config.sharing!r}: the engine runs models of sharing='cycle'")
-        name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
-        AttentionInterface.register(name, self._attend)
-        source.set_attn_implementation(name)
+        self.name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
+        AttentionInterface.register(self.name, self._attend)
+        source.set_attn_implementation(self.name)
         self.number = register(self)
         self.attention: Attention | None = None
         self.layer, self.depths = 0, torch.empty(0)
@@ -57,6 +57,10 @@ class TransformersParts:
         self.length = min(length, has)
         self.clamps = has < length
         self.arguments = self._arguments(torch.arange(self.length, device=self.device))
+
+    def release(self) -> None:
+        """Take the attention out of transformers' register, which would keep the model for as long as the process."""
+        AttentionInterface._global_mapping.pop(self.name, None)
 
     def shapes(self) -> list[tuple[int, int]]:
         """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where
