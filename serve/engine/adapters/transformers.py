@@ -59,8 +59,8 @@ class TransformersParts:
         self.arguments = self._arguments(torch.arange(self.length, device=self.device))
 
     def release(self) -> None:
-        """Take the attention out of transformers' register, which would keep the model for as long as the process."""
-        AttentionInterface._global_mapping.pop(self.name, None)
+        """Replace the attention in transformers' register, which would keep the model for as long as the process."""
+        AttentionInterface.register(self.name, _released)
 
     def shapes(self) -> list[tuple[int, int]]:
         """(key-value heads, head size) of the attention in every layer: prelude, coda, core. Raises UserError where
@@ -213,3 +213,8 @@ class TransformersParts:
                 linear._forward_hooks.clear()
                 biases = per_depth.get(linear, {}).get("bias")
                 relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), biases)
+
+
+def _released(*_: Any, **__: Any) -> Any:
+    """The attention of a model whose engine is gone."""
+    raise RuntimeError("this model was an engine's, which is gone: load the model again")
