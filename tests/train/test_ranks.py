@@ -58,6 +58,7 @@ def test_a_killed_rank_ends_the_run(noisy, command, tmp_path):
     assert newest(out)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_killed_launcher_end(noisy, command, tmp_path):
     out = tmp_path / "out"
     launched = start(command(noisy, out, *SETTINGS, "steps=100000"), "ddp")
@@ -98,11 +99,12 @@ def test_sigterm_in_the_last_evaluation_keeps_the_run(launcher, noisy, command, 
     """Without `save_every` nothing else would be left of it."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     settings = [*RECURRENCE, "steps=6", "log_every=1", "data.eval_fraction=0.4"]
-    settings += ["recurrence.eval_at=" + ",".join(map(str, range(1, 33))), "batch_size=2"]
+    settings += ["batch_size=2"]
+    long = "recurrence.eval_at=" + ",".join(map(str, range(1, 33)))
     more = ["--launcher", launcher, "--processes", "2"] if launcher else ["gradient_accumulation=2"]
     argv = [sys.executable, "-u", "-m", "loopwise", *command(noisy, out, *settings), *more]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([*argv, long], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         await_(process, lambda: "step 6/6" in (tmp_path / "log").read_text())
         time.sleep(0.2)
@@ -119,21 +121,21 @@ def test_sigterm_in_the_last_evaluation_keeps_the_run(launcher, noisy, command, 
     assert sum("eval_loss_r1" in record for record in history) == 1
 
 
-def test_sigterm_while_tokenising_leaves_nothing(noisy, command, tmp_path):
+@pytest.mark.parametrize("more", [[], pytest.param(["--launcher", "ddp", "--processes", "2"], marks=pytest.mark.slow)])
+def test_sigterm_while_tokenising_leaves_nothing(more, noisy, command, tmp_path):
     big = tmp_path / "big.txt"
     big.write_text("the core runs again while depth grows\n" * 300_000)
     out = tmp_path / "out"
     argv = [sys.executable, "-m", "loopwise", *command(noisy, out, "steps=6", f"data.train={big}")]
-    for more in ([], ["--launcher", "ddp", "--processes", "2"]):
-        process = subprocess.Popen([*argv, *more])
-        try:
-            await_(process, lambda: list(tmp_path.glob(".out.partial-*")))
-            time.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 128 + signal.SIGTERM
-        finally:
-            process.kill()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["big.txt"]
+    process = subprocess.Popen([*argv, *more])
+    try:
+        await_(process, lambda: list(tmp_path.glob(".out.partial-*")))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.txt"]
 
 
 USER = """
@@ -188,12 +190,9 @@ worker.prepare = broken
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "what"),
-    [
-        ("checkpoint-10/run.json", "checkpoint-10"),
-        pytest.param("tokens/facts.json", "the tokens", marks=pytest.mark.slow),
-    ],
+    ("place", "what"), [("checkpoint-10/run.json", "checkpoint-10"), ("tokens/facts.json", "the tokens")]
 )
 def test_ranks_that_see_different_files_are_refused(place, what, noisy, command, tmp_path):
     """Rank 1 sees another OUT, as on a machine that does not share the file system."""

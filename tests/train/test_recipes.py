@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ KINDS: dict[str, tuple[dict[str, Any] | None, list[str], set[str]]] = {
         {"relaxation", *BODY},
     ),
     "hops": ({}, OWN_DATA, {"injection", *BODY}),
+    "hops-code": ({}, [*OWN_DATA, "data.sequence_length=64"], {"injection", *BODY}),
     "hops-base": (None, OWN_DATA, {"model"}),
     "lora-healing": ({**RELAXED, **NO_INJECTION}, [], {"relaxation", *BODY}),
     "mor-expert": (
@@ -54,6 +56,8 @@ KINDS: dict[str, tuple[dict[str, Any] | None, list[str], set[str]]] = {
 }
 FEW = ["steps=4", "batch_size=2", "gradient_accumulation=2", "log_every=1", "data.sequence_length=32"]
 
+GENERATED = ("hops", "hops-base", "hops-code")  # their data are in the recipe
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, text) -> dict[str, str]:
@@ -71,12 +75,14 @@ def test_every_recipe_is_tested():
 
 
 @pytest.mark.parametrize("recipe", KINDS)
-def test_recipe(recipe, plain, texts, tokenizer, tmp_path, capsys):
+def test_recipe(recipe, plain, texts, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(texts["TEXT"], "text.jsonl")  # the name in hops-code
     changes, settings, moved = KINDS[recipe]
     model = plain if changes is None else save_recurrent(tmp_path / "model", tokenizer, **changes)
     for name, path in {**texts, "PLAIN": str(plain)}.items():
         settings = [setting.replace(name, path) for setting in settings]
-    if not any(setting.startswith(("data.train", "data.phases")) for setting in settings) and settings != OWN_DATA:
+    if not any(setting.startswith(("data.train", "data.phases")) for setting in settings) and recipe not in GENERATED:
         settings = [*settings, f"data.train={texts['TEXT']}"]
     run(["train", str(model), str(tmp_path / "out"), "--recipe", recipe, *FEW, *settings])
     losses = history(tmp_path / "out")

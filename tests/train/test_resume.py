@@ -343,7 +343,7 @@ def test_two_processes_equal_one(noisy, command, tmp_path):
         assert history(tmp_path / "two", key) == pytest.approx(history(tmp_path / "one", key), abs=1e-9)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_the_launcher_of_the_user(noisy, command, tmp_path, launcher):
     settings = ["steps=4", "batch_size=2", *RECURRENCE]
     run(command(noisy, tmp_path / "one", "steps=4", "batch_size=2", "gradient_accumulation=2", *RECURRENCE))
