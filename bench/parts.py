@@ -1,4 +1,4 @@
-"""What training changed, in small files: the tensors that differ from the converted model, and the way back.
+"""Tensors that training changed, in small files beside the converted model, and the way back to the trained one.
 
 A folder of parts has part-N.safetensors, each of at most so many MiB, and parts.json. A tensor that is larger than a
 file is cut into rows: `NAME:START` begins at row START of it. Other files of the model that training wrote anew, as its

@@ -144,7 +144,7 @@ def sample(server: psutil.Process) -> dict[str, dict[str, int]]:
 
 
 def judge(samples: list[dict[str, Any]], answers: Counter[str], flat: float) -> list[str]:
-    """What is wrong with a soak, in words. flat: most that memory may be at the end, over that of the first quarter."""
+    """The faults of a soak, in words. flat: most that memory may be at the end, over that of the first quarter."""
     fine = ("left", "slow")
     wrong = [f"{n} answers: {status}" for status, n in answers.items() if status >= "500" and status not in fine]
     quarter, tenth = len(samples) // 4, max(1, len(samples) // 10)

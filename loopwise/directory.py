@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,27 @@ RUN_HEADER = "# loopwise "  # begins its first line, before release and command;
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """A block in which SIGTERM ends the command like Ctrl-C, so that unfinished output is removed."""
+def on_sigterm(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """A block in which SIGTERM calls `handler` as `signal.signal` does; in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
         return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A block in which SIGTERM ends the command like Ctrl-C, so that unfinished output is removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    with on_sigterm(stop):
+        yield
 
 
 def beside(out: Path, kind: str) -> Path:

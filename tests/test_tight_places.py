@@ -43,7 +43,7 @@ def test_the_main_job_works(home, tmp_path):
 
 
 def test_a_full_log_ends_no_command(tmp_path):
-    """What is said on stderr is lost; the result is not."""
+    """Lines on stderr are lost; the result is not."""
     done = run(f"{LOOPWISE} inspect nowhere 2>/dev/full; echo $?; {LOOPWISE} --version 2>/dev/full", tmp_path)
     assert done.stdout.splitlines()[0] == "2"
     assert done.stdout.splitlines()[1].startswith("loopwise ")

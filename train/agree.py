@@ -1,4 +1,4 @@
-"""What all ranks of a run must hold alike: the checkpoint that the first one chose, and the data as it sees it.
+"""Facts that all ranks of a run must share: the checkpoint that the first one chose, and the data as it sees them.
 
 Each rank reads OUT by itself. On a network file system one of them may see an older state of it for a while.
 """
@@ -68,7 +68,7 @@ def chosen(out: Path, resume: bool) -> Path | None:
 
 
 def _seen(out: Path, checkpoint: Path | None) -> dict[str, str]:
-    """What this rank sees in `out`, by name."""
+    """Facts of `out` as this rank sees them, by name."""
     try:
         tokens = blocks.load(out / TOKENS)
         held_out = 0 if tokens.held_out is None else len(tokens.held_out)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopwise.directory import claimed, ended_by_sigterm
+from loopwise.directory import claimed, ended_by_sigterm, on_sigterm
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 
@@ -74,7 +71,7 @@ def _work(run: Run, callbacks: Sequence[TrainerCallback]) -> None:
         prune(run.out, run.recipe.keep_checkpoints)
         rehearse(trainer, run.model, run.out, dtype)
         print(_opening(trainer, checkpoint), flush=True)
-    with stopped_by_sigterm(trainer):
+    with on_sigterm(lambda *_: trainer.stop()):  # clusters preempt with SIGTERM
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         written = trainer.state.global_step == trainer.args.max_steps and _finish(run, trainer, dtype)
     if not written and trainer.args.should_save:
@@ -159,19 +156,6 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> bool:
         print(*trainer.diagnosis, sep="\n", end="\n" * bool(trainer.diagnosis))
         print(f"model written to {run.out}", flush=True)
     return True
-
-
-@contextmanager
-def stopped_by_sigterm(trainer: RecurrentTrainer) -> Iterator[None]:
-    """A block in which SIGTERM calls `trainer.stop()`. Clusters preempt with SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signal handlers
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _opening(trainer: RecurrentTrainer, checkpoint: Path | None) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, Olmo2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+Layer = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 def rotary_angles(source: LlamaConfig | Olmo2Config, length: int) -> torch.Tensor:
@@ -21,6 +24,18 @@ def rotary_angles(source: LlamaConfig | Olmo2Config, length: int) -> torch.Tenso
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [.., D] over its root mean square, times weight [D]."""
     return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def named_layers(read: Callable[[str], torch.Tensor], eps: float) -> tuple[Layer, Layer]:
+    """(RMS norm, linear layer without bias): functions of x [.., D] and the name of the layer."""
+
+    def norm(x: torch.Tensor, at: str) -> torch.Tensor:
+        return rms_norm(x, read(f"{at}.weight"), eps)
+
+    def linear(x: torch.Tensor, at: str) -> torch.Tensor:
+        return F.linear(x, read(f"{at}.weight"))
+
+    return norm, linear
 
 
 def attend(

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ...errors import UserError
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format
-from .layers import attend, rms_norm, rotary_angles
+from .layers import attend, named_layers, rotary_angles
 from .raven import rope_parameters
 
 KEYS = (
@@ -19,7 +19,7 @@ KEYS = (
     "num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act", "tie_word_embeddings",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-# What the authors' code can do beside, and is off in what they released: biases, norms of queries and keys, n-gram
+# Options of the authors' code that are off in the model they released: biases, norms of queries and keys, n-gram
 # embeddings, loops of the middle layers alone, shared keys, hyper-connections, attention over depth, weighted losses.
 OFF = (
     "attention_bias", "mlp_bias", "qk_layernorm", "emb_neighbor_num", "insert_ngram_layer_idx",
@@ -79,13 +79,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     assert isinstance(source, LlamaConfig)
     assert source.head_dim is not None
     angles, head_dim = rotary_angles(source, ids.shape[1]), source.head_dim
-
-    def norm(x: torch.Tensor, at: str) -> torch.Tensor:
-        return rms_norm(x, read(f"{at}.weight"), source.rms_norm_eps)
-
-    def linear(x: torch.Tensor, at: str) -> torch.Tensor:
-        return F.linear(x, read(f"{at}.weight"))
-
+    norm, linear = named_layers(read, source.rms_norm_eps)
     x = read("model.embed_tokens.weight")[ids]
     skip = checkpoint.fields.get("skip_loop_final_norm")
     for loop in range(depth):

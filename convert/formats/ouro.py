@@ -11,7 +11,7 @@ from ...errors import UserError
 from ...model.configuration_sandwich import SandwichConfig
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format
-from .layers import attend, rms_norm, rotary_angles
+from .layers import attend, named_layers, rotary_angles
 from .raven import rope_parameters
 
 KEYS = (
@@ -77,13 +77,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     assert isinstance(source, SandwichConfig)
     assert source.head_dim is not None
     angles, head_dim = rotary_angles(source, ids.shape[1]), source.head_dim
-
-    def norm(x: torch.Tensor, at: str) -> torch.Tensor:
-        return rms_norm(x, read(f"{at}.weight"), source.rms_norm_eps)
-
-    def linear(x: torch.Tensor, at: str) -> torch.Tensor:
-        return F.linear(x, read(f"{at}.weight"))
-
+    norm, linear = named_layers(read, source.rms_norm_eps)
     x = read("model.embed_tokens.weight")[ids]
     for _ in range(depth):
         for n in range(source.num_hidden_layers):

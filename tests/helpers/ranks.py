@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from bench.kills import newest
+
 MOMENTS = ("start", "training", "checkpoint", "evaluation")
 LIMIT = 60.0  # seconds for all processes to end
 
@@ -50,10 +52,6 @@ def await_(launcher: subprocess.Popen, until: Callable[[], object], seconds: flo
         assert launcher.poll() is None, f"the run ended by itself with {launcher.returncode}"
         assert time.monotonic() < deadline, "the run does not get there"
         time.sleep(0.002)
-
-
-def newest(out: Path) -> int:
-    return max((int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*")), default=0)
 
 
 def await_moment(launcher: subprocess.Popen, out: Path, moment: str, last: int, draw: random.Random) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.kills import newest
 from loopwise.train import watch
 from loopwise.train.ranks import LAUNCHERS
 from tests.helpers import ranks
-from tests.helpers.ranks import await_, await_moment, newest, start, strike
+from tests.helpers.ranks import await_, await_moment, start, strike
 from tests.helpers.train_tiny import RECURRENCE, run, same, weights
 
 STEPS = 24
