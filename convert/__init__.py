@@ -8,7 +8,11 @@ Files in reading order, each importing only those above it:
     double.py                computation in float64
     agreement.py             differences of logits: rounding, or a fault
     architectures.py         supported source architectures
+    text_model.py            the text model inside of a multimodal one
     source_config.py         configs of sources, and their empty models
+    handle.py                open weight files
+    quantisation.py          ways of quantisation
+    quantised.py             quantised tensors, dequantised one at a time
     source.py                weights by their names in the transformers model
     repeats.py               layers of a source that repeat
     raw.py                   weights by their names on disk

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint import config_fields
 from ..errors import UserError
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.configuration_source import clear_source_settings
@@ -21,12 +22,14 @@ from .dtypes import named_dtype
 from .expected import check_config
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
+from .quantised import find_method
 from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
 from .repeats import equal_layers, note, to_fold
 from .source import SourceWeights
-from .source_config import empty_model, read_config
+from .source_config import empty_model, read_source
 from .tensors import Tensors
+from .text_model import find_text_model
 from .verify import verify
 
 
@@ -36,12 +39,17 @@ def open_conversion(path: Path, recipe: ConvertRecipe) -> Generator[RecipeConver
 
     Sets `init` of the recipe where it is left out. Raises UserError where source and recipe do not fit together.
     """
-    source_config = read_config(path)
-    clear_source_settings(source_config)
+    method = find_method(config_fields(path), path, bool(recipe.dequantize))
+    source = read_source(path)
+    clear_source_settings(source.config)
     with torch.device("meta"):
-        source_model = empty_model(source_config)
-    with SourceWeights(path, source_model) as weights:
-        yield RecipeConversion(path, source_model, weights, recipe)
+        source_model = empty_model(source.config)
+    whole = find_text_model(source.whole, source_model) if source.whole else None
+    with SourceWeights(path, source_model, whole, method) as weights:
+        conversion = RecipeConversion(path, source_model, weights, recipe)
+        if whole:
+            conversion.facts["notes"].append(whole.note(source_model))
+        yield conversion
 
 
 def can_fold(path: Path) -> bool:

@@ -20,7 +20,16 @@ Damping = Literal["1/R", "learned"]  # beside numbers
 SWITCH = TypeAdapter(bool)
 DEEPEST = 4096  # recurrences
 AVERAGE_FROM = 1 / 4  # rank over hidden_size, from which tied layers start and end at a lower loss as averages
-FOLD_KEYS = ("method", "max_recurrences", "kv_policy", "exit", "dtype", "revision", "seed")  # of method=fold
+FOLD_KEYS = (
+    "method",
+    "max_recurrences",
+    "kv_policy",
+    "exit",
+    "dtype",
+    "dequantize",
+    "revision",
+    "seed",
+)  # of method=fold
 Depth = Annotated[Count, Field(le=DEEPEST)]
 
 
@@ -229,6 +238,11 @@ class ConvertRecipe(Section):
     exit: Exit | None = Field(None, description="the exit rule that serving uses by default")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the weights (default: the source's; of a GGUF file float32)"
+    )
+    dequantize: bool = Field(
+        False,
+        description="read a quantised source (fp8, mxfp8, mxfp4, bitsandbytes, compressed-tensors), tensor by tensor, "
+        "into the type that its config names; GGUF files need no key",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
     seed: Integer = Field(

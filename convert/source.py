@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,27 +22,12 @@ from ..gguf_source import find_gguf
 from ..gguf_tensors import GgufTensors
 from ..model import RecurrentDepthConfig
 from .dtypes import FROM_SAFETENSORS
+from .handle import Handle
+from .quantised import Dequantised, Method, dtype_of
+from .text_model import Whole
 
 # Endings of tables that older transformers stored and newer ones compute.
 TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", "masked_bias")
-
-
-class Slice(Protocol):
-    """The type and shape of a stored tensor, without its values."""
-
-    def get_dtype(self) -> str: ...
-
-    def get_shape(self) -> list[int]: ...
-
-
-class Handle(Protocol):
-    """An open weight file: the methods of safetensors' `safe_open` that are used, which GgufTensors has too."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_slice(self, name: str) -> Slice: ...
-
-    def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass
@@ -57,10 +43,12 @@ class _Piece:
 class _Stored:
     """One tensor of the model as it stands on disk, in one piece or, with a converter, in several.
 
-    name: its name on disk, with the prefix that old checkpoints leave out.
+    name: its name on disk, with the prefix that old checkpoints leave out; the model's name where transformers converts
+        it, or where the files hold another model around it.   loaded: its name in the model that the files hold.
     """
 
     name: str
+    loaded: str
     converter: WeightConverter | None
     pieces: list[_Piece]
 
@@ -75,18 +63,21 @@ class SourceWeights:
 
     model: the model on the meta device, against which names and shapes are checked. Tensors that transformers renames
     or converts on loading (GPT-NeoX's head, the experts of a mixture in one tensor) are so here, by its own rules.
-    untied: True where the config ties embeddings and head, and the files hold two different ones. As in transformers,
-    the files win.
+    whole: the multimodal model that the files hold, of which `model` is the text model; its other tensors are left out.
+    method: the way in which the files are quantised.   untied: True where the config ties embeddings and head, and the
+    files hold two different ones. As in transformers, the files win.
 
     Raises UserError for missing, truncated or pickled weights, missing or unknown tensors, and wrong shapes.
     """
 
-    def __init__(self, path: Path, model: PreTrainedModel):
+    def __init__(self, path: Path, model: PreTrainedModel, whole: Whole | None = None, method: Method | None = None):
         gguf = find_gguf(path)
         self.files = [gguf] if gguf else weight_files(path)
-        self._stack, self._model = ExitStack(), model
+        self._stack, self._model, self._whole, self._method = ExitStack(), model, whole, method
+        self._loaded = whole.model if whole else model
         self._stored: dict[str, _Stored] = {}
         self._expected: dict[str, torch.Tensor] = model.state_dict()
+        self._in_files = set(self._loaded.state_dict())
         self._find_tensors()
         self.untied = self._drop_tied()
         tied = model.all_tied_weights_keys
@@ -109,37 +100,52 @@ class SourceWeights:
 
     def _find_tensors(self) -> None:
         """Find every tensor of the files in the model. Raises UserError for one that the model lacks."""
-        mapping = get_model_conversion_mapping(self._model)
+        mapping = get_model_conversion_mapping(self._loaded)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        ignored = self._loaded._keys_to_ignore_on_load_unexpected or []  # pyright: ignore[reportPrivateUsage]
         found = [(raw, handle, file) for handle, file in self._open_files() for raw in handle.keys()]  # noqa: SIM118
         for raw, handle, file in sorted(found, key=_natural_order):
-            name, pattern = rename_source_key(raw, renamings, converters)
-            stored, prefix = raw, self._model.base_model_prefix
-            if name not in self._expected and f"{prefix}.{name}" in self._expected:
-                name, stored = f"{prefix}.{name}", f"{prefix}.{raw}"
-            elif name not in self._expected and raw in self._expected:  # converted already
-                name, pattern = raw, None
-            if name not in self._expected:
-                if raw.endswith(TABLES):
+            loaded, stored, pattern = self._place(raw, *rename_source_key(raw, renamings, converters))
+            if loaded is None:
+                if raw.endswith(TABLES) or any(re.search(each, raw) for each in ignored):
                     continue
                 raise UserError(
-                    f"{file}: tensor {raw} is not one of a {self.config.model_type} model of this config; if it is "
-                    "not needed, load the model in transformers and save_pretrained it, which drops it"
+                    f"{file}: tensor {raw} is not one of a {self._loaded.config.model_type} model of this config; if "
+                    "it is not needed, load the model in transformers and save_pretrained it, which drops it"
                 )
+            name = self._whole.names.get(loaded) if self._whole else loaded
+            if name is None:  # of another part than the text model
+                continue
             self._check_stored(file, handle, raw, name if pattern is None else None)
             converter = by_pattern[pattern] if pattern is not None else None
-            entry = self._stored.setdefault(name, _Stored(name if converter else stored, converter, []))
+            stored = name if converter or self._whole else stored
+            entry = self._stored.setdefault(name, _Stored(stored, loaded, converter, []))
             entry.pieces.append(_Piece(handle, raw, pattern))
 
+    def _place(self, raw: str, name: str, pattern: str | None) -> tuple[str | None, str, str | None]:
+        """(the name in the model that the files hold, the name on disk, the converter's pattern) of tensor `raw`.
+
+        name: its name by transformers' rules; old checkpoints leave the prefix out. None for one that the model lacks.
+        """
+        expected, prefix = self._in_files, self._loaded.base_model_prefix
+        if name in expected:
+            return name, raw, pattern
+        if f"{prefix}.{name}" in expected:
+            return f"{prefix}.{name}", f"{prefix}.{raw}", pattern
+        return (raw, raw, None) if raw in expected else (None, raw, pattern)  # converted already
+
     def _open_files(self) -> Iterator[tuple[Handle, Path]]:
-        """An open handle of every file; safetensors are closed with this object."""
-        for file in self.files:
-            if file.suffix == ".gguf":
-                yield GgufTensors(file, self._model), file
-            else:
-                yield self._stack.enter_context(safe_open(file, framework="pt")), file
+        """An open handle of every file; safetensors are closed with this object. One for all files if quantised."""
+        if self.files[0].suffix == ".gguf":
+            yield GgufTensors(self.files[0], self._model), self.files[0]
+            return
+        handles: list[Handle] = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        if self._method:
+            yield Dequantised(handles, self._method, dtype_of(self._loaded.config)), self.files[0].parent
+        else:
+            yield from zip(handles, self.files, strict=True)
 
     def _check_stored(self, file: Path, handle: Handle, raw: str, name: str | None) -> None:
         """Raise UserError unless tensor `raw` is floating-point and has the shape of `name`, where that is given."""
@@ -196,11 +202,12 @@ class SourceWeights:
         if stored.converter is None:
             return first.handle.get_tensor(first.raw)
         converter = copy.deepcopy(stored.converter)
+        loaded = stored.loaded
         for piece in stored.pieces:
             converter.add_tensor(
-                name, piece.raw, cast(str, piece.pattern), cast(Any, piece.handle.get_tensor(piece.raw))
+                loaded, piece.raw, cast(str, piece.pattern), cast(Any, piece.handle.get_tensor(piece.raw))
             )
-        made: Any = converter.convert(name, model=self._model, config=self._model.config)[name]
+        made: Any = converter.convert(loaded, model=self._loaded, config=self._loaded.config)[loaded]
         tensor = made[0] if isinstance(made, list) else made
         if list(tensor.shape) != self.shape(name):
             raise UserError(f"{first.raw}, ...: make a tensor of shape {list(tensor.shape)}, not {self.shape(name)}")

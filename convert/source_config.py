@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .. import load
@@ -15,38 +16,50 @@ from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
 from .architectures import check_supported
+from .text_model import is_multimodal, text_config
 
 
-def read_config(path: Path) -> PreTrainedConfig:
-    """The config of a source in the directory `path` that can be converted. Raises UserError for any other."""
+@dataclass
+class Source:
+    """A source's configs.
+
+    config: of the decoder that is converted.   whole: of the multimodal model around it; None for a plain source.
+    """
+
+    config: PreTrainedConfig
+    whole: PreTrainedConfig | None
+
+
+def read_source(path: Path) -> Source:
+    """The configs of a source in the directory `path` that can be converted. Raises UserError for any other."""
     fields = config_fields(path)
     model_type = fields["model_type"]
     if model_type == "recurrent_depth":
         raise UserError(f"{path} is a recurrent-depth model already")
-    if fields.get("quantization_config") is not None:
-        raise UserError(f"{path} is quantised; convert the unquantised checkpoint, and quantise the result")
-    if fields.get("text_config") is not None:
-        raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
     load.check_needs_no_code(fields, str(path))
-    check_supported(model_type)
-    if fields.get("scale_attn_by_inverse_layer_idx"):
-        raise UserError(
-            f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that recurs "
-            "does not have; train the model without it first"
-        )
+    if model_type not in CONFIG_MAPPING:
+        check_supported(model_type)
     try:
         config = load.read_config(path)
-        if config.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers={config.num_hidden_layers}")
+        multimodal = is_multimodal(config)
+        source = Source(text_config(config), config) if multimodal else Source(config, None)
+        check_supported(source.config.model_type)
+        if getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
+            raise UserError(
+                f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that "
+                "recurs does not have; train the model without it first"
+            )
+        if source.config.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={source.config.num_hidden_layers}")
         with torch.device("meta"):
-            empty_model(config)
+            empty_model(source.config)
     except UserError:
         raise
     except Exception as error:  # transformers and torch share no base class for errors in a config
         raise UserError(
             f"{path / 'config.json'}: no {model_type} model can be built from it ({reason(error)})"
         ) from None
-    return config
+    return source
 
 
 def read_recurrent_config(path: Path) -> RecurrentDepthConfig:

@@ -15,6 +15,7 @@ from ..bounded import bounded
 from ..carried import SETTINGS, VOCABULARY, check_tokenizer_inside
 from ..checkpoint import read_json
 from ..errors import UserError, reason
+from ..input_files import check_inside
 from ..load import read_any_config, read_tokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SAMPLE = (
     "你好，世界。こんにちは、カタカナ 한국어",
     "😀 👩‍👩‍👧‍👦 🏳️‍🌈 \u00a0\u200b\ufeff\u2028",
 )
+TEMPLATE = "chat_template.json"  # of older processors, which tokenizers do not read
 INPUTS = ("model_input_names", "padding_side", "model_max_length")
 CHAT = [{"role": "user", "content": "Why?  Because\n3 😀"}, {"role": "assistant", "content": " It is so."}]
 
@@ -45,7 +47,11 @@ def load_tokenizer(path: Path, name: str = "") -> PreTrainedTokenizerBase | None
     try:
         config = read_any_config(path)
         config._name_or_path = name or str(path)  # pyright: ignore[reportPrivateUsage]
-        return read_tokenizer(path, config=config, mistral_format=False)
+        tokenizer = read_tokenizer(path, config=config, mistral_format=False)
+        if tokenizer.chat_template is None and (path / TEMPLATE).is_file():
+            check_inside(path / TEMPLATE, path)
+            tokenizer.chat_template = read_json(path / TEMPLATE).get("chat_template")
+        return tokenizer
     except UserError:
         raise
     except Exception as error:  # transformers' tokenizers share no base class for errors in files

@@ -77,13 +77,13 @@ def sizes(source: str) -> tuple[int, int, int]:
     The core has 2 of 15 layers, a little before the middle: these tolerate repetition best.
     """
     from ..convert.find_source import find_source
-    from ..convert.source_config import read_config
+    from ..convert.source_config import read_source
     from ..gguf_header import read_header
     from ..gguf_source import find_gguf
 
     path = find_source(source, None)
     file = find_gguf(path)
-    layers = read_header(file).value("block_count") if file else read_config(path).num_hidden_layers
+    layers = read_header(file).value("block_count") if file else read_source(path).config.num_hidden_layers
     core, prelude = max(1, round(layers * 4 / 30)), round(layers * 12 / 30)
     return prelude, core, layers - prelude - core
 

@@ -13,8 +13,10 @@ from .configuration_sandwich import SandwichConfig
 # Switches under which a source's forward collects the outputs of its layers. Its layer list holds taps: the forward
 # would collect nothing of the layers, and some architectures then fail.
 COLLECTING = ("output_attentions", "output_hidden_states", "output_router_logits")
-# Fields that name the classes which load a checkpoint's files. They describe the source's files, not ours.
-LOADING = ("auto_map", "tokenizer_class", "processor_class", "model_name", "transformers_weights")
+# Fields for the loading of a checkpoint's files. They describe the source's files, not ours.
+LOADING = (
+    "auto_map", "tokenizer_class", "processor_class", "model_name", "transformers_weights", "quantization_config",
+)  # fmt: skip
 
 
 def source_config_of(given: Mapping[str, Any]) -> PreTrainedConfig:

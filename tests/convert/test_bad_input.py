@@ -226,7 +226,6 @@ def test_settings(capsys, tmp_path, source, settings, said):
     ("fields", "said"),
     [
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"text_config": {}}, "multimodal"),
         ({"model_type": "recurrent_depth"}, "already"),
         ({"model_type": "my_own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
         ({"hidden_size": 128, "head_dim": 32}, "shape"),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.cli import main
 from loopwise.convert.source import SourceWeights
-from loopwise.convert.source_config import empty_model, read_config
+from loopwise.convert.source_config import empty_model, read_source
 from loopwise.gguf_source import unpacked
 from loopwise.train.pretrained import load_model
 from tests.helpers.convert import refused, tokens
@@ -43,7 +43,7 @@ def logits(model: Any) -> torch.Tensor:
 def read(file: Path) -> Any:
     """The source model of the file, as a conversion reads it."""
     with unpacked(file) as directory:
-        config = read_config(directory)
+        config = read_source(directory).config
         with torch.device("meta"):
             empty = empty_model(config)
         with SourceWeights(directory, empty) as weights:
