@@ -93,7 +93,17 @@ def export(
 
 def check_expressible(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
     """Raise UserError where a plain model of the source architecture cannot compute the checkpoint at `path` at R =
-    `unroll`."""
+    `unroll`. The error names the engines that run it as it is."""
+    try:
+        _check_plain(path, config, unroll)
+    except UserError as error:
+        raise UserError(
+            f"{error}; `loopwise serve` and transformers (trust_remote_code=True) run it as it is"
+        ) from None
+
+
+def _check_plain(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
+    """Raise UserError for the first part of the model that a plain one lacks."""
     kind = config.source_config.model_type
     if config.injection != "none":
         raise UserError(
