@@ -121,6 +121,17 @@ CONFIGS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
+def another_class(source: Path) -> None:
+    """The name of a class that splits text another way, where transformers loads these files by it."""
+    for name in ("LlamaTokenizerFast", "Qwen2TokenizerFast"):
+        edit(source / "tokenizer_config.json", tokenizer_class=name)
+        try:
+            AutoTokenizer.from_pretrained(source)
+            return
+        except Exception:  # Gemma's needs an unknown token
+            continue
+
+
 def bare(source: Path) -> None:
     """A tokenizer without a class, special tokens in a file of their own."""
     edit(source / "special_tokens_map.json", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -129,7 +140,7 @@ def bare(source: Path) -> None:
 
 TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "fast": lambda source: None,
-    "another class": lambda source: edit(source / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast"),
+    "another class": another_class,
     "bare": bare,
 }
 GENERATION: dict[str, dict[str, Any] | None] = {
