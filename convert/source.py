@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class SourceWeights:
 
     model: the model on the meta device, against which names and shapes are checked. Tensors that transformers renames
     or converts on loading (GPT-NeoX's head, the experts of a mixture in one tensor) are so here, by its own rules.
+    left_out: names on disk of tensors that transformers' model leaves out, such as heads that predict further tokens.
     untied: True where the config ties embeddings and head, and the files hold two different ones. As in transformers,
     the files win.
 
@@ -86,6 +88,7 @@ class SourceWeights:
         self.files = [gguf] if gguf else weight_files(path)
         self._stack, self._model = ExitStack(), model
         self._stored: dict[str, _Stored] = {}
+        self.left_out: list[str] = []
         self._expected: dict[str, torch.Tensor] = model.state_dict()
         self._find_tensors()
         self.untied = self._drop_tied()
@@ -108,7 +111,9 @@ class SourceWeights:
         return untied
 
     def _find_tensors(self) -> None:
-        """Find every tensor of the files in the model. Raises UserError for one that the model lacks."""
+        """Find every tensor of the files in the model. Raises UserError for one that the model lacks, and that
+        transformers does not leave out."""
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
         mapping = get_model_conversion_mapping(self._model)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
@@ -123,6 +128,9 @@ class SourceWeights:
                 name, pattern = raw, None
             if name not in self._expected:
                 if raw.endswith(TABLES):
+                    continue
+                if any(re.search(pattern, raw) or re.search(pattern, name) for pattern in ignored):
+                    self.left_out.append(raw)
                     continue
                 raise UserError(
                     f"{file}: tensor {raw} is not one of a {self.config.model_type} model of this config; if it is "

@@ -14,7 +14,8 @@ from ..checkpoint import config_fields
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
-from .architectures import check_supported
+from ..unroll import config_with_layers
+from .architectures import check_fields, check_supported
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -29,13 +30,9 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise UserError(f"{path} ({model_type}) is multimodal; save its text model on its own first, then convert that")
     load.check_needs_no_code(fields, str(path))
     check_supported(model_type)
-    if fields.get("scale_attn_by_inverse_layer_idx"):
-        raise UserError(
-            f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that recurs "
-            "does not have; train the model without it first"
-        )
     try:
         config = load.read_config(path)
+        check_fields(config, path)
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={config.num_hidden_layers}")
         with torch.device("meta"):
@@ -60,6 +57,15 @@ def read_recurrent_config(path: Path) -> RecurrentDepthConfig:
     if kind != "recurrent_depth":
         raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
     return load.read_config(path)
+
+
+def written_out(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
+    """The config of a plain model whose layers are those of `config` by these ids, in this order. Raises UserError,
+    naming the field, where the architecture has no such model."""
+    try:
+        return config_with_layers(config, layers)
+    except ValueError as error:
+        raise UserError(f"this order of {config.model_type} layers cannot be written out ({error})") from None
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
