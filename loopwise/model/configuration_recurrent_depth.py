@@ -11,7 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs  # pyright: igno
 
 from .configuration_fields import EXIT_FIELDS, FORMAT_VERSION, check_kinds, check_version, is_number
 from .configuration_router import router_fields
-from .configuration_source import clear_source_settings, declares, keeps_keys, keeps_state, source_config_of
+from .configuration_source import KEYS_ALONE, clear_source_settings, declares, keeps_keys, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated", "decayed")
@@ -233,20 +233,20 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
 
     def _check_states(self) -> None:
-        """Raise ValueError where a state would be read or left out as only keys and values can be."""
+        """Raise ValueError where a state, or an indexer's keys, would be shared or left out as keys and values can."""
         types = get_layer_types_and_kwargs(self.source_config)[0]
         kinds = {types[layer]: layer for layer in reversed(self.slots(1))}
-        with_state = [f"{layer} {kind}" for kind, layer in kinds.items() if keeps_state(kind)]
-        if with_state and (self.router or self.kv_policy not in ("per-depth", "last-exited")):
+        more = ", ".join(f"{layer} {kind}" for kind, layer in kinds.items() if kind not in KEYS_ALONE)
+        if more and (self.router or self.kv_policy not in ("per-depth", "last-exited")):
             setting = "a router" if self.router else f"kv_policy={self.kv_policy!r}"
             raise ValueError(
-                f"{setting}: a layer that keeps a state of all tokens before ({', '.join(with_state)}) has one for "
-                "each depth, and no token may be left out of it; choose no router, and kv_policy='per-depth'"
+                f"{setting}: layers of other types than {', '.join(KEYS_ALONE)} ({more}) keep more than keys and "
+                "values for each depth, and no token may be left out; choose no router, and kv_policy='per-depth'"
             )
         if not any(keeps_keys(kind) for kind in kinds):
             raise ValueError(
-                f"prelude, core and coda have no attention layer ({', '.join(with_state)} keep a state alone): a cache "
-                "counts its positions by one; choose layers with one among them"
+                f"prelude, core and coda have no attention layer ({more}), and a cache counts its positions by one; "
+                "choose layers with one among them"
             )
 
     def _check_exit(self, exit: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from .configuration_sandwich import SandwichConfig
 COLLECTING = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Fields that name the classes which load a checkpoint's files. They describe the source's files, not ours.
 LOADING = ("auto_map", "tokenizer_class", "processor_class", "model_name", "transformers_weights")
+# Attention types whose cache holds keys and values, and nothing else.
+KEYS_ALONE = ("full_attention", "sliding_attention", "chunked_attention")
 # Attributes that a class computes without declaring them, and that caches are made by.
 COMPUTED = {"inkling_text": ("number_of_conv_states",), "modernbert-decoder": ("sliding_window",)}
 

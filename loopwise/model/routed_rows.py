@@ -159,8 +159,6 @@ class ChoiceSlot:
             layer: Any = self.cache.layers[slot]
             key, value = (torch.zeros_like(t[:, :, :1]).expand(-1, -1, length, -1) for t in (layer.keys, layer.values))
             self.cache.update(key, value, slot)
-            if (indexer := getattr(layer, "indexer_keys", None)) is not None:
-                self.cache.update_indexer(torch.zeros_like(indexer[:, :1]).expand(-1, length, -1), slot)
 
 
 class FirstKeysAndValues(DepthCache):
