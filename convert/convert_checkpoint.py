@@ -27,10 +27,10 @@ from .recipe import ConvertRecipe
 from .relax import own_parameters, ranks
 from .repeats import equal_layers, note, to_fold
 from .source import SourceWeights
-from .source_config import empty_model, read_source
+from .source_config import empty_model, read_source, written_out
 from .tensors import Tensors
 from .text_model import find_text_model
-from .verify import verify
+from .verify import DEPTH, verify
 
 
 @contextmanager
@@ -84,11 +84,13 @@ class RecipeConversion(Conversion):
         self.dtype = named_dtype(recipe.dtype)
         relaxation = _relaxation(self.plan, recipe, source_model, weights)
         config = _config(source_config, self.plan, recipe, relaxation, self.dtype or stored)
+        order = config.order(min(self.plan.num_recurrences, DEPTH))  # verification writes it out as layers
+        written_out(source_config, [getattr(self.plan, part)[n] for part, n, _ in order])
         self.tensors = Tensors(config, self.plan, recipe, source_model, weights, self.dtype)
         facts: dict[str, Any] = {
             "plan": {**asdict(self.plan), "dropped": [] if block else self.plan.dropped(len(kinds))},
             "parameters": {"source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names())},
-            "notes": note(same, block),
+            "notes": [*note(same, block), *_note_left_out(weights)],
         }
         if self.influence:
             facts["influence"] = self.influence
@@ -108,6 +110,14 @@ class RecipeConversion(Conversion):
     def _zero_lora(self) -> bool:
         """True where LoRA factors start at zero."""
         return any(factors.init == "zero" for factors in self.tensors.low_rank.values())
+
+
+def _note_left_out(weights: SourceWeights) -> list[str]:
+    """A line on tensors of the source that its model in transformers leaves out; none where it has all."""
+    if not (names := weights.left_out):
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"left out, as in transformers' {weights.config.model_type}: {names[0]}{more} (not of its text decoder)"]
 
 
 def _check_norm(plan: Plan, source_model: PreTrainedModel) -> None:

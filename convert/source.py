@@ -64,8 +64,10 @@ class SourceWeights:
     model: the model on the meta device, against which names and shapes are checked. Tensors that transformers renames
     or converts on loading (GPT-NeoX's head, the experts of a mixture in one tensor) are so here, by its own rules.
     whole: the multimodal model that the files hold, of which `model` is the text model; its other tensors are left out.
-    method: the way in which the files are quantised.   untied: True where the config ties embeddings and head, and the
-    files hold two different ones. As in transformers, the files win.
+    method: the way in which the files are quantised.
+    left_out: names on disk of tensors that transformers' model leaves out, such as heads that predict further tokens.
+    untied: True where the config ties embeddings and head, and the files hold two different ones. As in transformers,
+    the files win.
 
     Raises UserError for missing, truncated or pickled weights, missing or unknown tensors, and wrong shapes.
     """
@@ -76,6 +78,7 @@ class SourceWeights:
         self._stack, self._model, self._whole, self._method = ExitStack(), model, whole, method
         self._loaded = whole.model if whole else model
         self._stored: dict[str, _Stored] = {}
+        self.left_out: list[str] = []
         self._expected: dict[str, torch.Tensor] = model.state_dict()
         self._in_files = set(self._loaded.state_dict())
         self._find_tensors()
@@ -99,17 +102,22 @@ class SourceWeights:
         return untied
 
     def _find_tensors(self) -> None:
-        """Find every tensor of the files in the model. Raises UserError for one that the model lacks."""
+        """Find every tensor of the files in the model. Raises UserError for one that the model lacks, and that
+        transformers does not leave out."""
+        ignored = self._loaded._keys_to_ignore_on_load_unexpected or ()
         mapping = get_model_conversion_mapping(self._loaded)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        ignored = self._loaded._keys_to_ignore_on_load_unexpected or []  # pyright: ignore[reportPrivateUsage]
         found = [(raw, handle, file) for handle, file in self._open_files() for raw in handle.keys()]  # noqa: SIM118
         for raw, handle, file in sorted(found, key=_natural_order):
-            loaded, stored, pattern = self._place(raw, *rename_source_key(raw, renamings, converters))
+            renamed, pattern = rename_source_key(raw, renamings, converters)
+            loaded, stored, pattern = self._place(raw, renamed, pattern)
             if loaded is None:
-                if raw.endswith(TABLES) or any(re.search(each, raw) for each in ignored):
+                if raw.endswith(TABLES):
+                    continue
+                if any(re.search(rule, raw) or re.search(rule, renamed) for rule in ignored):
+                    self.left_out.append(raw)
                     continue
                 raise UserError(
                     f"{file}: tensor {raw} is not one of a {self._loaded.config.model_type} model of this config; if "

@@ -15,7 +15,8 @@ from ..checkpoint import config_fields
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
-from .architectures import check_supported
+from ..unroll import config_with_layers
+from .architectures import CANNOT, NOT_YET, check_fields, check_supported
 from .text_model import is_multimodal, text_config
 
 
@@ -37,18 +38,14 @@ def read_source(path: Path) -> Source:
     if model_type == "recurrent_depth":
         raise UserError(f"{path} is a recurrent-depth model already")
     load.check_needs_no_code(fields, str(path))
-    if model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING or model_type in NOT_YET or model_type in CANNOT:
         check_supported(model_type)
     try:
         config = load.read_config(path)
         multimodal = is_multimodal(config)
         source = Source(text_config(config), config) if multimodal else Source(config, None)
         check_supported(source.config.model_type)
-        if getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
-            raise UserError(
-                f"{path}: scale_attn_by_inverse_layer_idx scales attention by a layer's place, which a layer that "
-                "recurs does not have; train the model without it first"
-            )
+        check_fields(source.config, path)
         if source.config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={source.config.num_hidden_layers}")
         with torch.device("meta"):
@@ -73,6 +70,15 @@ def read_recurrent_config(path: Path) -> RecurrentDepthConfig:
     if kind != "recurrent_depth":
         raise UserError(f"{path}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
     return load.read_config(path)
+
+
+def written_out(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
+    """The config of a plain model whose layers are those of `config` by these ids, in this order. Raises UserError,
+    naming the field, where the architecture has no such model."""
+    try:
+        return config_with_layers(config, layers)
+    except ValueError as error:
+        raise UserError(f"this order of {config.model_type} layers cannot be written out ({error})") from None
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -57,19 +57,34 @@ def _parameter(values: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
 
 def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype | None) -> None:
     """Let `module` read its parameters before each call, and drop them after it."""
-    parameters = _own_parameters(module)
-    empty = dict(parameters)
+    parameters = _ReadWhenAsked(_own_parameters(module), lambda name: _parameter(read(prefix + name), dtype))
+    module._parameters = parameters
 
     def fetch(*_: object) -> None:
-        for name, parameter in empty.items():
-            if parameter is not None:
-                parameters[name] = _parameter(read(prefix + name), dtype)
+        parameters.held = {name: parameters[name] for name in parameters}
 
     def drop(*_: object) -> None:
-        parameters.update(empty)
+        parameters.held = {}
 
     module.register_forward_pre_hook(fetch)
     module.register_forward_hook(drop)
+
+
+class _ReadWhenAsked(dict[str, nn.Parameter | None]):
+    """Parameters of a module by name. One that is asked for outside of the module's call is read for that alone: fused
+    kernels take the weights of a convolution, and never call it.
+
+    held: parameters in memory.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None], read: Callable[[str], nn.Parameter]):
+        super().__init__(parameters)
+        self._read, self.held = read, dict[str, nn.Parameter | None]()
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name in self.held or super().__getitem__(name) is None:
+            return self.held.get(name)
+        return self._read(name)
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.source_layers import layer_list_name
-from ..unroll import config_with_layers
 from . import relax
 from .agreement import Logits, agreement, in_double
 from .double import Double
 from .expected import check_config, check_equal
 from .source import SourceWeights
-from .source_config import empty_model
+from .source_config import empty_model, written_out
 from .stream import streamed
 from .verify import reloaded, sample
 from .write import Pending
@@ -37,7 +36,7 @@ class Unrolled:
         self.dtype = recurrent.dtype
         self.places = recurrent.order(depth)
         layers = [getattr(recurrent, part)[n] for part, n, _ in self.places]
-        self.config = config_with_layers(recurrent.source_config, layers)
+        self.config = written_out(recurrent.source_config, layers)
         with torch.device("meta"):
             model, plain = RecurrentDepthForCausalLM(recurrent), empty_model(self.config)
         self.layers = layer_list_name(plain, len(layers)) + "."

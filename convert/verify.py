@@ -16,14 +16,13 @@ from ..errors import UserError
 from ..load import read_config
 from ..model import RecurrentDepthForCausalLM
 from ..model.source_layers import FINAL_NORM, layer_list_name
-from ..unroll import config_with_layers
 from .agreement import WAY_OUT, Logits, agreement
 from .dtypes import dtype_name
 from .expected import Expected, check_tensors
 from .plan import Plan
 from .relax import merged
 from .source import SourceWeights
-from .source_config import empty_model
+from .source_config import empty_model, written_out
 from .stream import streamed
 from .write import Pending
 
@@ -119,7 +118,7 @@ def _written_out(
     """
     plan, recurrent = expected.plan, written.recurrent_config
     places = recurrent.order(depth)
-    config = config_with_layers(source_config, [getattr(plan, part)[n] for part, n, _ in places])
+    config = written_out(source_config, [getattr(plan, part)[n] for part, n, _ in places])
     with torch.device("meta"):
         layers = layer_list_name(empty_model(config), config.num_hidden_layers) + "."
     relaxation = recurrent.relaxation or {"rank": {}, "own": []}

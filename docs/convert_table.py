@@ -1,9 +1,14 @@
-"""Writes the table of docs/reference/sources.md: `python docs/convert_table.py`, from the root of the repository."""
+"""Writes the tables of docs/reference/sources.md: `python docs/convert_table.py`, from the root of the repository.
+
+With `lists`, those alone that need no conversion; with names, the rows of these architectures alone.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +17,17 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/reference/sources.md"
 sys.path.insert(0, str(ROOT))
 
 from loopwise.convert import ConvertRecipe, convert  # noqa: E402
-from loopwise.convert.architectures import SUPPORTED  # noqa: E402
+from loopwise.convert.architectures import CANNOT_BY_REASON, NOT_YET_BY_REASON, SUPPORTED  # noqa: E402
 from loopwise.convert.relax import projections  # noqa: E402
 from loopwise.convert.source_config import empty_model  # noqa: E402
 from loopwise.errors import UserError  # noqa: E402
 from loopwise.model.source_layers import layer_list_name  # noqa: E402
 from loopwise.recipe import validate  # noqa: E402
+from loopwise.serve.api.architectures import ARCHITECTURES, NOT_SERVED_BY_REASON  # noqa: E402
 from tests.helpers.tiny import VOCAB, load_source, save_source  # noqa: E402
 
 SIZES = {"sizes": [1, 3, 2]}
@@ -45,21 +52,60 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    reasons: list[str] = []
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for architecture in SUPPORTED:
+    write("served", served())
+    write("refused", refused())
+    if sys.argv[1:] != ["lists"]:
+        write("table", methods(sys.argv[1:] or SUPPORTED))
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Replace the part `name` of the page by `lines`."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    after = rest.partition(f"<!-- /{name} -->")[2]
+    table = "\n".join(lines).rstrip()
+    PAGE.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}", encoding="utf-8")
+
+
+def served() -> list[str]:
+    """Source -> convert, transformers, lanes, fixed: the sources that are alike in a line."""
+    groups = {"": [name for name in SUPPORTED if name in ARCHITECTURES]}
+    groups |= {reason: names.split() for reason, names in NOT_SERVED_BY_REASON.items()}
+    lines = ["| source | convert | transformers | lanes | fixed |", "|---|---|---|---|---|"]
+    for reason, names in groups.items():
+        lines.append(f"| {', '.join(names)} | yes | yes | {' | '.join([f'no: {reason}' if reason else 'yes'] * 2)} |")
+    return lines
+
+
+def refused() -> list[str]:
+    """The architectures of transformers that are not supported, and why."""
+    lines = ["| architecture | | why |", "|---|---|---|"]
+    for kind, reasons in (("not yet", NOT_YET_BY_REASON), ("cannot", CANNOT_BY_REASON)):
+        lines += [f"| {', '.join(names.split())} | {kind} | {reason} |" for reason, names in reasons.items()]
+    return lines
+
+
+def methods(names: list[str]) -> list[str]:
+    """Every architecture with every method. The rows of others than `names` are the page's."""
+    rows, reasons = written_before() if names is not SUPPORTED else ({}, list[str]())
+    for architecture in names:
         with tempfile.TemporaryDirectory() as folder:
             source = save_source(Path(folder) / "source", architecture)
             cells = [cell(source, Path(folder) / "out", keys, reasons) for keys in COLUMNS.values()]
-        lines.append(f"| {architecture} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    lines += ["", *(f"{n + 1}. {reason}" for n, reason in enumerate(reasons))]
-    page = ROOT / "docs/reference/sources.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
-    after = rest.partition("<!-- /table -->")[2]
-    table = "\n".join(lines).rstrip()
-    table = "\n".join(lines).rstrip()
-    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->{after}", encoding="utf-8")
+        rows[architecture] = f"| {architecture} | {' | '.join(cells)} |"
+        print(rows[architecture], flush=True)
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [*(rows[name] for name in SUPPORTED), ""]
+    for n, reason in enumerate(reasons):
+        lines += textwrap.wrap(f"{n + 1}. {reason}", 120, subsequent_indent="   ")
+    return lines
+
+
+def written_before() -> tuple[dict[str, str], list[str]]:
+    """The rows of the page by architecture, and its reasons in order."""
+    text = PAGE.read_text(encoding="utf-8").partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
+    rows = {line.split()[1]: line for line in text.splitlines() if re.match(r"\| [a-z]", line)}
+    reasons = [re.sub(r"\s+", " ", found).strip() for found in re.findall(r"(?ms)^\d+\. (.*?)(?=^\d+\. |\Z)", text)]
+    return rows, reasons
 
 
 def cell(source: Path, out: Path, keys: dict[str, Any], reasons: list[str]) -> str:

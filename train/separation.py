@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from loopwise.errors import UserError
+from loopwise.model.configuration_source import keeps_state
 
 from .pretrained import is_recurrent
 
@@ -24,7 +25,7 @@ def check(model: Any, name: str) -> None:
     training = model.training
     model.eval()
     try:
-        if _difference(model) > SAME:
+        if _keeps_state(model.config) or _difference(model) > SAME:  # a state of little weight may grow in training
             raise UserError(
                 f"data.separate_documents: in {name} ({_why(model.config)}) a document would see the one before it in "
                 "the same block; set data.separate_documents=false"
@@ -49,7 +50,19 @@ def _difference(model: Any) -> float:
     return float(change.median())
 
 
+def _source(config: Any) -> Any:
+    """The config of the layers."""
+    return config.source_config if is_recurrent(config) else config
+
+
+def _keeps_state(config: Any) -> bool:
+    """True where a layer keeps a state of all tokens before, which position ids do not cut."""
+    return any(map(keeps_state, getattr(_source(config), "layer_types", None) or ()))
+
+
 def _why(config: Any) -> str:
+    if _keeps_state(config):
+        return f"layers of {_source(config).model_type} keep a state"
     if not is_recurrent(config):
         return f"masks of {config.model_type} ignore positions"
     if config.kv_policy == "first":

@@ -11,7 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs  # pyright: igno
 
 from .configuration_fields import EXIT_FIELDS, FORMAT_VERSION, check_kinds, check_version, is_number
 from .configuration_router import router_fields
-from .configuration_source import clear_source_settings, declares, source_config_of
+from .configuration_source import KEYS_ALONE, clear_source_settings, declares, keeps_keys, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated", "decayed")
@@ -141,6 +141,13 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self._check()
         super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
+    def validate(self) -> None:
+        """transformers' checks of any config, but for that of per-layer lists, which are the source's to check: here
+        `layer_types` has an entry a slot. Raises ValueError."""
+        for check in self.__class_validators__:
+            if check.__name__ != "validate_layer_type":
+                check(self)
+
     def _complete(self) -> None:
         """Set the fields whose default follows from others."""
         if self.router:
@@ -167,6 +174,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             raise ValueError(f"recurrence_damping={damping!r}: a number above 0, at most 1; or one of {named}")
         self._check_between()
         self.kv_slots(1)
+        self._check_states()
         if self.kv_policy != "per-depth" and (self.router or self.sharing == "sequence"):
             raise ValueError(
                 f"kv_policy={self.kv_policy!r}: with a router (see router.kv) or sharing='sequence' it is 'per-depth'"
@@ -224,6 +232,23 @@ class RecurrentDepthConfig(PreTrainedConfig):
                 "(router.update='step'), and with no recurrence_residual, which adds the state before as a whole"
             )
 
+    def _check_states(self) -> None:
+        """Raise ValueError where a state, or an indexer's keys, would be shared or left out as keys and values can."""
+        types = get_layer_types_and_kwargs(self.source_config)[0]
+        kinds = {types[layer]: layer for layer in reversed(self.slots(1))}
+        more = ", ".join(f"{layer} {kind}" for kind, layer in kinds.items() if kind not in KEYS_ALONE)
+        if more and (self.router or self.kv_policy not in ("per-depth", "last-exited")):
+            setting = "a router" if self.router else f"kv_policy={self.kv_policy!r}"
+            raise ValueError(
+                f"{setting}: layers of other types than {', '.join(KEYS_ALONE)} ({more}) keep more than keys and "
+                "values for each depth, and no token may be left out; choose no router, and kv_policy='per-depth'"
+            )
+        if not any(keeps_keys(kind) for kind in kinds):
+            raise ValueError(
+                f"prelude, core and coda have no attention layer ({more}), and a cache counts its positions by one; "
+                "choose layers with one among them"
+            )
+
     def _check_exit(self, exit: dict[str, Any]) -> None:
         """Raise ValueError unless `exit` is an exit rule that this model can use."""
         if exit.keys() - EXIT_FIELDS.keys() or exit.get("rule") not in EXIT_RULES:
@@ -238,7 +263,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         source: PreTrainedConfig | None = None if name.startswith("_") else self.__dict__.get("source_config")
-        if source is None or not declares(type(source), name):
+        own = getattr(source, "per_layer_attributes", None) or ()  # those that differ between layers have no one value
+        if source is None or name in own or not declares(type(source), name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
 

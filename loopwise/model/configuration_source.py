@@ -7,6 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from .configuration_sandwich import SandwichConfig
 
@@ -17,6 +23,10 @@ COLLECTING = ("output_attentions", "output_hidden_states", "output_router_logits
 LOADING = (
     "auto_map", "tokenizer_class", "processor_class", "model_name", "transformers_weights", "quantization_config",
 )  # fmt: skip
+# Attention types whose cache holds keys and values, and nothing else.
+KEYS_ALONE = ("full_attention", "sliding_attention", "chunked_attention")
+# Attributes that a class computes without declaring them, and that caches are made by.
+COMPUTED = {"inkling_text": ("number_of_conv_states",), "modernbert-decoder": ("sliding_window",)}
 
 
 def source_config_of(given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -43,6 +53,17 @@ def clear_source_settings(source: PreTrainedConfig, collecting: tuple[str, ...] 
 
 def declares(kind: type[PreTrainedConfig], name: str) -> bool:
     """True where the class `kind` of a source's config declares the attribute `name`. Extra fields do not count."""
-    if name == "head_dim":  # modules ask every config for it, declared or not
+    if name == "head_dim" or name in COMPUTED.get(kind.model_type, ()):  # modules ask every config for the head size
         return True
     return name in kind.attribute_map or hasattr(kind, name) or any(name == field.name for field in fields(kind))
+
+
+def keeps_state(kind: str) -> bool:
+    """True for an attention type of transformers whose layers keep a state: linear attention, a convolution, a state
+    space model, alone or beside keys and values."""
+    return issubclass(DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer), LinearAttentionCacheLayerMixin)
+
+
+def keeps_keys(kind: str) -> bool:
+    """True for an attention type of transformers whose layers keep keys and values, which count positions."""
+    return issubclass(DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer), CacheLayerMixin)

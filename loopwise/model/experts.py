@@ -19,6 +19,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # pyright:
 def balances_experts(source: PreTrainedModel, layers: Iterable[nn.Module]) -> bool:
     """True where the causal language model `source` returns `aux_loss`, and `layers` have the routers that it is of."""
     found = [(name, module) for layer in layers for name, module in layer.named_modules()]
+    if not hasattr(source, "router_aux_loss_coef"):  # of JetMoe, attention has experts too, and the loss is of both
+        return False
     return "output_router_logits" in inspect.signature(type(source).forward).parameters and any(
         isinstance(module, recorder.target_class) and (recorder.layer_name or "") in name
         for recorder in _recorders(source)

@@ -38,7 +38,7 @@ from .recurrence_encoding import RecurrenceEncoding
 from .relaxation import Factors, Relaxation
 from .router import Router, capacities
 from .some_logits import head_at
-from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache
+from .source_layers import TUPLE_LAYERS, Tap, init_layer_buffers, layer_list_name, prepare_cache
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
 
@@ -91,7 +91,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name).children())
         as_tuple = source_config.model_type in TUPLE_LAYERS
-        self.source.set_submodule(name, nn.ModuleList(Tap(i, self._visit, as_tuple) for i in range(len(layers))))
+        taps = [Tap(i, self._visit, as_tuple, layer) for i, layer in enumerate(layers)]
+        self.source.set_submodule(name, nn.ModuleList(taps))
         taken: set[int] = set()
 
         def take(index: int) -> nn.Module:
@@ -158,6 +159,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             init.ones_(cast(Any, module).weight)
         else:
             self.source._init_weights(module)
+            init_layer_buffers(module, self.config.source_config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
@@ -265,8 +267,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             capacity = capacities(config.router, options.num_recurrences, options.router_capacity, self.training)
         if use_cache is None:
             reads_all = options.reads_depths or options.rows is not None
-            in_config = getattr(config, "use_cache", True) and not self.training and not reads_all
-            use_cache = cache is not None or (in_config and capacity is None)
+            in_config = getattr(config, "use_cache", None) and not self.training and not reads_all
+            use_cache = cache is not None or (bool(in_config) and capacity is None)
         if capacity is not None and (use_cache or cache is not None):
             raise ValueError(
                 "this router takes the best of the whole sequence (router.inference='topk'), so that a new token can "

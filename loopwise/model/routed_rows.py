@@ -17,7 +17,12 @@ from transformers.cache_utils import Cache
 
 from .source_layers import DepthCache
 
-COUNTING = {"bloom", "gpt_neo", "mpt"}  # architectures whose layers count positions, and take none as an argument
+COUNTING = {
+    "bloom",
+    "gpt_neo",
+    "llama4_text",
+    "mpt",
+}  # architectures whose layers count positions, and take none as an argument
 HIDING = {"mpt"}  # architectures whose masks are True where a token is hidden
 
 
@@ -73,8 +78,9 @@ class Rows:
         if given.get("position_ids") is not None:
             changed["position_ids"] = self.take(given["position_ids"].expand(batch, -1)[..., None]).squeeze(-1)
         if given.get("position_embeddings") is not None:
-            tables = given["position_embeddings"]
-            changed["position_embeddings"] = tuple(self.take(table.expand(batch, -1, -1)) for table in tables)
+            tables = given["position_embeddings"]  # sines and cosines, or complex numbers
+            rows = [self.take(table.expand(batch, -1, -1)) for table in (tables if type(tables) is tuple else [tables])]
+            changed["position_embeddings"] = tuple(rows) if type(tables) is tuple else rows[0]
         return {**given, **changed}
 
     def _spelled_out(self, mask: torch.Tensor | None, past: int) -> torch.Tensor:

@@ -7,20 +7,25 @@ the real layers. So no architecture's embedding, masking or head code is written
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
 from .configuration_recurrent_depth import RecurrentDepthConfig
+from .configuration_source import keeps_state
 
 FINAL_NORM = "model.norm"  # of the source; recurrence norms `between` and `last`, and exit gates, use it
 
@@ -39,23 +44,48 @@ def layer_list_name(model: nn.Module, num_layers: int) -> str:
 
 # Architectures whose decoder layers return a tuple; all others return the hidden state alone. (transformers' return
 # annotations do not help: some promise a tuple, and the layer returns a tensor.)
-TUPLE_LAYERS = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"}
+TUPLE_LAYERS = {
+    "bamba", "bloom", "codegen", "cpmant", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt",
+}  # fmt: skip
 
 Visit = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
-WINDOWED = ("sliding_attention", "chunked_attention")  # attention types whose key-value cache keeps a window only
 
 
 class Tap(nn.Module):
-    """Entry `index` of the source's layer list. Its output is that of `visit(index, hidden_states, args, kwargs)`."""
+    """Entry `index` of the source's layer list. Its output is that of `visit(index, hidden_states, args, kwargs)`.
 
-    def __init__(self, index: int, visit: Visit, returns_tuple: bool):
+    layer: the layer of the source that stands there, whose names for itself (`block_type`, ...) the tap has too.
+    """
+
+    def __init__(self, index: int, visit: Visit, returns_tuple: bool, layer: nn.Module):
         super().__init__()
         self.index, self.visit, self.returns_tuple = index, visit, returns_tuple
+        for name, value in vars(layer).items():
+            if isinstance(value, str):
+                setattr(self, name, value)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
-        """hidden_states [B, T, D] -> [B, T, D], in a tuple where the architecture's layers return one."""
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """hidden_states [B, T, D] -> [B, T, D], first of a tuple where the architecture's layers return one."""
         hidden_states = self.visit(self.index, hidden_states, args, kwargs)
-        return (hidden_states,) if self.returns_tuple else hidden_states
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+def init_layer_buffers(module: nn.Module, config: Any) -> None:
+    """Compute the buffers of a layer's `module` that the source's model makes for its layers, which are taps here."""
+    if "mup_vector" in dict(module.named_buffers(recurse=False)):  # Falcon-H1
+        init.copy_(module.mup_vector, sys.modules[type(module).__module__].compute_mup_vector(config))
+
+
+class OneSlot:
+    """The list of a cache's layers as one layer of the model sees it: its own slot, whatever the index."""
+
+    def __init__(self, layer: Any):
+        self._layer = layer
+
+    def __getitem__(self, index: int) -> Any:
+        return self._layer
 
 
 class DepthCache:
@@ -63,6 +93,11 @@ class DepthCache:
 
     def __init__(self, cache: Cache, slot: int):
         self._cache, self._slot = cache, slot
+
+    @property
+    def layers(self) -> OneSlot:
+        """The slot, at every index."""
+        return OneSlot(self._cache.layers[self._slot])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -77,6 +112,28 @@ class DepthCache:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The number of keys for `query_length` more tokens, and the position of the first."""
         return self._cache.get_mask_sizes(query_length, self._slot)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The position of the first token of this call."""
+        return self._cache.get_query_offset(self._slot)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Append inputs [B, C, T] of a convolution to the slot's last ones; all of them."""
+        return self._cache.update_conv_state(conv_states, self._slot, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Replace the slot's state of a linear attention or a state space model; the new state."""
+        return self._cache.update_recurrent_state(recurrent_states, self._slot, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Append keys [B, T, D] of a sparse attention's indexer to the slot; all of them."""
+        return self._cache.update_indexer(indexer_key_states, self._slot)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """True where the slot has a state of earlier tokens."""
+        return self._cache.has_previous_state(self._slot, state_idx)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -129,7 +186,7 @@ def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: i
         wanted.append(("full_attention", {}))
     if isinstance(cache, DynamicCache):
         layers: list[Any] = cache.layers
-        while len(layers) > len(wanted) and not layers[-1].is_initialized:
+        while len(layers) > len(wanted) and not _is_written(layers[-1]):
             layers.pop()  # `crop`, which assisted decoding calls, fails on slots that were never written
     if cache.layer_class_to_replicate is None and len(cache.layers) < len(wanted):
         if not isinstance(cache, DynamicCache):
@@ -139,8 +196,11 @@ def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: i
             )
         for kind, arguments in wanted[len(cache.layers) :]:
             cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
-    sliding = cache.is_sliding[: len(slots)]
-    if any(sliding) and sliding != [types[layer] in WINDOWED for layer in slots]:
+    sliding, kinds = cache.is_sliding[: len(slots)], [types[layer] for layer in slots]
+    stateful = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers[: len(slots)]]
+    windowed = [getattr(DYNAMIC_LAYER_TYPE_MAPPING[kind], "is_sliding", False) for kind in kinds]
+    with_state = [keeps_state(kind) for kind in kinds]
+    if (any(sliding) and sliding != windowed) or (any(with_state) and stateful != with_state):
         raise ValueError(
             f"the attention types of this {type(cache).__name__}'s layers are not those of the model's key-value "
             "slots; make it with config=model.config"
@@ -148,19 +208,36 @@ def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: i
     _check_filled(cache, config, num_recurrences, len(slots))
 
 
+def _is_written(layer: Any) -> bool:
+    """True where a cache's layer holds keys and values, or a state."""
+    states = isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+    return states or getattr(layer, "is_initialized", False)
+
+
 def _check_filled(cache: Cache, config: RecurrentDepthConfig, num_recurrences: int, slots: int) -> None:
-    """Raise ValueError unless the last of the first `slots` slots holds as many positions as the first."""
-    ends: list[Any] = [cache.get_seq_length(slot) for slot in (0, slots - 1)]
+    """Raise ValueError unless the last of the first `slots` slots holds as many positions as the first.
+
+    A slot that is a state has no length: the cache remembers the least depth of its calls in its place.
+    """
+    counting = [n for n, layer in enumerate(cache.layers[:slots]) if isinstance(layer, CacheLayerMixin)]
+    counting = counting or [0, slots - 1]  # a cache that makes its layers when they are written
+    ends: list[Any] = [cache.get_seq_length(slot) for slot in (counting[0], counting[-1])]
     if torch.compiler.is_compiling() and any(isinstance(length, torch.Tensor) for length in ends):
         # A static cache counts in tensors, which a graph can compare only where it runs.
         torch._assert_async(  # pyright: ignore[reportPrivateUsage]
             ends[0] == ends[1], "the cache was prefilled at a smaller depth than is read now"
         )
         return
-    if int(ends[0]) != int(ends[1]):
-        lengths = [int(cache.get_seq_length(slot)) for slot in range(slots)]
-        filled = sum(length == lengths[0] for length in lengths) - len(config.prelude) - len(config.coda)
+    length, filled = int(ends[0]), num_recurrences
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers[:slots]):
+        filled = getattr(cache, "least_recurrences", num_recurrences) if length else num_recurrences
+        cast(Any, cache).least_recurrences = min(filled, num_recurrences)
+    if length != int(ends[1]):
+        first = len(config.prelude) + len(config.coda)
+        core = [int(cache.get_seq_length(slot)) == length for slot in counting if slot >= first]
+        filled = sum(core) * config.kv_slots(num_recurrences) // len(core)
+    if filled < num_recurrences:
         raise ValueError(
-            f"num_recurrences={num_recurrences}, but the cache holds all {lengths[0]} positions only up to depth "
-            f"{filled // len(config.core)}; prefill it at the greatest depth that will be read"
+            f"num_recurrences={num_recurrences}, but the cache holds all {length} positions only up to depth "
+            f"{filled}; prefill it at the greatest depth that will be read"
         )

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
-from tests.helpers.convert import expected, import_refused, run, source, tokens
-from tests.helpers.tiny import ARCHITECTURES, save_source, tokenizer
+from tests.helpers.convert import expected, import_refused, refused, run, source, tokens
+from tests.helpers.tiny import ARCHITECTURES, keeping_more, named, save_source, tokenizer
 
 ROUTING = {  # what their training configuration said
     "mor-expert": ["router.capacity=1,0.6667,0.3333"],
@@ -22,8 +22,18 @@ ROUTING = {  # what their training configuration said
     "mor-token": [],
 }
 MIXED = {  # middle-cycle sharing of their tiny sources would tie layers of different attention types
-    "cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "smollm3", "vaultgemma",
+    "afmoe", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "dots1", "exaone4", "exaone_moe", "gemma2",
+    "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna",
+    "llama4_text", "mellum", "mimo_v2_flash", "ministral", "olmo3", "smollm3", "vaultgemma",
 }  # fmt: skip
+ALL_EXPERTS = {"mlp_layer_types": ["sparse"] * 6}
+SOURCES: dict[str, dict[str, Any]] = {  # layers of one structure in MIXED, else those of two loops are not alike
+    "afmoe": {"num_dense_layers": 0},
+    "dots1": {"first_k_dense_replace": 0},
+    "llama4_text": {"interleave_moe_layer_step": 1},
+    "modernbert-decoder": {"layer_types": ["full_attention"] * 6},
+    **dict.fromkeys(["cohere2_moe", "exaone_moe", "laguna", "mellum", "mimo_v2_flash"], ALL_EXPERTS),
+}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
@@ -88,13 +98,13 @@ def test_what_the_tensors_deny_is_refused(capsys, tmp_path):
     assert "kv_sharing.update_cache" in import_refused(capsys, folder, out)
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", named({*ARCHITECTURES} - {*keeping_more()}))
 def test_every_architecture(model_type, tmp_path):
     """Converted and verified; with thresholds the same with a cache, and a prefix's logits are those of the whole."""
     sharing = "cycle" if model_type in MIXED else "middle-cycle"
     router = {"alpha": 0.5, "capacity": [0.7, 0.4]}
     model = run(
-        save_source(tmp_path / "source", model_type),
+        save_source(tmp_path / "source", model_type, **SOURCES.get(model_type, {})),
         tmp_path / "out",
         method="mor",
         loops=2,
@@ -118,6 +128,15 @@ def test_every_architecture(model_type, tmp_path):
             model(**start).logits[seen[:, :15]], want.logits[:, :15][seen[:, :15]], rtol=0, atol=5e-5
         )
     assert torch.equal(model.generate(**batch, **GREEDY), model.generate(**batch, use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize("model_type", named(keeping_more()))
+def test_layers_that_keep_more_than_keys_and_values_have_no_router(model_type, capsys, tmp_path):
+    """Nor do they share them between depths."""
+    path = save_source(tmp_path / "source", model_type)
+    for keys in (["method=mor", "loops=2", "sharing=cycle"], ["sizes=1,3,2", "kv_policy=single"]):
+        line = refused(capsys, tmp_path, path, tmp_path / "out", *keys)
+        assert "keep more than keys and values for each depth" in line or "parameters as layer" in line
 
 
 def test_routers_are_a_function_of_the_seed(tmp_path):

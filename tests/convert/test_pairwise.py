@@ -126,7 +126,7 @@ def another_class(source: Path) -> None:
     for name in ("LlamaTokenizerFast", "Qwen2TokenizerFast"):
         edit(source / "tokenizer_config.json", tokenizer_class=name)
         try:
-            AutoTokenizer.from_pretrained(source)
+            AutoTokenizer.from_pretrained(source)(TEXT)
             return
         except Exception:  # Gemma's needs an unknown token
             continue

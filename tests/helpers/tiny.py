@@ -2,131 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import get_layer_types_and_kwargs
 
-VOCAB = 320
-_BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-_GROUPED = {**_BASE, "num_key_value_heads": 1, "head_dim": 32}
-_OLD = {
-    "vocab_size": VOCAB,
-    "n_embd": 64,
-    "n_layer": 6,
-    "n_head": 2,
-    "n_positions": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-_WINDOW = {**_GROUPED, "sliding_window": 8}  # shorter than the test inputs
-_MOE = {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-
-# model_type -> config fields that make the architecture's own features bite: windows, mixed types, multipliers.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "arcee": _GROUPED,
-    "biogpt": _BASE,
-    "bloom": {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 6, "n_head": 2},
-    "codegen": {**_OLD, "n_head": 4, "rotary_dim": 8},
-    "cohere": {**_GROUPED, "logit_scale": 0.25},
-    "cohere2": {**_WINDOW, "layer_types": _MIXED, "logit_scale": 0.25},
-    "cwm": {**_WINDOW, "layer_types": _MIXED},
-    "doge": {**_BASE, "num_key_value_heads": 1},
-    "ernie4_5": _GROUPED,
-    "exaone4": {**_WINDOW, "layer_types": _MIXED},
-    "falcon": _BASE,
-    "flex_olmo": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
-    "gemma": _GROUPED,
-    "gemma2": {**_WINDOW, "layer_types": _MIXED},
-    "gemma3_text": {**_WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 24},
-    "glm": _GROUPED,
-    "glm4": _GROUPED,
-    "gpt2": _OLD,
-    "gpt_bigcode": _OLD,
-    "gpt_neo": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_layers": 6,
-        "num_heads": 2,
-        "attention_types": [[["global", "local"], 3]],
-        "window_size": 8,
-        "max_position_embeddings": 128,
-    },
-    "gpt_neox": _BASE,
-    "gpt_oss": {**_WINDOW, "layer_types": _MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gptj": {**_OLD, "rotary_dim": 8},
-    "granite": {
-        **_GROUPED,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 2.0,
-        "attention_multiplier": 0.2,
-    },
-    "granitemoe": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5},
-    "granitemoeshared": {
-        **_GROUPED,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 32,
-        "residual_multiplier": 0.5,
-    },
-    "helium": _GROUPED,
-    "hunyuan_v1_dense": _GROUPED,
-    "jais2": _GROUPED,
-    "llama": _GROUPED,
-    "ministral": {**_WINDOW, "layer_types": _MIXED},
-    "ministral3": _GROUPED,
-    "mistral": _WINDOW,
-    "mixtral": {**_GROUPED, "num_local_experts": 4},
-    "mpt": {"vocab_size": VOCAB, "d_model": 64, "n_layers": 6, "n_heads": 2, "max_seq_len": 128},
-    "nanochat": _GROUPED,
-    "nemotron": _GROUPED,
-    "olmo": {**_GROUPED, "clip_qkv": 3.0},
-    "olmo2": _GROUPED,
-    "olmo3": {**_WINDOW, "layer_types": _MIXED},
-    "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
-    "opt": {**_BASE, "word_embed_proj_dim": 64, "ffn_dim": 96},
-    "persimmon": _BASE,
-    "phi": _BASE,
-    "phi3": _GROUPED,
-    "phimoe": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": _GROUPED,
-    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 32},
-    "qwen3": _GROUPED,
-    "qwen3_moe": _MOE,
-    "seed_oss": _GROUPED,
-    "smollm3": {**_GROUPED, "no_rope_layers": [1, 1, 0] * 2},
-    "stablelm": _GROUPED,
-    "starcoder2": _GROUPED,
-    "vaultgemma": {**_WINDOW, "layer_types": _MIXED},
-    "xglm": {
-        "vocab_size": VOCAB,
-        "d_model": 64,
-        "ffn_dim": 96,
-        "num_layers": 6,
-        "attention_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 2,
-    },
-}
+from loopwise.model.configuration_source import KEYS_ALONE, keeps_state
+from tests.helpers.tiny_configs import ARCHITECTURES, SLOW, VOCAB
 
 
 def source_config(model_type: str, **fields: Any) -> Any:
     """Config of a tiny model of that architecture: 6 layers, head size 32."""
     return AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type], **fields})
+
+
+def named(model_types: Iterable[str] = ARCHITECTURES) -> list[Any]:
+    """Parameters of a test by architecture, of which some are slow."""
+    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in model_types}
+    return [pytest.param(name, id=name, marks=marks[name]) for name in sorted(marks)]
+
+
+def kinds(model_type: str) -> set[str]:
+    """The attention types of its layers."""
+    return set(get_layer_types_and_kwargs(source_config(model_type))[0])
+
+
+def with_state() -> list[str]:
+    """The architectures with layers that keep a state."""
+    return [name for name in ARCHITECTURES if any(map(keeps_state, kinds(name)))]
+
+
+def keeping_more() -> list[str]:
+    """The architectures with layers that keep more than keys and values."""
+    return [name for name in ARCHITECTURES if kinds(name) - {*KEYS_ALONE}]
 
 
 def attention(config: Any) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ....errors import UserError
 from ....model.relaxation import matrix
@@ -38,6 +39,12 @@ class TransformersParts:
             raise UserError(
                 f"{type(source).__name__}: its attention is fixed in its layers, and the engine cannot take its place; "
                 "use transformers' generate"
+            )
+        others = {*get_layer_types_and_kwargs(self.config.source_config)[0]} - {"full_attention", "sliding_attention"}
+        if others:
+            raise UserError(
+                f"{type(source).__name__}: the engine's cache holds keys and values of full and sliding attention, and "
+                f"this model has layers of {', '.join(sorted(others))}; use transformers' generate"
             )
         if self.config.sharing != "cycle":
             raise UserError(f"sharing={self.config.sharing!r}: the engine runs models of sharing='cycle'")

@@ -6,12 +6,15 @@ from typing import get_args
 
 import pytest
 
+from loopwise.convert.architectures import SUPPORTED
 from loopwise.errors import UserError
 from loopwise.exit_rules import ExitRule
 from loopwise.model.configuration_recurrent_depth import EXIT_RULES, KV_POLICIES, policy_slots
+from loopwise.serve.api.architectures import ARCHITECTURES, NOT_SERVED, vllm_architecture
 from loopwise.serve.api.limits import check_policy
 from loopwise.serve.engine.exits import RULES
 from loopwise.serve.engine.kv import KVPolicy
+from tests.helpers.tiny import source_config, with_state
 
 
 def test_exit_rules():
@@ -29,3 +32,19 @@ def test_kv_policies(name, depths):
 def test_an_unknown_kv_policy_is_refused_with_the_choices(name):
     with pytest.raises(UserError, match=f"^kv_policy='{name}': choose from per-depth, last-exited, single, first, "):
         check_policy(name)
+
+
+def test_a_source_is_served_or_has_the_reason_that_fits():
+    assert sorted([*ARCHITECTURES, *NOT_SERVED]) == sorted([*SUPPORTED, "sandwich"])
+    for reason, names in {
+        "keep a state": with_state(),
+        "keeps latents": [name for name in SUPPORTED if getattr(source_config(name), "kv_lora_rank", None)],
+    }.items():
+        own = {name for name, why in NOT_SERVED.items() if reason in why}
+        assert own
+        assert own <= {*names}
+        assert not {*names} & {*ARCHITECTURES}
+    with pytest.raises(
+        UserError, match=r"'lfm2' cannot be served \(its layers keep a state, .*\): choose from arcee, "
+    ):
+        vllm_architecture("lfm2")

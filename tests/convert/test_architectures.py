@@ -1,0 +1,79 @@
+"""The three lists of source architectures, and what is said of those that are not supported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loopwise.convert.architectures import CANNOT, MULTIMODAL, NOT_YET, SUPPORTED
+from loopwise.convert.text_model import text_config
+from tests.helpers.convert import EVERY_LAYER, refused, run, tokens
+from tests.helpers.tiny import load_source, save_source
+
+
+def test_every_causal_language_model_of_transformers_is_in_one_list():
+    lists = [*SUPPORTED, *MULTIMODAL, *NOT_YET, *CANNOT]
+    assert sorted(lists) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # sorted lists: none is in two
+
+
+def test_text_models_inside_of_multimodal_ones_are_supported():
+    inside = [text_config(CONFIG_MAPPING[kind]()).model_type for kind in MULTIMODAL]
+    assert set(inside) <= set(SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("zamba2", "'zamba2' is not supported yet: several of its layers share one transformer block"),
+        ("diffllama", "'diffllama' cannot be converted: its attention depends on a layer's place"),
+        ("t5", "'t5' is not supported; supported are afmoe, "),
+    ],
+)
+def test_the_reason_is_said(model_type, said, capsys, tmp_path):
+    path = save_source(tmp_path / "source")
+    fields = {**json.loads((path / "config.json").read_text()), "model_type": model_type}
+    (path / "config.json").write_text(json.dumps(fields))
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    assert said in line
+    assert ("qwen3" in line) == (model_type == "t5")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2 lets the last 2 layers read keys and values of"),
+        ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input=8 gives each layer a part of every token's"),
+    ],
+)
+def test_fields_over_a_boundary_are_refused(fields, said, capsys, tmp_path):
+    path = save_source(tmp_path / "source", "gemma4_text")
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    assert said in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+
+
+def test_an_order_that_a_plain_model_lacks_is_refused(capsys, tmp_path):
+    """The core of this Jamba is no whole number of periods; in that of DeepSeek, a dense layer comes after experts."""
+    path = save_source(tmp_path / "jamba", "jamba")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,2", "injection=none")
+    assert "attn_layer_period=3, expert_layer_period=3: kinds of a plain model's layers repeat by these" in line
+    path = save_source(tmp_path / "deepseek", "deepseek_v3")
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "layers.prelude=1", "layers.core=0,2", "layers.coda=5")
+    assert "first_k_dense_replace: a plain model has its layers without experts at its ends" in line
+
+
+def test_tensors_that_transformers_leaves_out_are_left_out_and_named(capsys, tmp_path):
+    path = save_source(tmp_path / "source", "qwen3_5_text")
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.ones(2, 2)}, path / "model.safetensors", {"format": "pt"})
+    model = run(path, tmp_path / "out", **EVERY_LAYER)
+    facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())
+    assert any("left out, as in transformers' qwen3_5_text: mtp.fc.weight" in note for note in facts["notes"])
+    with torch.no_grad():
+        want, got = load_source(path)(**tokens()).logits, model(**tokens(), num_recurrences=1).logits
+    seen = tokens()["attention_mask"].bool()
+    assert torch.equal(want[seen], got[seen])
