@@ -10,6 +10,7 @@ Files in reading order, each importing only those above it:
     retrofitted_llama.py   retrofitted Llama
     ouro.py                Ouro
     nanbeige.py            Nanbeige4.2
+    loopus.py              LoopUS
     mor.py                 Mixture-of-Recursions, expert-choice and token-choice
     unsupported.py         recurrent models that are recognised, and why they are not supported
 """
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import UserError
-from . import huginn, mor, nanbeige, ouro, retrofitted_llama, retrofitted_olmo
+from . import huginn, loopus, mor, nanbeige, ouro, retrofitted_llama, retrofitted_olmo
 from .base import Format
 from .unsupported import refuse_unsupported
 
@@ -32,6 +33,7 @@ FORMATS = (
     retrofitted_llama.FORMAT,
     ouro.FORMAT,
     nanbeige.FORMAT,
+    loopus.FORMAT,
     mor.EXPERT_CHOICE,
     mor.TOKEN_CHOICE,
 )

@@ -16,6 +16,7 @@ checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not
     injection.py                      the prelude's output, injected into each recurrence
     recurrence_encoding.py            position and depth, added before each recurrence
     damping.py                        the share of its step that a recurrence makes
+    exit_gate.py                      the probability to exit after a recurrence
     recurrence_norm.py                the norm before, after, or at the end of the recurrences
     halting.py                        adaptive computation time
     relaxation.py                     LoRA, norms and biases of each depth

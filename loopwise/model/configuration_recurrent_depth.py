@@ -17,10 +17,11 @@ STATE_INITS = ("input", "zeros", "normal")
 INJECTIONS = ("none", "add", "linear", "gated", "decayed")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
-INVERSE_DEPTH, LEARNED = "1/R", "learned"
-DAMPINGS = (INVERSE_DEPTH, LEARNED)  # values of recurrence_damping beside numbers
+INVERSE_DEPTH, LEARNED, SELECTIVE = "1/R", "learned", "selective"
+DAMPINGS = (INVERSE_DEPTH, LEARNED, SELECTIVE)  # values of recurrence_damping beside numbers
 ENCODINGS = ("none", "sinusoidal")
 HALTINGS = ("none", "act")
+GATE_NORMS = ("final", "own")
 EXIT_RULES = (
     "fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability",
 )  # fmt: skip
@@ -49,7 +50,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
             before the coda, as in Huginn).
         recurrence_damping (`float` or `str`): g of s_r = s_{r-1} + g (core(inject(s_{r-1}, e)) - s_{r-1}); 1.0 is no
             damping. A number below 1, or `learned` (a g for each channel), damps the recurrences after the first; `1/R`
-            damps all by the call's R. So one recurrence is never damped. The recurrence norm `each` norms the damped
+            damps all by the call's R. So one recurrence is never damped. `selective` damps all, by a g of each token
+            and channel that depends on the step (LoopUS, arXiv 2605.11011). The recurrence norm `each` norms the damped
             state; with `between`, s_{r-1} is the normed state. See `damping.py`.
         recurrence_residual (`bool`): every recurrence but the first adds its input to its output (AbbIE-D,
             arXiv 2507.08567).
@@ -59,6 +61,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             read-out is the mean of the states, weighted by the gate. See `halting.py`.
         halting_epsilon (`float`): a token halts once its halting probabilities sum to 1 - epsilon.
         exit_gate (`bool`): a linear gate on the normed state gives the probability to exit (Ouro).
+        exit_gate_norm (`str`): the norm of the exit gate: `final` (the source's) or `own` (a LayerNorm, as in LoopUS).
         relaxation (`dict`, *optional*): parameters of the core's layers that differ between depths: `depths` (`int`),
             `rank` (`dict[str, int]`, LoRA ranks by names of linear modules), `own` (`list[str]`, names of parameters),
             `dora` (`bool`). See `relaxation.py`.
@@ -103,6 +106,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     halting: str = "none"
     halting_epsilon: float = 0.01
     exit_gate: bool = False
+    exit_gate_norm: str = "final"
     relaxation: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
     kv_policy: str = "per-depth"
@@ -157,7 +161,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self._complete()
         self._check_layers()
         choices = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
-        choices |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
+        choices |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS, "exit_gate_norm": GATE_NORMS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(allowed)}")

@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, recurrences_of
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
+from .exit_gate import ExitGate
 from .experts import collect_router_logits
 from .injection import Injection
 from .modeling_sandwich import causal_lm_class
@@ -111,7 +112,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if config.halting == "act":
             self.halting_gate = nn.Linear(source_config.hidden_size, 1)
         if config.exit_gate:
-            self.exit_gate = nn.Linear(source_config.hidden_size, 1)
+            self.exit_gate = ExitGate(source_config.hidden_size, config.exit_gate_norm)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         if config.router:
@@ -147,8 +148,11 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         elif isinstance(module, Factors):
             module.reset_parameters()
         elif isinstance(module, RecurrenceEncoding | Damping):
-            for parameter in module.parameters():
-                init.zeros_(parameter)
+            for name, parameter in module.named_parameters():
+                if name == "down":  # a product of two zeros would have no gradient
+                    init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                else:
+                    init.zeros_(parameter)
         elif self.config.halting == "act" and module is self.halting_gate:
             init.zeros_(cast(Any, module).weight)
             init.zeros_(cast(Any, module).bias)

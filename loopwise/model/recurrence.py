@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .call import Call, Place, with_initial_state
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
+from .exit_gate import ExitGate
 from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
@@ -50,7 +51,7 @@ class Recurrence:
     recurrence_norm: nn.RMSNorm
     recurrence_encoding: RecurrenceEncoding
     halting_gate: nn.Linear
-    exit_gate: nn.Linear
+    exit_gate: ExitGate
     router: Router
     training: bool
     checkpoint_recurrences: bool
@@ -171,8 +172,8 @@ class Recurrence:
         return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
 
     def _exit_logits(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [R, B, T] of the exit gate on the normed states: lambda_r is their sigmoid (arXiv 2510.25741)."""
-        return torch.stack([self.exit_gate(self._final_norm(s)).squeeze(-1) for s in states])
+        """Logits [R, B, T] of the exit gate on the states: lambda_r is their sigmoid (arXiv 2510.25741)."""
+        return torch.stack([self.exit_gate(s, self._final_norm) for s in states])
 
     def _final_norm(self, s: torch.Tensor) -> torch.Tensor:
         """The source's final norm of s [.., D]."""

@@ -16,6 +16,7 @@ from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from ...model import RecurrentDepthConfig
 from ...model.damping import Damping
+from ...model.exit_gate import ExitGate
 from ...model.injection import Injection
 from ...model.router import Router
 from ...model.source_layers import FINAL_NORM
@@ -71,7 +72,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         if config.router:
             self.router = Router(config.hidden_size, config.router)
         if config.exit_gate:  # the fixed engine loads it, and never uses it
-            self.exit_gate = nn.Linear(config.hidden_size, 1)
+            self.exit_gate = ExitGate(config.hidden_size, config.exit_gate_norm)
         core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
         self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
         context = vllm_config.compilation_config.static_forward_context

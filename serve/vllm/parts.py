@@ -143,7 +143,7 @@ class VllmParts:
 
     def gate(self, s: torch.Tensor) -> torch.Tensor:
         """Logits [N] of the exit gate for s [N, D]."""
-        return self.model.exit_gate(self.model.final_norm(s)).squeeze(-1)
+        return self.model.exit_gate(s, self.model.final_norm)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
     def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:

@@ -127,6 +127,10 @@ class Oracle:
         kind = self.config.recurrence_damping
         if kind == "1/R":
             return ((limit - 1) * old + new) / limit
+        if kind == "selective":
+            gate = self.model.damping
+            rate = torch.log1p((gate.up @ (gate.down @ (new - old)) + gate.bias).exp()) * gate.log_rate.exp()
+            return (-rate).exp() * new + (1 - (-rate).exp()) * old
         if kind == 1 or depth == 0:
             return new
         share = 1 / (1 + (-self.model.damping.weight).exp()) if kind == "learned" else kind
@@ -319,7 +323,7 @@ class Rule:
             return 1 - float(torch.cosine_similarity(after, before, dim=0))
         if self.name == "gate":
             model = self.oracle.model
-            gate = float(torch.sigmoid(model.exit_gate(model._final_norm(after[None])))[0, 0])
+            gate = float(torch.sigmoid(model.exit_gate(after[None], model._final_norm))[0])
             self.left = self.left + (1 - self.left) * gate
             return self.left
         p = logits.softmax(-1)

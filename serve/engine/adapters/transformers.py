@@ -148,7 +148,7 @@ class TransformersParts:
         return self.model.recurrence_norm(s)
 
     def gate(self, s: Tensor) -> Tensor:
-        return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
+        return self.model.exit_gate(s, self.model._final_norm)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
     def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
