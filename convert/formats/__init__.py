@@ -11,6 +11,7 @@ Files in reading order, each importing only those above it:
     ouro.py                Ouro
     nanbeige.py            Nanbeige4.2
     loopus.py              LoopUS
+    parcae.py              Parcae
     mor.py                 Mixture-of-Recursions, expert-choice and token-choice
     unsupported.py         recurrent models that are recognised, and why they are not supported
 """
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import UserError
-from . import huginn, loopus, mor, nanbeige, ouro, retrofitted_llama, retrofitted_olmo
+from . import huginn, loopus, mor, nanbeige, ouro, parcae, retrofitted_llama, retrofitted_olmo
 from .base import Format
 from .unsupported import refuse_unsupported
 
@@ -34,6 +35,7 @@ FORMATS = (
     ouro.FORMAT,
     nanbeige.FORMAT,
     loopus.FORMAT,
+    parcae.FORMAT,
     mor.EXPERT_CHOICE,
     mor.TOKEN_CHOICE,
 )

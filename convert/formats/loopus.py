@@ -85,8 +85,8 @@ def _layers(fields: dict[str, Any], count: int) -> dict[str, list[int]]:
     core = sorted(fields.get("reasoning_layer_indices") or rest)
     if sorted([*encoder, *core, *decoder]) != list(range(count)):
         raise UserError(
-            f"encoder_layer_indices={encoder}, reasoning_layer_indices={core}, decoder_layer_indices={decoder}: each of "
-            f"layers 0 to {count - 1} stands in one of them"
+            f"encoder_layer_indices={encoder}, reasoning_layer_indices={core}, decoder_layer_indices={decoder}: each "
+            f"of layers 0 to {count - 1} stands in one of them"
         )
     return {"prelude": encoder, "core": core, "coda": decoder}
 

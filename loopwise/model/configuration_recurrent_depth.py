@@ -14,7 +14,7 @@ from .configuration_router import router_fields
 from .configuration_source import clear_source_settings, declares, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
-INJECTIONS = ("none", "add", "linear", "gated", "decayed")
+INJECTIONS = ("none", "add", "linear", "gated", "decayed", "diagonal")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
 INVERSE_DEPTH, LEARNED, SELECTIVE = "1/R", "learned", "selective"
@@ -42,7 +42,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
         injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]),
-            `gated` (g s + (1 - g) e) or `decayed` (a s + (1 - a) W e, with a factor a < 1 for each channel).
+            `gated` (g s + (1 - g) e), `decayed` (a s + (1 - a) W e, with a factor a < 1 for each channel) or
+            `diagonal` (Parcae's: the same in other parameters). See `injection.py`.
+        prelude_norm (`bool`): an RMS norm of the prelude's output gives e.
+        state_projection (`bool`): the coda reads W s_R, with a matrix W (Parcae, arXiv 2604.12946).
         sharing (`str`): order of the core's layers: `cycle` (all layers, R times) or `sequence` (each layer R times,
             then the next; without injection only).
         recurrence_norm (`str`): `none`; `each` (an added RMS norm after every recurrence); `between` (the source's
@@ -98,6 +101,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_std: float = 0.0087
     state_seed: int = 0
     injection: str = "none"
+    prelude_norm: bool = False
+    state_projection: bool = False
     sharing: str = "cycle"
     recurrence_norm: str = "none"
     recurrence_damping: float | str = 1.0

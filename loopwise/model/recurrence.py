@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .call import Call, Place, with_initial_state
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
+from .ends import Ends
 from .exit_gate import ExitGate
 from .halting import halting_weights
 from .initial_state import initial_state
@@ -47,6 +48,7 @@ class Recurrence:
     core: nn.ModuleList
     coda: nn.ModuleList
     injection: Injection
+    ends: Ends
     damping: Damping
     recurrence_norm: nn.RMSNorm
     recurrence_encoding: RecurrenceEncoding
@@ -76,7 +78,7 @@ class Recurrence:
         Writes the call's results: states, state, routing, ponder, hidden.
         """
         config, recurrences = self.config, call.options.num_recurrences
-        e = self._run(self._places("prelude"), x, call)
+        e = self.ends.enter(self._run(self._places("prelude"), x, call))
         s = with_initial_state(initial_state(config, e, call.positions, call.options.sequence_ids), call)
         if config.router:
             assert call.not_padding is not None
@@ -157,7 +159,7 @@ class Recurrence:
     def _read_out(self, s: torch.Tensor, call: Call) -> torch.Tensor:
         """The output of the coda [B, T, D] for the state s [B, T, D]."""
         s = norm_at_end(self.config.recurrence_norm, s, self._final_norm)
-        return self._run(self._places("coda"), s, call)
+        return self._run(self._places("coda"), self.ends.leave(s), call)
 
     def _state_at(self, depth: int, call: Call) -> torch.Tensor:
         """The state [B, T, D] that is read out at `depth`; with halting, the mean of those up to it."""

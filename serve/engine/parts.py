@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...model.configuration_recurrent_depth import RecurrentDepthConfig
 from ...model.damping import Damping
+from ...model.ends import Ends
 from ...model.injection import Injection
 from ...model.router import Router
 
@@ -20,8 +21,11 @@ class Parts(Protocol):
 
     config: RecurrentDepthConfig
     injection: Injection
+    ends: Ends
     damping: Damping
     router: Router | None
+    needs_tokens: bool  # layers embed the tokens of their rows
+    tokens: Tensor  # [N], where they do: those of the next call's rows; Forward sets them
 
     @property
     def compilable(self) -> bool:

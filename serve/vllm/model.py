@@ -16,6 +16,7 @@ from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from ...model import RecurrentDepthConfig
 from ...model.damping import Damping
+from ...model.ends import Ends
 from ...model.exit_gate import ExitGate
 from ...model.injection import Injection
 from ...model.router import Router
@@ -66,6 +67,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         layers: list[nn.Module] = list(self.source.get_submodule(self.layers_name))
         check_windows(layers, unique)
         self.injection = Injection(config.injection, config.hidden_size)
+        self.ends = Ends(config.prelude_norm, config.state_projection, config.hidden_size, config.norm_eps)
         self.damping = Damping(config.recurrence_damping, config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -80,7 +82,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         if is_lanes(vllm_config):
             self.parts = VllmParts(self, layers, policy_of(config).slots, context)
             return
-        between = Between(self.injection, self.damping, self._norm())
+        between = Between(self.injection, self.ends, self.damping, self._norm())
         self.recurrence = Recurrence(config, config.num_recurrences, layers, between, context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
@@ -124,7 +126,7 @@ class RecurrentDepthForCausalLM(nn.Module):
             for name, tensor in weights:
                 tensor = completeness.watch(name, tensor)
                 part, _, rest = name.partition(".")
-                if part in ("injection", "damping", "recurrence_norm", "exit_gate", "router"):
+                if part in ("injection", "ends", "damping", "recurrence_norm", "exit_gate", "router"):
                     target = self.router.bias if name == "router.bias" else self.get_parameter(name)
                     default_weight_loader(target, tensor)
                     loaded.add(name)

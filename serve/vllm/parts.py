@@ -31,7 +31,7 @@ class VllmParts:
         Raises ValueError for a layer without exactly one Attention.
         """
         self.model, self.config = model, model.config
-        self.injection, self.damping = model.injection, model.damping
+        self.injection, self.ends, self.damping = model.injection, model.ends, model.damping
         self.router = getattr(model, "router", None)
         config = self.config
         prelude, core = len(config.prelude), len(config.core)

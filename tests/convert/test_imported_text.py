@@ -1,5 +1,7 @@
-"""Imports give the greedy texts of the authors' code: in transformers with and without a cache and where Loopwise is not
-installed, and in the lane engine."""
+"""Imports give the greedy texts of the authors' code: in transformers with and without a cache, and in the lane engine.
+
+They load where Loopwise is not installed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from loopwise.cli import main
 from loopwise.serve import Engine, Params
 from tests.helpers.convert import GOLDEN, expected, source
 
-FORMATS = ("loopus",)  # those whose expected.safetensors have texts
+# Formats whose expected.safetensors have texts -> keys: those of Parcae are from a state of zeros.
+FORMATS: dict[str, list[str]] = {"loopus": [], "parcae": ["state_init=zeros"]}
 DEPTHS = (1, 2, 4, 8)
 
 
@@ -22,8 +25,8 @@ DEPTHS = (1, 2, 4, 8)
 def folder(tmp_path_factory):
     """A folder with an import of each format."""
     folder = tmp_path_factory.mktemp("imported")
-    for name in FORMATS:
-        assert main(["convert", str(source(name, folder / f"{name}-source")), str(folder / name)]) == 0
+    for name, keys in FORMATS.items():
+        assert main(["convert", str(source(name, folder / f"{name}-source")), str(folder / name), *keys]) == 0
     return folder
 
 

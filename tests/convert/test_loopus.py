@@ -1,4 +1,4 @@
-"""LoopUS: fine-tunes as they are on disk, the authors' halting, and their greedy texts; test_import.py has the logits."""
+"""LoopUS: its gate, and fine-tunes as they are on disk; test_import.py has the logits."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ class TransformersParts:
         """`length`: positions that will be asked for. A model of learned positions may have one less: the token that
         fills it up never runs, but a wave may guess beyond it, at the last position then."""
         self.model, self.config = model, model.config
-        self.injection, self.damping = model.injection, model.damping
+        self.injection, self.ends, self.damping = model.injection, model.ends, model.damping
         self.router = getattr(model, "router", None)
+        self.needs_tokens, self.tokens = any(getattr(self.config.source_config, "value_embeddings", ())), torch.empty(0)
         source = model.source
         if not getattr(source, "_supports_attention_backend", False):
             raise UserError(
@@ -77,15 +78,16 @@ class TransformersParts:
         self.attention = Measure()  # pyright: ignore[reportAttributeAccessIssue]
         more = self.config.source_config.num_attention_heads + 1  # so that it shows which dimension is the rows'
         position = torch.zeros(more, dtype=torch.long, device=self.device)
-        x = self.embed(position, position)
+        x, self.tokens = self.embed(position, position), position
         for part in ("prelude", "coda", "core"):
             self.layers(part, x, position, position)
         return [found[layer] for layer in sorted(found)]
 
     @property
     def compilable(self) -> bool:
-        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row."""
-        return not (self.config.relaxation or {}).get("own")
+        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row, and tokens
+        that layers embed are no input of it."""
+        return not (self.config.relaxation or {}).get("own") and not self.needs_tokens
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _visited(self, index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
@@ -166,6 +168,8 @@ class TransformersParts:
                     {name: self._of(value, positions) for name, value in kwargs.items()},
                 )
             args, kwargs = passed[source]
+            if self.needs_tokens:
+                kwargs["token_ids"] = self.tokens[None]
             self.layer = start + n
             x = layer(x, *args, **kwargs)
             x = x[0] if isinstance(x, tuple) else x
