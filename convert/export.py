@@ -101,7 +101,7 @@ def check_expressible(path: Path, config: RecurrentDepthConfig, unroll: int) -> 
             "has no such layer, so it cannot be exported"
         )
     plain = {"recurrence_norm": "none", "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
-    plain |= {"prelude_norm": False, "state_projection": False}
+    plain |= {"prelude_norm": False, "state_projection": False, "time_conditioning": None}
     if config.recurrence_norm == "between":
         del plain["recurrence_norm"]
         if unroll > 1:

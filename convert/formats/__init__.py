@@ -12,6 +12,7 @@ Files in reading order, each importing only those above it:
     nanbeige.py            Nanbeige4.2
     loopus.py              LoopUS
     parcae.py              Parcae
+    loopformer.py          LoopFormer
     mor.py                 Mixture-of-Recursions, expert-choice and token-choice
     unsupported.py         recurrent models that are recognised, and why they are not supported
 """
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import UserError
-from . import huginn, loopus, mor, nanbeige, ouro, parcae, retrofitted_llama, retrofitted_olmo
+from . import huginn, loopformer, loopus, mor, nanbeige, ouro, parcae, retrofitted_llama, retrofitted_olmo
 from .base import Format
 from .unsupported import refuse_unsupported
 
@@ -36,6 +37,7 @@ FORMATS = (
     nanbeige.FORMAT,
     loopus.FORMAT,
     parcae.FORMAT,
+    loopformer.FORMAT,
     mor.EXPERT_CHOICE,
     mor.TOKEN_CHOICE,
 )

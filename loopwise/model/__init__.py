@@ -25,6 +25,7 @@ checkpoint, so that it loads with `trust_remote_code=True` where loopwise is not
     halting.py                        adaptive computation time
     relaxation.py                     LoRA, norms and biases of each depth
     routed_rows.py                    a layer that runs some of the tokens
+    time_conditioning.py              factors by recurrence and R
     router.py                         the router: the choice of the tokens of each recurrence
     output.py                         the output of a call
     call.py                           the state of one call

@@ -60,6 +60,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
             arXiv 2507.08567).
         recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
             Universal Transformers).
+        time_conditioning (`dict`, *optional*): factors on outputs of the core's modules that depend on r / R and 1 / R
+            (LoopFormer, arXiv 2602.11451): `scale`, `gate` (`list[str]`, names of modules), `frequencies` (`int`). See
+            `time_conditioning.py`.
         halting (`str`): `none`, or `act` (adaptive computation time): tokens halt one by one under a gate, and the
             read-out is the mean of the states, weighted by the gate. See `halting.py`.
         halting_epsilon (`float`): a token halts once its halting probabilities sum to 1 - epsilon.
@@ -108,6 +111,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     recurrence_damping: float | str = 1.0
     recurrence_residual: bool = False
     recurrence_encoding: str = "none"
+    time_conditioning: dict[str, Any] | None = None
     halting: str = "none"
     halting_epsilon: float = 0.01
     exit_gate: bool = False
@@ -216,6 +220,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             "recurrence_damping": self.recurrence_damping != 1,
             "recurrence_residual": self.recurrence_residual,
             "recurrence_encoding": self.recurrence_encoding != "none",
+            "time_conditioning": bool(self.time_conditioning),
             "halting": self.halting != "none",
         }
         if self.sharing == "sequence" and any(between.values()):
@@ -225,8 +230,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
         if self.router and self.recurrence_norm == "between":  # norms of all tokens, also of those that have stopped
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
-        if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
-            raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        alone = ("recurrence_residual", "recurrence_encoding", "time_conditioning", "halting")
+        if self.router and any(between[name] for name in alone):
+            raise ValueError(f"a router goes with no {', '.join(alone[:-1])} or {alone[-1]}")
         if self.recurrence_damping != 1 and (self.router or self.recurrence_residual):
             raise ValueError(
                 f"recurrence_damping={self.recurrence_damping!r} goes with no router, whose weights take its place "

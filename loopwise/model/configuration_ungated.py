@@ -15,6 +15,7 @@ class UngatedConfig(LlamaConfig):
     Args:
         learned_positions (`bool`): learned position embeddings are added to the tokens', in place of rotary positions.
         qk_norm (`bool`): queries and keys of each head are divided by their root mean square, without a weight.
+        norm_weights (`bool`): the norms of the layers have weights; the final norm always has one.
         value_embeddings (`list[bool]`): for each layer, True if it adds embeddings of the tokens to its values, by a
             gate for each head. Empty: none does.
     """
@@ -23,6 +24,7 @@ class UngatedConfig(LlamaConfig):
 
     learned_positions: bool = False
     qk_norm: bool = False
+    norm_weights: bool = True
     value_embeddings: list[bool] = field(default_factory=list[bool])
 
 

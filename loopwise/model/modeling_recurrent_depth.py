@@ -41,6 +41,7 @@ from .relaxation import Factors, Relaxation
 from .router import Router, capacities
 from .some_logits import head_at
 from .source_layers import TUPLE_LAYERS, Tap, layer_list_name, prepare_cache
+from .time_conditioning import Modulation, TimeConditioning
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
 
@@ -118,6 +119,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             self.exit_gate = ExitGate(source_config.hidden_size, config.exit_gate_norm)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
+        if config.time_conditioning:
+            given = {"scale": [], "gate": [], **config.time_conditioning}
+            self.time_conditioning = TimeConditioning(self.core, source_config.hidden_size, **given)
         if config.router:
             self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
@@ -154,6 +158,10 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
                 init.ones_(module.norm)
             if module.projection is not None:
                 init.copy_(module.projection, torch.eye(len(module.projection)))
+        elif isinstance(module, Modulation):
+            for linear in (*module.scale.values(), *module.gate.values()):
+                init.zeros_(cast(Any, linear).weight)
+                init.constant_(cast(Any, linear).bias, float(linear in module.gate.values()))
         elif isinstance(module, Factors):
             module.reset_parameters()
         elif isinstance(module, RecurrenceEncoding | Damping):

@@ -98,8 +98,10 @@ class UngatedLayer(GradientCheckpointingLayer):
     def __init__(self, config: UngatedConfig, layer_idx: int):
         super().__init__()
         self.self_attn, self.mlp = UngatedAttention(config, layer_idx), UngatedMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        sizes = (config.hidden_size, config.rms_norm_eps)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            plain = LlamaRMSNorm(*sizes) if config.norm_weights else nn.RMSNorm(*sizes, elementwise_affine=False)
+            setattr(self, name, plain)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; the other arguments go to the attention."""

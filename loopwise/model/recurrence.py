@@ -30,6 +30,7 @@ from .recurrence_norm import norm_after, norm_at_end, norm_before
 from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
 from .router import Router
 from .source_layers import FINAL_NORM, DepthCache, Overwriting, with_slot
+from .time_conditioning import TimeConditioning
 
 
 class Selection(NamedTuple):
@@ -52,6 +53,7 @@ class Recurrence:
     damping: Damping
     recurrence_norm: nn.RMSNorm
     recurrence_encoding: RecurrenceEncoding
+    time_conditioning: TimeConditioning
     halting_gate: nn.Linear
     exit_gate: ExitGate
     router: Router
@@ -122,7 +124,11 @@ class Recurrence:
         places, before = [self._core_place(n, r) for n in range(len(self.config.core))], s
         if self.config.recurrence_encoding == "sinusoidal":
             s = self.recurrence_encoding(s, call.positions, r + 1)
-        s = self._run(places, self.injection(s, e), call, selection)
+        time = None
+        if self.config.time_conditioning:
+            rows = call.options.rows
+            time = self.time_conditioning(r, call.options.num_recurrences if rows is None else rows[:, None], s.device)
+        s = self._run(places, self.injection(s, e), call, selection, time)
         if self.config.recurrence_residual and r:
             s = s + before
         s = self.damping(before, s, r > 0, call.options.num_recurrences)
@@ -204,9 +210,14 @@ class Recurrence:
         return Place(self.core[n], config.core[n], slot, depth)
 
     def _run(
-        self, places: list[Place], x: torch.Tensor, call: Call, selection: Selection | None = None
+        self,
+        places: list[Place],
+        x: torch.Tensor,
+        call: Call,
+        selection: Selection | None = None,
+        time: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Layers in order, on x [B, T, D], or on the rows [B, N, D] of a selection."""
+        """Layers in order, on x [B, T, D], or on the rows [B, N, D] of a selection. time: the core's conditioning."""
         for place in places:
             args, kwargs = call.layer_arguments[place.source_layer]
             if call.keep_hidden:
@@ -220,6 +231,8 @@ class Recurrence:
             kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, view), strict=True))
             if self.config.relaxation and place.depth is not None:
                 kwargs["depth"] = place.depth
+            if time is not None:
+                kwargs["time"] = time
             x = place.layer(x, *with_slot(args, call.cache, view), **kwargs)
             x = x[0] if isinstance(x, tuple) else x
         return x

@@ -27,7 +27,7 @@ def recur(parts: Parts, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, l
     """
     kind = parts.config.recurrence_norm
     s = norm_before(kind, s, parts.norm_between, begun)
-    y = parts.layers("core", parts.injection(s, e), position, depth)
+    y = parts.layers("core", parts.injection(s, e), position, depth, limit)
     return norm_after(kind, parts.damping(s, y, begun, limit), parts.norm_each)
 
 
@@ -82,7 +82,7 @@ class Forward:
             self.tokens[row, position] = tokens.to(self.tokens.dtype)
         if self.parts.config.prelude:
             self._plan(row, position, only)
-            x = self.parts.layers("prelude", x, position, None)
+            x = self.parts.layers("prelude", x, position)
         return self.parts.ends.enter(x)
 
     def plan(self, rows: Rows) -> Any:
@@ -105,7 +105,7 @@ class Forward:
         if config.coda:
             self._plan(row, position, only)
         s = norm_at_end(config.recurrence_norm, s, self.parts.norm_between)
-        return self.parts.layers("coda", self.parts.ends.leave(s), position, None)
+        return self.parts.layers("coda", self.parts.ends.leave(s), position)
 
     def _plan(self, row: Tensor, position: Tensor, only: Tensor | None) -> None:
         """Plan a call of prelude or coda, which have one slot."""

@@ -36,10 +36,13 @@ class Parts(Protocol):
         """The first layer's input [N, D] for tokens [N] at positions [N]."""
         ...
 
-    def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
+    def layers(
+        self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None = None, limits: Tensor | None = None
+    ) -> Tensor:
         """x [N, D] through the layers of "prelude", "core" or "coda".
 
-        `depths` select the core's LoRA: [N], or [1] for all rows.
+        `depths` select the core's LoRA: [N], or [1] for all rows. Its time conditioning is of these and of R, `limits`
+        [N].
         """
         ...
 

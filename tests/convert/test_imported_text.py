@@ -17,7 +17,7 @@ from loopwise.serve import Engine, Params
 from tests.helpers.convert import GOLDEN, expected, source
 
 # Formats whose expected.safetensors have texts -> keys: those of Parcae are from a state of zeros.
-FORMATS: dict[str, list[str]] = {"loopus": [], "parcae": ["state_init=zeros"]}
+FORMATS: dict[str, list[str]] = {"loopus": [], "parcae": ["state_init=zeros"], "loopformer": []}
 DEPTHS = (1, 2, 4, 8)
 
 

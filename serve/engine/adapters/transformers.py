@@ -53,6 +53,9 @@ class TransformersParts:
         for tap in self.taps:
             tap.visit = self._visited
         self._relax()
+        if self.config.time_conditioning:
+            with torch.no_grad():
+                model.time_conditioning.tabulate(self.config.max_recurrences)
         self.device = model.get_input_embeddings().weight.device
         has = getattr(self.config, "max_position_embeddings", None) or length
         self.length = min(length, has)
@@ -80,14 +83,14 @@ class TransformersParts:
         position = torch.zeros(more, dtype=torch.long, device=self.device)
         x, self.tokens = self.embed(position, position), position
         for part in ("prelude", "coda", "core"):
-            self.layers(part, x, position, position)
+            self.layers(part, x, position, position, position)
         return [found[layer] for layer in sorted(found)]
 
     @property
     def compilable(self) -> bool:
-        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row, and tokens
-        that layers embed are no input of it."""
-        return not (self.config.relaxation or {}).get("own") and not self.needs_tokens
+        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row, and neither
+        tokens that layers embed nor times are inputs of it."""
+        return not ((self.config.relaxation or {}).get("own") or self.needs_tokens or self.config.time_conditioning)
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _visited(self, index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
@@ -153,7 +156,9 @@ class TransformersParts:
         return self.model.exit_gate(s, self.model._final_norm)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
+    def layers(
+        self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None = None, limits: Tensor | None = None
+    ) -> Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depths is not None:
@@ -170,6 +175,10 @@ class TransformersParts:
             args, kwargs = passed[source]
             if self.needs_tokens:
                 kwargs["token_ids"] = self.tokens[None]
+            if config.time_conditioning and part == "core":
+                assert depths is not None
+                assert limits is not None
+                kwargs = {**kwargs, "time": self.model.time_conditioning.row(depths, limits)}
             self.layer = start + n
             x = layer(x, *args, **kwargs)
             x = x[0] if isinstance(x, tuple) else x
