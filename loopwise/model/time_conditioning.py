@@ -42,9 +42,14 @@ class Modulation(nn.Module):
     def _enter(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook of the layer."""
-        self._time = kwargs.pop("time")
+        """A forward pre-hook of the layer. A lane engine calls `at` itself, and the layer without `time`."""
+        if "time" in kwargs:
+            self.at(kwargs.pop("time"))
         return args, kwargs
+
+    def at(self, time: torch.Tensor) -> None:
+        """The next run of the layer has this `time`."""
+        self._time = time
 
     def _multiply(self, linear: nn.Module, offset: float, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """A forward hook: the output [.., size] of a module, or the first of a tuple, times its factor."""

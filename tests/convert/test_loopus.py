@@ -71,3 +71,12 @@ def test_a_config_without_its_base_is_refused(tmp_path, capsys):
     del fields["base_config_dict"]
     (folder / "config.json").write_text(json.dumps(fields))
     assert "lacks 'base_config_dict'" in import_refused(capsys, folder, tmp_path / "out")
+
+
+def test_no_plain_model_has_its_gate(tmp_path, capsys):
+    imported(source("loopus", tmp_path / "source"))
+    for depth in ("1", "2"):
+        assert main(["export", str(tmp_path / "out"), str(tmp_path / "plain"), "--unroll", depth]) == 2
+        line = capsys.readouterr().err
+        assert "recurrence_damping=selective" in line
+        assert "--unroll 1 exports it" not in line
