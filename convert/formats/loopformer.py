@@ -44,7 +44,9 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
         tie_word_embeddings=True,
         learned_positions=True,
         norm_weights=False,
-        **{name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        bos_token_id=fields.get("bos_token_id"),
+        eos_token_id=fields.get("eos_token_id"),
+        pad_token_id=fields.get("pad_token_id"),
     )
     loops = fields.get("max_model_loops", LOOPS)
     result = CheckpointMap(
@@ -93,8 +95,10 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     """Logits [B, T, V] by the authors' formulas, in `depth` equal steps. The state is not used."""
     fields, names, length = checkpoint.fields, checkpoint.names, ids.shape[1]
     at, heads = prefix(names), fields["n_head"]
-    read = lambda name: checkpoint.read(f"{at}{name}")  # noqa: E731
     norm = partial(F.rms_norm, normalized_shape=(fields["n_embd"],), eps=EPS)
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint.read(f"{at}{name}")
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         bias = f"{name}.bias"

@@ -39,13 +39,14 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
 
     The authors' halting rule `cdf` is the exit rule `gate`; their others are none of ours, and N recurrences run.
     """
-    base = dict(fields["base_config_dict"])
-    base = base.get("text_config") or base
+    whole: dict[str, Any] = fields["base_config_dict"]
+    base: dict[str, Any] = dict(whole.get("text_config") or whole)
     wrong = {key: base.get(key) for key in ("use_sliding_window", "attention_bias") if base.get(key)}
     if base.get("model_type") != "qwen3" or wrong:
         found = {"model_type": base.get("model_type"), **wrong}
         raise UserError(f"a LoopUS checkpoint with a base_config_dict of {found} is not supported; the base is a Qwen3")
-    source = Qwen3Config(**{**base, "tie_word_embeddings": False})  # the authors' code always unties the head
+    base["tie_word_embeddings"] = False  # the authors' code always unties the head
+    source = Qwen3Config(**base)
     layers, loops = _layers(fields, source.num_hidden_layers), fields["N"]
     result = CheckpointMap(
         {

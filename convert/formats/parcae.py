@@ -138,7 +138,11 @@ def _map_layer(result: CheckpointMap, ours: str, theirs: str, order: torch.Tenso
     for name in "qk":
         result.rows(f"{ours}self_attn.{name}_proj.weight", f"{theirs}attn.c_{name}.weight", [len(order)], 0, order)
     # The authors' activation is half a squared ReLU.
-    result.tensors[f"{ours}mlp.down_proj.weight"] = ([f"{theirs}mlp.proj.weight"], lambda tensor: tensor / 2)
+    result.tensors[f"{ours}mlp.down_proj.weight"] = ([f"{theirs}mlp.proj.weight"], _half)
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor / 2
 
 
 def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torch.Tensor | None) -> torch.Tensor:

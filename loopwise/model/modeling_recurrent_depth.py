@@ -120,7 +120,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
         if config.time_conditioning:
-            given = {"scale": [], "gate": [], **config.time_conditioning}
+            given: dict[str, Any] = {"scale": [], "gate": [], **config.time_conditioning}
             self.time_conditioning = TimeConditioning(self.core, source_config.hidden_size, **given)
         if config.router:
             self.router = Router(source_config.hidden_size, config.router)

@@ -7,10 +7,15 @@ from typing import Any, cast
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .configuration_sandwich import SandwichConfig
+from .configuration_ungated import UngatedConfig
 from .modeling_sandwich import SandwichForCausalLM
 from .modeling_ungated import UngatedForCausalLM
 
-OWN = {kind.config_class.model_type: kind for kind in (SandwichForCausalLM, UngatedForCausalLM)}
+OWN: dict[str, type[PreTrainedModel]] = {
+    SandwichConfig.model_type: SandwichForCausalLM,
+    UngatedConfig.model_type: UngatedForCausalLM,
+}
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

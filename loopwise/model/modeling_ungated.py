@@ -92,16 +92,20 @@ class UngatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
+def _norm(config: UngatedConfig) -> nn.Module:
+    """A norm of a layer, with a weight or without."""
+    if config.norm_weights:
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps, elementwise_affine=False)
+
+
 class UngatedLayer(GradientCheckpointingLayer):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: UngatedConfig, layer_idx: int):
         super().__init__()
         self.self_attn, self.mlp = UngatedAttention(config, layer_idx), UngatedMLP(config)
-        sizes = (config.hidden_size, config.rms_norm_eps)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            plain = LlamaRMSNorm(*sizes) if config.norm_weights else nn.RMSNorm(*sizes, elementwise_affine=False)
-            setattr(self, name, plain)
+        self.input_layernorm, self.post_attention_layernorm = _norm(config), _norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; the other arguments go to the attention."""
@@ -123,7 +127,7 @@ class UngatedModel(LlamaModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.post_init()
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -78,16 +78,20 @@ class TimeConditioning(nn.Module):
         total = torch.as_tensor(recurrences, device=device).float()
         return silu(self.time(self._waves(depth / total)) + self.step(self._waves(1 / total)))
 
+    @property
+    def _first(self) -> torch.Tensor:
+        return cast(nn.Linear, self.time[0]).weight
+
     def _waves(self, x: torch.Tensor) -> torch.Tensor:
         """Cosines, then sines, of x [..]: [.., F], in the type of the weights."""
         half = torch.arange(self.frequencies // 2, device=x.device, dtype=torch.float32) / (self.frequencies // 2)
         angles = x[..., None] * torch.exp(-math.log(10_000) * half)
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.time[0].weight.dtype)
+        return torch.cat([angles.cos(), angles.sin()], -1).to(self._first.dtype)
 
     def tabulate(self, most: int) -> None:
         """Compute the factors of all depths and R up to `most` now. A layer's `time` is a `row` from here on."""
         pairs = torch.tensor([(depth, total) for total in range(1, most + 1) for depth in range(total)])
-        device = self.time[0].weight.device
+        device = self._first.device
         c = self(*pairs.to(device).T, device)
         for layer in self.layers:
             layer.tabulate(c)  # pyright: ignore[reportCallIssue]

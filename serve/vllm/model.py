@@ -85,7 +85,7 @@ class RecurrentDepthForCausalLM(nn.Module):
         if config.time_conditioning:
             if not is_lanes(vllm_config):
                 raise UserError("time_conditioning is served by the lane engine: leave out engine=fixed")
-            given = {"scale": [], "gate": [], **config.time_conditioning}
+            given: dict[str, Any] = {"scale": [], "gate": [], **config.time_conditioning}
             self.time_conditioning = TimeConditioning(nn.ModuleList(core), config.hidden_size, **given)
         context = vllm_config.compilation_config.static_forward_context
         self.parts: VllmParts | None = None

@@ -63,15 +63,22 @@ class UngatedMLP(nn.Module):
 
     def __init__(self, config: UngatedConfig, quant_config: Any, prefix: str):
         super().__init__()
-        options = {"bias": config.mlp_bias, "quant_config": quant_config}
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.up_proj = ColumnParallelLinear(*sizes, **options, prefix=f"{prefix}.up_proj")
-        self.down_proj = RowParallelLinear(*reversed(sizes), **options, prefix=f"{prefix}.down_proj")
+        width, inner = config.hidden_size, config.intermediate_size
+        options: dict[str, Any] = {"bias": config.mlp_bias, "quant_config": quant_config}
+        self.up_proj = ColumnParallelLinear(width, inner, **options, prefix=f"{prefix}.up_proj")
+        self.down_proj = RowParallelLinear(inner, width, **options, prefix=f"{prefix}.down_proj")
         self.act_fn = get_act_fn(config.hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, D] -> [N, D]."""
         return self.down_proj(self.act_fn(self.up_proj(x)[0]))[0]
+
+
+def _norm(config: UngatedConfig) -> nn.Module:
+    """A norm of a layer, with a weight or without."""
+    if config.norm_weights:
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps, elementwise_affine=False)
 
 
 class UngatedLayer(nn.Module):
@@ -95,10 +102,7 @@ class UngatedLayer(nn.Module):
             prefix=f"{prefix}.self_attn",
         )
         self.mlp = UngatedMLP(config, quant, f"{prefix}.mlp")
-        sizes = (config.hidden_size, config.rms_norm_eps)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            plain = RMSNorm(*sizes) if config.norm_weights else nn.RMSNorm(*sizes, elementwise_affine=False)
-            setattr(self, name, plain)
+        self.input_layernorm, self.post_attention_layernorm = _norm(config), _norm(config)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_generate_with_and_without_a_cache(name, folder):
-    model, want = AutoModelForCausalLM.from_pretrained(folder / name).eval(), expected(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / name).eval()
+    want = expected(name)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(want["ids"])
     for depth in DEPTHS:

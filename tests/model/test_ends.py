@@ -79,5 +79,6 @@ def test_training():
 
 @pytest.mark.parametrize("name", ENDS)
 def test_they_are_true_or_false(name):
+    fields: dict[str, Any] = {name: 1}
     with pytest.raises(ValueError, match=f"{name}=1: True or False"):
-        build(**{name: 1})
+        build(**fields)
