@@ -111,6 +111,7 @@ def _check_plain(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
             "has no such layer, so it cannot be exported"
         )
     plain = {"recurrence_norm": "none", "recurrence_residual": False, "recurrence_encoding": "none", "halting": "none"}
+    plain |= {"prelude_norm": False, "state_projection": False, "time_conditioning": None}
     if config.recurrence_norm == "between":
         del plain["recurrence_norm"]
         if unroll > 1:
@@ -121,10 +122,11 @@ def _check_plain(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
     for name, without in plain.items():
         if (value := getattr(config, name)) != without:
             raise UserError(f"{path} has {name}={value!r}, and a plain {kind} no such thing; it cannot be exported")
-    if config.recurrence_damping != 1 and unroll > 1:
+    if config.recurrence_damping != 1 and (unroll > 1 or config.recurrence_damping == "selective"):
         raise UserError(
             f"{path} has recurrence_damping={config.recurrence_damping}: each recurrence takes a share of the state "
-            f"before, and a plain {kind} has no such step; --unroll 1 exports it"
+            f"before, and a plain {kind} has no such step"
+            + ("" if config.recurrence_damping == "selective" else "; --unroll 1 exports it")
         )
     if config.router:
         raise UserError(

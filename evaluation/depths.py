@@ -33,7 +33,8 @@ class Measured:
 
 def in_one_pass(config: Any) -> bool:
     """True if a run at R passes through the states of all runs at fewer recurrences, and can be read out there."""
-    return not config.router and config.sharing != "sequence" and config.recurrence_damping != "1/R"
+    of_the_call = config.recurrence_damping == "1/R" or config.time_conditioning  # states depend on the call's R
+    return not config.router and config.sharing != "sequence" and not of_the_call
 
 
 @torch.no_grad()

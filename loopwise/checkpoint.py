@@ -33,6 +33,8 @@ def config_fields(path: Path) -> dict[str, Any]:
     if (path / ADAPTER).exists():
         raise adapter_error(str(path))
     fields = read_json(path / "config.json", f"{path} has no config.json; give the directory of a checkpoint")
+    if fields.get("_class_name") == "ParcaeConfig" or fields.get("model_class_name") == "Parcae":  # no model_type
+        fields.setdefault("model_type", "parcae")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
     check_implementations(fields, str(path / "config.json"))

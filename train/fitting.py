@@ -148,7 +148,7 @@ def _unused(recipe: Train, config: PretrainedConfig) -> Iterator[Unused]:
     import torch
 
     from loopwise.model.experts import balances_experts
-    from loopwise.model.modeling_sandwich import causal_lm_class
+    from loopwise.model.modeling_source import causal_lm_class
 
     router = getattr(config, "router", None)
     if recipe.objectives.router and router:

@@ -15,7 +15,7 @@ from .recipe import ROLES, Objectives, Optimiser
 # Roles of modules whose name is not their role.
 OTHERS = {
     "relaxation": "lora", "exit_gate": "gate", "halting_gate": "gate",
-    "recurrence_encoding": "injection", "damping": "injection",
+    "recurrence_encoding": "injection", "damping": "injection", "ends": "injection", "time_conditioning": "injection",
 }  # fmt: skip
 BODY = ("prelude", "core", "coda", "injection")  # roles whose matrices Muon trains (arXiv 2511.07384)
 

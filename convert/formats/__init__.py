@@ -10,6 +10,9 @@ Files in reading order, each importing only those above it:
     retrofitted_llama.py   retrofitted Llama
     ouro.py                Ouro
     nanbeige.py            Nanbeige4.2
+    loopus.py              LoopUS
+    parcae.py              Parcae
+    loopformer.py          LoopFormer
     mor.py                 Mixture-of-Recursions, expert-choice and token-choice
     unsupported.py         recurrent models that are recognised, and why they are not supported
 """
@@ -20,7 +23,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...errors import UserError
-from . import huginn, mor, nanbeige, ouro, retrofitted_llama, retrofitted_olmo
+from . import huginn, loopformer, loopus, mor, nanbeige, ouro, parcae, retrofitted_llama, retrofitted_olmo
 from .base import Format
 from .unsupported import refuse_unsupported
 
@@ -32,6 +35,9 @@ FORMATS = (
     retrofitted_llama.FORMAT,
     ouro.FORMAT,
     nanbeige.FORMAT,
+    loopus.FORMAT,
+    parcae.FORMAT,
+    loopformer.FORMAT,
     mor.EXPERT_CHOICE,
     mor.TOKEN_CHOICE,
 )

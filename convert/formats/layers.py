@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, Olmo2Config
+from transformers import LlamaConfig, Olmo2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 Layer = Callable[[torch.Tensor, str], torch.Tensor]
 
 
-def rotary_angles(source: LlamaConfig | Olmo2Config, length: int) -> torch.Tensor:
+def rotary_angles(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) -> torch.Tensor:
     """Rotary angles [T, head size / 2] of positions 0 to `length` - 1."""
     config: Any = source
     frequencies = LlamaRotaryEmbedding(config=config).inv_freq

@@ -55,7 +55,9 @@ def check_kinds(config: Any) -> None:
     if not 0 < config.halting_epsilon < 1:
         raise ValueError(f"halting_epsilon={config.halting_epsilon}: a number between 0 and 1")
     if config.relaxation is not None:
-        _check_relaxation(config.relaxation)
+        _check_object("relaxation", config.relaxation, RELAXATION)
+    if config.time_conditioning is not None:
+        _check_object("time_conditioning", config.time_conditioning, TIME_CONDITIONING)
     if config.trained_recurrences is not None:
         _check_trained(config.trained_recurrences)
 
@@ -86,7 +88,7 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in cast("list[object]", value))
 
 
-# Field of `relaxation` -> check, rule, and the value of a field that is left out.
+# Field of `relaxation` -> check, rule, and the value of a field that is left out. See `relaxation.py`.
 RELAXATION: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "depths": (lambda value: _fits(value, (int,)) and value >= 1, "an integer, at least 1", None),
     "rank": (_is_rank, "a dict from names of linear modules to integers above 0", None),
@@ -95,13 +97,21 @@ RELAXATION: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
 }
 
 
-def _check_relaxation(given: Mapping[str, Any]) -> None:
-    """Raise ValueError unless these are the fields of `Relaxation`, see `relaxation.py`."""
-    for name in sorted(given.keys() - RELAXATION.keys()):
-        raise ValueError(f"relaxation.{name} is no field of a relaxation: it has {', '.join(RELAXATION)}")
-    for name, (fits, wanted, default) in RELAXATION.items():
+# Fields of `time_conditioning`, as above.
+TIME_CONDITIONING: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "scale": (_is_names, "a list of names of modules", []),
+    "gate": (_is_names, "a list of names of modules", []),
+    "frequencies": (lambda value: _fits(value, (int,)) and value > 1 and value % 2 == 0, "an even integer", 256),
+}
+
+
+def _check_object(field: str, given: Mapping[str, Any], table: Mapping[str, tuple[Callable[[Any], bool], str, Any]]):
+    """Raise ValueError unless `given`, the value of `field`, has the fields of `table` alone, each as it says."""
+    for name in sorted(given.keys() - table.keys()):
+        raise ValueError(f"{field}.{name} is no field of a {field.replace('_', ' ')}: it has {', '.join(table)}")
+    for name, (fits, wanted, default) in table.items():
         if not fits(given.get(name, default)):
-            raise ValueError(f"relaxation.{name}={given.get(name)!r}: {wanted}")
+            raise ValueError(f"{field}.{name}={given.get(name)!r}: {wanted}")
 
 
 def _check_trained(given: Mapping[str, Any]) -> None:

@@ -14,13 +14,14 @@ from .configuration_router import router_fields
 from .configuration_source import KEYS_ALONE, clear_source_settings, declares, keeps_keys, source_config_of
 
 STATE_INITS = ("input", "zeros", "normal")
-INJECTIONS = ("none", "add", "linear", "gated", "decayed")
+INJECTIONS = ("none", "add", "linear", "gated", "decayed", "diagonal")
 SHARINGS = ("cycle", "sequence")
 NORMS = ("none", "each", "between", "last")
-INVERSE_DEPTH, LEARNED = "1/R", "learned"
-DAMPINGS = (INVERSE_DEPTH, LEARNED)  # values of recurrence_damping beside numbers
+INVERSE_DEPTH, LEARNED, SELECTIVE = "1/R", "learned", "selective"
+DAMPINGS = (INVERSE_DEPTH, LEARNED, SELECTIVE)  # values of recurrence_damping beside numbers
 ENCODINGS = ("none", "sinusoidal")
 HALTINGS = ("none", "act")
+GATE_NORMS = ("final", "own")
 EXIT_RULES = (
     "fixed", "latent-diff", "cosine", "gate", "entropy-diff", "kl", "minp-kl", "argmax-stability",
 )  # fmt: skip
@@ -41,7 +42,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             depends on seed, sequence, position and channel alone).
         state_std (`float`), state_seed (`int`): scale and seed of the `normal` state; it is cut at three `state_std`.
         injection (`str`): how e enters each recurrence: `none` (s), `add` (s + e), `linear` (W [s, e]),
-            `gated` (g s + (1 - g) e) or `decayed` (a s + (1 - a) W e, with a factor a < 1 for each channel).
+            `gated` (g s + (1 - g) e), `decayed` (a s + (1 - a) W e, with a factor a < 1 for each channel) or
+            `diagonal` (Parcae's: the same in other parameters). See `injection.py`.
+        prelude_norm (`bool`): an RMS norm of the prelude's output gives e.
+        state_projection (`bool`): the coda reads W s_R, with a matrix W (Parcae, arXiv 2604.12946).
         sharing (`str`): order of the core's layers: `cycle` (all layers, R times) or `sequence` (each layer R times,
             then the next; without injection only).
         recurrence_norm (`str`): `none`; `each` (an added RMS norm after every recurrence); `between` (the source's
@@ -49,16 +53,21 @@ class RecurrentDepthConfig(PreTrainedConfig):
             before the coda, as in Huginn).
         recurrence_damping (`float` or `str`): g of s_r = s_{r-1} + g (core(inject(s_{r-1}, e)) - s_{r-1}); 1.0 is no
             damping. A number below 1, or `learned` (a g for each channel), damps the recurrences after the first; `1/R`
-            damps all by the call's R. So one recurrence is never damped. The recurrence norm `each` norms the damped
+            damps all by the call's R. So one recurrence is never damped. `selective` damps all, by a g of each token
+            and channel that depends on the step (LoopUS, arXiv 2605.11011). The recurrence norm `each` norms the damped
             state; with `between`, s_{r-1} is the normed state. See `damping.py`.
         recurrence_residual (`bool`): every recurrence but the first adds its input to its output (AbbIE-D,
             arXiv 2507.08567).
         recurrence_encoding (`str`): `none`, or `sinusoidal` (position and recurrence, scaled, before every recurrence:
             Universal Transformers).
+        time_conditioning (`dict`, *optional*): factors on outputs of the core's modules that depend on r / R and 1 / R
+            (LoopFormer, arXiv 2602.11451): `scale`, `gate` (`list[str]`, names of modules), `frequencies` (`int`). See
+            `time_conditioning.py`.
         halting (`str`): `none`, or `act` (adaptive computation time): tokens halt one by one under a gate, and the
             read-out is the mean of the states, weighted by the gate. See `halting.py`.
         halting_epsilon (`float`): a token halts once its halting probabilities sum to 1 - epsilon.
         exit_gate (`bool`): a linear gate on the normed state gives the probability to exit (Ouro).
+        exit_gate_norm (`str`): the norm of the exit gate: `final` (the source's) or `own` (a LayerNorm, as in LoopUS).
         relaxation (`dict`, *optional*): parameters of the core's layers that differ between depths: `depths` (`int`),
             `rank` (`dict[str, int]`, LoRA ranks by names of linear modules), `own` (`list[str]`, names of parameters),
             `dora` (`bool`). See `relaxation.py`.
@@ -95,14 +104,18 @@ class RecurrentDepthConfig(PreTrainedConfig):
     state_std: float = 0.0087
     state_seed: int = 0
     injection: str = "none"
+    prelude_norm: bool = False
+    state_projection: bool = False
     sharing: str = "cycle"
     recurrence_norm: str = "none"
     recurrence_damping: float | str = 1.0
     recurrence_residual: bool = False
     recurrence_encoding: str = "none"
+    time_conditioning: dict[str, Any] | None = None
     halting: str = "none"
     halting_epsilon: float = 0.01
     exit_gate: bool = False
+    exit_gate_norm: str = "final"
     relaxation: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
     kv_policy: str = "per-depth"
@@ -164,7 +177,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self._complete()
         self._check_layers()
         choices = {"state_init": STATE_INITS, "injection": INJECTIONS, "sharing": SHARINGS, "recurrence_norm": NORMS}
-        choices |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS}
+        choices |= {"recurrence_encoding": ENCODINGS, "halting": HALTINGS, "exit_gate_norm": GATE_NORMS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(allowed)}")
@@ -215,6 +228,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             "recurrence_damping": self.recurrence_damping != 1,
             "recurrence_residual": self.recurrence_residual,
             "recurrence_encoding": self.recurrence_encoding != "none",
+            "time_conditioning": bool(self.time_conditioning),
             "halting": self.halting != "none",
         }
         if self.sharing == "sequence" and any(between.values()):
@@ -224,8 +238,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
         if self.router and self.recurrence_norm == "between":  # norms of all tokens, also of those that have stopped
             raise ValueError("recurrence_norm='between' goes with no router: choose from none, each, last")
-        if self.router and (self.recurrence_residual or self.recurrence_encoding != "none" or self.halting != "none"):
-            raise ValueError("a router goes with no recurrence_residual, recurrence_encoding or halting")
+        alone = ("recurrence_residual", "recurrence_encoding", "time_conditioning", "halting")
+        if self.router and any(between[name] for name in alone):
+            raise ValueError(f"a router goes with no {', '.join(alone[:-1])} or {alone[-1]}")
         if self.recurrence_damping != 1 and (self.router or self.recurrence_residual):
             raise ValueError(
                 f"recurrence_damping={self.recurrence_damping!r} goes with no router, whose weights take its place "

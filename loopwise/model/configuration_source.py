@@ -15,6 +15,9 @@ from transformers.cache_utils import (
 )
 
 from .configuration_sandwich import SandwichConfig
+from .configuration_ungated import UngatedConfig
+
+OWN = {kind.model_type: kind for kind in (SandwichConfig, UngatedConfig)}  # sources that transformers lacks
 
 # Switches under which a source's forward collects the outputs of its layers. Its layer list holds taps: the forward
 # would collect nothing of the layers, and some architectures then fail.
@@ -33,8 +36,8 @@ def source_config_of(given: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of class `model_type` with the other fields of `given`. Raises ValueError for an unknown class."""
     rest = dict(given)
     kind = rest.pop("model_type", None)
-    if kind == SandwichConfig.model_type:  # transformers lacks it, and another class of that name may be registered
-        return SandwichConfig(**rest)
+    if kind in OWN:  # another class of that name may be registered
+        return OWN[kind](**rest)
     return AutoConfig.for_model(kind, **rest)  # pyright: ignore[reportUnknownMemberType]
 
 

@@ -1,10 +1,10 @@
 """One recurrent-depth model for every source architecture.
 
     e   = prelude(embed(tokens))
-    s_0 = initial_state(e)
+    s_0 = initial_state(e)                  e is normed, with a prelude norm
     s_r = core_r(inject(s_{r-1}, e))        r = 1 .. R; with relaxation core_r differs from core, a router leaves
                                             tokens out, and damping shortens the step
-    logits = head(norm(coda(s_R)))
+    logits = head(norm(coda(s_R)))          coda(W s_R), with a state projection
 
 The layers, embeddings, rotary tables, norms and head are the source architecture's own transformers modules.
 Shapes: B batch, T tokens of this call, D width, R recurrences, V vocabulary.
@@ -29,9 +29,11 @@ from transformers.utils.generic import can_return_tuple
 from .call import Call, DepthLoss, Options, check_call, logical_positions, not_padding, recurrences_of
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
+from .ends import Ends
+from .exit_gate import ExitGate
 from .experts import collect_router_logits
 from .injection import Injection
-from .modeling_sandwich import causal_lm_class
+from .modeling_source import causal_lm_class
 from .output import RecurrentDepthOutput
 from .recurrence import Recurrence
 from .recurrence_encoding import RecurrenceEncoding
@@ -39,6 +41,7 @@ from .relaxation import Factors, Relaxation
 from .router import Router, capacities
 from .some_logits import head_at
 from .source_layers import TUPLE_LAYERS, Tap, init_layer_buffers, layer_list_name, prepare_cache
+from .time_conditioning import Modulation, TimeConditioning
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
 
@@ -104,6 +107,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         self.core = nn.ModuleList(take(i) for i in config.core)
         self.coda = nn.ModuleList(take(i) for i in config.coda)
         self.injection = Injection(config.injection, source_config.hidden_size)
+        sizes = (source_config.hidden_size, config.norm_eps)
+        self.ends = Ends(config.prelude_norm, config.state_projection, *sizes)
         self.damping = Damping(config.recurrence_damping, source_config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(source_config.hidden_size, config.norm_eps)
@@ -112,9 +117,12 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if config.halting == "act":
             self.halting_gate = nn.Linear(source_config.hidden_size, 1)
         if config.exit_gate:
-            self.exit_gate = nn.Linear(source_config.hidden_size, 1)
+            self.exit_gate = ExitGate(source_config.hidden_size, config.exit_gate_norm)
         if config.relaxation:
             self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in self.core)
+        if config.time_conditioning:
+            given: dict[str, Any] = {"scale": [], "gate": [], **config.time_conditioning}
+            self.time_conditioning = TimeConditioning(self.core, source_config.hidden_size, **given)
         if config.router:
             self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
@@ -137,19 +145,32 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module of ours so that the model equals its source; any other as the source does."""
         if isinstance(module, Injection):
-            if module.kind in ("linear", "decayed"):
+            if module.kind in ("linear", "decayed", "diagonal"):
                 width = module.weight.shape[0]
                 init.copy_(module.weight, Injection.preserving_weight(module.kind, width, self.config.state_init))
-                if module.kind == "decayed":
-                    init.zeros_(module.decay)
+                for name in ("decay", "log_rate", "step"):
+                    if hasattr(module, name):
+                        init.zeros_(getattr(module, name))
             elif module.kind == "gated":
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)
+        elif isinstance(module, Ends):
+            if module.norm is not None:
+                init.ones_(module.norm)
+            if module.projection is not None:
+                init.copy_(module.projection, torch.eye(len(module.projection)))
+        elif isinstance(module, Modulation):
+            for linear in (*module.scale.values(), *module.gate.values()):
+                init.zeros_(cast(Any, linear).weight)
+                init.constant_(cast(Any, linear).bias, float(linear in module.gate.values()))
         elif isinstance(module, Factors):
             module.reset_parameters()
         elif isinstance(module, RecurrenceEncoding | Damping):
-            for parameter in module.parameters():
-                init.zeros_(parameter)
+            for name, parameter in module.named_parameters():
+                if name == "down":  # a product of two zeros would have no gradient
+                    init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                else:
+                    init.zeros_(parameter)
         elif self.config.halting == "act" and module is self.halting_gate:
             init.zeros_(cast(Any, module).weight)
             init.zeros_(cast(Any, module).bias)

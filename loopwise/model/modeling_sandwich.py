@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from .configuration_sandwich import SandwichConfig
@@ -90,13 +89,3 @@ class SandwichForCausalLM(LlamaForCausalLM):
 
 
 AutoModelForCausalLM.register(SandwichConfig, SandwichForCausalLM, exist_ok=True)
-
-
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class of a source's config: transformers' own, or the one above.
-
-    That one is found by `model_type`: in remote code, the config and the model come from two copies of these files.
-    """
-    if config.model_type == SandwichConfig.model_type:
-        return SandwichForCausalLM
-    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]

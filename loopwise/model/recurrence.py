@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from .call import Call, Place, with_initial_state
 from .configuration_recurrent_depth import RecurrentDepthConfig
 from .damping import Damping
+from .ends import Ends
+from .exit_gate import ExitGate
 from .halting import halting_weights
 from .initial_state import initial_state
 from .injection import Injection
@@ -28,6 +30,7 @@ from .recurrence_norm import norm_after, norm_at_end, norm_before
 from .routed_rows import ChoiceSlot, FirstKeysAndValues, Rows, by_name
 from .router import Router
 from .source_layers import FINAL_NORM, DepthCache, Overwriting, with_slot
+from .time_conditioning import TimeConditioning
 
 
 class Selection(NamedTuple):
@@ -46,11 +49,13 @@ class Recurrence:
     core: nn.ModuleList
     coda: nn.ModuleList
     injection: Injection
+    ends: Ends
     damping: Damping
     recurrence_norm: nn.RMSNorm
     recurrence_encoding: RecurrenceEncoding
+    time_conditioning: TimeConditioning
     halting_gate: nn.Linear
-    exit_gate: nn.Linear
+    exit_gate: ExitGate
     router: Router
     training: bool
     checkpoint_recurrences: bool
@@ -75,7 +80,7 @@ class Recurrence:
         Writes the call's results: states, state, routing, ponder, hidden.
         """
         config, recurrences = self.config, call.options.num_recurrences
-        e = self._run(self._places("prelude"), x, call)
+        e = self.ends.enter(self._run(self._places("prelude"), x, call))
         s = with_initial_state(initial_state(config, e, call.positions, call.options.sequence_ids), call)
         if config.router:
             assert call.not_padding is not None
@@ -119,7 +124,11 @@ class Recurrence:
         places, before = [self._core_place(n, r) for n in range(len(self.config.core))], s
         if self.config.recurrence_encoding == "sinusoidal":
             s = self.recurrence_encoding(s, call.positions, r + 1)
-        s = self._run(places, self.injection(s, e), call, selection)
+        time = None
+        if self.config.time_conditioning:
+            rows = call.options.rows
+            time = self.time_conditioning(r, call.options.num_recurrences if rows is None else rows[:, None], s.device)
+        s = self._run(places, self.injection(s, e), call, selection, time)
         if self.config.recurrence_residual and r:
             s = s + before
         s = self.damping(before, s, r > 0, call.options.num_recurrences)
@@ -156,7 +165,7 @@ class Recurrence:
     def _read_out(self, s: torch.Tensor, call: Call) -> torch.Tensor:
         """The output of the coda [B, T, D] for the state s [B, T, D]."""
         s = norm_at_end(self.config.recurrence_norm, s, self._final_norm)
-        return self._run(self._places("coda"), s, call)
+        return self._run(self._places("coda"), self.ends.leave(s), call)
 
     def _state_at(self, depth: int, call: Call) -> torch.Tensor:
         """The state [B, T, D] that is read out at `depth`; with halting, the mean of those up to it."""
@@ -171,8 +180,8 @@ class Recurrence:
         return torch.stack([w[..., None].to(s.dtype) * s for w, s in zip(weights, states, strict=True)]).sum(0)
 
     def _exit_logits(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [R, B, T] of the exit gate on the normed states: lambda_r is their sigmoid (arXiv 2510.25741)."""
-        return torch.stack([self.exit_gate(self._final_norm(s)).squeeze(-1) for s in states])
+        """Logits [R, B, T] of the exit gate on the states: lambda_r is their sigmoid (arXiv 2510.25741)."""
+        return torch.stack([self.exit_gate(s, self._final_norm) for s in states])
 
     def _final_norm(self, s: torch.Tensor) -> torch.Tensor:
         """The source's final norm of s [.., D]."""
@@ -201,9 +210,14 @@ class Recurrence:
         return Place(self.core[n], config.core[n], slot, depth)
 
     def _run(
-        self, places: list[Place], x: torch.Tensor, call: Call, selection: Selection | None = None
+        self,
+        places: list[Place],
+        x: torch.Tensor,
+        call: Call,
+        selection: Selection | None = None,
+        time: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Layers in order, on x [B, T, D], or on the rows [B, N, D] of a selection."""
+        """Layers in order, on x [B, T, D], or on the rows [B, N, D] of a selection. time: the core's conditioning."""
         for place in places:
             args, kwargs = call.layer_arguments[place.source_layer]
             if call.keep_hidden:
@@ -217,6 +231,8 @@ class Recurrence:
             kwargs = dict(zip(kwargs, with_slot(kwargs.values(), call.cache, view), strict=True))
             if self.config.relaxation and place.depth is not None:
                 kwargs["depth"] = place.depth
+            if time is not None:
+                kwargs["time"] = time
             x = place.layer(x, *with_slot(args, call.cache, view), **kwargs)
             x = x[0] if isinstance(x, tuple) else x
         return x

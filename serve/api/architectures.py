@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...errors import UserError
 
-# model_type of the source -> vLLM's class; one is ours (vllm/sandwich.py). test_serve_equal.py compares each with
-# transformers.
+# model_type of the source -> vLLM's class; two are ours (vllm/sandwich.py, vllm/ungated.py). test_serve_equal.py
+# compares each with transformers.
 ARCHITECTURES = {
     "arcee": "ArceeForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "ungated": "LoopwiseUngatedForCausalLM",
 }
 
 # reason -> source architectures that `loopwise convert` supports and no engine serves.

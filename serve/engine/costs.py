@@ -104,7 +104,7 @@ def _samples(state: State, forward: Forward, recorded: Steps | None, n: int) -> 
     e = forward.prelude(zeros, row, position)
 
     def recur() -> None:
-        forward.attention.plan(Rows(forward.block_table, row, position, zeros))
+        forward.plan(Rows(forward.block_table, row, position, zeros))
         s.copy_(forward.recur(e, e.clone(), position, zeros > 0, zeros + 1, zeros))
 
     def read() -> None:

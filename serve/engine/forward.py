@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def recur(parts: Parts, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, l
     """
     kind = parts.config.recurrence_norm
     s = norm_before(kind, s, parts.norm_between, begun)
-    y = parts.layers("core", parts.injection(s, e), position, depth)
+    y = parts.layers("core", parts.injection(s, e), position, depth, limit)
     return norm_after(kind, parts.damping(s, y, begun, limit), parts.norm_each)
 
 
@@ -58,8 +59,11 @@ class Forward:
     recur, recur_alike, embed, logits, head: the functions above on these parts; attention is planned beforehand.
     """
 
-    def __init__(self, parts: Parts, attention: Attention, block_table: Tensor, compile: bool = False):
+    def __init__(self, parts: Parts, attention: Attention, block_table: Tensor, positions: int, compile: bool = False):
+        """positions: most positions of a request."""
         self.parts, self.attention, self.block_table = parts, attention, block_table
+        # Token of every position that has started, by request; only for layers that embed them.
+        self.tokens = block_table.new_zeros(len(block_table), positions if parts.needs_tokens else 0)
         compile = compile and parts.compilable
         self.recur: Callable[..., Tensor] = partial(compiled(recur) if compile else recur, parts)
         self.recur_alike: Callable[..., Tensor] = partial(compiled(recur_alike) if compile else recur_alike, parts)
@@ -74,10 +78,18 @@ class Forward:
         only [N]: the real ones among padded tokens; no two of them belong to one row.
         """
         x = self.embed(tokens, position)
+        if self.parts.needs_tokens:
+            self.tokens[row, position] = tokens.to(self.tokens.dtype)
         if self.parts.config.prelude:
             self._plan(row, position, only)
-            x = self.parts.layers("prelude", x, position, None)
-        return x
+            x = self.parts.layers("prelude", x, position)
+        return self.parts.ends.enter(x)
+
+    def plan(self, rows: Rows) -> Any:
+        """Prepare for calls with `rows`; see Attention.plan, whose plan is returned."""
+        if self.parts.needs_tokens:
+            self.parts.tokens = self.tokens[rows.request, rows.position]
+        return self.attention.plan(rows)
 
     def initial_state(self, e: Tensor, position: Tensor) -> Tensor:
         """s_0 [N, D]. All requests have one sequence id, as transformers has by default: noise depends on the position
@@ -93,8 +105,8 @@ class Forward:
         if config.coda:
             self._plan(row, position, only)
         s = norm_at_end(config.recurrence_norm, s, self.parts.norm_between)
-        return self.parts.layers("coda", s, position, None)
+        return self.parts.layers("coda", self.parts.ends.leave(s), position)
 
     def _plan(self, row: Tensor, position: Tensor, only: Tensor | None) -> None:
         """Plan a call of prelude or coda, which have one slot."""
-        self.attention.plan(Rows(self.block_table, row, position, torch.zeros_like(row), only, alone=only is not None))
+        self.plan(Rows(self.block_table, row, position, torch.zeros_like(row), only, alone=only is not None))

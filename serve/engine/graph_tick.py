@@ -356,7 +356,7 @@ class GraphTick:
         which, real, row, position, depth, begun, limit, slot, write, leaves, before, e = self.steps.enter(
             self.graph, every
         )
-        plan = forward.attention.plan(Rows(forward.block_table, row, position, slot, write, True, fills))
+        plan = forward.plan(Rows(forward.block_table, row, position, slot, write, True, fills))
         after = forward.recur(before, e, position, begun, limit, depth)
         if self.rules.in_use:
             converged = self.rules.converged(which, row, position, depth, before, after)

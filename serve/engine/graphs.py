@@ -90,7 +90,7 @@ class GraphCache:
 
 
 class Graphs:
-    """Stands in for `attention.plan` and `Forward.recur`, with the same results up to rounding: a matrix product of
+    """Stands in for `Forward.plan` and `Forward.recur`, with the same results up to rounding: a matrix product of
     more rows may add up in another order.
 
     A graph is recorded when a pass of its size first comes up. Parameters of a depth's own are looked up row by row, so
@@ -139,7 +139,7 @@ class Graphs:
         rows = Rows(forward.block_table, request, place, slot, write, alone, self.state.policy.fills)
 
         def run() -> None:
-            self.plans[key] = forward.attention.plan(rows)
+            self.plans[key] = forward.plan(rows)
             # The result goes to memory outside of the graphs' shared pool: graphs replay in any order.
             s.copy_(forward.recur(s, e, position, begun, limit, depth))
 

@@ -74,7 +74,8 @@ class Loop:
             raise ValueError(reason)
         self.config, model = config, parts.config
         self.state = state = State.create(config, policy, model, dtype, device)
-        self.forward = Forward(parts, attention, state.requests.block_table, config.compile)
+        requests = state.requests
+        self.forward = Forward(parts, attention, requests.block_table, requests.known_tokens.shape[1], config.compile)
         self.rules = ExitRules(state, self.forward)
         self.routing = Routing(parts.router, state) if parts.router is not None else None
         self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)

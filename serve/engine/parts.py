@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...model.configuration_recurrent_depth import RecurrentDepthConfig
 from ...model.damping import Damping
+from ...model.ends import Ends
 from ...model.injection import Injection
 from ...model.router import Router
 
@@ -20,8 +21,11 @@ class Parts(Protocol):
 
     config: RecurrentDepthConfig
     injection: Injection
+    ends: Ends
     damping: Damping
     router: Router | None
+    needs_tokens: bool  # layers embed the tokens of their rows
+    tokens: Tensor  # [N], where they do: those of the next call's rows; Forward sets them
 
     @property
     def compilable(self) -> bool:
@@ -32,10 +36,13 @@ class Parts(Protocol):
         """The first layer's input [N, D] for tokens [N] at positions [N]."""
         ...
 
-    def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
+    def layers(
+        self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None = None, limits: Tensor | None = None
+    ) -> Tensor:
         """x [N, D] through the layers of "prelude", "core" or "coda".
 
-        `depths` select the core's LoRA: [N], or [1] for all rows.
+        `depths` select the core's LoRA: [N], or [1] for all rows. Its time conditioning is of these and of R, `limits`
+        [N].
         """
         ...
 

@@ -47,7 +47,7 @@ class Passes:
         if mixed and self.graphs and self.graphs.fits(n):
             plan, after = self.graphs(rows, *inputs)
         else:
-            plan = self.forward.attention.plan(rows)
+            plan = self.forward.plan(rows)
             after = (self.forward.recur if mixed else self.forward.recur_alike)(*inputs)
         return [plan], after
 

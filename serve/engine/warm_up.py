@@ -15,7 +15,7 @@ def warm_up(state: State, forward: Forward, steps: Steps) -> None:
     """Call every compiled function once, with distinct tensors of lengths 3 and 2, on a State without requests."""
     fills, two = state.policy.fills, torch.arange(2, device=state.device)
     s, at = state.lanes.s.new_zeros(3, state.lanes.s.shape[1]), torch.zeros(3, dtype=torch.long, device=state.device)
-    plan = forward.attention.plan(Rows(forward.block_table, at, at.clone(), at.clone(), at > 0, fills=fills))
+    plan = forward.plan(Rows(forward.block_table, at, at.clone(), at.clone(), at > 0, fills=fills))
     for recur in (forward.recur, forward.recur_alike)[: 1 + forward.has_lora]:
         recur(s, s.clone(), at.clone(), at > 0, at + 1, at)
     if fills:  # two slots behind three rows, as lengths must differ

@@ -14,6 +14,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     fixed/               the fixed engine: all requests at one depth
     parts.py             the lane engine's view of vLLM's model, in pieces
     sandwich.py          the sandwich architecture (Huginn, Ouro) on vLLM's Llama
+    ungated.py           the ungated architecture (Parcae, LoopFormer) on vLLM's Llama
     model.py             RecurrentDepthForCausalLM, for both engines
     attention.py         attention of lanes on vLLM's paged KV cache, by vLLM's backends
     cpu_attention.py     the same by vLLM's CPU operations
@@ -57,4 +58,5 @@ def register() -> None:
     # By name: vLLM imports the class in the process that needs it, never here.
     ModelRegistry.register_model("RecurrentDepthForCausalLM", "loopwise.serve.vllm.model:RecurrentDepthForCausalLM")
     ModelRegistry.register_model("LoopwiseSandwichForCausalLM", "loopwise.serve.vllm.sandwich:SandwichForCausalLM")
+    ModelRegistry.register_model("LoopwiseUngatedForCausalLM", "loopwise.serve.vllm.ungated:UngatedForCausalLM")
     stop_with_server()

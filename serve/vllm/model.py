@@ -14,11 +14,15 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
+from ...errors import UserError
 from ...model import RecurrentDepthConfig
 from ...model.damping import Damping
+from ...model.ends import Ends
+from ...model.exit_gate import ExitGate
 from ...model.injection import Injection
 from ...model.router import Router
 from ...model.source_layers import FINAL_NORM
+from ...model.time_conditioning import TimeConditioning
 from ...unroll import config_with_layers
 from ..api.architectures import vllm_architecture
 from ..api.lanes import is_lanes
@@ -30,6 +34,9 @@ from .fixed.recurrence import Between, Recurrence, input_of
 from .fixed.relaxation import relax_copy
 from .parts import VllmParts
 from .relaxation import Relaxation
+
+# Parts of a checkpoint that are no layers, with the names that they have here.
+OURS = ("injection", "ends", "damping", "recurrence_norm", "exit_gate", "router", "time_conditioning")
 
 
 class RecurrentDepthForCausalLM(nn.Module):
@@ -65,21 +72,27 @@ class RecurrentDepthForCausalLM(nn.Module):
         layers: list[nn.Module] = list(self.source.get_submodule(self.layers_name))
         check_windows(layers, unique)
         self.injection = Injection(config.injection, config.hidden_size)
+        self.ends = Ends(config.prelude_norm, config.state_projection, config.hidden_size, config.norm_eps)
         self.damping = Damping(config.recurrence_damping, config.hidden_size)
         if config.recurrence_norm == "each":
             self.recurrence_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         if config.router:
             self.router = Router(config.hidden_size, config.router)
         if config.exit_gate:  # the fixed engine loads it, and never uses it
-            self.exit_gate = nn.Linear(config.hidden_size, 1)
+            self.exit_gate = ExitGate(config.hidden_size, config.exit_gate_norm)
         core = layers[len(config.prelude) : len(config.prelude) + len(config.core)]
         self.relaxation = nn.ModuleList(Relaxation(layer, **config.relaxation) for layer in core if config.relaxation)
+        if config.time_conditioning:
+            if not is_lanes(vllm_config):
+                raise UserError("time_conditioning is served by the lane engine: leave out engine=fixed")
+            given: dict[str, Any] = {"scale": [], "gate": [], **config.time_conditioning}
+            self.time_conditioning = TimeConditioning(nn.ModuleList(core), config.hidden_size, **given)
         context = vllm_config.compilation_config.static_forward_context
         self.parts: VllmParts | None = None
         if is_lanes(vllm_config):
             self.parts = VllmParts(self, layers, policy_of(config).slots, context)
             return
-        between = Between(self.injection, self.damping, self._norm())
+        between = Between(self.injection, self.ends, self.damping, self._norm())
         self.recurrence = Recurrence(config, config.num_recurrences, layers, between, context)
         for depth, views in enumerate(cast(Any, self.recurrence.core)):
             for relaxation, layer in zip(cast(Any, self.relaxation), views, strict=False):
@@ -123,7 +136,7 @@ class RecurrentDepthForCausalLM(nn.Module):
             for name, tensor in weights:
                 tensor = completeness.watch(name, tensor)
                 part, _, rest = name.partition(".")
-                if part in ("injection", "damping", "recurrence_norm", "exit_gate", "router"):
+                if part in OURS:
                     target = self.router.bias if name == "router.bias" else self.get_parameter(name)
                     default_weight_loader(target, tensor)
                     loaded.add(name)
@@ -134,6 +147,9 @@ class RecurrentDepthForCausalLM(nn.Module):
                     yield source_name(name, self.config, self.layers_name), tensor
 
         loaded.update(f"source.{name}" for name in self.source.load_weights(source_weights()))
+        if self.config.time_conditioning:
+            with torch.no_grad():
+                self.time_conditioning.tabulate(self.config.max_recurrences)
         completeness.check_complete()
         completeness.check_read()
         for number, relaxation in enumerate(cast(Iterable[Relaxation], self.relaxation)):

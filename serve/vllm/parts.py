@@ -31,9 +31,10 @@ class VllmParts:
         Raises ValueError for a layer without exactly one Attention.
         """
         self.model, self.config = model, model.config
-        self.injection, self.damping = model.injection, model.damping
+        self.injection, self.ends, self.damping = model.injection, model.ends, model.damping
         self.router = getattr(model, "router", None)
         config = self.config
+        self.needs_tokens, self.tokens = any(getattr(config.source_config, "value_embeddings", ())), torch.empty(0)
         prelude, core = len(config.prelude), len(config.core)
         self.by_part = {
             "prelude": layers[:prelude],
@@ -83,8 +84,9 @@ class VllmParts:
 
     @property
     def compilable(self) -> bool:
-        """True where a pass of the core is one graph. vLLM's Transformers backend reads rotary tables in between."""
-        return self.convention != "transformers"
+        """True where a pass of the core is one graph. vLLM's Transformers backend reads rotary tables in between, and
+        neither tokens that layers embed nor times are inputs of it."""
+        return not (self.convention == "transformers" or self.needs_tokens or self.config.time_conditioning)
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _tap(self, index: int, last: bool) -> Any:
@@ -143,24 +145,36 @@ class VllmParts:
 
     def gate(self, s: torch.Tensor) -> torch.Tensor:
         """Logits [N] of the exit gate for s [N, D]."""
-        return self.model.exit_gate(self.model.final_norm(s)).squeeze(-1)
+        return self.model.exit_gate(s, self.model.final_norm)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: torch.Tensor, positions: torch.Tensor, depths: torch.Tensor | None) -> torch.Tensor:
-        """x [N, D] through the layers of `part` (prelude, core, coda). depths: the core's, [N] or [1]."""
+    def layers(
+        self,
+        part: str,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        depths: torch.Tensor | None = None,
+        limits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [N, D] through the layers of `part` (prelude, core, coda). depths: the core's, [N] or [1].   limits: R [N]
+        of the rows, for time conditioning."""
         if part == "core":
             assert depths is not None, "the core runs at depths"
             self.depths = depths
+            if self.config.time_conditioning:
+                row = self.model.time_conditioning.row(depths, limits)
+                for modulation in self.model.time_conditioning.layers:
+                    modulation.at(row)
         if self.convention == "transformers" and self.by_part[part]:
             return self._transformers_layers(part, x, positions)
         if self.convention == "fused" and part == "core":
             x = x.clone()  # on a GPU, vLLM's norms write into the residual that they get: the caller's state
-        residual = None
+        residual, given = None, {"token_ids": self.tokens} if self.needs_tokens else {}
         for layer in self.by_part[part]:
             if self.convention == "fused":
-                x, residual = layer.forward_of_layer(positions, x, residual)
+                x, residual = layer.forward_of_layer(positions, x, residual, **given)
             else:
-                x = layer.forward_of_layer(positions, x)
+                x = layer.forward_of_layer(positions, x, **given)
         read_on = self.damping.kind != 1 or self.config.recurrence_norm == "each"  # in the same compiled function
         return add(x, residual) if part == "core" and read_on else fold(x, residual)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_
     save_file(tensors, folder / "model.safetensors")
     width, vocabulary = sizes(name)
     for key, value in ((width, -1), (width, "x"), (vocabulary, 63)):
-        (folder / "config.json").write_text(json.dumps({**json.loads(config), key: value, "padded_vocab_size": None}))
+        fields = {**json.loads(config), "padded_vocab_size": None}
+        *outer, last = key.split(".")
+        functools.reduce(dict.__getitem__, outer, fields)[last] = value
+        (folder / "config.json").write_text(json.dumps(fields))
         import_refused(capsys, folder, out, "--dry-run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
@@ -46,6 +47,23 @@ def source(name: str, folder: Path) -> Path:
     return folder
 
 
+def change_fields(folder: Path, **fields: Any) -> None:
+    """Replace fields of the config.json in `folder`."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Replace model.safetensors in `folder` by `count` files of `tensors` and their index."""
+    (folder / "model.safetensors").unlink()
+    index: dict[str, str] = {}
+    for n in range(count):
+        file = f"model-{n + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in sorted(tensors)[n::count]}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(sorted(tensors)[n::count], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 def expected(name: str) -> dict[str, torch.Tensor]:
     """The inputs and outputs of the authors' own code for the golden checkpoint `name`."""
     return load_file(GOLDEN / name / "expected.safetensors")
@@ -59,7 +77,8 @@ def golden_formats() -> dict[str, str]:
 def sizes(folder: str) -> tuple[str, str]:
     """The names of two fields in a golden folder's config.json: the width of its MLP, and its vocabulary.
 
-    They are Llama's, if the metadata of expected.safetensors has no others in `sizes`.
+    They are Llama's, if the metadata of expected.safetensors has no others in `sizes`; a name within another field is
+    FIELD.NAME.
     """
     width, vocabulary = _golden_facts()[folder].get("sizes", "intermediate_size,vocab_size").split(",")
     return width, vocabulary

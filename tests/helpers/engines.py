@@ -19,6 +19,7 @@ DAMPED = {  # each kind of damping, with the steps that stand beside it
     "half steps": {"recurrence_damping": 0.5, "injection": "none", "recurrence_norm": "between"},
     "1/R": {"recurrence_damping": "1/R", "recurrence_norm": "last"},
     "learned": {"recurrence_damping": "learned", "recurrence_norm": "each"},
+    "selective": {"recurrence_damping": "selective", "injection": "none", "exit_gate": True, "exit_gate_norm": "own"},
 }
 ROUTERS = {
     "expert": {"kind": "expert", "thresholds": [0.35, 0.5, 0.5], "alpha": 0.7},

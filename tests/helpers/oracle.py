@@ -70,6 +70,8 @@ class Oracle:
         self.model, self.config, self.length = model.eval(), model.config, length
         self.policy = policy or model.config.kv_policy
         self.taps = [m for m in model.source.modules() if type(m).__name__ == "Tap"]
+        self.text: dict[int, int] = {}  # token of each position, for layers that embed them
+        self.limit = 0  # R of the request
 
     # ---- the model, one call at a time ----------------------------------------------------------------------------
     def source(self, ids: list[int], positions: torch.Tensor, visit: Any) -> Any:
@@ -94,6 +96,8 @@ class Oracle:
         x = x[None]
         for n, source in enumerate(getattr(self.config, part)):
             args, kwargs = passed[source]
+            if "token_ids" in kwargs:
+                kwargs = {**kwargs, "token_ids": torch.tensor([[self.text[at] for at in positions.tolist()]])}
             kind = getattr(self.config.source_config, "layer_types", None)
             window = getattr(self.config.source_config, "sliding_window", None)
             window = window if kind is None or kind[source] == "sliding_attention" else None
@@ -108,6 +112,8 @@ class Oracle:
             for name, value in {"attention_mask": mask, cache: store.at(part, n, depth, positions)}.items():
                 (call.arguments if name in known else call.arguments["kwargs"])[name] = value
             more = {"depth": depth} if part == "core" and self.config.relaxation else {}
+            if part == "core" and self.config.time_conditioning:
+                more["time"] = self.model.time_conditioning(depth, self.limit, x.device)
             x = layer(*call.args, **call.kwargs, **more)
             x = x[0] if isinstance(x, tuple) else x
         return x[0]
@@ -120,13 +126,17 @@ class Oracle:
     def coda(self, s: torch.Tensor, positions: torch.Tensor, store: Store) -> torch.Tensor:
         if self.config.recurrence_norm == "last":
             s = self.model._final_norm(s)
-        return self.run("coda", s, positions, store)
+        return self.run("coda", self.model.ends.leave(s), positions, store)
 
     def damped(self, old: torch.Tensor, new: torch.Tensor, depth: int, limit: int) -> torch.Tensor:
         """One state [D] from those before and after recurrence `depth`, counted from 0, of a request of `limit`."""
         kind = self.config.recurrence_damping
         if kind == "1/R":
             return ((limit - 1) * old + new) / limit
+        if kind == "selective":
+            gate = self.model.damping
+            rate = torch.log1p((gate.up @ (gate.down @ (new - old)) + gate.bias).exp()) * gate.log_rate.exp()
+            return (-rate).exp() * new + (1 - (-rate).exp()) * old
         if kind == 1 or depth == 0:
             return new
         share = 1 / (1 + (-self.model.damping.weight).exp()) if kind == "learned" else kind
@@ -141,7 +151,9 @@ class Oracle:
         positions = torch.arange(first, first + len(ids))
         embedded: list[torch.Tensor] = []
         self.source(ids, positions, lambda i, h, a, k: embedded.append(h) or h)
-        e = self.run("prelude", embedded[0][0], positions, store)
+        self.text |= dict(zip(positions.tolist(), ids, strict=True))
+        self.limit = params.num_recurrences
+        e = self.model.ends.enter(self.run("prelude", embedded[0][0], positions, store))
         s = initial_state(self.config, e[None], positions[None], None)[0].clone()
         limit = params.num_recurrences
         rules = [Rule(params.exit_rule, params.exit_threshold, self, s[i]) for i in range(len(ids))]
@@ -319,7 +331,7 @@ class Rule:
             return 1 - float(torch.cosine_similarity(after, before, dim=0))
         if self.name == "gate":
             model = self.oracle.model
-            gate = float(torch.sigmoid(model.exit_gate(model._final_norm(after[None])))[0, 0])
+            gate = float(torch.sigmoid(model.exit_gate(after[None], model._final_norm))[0])
             self.left = self.left + (1 - self.left) * gate
             return self.left
         p = logits.softmax(-1)

@@ -82,6 +82,7 @@ OTHERS = {
     "seed_oss": GROUPED,
     "smollm3": {**WIDE, "no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "starcoder2": {**WIDE, "sliding_window": 8},
+    "ungated": {**GROUPED, "hidden_act": "relu2", "qk_norm": True, "value_embeddings": [False, True] * 3},
 }
 TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
@@ -121,6 +122,8 @@ def save(folder: Path, source, seed: int = 0, **fields) -> RecurrentDepthForCaus
                 parameter.normal_()
             elif "dora_" in name:
                 parameter.uniform_(1.5, 2.5)
+            elif name.startswith("time_conditioning."):
+                parameter.normal_(std=0.1)
             elif name.startswith("relaxation.") or parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     if getattr(source, "attn_logit_softcapping", None):

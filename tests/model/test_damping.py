@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from loopwise.model.damping import Damping, interpolate
 from tests.helpers.model import GREEDY, build, ids
 
-DAMPINGS = (0.3, "1/R", "learned")
+FROM_THE_SECOND = (0.3, "1/R", "learned")  # one recurrence is not damped
+DAMPINGS = (*FROM_THE_SECOND, "selective")
 
 
 def build_damped(damping: float | str, **fields: Any) -> Any:
     model = build(recurrence_damping=damping, **fields)
-    if damping == "learned":
-        nn.init.normal_(model.damping.weight)
+    for parameter in model.damping.parameters():
+        nn.init.normal_(parameter, std=1.0 if damping == "learned" else 0.5)
     return model
 
 
@@ -41,9 +42,13 @@ def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
             "1/R": 1 / recurrences,
             "learned": 1 / (1 + torch.exp(-model.damping.weight)) if config.recurrence_damping == "learned" else 0,
         }.get(config.recurrence_damping, config.recurrence_damping)
-        if r == 1 and config.recurrence_damping != "1/R":
+        if r == 1 and config.recurrence_damping not in ("1/R", "selective"):
             share = 1
-        s = (1 - share) * s + share * run(model.core, s)
+        new, gate = run(model.core, s), model.damping
+        if config.recurrence_damping == "selective":
+            rate = torch.log1p(torch.exp((new - s) @ gate.down.T @ gate.up.T + gate.bias)) * gate.log_rate.exp()
+            share = torch.exp(-rate)
+        s = (1 - share) * s + share * new
         if config.recurrence_norm == "each":
             s = model.recurrence_norm(s)
     return model.source.lm_head(llama.norm(run(model.coda, llama.norm(s) if config.recurrence_norm == "last" else s)))
@@ -61,7 +66,7 @@ def test_the_formula(damping, norm):
 
 
 @pytest.mark.parametrize("injection", ["none", "linear"])
-@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("damping", FROM_THE_SECOND)
 def test_one_recurrence_is_not_damped(damping, injection):
     model, plain = (build_damped(each, injection=injection) for each in (damping, 1.0))
     assert torch.equal(model(ids(), num_recurrences=1).logits, plain(ids(), num_recurrences=1).logits)
@@ -77,6 +82,8 @@ def test_no_damping_is_no_arithmetic():
 def test_rows_of_their_own_depths(kind):
     """As a lane engine has them: [N] of both; rows without a request have R = 0."""
     damping = Damping(kind, 4)
+    for parameter in damping.parameters():
+        nn.init.normal_(parameter)
     before, after = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     started, recurrences = torch.tensor([False, True, True, False, True]), torch.tensor([1, 2, 3, 4, 0])
     got = damping(before, after, started, recurrences)
@@ -84,8 +91,8 @@ def test_rows_of_their_own_depths(kind):
     for n in range(4):
         want = damping(before[n], after[n], bool(started[n]), int(recurrences[n]))
         torch.testing.assert_close(got[n], want, rtol=0, atol=1e-6)
-    assert torch.equal(got[0], after[0])
-    assert damping(before.bfloat16(), after.bfloat16(), started, recurrences).dtype == torch.bfloat16
+    assert torch.equal(got[0], after[0]) == (kind != "selective")
+    assert damping.bfloat16()(before.bfloat16(), after.bfloat16(), started, recurrences).dtype == torch.bfloat16
 
 
 def test_a_share_of_one_is_exact_and_has_a_gradient():
@@ -107,36 +114,41 @@ def test_padding_and_cache_change_nothing(damping):
     assert torch.equal(cached[:1, 14:], model.generate(ids()[:1, 5:], num_recurrences=4, **GREEDY)[:, 9:])
 
 
-def test_it_is_saved_and_starts_at_one_half(tmp_path):
-    model = build_damped("learned")
+@pytest.mark.parametrize("damping", ["learned", "selective"])
+def test_it_is_saved_and_starts_at_one_half(damping, tmp_path):
+    model = build_damped(damping)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert again.config.recurrence_damping == "learned"
+    assert again.config.recurrence_damping == damping
     assert torch.equal(again(ids()).logits, model(ids()).logits)
-    new, half = build(recurrence_damping="learned"), build(recurrence_damping=0.5)
-    assert torch.equal(new(ids()).logits, half(ids()).logits)
+    new, half = type(model)(model.config).damping, Damping(0.5, 64)
+    before, after = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(new(before, after, True, 3), half(before, after, True, 3), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_recurrences": 1}])
-def test_training(options):
+@pytest.mark.parametrize("damping", ["learned", "selective"])
+def test_training(damping, options):
     """Recomputed recurrences or not, whole or truncated backpropagation: the gradient is the formula's."""
-    model, gradients = build_damped("learned", injection="none").train(), []
+    model, gradients = build_damped(damping, injection="none").train(), []
     for recomputes in (False, True):
         model.checkpoint_recurrences = recomputes
         model.zero_grad()
         model(ids(), labels=ids(), **options).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.core.parameters()])
-        gradients[-1].append(model.damping.weight.grad.clone())
+        gradients[-1] += [parameter.grad.clone() for parameter in model.damping.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert (gradients[0][-1] != 0).all()
     if not options:
         model.zero_grad()
         logits = by_hand(model, ids(), 3)
         model.loss_function(logits=logits, labels=ids(), vocab_size=logits.shape[-1]).backward()
-        torch.testing.assert_close(model.damping.weight.grad, gradients[0][-1], rtol=1e-3, atol=1e-7)
+        for parameter, want in zip(list(model.damping.parameters())[::-1], gradients[0][::-1], strict=False):
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-3, atol=1e-7)
     model.zero_grad()
     model(ids(), labels=ids(), num_recurrences=1).loss.backward()  # as data-parallel training needs it
-    assert not model.damping.weight.grad.any()
+    for parameter in model.damping.parameters():
+        assert parameter.grad.any() == (damping == "selective")
 
 
 @pytest.mark.parametrize(

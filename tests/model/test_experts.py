@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from loopwise.model.modeling_sandwich import causal_lm_class
+from loopwise.model.modeling_source import causal_lm_class
 from loopwise.unroll import config_with_layers
 from tests.helpers.model import build, ids
 from tests.helpers.tiny import ARCHITECTURES, named, source_config

@@ -32,8 +32,9 @@ class TransformersParts:
         """`length`: positions that will be asked for. A model of learned positions may have one less: the token that
         fills it up never runs, but a wave may guess beyond it, at the last position then."""
         self.model, self.config = model, model.config
-        self.injection, self.damping = model.injection, model.damping
+        self.injection, self.ends, self.damping = model.injection, model.ends, model.damping
         self.router = getattr(model, "router", None)
+        self.needs_tokens, self.tokens = any(getattr(self.config.source_config, "value_embeddings", ())), torch.empty(0)
         source = model.source
         if not getattr(source, "_supports_attention_backend", False):
             raise UserError(
@@ -59,6 +60,9 @@ class TransformersParts:
         for tap in self.taps:
             tap.visit = self._visited
         self._relax()
+        if self.config.time_conditioning:
+            with torch.no_grad():
+                model.time_conditioning.tabulate(self.config.max_recurrences)
         self.device = model.get_input_embeddings().weight.device
         has = getattr(self.config, "max_position_embeddings", None) or length
         self.length = min(length, has)
@@ -84,15 +88,16 @@ class TransformersParts:
         self.attention = Measure()  # pyright: ignore[reportAttributeAccessIssue]
         more = self.config.source_config.num_attention_heads + 1  # so that it shows which dimension is the rows'
         position = torch.zeros(more, dtype=torch.long, device=self.device)
-        x = self.embed(position, position)
+        x, self.tokens = self.embed(position, position), position
         for part in ("prelude", "coda", "core"):
-            self.layers(part, x, position, position)
+            self.layers(part, x, position, position, position)
         return [found[layer] for layer in sorted(found)]
 
     @property
     def compilable(self) -> bool:
-        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row."""
-        return not (self.config.relaxation or {}).get("own")
+        """True where a pass of the core is one graph: parameters of a depth's own are looked up row by row, and neither
+        tokens that layers embed nor times are inputs of it."""
+        return not ((self.config.relaxation or {}).get("own") or self.needs_tokens or self.config.time_conditioning)
 
     # ---- the source model around the layers -----------------------------------------------------------------------
     def _visited(self, index: int, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
@@ -155,10 +160,12 @@ class TransformersParts:
         return self.model.recurrence_norm(s)
 
     def gate(self, s: Tensor) -> Tensor:
-        return self.model.exit_gate(self.model._final_norm(s)).squeeze(-1)
+        return self.model.exit_gate(s, self.model._final_norm)
 
     # ---- the layers -----------------------------------------------------------------------------------------------
-    def layers(self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None) -> Tensor:
+    def layers(
+        self, part: str, x: Tensor, positions: Tensor, depths: Tensor | None = None, limits: Tensor | None = None
+    ) -> Tensor:
         config = self.config
         start = {"prelude": 0, "coda": len(config.prelude), "core": len(config.prelude) + len(config.coda)}[part]
         if depths is not None:
@@ -173,6 +180,12 @@ class TransformersParts:
                     {name: self._of(value, positions) for name, value in kwargs.items()},
                 )
             args, kwargs = passed[source]
+            if self.needs_tokens:
+                kwargs["token_ids"] = self.tokens[None]
+            if config.time_conditioning and part == "core":
+                assert depths is not None
+                assert limits is not None
+                kwargs = {**kwargs, "time": self.model.time_conditioning.row(depths, limits)}
             self.layer = start + n
             x = layer(x, *args, **kwargs)
             x = x[0] if isinstance(x, tuple) else x

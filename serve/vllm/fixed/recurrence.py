@@ -15,6 +15,7 @@ from torch import nn
 
 from ....model import RecurrentDepthConfig
 from ....model.damping import Damping
+from ....model.ends import Ends
 from ....model.initial_state import initial_state
 from ....model.injection import Injection
 from ....model.recurrence_norm import norm_after, norm_at_end, norm_before
@@ -24,9 +25,11 @@ LayerCall = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Between(NamedTuple):
-    """The modules between two recurrences, children of another module. norm: the one that `recurrence_norm` names."""
+    """The modules between two recurrences, and at both ends, children of another module. norm: the one that
+    `recurrence_norm` names."""
 
     injection: Injection
+    ends: Ends
     damping: Damping
     norm: Callable[[torch.Tensor], torch.Tensor] | None
 
@@ -90,10 +93,10 @@ class Recurrence(nn.Module):
         residual = None
         for layer in self.prelude:
             x, residual = call(layer, x, residual)
-        e = fold(x, residual)
+        e = self.between.ends.enter(fold(x, residual))
         x, residual = self._initial_state(e, positions), None
         core: Any = self.core
-        kind, (injection, damping, norm) = self.config.recurrence_norm, self.between
+        kind, (injection, ends, damping, norm) = self.config.recurrence_norm, self.between
         damped = damping.kind != 1
         if self.config.sharing == "sequence":
             for n in range(len(self.config.core)):
@@ -113,6 +116,8 @@ class Recurrence(nn.Module):
                     x, residual = norm_after(kind, fold(x, residual), norm), None
             if kind == "last":
                 x, residual = norm_at_end(kind, fold(x, residual), norm), None
+        if ends.projection is not None:
+            x, residual = ends.leave(fold(x, residual)), None
         for layer in self.coda:
             x, residual = call(layer, x, residual)
         return x, residual

@@ -19,6 +19,11 @@ def test_lanes_equal_the_oracle(kind, policy):
     check(build(**DAMPED[kind]), policy, *requests(6, 10, policy, RULES))
 
 
+def test_a_selective_gate_and_an_exit_gate_with_its_own_norm():
+    """As LoopUS has them."""
+    check(build(**DAMPED["selective"]), "last-exited", *requests(9, 10, "last-exited", ["fixed", "gate"]))
+
+
 @pytest.mark.parametrize("kind", DAMPED)
 def test_full_depth_equals_generate(kind):
     """At a depth of each request's own; the batch does not share them."""

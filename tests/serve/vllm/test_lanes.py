@@ -54,6 +54,12 @@ CALM = {**GROUPED, "initializer_range": 0.12}
 WINDOWS = {**CALM, **MIXED}
 CALM_WIDE = {**WIDE, "initializer_range": 0.12}
 OURO = {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}
+OWN_GATE = {"exit_gate": True, "exit_gate_norm": "own"}
+PARCAE = {**RETROFIT, "injection": "diagonal", "prelude_norm": True, "state_projection": True, "state_init": "zeros"}
+TOKENS = {**CALM, "hidden_act": "relu2", "qk_norm": True, "value_embeddings": [False, True] * 3}
+TIMES = {"scale": ["input_layernorm", "post_attention_layernorm"], "gate": ["self_attn.o_proj", "mlp.down_proj"]}
+LOOPFORMER = {**RECURSIVE, "injection": "none", "time_conditioning": TIMES}
+LEARNED = {**CALM, "hidden_act": "gelu", "learned_positions": True, "norm_weights": False, "attention_bias": True}
 EXPERT = {"kind": "expert", "thresholds": [0.35, 0.5, 0.5, 0.5], "alpha": 0.7}
 STEPS = {**EXPERT, "update": "step", "alpha": 1.3, "kv": "first-recursion"}
 TOKEN = {"kind": "token", "gate": "sigmoid", "network": "mlp"}
@@ -104,6 +110,17 @@ BETWEEN = {
         shape={**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}, lanes={"compile": True}
     ),
     "nanbeige": Case(shape={**RECURSIVE, "recurrence_norm": "between"}, decoders=("plain", "wave"), count=6),
+    "loopus": Case(
+        "qwen3",
+        "last-exited",
+        {**RETROFIT, "injection": "none", "recurrence_damping": "selective", **OWN_GATE},
+        rules=("gate", "fixed", "trace"),
+        decoders=("plain", "wave"),
+        lanes={"compile": True},
+        count=8,
+    ),
+    "parcae": Case("ungated", "last-exited", PARCAE, TOKENS, decoders=("plain", "wave"), count=8),
+    "loopformer": Case("ungated", "last-exited", LOOPFORMER, LEARNED, decoders=("plain", "wave"), count=8),
     "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
 }
 SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}

@@ -83,6 +83,10 @@ CASES = {
     "relaxed": Case("llama", 4, RELAXED),
     "relaxed-gemma": Case("gemma3_text", 3, RELAXED),
     "relaxed-biased": Case("qwen2", 3, BIASED),
+    "loopus": Case("qwen3", 3, {**RETROFIT, "injection": "none", "recurrence_damping": "selective"}),
+    "parcae": Case(
+        "ungated", 3, {**NORMAL, "injection": "diagonal", "prelude_norm": True, "state_projection": True}, *TRACED
+    ),
     "huginn": Case("sandwich", 4, {**NORMAL, "recurrence_norm": "last"}, source=HUGINN),
     "ouro": Case("sandwich", 4, {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}, source=SANDWICH),
     "traced-relaxed": Case("llama", 3, RELAXED, *TRACED),
