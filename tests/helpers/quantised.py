@@ -24,7 +24,11 @@ def stored(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def write(source: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], quantised: dict[str, Any]) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    plain = {
+        name: t.to(torch.bfloat16) for name, t in tensors.items() if t.dtype == torch.float32 and "_scale" not in name
+    }
+    stored = {name: t.contiguous() for name, t in (tensors | plain).items()}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
     fields = {**config, "dtype": "bfloat16", "quantization_config": quantised}
     (source / "config.json").write_text(json.dumps(fields))
 
