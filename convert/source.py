@@ -104,7 +104,7 @@ class SourceWeights:
     def _find_tensors(self) -> None:
         """Find every tensor of the files in the model. Raises UserError for one that the model lacks, and that
         transformers does not leave out."""
-        ignored = self._loaded._keys_to_ignore_on_load_unexpected or ()
+        ignored = self._loaded._keys_to_ignore_on_load_unexpected or ()  # pyright: ignore[reportPrivateUsage]
         mapping = get_model_conversion_mapping(self._loaded)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]

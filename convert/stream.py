@@ -58,7 +58,7 @@ def _parameter(values: torch.Tensor, dtype: torch.dtype | None) -> nn.Parameter:
 def _stream(module: nn.Module, prefix: str, read: Read, dtype: torch.dtype | None) -> None:
     """Let `module` read its parameters before each call, and drop them after it."""
     parameters = _ReadWhenAsked(_own_parameters(module), lambda name: _parameter(read(prefix + name), dtype))
-    module._parameters = parameters
+    module._parameters = parameters  # pyright: ignore[reportPrivateUsage]
 
     def fetch(*_: object) -> None:
         parameters.held = {name: parameters[name] for name in parameters}

@@ -94,7 +94,7 @@ def methods(names: list[str]) -> list[str]:
         rows[architecture] = f"| {architecture} | {' | '.join(cells)} |"
         print(rows[architecture], flush=True)
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [*(rows[name] for name in SUPPORTED), ""]
+    lines += [*(rows[name] for name in SUPPORTED if name in rows), ""]
     for n, reason in enumerate(reasons):
         lines += textwrap.wrap(f"{n + 1}. {reason}", 120, subsequent_indent="   ")
     return lines

@@ -61,10 +61,11 @@ def _by_period(config: Any) -> list[tuple[str, int]]:
 
 
 def _span(name: str, inside: list[bool], first: bool = False) -> tuple[int, int]:
-    """(start, end) of the run of True in `inside`; `first`: it begins at 0. Raises ValueError, naming the field `name`,
-    where there are several runs."""
-    count = sum(inside)
-    start = 0 if first or not count else inside.index(True)
+    """(start, end) of the run of True in `inside`; `first`: it begins at 0. Without a True it is empty, at an
+    end. Raises ValueError, naming the field `name`, where there are several runs."""
+    if not any(inside):
+        return (0, 0) if first else (len(inside), len(inside))
+    count, start = sum(inside), 0 if first else inside.index(True)
     if not all(inside[start : start + count]):
         raise ValueError(
             f"{name}: a plain model has its layers without experts at its ends, and this order has some in between"

@@ -40,7 +40,8 @@ class ProgramModel(RecurrentDepthForCausalLM):
         name = layer_list_name(source, count)
         self.layers = [*source.get_submodule(name).children()]
         as_tuple = source.config.model_type in TUPLE_LAYERS
-        source.set_submodule(name, nn.ModuleList(Tap(i, self._visit, as_tuple) for i in range(count)))
+        taps = [Tap(i, self._visit, as_tuple, layer) for i, layer in enumerate(self.layers)]
+        source.set_submodule(name, nn.ModuleList(taps))
         self.source = source
         self.generation_config = source.generation_config
         self._kept: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()

@@ -157,7 +157,8 @@ class RecurrentDepthConfig(PreTrainedConfig):
     def validate(self) -> None:
         """transformers' checks of any config, but for that of per-layer lists, which are the source's to check: here
         `layer_types` has an entry a slot. Raises ValueError."""
-        for check in self.__class_validators__:
+        checks: Any = getattr(type(self), "__class_validators__", ())
+        for check in checks:
             if check.__name__ != "validate_layer_type":
                 check(self)
 

@@ -126,6 +126,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if config.router:
             self.router = Router(source_config.hidden_size, config.router)
         self._no_split_modules = self.source._no_split_modules
+        self._is_stateful = self.source._is_stateful  # generate then proposes no tokens that it may have to take back
         self._call: Call | None = None
         self._collects_router_logits = False
         self.checkpoint_recurrences = False

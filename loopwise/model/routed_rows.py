@@ -17,12 +17,8 @@ from transformers.cache_utils import Cache
 
 from .source_layers import DepthCache
 
-COUNTING = {
-    "bloom",
-    "gpt_neo",
-    "llama4_text",
-    "mpt",
-}  # architectures whose layers count positions, and take none as an argument
+# Architectures whose layers count positions, and take none as an argument.
+COUNTING = {"bloom", "gpt_neo", "llama4_text", "mpt"}
 HIDING = {"mpt"}  # architectures whose masks are True where a token is hidden
 
 

@@ -75,7 +75,7 @@ class Tap(nn.Module):
 def init_layer_buffers(module: nn.Module, config: Any) -> None:
     """Compute the buffers of a layer's `module` that the source's model makes for its layers, which are taps here."""
     if "mup_vector" in dict(module.named_buffers(recurse=False)):  # Falcon-H1
-        init.copy_(module.mup_vector, sys.modules[type(module).__module__].compute_mup_vector(config))
+        init.copy_(cast(Any, module).mup_vector, sys.modules[type(module).__module__].compute_mup_vector(config))
 
 
 class OneSlot:

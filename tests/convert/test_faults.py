@@ -18,6 +18,7 @@ from loopwise.recipe import validate
 from tests.helpers.convert import RELAXED, source, written
 from tests.helpers.faults import FAULTS, changed, configured, one_more, put, read, scaled, with_values
 from tests.helpers.tiny import save_source
+from tests.helpers.tiny_configs import UNIFORM
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,9 @@ def test_faults_of_an_import_are_found(name, tensor, capsys, tmp_path):
     assert f"verification failed: tensor {tensor}" in capsys.readouterr().err
 
 
+ENDS = {"gpt_neox_japanese", "modernbert-decoder"}  # their last, or first, layer has other parameters
+
+
 def cases() -> list[Any]:
     few = ("llama", "qwen3_moe")
     return [pytest.param(name, id=name, marks=[] if name in few else pytest.mark.slow) for name in SUPPORTED]
@@ -179,7 +183,8 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("model_type", cases())
 def test_rounding_is_no_fault(model_type, threads, tmp_path):
     """With LoRA in each dtype, and bit for bit without, in any number of threads."""
-    save_source(tmp_path / "source", model_type)
+    save_source(tmp_path / "source", model_type, **UNIFORM.get(model_type, {}))
+    sharing = "middle-cycle" if model_type in ENDS else "cycle"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -188,7 +193,7 @@ def test_rounding_is_no_fault(model_type, threads, tmp_path):
             facts = convert(tmp_path / "source", tmp_path / "out", validate(ConvertRecipe, plain), force=True)
             assert facts["max_dlogit_by_dtype"] == {dtype: 0}
             loops = 3 if model_type == "gpt_neo" else 2  # its layers alternate
-            recipe = validate(ConvertRecipe, {**RELAXED, "loops": loops, "dtype": dtype})
+            recipe = validate(ConvertRecipe, {**RELAXED, "loops": loops, "sharing": sharing, "dtype": dtype})
             facts = convert(tmp_path / "source", tmp_path / "out", recipe, force=True)
             assert facts["max_dlogit"] < 1e-12
             assert facts["max_dlogit_by_dtype"].keys() == {dtype, "float64"}

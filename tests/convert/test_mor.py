@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from loopwise.cli import main
 from tests.helpers.convert import expected, import_refused, refused, run, source, tokens
 from tests.helpers.tiny import ARCHITECTURES, keeping_more, named, save_source, tokenizer
+from tests.helpers.tiny_configs import UNIFORM
 
 ROUTING = {  # what their training configuration said
     "mor-expert": ["router.capacity=1,0.6667,0.3333"],
@@ -26,14 +27,6 @@ MIXED = {  # middle-cycle sharing of their tiny sources would tie layers of diff
     "gemma3_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna",
     "llama4_text", "mellum", "mimo_v2_flash", "ministral", "olmo3", "smollm3", "vaultgemma",
 }  # fmt: skip
-ALL_EXPERTS = {"mlp_layer_types": ["sparse"] * 6}
-SOURCES: dict[str, dict[str, Any]] = {  # layers of one structure in MIXED, else those of two loops are not alike
-    "afmoe": {"num_dense_layers": 0},
-    "dots1": {"first_k_dense_replace": 0},
-    "llama4_text": {"interleave_moe_layer_step": 1},
-    "modernbert-decoder": {"layer_types": ["full_attention"] * 6},
-    **dict.fromkeys(["cohere2_moe", "exaone_moe", "laguna", "mellum", "mimo_v2_flash"], ALL_EXPERTS),
-}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
@@ -104,7 +97,7 @@ def test_every_architecture(model_type, tmp_path):
     sharing = "cycle" if model_type in MIXED else "middle-cycle"
     router = {"alpha": 0.5, "capacity": [0.7, 0.4]}
     model = run(
-        save_source(tmp_path / "source", model_type, **SOURCES.get(model_type, {})),
+        save_source(tmp_path / "source", model_type, **UNIFORM.get(model_type, {})),
         tmp_path / "out",
         method="mor",
         loops=2,

@@ -316,6 +316,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "youtu": {**_LATENT, "pad_token_id": None},  # transformers zeroes the row of a pad token when it loads one
 }
 
+# Fields with which the layers of two loops are alike: without dense layers before those with experts.
+UNIFORM: dict[str, dict[str, Any]] = {
+    name: {field: value}
+    for field, value, names in (
+        ("num_dense_layers", 0, ["afmoe", "lfm2_moe"]),
+        ("first_k_dense_replace", 0, ["axk1", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe"]),
+        ("mlp_layer_types", ["sparse"] * 6, [name for name, own in ARCHITECTURES.items() if "mlp_layer_types" in own]),
+        ("moe_layer_start_index", 0, ["ernie4_5_moe"]),
+        ("interleave_moe_layer_step", 1, ["llama4_text"]),
+        ("layer_types", ["full_attention"] * 6, ["modernbert-decoder"]),
+    )
+    for name in names
+}
+
 # Tried in the slow suite. Of their kinds, `make test` tries qwen3_5_text (linear attention), lfm2 (short convolutions),
 # deepseek_v3 (latent attention, experts) and gemma4_text (layers of different sizes).
 SLOW = set(
