@@ -76,11 +76,13 @@ class ProgramModel(RecurrentDepthForCausalLM):
         self._part = part
         return super()._places(part)
 
-    def _run(self, places: list[Place], x: torch.Tensor, call: Call, selection: Any = None) -> torch.Tensor:
+    def _run(
+        self, places: list[Place], x: torch.Tensor, call: Call, selection: Any = None, time: Any = None
+    ) -> torch.Tensor:
         """Layers in order; those of the prelude from the longest kept beginning on."""
         if self._part != "prelude" or not places or places[0].depth is not None or call.cache is not None:
             self.layers_run += len(places)
-            return super()._run(places, x, call, selection)
+            return super()._run(places, x, call, selection, time)
         ids = tuple(place.source_layer for place in places)
         done, x = self._longest(ids, x)
         for end in range(done + 1, len(ids) + 1):

@@ -41,7 +41,7 @@ from .relaxation import Factors, Relaxation
 from .router import Router, capacities
 from .some_logits import head_at
 from .source_layers import TUPLE_LAYERS, Tap, init_layer_buffers, layer_list_name, prepare_cache
-from .time_conditioning import Modulation, TimeConditioning
+from .time_conditioning import Factor, TimeConditioning
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keyword arguments for the loss alone
 
@@ -160,10 +160,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
                 init.ones_(module.norm)
             if module.projection is not None:
                 init.copy_(module.projection, torch.eye(len(module.projection)))
-        elif isinstance(module, Modulation):
-            for linear in (*module.scale.values(), *module.gate.values()):
-                init.zeros_(cast(Any, linear).weight)
-                init.constant_(cast(Any, linear).bias, float(linear in module.gate.values()))
+        elif isinstance(module, Factor):
+            init.zeros_(module.weight)
+            init.constant_(module.bias, module.start)
         elif isinstance(module, Factors):
             module.reset_parameters()
         elif isinstance(module, RecurrenceEncoding | Damping):

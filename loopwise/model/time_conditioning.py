@@ -15,6 +15,14 @@ from torch import nn
 from torch.nn.functional import silu
 
 
+class Factor(nn.Linear):
+    """W c + b, which is the number `start` at the start: W = 0, b = `start`."""
+
+    def __init__(self, width: int, size: int, start: float):
+        super().__init__(width, size)
+        self.start = start
+
+
 class Modulation(nn.Module):
     """The factors of one core layer, from the conditioning c [.., D]: 1 + W c + b for the modules `scale`, and W c + b
     for the modules `gate`. At the start all are 1.
@@ -28,7 +36,7 @@ class Modulation(nn.Module):
         for kind, names in ((self.scale, scale), (self.gate, gate)):
             for name in names:
                 module, key = layer.get_submodule(name), name.replace(".", "-")
-                kind[key] = nn.Linear(width, getattr(module, "out_features", width))
+                kind[key] = Factor(width, getattr(module, "out_features", width), float(kind is self.gate))
                 module.register_forward_hook(partial(self._multiply, kind[key], float(kind is self.scale)))
         self.tables: dict[nn.Module, torch.Tensor] = {}  # by linear module: its factors [pairs, size]
         self._time = torch.empty(0)

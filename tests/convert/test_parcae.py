@@ -109,6 +109,7 @@ def test_pickles_and_other_models_of_the_authors_are_refused(tmp_path, capsys):
     torch.save(tensors, folder / "model.pt")
     assert "model.pt: pickled weights" in import_refused(capsys, folder, tmp_path / "out")
     fields = json.loads((folder / "config.json").read_text())
-    del fields["model_class_name"]  # as in their plain GPT
+    del fields["model_class_name"]
+    fields["_class_name"] = "GPTConfig"  # their plain model
     (folder / "config.json").write_text(json.dumps(fields))
     assert "has no model_type" in import_refused(capsys, folder, tmp_path / "out")

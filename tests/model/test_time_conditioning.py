@@ -67,8 +67,6 @@ def test_it_starts_as_none_and_is_saved(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=0, atol=1e-5)
-    for linear in (m for m in type(model)(model.config).time_conditioning.layers.modules() if isinstance(m, nn.Linear)):
-        assert not linear.weight.any()
     new = type(model)(model.config).eval()
     new.load_state_dict({k: v for k, v in model.state_dict().items() if "time_cond" not in k}, strict=False)
     plain = build(injection="none")
