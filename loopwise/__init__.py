@@ -32,6 +32,7 @@ file imports only files above it:
     gguf_config.py    its config
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
+    find_source.py    a directory, a GGUF file, or a download from the hub
     load.py           configs, tokenizers and models, loaded without code of theirs
     convert/          loopwise convert, export, inspect
     train/            loopwise train, init
