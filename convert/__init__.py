@@ -17,6 +17,7 @@ Files in reading order, each importing only those above it:
     repeats.py               layers of a source that repeat
     raw.py                   weights by their names on disk
     hashes.py                sha256 of the source's files
+    finished.py              an OUT that need not be made again
     stream.py                models that hold one module's weights at a time
     tokenizer.py             the source's tokenizer, written and compared
     generation.py            generation_config.json, in a form that can be saved

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopwise.version import __version__
 
+from ..carried import CARD
 from ..checkpoint import config_fields
 from ..directory import RECORD, check_new, new_directory
 from ..find_source import commit_of, find_source
@@ -73,7 +74,8 @@ def convert(
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
             (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            (directory / "README.md").write_text(model_card(facts, conversion.config), encoding="utf-8")
+            card = model_card(facts, conversion.config, path, directory)
+            (directory / CARD).write_text(card, encoding="utf-8")
     return facts
 
 

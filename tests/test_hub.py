@@ -115,6 +115,19 @@ def test_eval(world, capsys):
         assert {**found, "model": 0} == {**want, "model": 0}
 
 
+def test_export(world, capsys, tmp_path):
+    for number, (model, options, _, folder) in enumerate(both(world)):
+        hub, local = tmp_path / f"hub-{number}", tmp_path / f"local-{number}"
+        run(capsys, "export", model, hub, "--unroll", 2, *options)
+        run(capsys, "export", folder, local, "--unroll", 2)
+        assert (hub / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
+        source = json.loads((hub / "loopwise.json").read_text())["source"]
+        assert (source["id"], source["revision"]) == (
+            model,
+            options[-1] if options else world.hub.models[model].refs["main"],
+        )
+
+
 def test_calibrate(world, capsys, tmp_path):
     keys = [f"data={world.folder / 'text.txt'}", "rule=cosine", "sequence_length=32", "limit=4", "budget=9"]
     for number, (model, _, revision, folder) in enumerate(both(world)[1:]):
@@ -146,6 +159,8 @@ def test_train(world, capsys, tmp_path):
         found, want = (load_file(out / "model.safetensors") for out in (hub, local))
         assert found.keys() == want.keys()
         assert all(torch.equal(found[name], want[name]) for name in want)
+        found, want = (json.loads((out / "loopwise.json").read_text())["source"] for out in (hub, local))
+        assert found == {"id": model, "revision": world.first, "facts": want["facts"]}
 
 
 def test_search(world, capsys):
@@ -175,6 +190,7 @@ def test_serve_loads_the_snapshot_and_goes_by_the_id(world, monkeypatch):
 
 LINES = [  # command without the model, and the option or key of a revision
     ("inspect", [], "--revision"),
+    ("export", ["OUT", "--unroll", "2"], "--revision"),
     ("generate", ["prompt=x"], "revision="),
     ("serve", [], "revision="),
     ("calibrate", ["OUT", "data=TEXT", "rule=kl"], "revision="),
