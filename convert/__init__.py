@@ -16,8 +16,8 @@ Files in reading order, each importing only those above it:
     source.py                weights by their names in the transformers model
     repeats.py               layers of a source that repeat
     raw.py                   weights by their names on disk
-    find_source.py           a directory, a GGUF file, or a download from the hub
     hashes.py                sha256 of the source's files
+    finished.py              an OUT that need not be made again
     stream.py                models that hold one module's weights at a time
     tokenizer.py             the source's tokenizer, written and compared
     generation.py            generation_config.json, in a form that can be saved

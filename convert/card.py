@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import yaml
+from transformers import PreTrainedConfig
 
+from ..card import as_front, metadata
 from ..model import RecurrentDepthConfig
 from .agreement import in_words
 from .inspection import describe
 
 
-def model_card(facts: dict[str, Any], config: RecurrentDepthConfig) -> str:
-    """README.md of a converted checkpoint, from the facts of loopwise.json and the config."""
+def model_card(facts: dict[str, Any], config: RecurrentDepthConfig, path: Path, directory: Path) -> str:
+    """README.md of the checkpoint converted into `directory`, from the facts of loopwise.json and the config.
+
+    path: the directory of the source.
+    """
     source = facts["source"]["id"]
     plan, size = facts["plan"], facts["parameters"]
     found = facts["max_dlogit_by_dtype"]
@@ -22,18 +27,8 @@ def model_card(facts: dict[str, Any], config: RecurrentDepthConfig) -> str:
         if found
         else "**Not verified**: converted with --no-verify."
     )
-    base, _, file = source.partition(":")  # a GGUF file on the hub is ID:FILE
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["recurrent-depth", "loopwise"],
-        "base_model": base,
-    }
-    if source.startswith(("/", ".", "~")) or (source.endswith(".gguf") and not file):
-        del front["base_model"]
-    return f"""---
-{yaml.safe_dump(front).strip()}
----
-# Recurrent-depth {config.source_config.model_type}
+    front = metadata(source, path, directory, ["recurrent-depth", "loopwise"])
+    return f"""{as_front(front)}# Recurrent-depth {config.source_config.model_type}
 
 Converted from `{source}` by loopwise {facts["loopwise"]}. {checked}
 
@@ -54,6 +49,17 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 out = model.generate(**tokenizer("Hello", return_tensors="pt"), num_recurrences={plan["num_recurrences"]})
 ```
+"""
+
+
+def export_card(facts: dict[str, Any], config: PreTrainedConfig, path: Path, directory: Path) -> str:
+    """README.md of the plain model exported into `directory` from the checkpoint in the directory `path`."""
+    source, found = facts["source"]["id"], facts["max_dlogit_by_dtype"]
+    checked = f"compared with it: {in_words(found)}" if found else "**not verified**"
+    return f"""{as_front(metadata(source, path, directory, ["loopwise"]))}# {config.model_type}, unrolled
+
+`{source}`, a recurrent-depth model, at {facts["unroll"]} recurrences, whose layers are written out: a plain model for
+any engine. Written by loopwise {facts["loopwise"]}, {checked}.
 """
 
 

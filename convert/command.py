@@ -10,7 +10,10 @@ from typing import Any
 
 from ..arguments import RecipeParser
 from ..directory import claimed, ended_by_sigterm
+from ..find_source import find_source
+from ..push import add_options, check_target, push
 from ..recipe import load_recipe
+from .finished import is_done
 from .inspection import describe
 from .plan import PARTS
 from .recipe import ConvertRecipe
@@ -31,10 +34,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seed", metavar="N", dest="added", action="append", type="seed={}".format, help="the same as seed=N"
     )
+    add_options(parser)
     args = parser.parse(argv)
-    recipe = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings)
-    with ended_by_sigterm(), nullcontext() if args.dry_run else claimed(Path(args.out)):
-        facts = _convert(args, recipe)
+    recipe, out = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings), Path(args.out).expanduser()
+    with ended_by_sigterm(), nullcontext() if args.dry_run else claimed(out):
+        target = check_target(args, out)
+        if target and not args.dry_run and _is_done(args, out, recipe):
+            print(f"{out}: whole, and from the same source and recipe; nothing is made again")
+        else:
+            _report(args, _convert(args, recipe))
+        if target and args.dry_run:
+            print(f"would be pushed: {target}")
+        elif target:
+            push(target, out)
+    return 0
+
+
+def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
+    """True where OUT holds what the command line `args` makes."""
+    if args.force or not out.is_dir():
+        return False
+    asked = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    return is_done(out, args.source, find_source(args.source, recipe.revision), asked, not args.no_verify)
+
+
+def _report(args: Namespace, facts: dict[str, Any]) -> None:
+    """Print the plan and the result of verification."""
     from .agreement import in_words
 
     print(_summary(facts))
@@ -43,8 +68,7 @@ def main(argv: list[str]) -> int:
     else:
         found = facts["max_dlogit_by_dtype"]
         verified = f"verified, {in_words(found)}" if found else "not verified"
-        print(f"written: {args.out} ({verified})")
-    return 0
+        print(f"written: {args.out} ({verified})", flush=True)
 
 
 def _convert(args: Namespace, recipe: ConvertRecipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 from ..arguments import Parser
 from ..directory import RECORD, claimed, ended_by_sigterm, new_directory
 from ..errors import UserError
+from ..find_source import commit_of, find_model
+from ..push import add_options, check_target, push
+from .finished import is_done
 from .recipe import DEEPEST
 
 if TYPE_CHECKING:
@@ -22,23 +26,44 @@ def main(argv: list[str]) -> int:
         prog="loopwise export",
         description="Write a recurrent-depth model at a fixed depth as a plain checkpoint of its source architecture.",
     )
-    parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id of a recurrent-depth checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument("--unroll", metavar="R", type=int, required=True, help="recurrences to write out as layers")
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against MODEL")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a hub id (default: main)")
+    add_options(parser)
     args = parser.parse_args(argv)
+    out = Path(args.out).expanduser()
+    with ended_by_sigterm(), claimed(out):
+        target = check_target(args, out)
+        if target and _is_done(args, out):
+            print(f"{out}: whole, and from the same model at the same depth; nothing is made again")
+        else:
+            _export(args)
+        if target:
+            push(target, out)
+    return 0
 
-    with ended_by_sigterm(), claimed(Path(args.out)):
-        from ..quiet import quiet
 
-        quiet()
-        found = export(args.model, args.out, args.unroll, args.force, not args.no_verify, sys.stderr.isatty())
+def _is_done(args: argparse.Namespace, out: Path) -> bool:
+    """True where OUT holds what the command line `args` makes."""
+    if args.force or not out.is_dir():
+        return False
+    model = find_model(args.model, args.revision)
+    return is_done(out, args.model, model, {"unroll": args.unroll}, not args.no_verify)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Export by the command line `args`; print the directory and the result of verification."""
+    from ..quiet import quiet
     from .agreement import in_words
 
+    quiet()
+    check, bar = not args.no_verify, sys.stderr.isatty()
+    found = export(args.model, args.out, args.unroll, args.force, check, bar, args.revision)
     verified = f"verified, {in_words(found)}" if found else "not verified"
-    print(f"written: {args.out} ({verified})")
-    return 0
+    print(f"written: {args.out} ({verified})", flush=True)
 
 
 def export(
@@ -48,28 +73,32 @@ def export(
     force: bool = False,
     check: bool = True,
     show_progress: bool = False,
+    revision: str | None = None,
 ) -> dict[str, float] | None:
     """Write the checkpoint `model` at R = `unroll` as a plain model of the source architecture into `out`.
 
-    Its layers are prelude, R x core, coda, with LoRA merged. `out` appears complete or not at all. Returns the largest
-    difference of logits between the written model, reloaded, and `model` at that R, by the dtype in which both computed
-    them; None without `check`. Raises UserError for a model that the source architecture cannot express.
+    model: a directory, or a hub id at `revision`. The layers of `out` are prelude, R x core, coda, with LoRA merged.
+    `out` appears complete or not at all. Returns the largest difference of logits between the written model, reloaded,
+    and `model` at that R, by the dtype in which both computed them; None without `check`. Raises UserError for a model
+    that the source architecture cannot express.
     """
     from loopwise.version import __version__
 
-    from ..carried import copy_licences
+    from ..carried import CARD, copy_licences
     from .agreement import decisive
+    from .card import export_card
     from .generation import write_generation_config
+    from .hashes import hashing
     from .source_config import read_recurrent_config
     from .tokenizer import load_tokenizer, write_tokenizer
     from .unrolled import Unrolled
     from .write import write_weights
 
-    path = Path(model).expanduser()
+    path = find_model(model, revision)
     config = read_recurrent_config(path)
     if not 1 <= unroll <= DEEPEST:
         raise UserError(f"--unroll {unroll}: from 1 to {DEEPEST} recurrences")
-    check_expressible(path, config, unroll)
+    check_expressible(Path(model), config, unroll)
     tokenizer = load_tokenizer(path)
     with Unrolled(path, config, unroll) as unrolled, new_directory(Path(out), path, force) as directory:
         unrolled.config.save_pretrained(directory)
@@ -77,17 +106,19 @@ def export(
             write_tokenizer(tokenizer, directory)
         notes = write_generation_config(path, directory)
         copy_licences(path, directory)
-        write_weights(unrolled.pending, directory, show_progress)
+        with hashing(unrolled.weights.files) as hashes:
+            write_weights(unrolled.pending, directory, show_progress)
         differences = unrolled.verify(directory) if check else None
         facts = {
             "loopwise": __version__,
-            "source": {"id": str(model)},
+            "source": {"id": str(model), "revision": commit_of(path), "sha256": hashes},
             "unroll": unroll,
             "notes": notes,
             "max_dlogit": decisive(differences) if differences else None,
             "max_dlogit_by_dtype": differences,
         }
         (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (directory / CARD).write_text(export_card(facts, unrolled.config, path, directory), encoding="utf-8")
     return differences
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ..arguments import Parser
 from ..directory import record_of
 from ..errors import UserError, reason
+from ..find_source import find_model
 from ..trained import trained_at
 from .plan import PARTS
 
@@ -26,20 +27,23 @@ DEPTHS = (1, 2, 4, 8, 16, 32)
 def main(argv: list[str]) -> int:
     """Parse, print. Returns the exit code."""
     parser = Parser(prog="loopwise inspect", description="Layers, parameters, KV bytes and FLOPs of a checkpoint.")
-    parser.add_argument("model", metavar="MODEL", help="directory of a recurrent-depth checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id of a recurrent-depth checkpoint")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a hub id (default: main)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
 
     from ..quiet import quiet
 
     quiet()
-    facts = inspect(args.model)
+    facts = inspect(args.model, args.revision)
     print(json.dumps(facts) if args.json else table(facts))
     return 0
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
-    """Facts of the recurrent-depth checkpoint in the directory `model`. Raises UserError for anything else.
+def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Facts of the recurrent-depth checkpoint `model`, a directory, or a hub id at `revision`: without its weights.
+
+    Raises UserError for anything else.
 
     parameters: unique ones, by part, and effective ones at each R (the core counted R times).
     kv_bytes_per_token: by KV policy and R, in the checkpoint's dtype.
@@ -54,7 +58,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
     """
     from .source_config import read_recurrent_config
 
-    config = read_recurrent_config(Path(model).expanduser())
+    path = find_model(model, revision, weights=False)
+    config = read_recurrent_config(path)
     sizes = _sizes(config)
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
     router = config.router or {}
@@ -79,7 +84,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "num_recurrences": config.num_recurrences,
         "max_recurrences": config.max_recurrences,
         "trained_recurrences": config.trained_recurrences,
-        "training": _training(Path(model).expanduser()),
+        "training": _training(path),
         "parameters": {
             **sizes.counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},

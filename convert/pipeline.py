@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loopwise.version import __version__
 
+from ..carried import CARD
 from ..checkpoint import config_fields
 from ..directory import RECORD, check_new, new_directory
+from ..find_source import commit_of, find_source
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig
 from ..model.configuration_source import COLLECTING
@@ -23,7 +25,6 @@ from .agreement import decisive
 from .card import model_card
 from .conversion import Conversion
 from .convert_checkpoint import open_conversion
-from .find_source import find_source
 from .import_checkpoint import is_recurrent, open_import
 from .recipe import ConvertRecipe
 from .tokenizer import load_tokenizer
@@ -54,7 +55,7 @@ def convert(
             "loopwise": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
-            "source": {"id": str(source), "revision": _revision(found, recipe)},
+            "source": {"id": str(source), "revision": commit_of(found) or recipe.revision},
             "recipe": recipe.model_dump(exclude_none=True),
             **conversion.facts,
             **({"router": conversion.config.router} if conversion.config.router else {}),
@@ -73,7 +74,8 @@ def convert(
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
             (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            (directory / "README.md").write_text(model_card(facts, conversion.config), encoding="utf-8")
+            card = model_card(facts, conversion.config, path, directory)
+            (directory / CARD).write_text(card, encoding="utf-8")
     return facts
 
 
@@ -101,11 +103,3 @@ def _notes(path: Path, config: RecurrentDepthConfig, tokenizer: PreTrainedTokeni
             f"{tokenizer.convert_ids_to_tokens(greatest)!r} cannot be computed"
         )
     return notes
-
-
-def _revision(path: Path, recipe: ConvertRecipe) -> str | None:
-    """The commit of a hub snapshot, else the revision of the recipe."""
-    for folder in (path, *path.parents):
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            return folder.name
-    return recipe.revision

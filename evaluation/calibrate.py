@@ -21,6 +21,7 @@ from ..deprecated import print_warning
 from ..directory import RECORD, check_new, claimed, ended_by_sigterm, new_directory, record_of
 from ..errors import UserError
 from ..exit_rules import ExitRule
+from ..find_source import find_model
 from ..load import MAPPED
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
@@ -71,11 +72,12 @@ class Calibrate(Section):
     limit: Count | None = as_eval("limit")
     batch_size: Count = Field(default=8, description="blocks or conversations that are decoded at once")
     precision: Literal["float32", "bfloat16"] = as_eval("precision")
+    revision: str | None = as_eval("revision")
 
     def without_exits(self) -> Iterator[Unused]:
         """The keys without effect for a model with an expert-choice router."""
         for name in type(self).model_fields:
-            if name != "data":
+            if name not in ("data", "revision"):
                 yield Unused(name, (), "an expert-choice router is calibrated on the first tokens of a text file, data")
 
 
@@ -83,7 +85,10 @@ def main(argv: list[str]) -> int:
     """Parse, measure, write OUT, print. Returns the exit code; raises UserError for bad input."""
     parser = RecipeParser(
         "calibrate",
-        {"model": "directory of a recurrent-depth checkpoint", "out": f"directory to write: a copy, and {CURVE}"},
+        {
+            "model": "directory or hub id of a recurrent-depth checkpoint",
+            "out": f"directory to write: a copy, and {CURVE}",
+        },
         Calibrate,
         "Choose the exit threshold that spends the fewest recurrences within a budget of loss, on one half of the "
         "data, and check it on the other. For an expert-choice router: choose thresholds that as many tokens pass as "
@@ -91,14 +96,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
     args = parser.parse(argv)
-    model, out = Path(args.model).expanduser(), Path(args.out).expanduser()
+    out = Path(args.out).expanduser()
     if not args.settings and not args.recipe:
         quiet()
         return _old_form(args.model, args.out)
     recipe = load_recipe(Calibrate, "calibrate", args.recipe, args.settings)
     with ended_by_sigterm(), claimed(out):
         quiet()
-        print(calibrate(model, out, recipe, args.force), flush=True)
+        print(calibrate(args.model, out, recipe, args.force), flush=True)
     return 0
 
 
@@ -115,14 +120,15 @@ def _old_form(model: str, text: str) -> int:
     return 0
 
 
-def calibrate(model: Path, out: Path, recipe: Calibrate, force: bool = False) -> str:
-    """Write the calibrated copy `out` of the checkpoint `model`. Returns the result in lines of text.
+def calibrate(name: str, out: Path, recipe: Calibrate, force: bool = False) -> str:
+    """Write the calibrated copy `out` of the checkpoint `name`, a directory or hub id. Returns lines about the result.
 
-    force: replace an `out` that Loopwise wrote. `out` is written whole or not at all; `model` does not change. Raises
-    UserError for bad input, and where no threshold stays within the budget.
+    force: replace an `out` that Loopwise wrote. `out` is written whole or not at all; the checkpoint does not change.
+    Raises UserError for bad input, and where no threshold stays within the budget.
     """
     from ..convert.source_config import read_recurrent_config
 
+    model = find_model(name, recipe.revision)
     config = read_recurrent_config(model)
     files = weight_files(model)
     check_new(out, model, force)
@@ -131,10 +137,10 @@ def calibrate(model: Path, out: Path, recipe: Calibrate, force: bool = False) ->
         if len(recipe.data) > 1:
             raise UserError(f"data={','.join(recipe.data)}: a router is calibrated on one text file")
         router = router_thresholds(model, recipe.data[0], "data=")
-        _write(model, out, files, {"router": router}, None, force)
+        _write(name, model, out, files, {"router": router}, None, force)
         return f"{router_table(router)}\nwritten: {out} (router.inference=threshold)"
-    found = measure(model, config, recipe)
-    _write(model, out, files, _settings(found, config), found, force)
+    found = {**measure(model, config, recipe), "model": name}
+    _write(name, model, out, files, _settings(found, config), found, force)
     return f"{calibration_table(found)}\nwritten: {out} ({_told(found)}; {CURVE})"
 
 
@@ -173,11 +179,17 @@ def _settings(found: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def _write(
-    model: Path, out: Path, files: list[Path], settings: dict[str, Any], found: dict[str, Any] | None, force: bool
+    name: str,
+    model: Path,
+    out: Path,
+    files: list[Path],
+    settings: dict[str, Any],
+    found: dict[str, Any] | None,
+    force: bool,
 ) -> None:
-    """Write `out`: the files of `model`, `settings` in its config.json, and the curve `found`.
+    """Write `out`: the files of the directory `model`, `settings` in its config.json, and the curve `found`.
 
-    files: the weights, which are linked where the file system allows it.
+    name: the checkpoint as the user named it.   files: the weights, which are linked where the file system allows it.
     """
     with new_directory(out, model, force) as directory:
         for file in sorted(path for path in model.iterdir() if path.is_file() and path.name != CURVE):
@@ -188,7 +200,7 @@ def _write(
         copy_model_code(directory)
         source = {name: x for name, x in config_fields(model)["source_config"].items() if name != "auto_map"}
         write_fields(directory / "config.json", {**settings, "source_config": source, "auto_map": MODEL_CODE})
-        record = {"loopwise": __version__, **record_of(model), "calibrated": {"from": str(model), **settings}}
+        record = {"loopwise": __version__, **record_of(model), "calibrated": {"from": name, **settings}}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if found:
             (directory / CURVE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

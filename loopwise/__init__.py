@@ -32,6 +32,10 @@ file imports only files above it:
     gguf_config.py    its config
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
+    find_source.py    a directory, a GGUF file, or a download from the hub
+    card.py           metadata of model cards
+    model_index.py    results of loopwise eval as metadata of a card
+    push.py           a finished OUT, uploaded to the hub
     load.py           configs, tokenizers and models, loaded without code of theirs
     convert/          loopwise convert, export, inspect
     train/            loopwise train, init

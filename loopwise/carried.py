@@ -9,6 +9,7 @@ from typing import Any
 from .errors import UserError
 from .input_files import check_inside
 
+CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 VOCABULARY = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken*.json", "spiece*", "*.bpe")
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")

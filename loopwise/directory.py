@@ -153,6 +153,12 @@ def record_of(directory: Path) -> dict[str, Any]:
     return {}
 
 
+def is_whole(out: Path) -> bool:
+    """True for a directory of Loopwise's whose files are all there."""
+    files = record_of(out).get("files")
+    return isinstance(files, list) and bool(files) and all((out / str(name)).is_file() for name in files)
+
+
 def left_by_killed(out: Path, kind: str) -> list[Path]:
     """Siblings of `out` that killed processes left: named as by `beside`, and ours or empty.
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import UserError, reason
+from .errors import UserError, reason, shorten
 
 # Classes of the hub's client, requests and httpx, of which none needs to be installed to be named.
 SAID = {
@@ -15,6 +15,14 @@ SAID = {
     "RevisionNotFoundError": "the hub has no such revision of it",
     "EntryNotFoundError": "the hub has it, but not the files of a model",
     "HFValidationError": "nor is it an id, OWNER/NAME, of the hub",
+    "LocalTokenNotFoundError": "it needs a token: log in with `hf auth login`, or set HF_TOKEN",
+}
+STATUS = {
+    401: "the hub refuses the token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token has no right to it",
+    404: "the hub has no such place",
+    409: "another change came in between; repeat the command",
+    429: "the hub has had too many requests; wait, and repeat the command",
 }
 UNREACHED = (
     "OfflineModeIsEnabled",
@@ -36,9 +44,30 @@ def why_not(error: BaseException) -> str:
     known = next((SAID[name] for name in names if name in SAID and name != "EntryNotFoundError"), None)
     if known:
         return known
+    status = next((code for one in chain if (code := _status(one))), None)
+    if status and "RemoteEntryNotFoundError" not in names:  # of a missing file, transformers has better words
+        return STATUS.get(status, f"the hub answers with status {status}{_words(chain)}")
     if any(name.endswith(UNREACHED) for name in names) or _offline():
         return "the hub is not asked offline" if _offline() else "the hub cannot be reached"
     return re.sub(r"https?://\S+", "the hub", reason(chain[0])).rstrip(".")  # pyright: ignore[reportArgumentType]
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an `error` of the hub's client; None for any other."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) and status >= 400 else None
+
+
+def _words(chain: list[BaseException]) -> str:
+    """The server's own words in an error of the hub's client, behind a colon; "" without any."""
+    words = next((text for one in chain if isinstance(text := getattr(one, "server_message", None), str) and text), "")
+    return f": {shorten(' '.join(words.split()), 200)}" if words else ""
+
+
+def is_hub_id(model: str) -> bool:
+    """True for what may be the hub's OWNER/NAME: no existing path, and none in its looks."""
+    looks = model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(("/", ".gguf"))
+    return bool(model) and not looks and not os.path.lexists(model)
 
 
 def _offline() -> bool:
@@ -49,7 +78,7 @@ def check_may_be_hub_id(model: str) -> None:
     """Raises UserError for what is no directory, and looks like a path rather than like the hub's OWNER/NAME."""
     if Path(model).is_file():
         raise UserError(f"{model} is a file; give the directory of a model, or a hub id")
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")):
+    if not Path(model).is_dir() and not is_hub_id(model):
         raise UserError(f"{model}: no such model directory")
 
 

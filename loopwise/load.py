@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .carried import SETTINGS, refuse_code
-from .checkpoint import adapter_error, check_implementations, config_fields, read_json, weight_files
+from .checkpoint import ADAPTER, adapter_error, check_implementations, config_fields, read_json, weight_files
 from .errors import UserError, reason, shorten
+from .find_source import SHORT, snapshot
 from .input_files import check_entries
 
 VOCABULARY, MOST_IDS = "tokenizer.json", 2**24
@@ -155,12 +156,13 @@ def _without_code(config: Any) -> Any:
 
 
 def _hub_fields(model: str, revision: str | None) -> dict[str, Any]:
-    """config.json of the hub's `model`. Raises UserError for kernels of the hub, and for an adapter beside it."""
-    from transformers import PreTrainedConfig
-    from transformers.utils.peft_utils import find_adapter_config_file
+    """config.json of the hub's `model`. Raises UserError for kernels of the hub, and for an adapter beside it.
 
-    if find_adapter_config_file(model, revision=revision) is not None:
+    One listing of the files is asked for: transformers asks for each file, many times over where there is no network.
+    """
+    path = snapshot(model, revision, SHORT)
+    if (path / ADAPTER).exists():
         raise adapter_error(model)
-    fields, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    fields = read_json(path / "config.json", f"{model}: the hub has it, but no config.json")
     check_implementations(fields, f"{model}: config.json")
     return fields

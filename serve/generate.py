@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -14,6 +13,7 @@ from ..arguments import RecipeParser
 from ..checkpoint import weight_files
 from ..errors import UserError
 from ..exit_rules import CHOICES
+from ..find_source import find_model
 from ..quiet import quiet
 from ..recipe import Count, Integer, Number, Section, load_recipe
 from ..sampling import SETTINGS
@@ -66,6 +66,7 @@ class GenerateRecipe(Section):
         description="greatest number of tokens of prompt and continuation (default: 1024, or all that the model has)",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and KV cache")
+    revision: str | None = Field(None, description="branch, tag or commit of MODEL when it is a hub id")
     details: bool = Field(False, description="print JSON lines, with tokens, their depths and core passes")
 
     @field_validator(*SETTINGS)
@@ -103,11 +104,11 @@ class GenerateRecipe(Section):
 
 def main(argv: list[str]) -> int:
     """Read prompts, print continuations. Returns the exit code."""
-    operands = {"model": "directory of a recurrent-depth checkpoint"}
+    operands = {"model": "directory or hub id of a recurrent-depth checkpoint"}
     parser = RecipeParser("generate", operands, GenerateRecipe, "Continue prompts on this machine, without a server.")
     args = parser.parse(argv)
     recipe = load_recipe(GenerateRecipe, "generate", args.recipe, args.settings)
-    folder = Path(args.model).expanduser()
+    folder = find_model(args.model, recipe.revision)
     fields = read_fields(folder)
     if recipe.exit_rule is None and (fields.get("exit") or {}).get("rule", "fixed") == "fixed":
         recipe.refuse_unused(recipe.without_exits())

@@ -55,7 +55,8 @@ class ServeRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and cache; auto: the checkpoint's, but bfloat16 for float32"
     )
-    name: str | None = Field(None, description="model name in the API; default the directory's name")
+    name: str | None = Field(None, description="model name in the API; default the directory's name, or the hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of MODEL when it is a hub id")
     max_body_mib: Count = Field(8, description="MiB of a request's body; a larger one is answered with 413")
     body_seconds: Count = Field(60, description="time in which a body has to arrive; a slower one gets 408")
     max_choices: Count = Field(128, description="choices of one request: n x prompts")

@@ -8,10 +8,11 @@ import socket
 import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..arguments import RecipeParser
 from ..errors import UserError, missing
+from ..find_source import find_model
+from ..hub import is_hub_id
 from ..recipe import load_recipe
 from .api.generation_config import fields_of
 from .checkpoint import check_config, check_tensors
@@ -24,14 +25,16 @@ from .vllm.launch import parse_arguments, run_server
 def main(argv: list[str]) -> int:
     """Check the model, then serve until SIGTERM or Ctrl-C. Returns the exit code."""
     argv, flags = _split(argv)
-    operands = {"model": "directory of a recurrent-depth checkpoint"}
+    operands = {"model": "directory or hub id of a recurrent-depth checkpoint"}
     about = "Serve a recurrent-depth model behind vLLM's OpenAI-compatible API."
     parser = RecipeParser("serve", operands, ServeRecipe, about)
     parser.usage = "%(prog)s MODEL [--recipe NAME|FILE] [key=value ...] [-- vLLM flags]"
     parser.epilog = f"{parser.epilog}\n\nvLLM's flags, which win over keys: loopwise serve MODEL -- --help=all"
     args = parser.parse(argv)
     recipe = load_recipe(ServeRecipe, "serve", args.recipe, args.settings)
-    args.model = str(Path(args.model).expanduser())
+    if is_hub_id(args.model):
+        recipe.name = recipe.name or args.model
+    args.model = str(find_model(args.model, recipe.revision))
     facts = check_config(args.model)
     refuse({"quantization": facts.quantization})
     defaults = choose(facts, recipe)

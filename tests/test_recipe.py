@@ -184,7 +184,7 @@ WITH_EFFECT = {
     "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature
         max_num_seqs max_model_len dtype
         repetition_penalty presence_penalty frequency_penalty
-        details""",
+        details revision""",
 }
 
 

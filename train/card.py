@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-import yaml
 
-from loopwise.carried import copy_licences
+from loopwise.card import as_front, metadata
+from loopwise.carried import CARD, copy_licences
 from loopwise.directory import RECORD, record_of
+from loopwise.find_source import card_folder
+from loopwise.hub import is_hub_id
 from loopwise.version import __version__
 
+from . import tasks
 from .recipe import Train
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
 
     Raises UserError for a licence file that is a link out of `model`.
     """
-    source = Path(model)
+    folder = card_folder(model, recipe.revision)
     facts: dict[str, Any] = {
         "loopwise": __version__,
         "transformers": transformers.__version__,
@@ -36,11 +39,12 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         "held_out_loss": _measured(trainer, "eval_loss"),
         "held_out_accuracy": _measured(trainer, "eval_accuracy"),
     }
-    if (source / RECORD).is_file():  # provenance of the model that was trained
-        facts["source"]["facts"] = record_of(source)
+    if folder and (folder / RECORD).is_file():  # provenance of the model that was trained
+        facts["source"]["facts"] = record_of(folder)
     (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    (directory / "README.md").write_text(_card(facts, trainer), encoding="utf-8")
-    copy_licences(source, directory)
+    if folder:
+        copy_licences(folder, directory)
+    (directory / CARD).write_text(_card(facts, trainer, folder, directory), encoding="utf-8")
 
 
 def _measured(trainer: RecurrentTrainer, prefix: str) -> dict[str, float]:
@@ -48,13 +52,19 @@ def _measured(trainer: RecurrentTrainer, prefix: str) -> dict[str, float]:
     return {name: value for name, value in trainer.evaluated.items() if name.startswith(prefix)}
 
 
-def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
+def hub_datasets(recipe: Train) -> list[str]:
+    """The training sources of `recipe` that are ids of the hub: no files, and no generated tasks."""
+    sources = dict.fromkeys(source for part in recipe.data.parts() for source in part)
+    return [
+        source for source in sources if not tasks.is_task(source) and is_hub_id(source) and not {*source} & {*"*?["}
+    ]
+
+
+def _card(facts: dict[str, Any], trainer: RecurrentTrainer, folder: Path | None, directory: Path) -> str:
+    """README.md of the model in `directory`. folder: with the source's card."""
     source = facts["source"]["id"]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["loopwise"]}
-    if trainer.curriculum:
-        front["tags"].append("recurrent-depth")
-    if not Path(source).is_dir():
-        front["base_model"] = source
+    tags = ["loopwise", *(["recurrent-depth"] if trainer.curriculum else [])]
+    front = metadata(source, folder, directory, tags, hub_datasets(trainer.recipe))
     right = facts["held_out_accuracy"]
     rows = []
     for name, loss in facts["held_out_loss"].items():
@@ -63,10 +73,7 @@ def _card(facts: dict[str, Any], trainer: RecurrentTrainer) -> str:
         rows.append(f"| {at.removeprefix('_r') or '-'} | {loss:.4f} |{share}")
     head = "| recurrences | held-out loss |" + " right answers in % |" * bool(right)
     table = "\n".join(["", head, "|---" * (head.count("|") - 1) + "|", *rows, ""]) if rows else ""
-    return f"""---
-{yaml.safe_dump(front).strip()}
----
-# {Path(source).name}, trained
+    return f"""{as_front(front)}# {Path(source).name}, trained
 
 Trained from `{source}` by loopwise {facts["loopwise"]}: {facts["steps"]:,} steps, {facts["tokens"]:,} tokens,
 {facts["flops"]:.3g} training FLOPs (6 for each parameter and token; attention scores are left out).

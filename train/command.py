@@ -8,14 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loopwise.arguments import RecipeParser
-from loopwise.directory import claimed
+from loopwise.directory import claimed, is_whole
 from loopwise.errors import UserError, missing
+from loopwise.push import Target, add_options, check_target, push
 from loopwise.recipe import load_recipe
 
-from .ranks import LAUNCHERS, is_worker
+from .checkpoint import RUN
+from .ranks import LAUNCHERS, is_first, is_worker
 from .recipe import Train
 from .settings import Run
-from .watch import watched
+from .watch import PREPARED, watched
 
 
 def main(argv: list[str]) -> int:
@@ -35,23 +37,45 @@ def main(argv: list[str]) -> int:
     out = Path(args.out).expanduser()
     if out.is_symlink():  # its target is replaced, not the link
         out = out.resolve()
-    run = Run(os.path.expanduser(args.model), out, recipe, args.resume, args.force, args.accept_changes)
+    pushes = PREPARED not in os.environ if is_worker() and is_first() else not is_worker()  # one process of a run
+    target = check_target(args, out) if pushes else None
+    finished = is_whole(out) and (out / RUN).is_file()
+    resume = args.resume or (bool(args.push_to_hub) and finished and not args.force)  # in every rank alike
+    run = Run(os.path.expanduser(args.model), out, recipe, resume, args.force, args.accept_changes)
     if args.dry_run:
-        return dry_run(run, args.launcher, args.processes, argv)
-
+        dry_run(run, args.launcher, args.processes, argv)
+        if target:
+            print(f"would be pushed: {target}")
+        return 0
     if is_worker():
         from .worker import worker
 
-        return worker(run)
+        return worker(run, lambda: _push(target, out))
     with claimed(out):
-        if args.launcher:
-            from .launch import launch
+        code = _train(run, args.launcher, args.processes, argv)
+        if code == 0:
+            _push(target, out)
+    return code
 
-            return launch(run, args.launcher, args.processes, argv)
-        from .run import train
 
-        train(run.model, out, recipe, args.resume, args.force, args.accept_changes)
+def _train(run: Run, launcher: str | None, processes: int | None, argv: list[str]) -> int:
+    """Train in this process, or in those of `launcher`. Returns the exit code."""
+    if launcher:
+        from .launch import launch
+
+        return launch(run, launcher, processes, argv)
+    from .run import train
+
+    train(run.model, run.out, run.recipe, run.resume, run.force, run.accept_changes)
     return 0
+
+
+def _push(target: Target | None, out: Path) -> None:
+    """Push `out` to the `target`, if there is one, and if the run has come to its end."""
+    if target and is_whole(out):
+        push(target, out)
+    elif target:
+        print(f"{out}: not pushed to {target.name}: the run has not come to its end; --resume goes on", flush=True)
 
 
 def _check_packages(recipe: Train) -> None:
@@ -86,10 +110,11 @@ def _parser() -> RecipeParser:
         help="check settings, sources and OUT, print the launch command and the memory per process, and stop",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier run in OUT")
+    add_options(parser)
     return parser
 
 
-def dry_run(run: Run, launcher: str | None, processes: int | None, argv: list[str]) -> int:
+def dry_run(run: Run, launcher: str | None, processes: int | None, argv: list[str]) -> None:
     """Check the run, print its launch command and the memory per process. Raises UserError for bad input."""
     from loopwise.quiet import quiet
 
@@ -114,4 +139,3 @@ def dry_run(run: Run, launcher: str | None, processes: int | None, argv: list[st
     blocks = f"{recipe.batch_size} x {recipe.data.sequence_length} tokens"
     print(f"memory of each of {count} process{'es' * (count > 1)}, micro-batches of {blocks}{at}:")
     print(table(estimate(config, recipe, launcher, count, depth)))
-    return 0

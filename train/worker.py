@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -26,11 +27,11 @@ from .watch import PREPARED
 TOKENISING = timedelta(days=7)  # while the first rank tokenises; the other ranks wait for it
 
 
-def worker(run: Run) -> int:
+def worker(run: Run, after: Callable[[], None]) -> int:
     """Train as one rank of a run. Returns the exit code, or ends the process.
 
-    Under the user's own launcher (`accelerate launch -m loopwise`) the first rank prepares the run. Raises UserError
-    as `prepare` and `work` do.
+    after: called in the first rank once the others need it no more. Under the user's own launcher (`accelerate launch
+    -m loopwise`) the first rank prepares the run. Raises UserError as `prepare` and `work` do.
     """
     run = replace(run, processes=ranks.count(), layout=ranks.layout())
     first = ranks.is_first()
@@ -49,7 +50,7 @@ def worker(run: Run) -> int:
         raise
     except KeyboardInterrupt:
         return 130  # the launcher prints the message
-    return _leave()
+    return _leave(after if first else None)
 
 
 def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
@@ -79,8 +80,8 @@ def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
     return bool(result)
 
 
-def _leave() -> NoReturn:
-    """End all processes together, without the interpreter's shutdown.
+def _leave(after: Callable[[], None] | None) -> NoReturn:
+    """End all processes together, without the interpreter's shutdown; this one once `after` is done.
 
     A thread of the process group that outlives it sometimes aborts the process, after everything is written.
     """
@@ -89,6 +90,8 @@ def _leave() -> NoReturn:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+    if after:
+        after()
     atexit._run_exitfuncs()  # loggers and trackers
     sys.stdout.flush()
     sys.stderr.flush()

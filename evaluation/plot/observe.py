@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...find_source import find_model
 from ...quiet import quiet
 from ...trained import beyond_trained
 from .recipe import Picture
@@ -61,7 +62,8 @@ def depths(model: str, picture: Picture) -> Depths:
     from ...train.pretrained import load_config, load_tokenizer
     from ..exits.forced import ForcedEngine
 
-    text, config = picture.content, load_config(model, None)
+    text, model = picture.content, str(find_model(model, picture.revision))
+    config = load_config(model, None)
     if config.model_type != "recurrent_depth":
         raise UserError(f"{model}: a plain {config.model_type}; its tokens have no depths")
     tokens = tokens_of(text, load_tokenizer(model, None))
@@ -93,6 +95,7 @@ def states(model: str, picture: Picture) -> tuple[Tokens, Tensor, int | None]:
 
     from ...train.pretrained import load_config, load_model, load_tokenizer
 
+    model = str(find_model(model, picture.revision))
     config = load_config(model, None)
     if config.model_type != "recurrent_depth" or config.router:
         kind = "routed" if config.model_type == "recurrent_depth" else f"plain {config.model_type}"

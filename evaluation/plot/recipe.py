@@ -29,6 +29,7 @@ class Picture(Section):
     kv_policy: str | None = Field(
         default=None, description="which recurrences keep keys and values (default: the model's)"
     )
+    revision: str | None = Field(default=None, description="branch, tag or commit of MODEL when it is a hub id")
     tokens: Annotated[list[Annotated[Integer, Field(ge=0)]], AfterValidator(once)] | None = Field(
         default=None,
         min_length=1,

@@ -76,8 +76,8 @@ def sizes(source: str) -> tuple[int, int, int]:
 
     The core has 2 of 15 layers, a little before the middle: these tolerate repetition best.
     """
-    from ..convert.find_source import find_source
     from ..convert.source_config import read_source
+    from ..find_source import find_source
     from ..gguf_header import read_header
     from ..gguf_source import find_gguf
 

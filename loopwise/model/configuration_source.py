@@ -25,6 +25,7 @@ COLLECTING = ("output_attentions", "output_hidden_states", "output_router_logits
 # Fields for the loading of a checkpoint's files. They describe the source's files, not ours.
 LOADING = (
     "auto_map", "tokenizer_class", "processor_class", "model_name", "transformers_weights", "quantization_config",
+    "_name_or_path",
 )  # fmt: skip
 # Attention types whose cache holds keys and values, and nothing else.
 KEYS_ALONE = ("full_attention", "sliding_attention", "chunked_attention")

@@ -1,0 +1,44 @@
+"""An OUT that is there already: whether it is what a command would make, so that it needs no second time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..directory import RECORD, is_whole, record_of
+from ..find_source import commit_of
+from .hashes import hashing
+
+
+def is_done(out: Path, name: str, source: Path, asked: dict[str, Any], check: bool) -> bool:
+    """True where the directory `out` is whole, was made from `source` as it is now, and by what is `asked`.
+
+    name: the source as the command line has it.   asked: entries of the record, as JSON has them. A recipe may have an
+    `init` in the record that nobody asked for.   check: it has to be verified. A commit of the hub is known to be the
+    same. The files of a directory are, if none is newer than `out` and the weights have the recorded sha256.
+    """
+    record = record_of(out)
+    made, recipe = record.get("source"), record.get("recipe")
+    if not is_whole(out) or not isinstance(made, dict) or made.get("id") != name:
+        return False
+    if check and not record.get("max_dlogit_by_dtype"):
+        return False
+    if isinstance(recipe, dict) and "init" not in asked.get("recipe", {}):
+        record = {**record, "recipe": {key: value for key, value in recipe.items() if key != "init"}}
+    if any(record.get(key) != value for key, value in asked.items()):
+        return False
+    commit = commit_of(source)
+    return commit == made.get("revision") if commit else _is_unchanged(source, made.get("sha256"), out)
+
+
+def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
+    """True if no file of `source`, a directory or a file, is newer than `out`, and weights have the `known` sha256."""
+    if not isinstance(known, dict) or not known:
+        return False
+    written = (out / RECORD).stat().st_mtime
+    files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
+    if any(file.stat().st_mtime > written for file in files) or not {*known} <= {file.name for file in files}:
+        return False
+    with hashing([file for file in files if file.name in known]) as found:
+        pass
+    return found == known

@@ -1,0 +1,99 @@
+"""The metadata of a model card: the YAML between two lines of dashes at the top of README.md.
+
+The fields are the hub's (hub-docs, modelcard.md).
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .carried import CARD, LICENCES
+from .hub import is_hub_id
+
+LONGEST = 1 << 16  # characters of a source's card that are read
+FRONT = re.compile(r"\A---\r?\n(.*?)^---\r?$\n?", re.DOTALL | re.MULTILINE)
+# Words of a licence's text, by its id on the hub.
+KNOWN_LICENCES = {
+    "apache-2.0": ("Apache License", "Version 2.0"),
+    "mit": ("Permission is hereby granted, free of charge", "without restriction"),
+}
+
+
+def metadata(
+    source: str, folder: Path | None, directory: Path, tags: list[str], datasets: list[str] | None = None
+) -> dict[str, Any]:
+    """The metadata of the model in `directory`, which is made from `source`.
+
+    source: a path or a hub id, maybe ID:FILE.gguf.   folder: with its card and licences, if there is one.   datasets:
+    ids on the hub of the text that the model is trained on.
+
+    A local source has no place on the hub, so base models and datasets are those of its card. The relation is the
+    hub's `finetune`: weights of the same kind, changed. The hub has no word for a changed architecture.
+    """
+    inherited = read_metadata(folder / CARD) if folder else {}
+    base = _texts(inherited.get("base_model"))
+    repository = source.partition(":")[0]  # a GGUF file on the hub is ID:FILE
+    if is_hub_id(repository):
+        base, inherited_datasets = [repository], []
+    else:
+        inherited_datasets = _texts(inherited.get("datasets"))
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    found |= _licence(inherited, folder, directory)
+    if base:
+        found["base_model"] = base[0] if len(base) == 1 else base
+        found["base_model_relation"] = "finetune" if len(base) == 1 else "merge"
+    if used := list(dict.fromkeys([*inherited_datasets, *(datasets or [])])):
+        found["datasets"] = used
+    return found
+
+
+def as_front(fields: dict[str, Any]) -> str:
+    """The `fields` as the beginning of a card."""
+    return f"---\n{yaml.safe_dump(fields, allow_unicode=True).strip()}\n---\n"
+
+
+def read_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of the file `card`; empty where there is none that can be read."""
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        with card.open(encoding="utf-8", errors="replace") as file:
+            front = FRONT.match(file.read(LONGEST))
+        fields = yaml.safe_load(front[1]) if front else None
+        return fields if isinstance(fields, dict) else {}
+    return {}
+
+
+def with_metadata(text: str, fields: dict[str, Any]) -> str:
+    """The card `text` with `fields` in place of its metadata."""
+    return as_front(fields) + FRONT.sub("", text)
+
+
+def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path) -> dict[str, str]:
+    """The fields on the licence: those of the source's card, else those of its licence file; none where unknown."""
+    if licence := _texts(inherited.get("license")):
+        fields = {"license": licence[0]}
+        for name in ("license_name", "license_link"):
+            if given := _texts(inherited.get(name)):
+                fields[name] = given[0]
+        link = fields.get("license_link")
+        if link and "://" not in link and not (directory / Path(link).name).is_file():
+            del fields["license_link"]  # to a file that is not carried
+        return fields
+    files = sorted(file for pattern in LICENCES[:2] for file in (folder.glob(pattern) if folder else []))
+    for file in files:
+        with suppress(OSError), file.open(encoding="utf-8", errors="replace") as stream:
+            text = " ".join(stream.read(LONGEST).split())
+            known = (name for name, words in KNOWN_LICENCES.items() if all(word in text for word in words))
+            return {"license": next(known, "other"), "license_link": file.name}
+    return {}
+
+
+def _texts(value: Any) -> list[str]:
+    """The short texts in a field that holds one, or a list."""
+    return [
+        text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and len(text) < 200
+    ]
