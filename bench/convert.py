@@ -132,8 +132,8 @@ def main() -> None:
                 results[name, workers].append(found)
                 size = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors"))
                 shutil.rmtree(work / "out")
-                load = f"{os.getloadavg()[0]:.1f}"
-                print(f"pair {pair + 1}: {name}, workers={workers}: {found[0]:.1f} s, {size / 1e9:.2f} GB; load {load}")
+                print(f"pair {pair + 1}: {name}, workers={workers}: {found[0]:.1f} s, {size / 1e9:.2f} GB", end="; ")
+                print(f"peak {found[1]:.2f} ({found[2]:.2f}) GiB; load of the machine {os.getloadavg()[0]:.1f}")
                 sys.stdout.flush()
         cp = statistics.median(copied)
         print(f"\n{'':<14}{'workers':>8}{'seconds':>9}{'x cp':>7}{'peak GiB':>14}\n{'cp':<22}{cp:>9.1f}")

@@ -68,7 +68,8 @@ class Conversion(ABC):
         """Write config, model files, tokenizer, generation config, licenses and weights into `directory`.
 
         identity: the facts that tell this conversion from others; weights that its journal in `directory` names are
-        not made again. Without it, no journal is kept. Raises UserError for files of the source that cannot be carried over, and for values that are not finite.
+        not made again. Without it, no journal is kept. Raises UserError for files of the source that cannot be carried
+        over, and for values that are not finite.
         """
         journal = None
         if identity is not None:

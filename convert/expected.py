@@ -136,8 +136,8 @@ def _check_svd(
 ) -> None:
     """Raise UserError unless B A is the best approximation of rank r of dW = `change` [out, in].
 
-    `change` is overwritten. That is so where A [r, in] has orthonormal rows, B [out, r] = dW A^T, and no singular value of dW - B A exceeds one
-    of B A.
+    That is so where A [r, in] has orthonormal rows, B [out, r] = dW A^T, and no singular value of dW - B A exceeds one
+    of B A. `change` is overwritten: it is one of the greatest matrices.
     """
     if not (off := (a @ a.T - torch.eye(len(a))).abs().max().item()) <= rounding:
         raise _wrong(f"{name}.lora_A", f"has rows that are not orthonormal at depth {depth}, by {off:.3g}")

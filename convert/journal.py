@@ -35,8 +35,8 @@ def goes_on(directory: Path, identity: dict[str, Any]) -> bool:
         if before.get(name) != now.get(name):
             was, is_now = (shorten(str(each.get(name, "left out")), 60) for each in (before, now))
             raise UserError(
-                f"--resume goes on with the conversion that was killed, and {name} was {was} and is {is_now}; make them "
-                "equal, or leave --resume out and start anew"
+                f"--resume goes on with the conversion that was killed, and {name} was {was} and is {is_now}; make "
+                "them equal, or leave --resume out and start anew"
             )
     return True
 

@@ -38,7 +38,7 @@ class Pending:
 
 def units(tensors: list[Pending]) -> list[list[Pending]]:
     """`tensors` in units of work: those of one group together, every other one by itself."""
-    found: dict[str, list[Pending]] = {}
+    found: dict[tuple[str, str], list[Pending]] = {}
     for tensor in tensors:
-        found.setdefault(tensor.group and f"group {tensor.group}" or f"tensor {tensor.name}", []).append(tensor)
+        found.setdefault((tensor.group, "" if tensor.group else tensor.name), []).append(tensor)
     return list(found.values())

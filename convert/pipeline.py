@@ -44,12 +44,12 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the checkpoint `source` (a directory, GGUF file or hub id) into a recurrent-depth checkpoint at `out`.
 
-    `out` appears complete or not at all; `dry_run` writes nothing; the recipe is left as it is. With `resume` it goes on
-    where a killed process was, and leaves what it has written where it is interrupted; the result is the same to the
-    byte. Returns the facts that
-    `loopwise.json` records. `max_dlogit` among them is the largest difference of logits between the written model,
-    reloaded, and the source's own layers: 0 where they are equal bit for bit in the checkpoint's dtype, else in
-    float64; `max_dlogit_by_dtype` names the dtypes. Raises UserError for a source, recipe or output that does not do.
+    `out` appears complete or not at all; `dry_run` writes nothing; the recipe is left as it is. With `resume` it goes
+    on where a killed process was, and leaves what it has written where it is interrupted; the result is the same to
+    the byte. Returns the facts that `loopwise.json` records. `max_dlogit` among them is the largest difference of
+    logits between the written model, reloaded, and the source's own layers: 0 where they are equal bit for bit in the
+    checkpoint's dtype, else in float64; `max_dlogit_by_dtype` names the dtypes. Raises UserError for a source, recipe
+    or output that does not do.
     """
     recipe = recipe.model_copy()  # settle_init changes it
     found = find_source(str(source), recipe.revision)
@@ -66,10 +66,7 @@ def convert(
         }
         facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
         facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
-        identity = {
-            **{name: facts[name] for name in ("recipe", "loopwise", "transformers", "torch")},
-            **describe(conversion.files, conversion.config.to_dict(), conversion.pending),
-        }
+        identity = _identity(facts, conversion)
         same = partial(goes_on, identity=identity) if resume else None
         if dry_run:
             check_new(Path(out), found, force)
@@ -93,6 +90,12 @@ def convert(
 def opened(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Conversion]:
     """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other."""
     return open_import(path, recipe) if is_recurrent(path, recipe) else open_conversion(path, recipe)
+
+
+def _identity(facts: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+    """The facts in which a conversion that `--resume` goes on with has to be equal."""
+    common = {name: facts[name] for name in ("recipe", "loopwise", "transformers", "torch")}
+    return {**common, **describe(conversion.files, conversion.config.to_dict(), conversion.pending)}
 
 
 def _notes(path: Path, config: RecurrentDepthConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

@@ -8,14 +8,12 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-
-import loopwise
 
 from ..errors import UserError
 from .recipe import ConvertRecipe
@@ -66,7 +64,7 @@ def work(job: Job, todo: list[int]) -> Generator[tuple[int, Done]]:
 def _started(job: Job, count: int) -> Iterator[list[subprocess.Popen[str]]]:
     """`count` workers with `job`."""
     threads = max(1, torch.get_num_threads() // max(count, 1))
-    root = str(Path(loopwise.__file__).parent.parent)  # -P: no module of the current directory stands for another
+    root = str(Path(__file__).parents[2])  # that has the package; by -P no module of the current directory counts
     search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": search}
     first = {
@@ -105,10 +103,8 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 def _send(worker: subprocess.Popen[str], message: Any) -> None:
     """Send `message` in a line. A worker that has ended is found by its missing reply."""
-    try:
+    with suppress(BrokenPipeError):
         print(json.dumps(message), file=_pipe(worker.stdin), flush=True)
-    except BrokenPipeError:
-        pass
 
 
 def _reply(worker: subprocess.Popen[str]) -> dict[str, Any]:

@@ -50,4 +50,8 @@ def write_weights(
                 if journal:
                     journal.add(every[number], done)
                 count(number, done)
-    return {every[n][0].group: done.error for n, done in sorted(found.items(), key=lambda item: item[0]) if done.error is not None}
+    return {
+        every[n][0].group: done.error
+        for n, done in sorted(found.items(), key=lambda item: item[0])
+        if done.error is not None
+    }
