@@ -21,7 +21,12 @@ Files in reading order, each importing only those above it:
     stream.py                models that hold one module's weights at a time
     tokenizer.py             the source's tokenizer, written and compared
     generation.py            generation_config.json, in a form that can be saved
-    write.py                 tensors into safetensors shards
+    pending.py               tensors to be made, in units of work
+    shards.py                safetensors files, laid out before they are filled
+    journal.py               units that are written, for --resume
+    workers.py               worker processes
+    write.py                 tensors into shards, in one process or several
+    device.py                where averages and SVDs are computed
     relax.py                 LoRA factors, and parameters of each depth
     tensors.py               every tensor of a conversion
     influence.py             block influence of the source's layers
@@ -34,6 +39,7 @@ Files in reading order, each importing only those above it:
     inspection.py            `loopwise inspect`
     card.py                  the model card
     pipeline.py              `convert`, from source to directory
+    worker.py                one worker process
     unrolled.py              a fixed depth as a plain model
     export.py                `loopwise export`
     calibrate.py             thresholds of an expert-choice router

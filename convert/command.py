@@ -29,6 +29,11 @@ def main(argv: list[str]) -> int:
         "convert", operands, ConvertRecipe, "Convert a pretrained decoder into a recurrent-depth model."
     )
     parser.add_argument("--force", action="store_true", help="replace an OUT that Loopwise wrote")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a killed conversion was, if there is one; keep what is written if this one is interrupted",
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument(
@@ -84,6 +89,7 @@ def _convert(args: Namespace, recipe: ConvertRecipe) -> dict[str, Any]:
         force=args.force,
         check=not args.no_verify,
         dry_run=args.dry_run,
+        resume=args.resume,
         show_progress=sys.stderr.isatty(),
     )
 

@@ -17,18 +17,19 @@ from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.configuration_source import clear_source_settings
 from ..model.source_layers import FINAL_NORM, layer_list_name
 from .architectures import layer_kinds
-from .conversion import Conversion
+from .conversion import Conversion, Written
+from .device import named_device
 from .dtypes import named_dtype
 from .expected import check_config
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
 from .quantised import find_method
-from .recipe import ConvertRecipe
+from .recipe import ConvertRecipe, Layers
 from .relax import own_parameters, ranks
 from .repeats import equal_layers, note, to_fold
 from .source import SourceWeights
 from .source_config import empty_model, read_source, written_out
-from .tensors import Tensors
+from .tensors import Tensors, worst
 from .text_model import find_text_model
 from .verify import DEPTH, verify
 
@@ -66,7 +67,8 @@ class RecipeConversion(Conversion):
 
     def __init__(self, path: Path, source_model: PreTrainedModel, weights: SourceWeights, recipe: ConvertRecipe):
         source_config, stored = weights.config, _common_dtype(weights)
-        self.weights, self.recipe = weights, recipe
+        self.weights = weights
+        device = named_device(recipe.device)
         self.influence: list[float] = []
 
         def measure() -> list[float]:
@@ -86,7 +88,7 @@ class RecipeConversion(Conversion):
         config = _config(source_config, self.plan, recipe, relaxation, self.dtype or stored)
         order = config.order(min(self.plan.num_recurrences, DEPTH))  # verification writes it out as layers
         written_out(source_config, [getattr(self.plan, part)[n] for part, n, _ in order])
-        self.tensors = Tensors(config, self.plan, recipe, source_model, weights, self.dtype)
+        self.tensors = Tensors(config, self.plan, recipe, source_model, weights, self.dtype, device)
         facts: dict[str, Any] = {
             "plan": {**asdict(self.plan), "dropped": [] if block else self.plan.dropped(len(kinds))},
             "parameters": {"source": sum(torch.Size(weights.shape(name)).numel() for name in weights.names())},
@@ -94,13 +96,21 @@ class RecipeConversion(Conversion):
         }
         if self.influence:
             facts["influence"] = self.influence
-        super().__init__(path, config, self.tensors.pending, weights.files, facts)
+        super().__init__(path, recipe, config, self.tensors.pending, weights.files, facts)
 
-    def finish(self, directory: Path) -> dict[str, Any]:
+    def settled(self) -> ConvertRecipe:
+        """The recipe with the layers that were chosen by a measurement of influence."""
+        if not self.influence:
+            return self.recipe
+        chosen = Layers(prelude=self.plan.prelude, core=self.plan.core, coda=self.plan.coda)
+        given = self.recipe.model_dump(exclude_unset=True, exclude={"sizes", "influence"})
+        return ConvertRecipe.model_validate({**given, "layers": chosen.model_dump()})
+
+    def finish(self, directory: Path, written: Written) -> dict[str, Any]:
         """Plot measured influences into influence.png; the fact `lora_error` where there are LoRA factors."""
         if self.influence:
             plot(self.influence, self.facts["plan"], directory / "influence.png")
-        return {"lora_error": self.tensors.errors()} if self.tensors.low_rank else {}
+        return {"lora_error": worst(written.errors)} if self.tensors.low_rank else {}
 
     def verify(self, directory: Path) -> dict[str, float]:
         """Compare the checkpoint in `directory` with the source's layers (see `verify.verify`)."""

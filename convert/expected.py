@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 from ..load import read_config
 from .agreement import WAY_OUT
+from .pending import Pending
 from .plan import Plan
 from .relax import as_matrix
 from .source import SourceWeights
-from .write import Pending
 
 SVD_ROUNDING = 64 * torch.finfo(torch.float32).eps  # error of LoRA factors by SVD in float32: 13 eps were seen
 STORED_EPS = 1  # error by rounding to the stored dtype, in its eps: a third was seen
@@ -137,14 +137,14 @@ def _check_svd(
     """Raise UserError unless B A is the best approximation of rank r of dW = `change` [out, in].
 
     That is so where A [r, in] has orthonormal rows, B [out, r] = dW A^T, and no singular value of dW - B A exceeds one
-    of B A.
+    of B A. `change` is overwritten: it is one of the greatest matrices.
     """
     if not (off := (a @ a.T - torch.eye(len(a))).abs().max().item()) <= rounding:
         raise _wrong(f"{name}.lora_A", f"has rows that are not orthonormal at depth {depth}, by {off:.3g}")
     scale = b.square().sum(0).max().sqrt().item()  # the greatest singular value of B A
     if not (off := (b - change @ a.T).abs().max().item()) <= rounding * scale:
         raise _wrong(f"{name}.lora_B", f"is not that of {source} less the tied matrix, by {off:.3g} of {scale:.3g}")
-    left, least = greatest_singular_value(change - b @ a), b.square().sum(0).min().sqrt().item()
+    left, least = greatest_singular_value(change.addmm_(b, a, alpha=-1)), b.square().sum(0).min().sqrt().item()
     if not left <= LEFT_OUT * least + rounding * len(a) ** 0.5 * scale:
         parts = f"holds a part of {least:.3g} at depth {depth} and leaves out one of {left:.3g}"
         raise _wrong(f"{name}.lora_A", f"{parts}: it is not the best approximation")
@@ -152,7 +152,7 @@ def _check_svd(
 
 def greatest_singular_value(matrix: torch.Tensor, steps: int = 8) -> float:
     """The greatest singular value of `matrix` [M, N], from below, by `steps` power iterations."""
-    row = matrix[matrix.square().sum(1).argmax()]
+    row = matrix[torch.linalg.vector_norm(matrix, dim=1).argmax()]
     for _ in range(steps):
         row = matrix.T @ (matrix @ torch.nn.functional.normalize(row, dim=0))
     return (matrix @ torch.nn.functional.normalize(row, dim=0)).norm().item()

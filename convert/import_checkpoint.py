@@ -17,7 +17,7 @@ from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .agreement import WAY_OUT, Logits, in_double
 from .architectures import SUPPORTED
-from .conversion import Conversion
+from .conversion import Conversion, Written
 from .convert_checkpoint import can_fold
 from .double import Double
 from .dtypes import dtype_name, named_dtype
@@ -25,11 +25,11 @@ from .expected import check_config, check_equal
 from .formats import FORMATS, Format, recognize, refuse_unsupported
 from .formats.base import Checkpoint, CheckpointMap, Transform
 from .generation import FILE
+from .pending import Pending
 from .plan import PARTS
 from .raw import RawTensors
 from .recipe import ConvertRecipe
 from .verify import DEPTH, reloaded, sample
-from .write import Pending
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LENGTH = 16  # tokens of a sequence on which an import is verified
@@ -100,9 +100,9 @@ class ImportConversion(Conversion):
             )
             for name, (sources, transform) in mapped.tensors.items()
         ]
-        super().__init__(path, config, pending, raw.files, _facts(kind, config, raw, mapped.ignored))
+        super().__init__(path, recipe, config, pending, raw.files, _facts(kind, config, raw, mapped.ignored))
 
-    def finish(self, directory: Path) -> dict[str, Any]:
+    def finish(self, directory: Path, written: Written) -> dict[str, Any]:
         """Replace the special tokens of generation_config.json where all are 0, as Ouro's released files have them."""
         file = directory / FILE
         fields = read_json(file) if file.is_file() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from loopwise.version import __version__
 
 from ..carried import CARD
 from ..checkpoint import config_fields
-from ..directory import RECORD, check_new, new_directory
+from ..directory import RECORD, check_new, new_directory, place, unfinished
 from ..find_source import commit_of, find_source
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig
@@ -26,6 +27,7 @@ from .card import model_card
 from .conversion import Conversion
 from .convert_checkpoint import open_conversion
 from .import_checkpoint import is_recurrent, open_import
+from .journal import JOURNAL, describe, goes_on
 from .recipe import ConvertRecipe
 from .tokenizer import load_tokenizer
 
@@ -38,50 +40,64 @@ def convert(
     force: bool = False,
     check: bool = True,
     dry_run: bool = False,
+    resume: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Convert the checkpoint `source` (a directory, GGUF file or hub id) into a recurrent-depth checkpoint at `out`.
 
-    `out` appears complete or not at all; `dry_run` writes nothing; the recipe is left as it is. Returns the facts that
-    `loopwise.json` records. `max_dlogit` among them is the largest difference of logits between the written model,
-    reloaded, and the source's own layers: 0 where they are equal bit for bit in the checkpoint's dtype, else in
-    float64; `max_dlogit_by_dtype` names the dtypes. Raises UserError for a source, recipe or output that does not do.
+    `out` appears complete or not at all; `dry_run` writes nothing; the recipe is left as it is. With `resume` it goes
+    on where a killed process was, and leaves what it has written where it is interrupted; the result is the same to
+    the byte. Returns the facts that `loopwise.json` records. `max_dlogit` among them is the largest difference of
+    logits between the written model, reloaded, and the source's own layers: 0 where they are equal bit for bit in the
+    checkpoint's dtype, else in float64; `max_dlogit_by_dtype` names the dtypes. Raises UserError for a source, recipe
+    or output that does not do.
     """
     recipe = recipe.model_copy()  # settle_init changes it
     found = find_source(str(source), recipe.revision)
-    with unpacked(found) as path, _open(path, recipe) as conversion:
+    with unpacked(found) as path, opened(path, recipe) as conversion:
         tokenizer = load_tokenizer(path, str(source))
         facts: dict[str, Any] = {
             "loopwise": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "source": {"id": str(source), "revision": commit_of(found) or recipe.revision},
-            "recipe": recipe.model_dump(exclude_none=True),
+            "recipe": recipe.model_dump(exclude_none=True, exclude={"workers"}),  # which change no byte
             **conversion.facts,
             **({"router": conversion.config.router} if conversion.config.router else {}),
         }
         facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
         facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
+        identity = _identity(facts, conversion)
+        same = partial(goes_on, identity=identity) if resume else None
         if dry_run:
             check_new(Path(out), found, force)
+            if same:
+                unfinished(place(Path(out)), same)
             return facts
-        with new_directory(Path(out), found, force) as directory:
-            written = conversion.write(directory, tokenizer, show_progress)
+        with new_directory(Path(out), found, force, same) as directory:
+            written = conversion.write(directory, tokenizer, show_progress, identity)
             facts["notes"] += written.notes
             facts["source"]["sha256"] = written.hashes
-            facts |= conversion.finish(directory)
+            facts |= conversion.finish(directory, written)
             differences = conversion.verify(directory) if check else None
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
             (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             card = model_card(facts, conversion.config, path, directory)
             (directory / CARD).write_text(card, encoding="utf-8")
+            (directory / JOURNAL).unlink()
     return facts
 
 
-def _open(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Conversion]:
+def opened(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Conversion]:
     """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other."""
     return open_import(path, recipe) if is_recurrent(path, recipe) else open_conversion(path, recipe)
+
+
+def _identity(facts: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+    """The facts in which a conversion that `--resume` goes on with has to be equal."""
+    common = {name: facts[name] for name in ("recipe", "loopwise", "transformers", "torch")}
+    return {**common, **describe(conversion.files, conversion.config.to_dict(), conversion.pending)}
 
 
 def _notes(path: Path, config: RecurrentDepthConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

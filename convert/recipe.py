@@ -28,6 +28,7 @@ FOLD_KEYS = (
     "dtype",
     "dequantize",
     "revision",
+    "workers",
     "seed",
 )  # of method=fold
 Depth = Annotated[Count, Field(le=DEEPEST)]
@@ -245,6 +246,10 @@ class ConvertRecipe(Section):
         "into the type that its config names; GGUF files need no key",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub source (default: main)")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where averages and SVDs are computed")
+    workers: Annotated[Count, Field(le=256)] = Field(
+        1, description="processes that make tensors, each on its share of the cores; the output is the same"
+    )
     seed: Integer = Field(
         0, ge=0, lt=2**63, description="seed of random layers, the normal initial state and the tokens used to verify"
     )
@@ -286,6 +291,11 @@ class ConvertRecipe(Section):
             raise ValueError("lora.init=svd with init=random would approximate the source by noise; use lora.init=zero")
         return self
 
+    def _computes(self) -> bool:
+        """True where tensors are averaged or decomposed."""
+        relaxed = self.lora is not None and (self.lora.dora or (self.lora.init != "zero" and self.method != "retrofit"))
+        return self.init == "average" or relaxed
+
     def settle_init(self, hidden_size: int) -> None:
         """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD: docs/negative.md."""
         if self.method in ("retrofit", "fold") or self.init is not None:
@@ -294,6 +304,9 @@ class ConvertRecipe(Section):
         self.init = "average" if rank >= AVERAGE_FROM * hidden_size else "stepwise"
 
     def unused(self) -> Iterator[Unused]:
+        if self.device != "cpu" and not self._computes():
+            why = "these tensors are copied; averages and SVDs (init=average, lora.rank) are computed on a device"
+            yield Unused("device", ("method", "init", "lora"), why)
         if self.state_init != "normal":
             yield Unused("state_std", ("state_init",), "it is the scale of state_init=normal, which is not asked for")
         if self.exit:

@@ -23,6 +23,9 @@ PROJECTIONS = {
     "fc2": "down", "fc_out": "down", "dense_4h_to_h": "down",
 }  # fmt: skip
 EXACT_UP_TO = 1024  # the smaller side of a matrix, above which its SVD is randomized
+OVERSAMPLED = 16  # directions of a randomized SVD beyond its rank
+ITERATIONS = 4  # power iterations of a randomized SVD
+ROWS = 1024  # of a matrix whose error is summed at a time
 
 
 def ranks(layer: nn.Module, lora: Lora) -> dict[str, int]:
@@ -82,6 +85,21 @@ def own_parameters(weights: SourceWeights, layers: str, stands_for: list[list[in
     return own
 
 
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Within it torch computes in one thread.
+
+    LAPACK gains little by more. Where another process holds a core, its threads wait for each other at every step and
+    take several times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class LowRank:
     """LoRA factors of one matrix of one tied layer, for every depth.
@@ -90,7 +108,7 @@ class LowRank:
     tied, replaced: matrices [out, in] in float32, the tied one and the source's that it replaces at a depth.
     error: with `svd`, once the factors are made, ||W_source - W_tied - B A|| / ||W_source - W_tied|| over all depths.
 
-    The factors are made when the first of them is taken.
+    The factors are made when the first of them is taken, on the device of `tied`.
     """
 
     rank: int
@@ -109,21 +127,27 @@ class LowRank:
             self._make()
         return self._made.pop(name)
 
+    def measured(self) -> float | None:
+        """`error` as it is now."""
+        return self.error
+
+    @one_thread()
     def _make(self) -> None:
-        """Make all factors, and measure `error`."""
+        """Make all factors, and measure `error`. Their bits do not depend on the number of threads."""
         tied = self.tied()
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         factors: list[tuple[torch.Tensor, ...]] = []
         left = whole = 0.0
         for depth in range(self.depths):
             if self.init == "zero":
-                a = torch.randn(self.rank, tied.shape[1], generator=generator) * tied.shape[1] ** -0.5
-                b = torch.zeros(tied.shape[0], self.rank)
+                a = torch.randn(self.rank, tied.shape[1], generator=generator).to(tied.device) * tied.shape[1] ** -0.5
+                b = tied.new_zeros(tied.shape[0], self.rank)
             else:
                 change = self.replaced(depth) - tied
-                b, a = truncated_svd(change, self.rank, generator)
-                left += (change - b @ a).square().sum().item()
-                whole += change.square().sum().item()
+                b, a = truncated_svd(change, self.rank, self.seed + depth)
+                for rows, part in zip(change.split(ROWS), b.split(ROWS), strict=True):
+                    left += (rows - part @ a).square().sum().item()
+                    whole += rows.square().sum().item()
             factors.append((a, b, row_norms(tied, a, b) if self.dora else tied.new_empty(0)))
         if self.init == "svd":
             self.error = (left / whole) ** 0.5 if whole else 0.0
@@ -131,37 +155,19 @@ class LowRank:
         self._made = {name: torch.stack([f[i] for f in factors]) for i, name in enumerate(names)}
 
 
-def truncated_svd(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def truncated_svd(change: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """B [out, r] = U_r S_r = dW V_r and A [r, in] = V_r^T of dW = `change` [out, in] (arXiv 2410.20672, section 2.3).
 
-    The scale of the LoRA is exactly 1. Large matrices: randomized (Halko, Martinsson, Tropp 2011, algorithms 4.4 and
-    5.1), with 16 more directions than `rank` and four power iterations.
+    The scale of the LoRA is exactly 1. Large matrices: `torch.svd_lowrank`, randomized by `seed` (Halko, Martinsson,
+    Tropp 2011, algorithms 4.4 and 5.1). The seeds of torch are left as they are.
     """
     if min(change.shape) <= EXACT_UP_TO or 4 * rank > min(change.shape):
-        with one_thread():
-            a = torch.linalg.svd(change, full_matrices=False)[2][:rank]
+        a = torch.linalg.svd(change, full_matrices=False)[2][:rank]
         return change @ a.T, a
-    basis = change @ torch.randn(change.shape[1], rank + 16, generator=generator)
-    for _ in range(4):
-        basis = change @ torch.linalg.qr(change.T @ torch.linalg.qr(basis).Q).Q
-    basis = torch.linalg.qr(basis).Q
-    a = torch.linalg.svd(basis.T @ change, full_matrices=False)[2][:rank]
+    with torch.random.fork_rng([change.device] if change.is_cuda else []):
+        torch.manual_seed(seed % 2**63)
+        a = torch.svd_lowrank(change, rank + OVERSAMPLED, ITERATIONS)[2][:, :rank].T.contiguous()
     return change @ a.T, a
-
-
-@contextmanager
-def one_thread() -> Generator[None]:
-    """Within it torch computes in one thread.
-
-    LAPACK gains little by more. Where another process holds a core, its threads wait for each other at every step and
-    take several times as long.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def as_matrix(values: torch.Tensor, transposed: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,11 +14,11 @@ from ..model import RecurrentDepthConfig
 from ..model.injection import Injection
 from ..model.router import Router
 from ..model.source_layers import layer_list_name
+from .pending import Pending
 from .plan import PARTS, Plan
 from .recipe import ConvertRecipe, Lora
 from .relax import LowRank, as_matrix
 from .source import SourceWeights
-from .write import Pending
 
 
 class Tensors:
@@ -28,8 +28,8 @@ class Tensors:
         tensor (or a few) at a time.
     low_rank: the LoRA factors of each relaxed matrix, by its name `relaxation.N.PATH`.
 
-    source_model is on the meta device; dtype is the type of the output, None for the source's own types. Raises
-    UserError for layers to be averaged whose shapes differ.
+    source_model is on the meta device; dtype is the type of the output, None for the source's own types. Averages and
+    SVDs are computed on `device`. Raises UserError for layers to be averaged whose shapes differ.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Tensors:
         source_model: PreTrainedModel,
         weights: SourceWeights,
         dtype: torch.dtype | None,
+        device: torch.device,
     ):
-        self.config, self.plan, self.recipe = config, plan, recipe
+        self.config, self.plan, self.recipe, self.device = config, plan, recipe, device
         self.model, self.weights, self.dtype = source_model, weights, dtype
         self.layers = layer_list_name(source_model, config.source_config.num_hidden_layers) + "."
         self.pending: list[Pending] = []
@@ -60,21 +61,12 @@ class Tensors:
         if config.router:
             self._add_router()
 
-    def errors(self) -> dict[str, float]:
-        """||W_source - W_tied - B A|| / ||W_source - W_tied|| by target, the greatest of all layers."""
-        worst: dict[str, float] = {}
-        for name, factors in self.low_rank.items():
-            target = name.split(".", 2)[2]
-            if factors.error is not None:
-                worst[target] = max(worst.get(target, 0.0), factors.error)
-        return worst
-
     def _add(self, name: str, sources: list[str]) -> None:
         """Add tensor `name`: the source's tensor, or the mean of several. Raises UserError for different shapes."""
         shapes = {tuple(self.weights.shape(source)) for source in sources}
         if len(shapes) > 1:
             raise UserError(f"{sources[0]} and the tensors to average it with differ in shape: {sorted(shapes)}")
-        make = partial(_mean, self.weights, sources)
+        make = partial(_mean, self.weights, sources, self.device)
         self.pending.append(Pending(name, self._dtype_of(sources[0]), self.weights.shape(sources[0]), make, sources[0]))
 
     @property
@@ -104,10 +96,9 @@ class Tensors:
                 self._add(f"{part}.{n}.{suffix}", [f"{self.layers}{parent}.{suffix}" for parent in parents])
             else:
                 source = f"{self.layers}{layer}.{suffix}"
-                make = partial(self._random, n, suffix)
-                self.pending.append(
-                    Pending(f"{part}.{n}.{suffix}", self._dtype_of(source), self.weights.shape(source), make)
-                )
+                make, shape = partial(self._random, n, suffix), self.weights.shape(source)
+                name, dtype = f"{part}.{n}.{suffix}", self._dtype_of(source)
+                self.pending.append(Pending(name, dtype, shape, make, group=f"{part}.{n}"))
 
     def _random(self, n: int, suffix: str) -> torch.Tensor:
         """Parameter `suffix` of core layer n, initialized as transformers does, by a seed of its own for the layer."""
@@ -140,12 +131,11 @@ class Tensors:
         kept = next(t for t in self.pending if t.name == f"core.{n}.{path}.weight")
 
         def tied() -> torch.Tensor:
-            return as_matrix(kept.make().to(kept.dtype), transposed)
+            return as_matrix(kept.make().to(self.device, kept.dtype), transposed)
 
         def replaced(depth: int) -> torch.Tensor:
-            return as_matrix(
-                self.weights.read(f"{self.layers}{self.plan.stands_for[depth][n]}.{path}.weight"), transposed
-            )
+            layer = self.plan.stands_for[depth][n]
+            return as_matrix(self.weights.read(f"{self.layers}{layer}.{path}.weight").to(self.device), transposed)
 
         factors = LowRank(
             rank=rank,
@@ -156,12 +146,14 @@ class Tensors:
             tied=tied,
             replaced=replaced,
         )
-        self.low_rank[f"relaxation.{n}.{path}"] = factors
+        group = f"relaxation.{n}.{path}"
+        self.low_rank[group] = factors
         out, width = self.weights.shape(source)[:: -1 if transposed else 1]
         shapes = {"lora_A": [rank, width], "lora_B": [out, rank], "dora_magnitude": [out]}
         for name in list(shapes)[: 3 if lora.dora else 2]:
             shape, make = [depths, *shapes[name]], partial(factors.take, name)
-            self.pending.append(Pending(f"relaxation.{n}.{path}.{name}", self._dtype_of(source), shape, make))
+            dtype = self._dtype_of(source)
+            self.pending.append(Pending(f"{group}.{name}", dtype, shape, make, group=group, error=factors.measured))
 
     def _add_injection(self) -> None:
         """Add injection, damping, recurrence encoding, halting gate and recurrence norm, with values that keep the
@@ -198,14 +190,23 @@ class Tensors:
             self.pending.append(Pending(f"router.{name}", self.dtype_of_new, list(tensor.shape), make))
 
 
-def _mean(weights: SourceWeights, names: list[str]) -> torch.Tensor:
-    """The tensor of the only name, or the mean of several, summed in float32."""
+def worst(errors: dict[str, float]) -> dict[str, float]:
+    """The greatest error of LoRA factors by target, of errors by `relaxation.N.PATH`."""
+    found: dict[str, float] = {}
+    for name, error in sorted(errors.items()):
+        target = name.split(".", 2)[2]
+        found[target] = max(found.get(target, 0.0), error)
+    return found
+
+
+def _mean(weights: SourceWeights, names: list[str], device: torch.device) -> torch.Tensor:
+    """The tensor of the only name, or the mean of several, summed in float32 on `device`."""
     if len(names) == 1:
         return weights.read(names[0])
-    total = weights.read(names[0]).float()
+    total = weights.read(names[0]).to(device, torch.float32, copy=True)  # of the mapped file
     for name in names[1:]:
-        total = total + weights.read(name).float()  # not in place: a float32 tensor is the mapped file itself
-    return total / len(names)
+        total += weights.read(name).to(device).float()
+    return total.div_(torch.tensor(float(len(names)), device=device))  # by a plain number CUDA multiplies its inverse
 
 
 def _stacked(weights: SourceWeights, names: list[str]) -> torch.Tensor:

@@ -16,11 +16,11 @@ from . import relax
 from .agreement import Logits, agreement, in_double
 from .double import Double
 from .expected import check_config, check_equal
+from .pending import Pending
 from .source import SourceWeights
 from .source_config import empty_model, written_out
 from .stream import streamed
 from .verify import reloaded, sample
-from .write import Pending
 
 
 class Unrolled:

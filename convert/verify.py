@@ -19,12 +19,12 @@ from ..model.source_layers import FINAL_NORM, layer_list_name
 from .agreement import WAY_OUT, Logits, agreement
 from .dtypes import dtype_name
 from .expected import Expected, check_tensors
+from .pending import Pending
 from .plan import Plan
 from .relax import merged
 from .source import SourceWeights
 from .source_config import empty_model, written_out
 from .stream import streamed
-from .write import Pending
 
 DEPTH = 4  # recurrences that are verified: every further one computes the same
 LENGTH = 32  # tokens of a sequence on which logits are compared

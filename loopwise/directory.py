@@ -179,17 +179,31 @@ def left_by_killed(out: Path, kind: str) -> list[Path]:
 def begin(partial: Path) -> None:
     """Make the directory `partial` with a record and the marker of this process, so that a later one may remove it."""
     partial.mkdir(parents=True)
-    record = {"loopwise": __version__, "unfinished": True, "marker": marker()}
-    (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (partial / RECORD).write_text(_unfinished(), encoding="utf-8")
 
 
-def settle(out: Path) -> None:
-    """Restore (`old`) or remove (`partial`) the siblings of `out` that killed processes left."""
+def take_over(left: Path, partial: Path) -> None:
+    """Rename `left`, which a killed process left, to `partial`, with the marker of this process."""
+    if left != partial:
+        left.rename(partial)
+    new = partial / f"{RECORD}.new"
+    new.write_text(_unfinished(), encoding="utf-8")
+    new.replace(partial / RECORD)  # at no moment the directory has no record
+
+
+def _unfinished() -> str:
+    """The record of a directory that this process writes."""
+    return json.dumps({"loopwise": __version__, "unfinished": True, "marker": marker()}) + "\n"
+
+
+def settle(out: Path, kept: Path | None = None) -> None:
+    """Restore (`old`) or remove (`partial`) the siblings of `out` that killed processes left, all but `kept`."""
     for stale in left_by_killed(out, "old"):
         if not out.exists() or LOCKED.search(stale.name):
             restore(stale, out)
     for stale in left_by_killed(out, "partial"):
-        remove(stale)
+        if stale != kept:
+            remove(stale)
 
 
 def restore(old: Path, out: Path) -> None:
@@ -292,36 +306,65 @@ def system_error(error: Exception) -> str | None:
 
 
 @contextmanager
-def new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
+def new_directory(
+    out: Path, source: Path | None, force: bool, goes_on: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """A block with a temporary sibling of `out`, which becomes `out` at the end. An error removes it instead.
 
     source: the file or directory that the block reads.   force: replace a directory of ours at `out`. After a kill at
-    any moment the old or the new directory exists, or the next call restores it. Raises UserError as `place` and
-    `check_replaceable` do, for a full disk, and at once where another process makes `out`.
+    any moment the old or the new directory exists, or the next call restores it.
+
+    goes_on: the sibling begins as the one that a killed process left, where there is one of which it is true. Then an
+    interruption or a full disk leaves the sibling for the next call; an error that would come again, a UserError,
+    removes it. Raises UserError as `place`, `check_replaceable` and `goes_on` do, for a full disk, and at once where
+    another process makes `out`.
     """
     with locked(place(out, source)):
-        yield from _new_directory(out, source, force)
+        yield from _new_directory(out, source, force, goes_on)
 
 
-def _new_directory(out: Path, source: Path | None, force: bool) -> Iterator[Path]:
-    settle(place(out, source))  # first, as it may restore a directory that needs --force
+def unfinished(out: Path, goes_on: Callable[[Path], bool]) -> Path | None:
+    """The sibling of `out` that a killed process left, or this one, and of which `goes_on` is true; None without one.
+
+    The caller holds the lock of `out`.
+    """
+    own = beside(out, "partial")
+    left = [*left_by_killed(out, "partial"), *([own] if removable(own) else [])]
+    return next((path for path in left if goes_on(path)), None)
+
+
+def _new_directory(
+    out: Path, source: Path | None, force: bool, goes_on: Callable[[Path], bool] | None
+) -> Iterator[Path]:
+    found = place(out, source)
+    left = unfinished(found, goes_on) if goes_on else None
+    settle(found, left)  # before the check, as it may restore a directory that needs --force
     out = check_new(out, source, force)
     partial, old = beside(out, "partial"), beside(out, "old")
+    keep = False
     try:
-        begin(partial)
+        if left:
+            take_over(left, partial)
+        else:
+            remove(partial)  # of an earlier call of this process
+            begin(partial)
         yield partial
         finish(partial)
         check_replaceable(out, force)  # again, as another process may have filled it
         if out.is_dir():
             out.rename(old)
         partial.rename(out)
-    except Exception as error:
-        if isinstance(error, UserError) or not (message := system_error(error)):
+    except UserError:
+        raise
+    except BaseException as error:
+        keep = goes_on is not None
+        if not isinstance(error, Exception) or not (message := system_error(error)):
             raise
-        raise UserError(f"cannot write {out}: {message}") from error
+        raise UserError(f"cannot write {out}: {message}{'; --resume goes on from here' * keep}") from error
     finally:
         restore(old, out)
-        remove(partial)
+        if not keep:
+            remove(partial)
 
 
 def removable(path: Path) -> bool:

@@ -17,7 +17,7 @@ Read = Callable[[str], torch.Tensor]  # a tensor by its name on disk
 
 # Recipe keys that an import takes: the depth and defaults of the model, never how layers recur.
 RECIPE_KEYS = frozenset(
-    ("num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "seed", "kv_policy", "exit")
+    ("num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "workers", "seed", "kv_policy", "exit")
 )
 
 

@@ -519,7 +519,7 @@ def test_a_full_disk_is_named(capsys, tmp_path, source, monkeypatch):
 def test_verification_can_fail(capsys, tmp_path, source, monkeypatch):
     from loopwise.convert import tensors
 
-    monkeypatch.setattr(tensors, "_mean", lambda weights, names: weights.read(names[0]) * 1.01)
+    monkeypatch.setattr(tensors, "_mean", lambda weights, names, device: weights.read(names[0]) * 1.01)
     assert "verification failed" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
     assert main(["convert", str(source), str(tmp_path / "out"), "sizes=1,2,1", "--no-verify"]) == 0
     assert "Not verified" in (tmp_path / "out" / "README.md").read_text()

@@ -111,19 +111,19 @@ def test_factors_of_wrong_code_are_found(capsys, tmp_path):
     argv = ["convert", str(folder), str(tmp_path / "out"), "method=recursive", "loops=2", "init=average", "lora.rank=8"]
     svd = relax.truncated_svd
 
-    def least(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def least(change: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         a = torch.linalg.svd(change, full_matrices=False)[2][-rank:]
         return change @ a.T, a
 
-    def any_rows(change: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        a = torch.linalg.qr(torch.randn(change.shape[1], rank, generator=generator)).Q.T
+    def any_rows(change: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.linalg.qr(torch.randn(change.shape[1], rank, generator=torch.Generator().manual_seed(seed))).Q.T
         return change @ a.T, a
 
     wrong = [
         mock.patch.object(relax, "truncated_svd", least),
         mock.patch.object(relax, "truncated_svd", any_rows),
         mock.patch.object(relax, "truncated_svd", lambda *given: (svd(*given)[0] * 1.0001, svd(*given)[1])),
-        mock.patch("loopwise.convert.tensors._mean", lambda weights, names: weights.read(names[0])),
+        mock.patch("loopwise.convert.tensors._mean", lambda weights, names, device: weights.read(names[0])),
     ]
     for fault in wrong:
         with fault:
@@ -162,9 +162,10 @@ def test_faults_of_an_export_are_found(tmp_path):
 def test_faults_of_an_import_are_found(name, tensor, capsys, tmp_path):
     write = conversion.write_weights
 
-    def damaged(tensors: Any, directory: Path, show_progress: bool) -> None:
-        write(tensors, directory, show_progress)
+    def damaged(tensors: Any, directory: Path, *more: Any) -> dict[str, float]:
+        errors = write(tensors, directory, *more)
         put(directory, tensor, one_more(read(directory, tensor)))
+        return errors
 
     with mock.patch.object(conversion, "write_weights", damaged):
         assert main(["convert", str(source(name, tmp_path / "source")), str(tmp_path / "out")]) == 2

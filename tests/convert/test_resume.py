@@ -1,0 +1,202 @@
+"""A killed conversion goes on with `--resume`: nothing that is finished is made again, and no byte differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopwise.cli import main
+from loopwise.convert import conversion, convert_checkpoint
+from loopwise.convert.journal import JOURNAL
+from loopwise.convert.shards import Shards
+from loopwise.directory import RECORD
+from loopwise.errors import UserError
+from tests.helpers.convert import refused
+from tests.helpers.repository import ROOT
+from tests.helpers.run_kills import MOMENTS
+from tests.helpers.tiny import save_source
+
+KEYS = ["method=recursive", "loops=2", "init=average", "lora.rank=8"]
+UNITS = 51  # of that conversion: the factors of 21 matrices, and 30 tensors of one unit each
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a source, its conversion `whole`, and one that was killed for each moment."""
+    folder = tmp_path_factory.mktemp("killed")
+    source = save_source(folder / "source")
+    assert main(["convert", str(source), str(folder / "whole"), *KEYS]) == 0
+    argv = [sys.executable, "-m", "tests.helpers.run_kills", str(folder), str(source), *KEYS]
+    subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of the tensors that this process makes from now on."""
+    names: list[str] = []
+    write = Shards.write
+
+    def noted(self: Any, unit: Any) -> Any:
+        names.extend(tensor.name for tensor in unit)
+        return write(self, unit)
+
+    monkeypatch.setattr(Shards, "write", noted)
+    return names
+
+
+def killed(place: Path, moment: str, folder: Path) -> Path:
+    """A copy of what the conversion that was killed at `moment` left, in `folder`; the OUT that it was to make."""
+    shutil.copytree(place / moment, folder / moment, ignore=shutil.ignore_patterns("*.lock"))
+    return folder / moment / "out"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_conversion_goes_on(moment, place, made, tmp_path):
+    out = killed(place, moment, tmp_path)
+    (left,) = out.parent.glob(".out.partial-*")
+    whole_lines = (left / JOURNAL).read_bytes().split(b"\n")[1:-1]
+    finished = {name for line in whole_lines for name in json.loads(line)["tensors"]}
+    assert len(whole_lines) == (
+        int(moment) if moment.isdigit() else {"values": 20, "line": 29, "verify": UNITS}[moment]
+    )
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 0
+    assert contents(out) == contents(place / "whole")
+    assert not finished & set(made)
+    assert len(finished) + len(made) == len(set(made) | finished)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_values_that_were_lost_are_made_again(place, made, tmp_path):
+    """As after a crash of the system: the journal names tensors whose values never reached the disk."""
+    out = killed(place, "40", tmp_path)
+    (left,) = out.parent.glob(".out.partial-*")
+    with open(left / "model.safetensors", "r+b") as file:
+        file.seek(100_000)
+        file.write(bytes(200))
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 0
+    assert contents(out) == contents(place / "whole")
+    assert len(made) < 70
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ([*KEYS[:3], "lora.rank=4"], "recipe.lora.rank was 8 and is 4; make them equal, or leave --resume out"),
+        (KEYS, "source.model.safetensors.changed was "),
+        ([*KEYS, "--dry-run"], "source.model.safetensors.changed was "),
+    ],
+)
+def test_another_conversion_is_refused(keys, line, place, capsys, tmp_path):
+    """And what the killed one left stays, until a run without --resume removes it."""
+    out, source = killed(place, "40", tmp_path), tmp_path / "source"
+    shutil.copytree(place / "source", source)  # with its times
+    if keys[3] == KEYS[3]:
+        os.utime(source / "model.safetensors", (1, 1))
+    assert line in refused(capsys, tmp_path, source, out, *keys, "--resume")
+    if "--dry-run" not in keys:
+        assert main(["convert", str(source), str(out), *keys]) == 0
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_only_what_a_killed_conversion_left_is_taken(place, tmp_path):
+    """Neither a directory of that name by another, nor one without a journal; a finished OUT is no rest."""
+    out = killed(place, "40", tmp_path)
+    (left,) = out.parent.glob(".out.partial-*")
+    (left / RECORD).unlink()
+    before = contents(left)
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 0
+    assert contents(left) == before
+    assert contents(out) == contents(place / "whole")
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "stays"),
+    [
+        (KeyboardInterrupt(), 130, True),
+        (OSError(28, "No space left on device"), 2, True),
+        (UserError("verification failed"), 2, False),  # would fail again
+    ],
+)
+def test_an_interrupted_one_stays_if_it_is_to_be_resumed(
+    error, code, stays, place, made, monkeypatch, capsys, tmp_path
+):
+    def fails(*_: object) -> None:
+        raise error
+
+    argv = ["convert", str(place / "source"), str(tmp_path / "out"), *KEYS]
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_checkpoint, "verify", fails)
+        assert main(argv) == code
+        assert list(tmp_path.iterdir()) == []
+        assert main([*argv, "--resume"]) == code
+    assert [path.name.rpartition("-")[0].rpartition("-")[0] for path in tmp_path.iterdir()] == [".out.partial"] * stays
+    made.clear()
+    assert main([*argv, "--resume"]) == 0
+    assert (made == []) == stays
+    assert contents(tmp_path / "out") == contents(place / "whole")
+
+
+def test_two_workers_write_the_same_bytes(place, monkeypatch, tmp_path):
+    """Of every file, and in shards; this process writes no tensor itself."""
+    monkeypatch.setattr(conversion, "SHARD_BYTES", 100_000)
+    argv = ["convert", str(place / "source"), "OUT", *KEYS, "--no-verify"]
+    assert main([str(tmp_path / "one") if word == "OUT" else word for word in argv]) == 0
+    monkeypatch.setattr(Shards, "write", None)
+    assert main([*(str(tmp_path / "two") if word == "OUT" else word for word in argv), "workers=2"]) == 0
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 5
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def runs(process: int) -> bool:
+    """True where the process has not ended; one that has may wait for its parent to look at it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_killed_workers(victim, place, tmp_path):
+    """The death of the parent ends its workers; that of a worker is an error in one line."""
+    argv = ["convert", str(place / "source"), str(tmp_path / "out"), *KEYS, "--resume"]
+    command = [sys.executable, "-m", "loopwise", *argv, "workers=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    journal: list[Path] = []
+    while not journal or journal[0].read_text().count("\n") < 3:
+        time.sleep(0.001)
+        journal = list(tmp_path.glob(f".out.partial-*/{JOURNAL}"))
+    workers, deadline = workers_of(process), time.monotonic() + 30
+    assert len(workers) == 2
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    _, printed = process.communicate(timeout=60)
+    while running := [worker for worker in workers if runs(worker)]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.05)
+    if victim == "worker":
+        assert process.returncode == 2
+        line = printed.strip().splitlines()[-1]
+        assert "a worker process was killed by signal 9, as where memory is short; try fewer workers" in line
+        assert line.endswith("; --resume goes on from here")
+    assert main(argv) == 0
+    assert contents(tmp_path / "out") == contents(place / "whole")
