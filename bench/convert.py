@@ -102,7 +102,7 @@ def measured(argv: list[str]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--gigabytes", type=float, default=8, help="size of the source, for 3b")
     parser.add_argument("--pairs", type=int, default=3)
