@@ -22,6 +22,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -30,7 +31,7 @@ from loopwise.convert.pending import Pending
 from loopwise.convert.source_config import empty_model
 from loopwise.convert.write import write_weights
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "vocab_size": 32000},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 8192},
 }
@@ -101,7 +102,7 @@ def measured(argv: list[str]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--gigabytes", type=float, default=8, help="size of the source, for 3b")
     parser.add_argument("--pairs", type=int, default=3)

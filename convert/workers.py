@@ -7,7 +7,7 @@ import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def work(job: Job, todo: list[int]) -> Generator[tuple[int, Done]]:
 
 
 @contextmanager
-def _started(job: Job, count: int) -> Iterator[list[subprocess.Popen[str]]]:
+def _started(job: Job, count: int) -> Generator[list[subprocess.Popen[str]]]:
     """`count` workers with `job`."""
     threads = max(1, torch.get_num_threads() // max(count, 1))
     root = str(Path(__file__).parents[2])  # that has the package; by -P no module of the current directory counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,11 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 SHARDS = 16
 
 
-def save_sparse(folder: Path, **fields: int) -> Path:
-    """Write the config of Llama 70B, with `fields`, and its weights: zeros, but for the first norm of every layer."""
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256, "num_hidden_layers": 80}
-    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
-    config = LlamaConfig(**{**sizes, **heads, **fields}, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+def save_sparse(folder: Path) -> Path:
+    """Write the config of Llama 70B and its weights: zeros, but for the first norm of every layer."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "num_hidden_layers": 80,
+    }
+    sizes |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    config = LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     folder.mkdir()
     config.save_pretrained(folder)
     with torch.device("meta"):
