@@ -59,7 +59,7 @@ def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
     """True where OUT holds what the command line `args` makes."""
     if args.force or not out.is_dir():
         return False
-    asked = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    asked = {"recipe": recipe.recorded()}
     return is_done(out, args.source, find_source(args.source, recipe.revision), asked, not args.no_verify)
 
 

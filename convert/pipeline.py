@@ -61,7 +61,7 @@ def convert(
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "source": {"id": str(source), "revision": commit_of(found) or recipe.revision},
-            "recipe": recipe.model_dump(exclude_none=True, exclude={"workers"}),  # which change no byte
+            "recipe": recipe.recorded(),
             **conversion.facts,
             **({"router": conversion.config.router} if conversion.config.router else {}),
         }

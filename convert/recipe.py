@@ -296,6 +296,10 @@ class ConvertRecipe(Section):
         relaxed = self.lora is not None and (self.lora.dora or (self.lora.init != "zero" and self.method != "retrofit"))
         return self.init == "average" or relaxed
 
+    def recorded(self) -> dict[str, Any]:
+        """The keys that stand in the record of an output, as JSON: those that change its bytes."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"workers"})
+
     def settle_init(self, hidden_size: int) -> None:
         """Set `init` of tied layers where it is left out, by the rank of LoRA factors from an SVD: docs/negative.md."""
         if self.method in ("retrofit", "fold") or self.init is not None:

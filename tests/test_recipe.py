@@ -180,7 +180,7 @@ WITH_EFFECT = {
         router.gate router.network router.update router.auxiliary router.kv router.inference injection recurrence_norm
         recurrence_damping
         recurrence_residual recurrence_encoding halting state_init num_recurrences max_recurrences
-        kv_policy dtype dequantize revision seed""",
+        kv_policy dtype dequantize device workers revision seed""",
     "generate": """prompt max_tokens num_recurrences max_recurrences exit_rule decoder temperature
         max_num_seqs max_model_len dtype
         repetition_penalty presence_penalty frequency_penalty

@@ -72,7 +72,8 @@ def test_every_family_is_as_transformers_reads_it(family, tmp_path):
     assert_reads_as(file, oracle(file))
     assert main(["convert", str(file), str(tmp_path / "out"), *EVERY_LAYER, "dtype=bfloat16"]) == 0
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
-    assert torch.equal(logits(made), logits(oracle(file, torch.bfloat16)))
+    # In float32: kernels of bfloat16 round by how a matrix lies in memory.
+    assert torch.equal(logits(made.float()), logits(torch.nn.Module.float(oracle(file, torch.bfloat16))))
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     wanted = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     assert found(TEXT)["input_ids"] == wanted(TEXT)["input_ids"]

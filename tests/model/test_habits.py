@@ -93,7 +93,7 @@ def test_new_tokens_are_trained_saved_and_served(architecture, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "<new0> a b c <new0> d"}\n' * 8)
     data = [f"data.train={tmp_path / 'text.jsonl'}", "data.sequence_length=8", "batch_size=2", "steps=2"]
     assert main(["train", str(tmp_path / "larger"), str(tmp_path / "trained"), *data, "recurrence.mean=2"]) == 0
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").eval()
+    trained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").eval()
     assert trained.config.vocab_size == trained.get_input_embeddings().weight.shape[0] == VOCAB + 8
     prompt = [3, VOCAB, VOCAB + 7, 5]
     want = trained.generate(torch.tensor([prompt]), num_recurrences=2, **GREEDY)[0, 4:].tolist()
