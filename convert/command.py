@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import RecipeParser
+from ..checkpoint import read_json
 from ..directory import claimed, ended_by_sigterm
 from ..find_source import find_source
 from ..push import add_options, check_target, push
@@ -59,6 +60,11 @@ def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
     """True where OUT holds what the command line `args` makes."""
     if args.force or not out.is_dir():
         return False
+    recipe = recipe.model_copy()
+    if recipe.method:  # an import has no `init`
+        source = read_json(out / "config.json").get("source_config", {}) if (out / "config.json").is_file() else {}
+        widths = (source.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+        recipe.settle_init(next((width for width in widths if isinstance(width, int)), 0))
     asked = {"recipe": recipe.recorded()}
     return is_done(out, args.source, find_source(args.source, recipe.revision), asked, not args.no_verify)
 

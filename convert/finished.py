@@ -13,18 +13,16 @@ from .hashes import hashing
 def is_done(out: Path, name: str, source: Path, asked: dict[str, Any], check: bool) -> bool:
     """True where the directory `out` is whole, was made from `source` as it is now, and by what is `asked`.
 
-    name: the source as the command line has it.   asked: entries of the record, as JSON has them. A recipe may have an
-    `init` in the record that nobody asked for.   check: it has to be verified. A commit of the hub is known to be the
-    same. The files of a directory are, if none is newer than `out` and the weights have the recorded sha256.
+    name: the source as the command line has it.   asked: entries of the record, as JSON has them.   check: it has to be
+    verified. A commit of the hub is known to be the same. The files of a directory are, if none is newer than `out` and
+    the weights have the recorded sha256.
     """
     record = record_of(out)
-    made, recipe = record.get("source"), record.get("recipe")
+    made = record.get("source")
     if not is_whole(out) or not isinstance(made, dict) or made.get("id") != name:
         return False
     if check and not record.get("max_dlogit_by_dtype"):
         return False
-    if isinstance(recipe, dict) and "init" not in asked.get("recipe", {}):
-        record = {**record, "recipe": {key: value for key, value in recipe.items() if key != "init"}}
     if any(record.get(key) != value for key, value in asked.items()):
         return False
     commit = commit_of(source)

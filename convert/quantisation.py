@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import UserError, reason
+from .dtypes import FROM_SAFETENSORS
 from .handle import Handle
 
 Parts = dict[str, torch.Tensor]  # the stored parts of one tensor, by the names that a method gives them
@@ -117,13 +118,15 @@ class BitsAndBytes(Method):
     ends: ClassVar = {
         ".weight.nested_absmax": "nested_absmax", ".weight.nested_quant_map": "nested_map", ".weight.absmax": "absmax",
         ".weight.quant_map": "map", ".weight.quant_state.bitsandbytes__nf4": "state",
-        ".weight.quant_state.bitsandbytes__fp4": "state", ".SCB": "rows", ".weight_format": "",
+        ".weight.quant_state.bitsandbytes__fp4": "state", ".SCB": "rows", ".weight_format": "format",
     }  # fmt: skip
 
     def shape(self, parts: dict[str, Stored]) -> list[int]:
         return list(_state(parts["state"].read())["shape"]) if "state" in parts else parts[WEIGHT].shape
 
     def value(self, name: str, parts: Parts) -> torch.Tensor:
+        if "format" in parts and parts["format"].item() != 0:
+            raise ValueError("weight_format: only rows are read, not tiles for a GPU")
         if "rows" in parts:
             return parts[WEIGHT].float() * parts["rows"].view(-1, 1) * (1 / 127)
         state, packed, absmax = _state(parts["state"]), parts[WEIGHT].flatten(), parts["absmax"].float()
@@ -168,14 +171,17 @@ class CompressedTensors(Method):
     def value(self, name: str, parts: Parts) -> torch.Tensor:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
-        from compressed_tensors.utils import is_match
+        from compressed_tensors.utils.match import match_targets
 
+        if WEIGHT in parts and parts[WEIGHT].dtype in FROM_SAFETENSORS.values():  # calibrated, and not compressed
+            return parts[WEIGHT]
         module, place = torch.nn.Linear(1, 1, device="meta"), name.removesuffix(".weight")
         groups: list[Any] = list(self.config.config_groups.values())
-        fitting = [scheme for scheme in groups if is_match(place, module, scheme.targets)]
+        schemes = {target: scheme for scheme in groups for target in scheme.targets}
+        fitting = match_targets(place, module, schemes)  # the most specific first: a name, a pattern, a class
         if not fitting:
             raise ValueError("no group of quantization_config has it as a target")
-        scheme = fitting[0]
+        scheme = schemes[fitting[0]]
         kind = scheme.format or infer_module_format(torch.nn.Linear, scheme)
         compressor: Any = BaseCompressor.get_value_from_registry(str(getattr(kind, "value", kind)))
         return compressor.decompress(parts, scheme)[WEIGHT]
@@ -195,10 +201,14 @@ def _fp4(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _repeated(scale: torch.Tensor, axis: int, size: int, block: list[int] | None) -> torch.Tensor:
-    """`scale` with each entry along `axis` as often as its block is long, cut to `size`."""
+    """`scale` with each entry along `axis` as often as its block is long, cut to `size`.
+
+    The block is the named one, whose last may be short; where its count is another (fp4 experts), it divides `size`.
+    """
     count = scale.shape[axis]
-    length = size // count if size % count == 0 else (block or [size, size])[axis]
-    if -(-size // length) != count:
+    named = block[axis] if block else 0
+    length = named if named > 0 and -(-size // named) == count else size // max(count, 1)
+    if length * count < size or -(-size // max(length, 1)) != count:
         raise ValueError(f"{count} scales for {size} values")
     return scale.repeat_interleave(length, axis).narrow(axis, 0, size)
 

@@ -33,8 +33,7 @@ class Measured:
 
 def in_one_pass(config: Any) -> bool:
     """True if a run at R passes through the states of all runs at fewer recurrences, and can be read out there."""
-    of_the_call = config.recurrence_damping == "1/R" or config.time_conditioning  # states depend on the call's R
-    return not config.router and config.sharing != "sequence" and not of_the_call
+    return not config.router and config.sharing != "sequence" and not config.depends_on_recurrences
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ KNOWN_LICENCES = {
     "apache-2.0": ("Apache License", "Version 2.0"),
     "mit": ("Permission is hereby granted, free of charge", "without restriction"),
 }
+CHANGED = ("modified", "modification of the", "based on the apache")  # words at the top of a licence of another kind
 
 
 def metadata(
@@ -87,7 +88,9 @@ def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path) ->
     for file in files:
         with suppress(OSError), file.open(encoding="utf-8", errors="replace") as stream:
             text = " ".join(stream.read(LONGEST).split())
-            known = (name for name, words in KNOWN_LICENCES.items() if all(word in text for word in words))
+            top = text[:300].lower()
+            plain = {} if any(word in top for word in CHANGED) else KNOWN_LICENCES
+            known = (name for name, words in plain.items() if all(word in text for word in words))
             return {"license": next(known, "other"), "license_link": file.name}
     return {}
 

@@ -93,6 +93,10 @@ def check_target(args: argparse.Namespace, out: Path) -> Target | None:
         else:
             if not info.private and not args.public:
                 raise UserError(f"{option}: {name} is public already; give --public to push there")
+            if info.private and args.public:
+                raise UserError(
+                    f"{option}: {name} is private; make it public in its settings on the hub, or leave --public out"
+                )
             files = [file.rfilename for file in info.siblings or []]
             if theirs := _foreign_model(files, _pushed(api, name, files)):
                 raise UserError(
@@ -127,7 +131,7 @@ def push(target: Target, out: Path) -> None:
     api = HfApi()
     try:
         if not target.exists:
-            api.create_repo(target.name, private=target.private, exist_ok=True)
+            api.create_repo(target.name, private=target.private)  # one that is there by now has not been checked
         stale = _pushed(api, target.name, api.list_repo_files(target.name)) - files
         done = api.upload_folder(
             repo_id=target.name,

@@ -32,6 +32,7 @@ class Facts:
     exit_gate: bool
     sharing: str
     injection: str = "none"
+    time_conditioning: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
     coda: list[int] | None = None
     trained_recurrences: dict[str, Any] | None = None

@@ -88,6 +88,8 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         if most != facts.max_recurrences or depth != facts.num_recurrences:
             name, given = ("num_recurrences", depth) if most == facts.max_recurrences else ("max_recurrences", most)
             raise UserError(f"{name}={given}: this model's router has {facts.max_recurrences} recurrences")
+    if facts.time_conditioning and engine == "fixed":
+        raise UserError("engine=fixed: this model's time_conditioning is served by the lane engine; use engine=lanes")
     if engine == "fixed":
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:

@@ -107,6 +107,15 @@ def test_the_same_command_again_makes_and_sends_nothing(place, capsys):
     assert not place.hub.asked("PUT", "large")
 
 
+def test_another_start_of_tied_layers_is_another_model(place, capsys, tmp_path):
+    """The record has an `init` in any case; the command has one only where it is asked for."""
+    argv = ["convert", str(place.source), str(tmp_path / "tied"), "method=recursive", "loops=2"]
+    assert main([*argv, "init=upper"]) == 0
+    assert main([*argv, "--push-to-hub", "tied"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*argv, "init=upper", "--push-to-hub", "tied"]) == 0
+
+
 @pytest.mark.parametrize("change", ["recipe", "weights", "config", "missing"])
 def test_an_out_of_something_else_is_not_pushed(change, place, capsys, tmp_path):
     """Another recipe, changed weights or config of the source, a file that is gone."""

@@ -59,7 +59,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
             "exit_gate_norm": "own",
         }
     )
-    if fields.get("halting_strategy") == "cdf":
+    if fields.get("halting_strategy") == "cdf" and fields.get("q_eval_interval", 1) == 1:
         result.fields["exit"] = {"rule": "gate", "threshold": fields["q_threshold"]}
     core = _core_name(raw.names())
     for part, theirs in {**PARTS, "core": core}.items():

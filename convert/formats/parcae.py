@@ -85,6 +85,8 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
             ours = f"{part}.{n}.self_attn.value_embedding."
             result.copy(f"{ours}embedding.weight", f"value_embeds.{number}.weight")
             result.copy(f"{ours}gate.weight", f"transformer.{PARTS[part]}.{n}.attn.ve_gate.weight")
+        else:  # one without the other, where the authors' counts of layers disagree
+            result.ignored |= {f"value_embeds.{number}.weight", f"transformer.{PARTS[part]}.{n}.attn.ve_gate.weight"}
     result.copy("source.model.embed_tokens.weight", "transformer.wte.weight")
     result.copy("source.model.norm.weight", "transformer.ln_f.weight")
     result.copy("ends.projection", "transformer.C.weight")

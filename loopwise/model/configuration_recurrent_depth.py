@@ -196,6 +196,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         if self.exit is not None:
             self._check_exit(self.exit)
 
+    @property
+    def depends_on_recurrences(self) -> bool:
+        """True where the state of a depth depends on R of the call: a run at R is not the start of one at more."""
+        return self.recurrence_damping == "1/R" or bool(self.time_conditioning)
+
     def _check_layers(self) -> None:
         """Raise ValueError unless all places name layers of the source, and the depths are in order."""
         count = self.source_config.num_hidden_layers
@@ -242,6 +247,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
         alone = ("recurrence_residual", "recurrence_encoding", "time_conditioning", "halting")
         if self.router and any(between[name] for name in alone):
             raise ValueError(f"a router goes with no {', '.join(alone[:-1])} or {alone[-1]}")
+        if self.time_conditioning and self.relaxation:
+            raise ValueError("time_conditioning goes with no relaxation: both change the layers of a depth")
+        if self.router and any(getattr(self.source_config, "value_embeddings", ())):
+            raise ValueError("a router goes with no value_embeddings, which layers look up for all tokens")
         if self.recurrence_damping != 1 and (self.router or self.recurrence_residual):
             raise ValueError(
                 f"recurrence_damping={self.recurrence_damping!r} goes with no router, whose weights take its place "

@@ -124,14 +124,14 @@ class Recurrence:
         places, before = [self._core_place(n, r) for n in range(len(self.config.core))], s
         if self.config.recurrence_encoding == "sinusoidal":
             s = self.recurrence_encoding(s, call.positions, r + 1)
-        time = None
+        time, rows = None, call.options.rows
+        recurrences = call.options.num_recurrences if rows is None else rows[:, None]  # a row's own R
         if self.config.time_conditioning:
-            rows = call.options.rows
-            time = self.time_conditioning(r, call.options.num_recurrences if rows is None else rows[:, None], s.device)
+            time = self.time_conditioning(r, recurrences, s.device)
         s = self._run(places, self.injection(s, e), call, selection, time)
         if self.config.recurrence_residual and r:
             s = s + before
-        s = self.damping(before, s, r > 0, call.options.num_recurrences)
+        s = self.damping(before, s, r > 0, recurrences)
         return norm_after(self.config.recurrence_norm, s, self._own_norm)
 
     def _recompute(

@@ -135,6 +135,7 @@ class Relaxation(nn.Module):
         super().__init__()
         self.depths = depths
         self._factors: list[tuple[Factors, nn.Module]] = []
+        self._paths = list(rank)
         for path, r in rank.items():
             linear: Any = layer.get_submodule(path)
             factors = Factors(linear, depths, r, dora)
@@ -167,6 +168,13 @@ class Relaxation(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A forward pre-hook: the layer gets the parameters of `depth`, and its other arguments."""
         depth = min(kwargs.pop("depth"), self.depths - 1)
+        for path, (_, linear) in zip(self._paths, self._factors, strict=True):
+            found = layer.get_submodule(path)
+            if found is not linear and getattr(found, "base_layer", None) is not linear:
+                raise ValueError(
+                    f"{path} of a core layer was replaced by a {type(found).__name__} after loading, and the LoRA of "
+                    "each depth stands on the module before: quantise what `loopwise export --unroll` writes"
+                )
         for factors, _ in self._factors:
             factors.depth = depth
         for module, here, name in self._own:

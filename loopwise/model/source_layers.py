@@ -232,6 +232,14 @@ def _check_filled(cache: Cache, config: RecurrentDepthConfig, num_recurrences: i
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers[:slots]):
         filled = getattr(cache, "least_recurrences", num_recurrences) if length else num_recurrences
         cast(Any, cache).least_recurrences = min(filled, num_recurrences)
+    if config.depends_on_recurrences:
+        made = getattr(cache, "filled_at", num_recurrences) if length else num_recurrences
+        if made != num_recurrences:
+            raise ValueError(
+                f"num_recurrences={num_recurrences}, but the cache was filled at {made}, and this model's states "
+                "depend on R (recurrence_damping='1/R', time_conditioning): use one R for a text"
+            )
+        cast(Any, cache).filled_at = num_recurrences
     if length != int(ends[1]):
         first = len(config.prelude) + len(config.coda)
         core = [int(cache.get_seq_length(slot)) == length for slot in counting if slot >= first]

@@ -33,14 +33,27 @@ class Modulation(nn.Module):
     def __init__(self, layer: nn.Module, width: int, scale: list[str], gate: list[str]):
         super().__init__()
         self.scale, self.gate = nn.ModuleDict(), nn.ModuleDict()
+        self._hooked: dict[str, tuple[nn.Module, Any]] = {}  # by name: the module with the hook, and the hook's handle
         for kind, names in ((self.scale, scale), (self.gate, gate)):
             for name in names:
-                module, key = layer.get_submodule(name), name.replace(".", "-")
-                kind[key] = Factor(width, getattr(module, "out_features", width), float(kind is self.gate))
-                module.register_forward_hook(partial(self._multiply, kind[key], float(kind is self.scale)))
+                size = getattr(layer.get_submodule(name), "out_features", width)
+                kind[name.replace(".", "-")] = Factor(width, size, float(kind is self.gate))
+        self._attach(layer)
         self.tables: dict[nn.Module, torch.Tensor] = {}  # by linear module: its factors [pairs, size]
         self._time = torch.empty(0)
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _attach(self, layer: nn.Module) -> None:
+        """Hook the modules that stand at the names now: adapters and quantisation replace them after loading."""
+        for kind, offset in ((self.scale, 1.0), (self.gate, 0.0)):
+            for key, factor in kind.items():
+                module = layer.get_submodule(key.replace("-", "."))
+                had = self._hooked.get(key)
+                if had is None or had[0] is not module:
+                    if had:
+                        had[1].remove()
+                    hook = partial(self._multiply, factor, offset)
+                    self._hooked[key] = (module, module.register_forward_hook(hook))
 
     def tabulate(self, c: torch.Tensor) -> None:
         """Compute the factors of all conditionings c [pairs, D] now; a `time` is the number of one from here on."""
@@ -53,6 +66,7 @@ class Modulation(nn.Module):
         """A forward pre-hook of the layer. A lane engine calls `at` itself, and the layer without `time`."""
         if "time" in kwargs:
             self.at(kwargs.pop("time"))
+        self._attach(layer)
         return args, kwargs
 
     def at(self, time: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loopwise.convert import ConvertRecipe, convert
-from loopwise.convert.quantisation import BitsAndBytes, Fp8
+from loopwise.convert.quantisation import BitsAndBytes, CompressedTensors, Fp8
 from loopwise.convert.quantised import Dequantised
 from loopwise.recipe import validate
 from tests.helpers.convert import refused
@@ -50,7 +50,7 @@ def test_refusals_name_the_key_and_the_method(tmp_path, capsys):
     assert "mxfp4" in said
 
 
-@pytest.mark.parametrize("kind", ["no scale", "a scale of another shape"])
+@pytest.mark.parametrize("kind", ["no scale", "a scale of another shape", "no scale at all", "a block of nothing"])
 def test_parts_that_do_not_fit_are_one_line(kind, tmp_path, capsys):
     source = save_source(tmp_path / "source", "llama")
     fp8(source)
@@ -59,18 +59,54 @@ def test_parts_that_do_not_fit_are_one_line(kind, tmp_path, capsys):
     if kind == "no scale":
         del tensors[f"{name}_scale_inv"]
     else:
-        tensors[f"{name}_scale_inv"] = torch.ones(7, 2)
+        shape = {"a scale of another shape": (7, 2), "no scale at all": (0, 2), "a block of nothing": (5, 2)}[kind]
+        tensors[f"{name}_scale_inv"] = torch.ones(shape)
+    if kind == "a block of nothing":
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"]["weight_block_size"] = [0, 0]
+        (source / "config.json").write_text(json.dumps(config))
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     assert name in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,3,2", "dequantize=true")
 
 
-def test_rows_that_no_block_divides(tmp_path):
-    """DeepSeek's kv_a_proj has 576 rows in blocks of 128: the last scale is that of 64."""
-    weight = torch.randn(80, 64).to(torch.float8_e4m3fn)
-    scale = torch.rand(3, 2)
+@pytest.mark.parametrize("rows", [80, 48])
+def test_a_last_block_may_be_short(rows):
+    """DeepSeek's kv_a_proj has 576 rows in blocks of 128: the last scale is that of 64. The count alone misleads: 48
+    rows have 2 scales, the second of 16."""
+    weight = torch.randn(rows, 64).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // 32), 2)
     got = Fp8({"weight_block_size": [32, 32]}).value("x", {"weight": weight, "scale": scale})
-    want = weight.float() * scale.repeat_interleave(32, 0)[:80].repeat_interleave(32, 1)
+    want = weight.float() * scale.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)
     assert torch.equal(got, want)
+
+
+GROUPS = {
+    "config_groups": {
+        "a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}},
+        "b": {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+    },
+    "format": "pack-quantized",
+}
+
+
+def test_the_most_specific_group_decides():
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    values = torch.randint(-100, 100, (4, 8), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    parts = {
+        "weight_packed": pack_to_int32(values, 8), "weight_scale": torch.full((4, 1), 0.5),
+        "weight_shape": torch.tensor([4, 8]),
+    }  # fmt: skip
+    got = CompressedTensors(GROUPS).value("model.layers.0.mlp.down_proj.weight", parts)
+    assert torch.equal(got, values * 0.5)
+
+
+def test_a_weight_that_is_stored_as_it_is_keeps_its_values():
+    weight = torch.randn(4, 8, dtype=torch.bfloat16)
+    got = CompressedTensors(GROUPS).value(
+        "a.up_proj.weight", {"weight": weight, "weight_scale": torch.full((4, 1), 0.5)}
+    )
+    assert torch.equal(got, weight)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "fp4", "int8"])

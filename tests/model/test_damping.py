@@ -167,3 +167,21 @@ def test_training(damping, options):
 def test_what_does_not_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
         build(**fields)
+
+
+@torch.no_grad()
+def test_rows_of_one_call_have_the_share_of_their_own_depth():
+    model = build_damped("1/R")
+    got = model(ids(), num_recurrences=torch.tensor([2, 4]), use_cache=False).logits
+    for row, depth in enumerate((2, 4)):
+        want = model(ids()[row : row + 1], num_recurrences=depth, use_cache=False).logits
+        torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_is_read_at_the_depth_at_which_it_was_filled():
+    model = build_damped("1/R")
+    cache = model(ids(), num_recurrences=4, use_cache=True).past_key_values
+    model(ids()[:, :1], num_recurrences=4, past_key_values=cache)
+    with pytest.raises(ValueError, match="the cache was filled at 4, and this model's states depend on R"):
+        model(ids()[:, :1], num_recurrences=2, past_key_values=cache)

@@ -134,3 +134,47 @@ def test_wrong_fields_are_refused(given, message):
 def test_what_does_not_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
         build_timed(**fields)
+
+
+def test_an_adapter_is_multiplied_with_its_module():
+    """PEFT puts its own module around the linear one: merged, the model is the one that was trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = build_timed().eval()
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["o_proj", "down_proj"]), model)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        want = adapted(ids(), num_recurrences=2).logits
+        plain = build_timed().eval()(ids(), num_recurrences=2).logits
+        for part in list(adapted.modules()):
+            if hasattr(part, "merge") and hasattr(part, "lora_A"):
+                part.merge()
+        merged = adapted(ids(), num_recurrences=2).logits
+    assert (want - plain).abs().max() > 1e-2
+    torch.testing.assert_close(merged, want, rtol=0, atol=1e-4)
+
+
+def test_modules_that_are_replaced_after_loading_keep_their_factors():
+    """As quantisation replaces them."""
+    model = build_timed().eval()
+    with torch.no_grad():
+        want = model(ids(), num_recurrences=2).logits
+        for layer in model.core:
+            new = nn.Linear(layer.mlp.down_proj.in_features, layer.mlp.down_proj.out_features, bias=False)
+            new.load_state_dict(layer.mlp.down_proj.state_dict())
+            layer.mlp.down_proj = new
+        torch.testing.assert_close(model(ids(), num_recurrences=2).logits, want, rtol=0, atol=0)
+
+
+def test_it_goes_with_no_relaxation():
+    with pytest.raises(ValueError, match="time_conditioning goes with no relaxation"):
+        build_timed(relaxation={"depths": 2, "rank": {"mlp.up_proj": 2}, "own": [], "dora": False})
+
+
+def test_a_relaxed_layer_whose_linear_module_is_gone_is_refused():
+    model = build(relaxation={"depths": 2, "rank": {"mlp.up_proj": 2}, "own": [], "dora": False}).eval()
+    model.core[0].mlp.up_proj = nn.Linear(64, 96, bias=False)
+    with pytest.raises(ValueError, match=r"mlp.up_proj of a core layer was replaced by a Linear"):
+        model(ids())

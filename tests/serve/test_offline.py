@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from loopwise.errors import UserError
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build
-from tests.helpers.tiny import VOCAB, tokenizer
+from tests.helpers.tiny import VOCAB, source_config, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,16 @@ def test_an_interrupted_call_leaves_nothing():
         engine.generate(prompts, params)
     assert not engine.loop.work.in_use
     assert engine.generate(prompts, params) == want
+
+
+def test_a_layer_with_a_mask_of_its_own_is_refused():
+    """Doge's attention adds a learned bias, which it keeps in its mask."""
+    with pytest.raises(UserError, match="DogeAttention gives attention a mask of its own"):
+        Engine(build("doge"), max_num_seqs=1, max_model_len=32)
+
+
+def test_layers_that_count_positions_are_refused():
+    config = source_config("llama4_text", layer_types=["full_attention"] * 6)
+    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=config, core=[1, 2], prelude=[0], coda=[3]))
+    with pytest.raises(UserError, match="its layers count the positions of a call"):
+        Engine(model, max_num_seqs=1, max_model_len=32)

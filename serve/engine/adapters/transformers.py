@@ -12,6 +12,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ....errors import UserError
 from ....model.relaxation import matrix
+from ....model.routed_rows import COUNTING
 from ..attention.base import Attention
 from ..compile import attend, register
 from ..relaxation import by_depth, relax_linear
@@ -49,12 +50,18 @@ class TransformersParts:
             )
         if self.config.sharing != "cycle":
             raise UserError(f"sharing={self.config.sharing!r}: the engine runs models of sharing='cycle'")
+        if self.config.source_config.model_type in COUNTING:
+            raise UserError(
+                f"{type(source).__name__}: its layers count the positions of a call, which are rows of many requests "
+                "in the engine; use transformers' generate"
+            )
         self.name = f"{NAME}_{id(self)}"  # an engine's own: the register is the process's
         AttentionInterface.register(self.name, self._attend)
         source.set_attn_implementation(self.name)
         self.number = register(self)
         self.attention: Attention | None = None
         self.layer, self.depths = 0, torch.empty(0)
+        self.has_mask = False  # of the layer that runs
         self._visit: Visit | None = None
         self.taps = [m for m in source.modules() if type(m).__name__ == "Tap"]
         for tap in self.taps:
@@ -187,6 +194,7 @@ class TransformersParts:
                 assert limits is not None
                 kwargs = {**kwargs, "time": self.model.time_conditioning.row(depths, limits)}
             self.layer = start + n
+            self.has_mask = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
             x = layer(x, *args, **kwargs)
             x = x[0] if isinstance(x, tuple) else x
         return x[0]
@@ -204,7 +212,13 @@ class TransformersParts:
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """transformers' attention interface: q, k, v [1, H or K, N, C] -> [1, N, H, C]."""
+        """transformers' attention interface: q, k, v [1, H or K, N, C] -> [1, N, H, C]. Raises UserError for a mask
+        that the layer made itself."""
+        if attention_mask is not None and not self.has_mask:
+            raise UserError(
+                f"{type(module).__name__} gives attention a mask of its own, which the engine's attention does not "
+                "take; use transformers' generate"
+            )
         out = attend(
             self,
             self.layer,
