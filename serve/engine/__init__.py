@@ -21,6 +21,7 @@ imports only files above it:
     attention/             attention over a paged cache
     parts.py               the protocol of a model in pieces
     compile.py             compiled functions for any number of lanes
+    pieces.py              embedding and head, compiled each by itself
     forward.py             the model in pieces: prelude, recur, read_out, head
     readings.py            readings of states and logits, for exit rules
     exits.py               exit rules: a lane leaves once it has converged

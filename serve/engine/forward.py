@@ -17,6 +17,7 @@ from ...model.recurrence_norm import norm_after, norm_at_end, norm_before
 from .attention.base import Attention, Rows
 from .compile import compiled
 from .parts import Parts
+from .pieces import embed, head, logits
 
 
 def recur(parts: Parts, s: Tensor, e: Tensor, position: Tensor, begun: Tensor, limit: Tensor, depth: Tensor) -> Tensor:
@@ -36,27 +37,10 @@ def recur_alike(parts: Parts, *inputs: Tensor) -> Tensor:
     return recur(parts, *inputs[:-1], depth=inputs[-1][:1])
 
 
-def embed(parts: Parts, tokens: Tensor, positions: Tensor) -> Tensor:
-    """As Parts.embed."""
-    return parts.embed(tokens, positions)
-
-
-def logits(parts: Parts, x: Tensor) -> Tensor:
-    """As Parts.logits."""
-    return parts.logits(x)
-
-
-def head(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] for the head's input [N, D], and the likeliest tokens [N]."""
-    logits = parts.logits(x)
-    wide = logits.float() if logits.element_size() < 4 else logits  # bfloat16's own argmax is slow on a CPU
-    return logits, wide.argmax(-1)
-
-
 class Forward:
     """`parts` with their attention and the requests' block tables [requests, B]; compiled where wanted and possible.
 
-    recur, recur_alike, embed, logits, head: the functions above on these parts; attention is planned beforehand.
+    recur, recur_alike, embed, logits, head: the functions on these parts; attention is planned beforehand.
     """
 
     def __init__(self, parts: Parts, attention: Attention, block_table: Tensor, positions: int, compile: bool = False):

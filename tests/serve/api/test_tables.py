@@ -35,7 +35,7 @@ def test_an_unknown_kv_policy_is_refused_with_the_choices(name):
 
 
 def test_a_source_is_served_or_has_the_reason_that_fits():
-    assert sorted([*ARCHITECTURES, *NOT_SERVED]) == sorted([*SUPPORTED, "sandwich"])
+    assert sorted([*ARCHITECTURES, *NOT_SERVED]) == sorted([*SUPPORTED, "sandwich", "ungated"])
     for reason, names in {
         "keep a state": with_state(),
         "keeps latents": [name for name in SUPPORTED if getattr(source_config(name), "kv_lora_rank", None)],

@@ -279,6 +279,10 @@ class Gpu(Platform):
     _enum = PlatformEnum.OOT
     device_name = device_type = "cuda"
 
+    @classmethod
+    def import_kernels(cls):
+        pass  # the CPU wheel has kernels of this name for AVX-512 alone
+
 
 vllm.platforms._current_platform = Gpu()
 before = torch.cuda.Event, torch.cuda.Stream, torch.accelerator.synchronize
