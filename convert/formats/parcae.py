@@ -81,12 +81,10 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     layers = [(part, n) for part, count in zip(PARTS, counts, strict=True) for n in range(count)]
     for number, (part, n) in enumerate(layers):
         _map_layer(result, f"{part}.{n}.", f"transformer.{PARTS[part]}.{n}.", order)
-        pair = (f"value_embeds.{number}.weight", f"transformer.{PARTS[part]}.{n}.attn.ve_gate.weight")
         if values[number]:
-            for name, theirs in zip(("embedding", "gate"), pair, strict=True):
-                result.copy(f"{part}.{n}.self_attn.value_embedding.{name}.weight", theirs)
-        else:
-            result.ignored |= {*pair}  # one without the other, where the authors' counts of layers disagree
+            ours = f"{part}.{n}.self_attn.value_embedding."
+            result.copy(f"{ours}embedding.weight", f"value_embeds.{number}.weight")
+            result.copy(f"{ours}gate.weight", f"transformer.{PARTS[part]}.{n}.attn.ve_gate.weight")
     result.copy("source.model.embed_tokens.weight", "transformer.wte.weight")
     result.copy("source.model.norm.weight", "transformer.ln_f.weight")
     result.copy("ends.projection", "transformer.C.weight")

@@ -148,7 +148,8 @@ def test_an_adapter_is_multiplied_with_its_module():
     with torch.no_grad():
         want = adapted(ids(), num_recurrences=2).logits
         plain = build_timed().eval()(ids(), num_recurrences=2).logits
-        for part in list(adapted.modules()):
+        parts: list[Any] = list(adapted.modules())
+        for part in parts:
             if hasattr(part, "merge") and hasattr(part, "lora_A"):
                 part.merge()
         merged = adapted(ids(), num_recurrences=2).logits
