@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig
 
+from ..checkpoint import flat
 from ..errors import UserError
 from ..load import read_config
 from .agreement import WAY_OUT
@@ -25,22 +25,13 @@ LEFT_OUT = 1.25
 def check_config(directory: Path, config: PreTrainedConfig) -> None:
     """Raise UserError unless config.json in `directory`, read back, equals `config` in every field."""
     pairs = [read_config(directory).to_dict(), config.to_dict()]
-    found, wanted = (_flat({**fields, "_name_or_path": None, "auto_map": None}) for fields in pairs)
+    found, wanted = (flat({**fields, "_name_or_path": None, "auto_map": None}) for fields in pairs)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(
                 f"verification failed: {name} of config.json, read back, is {found.get(name)!r}, not "
                 f"{wanted.get(name)!r}; {WAY_OUT}"
             )
-
-
-def _flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The fields, those of nested objects by their names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(cast("dict[str, Any]", value), f"{above}{name}.") if nested else {f"{above}{name}": value}
-    return flat
 
 
 class Expected:

@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from ..checkpoint import flat
 from ..directory import RECORD
 from ..errors import UserError, shorten
 from .pending import Pending
@@ -30,7 +31,8 @@ def goes_on(directory: Path, identity: dict[str, Any]) -> bool:
     lines = _lines(directory)
     if not lines:
         return False
-    before, now = (_flat(json.loads(json.dumps(each))) for each in (lines[0].get("conversion"), identity))
+    known = lines[0].get("conversion")
+    before, now = flat(known if isinstance(known, dict) else {}), flat(json.loads(json.dumps(identity)))
     for name in dict.fromkeys([*now, *before]):
         if before.get(name) != now.get(name):
             was, is_now = (shorten(str(each.get(name, "left out")), 60) for each in (before, now))
@@ -39,16 +41,6 @@ def goes_on(directory: Path, identity: dict[str, Any]) -> bool:
                 "them equal, or leave --resume out and start anew"
             )
     return True
-
-
-def _flat(fields: Any, above: str = "") -> dict[str, Any]:
-    """The values of nested objects, by their names with dots."""
-    if not isinstance(fields, dict):
-        return {above: fields}
-    found: dict[str, Any] = {}
-    for name, value in cast("dict[str, Any]", fields).items():
-        found |= _flat(value, f"{above}.{name}" if above else name)
-    return found
 
 
 def describe(files: list[Path], config: dict[str, Any], tensors: list[Pending]) -> dict[str, Any]:

@@ -17,18 +17,19 @@ from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
 from ..unroll import config_with_layers
 from .architectures import CANNOT, NOT_YET, check_fields, check_supported
-from .text_model import is_multimodal, text_config
+from .text_model import is_multimodal, text_config, whole_model
 
 
 @dataclass
 class Source:
-    """A source's configs.
+    """A source's config and what is around it.
 
-    config: of the decoder that is converted.   whole: of the multimodal model around it; None for a plain source.
+    config: of the decoder that is converted.   whole: the multimodal model around it, on the meta device; None for a
+    plain source.
     """
 
     config: PreTrainedConfig
-    whole: PreTrainedConfig | None
+    whole: PreTrainedModel | None
 
 
 def read_source(path: Path) -> Source:
@@ -42,8 +43,8 @@ def read_source(path: Path) -> Source:
         check_supported(model_type)
     try:
         config = load.read_config(path)
-        multimodal = is_multimodal(config)
-        source = Source(text_config(config), config) if multimodal else Source(config, None)
+        whole = whole_model(config) if is_multimodal(config) else None
+        source = Source(text_config(whole) if whole else config, whole)
         check_supported(source.config.model_type)
         check_fields(source.config, path)
         if source.config.num_hidden_layers < 1:

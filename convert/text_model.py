@@ -49,9 +49,9 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
     return text is not config and text.model_type != config.model_type
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text model inside of the multimodal `config`; a causal model computes the same from it."""
-    text: Any = config.get_text_config(decoder=True)
+def text_config(whole: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the text model inside of the multimodal `whole`; a causal model computes the same from it."""
+    text: Any = whole.config.get_text_config(decoder=True)
     if text.model_type in STANDS_FOR:
         fields = {name: value for name, value in text.to_dict().items() if name not in OWN}
         fields["rope_parameters"] = {
@@ -59,21 +59,20 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         }
         kind, more = STANDS_FOR[text.model_type]
         text = CONFIG_MAPPING[kind](**{**fields, **more})
-    text.tie_word_embeddings = bool(_whole_model(config).all_tied_weights_keys)
+    text.tie_word_embeddings = bool(whole.all_tied_weights_keys)
     return text
 
 
-def find_text_model(config: PreTrainedConfig, text_model: PreTrainedModel) -> Whole:
-    """The multimodal model of `config`, with the places of the tensors of `text_model` (on the meta device) in it.
+def find_text_model(whole: PreTrainedModel, text_model: PreTrainedModel) -> Whole:
+    """The multimodal model `whole`, with the places of the tensors of `text_model` in it, both on the meta device.
 
     Raises UserError where its text decoder is another model.
     """
-    whole = _whole_model(config)
     decoder = whole.get_decoder()
     roots = [root for root in (text_model.get_decoder(), text_model) if _same_tensors(root, decoder)]
     if not roots:
         raise UserError(
-            f"{config.model_type}: its text decoder {type(decoder).__name__} has other tensors than "
+            f"{whole.config.model_type}: its text decoder {type(decoder).__name__} has other tensors than "
             f"{type(text_model).__name__}, so it cannot be taken out"
         )
     inner, outer = _name(text_model, roots[0]), _name(whole, decoder)
@@ -85,7 +84,7 @@ def find_text_model(config: PreTrainedConfig, text_model: PreTrainedModel) -> Wh
     return Whole(whole, names)
 
 
-def _whole_model(config: PreTrainedConfig) -> PreTrainedModel:
+def whole_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The multimodal model of `config` on the meta device. Raises UserError where none can be built."""
     mappings: Any = (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

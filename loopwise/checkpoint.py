@@ -166,6 +166,14 @@ def read_json(file: Path, absent: str = "") -> dict[str, Any]:
     return content
 
 
+def flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The fields, those of nested objects by their names with dots."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+    return found
+
+
 def _check_whole(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 

@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 
 def run(capsys, *argv: object) -> str:
-    """What a command prints, which succeeds."""
+    """The output of a command, which succeeds."""
     assert main([*map(str, argv)]) == 0
     return capsys.readouterr().out
 

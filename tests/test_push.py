@@ -278,7 +278,7 @@ def test_results_become_the_model_index(place, capsys, tmp_path):
 
 
 def test_export_pushes_a_plain_model(place, capsys, tmp_path):
-    """Of a hub id, which is its base model; licence and name pass on."""
+    """A hub id is the base model; its licence and name pass on."""
     assert place.push() == 0
     argv = ["export", "me/mine", str(tmp_path / "plain"), "--unroll", "2", "--push-to-hub", "plain"]
     for said in ("written: ", "nothing is made again"):

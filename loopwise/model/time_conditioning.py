@@ -66,7 +66,7 @@ class Modulation(nn.Module):
         """A forward pre-hook of the layer. A lane engine calls `at` itself, and the layer without `time`."""
         if "time" in kwargs:
             self.at(kwargs.pop("time"))
-        self._attach(layer)
+            self._attach(layer)
         return args, kwargs
 
     def at(self, time: torch.Tensor) -> None:

@@ -47,7 +47,7 @@ class UngatedAttention(LlamaAttention):
         return self.o_proj(self.attn(q, k, v))[0]
 
     def _values(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """What is added to this rank's values [N, K C]."""
+        """Embeddings of the tokens, times their gates, for this rank's values [N, K C]."""
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         first = rank * self.total_num_kv_heads // ranks
         return self.value_embedding(x, token_ids)[:, first : first + self.num_kv_heads].flatten(1)

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loopwise.convert.architectures import CANNOT, MULTIMODAL, NOT_YET, SUPPORTED
-from loopwise.convert.text_model import text_config
+from loopwise.convert.text_model import text_config, whole_model
 from tests.helpers.convert import EVERY_LAYER, refused, run, tokens
 from tests.helpers.tiny import load_source, save_source
 
@@ -22,7 +22,7 @@ def test_every_causal_language_model_of_transformers_is_in_one_list():
 
 
 def test_text_models_inside_of_multimodal_ones_are_supported():
-    inside = [text_config(CONFIG_MAPPING[kind]()).model_type for kind in MULTIMODAL]
+    inside = [text_config(whole_model(CONFIG_MAPPING[kind]())).model_type for kind in MULTIMODAL]
     assert set(inside) <= set(SUPPORTED)
 
 

@@ -152,7 +152,7 @@ def test_an_interrupted_one_stays_if_it_is_to_be_resumed(
 
 
 def test_two_workers_write_the_same_bytes(place, monkeypatch, tmp_path):
-    """Of every file, and in shards; this process writes no tensor itself."""
+    """Every file is equal, in shards, too; this process writes no tensor itself."""
     monkeypatch.setattr(conversion, "SHARD_BYTES", 100_000)
     argv = ["convert", str(place / "source"), "OUT", *KEYS, "--no-verify"]
     assert main([str(tmp_path / "one") if word == "OUT" else word for word in argv]) == 0

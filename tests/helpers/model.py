@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,20 @@ def build(model_type: str = "llama", **fields: Any) -> Any:
 
 def ids(batch: int = 2, length: int = 14) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def embedded(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, Callable[[Any, torch.Tensor], torch.Tensor]]:
+    """The embeddings [B, T, D] of tokens [B, T] in a model of a Llama, and a function that runs layers on states."""
+    llama = model.source.model
+    x = llama.embed_tokens(tokens)
+    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+
+    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x, attention_mask=None, position_embeddings=rotary)
+        return x
+
+    return x, run
 
 
 def build_relaxed(model_type: str = "llama", depths: int = 2, dora: bool = False, **fields: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from loopwise.model.damping import Damping, interpolate
-from tests.helpers.model import GREEDY, build, ids
+from tests.helpers.model import GREEDY, build, embedded, ids
 
 FROM_THE_SECOND = (0.3, "1/R", "learned")  # one recurrence is not damped
 DAMPINGS = (*FROM_THE_SECOND, "selective")
@@ -26,14 +26,7 @@ def build_damped(damping: float | str, **fields: Any) -> Any:
 def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
     """The logits of a Llama without injection, spelled out with its modules and a plain causal mask."""
     llama, config = model.source.model, model.config
-    x = llama.embed_tokens(tokens)
-    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
-
-    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            x = layer(x, attention_mask=None, position_embeddings=rotary)
-        return x
-
+    x, run = embedded(model, tokens)
     s = run(model.prelude, x)
     for r in range(1, recurrences + 1):
         if config.recurrence_norm == "between" and r > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loopwise.serve import Engine, Params
-from tests.helpers.model import GREEDY, build, ids
+from tests.helpers.model import GREEDY, build, embedded, ids
 
 ENDS = {"prelude_norm": True, "state_projection": True}
 
@@ -26,14 +26,7 @@ def build_ends(**fields: Any) -> Any:
 def test_the_formulas():
     model, tokens = build_ends(), ids()
     llama, injection = model.source.model, model.injection
-    x = llama.embed_tokens(tokens)
-    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
-
-    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            x = layer(x, attention_mask=None, position_embeddings=rotary)
-        return x
-
+    x, run = embedded(model, tokens)
     e = run(model.prelude, x)
     e = e / (e.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt() * model.ends.norm
     dt = torch.log1p(injection.step.exp())

@@ -16,21 +16,14 @@ import loopwise.model
 from loopwise.model import RecurrentDepthConfig
 from loopwise.model.initial_state import counter_normal
 from tests.helpers.blocked import without
-from tests.helpers.model import GREEDY, build, ids
+from tests.helpers.model import GREEDY, build, embedded, ids
 from tests.helpers.tiny import VOCAB, source_config
 
 
 def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
     """The model's formula for a Llama, spelled out with its modules and a plain causal mask."""
     llama = model.source.model
-    x = llama.embed_tokens(tokens)
-    rotary = llama.rotary_emb(x, torch.arange(tokens.shape[1])[None])
-
-    def run(layers: Any, x: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            x = layer(x, attention_mask=None, position_embeddings=rotary)
-        return x
-
+    x, run = embedded(model, tokens)
     e = run(model.prelude, x)
     s = {"input": e, "zeros": torch.zeros_like(e)}[model.config.state_init]
     for _ in range(recurrences):

@@ -47,7 +47,7 @@ def test_ways_of_generating_do_not_depend_on_the_cache(model_type, options):
 
 
 def test_proposed_tokens_are_taken_back_or_refused():
-    """As in transformers: a convolution's inputs can be cut, a recurrent state cannot."""
+    """A convolution's inputs can be cut, a recurrent state cannot, as in transformers."""
     options: dict[str, Any] = {**GREEDY, "prompt_lookup_num_tokens": 3}
     prompt = ids(1, 6).repeat(1, 2)  # so that looking up the prompt proposes tokens
     model = build("lfm2")
