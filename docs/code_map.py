@@ -10,6 +10,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 LINKED = ("convert", "train", "serve", "evaluation", "recipes")  # folders at the top that loopwise/ links to
@@ -29,11 +30,22 @@ def sources(root: Path, *folders: str) -> Iterator[tuple[str, ast.Module]]:
             for name in sorted(names):
                 path = Path(directory, name)
                 if path.suffix == ".py":
-                    yield module_name(path.relative_to(root)), ast.parse(path.read_text(encoding="utf-8"), str(path))
+                    yield module_name(path.relative_to(root)), _parsed(path.read_text(encoding="utf-8"))
 
 
-def imported(module: str, tree: ast.AST) -> Iterator[str]:
+@cache
+def _parsed(text: str) -> ast.Module:
+    """The syntax tree of a file with this text. Checks of copies of the repository read most texts many times."""
+    return ast.parse(text)
+
+
+@cache
+def imported(module: str, tree: ast.AST) -> tuple[str, ...]:
     """Absolute names of all imports of a module, type-only ones included; `from a import b` gives `a.b`."""
+    return tuple(_imported(module, tree))
+
+
+def _imported(module: str, tree: ast.AST) -> Iterator[str]:
     package = module.split(".")[:-1]  # package of a file and of an __init__ alike
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -146,7 +146,7 @@ def check(arguments: list[str], out: Path, seed: int, what: str, capsys) -> int:
     took = time.monotonic() - start
     errors = capsys.readouterr().err
     assert status in (0, 2), (seed, what, status)
-    assert took < 5, (seed, what, took)
+    assert took < 60, (seed, what, took)  # no value makes a command hang
     if status == 2:
         lines = [line for line in errors.splitlines() if line.startswith("loopwise: error: ")]
         assert len(lines) == 1, (seed, what, errors[-500:])

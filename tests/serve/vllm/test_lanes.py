@@ -122,12 +122,27 @@ BETWEEN = {
     "parcae": Case("ungated", "last-exited", PARCAE, TOKENS, decoders=("plain", "wave"), count=8),
     "loopformer": Case("ungated", "last-exited", LOOPFORMER, LEARNED, decoders=("plain", "wave"), count=8),
     "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
+    "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
+    "graph-ticks-compiled": Case(
+        "gemma3_text",
+        "single",
+        source=WINDOWS,
+        count=4,
+        program="run_graph_tick.py",
+        engine=WHOLE_PROMPTS,
+        lanes={"max_lanes": 3, "compile": True},
+    ),
+    "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
+    "batched-codas": Case(
+        policy="last-exited", lanes={"coda_wait": 3, "passes_per_step": 6, "budget": 9}, decoders=ALL
+    ),
+    "narrow-plain": Case(policy="last-exited", lanes={"max_lanes": 3, "coda_wait": -1, "compile": True}),
 }
 SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
-    "per-depth": Case(count=64, seed=1, decoders=ALL),
-    "last-exited": Case(policy="last-exited", count=64, seed=2, decoders=ALL),
+    "per-depth": Case(count=40, seed=1, decoders=ALL),
+    "last-exited": Case(policy="last-exited", count=40, seed=2, decoders=ALL),
     "rules-that-read-logits": Case(
         policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
     ),
@@ -147,25 +162,10 @@ CASES = {
         rules=("gate", "fixed", "trace"),
         lanes={"compile": True},
     ),
-    "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "first": Case(policy="first"),
     "graph-ticks": Case(policy="last-exited", count=6, program="run_graph_tick.py"),
-    "graph-ticks-compiled": Case(
-        "gemma3_text",
-        "single",
-        source=WINDOWS,
-        count=4,
-        program="run_graph_tick.py",
-        engine=WHOLE_PROMPTS,
-        lanes={"max_lanes": 3, "compile": True},
-    ),
     "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
-    "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
-    "batched-codas": Case(
-        policy="last-exited", lanes={"coda_wait": 3, "passes_per_step": 6, "budget": 9}, decoders=ALL
-    ),
     "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40, "compile": True}, decoders=ALL),
-    "narrow-plain": Case(policy="last-exited", lanes={"max_lanes": 3, "coda_wait": -1, "compile": True}),
     "compiled": Case(
         "gemma3_text",
         shape={**RETROFIT, "relaxation": {**OWN, "own": [*NORMS, "self_attn.q_norm.weight"]}},
