@@ -35,8 +35,12 @@ def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
         return False
     written = (out / RECORD).stat().st_mtime
     files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
-    if any(file.stat().st_mtime > written for file in files) or not {*known} <= {file.name for file in files}:
+    stats = [file.stat() for file in files]  # a copy that keeps its time of change has a new inode's, st_ctime
+    if any(max(stat.st_mtime, stat.st_ctime) > written for stat in stats) or not {*known} <= {file.name for file in files}:
         return False
-    with hashing([file for file in files if file.name in known]) as found:
-        pass
+    try:
+        with hashing([file for file in files if file.name in known]) as found:
+            pass
+    except OSError:
+        return False
     return found == known

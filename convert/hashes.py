@@ -8,8 +8,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
-
 BUFFER_BYTES = 1 << 20
 
 
@@ -17,8 +15,8 @@ BUFFER_BYTES = 1 << 20
 def hashing(files: list[Path]) -> Generator[dict[str, str]]:
     """A dict that holds the sha256 of every file, by its name, once the block has ended.
 
-    A thread reads the files meanwhile; an error in the block stops it. Raises UserError, after the block, for a file
-    that cannot be read.
+    A thread reads the files meanwhile; an error in the block stops it. Raises OSError, after the block, for a file that
+    cannot be read: a disk may give it at the next attempt.
     """
     result: dict[str, str] = {}
     stopped = threading.Event()
@@ -41,7 +39,8 @@ def hashing(files: list[Path]) -> Generator[dict[str, str]]:
     finally:
         thread.join()
     if failed:
-        raise UserError(f"{failed[0].filename or 'the source'} cannot be read: {failed[0].strerror}")
+        error = failed[0]
+        raise OSError(error.errno, f"{error.filename or 'the source'} cannot be read: {error.strerror}")
 
 
 def _sha256(file: Path, stopped: threading.Event) -> str:

@@ -100,7 +100,7 @@ class ImportConversion(Conversion):
             )
             for name, (sources, transform) in mapped.tensors.items()
         ]
-        super().__init__(path, recipe, config, pending, raw.files, _facts(kind, config, raw, mapped.ignored))
+        super().__init__(path, recipe, config, pending, raw.files, _facts(kind, config, raw, mapped))
 
     def finish(self, directory: Path, written: Written) -> dict[str, Any]:
         """Replace the special tokens of generation_config.json where all are 0, as Ouro's released files have them."""
@@ -213,7 +213,7 @@ def _make(raw: RawTensors, sources: list[str], transform: Transform) -> torch.Te
     return transform(*(raw.read(name) for name in sources))
 
 
-def _facts(kind: Format, config: RecurrentDepthConfig, raw: RawTensors, ignored: set[str]) -> dict[str, Any]:
+def _facts(kind: Format, config: RecurrentDepthConfig, raw: RawTensors, mapped: CheckpointMap) -> dict[str, Any]:
     """The facts of an import for loopwise.json; every layer is its own parent."""
     parts: dict[str, list[int]] = {part: getattr(config, part) for part in PARTS}
     return {
@@ -225,5 +225,6 @@ def _facts(kind: Format, config: RecurrentDepthConfig, raw: RawTensors, ignored:
             **{key: getattr(config, key) for key in ("sharing", "injection", "recurrence_norm", "state_init")},
             "num_recurrences": config.num_recurrences,
         },
-        "parameters": {"source": sum(torch.Size(raw.shape(name)).numel() for name in raw.names() - ignored)},
+        "parameters": {"source": sum(torch.Size(raw.shape(name)).numel() for name in raw.names() - mapped.ignored)},
+        "notes": mapped.notes,
     }

@@ -259,6 +259,8 @@ def place(out: Path, source: Path | None = None) -> Path:
 def check_new(out: Path, source: Path | None, force: bool) -> Path:
     """The resolved path of `out`. Raises UserError if `new_directory` may not make it."""
     found = place(out, source)
+    if os.path.ismount(found):
+        raise UserError(f"the output {out} is a mount point, which nothing can replace; name a directory inside it")
     if Path.cwd().is_relative_to(found):
         raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
     check_replaceable(found, force)

@@ -128,6 +128,13 @@ def test_places(out, source, message, tmp_path):
     assert str(error.value) == message.format(root=tmp_path)
 
 
+def test_a_mount_point_is_not_replaced():
+    """A rename onto it would fail after the work is done."""
+    assert os.path.ismount("/proc")
+    with pytest.raises(UserError, match="/proc is a mount point, which nothing can replace; name a directory inside"):
+        check_new(Path("/proc"), None, force=True)
+
+
 def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
     out = grow(tmp_path / "out", OURS)
     (out / "inner").mkdir()

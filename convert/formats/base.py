@@ -28,11 +28,13 @@ class CheckpointMap:
     fields: the keyword arguments of its RecurrentDepthConfig.
     tensors: name of a tensor of the model -> names on disk that it is made from (mostly one), and the transform.
     ignored: names on disk that have no tensor of their own, as copies and computed tables.
+    notes: lines on what the model has and the import leaves out.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, tuple[list[str], Transform]] = field(default_factory=dict[str, tuple[list[str], Transform]])
     ignored: set[str] = field(default_factory=set[str])
+    notes: list[str] = field(default_factory=list[str])
 
     def copy(self, name: str, raw: str) -> None:
         """Take tensor `name` unchanged from `raw` on disk."""

@@ -59,8 +59,14 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
             "exit_gate_norm": "own",
         }
     )
-    if fields.get("halting_strategy") == "cdf" and fields.get("q_eval_interval", 1) == 1:
+    strategy, interval = fields.get("halting_strategy"), fields.get("q_eval_interval", 1)
+    if strategy == "cdf" and interval == 1:
         result.fields["exit"] = {"rule": "gate", "threshold": fields["q_threshold"]}
+    else:
+        result.notes.append(
+            f"halting_strategy={strategy}, q_eval_interval={interval} is no exit rule of loopwise: by default every "
+            f"token runs {loops} recurrences"
+        )
     core = _core_name(raw.names())
     for part, theirs in {**PARTS, "core": core}.items():
         for n in range(len(layers[part])):

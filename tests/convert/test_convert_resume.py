@@ -200,3 +200,18 @@ def test_killed_workers(victim, place, tmp_path):
         assert line.endswith("; --resume goes on from here")
     assert main(argv) == 0
     assert contents(tmp_path / "out") == contents(place / "whole")
+
+
+def test_a_read_error_of_the_source_leaves_the_work(place, made, capsys, monkeypatch, tmp_path):
+    """A network file system may give the file at the next attempt."""
+    hashing = conversion.hashing
+    monkeypatch.setattr(conversion, "hashing", lambda files: hashing([*files, tmp_path / "gone"]))
+    argv = ["convert", str(place / "source"), str(tmp_path / "out"), *KEYS, "--resume"]
+    assert main(argv) == 2
+    assert f"{tmp_path / 'gone'} cannot be read: No such file or directory; --resume goes on" in capsys.readouterr().err
+    assert len(made) > UNITS
+    made.clear()
+    monkeypatch.setattr(conversion, "hashing", hashing)
+    assert main(argv) == 0
+    assert made == []
+    assert contents(tmp_path / "out").keys() == contents(place / "whole").keys()

@@ -26,6 +26,8 @@ def test_its_gate_and_its_depths(tmp_path):
     assert (config.prelude, config.core, config.coda) == ([0, 1], [2, 3], [4])
     assert (config.num_recurrences, config.trained_recurrences) == (3, {"mean": 2.0, "min": 1, "max": 3})
     assert (config.recurrence_damping, config.exit, config.eos_token_id) == ("selective", None, 61)
+    (note,) = json.loads((tmp_path / "out/loopwise.json").read_text())["notes"]
+    assert "is no exit rule of loopwise: by default every token runs 3 recurrences" in note
     with torch.no_grad():
         out = model(want["ids"], num_recurrences=4, output_states=True)
     torch.testing.assert_close(out.exit_logits, want["gates_4"], rtol=0, atol=1e-5)
