@@ -36,7 +36,8 @@ def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
     written = (out / RECORD).stat().st_mtime
     files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
     stats = [file.stat() for file in files]  # a copy that keeps its time of change has a new inode's, st_ctime
-    if any(max(stat.st_mtime, stat.st_ctime) > written for stat in stats) or not {*known} <= {file.name for file in files}:
+    newer = any(max(stat.st_mtime, stat.st_ctime) > written for stat in stats)
+    if newer or not {*known} <= {file.name for file in files}:
         return False
     try:
         with hashing([file for file in files if file.name in known]) as found:

@@ -9,7 +9,9 @@ from loopwise.serve.engine.compile import compiled
 from tests.helpers.engines import build, check, requests
 
 
-@pytest.mark.parametrize(("policy", "width"), [pytest.param(*case, marks=pytest.mark.slow) for case in (("per-depth", 8), ("single", 3))])
+@pytest.mark.parametrize(
+    ("policy", "width"), [pytest.param(*case, marks=pytest.mark.slow) for case in (("per-depth", 8), ("single", 3))]
+)
 def test_a_compiled_tick_narrower_than_the_lanes(policy, width):
     check(build(), policy, *requests(7, 16, policy, ["fixed", "latent-diff"]), compile=True, max_lanes=width)
 
