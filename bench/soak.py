@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,15 @@ class Load:
         self.number = 0
         self.examples: dict[str, str] = {}  # the first body and answer of each status
 
-    async def client(self, session: Any, end: float) -> None:
-        """Send one request after the other until `end`, a time of `time.monotonic`."""
-        while time.monotonic() < end:
+    async def run(self, clients: int, done: Callable[[], bool]) -> None:
+        """Let `clients` send one request after the other until `done`."""
+        import aiohttp
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+            await asyncio.gather(*(self._client(session, done) for _ in range(clients)))
+
+    async def _client(self, session: Any, done: Callable[[], bool]) -> None:
+        while not done():
             self.number += 1
             draw = random.Random(f"{self.seed} {self.number}")
             kind = draw.random()
@@ -176,16 +183,13 @@ def draw(samples: list[dict[str, Any]], file: Path) -> None:
 
 async def soak(server: psutil.Process, load: Load, seconds: float, clients: int) -> list[dict[str, Any]]:
     """Run the clients for `seconds`. Returns a sample every 1/360 of the time, at least a second apart."""
-    import aiohttp
-
     begin, samples = time.monotonic(), []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-        running = asyncio.gather(*(load.client(session, begin + seconds) for _ in range(clients)))
-        while not running.done():
-            await asyncio.wait([running], timeout=max(1.0, seconds / 360))
-            now = time.monotonic() - begin
-            samples.append({"seconds": now, "requests": load.number, **await asyncio.to_thread(sample, server)})
-        await running
+    running = asyncio.create_task(load.run(clients, lambda: time.monotonic() >= begin + seconds))
+    while not running.done():
+        await asyncio.wait([running], timeout=max(1.0, seconds / 360))
+        now = time.monotonic() - begin
+        samples.append({"seconds": now, "requests": load.number, **await asyncio.to_thread(sample, server)})
+    await running
     return samples
 
 
