@@ -1,7 +1,7 @@
 """Time and memory of `loopwise convert` on a checkpoint far larger than its memory bound, beside `cp`.
 
-    python bench/convert.py [--gigabytes 8] [--pairs 3] [--folder DIR]
-    python bench/convert.py --shape 70b --only plain svd --workers 1 2
+    python -m bench.convert [--gigabytes 8] [--pairs 3] [--folder DIR]
+    python -m bench.convert --shape 70b --only plain svd --workers 1 2
 
 Makes a random bf16 Llama in shards: of a 3B's layers and that size, or of a 70B's layers, of which there are 4. Then it
 alternates `cp` of the bytes that a conversion writes with conversions: without verification, with it, with SVD LoRA,

@@ -1,6 +1,6 @@
 """The engine core alone, on this machine: depth-wise batching against fixed depth.
 
-    python bench/engine.py [--shape small] [--batch 16] [--resident 16] [--mean 3] [--pairs 7] [--lora 16] [--compile]
+    python -m bench.engine [--shape small] [--batch 16] [--resident 16] [--mean 3] [--pairs 7] [--lora 16] [--compile]
                            [--policy single,last-exited] [--coda-wait -1] [--attention auto] [--no-graphs] [--threads 2]
 
 A model of random weights in bfloat16 is asked for tokens whose depths are forced: a truncated geometric of the given
@@ -30,6 +30,8 @@ from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_sandwich import SandwichConfig
 from loopwise.serve import Engine, Params, offline
 from loopwise.serve.engine.attention.reference import TorchAttention
+
+from .figures import add
 
 
 class Shape(NamedTuple):
@@ -207,12 +209,13 @@ def main() -> None:
         times = [[decode(*system) for system in systems] for _ in range(args.pairs)]
         ratios = [a / b for a, b in times]
         backend, ratio = type(engine.loop.forward.attention).__name__, statistics.median(ratios)
+        around, rate = f"{min(ratios):.3f} to {max(ratios):.3f}", statistics.median(b for _, b in times)
         print(
-            f"{args.shape}, {device}, {backend}, {policy}: {ratio:.3f}x of fixed depth ({min(ratios):.3f} to "
-            f"{max(ratios):.3f}), E[d] {mean:.3f}, bound {bound:.3f}, share {ratio / bound:.1%}; "
-            f"{len(prompts) * len(spread) / statistics.median(b for _, b in times):.0f} tokens/s",
+            f"{args.shape}, {device}, {backend}, {policy}: {ratio:.3f}x of fixed depth ({around}), E[d] {mean:.3f}, "
+            f"bound {bound:.3f}, share {ratio / bound:.1%}; {len(prompts) * len(spread) / rate:.0f} tokens/s",
             flush=True,
         )
+        add(f"{args.shape}, {policy}: exits against fixed depth", ratio, "x", spread=around, bound=round(bound, 3))
         if device == "cuda":
             for name, system in zip(("fixed", "mixed"), systems, strict=True):
                 again = lambda run=run, system=system: run(*system)  # noqa: E731

@@ -1,6 +1,6 @@
 """CUDA graphs over many mixes of requests: captures, graphs kept, memory, and ticks after the start.
 
-usage: python bench/graphs.py [--device cuda] [--rows 256] [--mixes 680] [--hidden 2048] [--layers 8]
+    python -m bench.graphs [--device cuda] [--rows 256] [--mixes 680] [--hidden 2048] [--layers 8]
        [--vocabulary 131072]
 
 On a GPU it answers: does a mix capture after the start, what does a capture cost, is `graphs.reserved_bytes` enough,
@@ -21,6 +21,8 @@ from transformers import LlamaConfig
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.graphs import on_cuda, reserved_bytes, sizes
+
+from .figures import add
 
 SAMPLING: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}]
 RULES: list[dict[str, Any]] = [{}, {"exit_rule": "latent-diff"}, {"exit_rule": "cosine"}]
@@ -93,6 +95,9 @@ def main() -> None:
         f"{options.mixes} mixes: {ticks.cache.captures - at_start} captures more, {len(ticks.cache.used)} graphs kept"
     )
     print(f"{ticks.cache.failures} captures failed; a step: median {median:.1f} ms, p99 {p99:.1f} ms")
+    later = ticks.cache.captures - at_start
+    add("captures after the start", later, f"in {options.mixes} mixes", at_start=at_start, failed=ticks.cache.failures)
+    add("a step", median, "ms", p99=round(p99, 2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SIGKILL at random moments over one run, and the weights at its end beside those of a run that nobody touched.
 
-    python bench/kills.py [--kills 20] [--steps 400] [--seed 0] [--launcher ddp]
+    python -m bench.kills [--kills 20] [--steps 400] [--seed 0] [--launcher ddp]
 
 A third of the kills hit while a checkpoint is written, a third at any time of training, a third anywhere from the
 start of the process on. Every restart says `--resume`. Prints each kill and what it left; exits 1 unless the final

@@ -1,6 +1,6 @@
 """Several tokens in flight: the exact wave and diffusion forcing against plain decoding, on a trained model.
 
-    python bench/parallel.py [--out parallel-run] [--steps 2200] [--threads 2] [--batch 1,4,16] [--pictures docs/images]
+    python -m bench.parallel [--out parallel-run] [--steps 2200] [--threads 2] [--batch 1,4,16] [--pictures docs/images]
 
 A byte-level model (a core of 2 layers, 128 wide) learns running sums at random depths, by `loopwise` commands that are
 not run again once they are done. Then held-out questions are answered at R = 32 by three

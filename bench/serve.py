@@ -1,9 +1,10 @@
 """`loopwise serve`: the lane engine against one depth for all, side by side.
 
-    python bench/serve.py offline [--pairs 7] [--requests 32] [--policy last-exited] [--lora 16] [--eager]
-    python bench/serve.py offline --decode --seats 16 --requests 48 [--policy single] [--resident 32]
-    python bench/serve.py routed  [--pairs 7]
-    python bench/serve.py http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
+    python -m bench.serve offline [--pairs 7] [--requests 32] [--policy last-exited] [--lora 16] [--eager]
+    python -m bench.serve offline --decode --seats 16 --requests 48 [--policy single] [--resident 32]
+    python -m bench.serve source MODEL [--pairs 7] [--requests 16] [--sizes 10,10,10] [--recurrences 1,2,4]
+    python -m bench.serve routed  [--pairs 7]
+    python -m bench.serve http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
 
 A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 8,192 tokens, R=8). Prompts of 16 to 48
 tokens are continued by 64. Depths are forced: a truncated geometric of mean 3. Systems run the same requests one after
@@ -22,7 +23,9 @@ Printed: tokens a second, the median ratio to `fixed` with its spread, and its s
 the lane engine holds more requests than a pass has lanes, so that exits wait for others without leaving lanes empty.
 `http` runs `loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at
 those shares of the capacity that `exits` showed, with percentiles of the time to the first token and between tokens.
-`routed` is Mixture-of-Recursions by thresholds, against the same at full recursion.
+`routed` is Mixture-of-Recursions by thresholds, against the same at full recursion. `source` compares with what a user
+has before the conversion: plain vLLM on the pretrained MODEL (a directory or a GGUF file) against its retrofit in
+lanes, at each number of recurrences, and the share of what the FLOPs allow (head and injection counted).
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .figures import add
 
 DEPTHS, VOCABULARY, OUTPUT, MEAN = 8, 8192, 64, 3.0
 ENGINE = {"max_model_len": 256, "block_size": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
@@ -156,6 +161,7 @@ def report(rates: dict[str, list[float]], bounds: dict[str, tuple[float, float]]
             f"{system:<10}{statistics.median(rate):>8.0f}{ratio:>9.2f}{spread:>14}{bound:>8.2f}{ratio / bound:>8.1%}"
             f"{decode:>14.2f}"
         )
+        add(f"{system} against fixed", ratio, "x", spread=spread, bound=round(bound, 3))
     if "lora" in rates:
         slower = statistics.median(b / a for a, b in zip(rates["lora"], rates["exits"], strict=True)) - 1
         print(f"LoRA costs {slower:.1%}")
@@ -232,6 +238,66 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
                 rates[system].append(rate)
         print(f"pair {pair}: " + ", ".join(f"{s} {r[-1]:.0f}" for s, r in rates.items() if r), flush=True)
     report(rates, bounds)
+
+
+def of_source(args: argparse.Namespace, work: Path) -> None:
+    """Plain vLLM on `args.model` against its retrofit in lanes, at each of `args.recurrences`."""
+    from loopwise.cli import main as loopwise
+
+    recurrences = [int(r) for r in args.recurrences.split(",")]
+    keys = [f"sizes={args.sizes}", "injection=linear", f"num_recurrences={max(recurrences)}", "dtype=bfloat16"]
+    assert loopwise(["convert", str(args.model), str(work / "looped"), *keys, "--no-verify"]) == 0
+    assert loopwise(["export", str(work / "looped"), str(work / "plain"), "--unroll", "1", "--no-verify"]) == 0
+    options = in_process(args.requests)
+    shares = flop_shares(work / "looped", recurrences)
+    from vllm import LLM, SamplingParams
+
+    from loopwise.serve.api.lanes import LaneConfig
+
+    flags = LaneConfig(args.passes_per_step, 0, args.coda_wait, compile=not args.eager).flags()
+    lanes = {**options, **flags, "hf_overrides": {"kv_policy": args.policy, "max_recurrences": max(recurrences)}}
+    plain = LLM(str(work / "plain"), **options, enforce_eager=args.eager)
+    looped = LLM(str(work / "looped"), **lanes)
+
+    def rate(engine: Any, seed: int, depth: int | None) -> float:
+        draw = random.Random(seed)
+        prompts = [draw.choices(range(100, 5000), k=draw.randint(16, 48)) for _ in range(args.requests)]
+        more = None if depth is None else {"num_recurrences": depth, "exit_rule": "fixed"}
+        params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False, extra_args=more)
+        began = time.perf_counter()
+        engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return args.requests * OUTPUT / (time.perf_counter() - began)
+
+    ratios: dict[int, list[float]] = {depth: [] for depth in recurrences}
+    for pair in range(args.pairs + 1):
+        base = rate(plain, pair, None)
+        found = {depth: rate(looped, pair, depth) for depth in recurrences}
+        if pair:  # the first one warms up
+            for depth, value in found.items():
+                ratios[depth].append(value / base)
+        print(f"pair {pair}: source {base:.0f} tok/s, " + ", ".join(f"R={d} {v:.0f}" for d, v in found.items()))
+    for depth, values in ratios.items():
+        ratio, bound = statistics.median(values), shares[depth]
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        print(
+            f"R={depth}: {ratio:.2f}x plain vLLM on the source ({spread}), FLOPs {bound:.2f}, share {ratio / bound:.1%}"
+        )
+        add(f"lanes at R={depth} against plain vLLM", ratio, "x", spread=spread, flops=round(bound, 3))
+
+
+def flop_shares(folder: Path, recurrences: list[int]) -> dict[int, float]:
+    """Multiply-adds of a token in the source, divided by those of the retrofit in `folder`, for each depth."""
+    import torch
+
+    from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+
+    with torch.device("meta"):
+        model = RecurrentDepthForCausalLM(RecurrentDepthConfig.from_pretrained(folder))
+    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("prelude", "core", "coda")}
+    head = model.get_output_embeddings().weight.numel()
+    loop = parts["core"] + sum(p.numel() for p in model.injection.parameters())
+    outside = parts["prelude"] + parts["coda"] + head
+    return {depth: (outside + parts["core"]) / (outside + depth * loop) for depth in recurrences}
 
 
 def routed(args: argparse.Namespace, work: Path) -> None:
@@ -430,7 +496,10 @@ async def open_loop(server: Server, session: Any, load: float, capacity: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("where", choices=["offline", "http", "routed"])
+    parser.add_argument("where", choices=["offline", "http", "routed", "source"])
+    parser.add_argument("model", nargs="?", type=Path, help="source: a pretrained model")
+    parser.add_argument("--sizes", default="10,10,10", help="source: layers of prelude, core and coda")
+    parser.add_argument("--recurrences", default="1,2,4", help="source: numbers of recurrences")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32, help="offline: requests at once")
     parser.add_argument("--seats", type=int, default=0, help="offline: requests that run at once; 0: all")
@@ -455,8 +524,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with tempfile.TemporaryDirectory() as work:
-        if args.where == "routed":
-            routed(args, Path(work))
+        if args.where == "source" and args.model is None:
+            parser.error("source needs MODEL, a pretrained model")
+        if args.where in ("routed", "source"):
+            (routed if args.where == "routed" else of_source)(args, Path(work))
             return
         folders = {"plain": Path(work) / "plain"}
         bound = make(folders["plain"])

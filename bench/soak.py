@@ -1,6 +1,6 @@
 """A server under mixed load for an hour: the memory of its API and engine processes apart, which must stay flat.
 
-    python bench/soak.py MODEL [--seconds 3600] [--clients 32] [--seed 0] [--out soak]
+    python -m bench.soak MODEL [--seconds 3600] [--clients 32] [--seed 0] [--out soak]
 
 The clients ask for mixed depths, exit rules, decoders, prompts, streams and grammars. Some leave early, some read
 slowly, some send bad bodies. The pool of cache blocks is small, so that requests are preempted. OUT.json holds memory,

@@ -1,6 +1,6 @@
 """Memory and speed of training: what a step keeps, what a recurrence costs, and Loopwise beside a plain torch loop.
 
-    python bench/train.py [--width 256] [--tokens 256] [--batch 4] [--steps 24] [--pairs 7]
+    python -m bench.train [--width 256] [--tokens 256] [--batch 4] [--steps 24] [--pairs 7]
 
 Prints activation bytes by R under truncated backpropagation, the time of a step by R with the line through it, and
 tokens/s of `loopwise train` over tokens/s of a loop in plain torch on the same model, blocks and R: median and spread
