@@ -13,11 +13,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from loopwise.serve import Params
+from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from tests.helpers.oracle import Answer, Oracle
 from tests.helpers.serve_tiny import (
@@ -67,6 +70,9 @@ ROUTED = {**RETROFIT, "injection": "none", "num_recurrences": 4, "max_recurrence
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
 THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
 FEW_BLOCKS = {"num_gpu_blocks_override": 9}
+# Methods of vLLM's worker that reach the runner. The first makes all weights zero.
+CALLS = [["reset_weights"], ["reload_weights"], ["reset_mm_cache"], ["reset_encoder_cache"], ["get_draft_model"]]
+CALLS += [["update_config", {"load_config": {"use_tqdm_on_load": False}}], ["get_supported_tasks"], ["check_health"]]
 PREEMPT = [3, 5, 8, 13, 21]  # steps at which all that run are preempted, beside those that lack blocks
 
 
@@ -84,6 +90,7 @@ class Case:
     lanes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     rounds: int = 1
+    inside: dict[str, Any] = field(default_factory=dict)  # further keys of a case of run_lanes.py
     program: str = "run_lanes.py"
 
 
@@ -176,6 +183,14 @@ CASES = {
     ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
+    # As a configuration for vLLM's second model runner, with blocks that attention's kernels cannot have.
+    "worker": Case(
+        policy="last-exited",
+        engine={"num_gpu_blocks_override": 5, "block_size": 64},
+        decoders=ALL,
+        rounds=2,
+        inside={"resumed_as_new": True, "kernel_block": 32, "calls": CALLS},
+    ),
     "two-ranks": Case(
         "qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, lanes={"compile": True}, decoders=("plain", "wave")
     ),
@@ -301,6 +316,20 @@ def test_the_worker_of_a_gpu_leaves_torch_its_streams():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "shape", [{"compile": True}, {"relaxation": {"rank": 2}}, {"time_conditioning": {"scale": []}}]
+)
+def test_no_step_goes_on_with_old_weights(shape):
+    """Reloading is refused where something was made of them when the engine started."""
+    from loopwise.serve.vllm.runner import LaneRunner
+
+    config = SimpleNamespace(**{"relaxation": None, "time_conditioning": None} | shape)
+    lanes, device = LaneConfig(compile=shape.get("compile", False)), torch.device("cpu")
+    runner: Any = SimpleNamespace(model=SimpleNamespace(config=config), lanes=lanes, device=device)
+    with pytest.raises(ValueError, match="reload_weights: "):
+        LaneRunner.reload_weights(runner)
+
+
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dict], dict]]:
     """name -> (the oracle's answers, when requests come and go, what vLLM gave), for the cases that are tested."""
@@ -316,7 +345,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
         task = {"folder": str(folder / name), "engine": case.engine, "lanes": {"passes_per_step": 8, **case.lanes}}
-        task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
+        task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT} | case.inside
         work.setdefault(case.program, {})[name] = task
     return {
         name: (*wanted[name], result)
