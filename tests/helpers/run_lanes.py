@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from loopwise.serve.api.lanes import LaneConfig
-from tests.helpers.run_engines import had, main
+from tests.helpers.run_engines import main
 
 
 def run(case: dict) -> dict:
@@ -22,7 +22,7 @@ def run(case: dict) -> dict:
     # 48 tokens a step: prompts wait, are chunked, and share steps with decoding ones.
     options |= {"max_num_batched_tokens": 48, "disable_log_stats": False, "kv_cache_memory_bytes": 1 << 26}
     lanes = LaneConfig(**{"compile": False} | case.get("lanes", {}))
-    llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
+    llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
     engine: Any = llm.llm_engine
     engine.step()  # nothing to do
     refused = [_refusal(engine, case["requests"][0]["prompt"], fields) for fields in case.get("refused", ())]
