@@ -187,7 +187,8 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
     lanes["max_num_seqs"] = args.resident or options["max_num_seqs"]
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
-    engines = {"fixed": LLM(str(folders["plain"]), **options, enforce_eager=args.eager)}
+    fixed = {"enforce_eager": args.eager, "additional_config": {"loopwise": {"engine": "fixed"}}}
+    engines = {"fixed": LLM(str(folders["plain"]), **options, **fixed)}
     engines["lanes"] = LLM(str(folders["plain"]), **lanes)
     systems = ["fixed", "full", "exits", *([] if args.decode else ["prompts"])]
     if args.lora:

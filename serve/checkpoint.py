@@ -110,6 +110,14 @@ def check_config(model: str) -> Facts:
     return Facts(architecture=architecture, quantization=quantization, **values)
 
 
+def facts_of(config: Any) -> Facts:
+    """The facts about serving in a RecurrentDepthConfig. The method of quantised weights is vLLM's to find."""
+    names = {field.name for field in fields(Facts)} & vars(config).keys()
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    values["exit"] = values["exit"] or {}
+    return Facts(architecture=config.source_config.model_type, **values)
+
+
 def _router(file: Path, given: dict[str, Any] | None, depths: int) -> dict[str, Any] | None:
     """All fields of the router that the config in `file` gives. Raises UserError for wrong ones."""
     from ..model.configuration_router import router_fields

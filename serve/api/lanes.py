@@ -7,7 +7,8 @@ from typing import Any
 
 from ...deprecated import SERVING, accept_old_names
 
-LANES = "loopwise_lanes"  # key in vLLM's additional_config
+LANES = "loopwise_lanes"  # key in vLLM's additional_config: the lane engine's settings, complete
+SETTINGS = "loopwise"  # key in vLLM's additional_config: the user's settings, keys of `loopwise serve`
 AUTO = None  # coda_wait, budget: measured at start-up
 
 
@@ -29,6 +30,8 @@ class LaneConfig:
     budget: lanes of a pass that waves may fill; 0 for no bound; AUTO: as many as add little time.
     compile: compile passes of the core.
     graphs: on a GPU, run ticks as CUDA graphs, with the engine's own attention kernels.
+    report: every output has the depths of its tokens (`routed_experts`); otherwise those of requests with
+    `return_recurrences`.
     """
 
     passes_per_step: int = 16
@@ -39,6 +42,7 @@ class LaneConfig:
     budget: int | None = 0
     compile: bool = True
     graphs: bool = True
+    report: bool = True
 
     def __post_init__(self):
         for name in ("coda_wait", "budget"):
@@ -50,14 +54,8 @@ class LaneConfig:
         return cls(**vllm_config.additional_config[LANES])
 
     def flags(self) -> dict[str, Any]:
-        """Arguments of vLLM that start the lane engine: `vllm.LLM(model, **LaneConfig().flags())`."""
-        return {
-            "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
-            "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",
-            "additional_config": {LANES: asdict(self)},
-            "async_scheduling": False,  # a step gives a request 0 to `passes_per_step` tokens
-            "enforce_eager": True,  # vLLM's own forward does not run
-        }
+        """Arguments of vLLM for these settings: `vllm.LLM(model, **LaneConfig().flags())`."""
+        return {"additional_config": {LANES: asdict(self)}}
 
 
 def is_lanes(vllm_config: Any) -> bool:

@@ -36,6 +36,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     announce.py          lines printed before the engine starts, and at the server's end
     trusted.py           code of a checkpoint: named where it runs, kept from running elsewhere
     startup.py           checks of memory, block size, cores and tokenizer before the engine starts
+    configure.py         the engine of a model, and its settings, in vLLM's configuration
     load.py              how much requests may ask for
     watchdog.py          a hanging engine ends the server
     shutdown.py          open requests are drained, then aborted
@@ -44,24 +45,32 @@ The only package that imports vLLM, and this file imports nothing until `registe
     page/                the page /depth, and the settings that it offers
     guard.py             the outermost middleware: keys, sizes of bodies
     http.py              depth fields in HTTP requests, recurrences in their replies
+    endpoint.py          the plugin of vLLM's HTTP server: these middlewares, the page, metrics and the server's end
     launch.py            vLLM's server: its arguments, its start and its end
     lanes.py             the old place of LaneConfig
 """
+
+from typing import Any
 
 
 def register() -> None:
     """Register recurrent-depth models with transformers' Auto classes and with vLLM. Safe to call again.
 
-    Also makes vLLM validate their requests, and in a child of `loopwise serve` lets this process end with it.
+    Also makes vLLM choose the engine of such models and validate their requests, and in a child of `loopwise serve`
+    lets this process end with it.
     """
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import loopwise.model  # noqa: F401  registers the config with AutoConfig
 
     from ...process import stop_with_server
+    from .configure import Hook
     from .validation import install_validation
 
     install_validation()
+    hooks: dict[str, Any] = MODELS_CONFIG_MAP
+    hooks["RecurrentDepthForCausalLM"] = Hook
 
     # By name: vLLM imports the class in the process that needs it, never here.
     ModelRegistry.register_model("RecurrentDepthForCausalLM", "loopwise.serve.vllm.model:RecurrentDepthForCausalLM")

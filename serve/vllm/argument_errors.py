@@ -33,6 +33,8 @@ def explained(error: Exception, given: dict[str, Any]) -> str:
     The flag is the argument of `given`, the user's, that the error names; "vLLM:" where it names none.
     """
     found: Any = getattr(error, "errors", lambda: [])()  # pydantic's; the first one is shown
+    if found and isinstance(own := found[0].get("ctx", {}).get("error"), UserError):
+        return str(own)  # of our configuration hook
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     details: dict[str, Any] = found[0] if found else {"msg": str(message), "loc": ()}
     text = " ".join(details["msg"].removeprefix("Value error, ").split()) or type(error).__name__

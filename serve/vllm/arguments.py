@@ -57,7 +57,8 @@ HARMLESS: dict[str, frozenset[str]] = {
     "chats and tools: templates in, parsers out; the engine sees token ids": names("""
         chat_template chat_template_content_format trust_request_chat_template default_chat_template_kwargs
         response_role enable_auto_tool_choice exclude_tools_when_tool_choice_none tool_call_parser tool_parser_plugin
-        tool_strict_level tool_server cohere_is_reasoning_model cohere_format anthropic_disabled_thinking_effort
+        tool_strict_level tool_server reasoning_effort_map cohere_is_reasoning_model cohere_format
+        anthropic_disabled_thinking_effort
     """),
     "logs and counters: they read what the engine reports": names("""
         disable_log_stats enable_log_requests enable_log_outputs enable_log_deltas enable_per_request_metrics
@@ -65,6 +66,7 @@ HARMLESS: dict[str, frozenset[str]] = {
         disable_uvicorn_access_log disable_access_log_for_endpoints show_hidden_metrics_for_version
         otlp_traces_endpoint custom_histogram_buckets kv_cache_metrics kv_cache_metrics_sample
         enable_logging_iteration_details jit_monitor_mode jit_monitor_verbose fail_on_environ_validation
+        watchdog_config
     """),
     "how weight files are read, whose tensors are checked afterwards": names("""
         download_dir hf_token safetensors_load_strategy safetensors_prefetch_num_threads
@@ -114,8 +116,8 @@ REFUSED: dict[str, frozenset[str]] = {
     "a watermark is made by vLLM's second model runner, which does not run it": names("watermark_config"),
     "a prompt is token ids": names("enable_prompt_embeds"),
     "recorded passes and the states of lanes stay in the memory that it would take away": names("""
-        enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names enable_cumem_allocator
-        enable_nccl_comm_suspend
+        enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
+        enable_cumem_allocator enable_nccl_comm_suspend
     """),
     "weights are loaded once, whole": names("weight_transfer_config"),
     "one engine serves it, which nobody has tried with others yet; start servers behind a balancer": names("""
@@ -161,7 +163,7 @@ REFUSED: dict[str, frozenset[str]] = {
         enable_trace_replay enable_hc_sp
         enable_batch_sharded_sampling prefix_match_unit disable_hybrid_kv_cache_manager worker_extension_cls
         collect_detailed_traces cudagraph_metrics profiler_config performance_mode kernel_config ir_op_priority
-        enable_flashinfer_autotune linear_backend sparse_indexer_topk_backend
+        enable_flashinfer_autotune linear_backend sparse_indexer_topk_backend monokernel
         attention_config.minimax_m3_msa_decode_backend attention_config.backend_per_kind
         attention_config.flash_attn_version attention_config.flash_attn_max_num_splits_for_cuda_graph
         attention_config.tokenspeed_mla_min_split_kv attention_config.tq_max_kv_splits_for_cuda_graph
@@ -171,11 +173,15 @@ REFUSED: dict[str, frozenset[str]] = {
         attention_config.use_non_causal attention_config.sparse_mla_force_mqa
         attention_config.sparse_mla_prefill_workspace_factor attention_config.flex_attn_block_m
         attention_config.flex_attn_block_n attention_config.flex_attn_q_block_size
-        attention_config.flex_attn_kv_block_size
+        attention_config.flex_attn_kv_block_size attention_config.indexer_tp_shard_min_rows
+        attention_config.minimax_m3_indexer_cp attention_config.trtllm_ragged_backend
     """),
 }
 REASONS = {name: reason for reason, group in REFUSED.items() for name in sorted(group)}
 
+# The lane engine's classes, by which vLLM's configuration names them.
+WORKER = "loopwise.serve.vllm.worker.LaneWorker"
+SCHEDULER = "loopwise.serve.vllm.scheduler.LaneScheduler"
 # Arguments that work at some values alone: name -> (these values, why no others). None always works.
 VALUES: dict[str, tuple[tuple, str]] = {
     "runner": (("auto", "generate"), "it generates text only"),
@@ -185,17 +191,18 @@ VALUES: dict[str, tuple[tuple, str]] = {
     "load_format": (("auto", "hf", "safetensors"), "its weights are in safetensors files, which are checked"),
     "distributed_executor_backend": (("mp", "uni"), "one process on one machine serves it"),
     "tokenizer_mode": (("auto", "hf", "slow"), "its tokenizer is a Hugging Face one"),
-    "worker_cls": (("auto", "loopwise.serve.vllm.worker.LaneWorker"), "the worker is Loopwise's or vLLM's own"),
-    "scheduler_cls": (("loopwise.serve.vllm.scheduler.LaneScheduler",), "the scheduler is Loopwise's or vLLM's own"),
+    "worker_cls": (("auto", WORKER), "the worker is Loopwise's or vLLM's own"),
+    "scheduler_cls": ((SCHEDULER,), "the scheduler is Loopwise's or vLLM's own"),
     "api_server_count": ((1,), "one process serves it"),
 }
 
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # 0: the engine runs in the process that asks
 # Environment variables of vLLM that change what the engine does: (values that work, why no others do).
 ENVIRONMENT: dict[str, tuple[tuple, str]] = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (("0", "false", "False"), "an adapter would have to know the depth"),
     "VLLM_BATCH_INVARIANT": (("0",), UNTRIED),
     "VLLM_DP_SIZE": (("1",), "one engine serves it"),
-    "VLLM_ENABLE_V1_MULTIPROCESSING": (("1",), "the server and its engine are processes of their own"),
+    IN_PROCESS: (("1",), "the server and its engine are processes of their own"),
     "VLLM_PP_LAYER_PARTITION": ((), "every recurrence would cross all stages"),
     "VLLM_TEST_FORCE_LOAD_FORMAT": ((), "its weights are in safetensors files, which are checked"),
     "VLLM_USE_RUST_FRONTEND": (("0",), "the fields of requests are checked in vLLM's Python server"),
@@ -212,11 +219,12 @@ CONFIG: dict[str, tuple[str, Any]] = {
         )
     },
     **{name: (f"parallel_config.{name}", False) for name in ("enable_expert_parallel", "enable_dbo")},
+    "ubatch_size": ("parallel_config.ubatch_size", 0),
+    "api_server_count": ("parallel_config._api_process_count", 1),
     **{
         name: (f"model_config.{name}", False)
         for name in (
-            "enable_prompt_embeds", "enable_sleep_mode", "enable_return_routed_experts", "enable_trace_replay",
-            "return_sampling_mask",
+            "enable_prompt_embeds", "enable_sleep_mode", "enable_trace_replay", "return_sampling_mask",
         )
     },
     **{
@@ -226,6 +234,7 @@ CONFIG: dict[str, tuple[str, Any]] = {
             "weight_transfer_config", "watermark_config", "diffusion_config",
         )
     },
+    "enable_return_routed_experts": ("aux_output_config.enable_return_routed_experts", False),
     "enable_lora": ("lora_config", None),
     "quantization": ("model_config.quantization", None),
     "runner": ("model_config.runner_type", "generate"),
@@ -280,9 +289,14 @@ def check_value(name: str, value: Any, lanes: bool) -> None:
     raise UserError(f"{flag(name, value)} does not fit a recurrent-depth model: {why}")
 
 
-def check_environment(environment: Any) -> None:
-    """Raises UserError for an environment variable of vLLM with a value that a recurrent-depth model cannot have."""
+def check_environment(environment: Any, server: bool = True) -> None:
+    """Raises UserError for an environment variable of vLLM with a value that a recurrent-depth model cannot have.
+
+    server: of an HTTP server; `vllm.LLM` may have its engine in its own process.
+    """
     for name, (accepted, why) in ENVIRONMENT.items():
+        if name == IN_PROCESS and not server:
+            continue
         if (value := environment.get(name)) and value not in accepted:
             raise UserError(f"{name}={value} does not fit a recurrent-depth model: {why}")
     plugins = environment.get("VLLM_PLUGINS")

@@ -29,14 +29,15 @@ def check_exposure(args: Any, open_metrics: bool, environment: Mapping[str, str]
         raise UserError(f"open_metrics=true: without a key, /metrics is open already; set {KEY}, or leave it out")
     if args.uds or is_loopback(args.host):
         return None
+    host = args.host or "0.0.0.0"  # vLLM's default
     if environment.get(DEV_MODE, "0") not in ("", "0"):
         raise UserError(
-            f"{DEV_MODE}={environment[DEV_MODE]} with host={args.host}: its routes control the engine; serve them on "
+            f"{DEV_MODE}={environment[DEV_MODE]} with host={host}: its routes control the engine; serve them on "
             "host=127.0.0.1 alone"
         )
     if keys:
         return None
-    return f"warning: host={args.host} without a key: everybody who reaches this machine may use the server; set {KEY}"
+    return f"warning: host={host} without a key: everybody who reaches this machine may use the server; set {KEY}"
 
 
 def is_loopback(host: str | None) -> bool:

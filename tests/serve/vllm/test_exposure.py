@@ -136,7 +136,9 @@ def test_this_machine_may_have_routes_of_development_and_no_key(host):
 
 @pytest.mark.parametrize("host", REACHABLE)
 def test_routes_of_development_are_refused_where_others_reach_them(host):
-    with pytest.raises(UserError, match=f"VLLM_SERVER_DEV_MODE=1 with host={host}: .* host=127.0.0.1 alone"):
+    with pytest.raises(
+        UserError, match=f"VLLM_SERVER_DEV_MODE=1 with host={host or '0.0.0.0'}: .* host=127.0.0.1 alone"
+    ):
         check_exposure(arguments(host, "secret"), False, {"VLLM_SERVER_DEV_MODE": "1"})
     for off in ({}, {"VLLM_SERVER_DEV_MODE": "0"}):
         assert check_exposure(arguments(host, "secret"), False, off) is None
@@ -147,7 +149,8 @@ def test_routes_of_development_are_refused_where_others_reach_them(host):
 def test_an_open_address_without_a_key_is_warned_of(host):
     line = check_exposure(arguments(host), False, {"VLLM_API_KEY": ""})
     assert line == (
-        f"warning: host={host} without a key: everybody who reaches this machine may use the server; set VLLM_API_KEY"
+        f"warning: host={host or '0.0.0.0'} without a key: everybody who reaches this machine may use the server; "
+        "set VLLM_API_KEY"
     )
     assert check_exposure(arguments(host), False, {"VLLM_API_KEY": "secret"}) is None
 

@@ -90,44 +90,30 @@ def test_who_comes_while_a_step_runs_is_heard_of(monkeypatch):
             cached.cache_clear()
 
 
-def test_streams_end_when_the_engine_is_stopped(monkeypatch):
+def test_streams_end_when_the_engine_is_stopped():
     """Also where its handler of outputs is cancelled before it heard of that."""
     import asyncio
 
     pytest.importorskip("vllm")
-    from vllm.entrypoints.launchers import app
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
     from vllm.v1.engine.exceptions import EngineDeadError
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-    from loopwise.serve.api.limits import HttpLimits
-    from loopwise.serve.vllm.http import install
-
-    for owner, name in (
-        (app, "init_entrypoints_middleware"),
-        (AsyncLLM, "generate"),
-        (IncrementalDetokenizer, "from_new_request"),
-        (RequestState, "_new_completion_output"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(
-        AsyncLLM,
-        "shutdown",
-        lambda self, _: self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel),
-    )
-    install(None, HttpLimits())
+    from loopwise.serve.vllm.endpoint import end_streams
+    from loopwise.serve.vllm.shutdown import Ending
 
     async def serve() -> None:
-        engine: Any = AsyncLLM.__new__(AsyncLLM)
+        handler, loop = asyncio.create_task(asyncio.sleep(1000)), asyncio.get_running_loop()
+        engine: Any = SimpleNamespace(errored=False, output_handler=handler)
+        engine.shutdown = lambda _: loop.call_soon_threadsafe(handler.cancel)
         stream = RequestOutputCollector(RequestOutputKind.DELTA, "a")
         engine.output_processor = processor = cast(Any, OutputProcessor.__new__(OutputProcessor))
         processor.request_states = {"a": SimpleNamespace(queue=stream)}
-        engine.output_handler = asyncio.create_task(asyncio.sleep(1000))
-        await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+        end_streams(engine, ending := Ending())
+        await loop.run_in_executor(None, engine.shutdown)
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(stream.get(), 10)
+        assert (ending.requested, ending.dead) == (True, False)
 
     asyncio.run(serve())
 
@@ -138,3 +124,24 @@ def test_a_full_disk_does_not_stop_the_end():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, text=True)
     assert done.stdout == "went on\n"
+
+
+def test_the_endpoint_plugin_leaves_other_models_alone():
+    """VLLM_PLUGINS may name it for a server of any model."""
+    import asyncio
+
+    pytest.importorskip("vllm")
+    from fastapi import FastAPI
+    from transformers import AutoConfig
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    from loopwise.serve.vllm.endpoint import Endpoint
+
+    endpoint, app = Endpoint(), FastAPI()
+    assert isinstance(endpoint, EndpointPlugin)
+    model = SimpleNamespace(hf_config=AutoConfig.for_model("llama"))
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model))
+    before = [*app.user_middleware], [*app.routes], dict(vars(engine))
+    endpoint.attach_router(app)
+    asyncio.run(endpoint.init_state(engine, app.state, cast(Any, None)))
+    assert before == ([*app.user_middleware], [*app.routes], vars(engine))
