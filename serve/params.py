@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError
@@ -33,7 +33,8 @@ class Params:
     That text, and what follows it, is not in `Completion.text`.
 
     Decoder: "plain"; "wave", with the same tokens; "diffusion", which refines positions together, with the settings
-    `diffusion`. Both have up to `max_in_flight` positions in flight.
+    `diffusion`. Both have up to `max_in_flight` positions in flight; "auto": as many as a wave can use. A position of a
+    wave is read out after every `draft_every` recurrences (default 1), or at `draft_depths`, and at its exit.
     """
 
     max_tokens: int = UNSET
@@ -55,7 +56,9 @@ class Params:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     decoder: str = "plain"
-    max_in_flight: int = 8
+    max_in_flight: int | Literal["auto"] = 8
+    draft_every: int | None = None
+    draft_depths: tuple[int, ...] = ()
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     stop: tuple[str, ...] = ()
 

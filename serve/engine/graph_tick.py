@@ -33,7 +33,8 @@ from .tick import TickContext, TickReport
 class Note(NamedTuple):
     """The result of a pass, as the host learns it.
 
-    ran: its lanes.   exits: lanes that left.   waits, runs: decode lanes that then wait to be read out, and run.
+    ran: its lanes.   exits: lanes that left.   waits, runs, drafts: decode lanes that then wait to be read out, run,
+    and wait in waves.
     soonest, latest: passes after which the first of these leaves at the soonest, and the last at the latest.
     leaving: lanes of the next pass that leave in it, whatever their rules decide.   live: requests that are live.
     """
@@ -42,6 +43,7 @@ class Note(NamedTuple):
     exits: int
     waits: int
     runs: int
+    drafts: int
     soonest: int
     latest: int
     leaving: int
@@ -53,7 +55,7 @@ class GraphState:
     """A State with the tensors by which passes follow each other without the host. Written by the steps below.
 
     every [N]: 0, 1, ...   order [N + 1]: running lanes, at the front.   runs: their number.   real: false while a graph
-    is recorded, when no row is real.   note [8]: the newest `Note`.
+    is recorded, when no row is real.   note [9]: the newest `Note`.
     """
 
     state: State
@@ -80,7 +82,7 @@ class GraphState:
 
 # ---- steps, recorded or compiled -------------------------------------------------------------------------------------
 def _keep(graph: GraphState, order: Tensor, *counts: Tensor) -> Tensor:
-    """Set the `order` in which lanes run, and the note, whose first four numbers are `counts`. Returns the note."""
+    """Set the `order` in which lanes run, and the note, whose first five numbers are `counts`. Returns the note."""
     state, runs = graph.state, counts[3]
     graph.order[: len(order)].copy_(order)
     graph.runs.copy_(runs)
@@ -141,8 +143,8 @@ def _settle(
     """Lanes [N] have recurred to the states `after` [N, D], and some leave. Returns the slots [N] they leave empty."""
     after = torch.where(real[:, None], after, 0)
     counts, empty, order = transitions.steps.settle(graph.state, which, row, position, depth, after, leaves)
-    exits, _, waits, runs = counts
-    _keep(graph, order, real.sum(), exits, waits, runs)
+    exits, _, *rest = counts
+    _keep(graph, order, real.sum(), exits, *rest)
     return empty
 
 

@@ -41,12 +41,14 @@ class Workload:
     """The requests of a step, as the ticks need to know them. The loop writes it.
 
     chunks: prompts that are not through.   in_use: rules and other features by name, with the number of resident
-    requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.
+    requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.   waves: rows
+    with the decoder wave, each with the recurrences before its first draft.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     in_use: Counter[str] = field(default_factory=Counter)
     resident: int = 0
+    waves: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass

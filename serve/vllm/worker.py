@@ -220,6 +220,8 @@ class LaneSteps(RunnerAttributes):
                 wants_prompt_logits=name in self.num_prompt_logprobs,
                 sampling=self.sampler_of_lanes.sampling[row],
                 max_in_flight=decoder.max_in_flight,
+                draft_every=decoder.draft_every,
+                draft_depths=decoder.draft_depths,
                 diffusion=decoder.diffusion,
             ),
             past.passes,
@@ -236,7 +238,7 @@ class LaneSteps(RunnerAttributes):
     def _decoder(self, row: int, name: str) -> Decoder:
         """The decoder of a request in `row`. A diffusion without a seed gets the request's own."""
         params, lanes = self.requests[name].sampling_params, self.lane_config
-        decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight)
+        decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight, lanes.draft_every, lanes.draft_depths)
         self.sampler_of_lanes.admit(row, name, decoder.name)
         if decoder.diffusion and not decoder.diffusion.seed:
             seed = self.sampler_of_lanes.seed[row]
