@@ -152,7 +152,7 @@ class EagerTick:
     def _more_within(self, passes: int) -> bool:
         """Another lane may leave within so many passes; a lane with a rule may at any time."""
         lanes = self.state.lanes
-        which = self.state.live_lanes(lanes.running)
+        which = self.state.live_lanes(lanes.running & ~lanes.exited)
         return bool(((lanes.may_exit[which] > 0) | (lanes.exit_at[which] - lanes.depth[which] <= passes)).any())
 
     def _read_out(self, which: Tensor) -> None:

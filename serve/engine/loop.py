@@ -137,8 +137,9 @@ class Loop:
             "shallow": at_one or bool(request.forced_depths),  # a position may exit after its first recurrence
         }
         if request.max_in_flight > 1:
-            self.work.waves[row] = min(request.draft_depths, default=request.draft_every)
-            self.schedule.every = min(self.work.waves.values())
+            first = min(request.draft_depths, default=request.draft_every)
+            self.work.waves[row] = first, request.max_in_flight
+            self.schedule.every = min(self.work.waves.values())[0]
         self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
         self.work.in_use.update(self.features[row])
         self.rules.use(self.work.in_use)
@@ -208,7 +209,7 @@ class Loop:
         self.diffusion.release(row)
         self.work.in_use -= Counter(self.features.pop(row, ()))  # none: its admission failed
         self.work.waves.pop(row, None)
-        self.schedule.every = min(self.work.waves.values(), default=1)
+        self.schedule.every = min(self.work.waves.values(), default=(1, 0))[0]
         self.rules.use(self.work.in_use)
         return requests.forced_depths[row].clone()
 

@@ -26,10 +26,11 @@ class StaggeredTick(EagerTick):
     @property
     def budget(self) -> int:
         """Lanes that waves may fill a pass up to; 0: no bound."""
-        return int(self.state.budget)
+        return self.work.budget
 
     @budget.setter
     def budget(self, lanes: int) -> None:
+        self.work.budget = lanes
         windows.set_budget(self.state, lanes)
 
     @property

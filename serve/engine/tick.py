@@ -42,13 +42,15 @@ class Workload:
 
     chunks: prompts that are not through.   in_use: rules and other features by name, with the number of resident
     requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.   waves: rows
-    with the decoder wave, each with the recurrences before its first draft.
+    with the decoder wave, each with the recurrences before its first draft, and its width.   budget: lanes of a pass
+    that waves may fill; 0 for no bound.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     in_use: Counter[str] = field(default_factory=Counter)
     resident: int = 0
-    waves: dict[int, int] = field(default_factory=dict)
+    waves: dict[int, tuple[int, int]] = field(default_factory=dict)
+    budget: int = 0
 
 
 @dataclass

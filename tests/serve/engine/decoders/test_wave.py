@@ -15,6 +15,7 @@ from loopwise.serve import Engine, Params
 from loopwise.serve.engine.loop import Prompt
 from tests.helpers.engines import build, requests
 from tests.helpers.tiny import VOCAB
+from tests.helpers.waves import agreeing, drafts
 
 RULES = {"fixed": None, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
 
@@ -25,12 +26,6 @@ SHAPES: list[dict[str, Any]] = [
     {"prelude": [], "core": [0, 1, 2], "coda": [3], "injection": "add", "recurrence_norm": "each"},
     {"prelude": [0, 1], "core": [3], "coda": [2], "recurrence_norm": "last", "state_init": "normal", "state_std": 0.5},
 ]
-
-
-def drafts(draw: random.Random) -> dict[str, Any]:
-    """Depths of 1 to 4 at which a wave drafts."""
-    depths = tuple(sorted(draw.sample(range(1, 5), draw.randint(1, 3))))
-    return draw.choice(({}, {"draft_every": draw.randint(1, 4)}, {"draft_depths": depths}))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -108,13 +103,6 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
     assert [c.tokens for c in some] == [c.tokens for c in plain]
     assert some[0].items > plain[0].items  # draft tokens: most are wrong in a random model
     assert [c.passes for c in some[1:]] == [c.passes for c in plain[1:]]
-
-
-def agreeing(depth: int) -> Any:
-    """A tiny model whose state is what the first recurrence makes of it: every draft is right."""
-    return build(
-        num_recurrences=depth, max_recurrences=depth, recurrence_damping=1e-9, prelude=[0], core=[1], coda=[2, 3]
-    )
 
 
 CADENCES: list[tuple[dict[str, Any], int, int]] = [
