@@ -73,6 +73,9 @@ class GenerateRecipe(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and KV cache")
     revision: str | None = Field(None, description="branch, tag or commit of MODEL when it is a hub id")
+    logprobs: Integer | None = Field(
+        None, ge=0, le=20, description="log-probabilities of each token and of so many likeliest ones, in the details"
+    )
     details: bool = Field(False, description="print JSON lines, with tokens, their depths and core passes")
 
     @field_validator(*SETTINGS)
@@ -92,6 +95,8 @@ class GenerateRecipe(Section):
         if self.decoder != "wave":
             for name in ("draft_every", "draft_depths"):
                 yield Unused(name, ("decoder",), f"decoder={self.decoder} drafts nothing; choose wave")
+        if not self.details:
+            yield Unused("logprobs", ("details",), "details=false prints text alone; set details=true")
         if self.temperature == 0:
             yield from self.without_draws(("temperature",))
         if self.exit_rule == "fixed":
@@ -155,6 +160,9 @@ def main(argv: list[str]) -> int:
     completions = engine.generate(prompts, params)
     for prompt, done in zip(prompts, completions, strict=True):
         facts: dict[str, Any] = {"prompt": prompt, **vars(done), "sampling": sampling}
+        facts["logprobs"] = [each._asdict() for each in done.logprobs]
+        if recipe.logprobs is None:
+            del facts["logprobs"]
         print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)
         if done.error:
             warn(f"a prompt ended by an error, {prompt[:40]!r}: {done.error}")

@@ -242,6 +242,7 @@ class Engine:
             max_tokens=params.max_tokens,
             stops=tuple(sorted(stops)),
             **self._decoder(params, limit),
+            logprobs=params.logprobs,
             penalised=any(getattr(params, name) != NEUTRAL[name] for name in PENALTIES),
         )
         if reason := refusal(request, policy, config, self.loop.config.max_in_flight):
@@ -327,7 +328,7 @@ class Engine:
             if not running:
                 continue
             self.loop.eager = bool(queue)
-            self._step(running, ids, done)
+            self._step(running, ids, done, each)
             remaining = self.loop.state.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 number, _ = running[row]
@@ -372,10 +373,12 @@ class Engine:
         if not stop or not has_stop(count):
             return False
         end = next(n for n in range(1, count + 1) if has_stop(n))
-        del completion.tokens[end:], completion.depths[end:]
+        del completion.tokens[end:], completion.depths[end:], completion.logprobs[end:]
         return True
 
-    def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
+    def _step(
+        self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion], each: list[Params]
+    ) -> None:
         """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""
         loop, room = self.loop, self.max_num_batched_tokens
         prompts = []
@@ -401,9 +404,12 @@ class Engine:
         for row, tokens, depths in zip(live, *loop.outputs(rows), strict=True):
             if row in self.faults:  # a token of this step is not its own
                 continue
-            completion = done[running[row][0]]
+            number = running[row][0]
+            completion = done[number]
             completion.tokens += tokens
             completion.depths += depths
+            if (top := each[number].logprobs) is not None:
+                completion.logprobs += loop.context.logprobs.newest(row, len(tokens), top)
 
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor

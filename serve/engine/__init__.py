@@ -28,6 +28,7 @@ imports only files above it:
     transitions/           every change of the state: choose, enter, settle, fetch, emit, start
     routing.py             mixture-of-recursions: a router decides the exits
     sampling.py            Gumbel-max sampling on the device, penalties
+    logprobs.py            log-probabilities of sampled tokens
     costs.py               measured costs of passes and read-outs
     readout_schedule.py    how long exits wait for others
     tick.py                the protocol of a tick, and what ticks share

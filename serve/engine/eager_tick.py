@@ -90,7 +90,7 @@ class EagerTick:
         place, slots = position, self._slots(which, row, depth)
         if self.routing:
             place, longest = self.routing.places(row, position, depth), 0
-        alone = not self.work.chunks and self._apart
+        alone = not (self.work.chunks or self.work.in_use["diffusion"])  # else no two lanes of a row have one slot
         e = state.lanes.e.index_select(0, which) if state.keeps_input else None
         mixed = self.passes.mixed(which, bool(self.work.chunks))
         fills = policy.fills and (bool(self.rules.in_use) or (early > 0 and passes == until))
@@ -123,11 +123,6 @@ class EagerTick:
     def _slots(self, which: Tensor, row: Tensor, depth: Tensor) -> Tensor:
         """The recurrence [n] whose KV slot and LoRA each lane uses."""
         return depth
-
-    @property
-    def _apart(self) -> bool:
-        """No two decode lanes of a row stand at one depth."""
-        return True
 
     def _until_read(self) -> int:
         """Passes until lanes are looked at, although none has left."""
@@ -200,6 +195,8 @@ class EagerTick:
         if in_use["known_tokens"]:
             known = state.requests.known_tokens[row, following].long()
             tokens = torch.where(known > 0, known - 1, tokens)
+        if in_use["logprobs"]:
+            self.context.logprobs.note(logits, tokens, row, position)
         self._emit(which, row, position, tokens)
 
     def _emit(self, which: Tensor, row: Tensor, position: Tensor, tokens: Tensor) -> None:

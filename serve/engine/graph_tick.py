@@ -31,13 +31,14 @@ from .tick import TickContext, TickReport
 class Mix(NamedTuple):
     """The traits of requests on which their shared graphs depend.
 
-    exits: some have exit rules.   drawn, cut, penalised: some are sampled so.
+    exits: some have exit rules.   drawn, cut, penalised: some are sampled so.   logprobs: some ask for these.
     """
 
     exits: bool
     drawn: bool = False
     cut: bool = False
     penalised: bool = False
+    logprobs: bool = False
 
     def keys(self, sizes: Sizes) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Keys of a pass and of a read-out of these sizes."""
@@ -130,7 +131,7 @@ class GraphTick:
     @contextmanager
     def _mixed(self, mix: Mix) -> Generator[None]:
         """Requests have the rules and the sampling of `mix`, as far as a graph depends on them."""
-        rules, in_use, sampling = self.rules.in_use, self.work.in_use, ("drawn", "cut", "penalised")
+        rules, in_use, sampling = self.rules.in_use, self.work.in_use, ("drawn", "cut", "penalised", "logprobs")
         before = {name: in_use[name] for name in sampling}
         self.rules.in_use = set(self.exits) if mix.exits else set()
         in_use.update({name: int(getattr(mix, name)) - before[name] for name in sampling})
@@ -149,7 +150,7 @@ class GraphTick:
         """
         cut = self.work.in_use["cut"] > 0  # which samples what is drawn without cuts, too
         drawn, penalised = self.work.in_use["drawn"] > 0 and not cut, self.work.in_use["penalised"] > 0
-        mix = Mix(bool(self.rules.in_use), drawn, cut, penalised)
+        mix = Mix(bool(self.rules.in_use), drawn, cut, penalised, self.work.in_use["logprobs"] > 0)
         run, read = mix.keys(sizes)
         return self._replay(run, mix), self._replay(read, mix)
 
@@ -231,6 +232,9 @@ class GraphTick:
         which, real, row, position, s = self.steps.fetch(self.graph, every)
         logits, best = self.forward.head(self.forward.read_out(s, row, position, real))
         tokens = self.context.sampler(logits, best, row, position + 1)
+        if self.work.in_use["logprobs"]:
+            known = self.state.requests.known_tokens[row, position + 1].long()
+            self.context.logprobs.note(logits, torch.where(known > 0, known - 1, tokens), row, position)
         if len(starts):
             started = self.steps.advance(self.graph, which, row, position, tokens, starts)
         else:

@@ -18,8 +18,9 @@ class ReadoutSchedule:
         self.every, self.since = 1, 0  # passes between drafts of waves, and passes since a read-out
         self.load = [0.0, 0.0, 0.0]  # passes, lanes in them, exits; older steps count half as much each
 
-    def begin_step(self) -> None:
-        """Set `coda_wait` for this step by the load of the steps before."""
+    def begin_step(self, every: int) -> None:
+        """Set `coda_wait` for this step by the load of the steps before. Waves draft after `every` passes."""
+        self.every = every
         passes, lanes, exits = self.load
         if self.costs and exits:
             self.coda_wait = self.costs.patience(lanes / passes, exits / passes, lanes / exits)

@@ -25,6 +25,7 @@ class Request:
     wants_prompt_logits: the loop's reader gets the head's input at every prompt position.
     sampling: "argmax"; "drawn" (by temperature) or "cut" (by top-k, top-p or min-p, too) on the device; or "host".
     penalised: logits depend on the tokens before.
+    logprobs: log-probabilities of its tokens, and of so many likeliest ones, by the device; None: none.
     """
 
     num_recurrences: int
@@ -43,3 +44,4 @@ class Request:
     wants_prompt_logits: bool = False
     sampling: str = "host"
     penalised: bool = False
+    logprobs: int | None = None

@@ -44,10 +44,6 @@ class StaggeredTick(EagerTick):
         return report
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
-    @property
-    def _apart(self) -> bool:
-        return not self.diffusion.windows
-
     def _until_read(self) -> int:
         if self.diffusion.windows:
             return 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .exits import ExitRules
 from .forward import Forward
+from .logprobs import Logprobs
 from .readout_schedule import ReadoutSchedule
 from .routing import Routing
 from .state import State
@@ -98,6 +99,7 @@ class TickContext:
     routing: Routing | None
     schedule: ReadoutSchedule
     sampler: Sampler
+    logprobs: Logprobs
     work: Workload = field(default_factory=Workload)
     counts: Counts = field(default_factory=Counts)
 
