@@ -16,7 +16,10 @@ from ..train.recipe.fields import BAD, BadRecords, Depths, Fraction, Names, Stri
 from ..unused import Unused
 
 # Request fields that change a server's depth. `loopwise eval` sets all other fields itself.
-REQUEST = ("min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "max_in_flight", "diffusion")
+REQUEST = (
+    "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "decoder", "max_in_flight", "draft_every",
+    "draft_depths", "diffusion",
+)  # fmt: skip
 Rules = Annotated[list[Literal["all", ExitRule]], AfterValidator(once)]
 
 

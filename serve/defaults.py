@@ -7,16 +7,19 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .api.decoders import auto_width, drafts_of
 from .api.depth import check_minimum, exit_of
 from .api.fields import FieldError
 from .api.lanes import LaneConfig
 from .api.limits import HttpLimits, check_depth, check_policy, check_router, limits_of
-from .api.validation import validate_fields
+from .api.validation import check_drafts, validate_fields
 from .checkpoint import Facts
 from .recipe import ServeRecipe
 
 if TYPE_CHECKING:
     from .engine.kv import KVPolicy
+
+DRAFTS = ("draft_every", "draft_depths")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         for name in ("exit_rule", "exit_threshold", "min_recurrences", "kv_policy"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"{name}={getattr(recipe, name)}: the fixed engine has no exits; use engine=lanes")
-        for name in ("decoder", "passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait"):
+        for name in ("decoder", "passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait", *DRAFTS):
             if (given := getattr(recipe, name)) != ServeRecipe.model_fields[name].default:
                 raise UserError(
                     f"{name}={given}: the fixed engine has one position of a request in flight, and no "
@@ -103,13 +106,16 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     from .engine.admission import too_narrow
 
+    every, depths = drafts_of(vars(recipe), 1, ())
     lanes = LaneConfig(
         recipe.passes_per_step,
         recipe.max_lanes,
         coda_wait=recipe.coda_wait,
         decoder=recipe.decoder,
-        max_in_flight=recipe.max_in_flight,
+        max_in_flight=recipe.max_in_flight or auto_width(most, every, depths),
         budget=recipe.budget,
+        draft_every=every,
+        draft_depths=depths,
     )
     try:
         check_minimum(recipe.min_recurrences, depth)
@@ -121,6 +127,7 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         of_rule = replace(limits, decoder="plain", routed=False)
         validate_fields({name: value for name, value in values.items() if value is not None}, of_rule)
         validate_fields({"decoder": lanes.decoder}, limits)
+        check_drafts({name: getattr(recipe, name) for name in DRAFTS}, "wave", most)
     except FieldError as error:
         raise UserError(str(error)) from None
     defaults = Defaults(engine, why, lanes, config, facts.router)

@@ -43,7 +43,13 @@ class GenerateRecipe(Section):
     decoder: Literal["plain", "wave", "diffusion"] = Field(
         "plain", description="wave: several tokens in flight, the same text; diffusion: refined together"
     )
-    max_in_flight: Count = Field(8, description="most tokens in flight, in a wave or a diffusion")
+    max_in_flight: Count | Literal["auto"] = Field(
+        8, description="most tokens in flight, in a wave or a diffusion; auto: as many as a wave can use"
+    )
+    draft_every: Count | None = Field(None, description="recurrences between read-outs of a wave's token; default 1")
+    draft_depths: list[Count] | None = Field(
+        None, description="depths at which a wave's token is read out, in place of draft_every"
+    )
     temperature: Number | None = Field(
         None, description="0 is greedy (default: generation_config.json's, as for the next three; or 0)"
     )
@@ -67,6 +73,9 @@ class GenerateRecipe(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and KV cache")
     revision: str | None = Field(None, description="branch, tag or commit of MODEL when it is a hub id")
+    logprobs: Integer | None = Field(
+        None, ge=0, le=20, description="log-probabilities of each token and of so many likeliest ones, in the details"
+    )
     details: bool = Field(False, description="print JSON lines, with tokens, their depths and core passes")
 
     @field_validator(*SETTINGS)
@@ -83,6 +92,11 @@ class GenerateRecipe(Section):
             yield Unused(
                 "max_in_flight", ("decoder",), "decoder=plain has one token in flight; choose wave or diffusion"
             )
+        if self.decoder != "wave":
+            for name in ("draft_every", "draft_depths"):
+                yield Unused(name, ("decoder",), f"decoder={self.decoder} drafts nothing; choose wave")
+        if not self.details:
+            yield Unused("logprobs", ("details",), "details=false prints text alone; set details=true")
         if self.temperature == 0:
             yield from self.without_draws(("temperature",))
         if self.exit_rule == "fixed":
@@ -124,8 +138,9 @@ def main(argv: list[str]) -> int:
     def warn(line: str) -> None:
         print(f"loopwise: {line}", file=sys.stderr, flush=True)
 
+    depths = tuple(recipe.draft_depths or ())
     names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
-    params = Params(**{name: getattr(recipe, name) for name in names})
+    params = Params(**{name: getattr(recipe, name) for name in names} | {"draft_depths": depths})
     engine = Engine(
         folder,
         max_num_seqs=min(recipe.max_num_seqs, len(prompts)),
@@ -145,6 +160,9 @@ def main(argv: list[str]) -> int:
     completions = engine.generate(prompts, params)
     for prompt, done in zip(prompts, completions, strict=True):
         facts: dict[str, Any] = {"prompt": prompt, **vars(done), "sampling": sampling}
+        facts["logprobs"] = [each._asdict() for each in done.logprobs]
+        if recipe.logprobs is None:
+            del facts["logprobs"]
         print(json.dumps(facts) if recipe.details else f"{prompt}{done.text}", flush=True)
         if done.error:
             warn(f"a prompt ended by an error, {prompt[:40]!r}: {done.error}")

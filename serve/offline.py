@@ -16,13 +16,13 @@ from ..caches import use_private_caches
 from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError, unknown
 from ..trained import beyond_trained
-from .api.decoders import DECODERS
+from .api.decoders import DECODERS, auto_width, drafts_of
 from .api.depth import depth_of, exit_of
 from .api.fields import FieldError
 from .api.generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
 from .api.lanes import AUTO, read_auto
 from .api.limits import check_model, check_packed, check_policy, check_router
-from .api.validation import check_frozen, check_threshold
+from .api.validation import check_drafts, check_frozen, check_threshold
 from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.adapters.transformers import TransformersParts
 from .engine.admission import refusal, too_narrow
@@ -55,7 +55,8 @@ class Engine:
     coda_wait: passes that an exit waits at most for others to be read out with; "auto" or None: as many as the load
     makes worth while, measured now.
     max_num_batched_tokens: prompt tokens of a step.
-    max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need.
+    max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need; "auto": as
+    many as a wave can use.
     dtype: type of weights and cache, for a directory (default: the checkpoint's).
     tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
@@ -80,7 +81,7 @@ class Engine:
         max_lanes: int = 0,
         coda_wait: int | Literal["auto"] | None = 0,
         max_num_batched_tokens: int = 512,
-        max_in_flight: int = 1,
+        max_in_flight: int | Literal["auto"] = 1,
         dtype: str | None = None,
         compile: bool = False,
         cuda_graphs: bool = True,
@@ -113,7 +114,7 @@ class Engine:
             passes_per_step=passes_per_step,
             max_lanes=max_lanes,
             coda_wait=wait or 0,
-            max_in_flight=max_in_flight,
+            max_in_flight=auto_width(policy.depths, 1) if max_in_flight == "auto" else max_in_flight,
             compile=compile,
         )
         with torch.inference_mode():
@@ -202,9 +203,10 @@ class Engine:
         check_kinds(params)
         if params.stop and self.tokenizer is None:
             raise UserError("stop: texts to stop at need the model's tokenizer; give stop_token_ids")
-        most = params.max_in_flight
         depths = {"num_recurrences": params.num_recurrences, "min_recurrences": params.min_recurrences}
-        _check_least(1, **depths, max_in_flight=most)
+        if params.max_in_flight != "auto":
+            _check_least(1, max_in_flight=params.max_in_flight)
+        _check_least(1, **depths)
         _check_least(0, max_tokens=params.max_tokens)
         if params.decoder not in DECODERS:
             raise unknown("decoder", params.decoder, DECODERS)
@@ -220,6 +222,7 @@ class Engine:
                 raise UserError("exit_rule='gate': this model has no exit gate")
             if params.decoder == "diffusion":
                 check_frozen({name: value for name, value in vars(params).items() if value not in (None, ())})
+            check_drafts(vars(params), params.decoder, policy.depths)
             if params.exit_threshold is not None:
                 check_threshold(params.exit_threshold, rule)
             depth = depth_of(vars(params), config.num_recurrences, config.exit)
@@ -238,13 +241,27 @@ class Engine:
             **vars(depth),
             max_tokens=params.max_tokens,
             stops=tuple(sorted(stops)),
-            max_in_flight=most if params.decoder == "wave" else 1,
-            diffusion=replace(params.diffusion, max_in_flight=most) if params.decoder == "diffusion" else None,
+            **self._decoder(params, limit),
+            logprobs=params.logprobs,
             penalised=any(getattr(params, name) != NEUTRAL[name] for name in PENALTIES),
         )
         if reason := refusal(request, policy, config, self.loop.config.max_in_flight):
             raise UserError(reason)
         return request
+
+    def _decoder(self, params: Params, limit: int) -> dict[str, Any]:
+        """Fields of a Request of `limit` recurrences for the decoder of `params`. Raises UserError."""
+        most = params.max_in_flight
+        if params.decoder == "diffusion":
+            if most == "auto":
+                raise UserError("max_in_flight='auto': decoder='diffusion' needs a number, as its text depends on it")
+            return {"diffusion": replace(params.diffusion, max_in_flight=most)}
+        if params.decoder == "plain":
+            return {}
+        every, depths = drafts_of(vars(params), 1, ())
+        if most == "auto":
+            most = min(self.loop.config.max_in_flight, auto_width(limit, every, depths))
+        return {"max_in_flight": most, "draft_every": every, "draft_depths": depths}
 
     @torch.inference_mode()
     def generate(self, prompts: list[Any], params: Params | list[Params] | None = None) -> list[Completion]:
@@ -311,7 +328,7 @@ class Engine:
             if not running:
                 continue
             self.loop.eager = bool(queue)
-            self._step(running, ids, done)
+            self._step(running, ids, done, each)
             remaining = self.loop.state.requests.remaining.tolist()
             for row in [row for row, (number, at) in running.items() if at == len(ids[number])]:
                 number, _ = running[row]
@@ -356,10 +373,12 @@ class Engine:
         if not stop or not has_stop(count):
             return False
         end = next(n for n in range(1, count + 1) if has_stop(n))
-        del completion.tokens[end:], completion.depths[end:]
+        del completion.tokens[end:], completion.depths[end:], completion.logprobs[end:]
         return True
 
-    def _step(self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion]) -> None:
+    def _step(
+        self, running: dict[int, list[int]], ids: list[list[int]], done: list[Completion], each: list[Params]
+    ) -> None:
         """Bring prompts in as far as there are lanes, run a step, and collect what came of it."""
         loop, room = self.loop, self.max_num_batched_tokens
         prompts = []
@@ -385,9 +404,12 @@ class Engine:
         for row, tokens, depths in zip(live, *loop.outputs(rows), strict=True):
             if row in self.faults:  # a token of this step is not its own
                 continue
-            completion = done[running[row][0]]
+            number = running[row][0]
+            completion = done[number]
             completion.tokens += tokens
             completion.depths += depths
+            if (top := each[number].logprobs) is not None:
+                completion.logprobs += loop.context.logprobs.newest(row, len(tokens), top)
 
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor

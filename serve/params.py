@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..deprecated import SERVING, accept_old_names
 from ..errors import UserError
 from ..sampling import SETTINGS, check_setting
 from .engine.diffusion_settings import DiffusionSettings
+from .engine.logprobs import MOST, TokenLogprobs
 
 UNSET: Any = None  # the default is in generation_config.json
 
@@ -29,11 +30,14 @@ class Params:
     Where `max_tokens` or a sampling setting is None, the model's generation_config.json has the default; without one it
     is 64 tokens, greedy, nothing cut, no penalty.
 
+    `logprobs`: log-probabilities of each token and of that many likeliest ones (0 to 20), by the logits as they are.
+
     Ends: a token of `stop_token_ids`; the model's own, unless `ignore_eos`; the token that completes a text of `stop`.
     That text, and what follows it, is not in `Completion.text`.
 
     Decoder: "plain"; "wave", with the same tokens; "diffusion", which refines positions together, with the settings
-    `diffusion`. Both have up to `max_in_flight` positions in flight.
+    `diffusion`. Both have up to `max_in_flight` positions in flight; "auto": as many as a wave can use. A position of a
+    wave is read out after every `draft_every` recurrences (default 1), or at `draft_depths`, and at its exit.
     """
 
     max_tokens: int = UNSET
@@ -55,9 +59,12 @@ class Params:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     decoder: str = "plain"
-    max_in_flight: int = 8
+    max_in_flight: int | Literal["auto"] = 8
+    draft_every: int | None = None
+    draft_depths: tuple[int, ...] = ()
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def filled(self, defaults: dict[str, Any]) -> Params:
         """A copy in which None is replaced by the value in `defaults`, then by the one in NEUTRAL."""
@@ -76,12 +83,14 @@ class Completion:
     """The continuation of one prompt.
 
     tokens, text: the generated ones.   depths: recurrences of the position that gave each token.
+    logprobs: log-probabilities of the tokens, where they were asked for.
     finish_reason: "stop" after a stop token or a stop text, "length" after the last allowed token, "error" after an
     exception in the work for this prompt, whose tokens may be cut short.   error: that exception, in words.
     """
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
     finish_reason: str = "length"
     passes: int = 0  # passes of the core since the prompt, one after the other
@@ -102,6 +111,13 @@ def check_kinds(params: Params) -> None:
     for name in ("seed", "choice"):
         if type(value := getattr(params, name)) is not int:
             raise UserError(f"{name}={value!r}: an integer")
+    if params.logprobs is not None and (type(params.logprobs) is not int or not 0 <= params.logprobs <= MOST):
+        raise UserError(f"logprobs={params.logprobs!r}: an integer from 0 to {MOST}")
+    if params.logprobs is not None and params.decoder == "diffusion":
+        raise UserError(
+            f"logprobs={params.logprobs}: decoder='diffusion' refines tokens together, so a token has no "
+            "log-probability; use decoder='plain' or 'wave'"
+        )
     for name in ("trace", "stop_token_ids"):
         for value in getattr(params, name):
             if type(value) is not int:

@@ -35,7 +35,15 @@ class ServeRecipe(Section):
     decoder: Literal["plain", "wave", "diffusion"] = Field(
         "plain", description="decoder of a request that names none; wave: several tokens in flight, the same text"
     )
-    max_in_flight: Count = Field(8, description="most tokens of a request in flight, in a wave or a diffusion")
+    max_in_flight: Count | None = Field(
+        8, description="most tokens of a request in flight, in a wave or a diffusion; auto: as many as a wave can use"
+    )
+    draft_every: Count | None = Field(
+        None, description="recurrences between two read-outs of a wave's token, for requests that name none; default 1"
+    )
+    draft_depths: list[Count] | None = Field(
+        None, description="depths at which a wave's token is read out, in place of draft_every"
+    )
     max_lanes: Integer = Field(
         0, ge=0, description="most lanes of a pass beside prompts'; more requests take turns; 0 for no bound"
     )
@@ -71,6 +79,11 @@ class ServeRecipe(Section):
         "server ends with exit status 1; 0: never",
     )
     drain_seconds: Integer = Field(30, ge=0, description="time that open requests get after SIGTERM or Ctrl-C")
+
+    @field_validator("max_in_flight", mode="before", json_schema_input_type=Count | Literal["auto", -1])
+    @classmethod
+    def _auto_width(cls, value: object) -> object:
+        return read_auto(value)
 
     @field_validator("budget", "coda_wait", mode="before", json_schema_input_type=Count | Literal["auto", 0, -1] | None)
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..engine.diffusion_settings import DiffusionSettings
 
 DECODERS = ("plain", "wave", "diffusion")
+MOST_AUTO = 32  # positions in flight that max_in_flight=auto gives
 LARGE = 1 << 43  # above every number of a diffusion, and every threshold
 # vLLM's sampling parameters that read earlier tokens, or are reported token by token: the values that turn them off.
 HISTORY: dict[str, tuple] = {
@@ -32,10 +34,13 @@ HISTORY: dict[str, tuple] = {
 class Decoder:
     """The decoder of a request.
 
-    max_in_flight: most positions in flight of a wave; 1 for plain decoding.   diffusion: its settings; None without.
+    max_in_flight: most positions in flight of a wave; 1 for plain decoding.   draft_every, draft_depths: the depths at
+    which a wave drafts; the second counts where it is not empty.   diffusion: its settings; None without.
     """
 
     max_in_flight: int = 1
+    draft_every: int = 1
+    draft_depths: tuple[int, ...] = ()
     diffusion: DiffusionSettings | None = None
 
     @property
@@ -48,16 +53,36 @@ class Decoder:
         return self.diffusion.ahead(passes, max_in_flight) if self.diffusion else passes + self.max_in_flight
 
 
-def decoder_of(params: Any, decoder: str, max_in_flight: int) -> Decoder:
-    """The decoder of a request with vLLM's sampling `params`. `decoder` and `max_in_flight` are the server's defaults.
+def auto_width(depth: int, every: int, depths: tuple[int, ...] = ()) -> int:
+    """`max_in_flight` where it is "auto", for requests of `depth` recurrences that draft so: the positions that start
+    before the first of them is through."""
+    return max(1, min(-(-depth // min(depths, default=every)), MOST_AUTO))
 
-    A wave whose parameters read earlier tokens is decoded plainly, which gives the same tokens.
+
+def drafts_of(given: Mapping[str, Any], every: int, depths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """`draft_every` and `draft_depths` of a request with the fields `given`; `every` and `depths` are the defaults.
+    None and an empty list count as not given."""
+    if given.get("draft_depths"):
+        return 1, tuple(given["draft_depths"])
+    return (given["draft_every"], ()) if given.get("draft_every") else (every, depths)
+
+
+def decoder_of(params: Any, decoder: str, max_in_flight: int, every: int = 1, depths: tuple[int, ...] = ()) -> Decoder:
+    """The decoder of a request with vLLM's sampling `params`.
+
+    The others are the server's defaults: `every` and `depths` are its draft_every and draft_depths. A wave whose
+    parameters read earlier tokens is decoded plainly, which gives the same tokens.
     """
     given = rename_fields(params.extra_args or {}, None)  # validation has warned
     name, most = given.get("decoder", decoder), given.get("max_in_flight", max_in_flight)
     if name == "diffusion":
         return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=most))
-    return Decoder(most if name == "wave" and history(params) is None else 1)
+    if name != "wave" or history(params) is not None:
+        return Decoder()
+    every, depths = drafts_of(given, every, depths)
+    if most == "auto":
+        most = min(max_in_flight, auto_width(given.get("num_recurrences", LARGE), every, depths))
+    return Decoder(most, every, depths)
 
 
 def history(params: Any) -> str | None:

@@ -20,7 +20,7 @@ from .echo import brief, cut
 
 FIELDS = (
     "num_recurrences", "min_recurrences", "exit_rule", "exit_threshold", "prompt_exit", "trace", "return_recurrences",
-    "decoder", "max_in_flight", "diffusion",
+    "decoder", "max_in_flight", "draft_every", "draft_depths", "diffusion",
 )  # fmt: skip
 # Value and meaning of every field, for the reference of the documentation.
 ABOUT: dict[str, tuple[str, str]] = {
@@ -45,7 +45,12 @@ ABOUT: dict[str, tuple[str, str]] = {
         "list the depth of every token in usage, beside the mean; in a stream also in its chunks",
     ),
     "decoder": ("plain, wave or diffusion", "way in which tokens are decoded"),
-    "max_in_flight": ("integer, up to the server's", "most positions in flight, with decoder wave or diffusion"),
+    "max_in_flight": (
+        "integer, up to the server's, or auto",
+        "most positions in flight, with decoder wave or diffusion; auto: as many as a wave can use",
+    ),
+    "draft_every": ("integer, 1 to max_recurrences", "recurrences between two read-outs of a wave's position"),
+    "draft_depths": ("list of integers", "depths at which a wave's position is read out, in place of draft_every"),
     "diffusion": ("object", "settings of decoder=diffusion"),
 }
 OLD_FIELDS = old_names(SERVING, FIELDS)  # accepted: old name -> today's name

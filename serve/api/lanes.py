@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...deprecated import SERVING, accept_old_names
+from .decoders import auto_width
 
 LANES = "loopwise_lanes"  # key in vLLM's additional_config: the lane engine's settings, complete
 SETTINGS = "loopwise"  # key in vLLM's additional_config: the user's settings, keys of `loopwise serve`
-AUTO = None  # coda_wait, budget: measured at start-up
+AUTO = None  # coda_wait, budget: measured at start-up; max_in_flight: by depth and drafts
 
 
 def read_auto(value: Any) -> Any:
@@ -26,7 +27,9 @@ class LaneConfig:
     max_lanes: most lanes of a pass beside prompts'; 0 for no bound.
     coda_wait: passes that an exit waits for others to be read out with; AUTO: as many as pay off at the load.
     decoder: the decoder of requests that name none.
-    max_in_flight: most positions of one request in flight.
+    max_in_flight: most positions of one request in flight; AUTO: as many as a wave can use.
+    draft_every, draft_depths: the depths at which a wave drafts, for requests that name none; the second counts where
+    it is not empty.
     budget: lanes of a pass that waves may fill; 0 for no bound; AUTO: as many as add little time.
     compile: compile passes of the core.
     graphs: on a GPU, run ticks as CUDA graphs, with the engine's own attention kernels.
@@ -43,15 +46,24 @@ class LaneConfig:
     compile: bool = True
     graphs: bool = True
     report: bool = True
+    draft_every: int = 1
+    draft_depths: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("coda_wait", "budget"):
+        for name in ("coda_wait", "budget", "max_in_flight"):
             object.__setattr__(self, name, read_auto(getattr(self, name)))
+        object.__setattr__(self, "draft_depths", tuple(self.draft_depths))  # a list, where it comes from JSON
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:
         """The settings in a VllmConfig. Raises KeyError for one of the fixed engine."""
-        return cls(**vllm_config.additional_config[LANES])
+        return cls(**vllm_config.additional_config[LANES]).at(vllm_config.model_config.hf_config.max_recurrences)
+
+    def at(self, max_recurrences: int) -> LaneConfig:
+        """These settings with a number for `max_in_flight`, for requests of up to `max_recurrences`."""
+        if self.max_in_flight is not AUTO:
+            return self
+        return replace(self, max_in_flight=auto_width(max_recurrences, self.draft_every, self.draft_depths))
 
     def flags(self) -> dict[str, Any]:
         """Arguments of vLLM for these settings: `vllm.LLM(model, **LaneConfig().flags())`."""

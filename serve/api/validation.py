@@ -93,10 +93,17 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     least = 2 if decoder == "diffusion" else 1
     name, most = "max_in_flight", limits.max_in_flight
     in_flight = values.get(name, most)
+    if in_flight == "auto" and decoder == "diffusion":
+        raise FieldError(name, f"{name}='auto': decoder='diffusion' needs a number, as its text depends on it")
+    in_flight = most if in_flight == "auto" else in_flight
     if isinstance(in_flight, bool) or not isinstance(in_flight, int) or not least <= in_flight <= most:
-        raise FieldError(name, f"{name}={brief(in_flight)}: an integer from {least} to {most}, the server's {name}")
+        auto = ", or 'auto'" if decoder != "diffusion" else ""
+        rule = f"an integer from {least} to {most}, the server's {name}{auto}"
+        raise FieldError(name, f"{name}={brief(in_flight)}: {rule}")
     if name in values and decoder == "plain":
-        raise FieldError(name, f"{name}={in_flight}: decoder='plain' has one position in flight; use decoder='wave'")
+        given = brief(values[name])
+        raise FieldError(name, f"{name}={given}: decoder='plain' has one position in flight; use decoder='wave'")
+    check_drafts(values, decoder, limits.max_recurrences)
     if decoder != "diffusion":
         if "diffusion" in values:
             raise FieldError("diffusion", f"diffusion: belongs to decoder='diffusion', and the decoder is {decoder!r}")
@@ -113,6 +120,25 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     if isinstance(values.get("diffusion"), dict):
         values["diffusion"] = json.dumps(values["diffusion"])
     return values
+
+
+def check_drafts(values: dict[str, Any], decoder: str, most: int) -> None:
+    """Raises FieldError for depths at which a wave drafts, in `values`, that are not depths of 1 to `most`, or that
+    belong to another decoder. None and an empty tuple count as not given."""
+    every, depths = values.get("draft_every"), values.get("draft_depths")
+    given = [name for name in ("draft_every", "draft_depths") if values.get(name) not in (None, ())]
+    if given and decoder != "wave":
+        value = brief(values[given[0]])
+        raise FieldError(given[0], f"{given[0]}={value}: belongs to decoder='wave', and the decoder is {decoder!r}")
+    if len(given) == 2:
+        raise FieldError("draft_depths", "draft_depths: give draft_every or draft_depths, not both")
+    if "draft_every" in given:
+        _depth("draft_every", every, most)
+    if "draft_depths" in given:
+        whole = isinstance(depths, list | tuple) and bool(depths) and all(type(depth) is int for depth in depths)
+        if not whole or not depths[0] >= 1 or depths[-1] > most or list(depths) != sorted(set(depths)):
+            rule = f"depths from 1 to {most}, this model's max_recurrences, in rising order"
+            raise FieldError("draft_depths", f"draft_depths={brief(depths)}: a list of {rule}")
 
 
 def validate_params(params: Any, limits: Limits) -> None:

@@ -28,6 +28,7 @@ imports only files above it:
     transitions/           every change of the state: choose, enter, settle, fetch, emit, start
     routing.py             mixture-of-recursions: a router decides the exits
     sampling.py            Gumbel-max sampling on the device, penalties
+    logprobs.py            log-probabilities of sampled tokens
     costs.py               measured costs of passes and read-outs
     readout_schedule.py    how long exits wait for others
     tick.py                the protocol of a tick, and what ticks share
@@ -38,6 +39,7 @@ imports only files above it:
     eager_tick.py          a tick whose lanes the host chooses
     decoders/              several positions of a request in flight: wave, diffusion
     staggered_tick.py      the eager tick with waves and diffusions
+    graph_steps.py         the steps of a tick of fixed width
     graph_tick.py          a tick of fixed width, as CUDA graphs
     admission.py           the decoders and exits that go with a model
     relaxation.py          LoRA, norms and biases of each row's own depth

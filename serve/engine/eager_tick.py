@@ -15,6 +15,7 @@ from torch import Tensor
 from . import transitions
 from .attention.base import Rows
 from .passes import Passes
+from .request import NEVER
 from .tick import Chunk, Parked, Reader, Sampler, TickContext, TickReport
 from .transitions.steps import Steps
 
@@ -29,7 +30,7 @@ class EagerTick:
         self.schedule, self.work, self.counts = context.schedule, context.work, context.counts
         self.passes = Passes(self.state, self.forward, self.counts)
         self.order: Tensor | None = None  # running decode lanes, chosen for the next pass; None: choose anew
-        self.waits, self.runs = 0, 0  # decode lanes, after the last pass
+        self.waits, self.runs, self.drafts = 0, 0, 0  # decode lanes, after the last pass; see `choose`
         self.unread = True  # a lane may wait to be read out
         self.ended, self.parked = False, list[Parked]()  # report of the running tick
         self.none = torch.empty(0, dtype=torch.long, device=self.state.device)  # no lanes
@@ -50,11 +51,11 @@ class EagerTick:
         passes = self._recur(which, max_passes) if len(which) else 0
         running = self.state.lanes.running
         through = [chunk for chunk in self.work.chunks if not bool(running[chunk.first : chunk.last].any())]
+        self.schedule.since += passes
         waiting = self._due(through, forced=bool(through) or not passes)
-        ahead = self._speculative()
-        if len(waiting) or len(ahead):
-            self.order = None
-            self._read_out(waiting, ahead)
+        if len(waiting):
+            self.order, self.schedule.since = None, 0
+            self._read_out(waiting)
         return TickReport(passes or int(len(waiting) > 0), self.ended, tuple(through), tuple(self.parked))
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ class EagerTick:
         state, chunks = self.state, self.work.chunks
         if self.order is None:
             self.order, counts = self.steps.choose(state)
-            self.waits, self.runs = counts.tolist()
+            self.waits, self.runs, self.drafts = counts.tolist()
         turns = 0 if self.staggered or state.policy.complete else state.config.max_lanes
         which = decodes = self.order[: min(self.runs, turns or self.runs)]
         if chunks:
@@ -73,38 +74,23 @@ class EagerTick:
         width = self._width(decodes)
         if not width or len(decodes) <= width:
             return which
-        return torch.cat([self._nearest(decodes, width), which[len(decodes) :]])
+        return torch.cat([transitions.turns.nearest(state, decodes, width), which[len(decodes) :]])
 
     def _width(self, decodes: Tensor) -> int:
         """Most decode lanes of a pass that has lanes [n] to run; 0: no bound."""
         return self.state.config.max_lanes
-
-    def _nearest(self, decodes: Tensor, width: int) -> Tensor:
-        """At most about `width` of the decode lanes [n]: those nearest to their row's next token, rows in turn."""
-        state, rows = self.state, self.state.config.max_num_seqs
-        row = state.lanes.row[decodes]
-        # No position overtakes an earlier one.
-        ahead = state.lanes.position[decodes] - state.requests.next_position[row]
-        together = state.requests.refines[row]
-        order = (ahead.masked_fill(together, 0) * rows + (row - state.turn[0]) % rows).argsort(stable=True)
-        chosen = decodes[order[:width]]
-        cut = state.lanes.row[decodes[order[width]]]  # a diffusion runs whole, or waits
-        if state.requests.refines[cut] and len(partial := (state.lanes.row[chosen] == cut).nonzero()):
-            chosen = chosen[: int(partial[0])] if int(partial[0]) else decodes[row == cut]
-        transitions.steps.set_next_turn(state, (state.lanes.row[chosen[-1]] + 1) % rows)
-        return chosen.sort().values
 
     def _recur(self, which: Tensor, max_passes: int) -> int:
         """Run lanes `which` [n] to the first exit, in at most `max_passes`. Returns how many ran."""
         state, policy = self.state, self.state.policy
         row, position, depth, begun, limit, first, before, counts = self.steps.enter(state, which)
         until, early, longest = counts.tolist()
-        looks = self.rules.in_use or self.routing or self.staggered  # lanes are looked at after every pass
-        passes = 1 if looks or self.unread else min(until, max_passes)
+        looks = self.rules.in_use or self.routing or self.unread  # lanes are looked at after every pass
+        passes = 1 if looks else min(until, max_passes, self._until_read())
         place, slots = position, self._slots(which, row, depth)
         if self.routing:
             place, longest = self.routing.places(row, position, depth), 0
-        alone = not (self.work.chunks or self.staggered or policy.complete)
+        alone = not (self.work.chunks or self.work.in_use["diffusion"])  # else no two lanes of a row have one slot
         e = state.lanes.e.index_select(0, which) if state.keeps_input else None
         mixed = self.passes.mixed(which, bool(self.work.chunks))
         fills = policy.fills and (bool(self.rules.in_use) or (early > 0 and passes == until))
@@ -123,8 +109,8 @@ class EagerTick:
         if self.rules.in_use:
             leaves = leaves | self.rules.converged(which, row, position, depth, before, after)
         counts, empty, self.order = self.steps.settle(state, which, row, position, depth, after, leaves)
-        exits, empties, self.waits, self.runs = counts.tolist()
-        self.unread |= exits > 0
+        exits, empties, self.waits, self.runs, self.drafts = counts.tolist()
+        self.unread |= self.waits + self.drafts > 0
         if not self.work.chunks:
             self.schedule.note(passes, passes * len(which), exits)
         if exits and self.routing:
@@ -138,6 +124,10 @@ class EagerTick:
         """The recurrence [n] whose KV slot and LoRA each lane uses."""
         return depth
 
+    def _until_read(self) -> int:
+        """Passes until lanes are looked at, although none has left."""
+        return NEVER
+
     # ---- a read-out -----------------------------------------------------------------------------------------------
     def _due(self, through: list[Chunk], forced: bool) -> Tensor:
         """Lanes [m] to be read out now: prompts that are through, and, when enough of them wait, the others."""
@@ -146,33 +136,28 @@ class EagerTick:
             return self.none
         if not self.waits:
             self.schedule.reset()
-        elif not self.schedule.due(True, self.runs, forced=forced, more_within=self._more_within):
+        exits = self.waits and self.schedule.due(True, self.runs, forced=forced, more_within=self._more_within)
+        if (self.waits or self.drafts) and not exits and not (self.drafts and self.schedule.drafts_due(forced)):
             return self.none
         self.unread = False
-        which = state.live_lanes(state.lanes.waiting)
+        which = transitions.drafts.due(state).nonzero().squeeze(1)
         prompts = [torch.arange(chunk.first, chunk.last, device=state.device) for chunk in through]
         return torch.cat([which, *prompts]) if through else which
 
     def _more_within(self, passes: int) -> bool:
         """Another lane may leave within so many passes; a lane with a rule may at any time."""
         lanes = self.state.lanes
-        which = self.state.live_lanes(lanes.running)
+        which = self.state.live_lanes(lanes.running & ~lanes.exited)
         return bool(((lanes.may_exit[which] > 0) | (lanes.exit_at[which] - lanes.depth[which] <= passes)).any())
 
-    def _speculative(self) -> Tensor:
-        """Lanes [k] that are read out although they may not have left."""
-        return self.none
-
-    def _read_out(self, waiting: Tensor, ahead: Tensor) -> None:
-        """Read out lanes that have left, and speculative ones: coda, head, tokens, next positions."""
+    def _read_out(self, which: Tensor) -> None:
+        """Read out lanes `which` [m], prompts' at the end: coda, head, tokens, next positions."""
         state, lanes = self.state, self.state.lanes
-        prompts = bool(len(waiting)) and int(waiting[-1]) >= state.num_decode_lanes
+        prompts = int(which[-1]) >= state.num_decode_lanes
         if prompts and not self.forward.parts.config.coda:  # a coda has keys and values of every position
-            transitions.steps.stop_waiting(state, waiting)
-            waiting = waiting[lanes.wants_token[waiting] | self._for_reader(waiting)]
-        which = waiting
-        if len(ahead):  # the coda wants a row's positions in order
-            which = torch.cat([waiting, ahead])
+            transitions.windows.stop_waiting(state, which)
+            which = which[lanes.wants_token[which] | self._for_reader(which)]
+        if self.staggered:  # the coda wants a row's positions in order
             which = which[(lanes.row[which] * (state.config.max_model_len + 2) + lanes.position[which]).argsort()]
         if not len(which):
             return
@@ -210,6 +195,8 @@ class EagerTick:
         if in_use["known_tokens"]:
             known = state.requests.known_tokens[row, following].long()
             tokens = torch.where(known > 0, known - 1, tokens)
+        if in_use["logprobs"]:
+            self.context.logprobs.note(logits, tokens, row, position)
         self._emit(which, row, position, tokens)
 
     def _emit(self, which: Tensor, row: Tensor, position: Tensor, tokens: Tensor) -> None:
@@ -227,6 +214,6 @@ class EagerTick:
             return
         step, where = partial(self.steps.start, state), state.lane_of(row, position)
         order, counts = self.context.start(step, where, row, position, tokens)
-        self.waits, self.runs = counts.tolist()
+        self.waits, self.runs, self.drafts = counts.tolist()
         self.unread |= self.routing is not None  # a router may end some at once
         self.order = None if self.routing or self.staggered else order

@@ -21,6 +21,7 @@ from .forward import Forward
 from .graph_tick import GraphTick
 from .graphs import MAX_ROWS, GraphCache, Graphs, Record
 from .kv import KVPolicy
+from .logprobs import Logprobs
 from .loop_config import LoopConfig
 from .parts import Parts
 from .readout_schedule import ReadoutSchedule
@@ -79,7 +80,8 @@ class Loop:
         self.rules = ExitRules(state, self.forward)
         self.routing = Routing(parts.router, state) if parts.router is not None else None
         self.schedule = ReadoutSchedule(config.coda_wait, config.max_lanes)
-        self.context = TickContext(state, self.forward, self.rules, self.routing, self.schedule, sampler)
+        parts_of = self.forward, self.rules, self.routing, self.schedule
+        self.context = TickContext(state, *parts_of, sampler, Logprobs(state, model.vocab_size))
         self.work, self.counts = self.context.work, self.context.counts
         self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if config.compile else STEPS
         self.diffusion = Diffusion(state, self.forward)
@@ -134,8 +136,11 @@ class Loop:
             "diffusion": request.diffusion is not None,
             "sampled_by_host": request.sampled_by_host,
             "penalised": request.penalised,
+            "logprobs": request.logprobs is not None,
             "shallow": at_one or bool(request.forced_depths),  # a position may exit after its first recurrence
         }
+        if request.max_in_flight > 1:
+            self.work.waves[row] = min(request.draft_depths, default=request.draft_every), request.max_in_flight
         self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
         self.work.in_use.update(self.features[row])
         self.rules.use(self.work.in_use)
@@ -204,6 +209,7 @@ class Loop:
             self.forward.attention.clean(requests.block_table[row])
         self.diffusion.release(row)
         self.work.in_use -= Counter(self.features.pop(row, ()))  # none: its admission failed
+        self.work.waves.pop(row, None)
         self.rules.use(self.work.in_use)
         return requests.forced_depths[row].clone()
 
@@ -217,7 +223,7 @@ class Loop:
         transitions.requests.begin_step(self.state, live)
         self.work.resident = len(live)
         self.eager_tick.begin_step()
-        self.schedule.begin_step()
+        self.schedule.begin_step(min(self.work.waves.values(), default=(1, 0))[0])
         ended, left = False, self.config.passes_per_step
         while left > 0 or self.work.chunks:
             report = self.tick(max(left, 1))

@@ -1,4 +1,4 @@
-"""The time of a read-out: exits may wait some passes for others that are read out with them."""
+"""The time of a read-out: exits and drafts may wait some passes for others that are read out with them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ class ReadoutSchedule:
         self.coda_wait, self.max_lanes = coda_wait, max_lanes
         self.costs: Costs | None = None
         self.waited = 0  # passes that an exit has waited
+        self.every, self.since = 1, 0  # passes between drafts of waves, and passes since a read-out
         self.load = [0.0, 0.0, 0.0]  # passes, lanes in them, exits; older steps count half as much each
 
-    def begin_step(self) -> None:
-        """Set `coda_wait` for this step by the load of the steps before."""
+    def begin_step(self, every: int) -> None:
+        """Set `coda_wait` for this step by the load of the steps before. Waves draft after `every` passes."""
+        self.every = every
         passes, lanes, exits = self.load
         if self.costs and exits:
             self.coda_wait = self.costs.patience(lanes / passes, exits / passes, lanes / exits)
@@ -48,6 +50,10 @@ class ReadoutSchedule:
         if due:
             self.reset()
         return due
+
+    def drafts_due(self, forced: bool = False) -> bool:
+        """Drafts that wait are read out now. Those of all waves wait for the same passes, one in `every`."""
+        return forced or self.since >= self.every
 
     def reset(self) -> None:
         """No exit waits."""

@@ -19,11 +19,13 @@ class Request:
     forced_depths: depths of positions 0, 1, ...; 0 leaves a position to the rule. `Loop.release` returns such a list.
     max_tokens: tokens that it may generate.   stops: tokens that end it, at most MAX_STOPS.
     sampled_by_host: the caller samples every token between two steps (`Loop.resume`).
-    max_in_flight: positions in flight with the decoder `wave`; 1 for plain decoding.
+    max_in_flight: positions in flight with the decoder `wave`; 1 for plain decoding. They are read out after every
+        `draft_every` recurrences, or at `draft_depths`, where there are some; and at their exits.
     diffusion: settings of the decoder `diffusion`; None for another decoder.
     wants_prompt_logits: the loop's reader gets the head's input at every prompt position.
     sampling: "argmax"; "drawn" (by temperature) or "cut" (by top-k, top-p or min-p, too) on the device; or "host".
     penalised: logits depend on the tokens before.
+    logprobs: log-probabilities of its tokens, and of so many likeliest ones, by the device; None: none.
     """
 
     num_recurrences: int
@@ -36,7 +38,10 @@ class Request:
     stops: tuple[int, ...] = ()
     sampled_by_host: bool = False
     max_in_flight: int = 1
+    draft_every: int = 1
+    draft_depths: tuple[int, ...] = ()
     diffusion: DiffusionSettings | None = None
     wants_prompt_logits: bool = False
     sampling: str = "host"
     penalised: bool = False
+    logprobs: int | None = None

@@ -22,11 +22,20 @@ class StaggeredTick(EagerTick):
     def __init__(self, context: TickContext, steps: Steps, reader: Reader | None, diffusion: Diffusion):
         super().__init__(context, steps, reader)
         self.diffusion = diffusion
-        self.budget = 0  # lanes that waves may fill a pass up to; 0: no bound
+
+    @property
+    def budget(self) -> int:
+        """Lanes that waves may fill a pass up to; 0: no bound."""
+        return self.work.budget
+
+    @budget.setter
+    def budget(self, lanes: int) -> None:
+        self.work.budget = lanes
+        windows.set_budget(self.state, lanes)
 
     @property
     def staggered(self) -> bool:
-        return bool(self.diffusion.windows or self.work.in_use["wave"])
+        return bool(self.diffusion.windows or self.work.waves)
 
     def run(self, max_passes: int) -> TickReport:
         report = super().run(max_passes)
@@ -35,6 +44,11 @@ class StaggeredTick(EagerTick):
         return report
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
+    def _until_read(self) -> int:
+        if self.diffusion.windows:
+            return 1
+        return max(self.schedule.every - self.schedule.since, 1) if self.work.waves else super()._until_read()
+
     def _width(self, decodes: Tensor) -> int:
         width = super()._width(decodes)
         if width or not (self.budget and self.staggered):
@@ -49,36 +63,22 @@ class StaggeredTick(EagerTick):
         return torch.where(refines, self.state.requests.phase[row], depth)
 
     # ---- waves ----------------------------------------------------------------------------------------------------
-    def _speculative(self) -> Tensor:
-        if not self.work.in_use["wave"]:
-            return super()._speculative()
-        return wave.speculative(self.state, self._allowed_widths())
-
-    def _allowed_widths(self) -> Tensor:
-        return wave.allowed_widths(self.state, self.budget, self.diffusion.uncertain)
-
     def _emit(self, which: Tensor, row: Tensor, position: Tensor, tokens: Tensor) -> None:
-        """Put out tokens [m] of plain lanes; those of waves are drafts first."""
-        if not self.work.in_use["wave"]:
+        """Put out tokens [m] of plain lanes. Those of waves are drafts first; the certain ones are put out, and each
+        wave starts one position more."""
+        if not self.work.waves:
             super()._emit(which, row, position, tokens)
             return
         windows.set_drafts(self.state, which, tokens)
-        plain = (self.state.requests.max_in_flight[row] == 1) | (which >= self.state.num_decode_lanes)
-        super()._emit(which[plain], row[plain], position[plain], tokens[plain])
-        if not bool(plain.all()):
-            self._advance(row[~plain].unique())
-
-    def _advance(self, rows: Tensor) -> None:
-        """The waves of `rows` [m] were read out: put out what is certain, and start one position more."""
-        live, done = self.state.requests.live, wave.advance(self.state, rows)
-        going = torch.ones_like(rows, dtype=torch.bool)
-        for column in range(done.certain.shape[1]):
-            out = done.certain[:, column] & going
-            if not bool(out.any()):
-                break
-            self._emit_drafts(done.lanes[out, column])
-            going &= live[rows]
-        self._start(*wave.starts(self.state, done, going, self._allowed_widths()))
+        waves = (self.state.requests.max_in_flight[row] > 1) & (which < self.state.num_decode_lanes)
+        plain = (~waves).nonzero().squeeze(1)
+        if len(plain):
+            super()._emit(which[plain], row[plain], position[plain], tokens[plain])
+        if len(plain) < len(which):
+            start = wave.advance(self.state, torch.tensor(list(self.work.waves), device=which.device))
+            self.ended |= bool(start.stopped.any())
+            some = start.there.nonzero().squeeze(1)
+            self._start(start.row[some], start.position[some], start.token[some])
 
     def _emit_drafts(self, which: Tensor) -> None:
         """Put out the draft tokens of lanes `which` [m], one a row at most; nothing starts."""

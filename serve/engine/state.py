@@ -36,10 +36,11 @@ class RequestState:
     min_recurrences: Annotated[Tensor, int64]  # recurrences before the exit rule may fire; admit
     rule: Annotated[Tensor, int64]  # exit rule, as exits.NUMBER; admit
     threshold: Annotated[Tensor, float32]  # threshold of the exit rule; admit
-    forced_depths: Annotated[Tensor, int32, "positions"]  # depth, forced or actual; 0: neither yet; admit, settle, emit
-    remaining: Annotated[Tensor, int64]  # tokens that may still be generated; admit, emit
+    forced_depths: Annotated[Tensor, int32, "positions"]  # depth, forced or actual, or 0; admit, settle, emit, commit
+    remaining: Annotated[Tensor, int64]  # tokens that may still be generated; admit, emit, commit
     max_in_flight: Annotated[Tensor, int64]  # positions in flight with the decoder wave, else 1; admit
-    next_position: Annotated[Tensor, int64]  # position of the newest token, whose lane gives the next one; admit, emit
+    drafts: Annotated[Tensor, int64, "depths"]  # depths up to each at which a wave drafts; admit
+    next_position: Annotated[Tensor, int64]  # position of the newest token, whose lane runs; admit, emit, commit
     refines: Annotated[Tensor, flag]  # the decoder is diffusion; admit
     phase: Annotated[Tensor, int64]  # recurrences in this step of a diffusion; admit, settle, restart_phase
     passes: Annotated[Tensor, int64]  # passes since the prompt; admit, settle
@@ -48,12 +49,12 @@ class RequestState:
     sampled_by_host: Annotated[Tensor, flag]  # tokens are sampled between steps; admit
     wants_prompt_logits: Annotated[Tensor, flag]  # a reader gets the head's input at prompt positions; admit
     samples: Annotated[Tensor, flag]  # tokens are not plain argmax; admit
-    live: Annotated[Tensor, flag]  # takes part in this step, and has not stopped; admit, release, begin_step, emit
+    live: Annotated[Tensor, flag]  # is in this step, and has not stopped; admit, release, begin_step, emit, commit
     saw_nonfinite: Annotated[Tensor, flag]  # a state was not finite; admit, settle
     known_tokens: Annotated[Tensor, int32, "positions"]  # token + 1; 0: to be sampled; admit, set_known_tokens
-    tokens: Annotated[Tensor, int64, "step_tokens"]  # tokens of this step; emit
-    count: Annotated[Tensor, int64]  # how many of them; begin_step, emit, clear_spare_count
-    depths: Annotated[Tensor, int64, "step_tokens"]  # recurrences of the position that gave each of them; emit
+    tokens: Annotated[Tensor, int64, "step_tokens"]  # tokens of this step; emit, commit
+    count: Annotated[Tensor, int64]  # how many of them; begin_step, emit, commit, clear_spare_count
+    depths: Annotated[Tensor, int64, "step_tokens"]  # recurrences of the position that gave each of them; emit, commit
 
 
 @dataclass(eq=False)
@@ -75,8 +76,8 @@ class LaneState:
     change: Annotated[Tensor, states, "hidden"]  # change of s in the last step (diffusion); windows.py
     running: Annotated[Tensor, flag]  # takes part in passes; start, settle, release, exit_at_once, drop
     wants_token: Annotated[Tensor, flag]  # a token comes of it; start, start_prompts
-    uncommitted: Annotated[Tensor, flag]  # its token is not out yet; start, emit, release, drop
-    waiting: Annotated[Tensor, flag]  # has left, and is not read out yet; steps.py, release, exit_at_once
+    uncommitted: Annotated[Tensor, flag]  # its token is not out yet; start, emit, commit, release, drop
+    waiting: Annotated[Tensor, flag]  # has left or drafts, not read out; steps.py, windows.py, release, exit_at_once
     exited: Annotated[Tensor, flag]  # has left; may run on to fill its KV slots; start, settle, exit_at_once, drop
 
 
@@ -88,7 +89,8 @@ class State:
     policy: KVPolicy
     requests: RequestState
     lanes: LaneState
-    turn: Tensor  # int64 [2]: first row of this pass, then of the next, where not all fit; choose, enter, set_next_turn
+    turn: Tensor  # int64 [2]: first row of this pass, then of the next, where not all fit; choose, enter, nearest
+    budget: Tensor  # int64 []: lanes of a pass that waves may fill, 0 for no bound; set_budget
     ring: int  # decode lanes of a row
     num_decode_lanes: int  # decode lanes of all rows; prompt lanes follow
     spare: int  # number of the last lane
@@ -113,6 +115,7 @@ class State:
             # Each pass puts out at most a whole wave.
             "step_tokens": (config.passes_per_step + policy.depths + 1) * config.max_in_flight,
             "stops": MAX_STOPS,
+            "depths": policy.depths + 1,
             "hidden": model.hidden_size,
         }
 
@@ -127,8 +130,9 @@ class State:
         lanes = LaneState(**zeros(LaneState, spare + 1))
         requests.num_recurrences[-1] = NEVER
         lanes.row[spare], lanes.exit_at[spare] = config.max_num_seqs, NEVER
-        turn = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(config, policy, requests, lanes, turn, ring, num_decode_lanes, spare, model.injection != "none")
+        turn, budget = torch.zeros(3, dtype=torch.int64, device=device).split([2, 1])
+        sizes = ring, num_decode_lanes, spare
+        return cls(config, policy, requests, lanes, turn, budget.view(()), *sizes, model.injection != "none")
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +141,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        held = [self.turn, *vars(self.requests).values(), *vars(self.lanes).values()]
+        held = [self.turn, self.budget, *vars(self.requests).values(), *vars(self.lanes).values()]
         return sum(tensor.nbytes for tensor in held)
 
     def lane_of(self, row: Tensor, position: Tensor) -> Tensor:

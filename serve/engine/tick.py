@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .exits import ExitRules
 from .forward import Forward
+from .logprobs import Logprobs
 from .readout_schedule import ReadoutSchedule
 from .routing import Routing
 from .state import State
@@ -41,12 +42,16 @@ class Workload:
     """The requests of a step, as the ticks need to know them. The loop writes it.
 
     chunks: prompts that are not through.   in_use: rules and other features by name, with the number of resident
-    requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.
+    requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.   waves: rows
+    with the decoder wave, each with the recurrences before its first draft, and its width.   budget: lanes of a pass
+    that waves may fill; 0 for no bound.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     in_use: Counter[str] = field(default_factory=Counter)
     resident: int = 0
+    waves: dict[int, tuple[int, int]] = field(default_factory=dict)
+    budget: int = 0
 
 
 @dataclass
@@ -94,6 +99,7 @@ class TickContext:
     routing: Routing | None
     schedule: ReadoutSchedule
     sampler: Sampler
+    logprobs: Logprobs
     work: Workload = field(default_factory=Workload)
     counts: Counts = field(default_factory=Counts)
 

@@ -101,7 +101,8 @@ class LaneScheduler(Scheduler):
         assert params is not None, "the lane engine generates text only"
         try:
             depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
-            decoder = decoder_of(params, self.lanes.decoder, self.lanes.max_in_flight)
+            lanes = self.lanes
+            decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight, lanes.draft_every, lanes.draft_depths)
         except Exception as error:
             depth, decoder = depth_of({}, self.config.num_recurrences, None), Decoder()
             self._fail(name, error)

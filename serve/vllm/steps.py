@@ -146,6 +146,8 @@ class LaneSteps:
                 wants_prompt_logits=request.prompt_logprobs is not None,
                 sampling=self.sampler.sampling[row],
                 max_in_flight=decoder.max_in_flight,
+                draft_every=decoder.draft_every,
+                draft_depths=decoder.draft_depths,
                 diffusion=decoder.diffusion,
             ),
             past.passes,
@@ -160,7 +162,8 @@ class LaneSteps:
 
     def _decoder(self, request: Held, row: int) -> Decoder:
         """The decoder of a request in `row`. A diffusion without a seed gets the request's own."""
-        decoder = decoder_of(request.params, self.lanes.decoder, self.lanes.max_in_flight)
+        lanes = self.lanes
+        decoder = decoder_of(request.params, lanes.decoder, lanes.max_in_flight, lanes.draft_every, lanes.draft_depths)
         self.sampler.admit(row, request, decoder.name)
         if decoder.diffusion and not decoder.diffusion.seed:
             decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=self.sampler.seed[row]))

@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "max_in_flight": (1, 2, 8),
     "rule": ("fixed", "latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability"),
     "decoder": ("plain", "wave", "diffusion"),
+    "drafts": ("default", "every", "depths"),
     "sampling": ("greedy", "penalised", "sampled"),
     "prompt_exit": (False, True),
     "stop": (False, True),
@@ -44,12 +45,15 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "penalised": {"repetition_penalty": 1.3},
     "sampled": {"temperature": 0.8, "top_p": 0.9, "seed": 7},
 }
+DRAFTS: dict[str, dict[str, Any]] = {"default": {}, "every": {"draft_every": 2}, "depths": {"draft_depths": (1, 3)}}
 Row = dict[str, Any]
 
 
 def valid(row: Row) -> bool:
     """False for what the engine refuses by name."""
     if row["decoder"] != "plain" and row["max_in_flight"] == 1:
+        return False
+    if row["decoder"] != "wave" and row["drafts"] != "default":
         return False
     if row["decoder"] == "diffusion":
         return row["rule"] == "fixed" and not row["prompt_exit"] and row["sampling"] == "greedy"
@@ -84,6 +88,7 @@ def run(row: Row) -> int:
     options = {name: row[name] for name in list(VALUES)[:7]}
     keys: Row = {"max_tokens": 10, "num_recurrences": 4, "ignore_eos": True, "decoder": row["decoder"]}
     keys |= {"max_in_flight": row["max_in_flight"], "prompt_exit": row["prompt_exit"], **SAMPLING[row["sampling"]]}
+    keys |= DRAFTS[row["drafts"]]
     if row["rule"] != "fixed":
         keys |= {"exit_rule": row["rule"], "min_recurrences": 1}
         keys |= {"exit_threshold": THRESHOLDS[row["rule"]]} if row["rule"] in THRESHOLDS else {}
@@ -96,7 +101,7 @@ def run(row: Row) -> int:
         want: list[Any] = [oracle.diffuse(prompt, params, row["max_in_flight"]) for prompt in prompts]
     elif row["sampling"] == "sampled":  # the draws are the engine's own: each request alone, without a wave
         slow = Engine(build(), max_num_seqs=1, max_model_len=64, kv_policy=row["kv_policy"], passes_per_step=1)
-        want = slow.generate(prompts, Params(**{**keys, "decoder": "plain"}))
+        want = slow.generate(prompts, Params(**{**keys, "decoder": "plain", "draft_every": None, "draft_depths": ()}))
     else:
         want = [oracle.generate(prompt, params) for prompt in prompts]
     engine = Engine(model, max_model_len=64, **options)  # the model is the engine's from here on
@@ -118,7 +123,10 @@ def test_the_table_has_every_pair():
     for (one, some), (other, more) in itertools.combinations(VALUES.items(), 2):
         for a, b in itertools.product(some, more):
             if ((one, a), (other, b)) not in everywhere:  # only what no valid row has
-                assert {"rule", "decoder", "max_in_flight", "prompt_exit", "sampling", "kv_policy"} >= {one, other}
+                assert {"rule", "decoder", "max_in_flight", "prompt_exit", "sampling", "kv_policy", "drafts"} >= {
+                    one,
+                    other,
+                }
     assert len(TABLE) < 60
 
 

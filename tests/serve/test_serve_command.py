@@ -100,11 +100,14 @@ def test_refuses_quantised_weights(capsys, model, tmp_path):
         ({"router": {"kind": "token"}, "num_recurrences": 3, "max_recurrences": 3}, ["num_recurrences=2"], "has 3"),
         ({}, ["decoder=wave", "kv_policy=single"], "decoder='wave': a wave needs keys and values of every depth"),
         ({}, ["decoder=waves"], "decoder"),
+        ({}, ["draft_every=9"], "draft_every=9: an integer from 1 to 8"),
+        ({}, ["draft_every=2", "draft_depths=1,2"], "give draft_every or draft_depths, not both"),
+        ({}, ["draft_depths=2,1"], "draft_depths=[2, 1]: a list of depths from 1 to 8"),
         ({}, ["engine=fixed", "decoder=wave"], "decoder=wave: the fixed engine has one position of a"),
         ({"sharing": "sequence"}, ["engine=lanes"], "use engine=fixed"),
         *(
             ({}, ["engine=fixed", f"{name}=3"], f"{name}=3: the fixed engine has one position of a request in flight")
-            for name in ("passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait")
+            for name in ("passes_per_step", "max_in_flight", "max_lanes", "budget", "coda_wait", "draft_every")
         ),
         ({"num_recurrences": 4}, ["min_recurrences=6"], "min_recurrences=6: at most num_recurrences, which is 4"),
         ({}, ["engine=fixed", "exit_rule=cosine"], "exit_rule=cosine: the fixed engine has no exits"),
@@ -199,6 +202,8 @@ def test_says_what_it_picked():
     assert "decoder=wave (up to max_in_flight=5 tokens of a request), passes_per_step=16" in line(
         facts, decoder="wave", max_in_flight=5
     )
+    assert "(up to max_in_flight=4 tokens of" in line(facts, max_in_flight="auto", draft_every=2)
+    assert "(up to max_in_flight=8 tokens of" in line(facts, max_in_flight="auto")
     assert "passes_per_step=16, max_lanes=12" in line(facts, max_lanes=12)
     assert "exit_threshold" not in line(facts, exit_rule="latent-diff")
     assert "whole prompts, no prefix cache" in line(facts, kv_policy="single")

@@ -1,10 +1,11 @@
 """The exact wave: positions of one request in flight at staggered depths, whose tokens are those of plain decoding.
 
-Every lane is read out after every recurrence. The next position starts from the draft token of that read-out, one pass
-behind. So it finds the KV entries of every depth that it needs. When a later read-out changes the draft, all
-positions to its right are dropped and start anew. A token is put out once its lane has exited and all tokens before it
-are out: then the lane started from the right token, and attended to the right KV entries.
-Shapes: R rows, m rows with a wave, W the greatest width.
+A lane is read out when it leaves, and before that at the depths at which its request drafts. The next position starts
+from the draft token of the first of these, that many passes behind. So it finds the KV entries of every depth that it
+needs. When a later read-out changes the draft, all positions to its right are dropped and start anew. A token is put
+out once its lane has exited and was read out since, and all tokens before it are out: then the lane started from the
+right token, and attended to the right KV entries.
+Shapes: m rows with a wave, W the greatest width.
 """
 
 from __future__ import annotations
@@ -16,71 +17,44 @@ from torch import Tensor
 
 from ..state import State
 from ..transitions import windows
+from ..transitions.drafts import allowed_widths
 
 
-class Advance(NamedTuple):
-    """The waves of `rows` after a read-out. lanes [m, W]: their lanes from the left.   certain [m, W]: lanes whose
-    drafts are put out, in this order.   ends [m]: the rightmost lane that stands on the right tokens."""
+class Start(NamedTuple):
+    """The position that each row [m] starts next. where: its lane.   there: it starts.   row, position, token: its
+    own.   stopped: the row's request has ended. For rows without a start, the first four are those of the spare
+    lane."""
 
-    rows: Tensor
-    lanes: Tensor
-    certain: Tensor
-    ends: Tensor
-
-
-def speculative(state: State, allowed: Tensor) -> Tensor:
-    """Lanes [n] of live waves that have recurred and whose tokens are not out. `allowed` [R]: see `allowed_widths`."""
-    lanes, requests, count = state.lanes, state.requests, state.num_decode_lanes
-    row = lanes.row[:count]
-    uncommitted = requests.live[row] & (requests.max_in_flight[row] > 1) & lanes.uncommitted[:count]
-    which = (uncommitted & (lanes.depth[:count] > 0)).nonzero().squeeze(1)
-    if not len(which):
-        return which
-    row, alone = row[which], torch.bincount(row[uncommitted], minlength=len(requests.live)) == 1
-    return which[lanes.exited[which] | ~alone[row] | (allowed[row] > 1)]
+    where: Tensor
+    there: Tensor
+    row: Tensor
+    position: Tensor
+    token: Tensor
+    stopped: Tensor
 
 
-def advance(state: State, rows: Tensor) -> Advance:
-    """After a read-out of the waves of `rows` [m]: drop the lanes that stand on a changed token, and find the certain
-    ones."""
-    lanes, widths = state.lanes, state.requests.max_in_flight[rows]
-    offsets = torch.arange(int(widths.max()), device=rows.device)
-    position = state.requests.next_position[rows][:, None] + offsets
-    lane = state.lane_of(rows[:, None], position)  # [m, W]
-    there = lanes.uncommitted[lane] & (lanes.position[lane] == position) & (offsets < widths[:, None])
+def advance(state: State, rows: Tensor) -> Start:
+    """After a read-out of the waves of `rows` [m]: drop the lanes that stand on a changed token, put out the certain
+    ones, and find the positions that start. Changes nothing for rows that were not read out, and for the spare one."""
+    lanes, requests, spare = state.lanes, state.requests, state.config.max_num_seqs
+    offsets = torch.arange(state.config.max_in_flight, device=rows.device)
+    first, real = requests.next_position[rows], requests.live[rows] & (rows < spare)
+    position, row = first[:, None] + offsets, rows[:, None]
+    lane = torch.where(real[:, None], state.lane_of(row, position), state.spare)
+    there = real[:, None] & lanes.uncommitted[lane] & (lanes.position[lane] == position)
     draft, token = lanes.draft_token[lane], lanes.token[lane]
-    right = there.clone()
-    right[:, 1:] &= token[:, 1:] == draft[:, :-1]
-    right = right.long().cumprod(1).bool()
-    windows.drop(state, lane[there & ~right])
-    certain = (right & lanes.exited[lane]).long().cumprod(1).bool()
-    last = right.sum(1) - 1
-    return Advance(rows, lane, certain, lane.gather(1, last[:, None]).squeeze(1))
-
-
-def starts(state: State, done: Advance, going: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, positions and tokens [k] that start, one position more for each wave, once its certain tokens are out.
-
-    going [m]: the request has not stopped.   allowed [R]: see `allowed_widths`.
-    """
-    lanes, requests, rows = state.lanes, state.requests, done.rows
-    position, draft = lanes.position[done.ends] + 1, lanes.draft_token[done.ends]
-    wide = position - requests.next_position[rows] < allowed[rows]
-    which = going & wide & (draft >= 0) & (position < state.config.max_model_len)
-    return rows[which], position[which], draft[which]
-
-
-def allowed_widths(state: State, budget: int, taken: int) -> Tensor:
-    """Positions [R] that each row's wave may have in flight now, in passes of `budget` lanes (0: no bound).
-
-    Certain positions come first, and `taken` lanes belong to others; waves share the rest.
-    """
-    requests, budget = state.requests, state.config.max_lanes or budget
-    if not budget:
-        return requests.max_in_flight
-    waves = requests.live & (requests.max_in_flight > 1)
-    left = budget - int(requests.live.sum()) - taken
-    return requests.max_in_flight.clamp(max=1 + max(0, left) // max(int(waves.sum()), 1))
+    follows = torch.nn.functional.pad(token[:, 1:] == draft[:, :-1], (1, 0), value=True)
+    right = (there & follows).long().cumprod(1).bool()
+    certain = (right & lanes.exited[lane] & ~lanes.waiting[lane]).long().cumprod(1).bool()
+    windows.drop(state, lane, there & ~right)
+    stopped = windows.commit(state, rows, lane, draft, certain)
+    last = right.sum(1)
+    position, token = first + last, draft.gather(1, (last - 1).clamp(min=0)[:, None]).squeeze(1)
+    going = real & ~stopped & (last > 0) & (token >= 0) & (position < state.config.max_model_len)
+    going = going & (position - requests.next_position[rows] < allowed_widths(state)[rows])
+    where = torch.where(going, state.lane_of(rows, position), state.spare)
+    row, position = torch.where(going, rows, spare), torch.where(going, position, 0)
+    return Start(where, going, row, position, token.clamp(min=0), stopped)
 
 
 def lane_budget(state: State, decodes: Tensor, budget: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..request import MAX_STOPS, Request
 from ..state import State
+from .drafts import table
 
 
 def admit(state: State, row: int, request: Request, rule: int, passes: int = 0, lane_passes: int = 0) -> None:
@@ -24,7 +25,7 @@ def admit(state: State, row: int, request: Request, rule: int, passes: int = 0, 
     depths = torch.tensor(request.forced_depths[: state.config.max_model_len], dtype=torch.int32)
     requests.forced_depths[row, : len(depths)] = depths
     requests.remaining[row], requests.max_in_flight[row] = request.max_tokens, request.max_in_flight
-    requests.next_position[row] = -1
+    requests.next_position[row], requests.drafts[row] = -1, table(request, requests.drafts.shape[1])
     requests.passes[row], requests.lane_passes[row] = passes, lane_passes
     requests.refines[row], requests.phase[row] = request.diffusion is not None, 0
     requests.stops[row] = -1

@@ -15,14 +15,15 @@ from torch import Tensor
 from ..exits import NUMBER
 from ..request import NEVER
 from ..state import State
+from .drafts import of_waves, passed
 
 
 def choose(state: State) -> tuple[Tensor, Tensor]:
     """Choose the decode lanes of the next pass.
 
-    Returns the running decode lanes [num_decode_lanes + 1], at the front, and [2] how many lanes wait to be read out,
-    and run. Where a pass has no room for all, rows take turns, and its lanes are the first of these. With several lanes
-    of a row in flight, the caller chooses among them. Writes `turn`.
+    Returns the running decode lanes [num_decode_lanes + 1], at the front, and [3] how many lanes wait to be read out,
+    run, and wait in waves of several positions. Where a pass has no room for all, rows take turns, and its lanes are
+    the first of these. With several lanes of a row in flight, the caller chooses among them. Writes `turn`.
     """
     lanes, live = state.lanes, state.requests.live
     waits, runs = (state.live_flags(flag) for flag in (lanes.waiting, lanes.running))
@@ -37,7 +38,8 @@ def choose(state: State) -> tuple[Tensor, Tensor]:
     if turns and state.config.max_lanes < state.num_decode_lanes:
         following = order[state.config.max_lanes - 1] // state.ring + 1
         state.turn[1].copy_(torch.where(count > state.config.max_lanes, following, state.turn[0]))
-    return order, torch.stack([waits.sum(), count])
+    drafts = of_waves(state, waits).sum() if state.config.max_in_flight > 1 else count * 0
+    return order, torch.stack([waits.sum() - drafts, count, drafts])
 
 
 def enter(state: State, which: Tensor) -> tuple[Tensor, ...]:
@@ -68,15 +70,15 @@ def settle(
 ) -> tuple[Tensor, ...]:
     """Lanes `which` [n] have recurred, last at `depth` [n], to the states `after` [n, D]; those in `leaves` [n] exit.
 
-    Returns [4]: exits, KV slots left empty, and the two counts of `choose`; the slots [n] that each lane leaves empty;
-    and the order of `choose`.
+    Returns [5]: exits, KV slots left empty, and the counts of `choose`; the slots [n] that each lane leaves empty; and
+    the order of `choose`.
     """
     lanes, requests, policy = state.lanes, state.requests, state.policy
     decodes, done, limit = which < state.num_decode_lanes, depth + 1, requests.num_recurrences[row]
     # With a complete policy, only lanes of a diffusion have an exit_at beyond the limit.
     runs = (done < limit) | (lanes.exit_at[which] > limit) if policy.complete else ~leaves
     passes = decodes * (done - lanes.depth[which])
-    waits = leaves & ((requests.max_in_flight[row] == 1) | ~decodes)  # a wave is read out after every pass
+    waits = leaves | passed(state, which, row, done)
     lanes.s.index_put_((which,), after)
     if policy.complete:  # the lane runs on, and its state changes
         lanes.readout_state.index_put_((which,), torch.where(leaves[:, None], after, lanes.readout_state[which]))
@@ -173,16 +175,6 @@ def start_lanes(
         flag.index_put_((where,), zero == 0)
     for flag in (lanes.waiting, lanes.exited):
         flag.index_put_((where,), zero > 0)
-
-
-def set_next_turn(state: State, row: Tensor) -> None:
-    """The next pass begins with `row`, where it has no room for all."""
-    state.turn[1] = row
-
-
-def stop_waiting(state: State, which: Tensor) -> None:
-    """Lanes `which` [m] need no read-out."""
-    state.lanes.waiting[which] = False
 
 
 class Steps(NamedTuple):

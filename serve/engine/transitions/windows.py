@@ -1,6 +1,6 @@
 """The decoders wave and diffusion move their windows.
 
-Shapes: m lanes, n positions of a diffusion's window, D hidden size.
+Shapes: m lanes or rows, W positions of a wave, n positions of a diffusion's window, D hidden size.
 """
 
 from __future__ import annotations
@@ -13,15 +13,59 @@ from ..state import State
 from .steps import start_lanes
 
 
+@torch.inference_mode()
+def set_budget(state: State, lanes: int) -> None:
+    """Waves may fill a pass up to so many lanes; 0: no bound."""
+    state.budget.fill_(lanes)
+
+
+def stop_waiting(state: State, which: Tensor) -> None:
+    """Lanes `which` [m] need no read-out."""
+    state.lanes.waiting[which] = False
+
+
 def set_drafts(state: State, which: Tensor, tokens: Tensor) -> None:
     """The newest guesses at the tokens after lanes `which` [m]."""
     state.lanes.draft_token[which] = tokens
 
 
-def drop(state: State, which: Tensor) -> None:
-    """Lanes `which` [m] stop: their tokens are out, or they stood on a token that has changed."""
+def drop(state: State, which: Tensor, wrong: Tensor | None = None) -> None:
+    """Lanes `which` [...] stop, or those among them that are `wrong` [...]: their tokens are out, or they stood on a
+    token that has changed."""
     lanes = state.lanes
-    lanes.running[which] = lanes.uncommitted[which] = lanes.exited[which] = False
+    stays = torch.zeros_like(which, dtype=torch.bool) if wrong is None else ~wrong
+    for flag in (lanes.running, lanes.uncommitted, lanes.waiting, lanes.exited):
+        flag.index_put_((which,), flag[which] & stays)
+
+
+def commit(state: State, rows: Tensor, lane: Tensor, tokens: Tensor, certain: Tensor) -> Tensor:
+    """Put out the `tokens` [m, W] of the first lanes [m, W] of each of `rows` [m], which are `certain` [m, W].
+
+    As `emit`, one after the other; a request that stops puts out no more. Returns whether each has stopped [m].
+    """
+    lanes, requests = state.lanes, state.requests
+    none, row = state.config.max_num_seqs, rows[:, None].expand_as(lane)
+    position = torch.where(certain, lanes.position[lane], 0)
+    known = requests.known_tokens[row, position + 1] > 0
+    counts = (certain & ~known).long().cumsum(1)
+    ends = (requests.stops[rows][:, None] == tokens[..., None]).any(2) & ~known
+    ends = ends | (requests.remaining[rows][:, None] <= counts) | (position + 1 >= state.config.max_model_len)
+    ends = (ends & certain).long()
+    out = certain & (ends.cumsum(1) == ends)  # none before it has ended the request
+    counted, exit_depth = out & ~known, lanes.exit_depth[lane]
+    requests.forced_depths.index_put_(
+        (torch.where(out, row, none), torch.where(out, position, 0)), torch.where(out, exit_depth, 0).int()
+    )
+    place = torch.where(counted, row, none), torch.where(counted, requests.count[rows][:, None] + counts - 1, 0)
+    requests.tokens.index_put_(place, tokens)
+    requests.depths.index_put_(place, exit_depth)
+    lanes.uncommitted.index_put_((lane,), lanes.uncommitted[lane] & ~out)
+    stopped, number = (ends > 0).any(1), counted.sum(1)
+    requests.count.index_put_((rows,), requests.count[rows] + number)
+    requests.remaining.index_put_((rows,), torch.where(stopped, 0, requests.remaining[rows] - number))
+    requests.next_position.index_put_((rows,), requests.next_position[rows] + out.sum(1))
+    requests.live.index_put_((rows,), requests.live[rows] & ~stopped)
+    return stopped
 
 
 def set_window_tokens(state: State, window: Tensor, tokens: Tensor) -> None:

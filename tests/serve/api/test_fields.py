@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from loopwise.serve.api.decoders import decoder_of
 from loopwise.serve.api.fields import FIELDS, FieldError, parse_body, take_fields
+from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.api.limits import Limits
 from loopwise.serve.api.validation import validate_fields, validate_params
 
@@ -108,6 +109,7 @@ def test_a_trace_stands_alone():
 
 
 DIFFUSION = {"decoder": "diffusion"}
+WAVE = {"decoder": "wave"}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,32 @@ DIFFUSION = {"decoder": "diffusion"}
         ({"decoder": "wave", "max_in_flight": True}, "max_in_flight", "an integer from 1 to 8"),
         ({"decoder": "diffusion", "max_in_flight": 1}, "max_in_flight", "an integer from 2 to 8"),
         ({"max_in_flight": 2}, "max_in_flight", "decoder='plain' has one position"),
+        ({"max_in_flight": "auto"}, "max_in_flight", "max_in_flight='auto': decoder='plain' has one position"),
+        (
+            {**WAVE, "max_in_flight": "wide"},
+            "max_in_flight",
+            "'wide': an integer from 1 to 8, the server's max_in_flight",
+        ),
+        ({**WAVE, "max_in_flight": 9}, "max_in_flight", "or 'auto'"),
+        (
+            {"decoder": "diffusion", "max_in_flight": "auto"},
+            "max_in_flight",
+            "needs a number, as its text depends on it",
+        ),
+        ({"draft_every": 2}, "draft_every", "draft_every=2: belongs to decoder='wave', and the decoder is 'plain'"),
+        (
+            {**WAVE, "draft_every": 9},
+            "draft_every",
+            "draft_every=9: an integer from 1 to 8, this model's max_recurrences",
+        ),
+        ({**WAVE, "draft_every": 0}, "draft_every", "an integer from 1 to 8"),
+        ({**WAVE, "draft_every": True}, "draft_every", "an integer from 1 to 8"),
+        ({**WAVE, "draft_every": 1, "draft_depths": [1]}, "draft_depths", "give draft_every or draft_depths, not both"),
+        ({**WAVE, "draft_depths": [2, 9]}, "draft_depths", "[2, 9]: a list of depths from 1 to 8"),
+        ({**WAVE, "draft_depths": [2, 1]}, "draft_depths", "in rising order"),
+        ({**WAVE, "draft_depths": []}, "draft_depths", "a list of depths"),
+        ({**WAVE, "draft_depths": [1.0]}, "draft_depths", "a list of depths"),
+        ({**WAVE, "draft_depths": 2}, "draft_depths", "draft_depths=2: a list of depths"),
         ({"decoder": "wave", "diffusion": {}}, "diffusion", "belongs to decoder='diffusion'"),
         ({**DIFFUSION, "exit_rule": "cosine"}, "exit_rule", "diffusion.freeze"),
         ({**DIFFUSION, "trace": [1]}, "trace", "diffusion.freeze"),
@@ -143,6 +171,26 @@ DIFFUSION = {"decoder": "diffusion"}
 def test_decoders_and_what_they_take(values, field, said):
     error = refusal(values)
     assert (error.field, said in str(error)) == (field, True), str(error)
+
+
+def test_depths_at_which_a_wave_drafts():
+    """A request's own, else the server's; "auto" is as wide as they make a wave of the request's depth."""
+
+    def decoder(**fields: object) -> tuple:
+        params = SimpleNamespace(extra_args={**WAVE, **validate_fields({**WAVE, **fields}, LANES)})
+        made = decoder_of(params, "plain", 8, 2, ())
+        return made.max_in_flight, made.draft_every, made.draft_depths
+
+    assert decoder() == (8, 2, ())
+    assert decoder(draft_every=3, max_in_flight=4) == (4, 3, ())
+    assert decoder(draft_depths=[1, 2, 4]) == (8, 1, (1, 2, 4))
+    assert decoder(max_in_flight="auto", num_recurrences=7) == (4, 2, ())
+    assert decoder(max_in_flight="auto", num_recurrences=7, draft_every=1) == (7, 1, ())
+    assert decoder(max_in_flight="auto", num_recurrences=7, draft_depths=[3, 4]) == (3, 1, (3, 4))
+    assert decoder(max_in_flight="auto") == (8, 2, ())
+    settings = {"draft_every": 4, "max_in_flight": "auto"}
+    assert LaneConfig(**settings).at(32).max_in_flight == LaneConfig(max_in_flight=8).at(32).max_in_flight == 8
+    assert LaneConfig(draft_depths=[1, 2], max_in_flight=-1).at(99).max_in_flight == 32  # pyright: ignore
 
 
 def test_a_diffusion_is_handed_on_as_text():

@@ -103,8 +103,12 @@ def test_common_mixes_are_recorded_at_the_start():
     of_size = sizes(8)
     assert of_size == [8, 4, 2, 1]
     assert set(ticks.replays) == {
-        *(("pass", n, exits) for n in of_size for exits in (False, True)),
-        *(("read", n, *how, False) for n in of_size for how in ((False, False), (True, False), (False, True))),
+        *(("pass", n, exits, False) for n in of_size for exits in (False, True)),
+        *(
+            ("read", n, 0, *how, False, False)
+            for n in of_size
+            for how in ((False, False), (True, False), (False, True))
+        ),
     }
     assert ticks.cache.captures == 20
     assert not made.loop.work.in_use

@@ -19,27 +19,29 @@ KINDS = {**MODELS, "gated": GATED}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("policy", ["last-exited", "single", "first", "modulo-2"])
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
 @pytest.mark.parametrize("options", [{}, {"max_lanes": 2, "coda_wait": 2, "max_in_flight": 3}])
 def test_policies_and_exit_rules(policy, kind, options):
+    if policy == "per-depth" and options:
+        options = {"max_lanes": 8, "max_in_flight": 3}  # all depths of a request
     rules = ["fixed", "latent-diff", "cosine", *(["gate"] if kind == "gated" else [])]
     prompts, params = requests(31, 14, policy, rules)
     compare_ticks(lambda: build(**KINDS[kind]), prompts, params, kv_policy=policy, **options)
 
 
-def test_sampling_stop_tokens_and_waves_beside_them():
+def test_sampling_stop_tokens_and_rules_that_read_logits():
     """Requests that graph ticks cannot run take eager ticks; graph ticks run again after them."""
     prompts, params = requests(32, 16, "last-exited", ["fixed", "latent-diff"])
     for n, p in enumerate(params):
         params[n] = replace(p, temperature=n % 3 / 2, top_k=n % 5, top_p=0.9, seed=n, stop_token_ids=tuple(range(9)))
-    params[7] = replace(params[7], decoder="wave", max_in_flight=3, max_tokens=6)
     params[9] = replace(params[9], exit_rule="kl", exit_threshold=0.3, prompt_exit=False, trace=(), max_tokens=6)
     compare_ticks(build, prompts, params, max_in_flight=3, kv_policy="last-exited")
 
 
-def test_compiled():
-    prompts, params = requests(33, 10, "last-exited", ["fixed", "latent-diff"])
-    compare_ticks(build, prompts, params, kv_policy="last-exited", compile=True)
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+def test_compiled(policy):
+    prompts, params = requests(33, 10, policy, ["fixed", "latent-diff"])
+    compare_ticks(build, prompts, params, kv_policy=policy, compile=True)
 
 
 @pytest.mark.parametrize("width", [0, 3])

@@ -76,7 +76,7 @@ def test_policies_and_exit_rules(policy, kind):
     graphs = done.loop.eager_tick.passes.graphs
     assert graphs is not None
     assert len({size for size, _ in graphs.replays}) > 3
-    assert {alone for _, alone in graphs.replays} == ({False} if policy == "per-depth" else {False, True})
+    assert {alone for _, alone in graphs.replays} == {False, True}
     assert all(getattr(plan, "rows", plan).alone == alone for (_, alone), plan in graphs.plans.items())
 
 

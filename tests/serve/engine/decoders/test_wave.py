@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopwise.serve import Engine, Params
+from loopwise.serve.engine.loop import Prompt
 from tests.helpers.engines import build, requests
 from tests.helpers.tiny import VOCAB
+from tests.helpers.waves import agreeing, drafts
 
 RULES = {"fixed": None, "latent-diff": 0.7, "cosine": 0.3, "kl": 0.3, "argmax-stability": 1.0}
 
@@ -38,7 +41,7 @@ def test_a_wave_is_plain_decoding(seed, model_type, shape):
         more = {"temperature": draw.choice((0.0, 0.7, 1.5)), "top_k": draw.choice((0, 9)), "seed": draw.randrange(99)}
         least = draw.randint(1, limit)
         params.append(Params(draw.randint(1, 16), limit, least, rule, RULES[rule], ignore_eos=True, **more))
-    waves = [replace(p, decoder="wave", max_in_flight=draw.randint(2, 7)) for p in params]
+    waves = [replace(p, decoder="wave", max_in_flight=draw.randint(2, 7), **drafts(draw)) for p in params]
     rows, ticks = draw.randint(1, 6), draw.randint(1, 9)
     plain = Engine(build(model_type, **shape), max_num_seqs=4, max_model_len=64, kv_policy=policy).generate(
         prompts, params
@@ -63,7 +66,11 @@ def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     rules = ["fixed", "latent-diff", "cosine", "kl"]
     prompts, params = requests(9, 24, policy, rules)
     params = [replace(p, temperature=temperature, seed=n, max_tokens=20) for n, p in enumerate(params)]
-    waves = [replace(p, decoder="wave", max_in_flight=n % 7 + 1) if n % 4 else p for n, p in enumerate(params)]
+    draw = random.Random(4)
+    waves = [
+        replace(p, decoder="wave", max_in_flight=n % 7 + 1, **drafts(draw)) if n % 4 else p
+        for n, p in enumerate(params)
+    ]
     plain = Engine(build(), max_num_seqs=5, max_model_len=100, kv_policy=policy).generate(prompts, params)
     engine = Engine(
         build(),
@@ -96,3 +103,64 @@ def test_waves_leave_no_lane_where_the_budget_leaves_none():
     assert [c.tokens for c in some] == [c.tokens for c in plain]
     assert some[0].items > plain[0].items  # draft tokens: most are wrong in a random model
     assert [c.passes for c in some[1:]] == [c.passes for c in plain[1:]]
+
+
+CADENCES: list[tuple[dict[str, Any], int, int]] = [
+    ({}, 1, 8),
+    ({"draft_every": 2}, 2, 4),
+    ({"draft_every": 3}, 3, 3),
+    ({"draft_every": 4}, 4, 2),
+    ({"draft_every": 8}, 8, 1),
+    ({"draft_depths": (2, 4)}, 2, 3),
+    ({"draft_depths": (3,)}, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("more", "passes", "reads"), CADENCES)
+def test_passes_and_read_outs_of_a_token_where_drafts_are_right(more, passes, reads):
+    """A position starts every K passes, as wide as "auto" makes it, and is read out R / K times, or at each depth."""
+    count = 41
+    engine = Engine(agreeing(8), max_num_seqs=1, max_model_len=64, max_in_flight="auto")
+    plain = Params(count, 8, ignore_eos=True)
+    (want,) = engine.generate([[5, 6, 7]], plain)
+    engine.loop.counts.reads.clear()
+    (done,) = engine.generate([[5, 6, 7]], replace(plain, decoder="wave", max_in_flight="auto", **more))
+    assert (done.tokens, done.depths) == (want.tokens, want.depths)
+    assert passes * (count - 2) + 8 <= done.passes < passes * (count - 1) + 8  # an exit may wait for the next drafts
+    beyond = done.items - 8 * (count - 1)  # lanes of positions that stood behind the last
+    assert 0 <= beyond <= 28
+    lanes = sum(n * times for n, times in engine.loop.counts.reads.items()) - 3  # the prompt's
+    assert reads * (count - 1) <= lanes <= reads * (count - 1) + beyond
+    assert engine.loop.counts.reads.total() <= done.passes // passes + 2  # one call for all that are due
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_preempted_wave_goes_on_with_the_same_text(temperature):
+    """Its tokens become part of its prompt, and its blocks were others' in between."""
+    prompts, params = requests(11, 6, "last-exited", ["fixed", "latent-diff", "kl"])
+    params = [replace(p, max_tokens=16, temperature=temperature, seed=7) for p in params]
+    model = build()
+    plain = Engine(model, max_num_seqs=1, max_model_len=100, kv_policy="last-exited").generate(prompts, params)
+    model = build()
+    engine = Engine(
+        model, max_num_seqs=1, max_model_len=100, kv_policy="last-exited", passes_per_step=3, max_in_flight="auto"
+    )
+    loop, row, draw, preempted = engine.loop, torch.zeros(1, dtype=torch.long), random.Random(5), 0
+    caches: Any = vars(loop.forward.attention)["caches"]
+    for prompt, asked, want in zip(prompts, params, plain, strict=True):
+        wave = replace(asked, decoder="wave", max_in_flight="auto", **drafts(draw))
+        request, tokens = engine.request(wave), []
+        with torch.inference_mode():
+            sampling = engine.draws.admit(0, temperature, 0, 1.0, 0.0, 7)
+            while len(tokens) < 16:
+                loop.admit(0, replace(request, sampling=sampling, max_tokens=16 - len(tokens)))
+                loop.prompt([Prompt(0, torch.tensor(prompt + tokens), 0, True, generated=len(prompt))])
+                for _ in range(3):
+                    loop.step(row)
+                    tokens += loop.outputs(row)[0][0]
+                request = replace(request, forced_depths=loop.release(0).tolist())
+                for cache in (one for pair in caches for one in pair):
+                    cache.normal_(std=4.0)
+                preempted += 1
+        assert tokens == want.tokens, wave
+    assert preempted > 12

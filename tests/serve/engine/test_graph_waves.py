@@ -1,0 +1,87 @@
+"""Waves in graph ticks, on the CPU: the text of plain decoding, and no value of the device in the host's way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loopwise.serve import Engine, Params
+from loopwise.serve.engine.graph_steps import GraphSteps
+from tests.helpers.engines import build, requests
+from tests.helpers.graph_ticks import MODELS, recorder
+from tests.helpers.waves import agreeing, drafts
+
+
+def with_graphs(model: Any, **options: Any) -> Engine:
+    """An engine with graph ticks, and waves."""
+    sizes = {"max_num_seqs": 5, "max_model_len": 100, "passes_per_step": 7, "max_in_flight": 5, **options}
+    engine = Engine(model, cuda_graphs=False, **sizes)
+    with torch.inference_mode():
+        engine._record(recorder())
+        engine.loop.warm_up()
+    return engine
+
+
+class Waits(TorchDispatchMode):
+    """Refuses operations for which the host waits for the device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_flags = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.NAMES, name
+        assert not by_flags, name
+        return func(*args, **(kwargs or {}))
+
+
+def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with Waits():
+            return step(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+@pytest.mark.parametrize("options", [{}, {"max_lanes": 9}, {"budget": 8}, {"compile": True}], ids=str)
+def test_waves_and_plain_requests_have_the_text_of_plain_decoding(policy, options):
+    kind = MODELS["huginn-like" if "max_lanes" in options else "lora"]
+    draw = random.Random(repr((policy, options)))
+    prompts, params = requests(draw.randrange(999), 16, policy, ["fixed", "latent-diff", "cosine"])
+    for n, p in enumerate(params):
+        params[n] = replace(p, temperature=n % 3 / 2, top_p=0.9, seed=n, stop_token_ids=tuple(range(9)), max_tokens=16)
+    waves = [replace(p, decoder="wave", max_in_flight=draw.randint(2, 5), **drafts(draw)) for p in params]
+    mixed = [draw.choice(pair) for pair in zip(params, waves, waves, strict=True)]
+    plain = Engine(build(**kind), max_num_seqs=5, max_model_len=100, kv_policy=policy).generate(prompts, params)
+    budget = options.pop("budget", 0) if "budget" in (options := dict(options)) else 0
+    engine = with_graphs(build(**kind), kv_policy=policy, **options)
+    engine.loop.eager_tick.budget = budget
+    assert engine.loop.graph_tick is not None
+    if "compile" not in options:
+        engine.loop.graph_tick.steps = GraphSteps(*map(guarded, engine.loop.graph_tick.steps))
+    got = engine.generate(prompts, mixed)
+    assert [(c.tokens, c.depths, c.error) for c in got] == [(c.tokens, c.depths, None) for c in plain]
+    keys = engine.loop.graph_tick.replays
+    assert any(key[0] == "read" and key[2] for key in keys)  # with waves
+    if options.get("max_lanes"):
+        assert any(key[0] == "pass" and key[3] for key in keys)  # with lanes that wait
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_read_outs_come_at_the_cadence(every):
+    """As in eager ticks: a position every K passes, a read-out every K passes."""
+    plain = Params(33, 8, ignore_eos=True)
+    (want,) = Engine(agreeing(8), max_num_seqs=1, max_model_len=64).generate([[5, 6, 7]], plain)
+    engine = with_graphs(agreeing(8), max_num_seqs=1, max_model_len=64, max_in_flight="auto", passes_per_step=99)
+    wave = replace(plain, decoder="wave", max_in_flight="auto", draft_every=every)
+    (done,) = engine.generate([[5, 6, 7]], wave)
+    assert (done.tokens, done.depths) == (want.tokens, want.depths)
+    assert every * 31 + 8 <= done.passes < every * 32 + 8
+    assert done.passes // every - 1 <= engine.loop.counts.reads.total() <= done.passes // every + 3
