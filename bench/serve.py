@@ -249,7 +249,7 @@ def routed(args: argparse.Namespace, work: Path) -> None:
         bound = make(work / str(full), router={"kind": "expert", "thresholds": thresholds, "alpha": 0.7})
         engines[full] = LLM(str(work / str(full)), **options)
         core: Any = engines[full].llm_engine.engine_core
-        passes[full] = core.engine_core.model_executor.driver_worker.worker.model_runner.loop.counts.passes
+        passes[full] = core.engine_core.model_executor.driver_worker.worker.model_runner.steps.loop.counts.passes
     draw = random.Random(0)
     prompts = [{"prompt_token_ids": draw.choices(range(3, 8000), k=32)} for _ in range(args.requests)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,11 +50,7 @@ class LaneConfig:
         return cls(**vllm_config.additional_config[LANES])
 
     def flags(self) -> dict[str, Any]:
-        """Arguments of vLLM that start the lane engine: `vllm.LLM(model, **LaneConfig().flags())`.
-
-        It builds on the first of vLLM's two model runners: sets VLLM_USE_V2_MODEL_RUNNER=0, unless it is set already.
-        """
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        """Arguments of vLLM that start the lane engine: `vllm.LLM(model, **LaneConfig().flags())`."""
         return {
             "scheduler_cls": "loopwise.serve.vllm.scheduler.LaneScheduler",
             "worker_cls": "loopwise.serve.vllm.worker.LaneWorker",

@@ -19,12 +19,20 @@ The only package that imports vLLM, and this file imports nothing until `registe
     attention.py         attention of lanes on vLLM's paged KV cache, by vLLM's backends
     cpu_attention.py     the same by vLLM's CPU operations
     triton_attention.py  the same by the engine's Triton kernels
+    held.py              the requests that vLLM has scheduled and not finished
+    processors.py        vLLM's logits processors, for the requests of one call
+    sampling_metadata.py vLLM's description of how requests sample
     sampling.py          vLLM's sampler, for lanes
+    grammar.py           masks of grammars
+    prompt_logprobs.py   log-probabilities of prompt tokens
     output.py            the output of a step of lanes
     arrivals.py          ends a running step early when a new request is waiting
     scheduler.py         vLLM's scheduler, for steps that give a request several tokens
-    runner.py            types of vLLM's model runner and worker, as far as the lane engine reads them
-    worker.py            vLLM's worker and model runner, around the lane engine
+    steps.py             a step of vLLM as a step of the engine's loop
+    kv_cache.py          vLLM's KV cache for lanes
+    profiling.py         the memory of the largest pass
+    runner.py            the model runner: what vLLM's workers call
+    worker.py            vLLM's workers with this runner
     announce.py          lines printed before the engine starts, and at the server's end
     trusted.py           code of a checkpoint: named where it runs, kept from running elsewhere
     startup.py           checks of memory, block size, cores and tokenizer before the engine starts

@@ -110,8 +110,7 @@ def _parser(arguments: ModuleType) -> argparse.ArgumentParser:
 def _set_defaults(parser: argparse.ArgumentParser, model: str, defaults: Defaults, recipe: ServeRecipe) -> list[str]:
     """Give `parser` the recipe's values and the lane engine's as defaults.
 
-    Returns the names of vLLM's features that the model's KV policy excludes. Raises UserError for a model runner that
-    the lane engine cannot use.
+    Returns the names of vLLM's features that the model's KV policy excludes.
     """
     from vllm.platforms import current_platform
 
@@ -129,8 +128,6 @@ def _set_defaults(parser: argparse.ArgumentParser, model: str, defaults: Default
         parser.set_defaults(enforce_eager=not lanes or lacks_compiler())
         if not os.environ.get(SPACE):
             parser.set_defaults(kv_cache_memory_bytes=CPU_CACHE_BYTES)
-    if lanes and os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
-        raise UserError("VLLM_USE_V2_MODEL_RUNNER must be 0: the lane engine builds on vLLM's first model runner")
     parser.set_defaults(**{name: value for name, value in lanes.items() if name != "additional_config"})
     unfit = []
     if lanes:

@@ -1,59 +1,202 @@
-"""The attributes of vLLM's model runner and worker that the lane engine reads, with their types.
+"""The model runner of the lane engine: the methods that vLLM's workers call, in a plain class.
 
-vLLM has a class of each for every platform. `LaneSteps` and `LaneWork` are mixed into them, and inherit from these.
-Nothing here has a value: at run time, all is vLLM's.
+vLLM's worker owns the device: it measures memory, profiles, sleeps. In place of either of vLLM's own runners, this one
+loads the model, allocates its KV cache, and makes the engine's loop, whose steps are in steps.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import gc
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from vllm.config import CacheConfig, ModelConfig, VllmConfig
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu_input_batch import InputBatch
-from vllm.v1.worker.utils import AttentionGroup
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
+from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.utils import clear_layer_kv_caches
+from vllm.v1.worker.workspace import reset_workspace_manager
+
+from ..api.lanes import LaneConfig
+from ..engine.attention.base import Attention
+from ..engine.graphs import on_cuda, reserved_bytes
+from ..engine.kv import policy_of
+from ..engine.loop import Loop
+from ..engine.loop_config import LoopConfig
+from .arrivals import arrivals
+from .attention import PagedAttention
+from .kv_cache import allocate, kv_cache_spec
+from .profiling import run_largest
+from .prompt_logprobs import PromptLogprobs
+from .sampling import LaneSampler
+from .steps import LaneSteps
 
 
-class RequestState(Protocol):
-    """vLLM's CachedRequestState of a request that generates text from token ids."""
+class LaneRunner:
+    """Under vLLM's `Worker` and `CPUWorker`, which call the methods without an underscore."""
 
-    sampling_params: SamplingParams
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
-    num_computed_tokens: int
-    in_progress_prompt_logprobs_cpu: LogprobsTensors | None
+    is_pooling_model = False
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of prompt and text."""
-        ...
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        self.vllm_config, self.device = vllm_config, device
+        self.model_config, self.load_config = vllm_config.model_config, vllm_config.load_config
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.lanes = LaneConfig.of(vllm_config)
+        self.kv_caches: list[torch.Tensor] = []
+        self.model: Any = None  # a RecurrentDepthForCausalLM
+        self.model_memory_usage = 0.0
+        self.split = 1  # blocks of attention's kernels in a block of vLLM's scheduler, once that is known
+        self.steps: LaneSteps | None = None
 
+    # ---- the model ------------------------------------------------------------------------------------------------
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load the checkpoint. Raises ValueError where its weights shall come later."""
+        if load_dummy_weights:
+            raise ValueError("lanes load their weights when they start")
+        with DeviceMemoryProfiler() as used:
+            self.model = get_model(vllm_config=self.vllm_config)
+        self.model_memory_usage = used.consumed_memory
 
-class RunnerAttributes:
-    """A model runner: the model, its settings, and vLLM's books of requests."""
+    def get_model(self) -> Any:
+        return self.model
 
-    vllm_config: VllmConfig
-    model_config: ModelConfig
-    model: Any  # a RecurrentDepthForCausalLM
-    device: torch.device
-    dtype: torch.dtype
-    max_model_len: int
-    requests: dict[str, RequestState]
-    input_batch: InputBatch
-    num_prompt_logprobs: dict[str, int]
-    attn_groups: list[list[AttentionGroup]]
-    _update_states: Callable[[SchedulerOutput], Any]
+    def get_draft_model(self) -> None:
+        return None
 
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
 
-class WorkerAttributes:
-    """A worker: one process of a tensor-parallel group."""
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """As vLLM's runners. Keys and values of the old weights stay: the caller resets the prefix cache."""
+        reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
 
-    vllm_config: VllmConfig
-    cache_config: CacheConfig
-    device: torch.device | None
-    model_runner: Any  # a LaneSteps
-    use_v2_model_runner: bool
+    def forget(self) -> None:
+        """What vLLM's runners keep of images and adapters: nothing here."""
+
+    reset_mm_cache = reset_encoder_cache = reset_lora_state = forget
+
+    def shutdown(self) -> None:
+        """Let go of model and caches, so that another engine in this process finds their memory."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        clear_layer_kv_caches(context.values())
+        context.clear()
+        self.kv_caches.clear()
+        if self.model is not None:  # the engine may outlive its runner, and with it the model
+            self.model.parts.attention = None
+        self.model = self.steps = None
+        _ROPE_DICT.clear()
+        reset_workspace_manager()
+        gc.collect()
+        torch.accelerator.empty_cache()
+
+    # ---- memory ---------------------------------------------------------------------------------------------------
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        """Run the largest pass and read-out. vLLM measures the memory that they take."""
+        run_largest(self.model.parts, self._loop("meta", None, None).state, self.device)
+
+    def warming_up_model(self) -> None:
+        """On a CPU, vLLM compiles the model before it measures memory: here it is compiled afterwards."""
+
+    def state_bytes(self) -> int:
+        """Bytes of the loop's state: of its lanes and requests. The loop need not exist yet."""
+        return self._loop("meta", None, None).nbytes
+
+    def graph_bytes(self) -> int:
+        """Bytes that graphs will hold, by an estimate."""
+        rows, vocabulary = self.vllm_config.scheduler_config.max_num_seqs, self.model.config.vocab_size
+        return reserved_bytes(rows, vocabulary) if self._records() else 0
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.max_model_len = max_model_len
+
+    # ---- the KV cache ---------------------------------------------------------------------------------------------
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return kv_cache_spec(self.vllm_config)
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager | None = None,
+    ) -> None:
+        """Allocate the cache of a `kv_cache_config`, and make the loop. Raises ValueError as `allocate` does."""
+        made = allocate(self.vllm_config, kv_cache_config, self.device, kv_cache_allocation_context)
+        self.kv_caches, self.split = made.caches, made.split
+        self.steps = self._steps(made.block_size, made.builder)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    def _steps(self, block_size: int, builder: Any) -> LaneSteps:
+        """The steps of a loop on blocks of `block_size`, of which `split` are one of vLLM's scheduler."""
+        parts, rows, shared = self.model.parts, self.vllm_config.scheduler_config.max_num_seqs, arrivals()
+        parts.attention = attention = self._attention(block_size, builder)
+        sampler = LaneSampler(self.vllm_config, rows, self.device)
+        reader = PromptLogprobs(self.model_config.logprobs_mode, sampler, lambda x: loop.forward.logits(x))
+        loop = self._loop(self.device, attention, sampler, reader)
+        if not isinstance(attention, PagedAttention):  # which waits for the device
+            loop.use_graphs(on_cuda(self.device))
+        loop.eager = shared is not None  # a server's: replies and new requests must not wait
+        # Ranks would not hear of new requests in the same tick.
+        arrived = shared.waiting if shared and get_tp_group().world_size == 1 else lambda: False
+        return LaneSteps(loop, sampler, reader, self.model.config, self.lanes, self.split, arrived)
+
+    def _loop(self, device: Any, attention: Any, sampler: Any, reader: Any = None) -> Loop:
+        lanes, parts, scheduler = self.lanes, self.model.parts, self.vllm_config.scheduler_config
+        block = self.vllm_config.cache_config.block_size
+        sizes = LoopConfig(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_blocks=-(-(self.max_model_len + 1) // block) * self.split,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            passes_per_step=lanes.passes_per_step,
+            max_lanes=lanes.max_lanes,
+            coda_wait=lanes.coda_wait or 0,
+            max_in_flight=lanes.max_in_flight,
+            compile=lanes.compile,
+        )
+        policy = policy_of(self.model.config)
+        return Loop(
+            parts, attention, policy, sampler, sizes, dtype=self.model_config.dtype, device=device, reader=reader
+        )
+
+    def _attention(self, block_size: int, builder: Any) -> Attention:
+        """The engine's own kernels where graphs are recorded, otherwise vLLM's backend."""
+        parts, paged = self.model.parts, PagedAttention
+        if self._records():
+            from .triton_attention import PagedTriton  # which wants Triton
+
+            return PagedTriton(parts.caches, parts.outer, block_size)
+        if self.device.type == "cpu":
+            from .cpu_attention import PagedCPU as paged  # which the wheel for GPUs lacks the operations for
+        return paged(parts.caches, parts.outer, block_size, builder, self.lanes.compile)
+
+    def _records(self) -> bool:
+        """Graphs are wanted, on a GPU, and no backend of vLLM's is asked for. Several ranks do without graphs, in which
+        their all-reduce would have to be."""
+        alone = get_tp_group().world_size == 1 and self.device.type != "cpu"
+        return self.lanes.graphs and self.vllm_config.attention_config.backend is None and alone
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+    def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
+        """As LaneSteps.execute."""
+        assert self.steps is not None, "a step before the KV cache"
+        return self.steps.execute(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | None:
+        """As LaneSteps.sample."""
+        assert self.steps is not None, "a step before the KV cache"
+        return self.steps.sample(grammar_output)
+
+    def take_draft_token_ids(self) -> None:
+        return None

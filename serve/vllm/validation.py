@@ -93,12 +93,17 @@ def validate_made(request: Any, count: int) -> None:
 
 @functools.cache
 def install_validation() -> None:
-    """Wrap vLLM's InputProcessor, so that it validates the requests of recurrent-depth models."""
+    """Wrap vLLM's InputProcessor, so that it validates the requests of recurrent-depth models.
+
+    Logits processors of users are of the kind that vLLM's sampler knows, which is its first runner's, whichever runner
+    a configuration is for.
+    """
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
 
     from ...model import RecurrentDepthConfig
 
-    process = InputProcessor.process_inputs
+    process, validator = InputProcessor.process_inputs, InputProcessor._build_logits_processors_params_validator
 
     @functools.wraps(process)
     def process_inputs(self, request_id, prompt, params, *args, **kwargs):
@@ -110,4 +115,12 @@ def install_validation() -> None:
         validate_made(request, config.vocab_size)
         return request
 
+    @functools.wraps(validator)
+    def build_validator(self):
+        model = self.model_config
+        if not isinstance(model.hf_config, RecurrentDepthConfig) or not is_lanes(self.vllm_config):
+            return validator(self)
+        return functools.partial(validate_logits_processors_parameters, model.logits_processors)
+
     InputProcessor.process_inputs = process_inputs
+    InputProcessor._build_logits_processors_params_validator = build_validator

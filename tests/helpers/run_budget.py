@@ -28,7 +28,7 @@ def run(case: dict) -> dict:
     options |= {"enable_prefix_caching": False}
     llm = LLM(case["folder"], **options, **LaneConfig(compile=False, passes_per_step=8, max_in_flight=1).flags())
     engine: Any = llm.llm_engine
-    loop = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.loop
+    loop = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.steps.loop
     draw, clock = random.Random(0), 0
     longs, arrived, finished, steps = 0, dict[str, tuple[int, float]](), dict[str, tuple[int, float]](), []
 

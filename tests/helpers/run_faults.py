@@ -40,12 +40,13 @@ def faults(core: Any) -> dict[str, tuple[Any, str, Callable, bool]]:
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
     from loopwise.serve.engine import sampling, transitions
-    from loopwise.serve.vllm import scheduler, worker
+    from loopwise.serve.vllm import scheduler, steps
     from loopwise.serve.vllm.sampling import LaneSampler
 
-    runner = core.model_executor.driver_worker.worker.model_runner
+    lanes = core.model_executor.driver_worker.worker.model_runner.steps
     marked = lambda given, *_: given.get("num_recurrences") == 3  # noqa: E731
-    of_row = lambda r: is_poison(runner.sampler_of_lanes.name_of[int(r)])  # noqa: E731
+    of_poison = lambda self, row, request, *_: is_poison(request.name)  # noqa: E731
+    of_row = lambda r: is_poison(lanes.sampler.requests[int(r)].name)  # noqa: E731
 
     def of_grammar(grammar: Any, *_: Any) -> bool:
         of = [r for r in core.scheduler.requests.values() if is_poison(r.request_id)]
@@ -55,15 +56,15 @@ def faults(core: Any) -> dict[str, tuple[Any, str, Callable, bool]]:
     drawn = lambda self, row, temperature, *_: temperature == 0.8125  # noqa: E731
     return {
         "depth in the scheduler": (scheduler, "depth_of", marked, False),
-        "depth in the worker": (worker, "depth_of", marked, False),
-        "admission to the sampler": (LaneSampler, "admit", lambda self, row, name, *_: is_poison(name), False),
+        "depth in the worker": (steps, "depth_of", marked, False),
+        "admission to the sampler": (LaneSampler, "admit", of_poison, False),
         "admission to the draws": (sampling.Draws, "admit", drawn, True),
         "admission, nothing written": (transitions.requests, "admit", limit, False),
         "admission, all written": (transitions.requests, "admit", limit, True),
         "second chunk of a prompt": (
-            runner,
+            lanes,
             "_prompt",
-            lambda name, count: is_poison(name) and runner.requests[name].num_computed_tokens > 40,
+            lambda request, row, count: is_poison(request.name) and request.computed > 40,
             False,
         ),
         "noise": (sampling, "waiting_times", lambda seed, *_: bool((seed == 4242).any()), False),
@@ -73,7 +74,7 @@ def faults(core: Any) -> dict[str, tuple[Any, str, Callable, bool]]:
             lambda self, logits, best, row, *_, **__: any(of_row(r) for r in row),
             False,
         ),
-        "log-probabilities of the prompt": (runner, "_read_prompt_of", lambda r, *_: of_row(r), False),
+        "log-probabilities of the prompt": (lanes.reader, "read", lambda request, *_: is_poison(request.name), False),
         "mask of a grammar": (XgrammarGrammar, "fill_bitmask", of_grammar, False),
         "step of a grammar": (XgrammarGrammar, "accept_tokens", of_grammar, False),
     }
@@ -101,8 +102,9 @@ def run(case: dict) -> dict:
     engine.step()
     pool = core.scheduler.kv_cache_manager.block_pool
     held = {"blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), "requests": len(core.scheduler.requests)}
-    runner = core.model_executor.driver_worker.worker.model_runner
-    held |= {"rows": len(runner.row), "features": len(runner.loop.work.in_use)}
+    lanes = core.model_executor.driver_worker.worker.model_runner.steps
+    rows = lanes.loop.config.max_num_seqs - len(lanes.free) + len(lanes.sampler.requests) + len(lanes.held)
+    held |= {"rows": rows, "features": len(lanes.loop.work.in_use)}
     engine.engine_core.shutdown()
     return {"rounds": rounds, "held": held, "faults": list(known)}
 

@@ -10,16 +10,16 @@ from typing import Any
 from loopwise.serve.engine import loop
 from loopwise.serve.engine.graph_tick import GraphTick
 from loopwise.serve.engine.tick import TickReport
-from loopwise.serve.vllm import worker
+from loopwise.serve.vllm import runner
 from tests.helpers import run_lanes
 from tests.helpers.graph_ticks import run_once
 from tests.helpers.run_engines import main
 
 
 def run(case: dict) -> dict:
-    runner: Any = worker.CpuLaneRunner
-    runner._attention = worker.GpuLaneRunner._attention
-    worker.on_cuda = lambda device: run_once
+    of_lanes: Any = runner.LaneRunner
+    of_lanes._records = lambda self: True
+    runner.on_cuda = lambda device: run_once
     runs: list[tuple[str, int]] = []
     loop.GraphTick = lambda *args, **kwargs: Noted(runs, *args, **kwargs)
     result = run_lanes.run(case)

@@ -1,13 +1,16 @@
 """Runs lane engines of vLLM one after another in this process, which therefore is not pytest's.
 
 usage: run_lanes.py CASES.json RESULTS.json      CASES: a list of {folder, engine, requests, refused, environment,
-preempt}; a request is {prompt, sampling, arrive, abort}. The latter two, and when all that run are preempted, count
-engine steps; `refused` are sampling parameters that the engine is asked for before. RESULTS: what came of each request,
-what was said to the refused, and what the engine held at the end.
+preempt, resumed_as_new, kernel_block, calls}; a request is {prompt, sampling, arrive, abort}. The latter two, and when
+all that run are preempted, count engine steps; `refused` are sampling parameters that the engine is asked for before.
+With `resumed_as_new`, the scheduler sends resumed requests as for vLLM's second model runner. Attention takes blocks of
+`kernel_block` alone. `calls` are methods of the worker, with arguments, that are called between two rounds. RESULTS:
+what came of each request, what was said to the refused, and what the engine held at the end.
 """
 
 import os
 from typing import Any
+from unittest.mock import patch
 
 from loopwise.serve.api.lanes import LaneConfig
 from tests.helpers.run_engines import had, main
@@ -16,19 +19,27 @@ from tests.helpers.run_engines import had, main
 def run(case: dict) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     os.environ.update(case["environment"])
     options = {"dtype": "float32", "max_model_len": 128, "block_size": 32, "seed": 0, "max_num_seqs": 6}
     # 48 tokens a step: prompts wait, are chunked, and share steps with decoding ones.
     options |= {"max_num_batched_tokens": 48, "disable_log_stats": False, "kv_cache_memory_bytes": 1 << 26}
     lanes = LaneConfig(**{"compile": False} | case.get("lanes", {}))
-    llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
+    kernels = (
+        [case["kernel_block"]] if "kernel_block" in case else CPUAttentionBackend.get_supported_kernel_block_sizes()
+    )
+    with patch.object(CPUAttentionBackend, "get_supported_kernel_block_sizes", staticmethod(lambda *_: kernels)):
+        llm = LLM(case["folder"], **options | lanes.flags() | had(case["engine"]))
     engine: Any = llm.llm_engine
+    core = engine.engine_core.engine_core
+    core.scheduler.use_v2_model_runner = case.get("resumed_as_new", False)
     engine.step()  # nothing to do
     refused = [_refusal(engine, case["requests"][0]["prompt"], fields) for fields in case.get("refused", ())]
     rounds = []
     for number in range(case.get("rounds", 1)):
         answers: dict = {}
+        answered = [llm.collective_rpc(name, args=tuple(given))[0] for name, *given in case.get("calls", ()) if number]
         back = -1 if number % 2 else 1  # every other round the other way round
         waiting = sorted(enumerate(case["requests"]), key=lambda item: back * item[1]["arrive"])
         start = min(back * request["arrive"] for request in case["requests"])
@@ -54,7 +65,6 @@ def run(case: dict) -> dict:
             assert step < 5000, f"stuck: {sorted(set(range(len(case['requests']))) - set(answers))}"
         rounds.append([answers.get(number) for number in range(len(case["requests"]))])
     metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
-    core = engine.engine_core.engine_core
     engine.step()  # tells the worker about the last requests that ended
     pool = core.scheduler.kv_cache_manager.block_pool
     held = {"blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), "requests": len(core.scheduler.requests)}
@@ -63,9 +73,11 @@ def run(case: dict) -> dict:
         runner = core.model_executor.driver_worker.worker.model_runner
         real = runner._loop(runner.device, None, None).nbytes
         assert runner.state_bytes() == real > 1 << 16  # what is kept free of keys and values on a GPU
+        runner.profile_run()
     engine.engine_core.shutdown()
     return {
         "rounds": rounds,
+        "answered": [str(answer) for answer in answered],
         "refused": refused,
         "held": held,
         "preemptions": metrics["vllm:num_preemptions"],

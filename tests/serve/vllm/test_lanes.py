@@ -67,6 +67,9 @@ ROUTED = {**RETROFIT, "injection": "none", "num_recurrences": 4, "max_recurrence
 CHEAP = ("fixed", "trace", "latent-diff", "cosine")
 THRESHOLDS = {"latent-diff": 0.7, "cosine": 0.3, "entropy-diff": 0.1, "kl": 0.3, "minp-kl": 0.3, "gate": 0.6}
 FEW_BLOCKS = {"num_gpu_blocks_override": 9}
+# Methods of vLLM's worker that reach the runner. The first makes all weights zero.
+CALLS = [["reset_weights"], ["reload_weights"], ["reset_mm_cache"], ["reset_encoder_cache"], ["get_draft_model"]]
+CALLS += [["update_config", {"load_config": {"use_tqdm_on_load": False}}], ["get_supported_tasks"], ["check_health"]]
 PREEMPT = [3, 5, 8, 13, 21]  # steps at which all that run are preempted, beside those that lack blocks
 
 
@@ -84,6 +87,7 @@ class Case:
     lanes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     rounds: int = 1
+    inside: dict[str, Any] = field(default_factory=dict)  # further keys of a case of run_lanes.py
     program: str = "run_lanes.py"
 
 
@@ -176,6 +180,14 @@ CASES = {
     ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
+    # As a configuration for vLLM's second model runner, with blocks that attention's kernels cannot have.
+    "worker": Case(
+        policy="last-exited",
+        engine={"num_gpu_blocks_override": 5, "block_size": 64},
+        decoders=ALL,
+        rounds=2,
+        inside={"resumed_as_new": True, "kernel_block": 32, "calls": CALLS},
+    ),
     "two-ranks": Case(
         "qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, lanes={"compile": True}, decoders=("plain", "wave")
     ),
@@ -316,7 +328,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], list[dic
         asked = [{"prompt": p, "sampling": sampling(q), **t} for p, q, t in zip(prompts, params, times, strict=True)]
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", **case.environment}
         task = {"folder": str(folder / name), "engine": case.engine, "lanes": {"passes_per_step": 8, **case.lanes}}
-        task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT}
+        task |= {"requests": asked, "environment": environment, "rounds": case.rounds, "preempt": PREEMPT} | case.inside
         work.setdefault(case.program, {})[name] = task
     return {
         name: (*wanted[name], result)

@@ -1,0 +1,47 @@
+"""The memory of the largest pass and read-out, before there are keys and values.
+
+vLLM measures it to size the KV cache. Its own forward would run nothing between embedding and head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..engine.forward import Forward
+from ..engine.sampling import Draws
+from ..engine.state import State
+
+
+class Blind:
+    """Attention to nothing, without a cache: the memory of its output alone."""
+
+    def plan(self, rows: Any) -> None:
+        """Nothing to plan."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: Any) -> torch.Tensor:
+        """q [N, H, C] -> [N, H, C], without values."""
+        return torch.empty_like(q)
+
+
+@torch.inference_mode()
+def run_largest(parts: Any, state: State, device: torch.device) -> None:
+    """Run all lanes of a `state`, on the meta device, through `parts` once, and sample a token for every request.
+
+    Compiled passes take less. The attention of `parts` is as before afterwards.
+    """
+    config = state.config
+    decoding = min(state.num_decode_lanes, config.max_lanes or state.num_decode_lanes)
+    zeros = torch.zeros(decoding + config.max_num_batched_tokens, dtype=torch.long, device=device)
+    before, parts.attention = parts.attention, (blind := Blind())
+    try:
+        forward: Any = Forward(parts, blind, torch.zeros(1, 1, dtype=torch.int32, device=device), 1)  # pyright: ignore[reportArgumentType]
+        e = forward.prelude(zeros, zeros, zeros)
+        s = forward.recur(forward.initial_state(e, zeros), e, zeros, zeros > 0, zeros + 1, zeros)
+        x = forward.read_out(s, zeros, zeros)[: config.max_num_seqs]
+        rows = torch.arange(len(x), device=device)
+        Draws(config.max_num_seqs, device)(*forward.head(x), rows, zeros[: len(x)], Counter(cut=1))
+    finally:
+        parts.attention = before
