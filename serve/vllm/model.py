@@ -138,7 +138,8 @@ class RecurrentDepthForCausalLM(nn.Module):
                 part, _, rest = name.partition(".")
                 if part in OURS:
                     target = self.router.bias if name == "router.bias" else self.get_parameter(name)
-                    default_weight_loader(target, tensor)
+                    # Where weights are loaded again, vLLM has given the parameter a loader.
+                    getattr(target, "weight_loader", default_weight_loader)(target, tensor)
                     loaded.add(name)
                 elif part == "relaxation":
                     number, _, rest = rest.partition(".")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ class LaneRunner:
         """Load the checkpoint. Raises ValueError where its weights shall come later."""
         if load_dummy_weights:
             raise ValueError("lanes load their weights when they start")
-        with DeviceMemoryProfiler() as used:
+        with nullcontext() if self.device.type == "cpu" else DeviceMemoryProfiler() as used:
             self.model = get_model(vllm_config=self.vllm_config)
-        self.model_memory_usage = used.consumed_memory
+        self.model_memory_usage = used.consumed_memory if used else 0.0  # vLLM asks for it on a GPU alone
 
     def get_model(self) -> Any:
         return self.model
@@ -79,7 +79,15 @@ class LaneRunner:
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """As vLLM's runners. Keys and values of the old weights stay: the caller resets the prefix cache."""
+        """As vLLM's runners. Keys and values of the old weights stay: the caller resets the prefix cache.
+
+        Raises ValueError where steps would go on with old weights.
+        """
+        config = self.model.config
+        if config.relaxation or config.time_conditioning:
+            raise ValueError("reload_weights: relaxation and time_conditioning are set up once: start the engine anew")
+        if self.lanes.compile and self.device.type == "cpu":
+            raise ValueError("reload_weights: compiled passes keep a CPU's packed weights: compile=False")
         reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
 
     def forget(self) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from loopwise.model import RecurrentDepthForCausalLM
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
+from loopwise.serve.api.lanes import LaneConfig
+from loopwise.serve.vllm.validation import install_validation
+from tests.helpers import processors
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, prompts, run_cases, save, source_config, tokenizer
 
 pytestmark = [
@@ -189,12 +193,41 @@ def test_processors(results):
 
 
 def test_processors_of_a_users_own(model, tmp_path):
-    sampling = [{"temperature": temperature, "max_tokens": 5, "ignore_eos": True} for temperature in (0, 1)]
-    asked = [{"prompt": PROMPT, "sampling": some, "arrive": 0, "abort": -1} for some in sampling]
-    case = {"folder": str(model[0]), "engine": {"logits_processors": ["processors:Only"]}, "requests": asked}
+    """Requests of several depths that come and go, so that rows are sampled in turn, and change hands."""
+    common = {"ignore_eos": True, "max_tokens": 5}
+    sampling = [
+        common | {"temperature": n % 2, "seed": 10 * n, "extra_args": {"num_recurrences": 1 + n % 4}} for n in range(9)
+    ]
+    asked = [{"prompt": PROMPT, "sampling": some, "arrive": n // 2, "abort": -1} for n, some in enumerate(sampling)]
+    case = {"folder": str(model[0]), "engine": {"logits_processors": ["processors:Counts"]}, "requests": asked}
+    case |= {"lanes": {"passes_per_step": 3}, "preempt": [3]}
     result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_lanes.py")[0]
     assert "error" not in result, result["error"]
-    assert [done["tokens"] for done in result["rounds"][0]] == [[65] * 5] * 2
+    assert [done["tokens"] for done in result["rounds"][0]] == [[10 * n + i for i in range(5)] for n in range(9)]
+    assert result["preemptions"] > 0
+
+
+def test_processors_are_of_one_kind_whichever_runner_a_configuration_is_for(monkeypatch):
+    """Where Triton is, it is vLLM's second, which has processors of another kind."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    install_validation()
+    monkeypatch.syspath_prepend(Path(processors.__file__).parent)
+    fields = {"logits_processors": ["processors:Counts"], "runner_type": "generate"}
+    made = SimpleNamespace(model_config=SimpleNamespace(hf_config=RecurrentDepthConfig(), **fields))
+    made.vllm_config = SimpleNamespace(
+        use_v2_model_runner=True, additional_config=LaneConfig().flags()["additional_config"]
+    )
+    build: Any = InputProcessor._build_logits_processors_params_validator
+    validate = build(made)
+    validate(SamplingParams(seed=0))
+    with pytest.raises(VLLMValidationError, match="a seed is wanted"):
+        validate(SamplingParams())
+    made.vllm_config.additional_config = {}
+    with pytest.raises(ValueError, match="Counts"):
+        build(made)
 
 
 def test_grammars(results):

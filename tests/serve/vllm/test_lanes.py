@@ -13,11 +13,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from loopwise.serve import Params
+from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from tests.helpers.oracle import Answer, Oracle
 from tests.helpers.serve_tiny import (
@@ -311,6 +314,20 @@ def test_the_worker_of_a_gpu_leaves_torch_its_streams():
     command = [sys.executable, "-c", STREAMS]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "shape", [{"compile": True}, {"relaxation": {"rank": 2}}, {"time_conditioning": {"scale": []}}]
+)
+def test_no_step_goes_on_with_old_weights(shape):
+    """Reloading is refused where something was made of them when the engine started."""
+    from loopwise.serve.vllm.runner import LaneRunner
+
+    config = SimpleNamespace(**{"relaxation": None, "time_conditioning": None} | shape)
+    lanes, device = LaneConfig(compile=shape.get("compile", False)), torch.device("cpu")
+    runner: Any = SimpleNamespace(model=SimpleNamespace(config=config), lanes=lanes, device=device)
+    with pytest.raises(ValueError, match="reload_weights: "):
+        LaneRunner.reload_weights(runner)
 
 
 @pytest.fixture(scope="module")
