@@ -36,12 +36,17 @@ def run_largest(parts: Any, state: State, device: torch.device) -> None:
     decoding = min(state.num_decode_lanes, config.max_lanes or state.num_decode_lanes)
     zeros = torch.zeros(decoding + config.max_num_batched_tokens, dtype=torch.long, device=device)
     before, parts.attention = parts.attention, (blind := Blind())
+    layer = parts.caches[-1][0]
+    shape = len(parts.caches) - parts.outer, 2, len(zeros) * state.policy.fills, layer.num_kv_heads, layer.head_size
     try:
+        kept = torch.empty(shape, dtype=layer.dtype, device=device)  # keys and values that fill other slots afterwards
         forward: Any = Forward(parts, blind, torch.zeros(1, 1, dtype=torch.int32, device=device), 1)  # pyright: ignore[reportArgumentType]
         e = forward.prelude(zeros, zeros, zeros)
         s = forward.recur(forward.initial_state(e, zeros), e, zeros, zeros > 0, zeros + 1, zeros)
+        del kept
         x = forward.read_out(s, zeros, zeros)[: config.max_num_seqs]
         rows = torch.arange(len(x), device=device)
-        Draws(config.max_num_seqs, device)(*forward.head(x), rows, zeros[: len(x)], Counter(cut=1))
+        logits, best = forward.head(x)
+        Draws(config.max_num_seqs, device)(logits, best, rows, zeros[: len(x)], Counter(cut=1))
     finally:
         parts.attention = before

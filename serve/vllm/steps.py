@@ -220,9 +220,9 @@ class LaneSteps:
             for depth in deep:
                 self.exits[min(depth, len(self.exits) - 1)] += 1  # a diffusion may go deeper
         failed: dict[str, bool] = {}
-        for request in requests:
-            if request.row in faults:
-                print_fault(request.name, faults[request.row])
+        for request, row in zip(requests, numbers, strict=True):
+            if row in faults:
+                print_fault(request.name, faults[row])
                 failed[request.name] = True
         missing = [request.name for request in scheduled if request.row is None]
         order, tokens = [*(request.name for request in requests), *missing], [*tokens, *([] for _ in missing)]
