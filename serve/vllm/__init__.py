@@ -21,7 +21,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     triton_attention.py  the same by the engine's Triton kernels
     held.py              the requests that vLLM has scheduled and not finished
     processors.py        vLLM's logits processors, for the requests of one call
-    sampling_metadata.py vLLM's description of how requests sample
+    metadata.py          vLLM's description of how requests sample
     sampling.py          vLLM's sampler, for lanes
     grammar.py           masks of grammars
     prompt_logprobs.py   log-probabilities of prompt tokens

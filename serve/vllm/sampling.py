@@ -21,8 +21,8 @@ from ..api.decoders import history
 from ..engine.isolation import Faults
 from ..engine.sampling import Draws, signed, waiting_times
 from .held import Held
+from .metadata import metadata_of
 from .processors import Processors
-from .sampling_metadata import metadata_of
 
 Mask = Callable[[torch.Tensor, list[int]], None]  # changes logits [m, V] of engine rows [m] in place, for grammars
 
