@@ -34,6 +34,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "logprobs": {"logprobs": 3},
     "all-logprobs": {"logprobs": -1},
+    "logprobs-of-tokens": {"logprob_token_ids": [65, 66]},
     "prompt-logprobs": {"prompt_logprobs": 2},
     "prompt-logprobs-of-one-token": {"prompt_logprobs": 2, "prompt": [65]},
     "seeded": RANDOM,
@@ -155,7 +156,8 @@ def test_log_probabilities_are_those_of_the_tokens(results, model):
     assert results["prompt-logprobs"][0]["prompt_logprobs"] == pytest.approx(want.tolist(), abs=1e-3)
     assert results["logprobs"][0]["logprobs"][0] == pytest.approx(float(logits[-1].max()), abs=1e-3)
     assert len(results["logprobs"][0]["logprobs"]) == 40
-    assert results["all-logprobs"][0]["logprobs"] == pytest.approx(results["logprobs"][0]["logprobs"], abs=1e-3)
+    for name in ("all-logprobs", "logprobs-of-tokens"):
+        assert results[name][0]["logprobs"] == pytest.approx(results["logprobs"][0]["logprobs"], abs=1e-3), name
     assert results["prompt-logprobs-of-one-token"][0]["prompt_logprobs"] == []
     assert len(results["prompt-logprobs-of-one-token"][0]["tokens"]) == 40
 
