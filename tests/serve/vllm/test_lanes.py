@@ -23,6 +23,7 @@ from loopwise.serve import Params
 from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.engine.diffusion_settings import DiffusionSettings
 from tests.helpers.oracle import Answer, Oracle
+from tests.helpers.repository import ROOT
 from tests.helpers.serve_tiny import (
     BIASED,
     GROUPED,
@@ -328,6 +329,16 @@ def test_no_step_goes_on_with_old_weights(shape):
     runner: Any = SimpleNamespace(model=SimpleNamespace(config=config), lanes=lanes, device=device)
     with pytest.raises(ValueError, match="reload_weights: "):
         LaneRunner.reload_weights(runner)
+
+
+def test_no_runner_of_vllms_is_behind_lanes():
+    from loopwise.serve.vllm.runner import LaneRunner
+
+    assert LaneRunner.__bases__ == (object,)
+    theirs = ("gpu_model_runner", "cpu_model_runner", "gpu_input_batch", "V2_MODEL_RUNNER")
+    texts = {path: path.read_text() for path in (ROOT / "serve").rglob("*.py")}
+    assert len(texts) > 50
+    assert [(path, name) for path, text in texts.items() for name in theirs if name in text] == []
 
 
 @pytest.fixture(scope="module")
