@@ -142,7 +142,8 @@ def main(argv: list[str]) -> int:
 
     depths = tuple(recipe.draft_depths or ())
     names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
-    params = Params(**{name: getattr(recipe, name) for name in names} | {"draft_depths": depths})
+    given: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    params = Params(**{**given, "draft_depths": depths})
     engine = Engine(
         folder,
         max_num_seqs=min(recipe.max_num_seqs, len(prompts)),
