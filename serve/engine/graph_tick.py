@@ -143,6 +143,11 @@ class GraphTick:
             for name in [name for name in sampling if not in_use[name]]:
                 del in_use[name]
 
+    def _wide(self) -> bool:
+        """The budget leaves waves lanes for drafts."""
+        free, waves = self.work.budget - self.work.resident, len(self.work.waves)
+        return waves > 0 and (not self.work.budget or free >= waves)
+
     def replay(self, sizes: Sizes) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """Graphs of a pass and a read-out of these sizes, for the requests that there are.
 
@@ -160,7 +165,7 @@ class GraphTick:
 
     def run(self, max_passes: int) -> TickReport:
         """As Tick.run; reports `max_passes`, too, once no request is left."""
-        schedule, sizes, waves = self.schedule, self.sizes(), bool(self.work.waves)
+        schedule, sizes, wide = self.schedule, self.sizes(), self._wide()
         run_pass, read_out = self.replay(sizes)
         self.steps.choose(self.graph)
         known = Note(0, 0, *self.notes.now()[2:])
@@ -177,7 +182,8 @@ class GraphTick:
             pending = bool(waits or known.soonest <= 1 or (reads and self.work.in_use["shallow"]))
             # Lanes that leave in the pass that is under way are not in the next one.
             running, idle = known.runs - known.leaving, not reads and known.latest <= 1
-            reads = schedule.due(pending, running, forced=idle) or (waves and schedule.drafts_due(forced=idle))
+            reads = schedule.due(pending, running, forced=idle)
+            reads |= (wide or known.drafts > 0) and schedule.drafts_due(forced=idle)
             if reads:
                 read_out()
                 schedule.since = 0

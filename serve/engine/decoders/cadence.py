@@ -93,7 +93,7 @@ def rate(
     share = 1 + max(budget - plain - waves, 0) // max(waves, 1) if budget else width
     width = max(1, min(width, share, -(-depth // every)))
     mean = sum(count * -(-t // every) for t, count in enumerate(settled)) / sum(settled)
-    passes = max(min(every * mean, depth), depth / width)
+    passes = max(every * mean, depth / width)
     lanes = waves * width
     a, c = (costs.of_pass(plain + lanes), costs.of_read(lanes)) if costs else (1.0, 1.0)
     return (waves / passes + plain / depth) / (a + c / every)

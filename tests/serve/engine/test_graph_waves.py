@@ -89,3 +89,13 @@ def test_read_outs_come_at_the_cadence(every):
     assert (done.tokens, done.depths) == (want.tokens, want.depths)
     assert every * 19 + 8 <= done.passes < every * 20 + 8
     assert done.passes // every - 1 <= engine.loop.counts.reads.total() <= done.passes // every + 3
+
+
+def test_waves_without_lanes_take_the_passes_and_read_outs_of_plain_decoding():
+    plain, prompts = Params(7, 4, ignore_eos=True), [[5, 6, 7], [8, 9], [10]]
+    engine = with_graphs(build(), max_num_seqs=3, passes_per_step=99)
+    want = engine.generate(prompts, plain)
+    reads = engine.loop.counts.reads.total()
+    engine.loop.eager_tick.budget = 4
+    assert engine.generate(prompts, replace(plain, decoder="wave", max_in_flight=4)) == want
+    assert engine.loop.counts.reads.total() == 2 * reads
