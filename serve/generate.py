@@ -46,7 +46,9 @@ class GenerateRecipe(Section):
     max_in_flight: Count | Literal["auto"] = Field(
         8, description="most tokens in flight, in a wave or a diffusion; auto: as many as a wave can use"
     )
-    draft_every: Count | None = Field(None, description="recurrences between read-outs of a wave's token; default 1")
+    draft_every: Count | Literal["auto"] | None = Field(
+        None, description="recurrences between read-outs of a wave's token; auto: by measured acceptance; default 1"
+    )
     draft_depths: list[Count] | None = Field(
         None, description="depths at which a wave's token is read out, in place of draft_every"
     )
@@ -140,7 +142,8 @@ def main(argv: list[str]) -> int:
 
     depths = tuple(recipe.draft_depths or ())
     names = set(Params.__dataclass_fields__) & set(GenerateRecipe.model_fields)
-    params = Params(**{name: getattr(recipe, name) for name in names} | {"draft_depths": depths})
+    given: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    params = Params(**{**given, "draft_depths": depths})
     engine = Engine(
         folder,
         max_num_seqs=min(recipe.max_num_seqs, len(prompts)),

@@ -37,7 +37,8 @@ class Params:
 
     Decoder: "plain"; "wave", with the same tokens; "diffusion", which refines positions together, with the settings
     `diffusion`. Both have up to `max_in_flight` positions in flight; "auto": as many as a wave can use. A position of a
-    wave is read out after every `draft_every` recurrences (default 1), or at `draft_depths`, and at its exit.
+    wave is read out after every `draft_every` recurrences (default 1; "auto": by measured acceptance and load), or at
+    `draft_depths`, and at its exit.
     """
 
     max_tokens: int = UNSET
@@ -60,7 +61,7 @@ class Params:
     ignore_eos: bool = False
     decoder: str = "plain"
     max_in_flight: int | Literal["auto"] = 8
-    draft_every: int | None = None
+    draft_every: int | Literal["auto"] | None = None
     draft_depths: tuple[int, ...] = ()
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     stop: tuple[str, ...] = ()

@@ -38,8 +38,10 @@ class ServeRecipe(Section):
     max_in_flight: Count | None = Field(
         8, description="most tokens of a request in flight, in a wave or a diffusion; auto: as many as a wave can use"
     )
-    draft_every: Count | None = Field(
-        None, description="recurrences between two read-outs of a wave's token, for requests that name none; default 1"
+    draft_every: Count | Literal["auto"] | None = Field(
+        None,
+        description="recurrences between two read-outs of a wave's token, for requests that name none; auto: by "
+        "measured acceptance and load; default 1",
     )
     draft_depths: list[Count] | None = Field(
         None, description="depths at which a wave's token is read out, in place of draft_every"

@@ -35,7 +35,8 @@ class Decoder:
     """The decoder of a request.
 
     max_in_flight: most positions in flight of a wave; 1 for plain decoding.   draft_every, draft_depths: the depths at
-    which a wave drafts; the second counts where it is not empty.   diffusion: its settings; None without.
+    which a wave drafts (0: as the engine finds best); the second counts where it is not empty.   diffusion: its
+    settings; None without.
     """
 
     max_in_flight: int = 1
@@ -56,15 +57,16 @@ class Decoder:
 def auto_width(depth: int, every: int, depths: tuple[int, ...] = ()) -> int:
     """`max_in_flight` where it is "auto", for requests of `depth` recurrences that draft so: the positions that start
     before the first of them is through."""
-    return max(1, min(-(-depth // min(depths, default=every)), MOST_AUTO))
+    return max(1, min(-(-depth // min(depths, default=every or 1)), MOST_AUTO))
 
 
 def drafts_of(given: Mapping[str, Any], every: int, depths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """`draft_every` and `draft_depths` of a request with the fields `given`; `every` and `depths` are the defaults.
-    None and an empty list count as not given."""
+    """`draft_every` (0 for "auto") and `draft_depths` of a request with the fields `given`; `every` and `depths` are
+    the defaults. None and an empty list count as not given."""
     if given.get("draft_depths"):
         return 1, tuple(given["draft_depths"])
-    return (given["draft_every"], ()) if given.get("draft_every") else (every, depths)
+    own = given.get("draft_every")
+    return (every, depths) if own is None else (0 if own == "auto" else own, ())
 
 
 def decoder_of(params: Any, decoder: str, max_in_flight: int, every: int = 1, depths: tuple[int, ...] = ()) -> Decoder:

@@ -49,7 +49,10 @@ ABOUT: dict[str, tuple[str, str]] = {
         "integer, up to the server's, or auto",
         "most positions in flight, with decoder wave or diffusion; auto: as many as a wave can use",
     ),
-    "draft_every": ("integer, 1 to max_recurrences", "recurrences between two read-outs of a wave's position"),
+    "draft_every": (
+        "integer, 1 to max_recurrences, or auto",
+        "recurrences between two read-outs of a wave's position; auto: by measured acceptance and load",
+    ),
     "draft_depths": ("list of integers", "depths at which a wave's position is read out, in place of draft_every"),
     "diffusion": ("object", "settings of decoder=diffusion"),
 }

@@ -28,8 +28,8 @@ class LaneConfig:
     coda_wait: passes that an exit waits for others to be read out with; AUTO: as many as pay off at the load.
     decoder: the decoder of requests that name none.
     max_in_flight: most positions of one request in flight; AUTO: as many as a wave can use.
-    draft_every, draft_depths: the depths at which a wave drafts, for requests that name none; the second counts where
-    it is not empty.
+    draft_every, draft_depths: the depths at which a wave drafts, for requests that name none (AUTO or 0: by measured
+    acceptance and load); the second counts where it is not empty.
     budget: lanes of a pass that waves may fill; 0 for no bound; AUTO: as many as add little time.
     compile: compile passes of the core.
     graphs: on a GPU, run ticks as CUDA graphs, with the engine's own attention kernels.
@@ -52,17 +52,17 @@ class LaneConfig:
     def __post_init__(self):
         for name in ("coda_wait", "budget", "max_in_flight"):
             object.__setattr__(self, name, read_auto(getattr(self, name)))
+        object.__setattr__(self, "draft_every", read_auto(self.draft_every) or 0)
         object.__setattr__(self, "draft_depths", tuple(self.draft_depths))  # a list, where it comes from JSON
 
     @classmethod
     def of(cls, vllm_config: Any) -> LaneConfig:
         """The settings in a VllmConfig. Raises KeyError for one of the fixed engine."""
-        return cls(**vllm_config.additional_config[LANES]).at(vllm_config.model_config.hf_config.max_recurrences)
+        lanes = cls(**vllm_config.additional_config[LANES])
+        return lanes.at(vllm_config.model_config.hf_config.max_recurrences) if lanes.max_in_flight is AUTO else lanes
 
     def at(self, max_recurrences: int) -> LaneConfig:
-        """These settings with a number for `max_in_flight`, for requests of up to `max_recurrences`."""
-        if self.max_in_flight is not AUTO:
-            return self
+        """These settings with `max_in_flight` for requests of up to `max_recurrences`."""
         return replace(self, max_in_flight=auto_width(max_recurrences, self.draft_every, self.draft_depths))
 
     def flags(self) -> dict[str, Any]:

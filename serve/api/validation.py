@@ -132,11 +132,13 @@ def check_drafts(values: dict[str, Any], decoder: str, most: int) -> None:
         raise FieldError(given[0], f"{given[0]}={value}: belongs to decoder='wave', and the decoder is {decoder!r}")
     if len(given) == 2:
         raise FieldError("draft_depths", "draft_depths: give draft_every or draft_depths, not both")
-    if "draft_every" in given:
-        _depth("draft_every", every, most)
+    if "draft_every" in given and every != "auto" and (type(every) is not int or not 1 <= every <= most):
+        rule = f"an integer from 1 to {most}, this model's max_recurrences, or 'auto'"
+        raise FieldError("draft_every", f"draft_every={brief(every)}: {rule}")
     if "draft_depths" in given:
-        whole = isinstance(depths, list | tuple) and bool(depths) and all(type(depth) is int for depth in depths)
-        if not whole or not depths[0] >= 1 or depths[-1] > most or list(depths) != sorted(set(depths)):
+        listed: list[Any] = list(depths) if isinstance(depths, list | tuple) else []
+        whole = bool(listed) and all(type(depth) is int and 1 <= depth <= most for depth in listed)
+        if not whole or listed != sorted(set(listed)):
             rule = f"depths from 1 to {most}, this model's max_recurrences, in rising order"
             raise FieldError("draft_depths", f"draft_depths={brief(depths)}: a list of {rule}")
 

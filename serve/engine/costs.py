@@ -36,6 +36,14 @@ class Costs(NamedTuple):
             best = n
         return best
 
+    def of_pass(self, lanes: int) -> float:
+        """Seconds of a pass of so many lanes."""
+        return _fixed(self.passes, lanes)[1]
+
+    def of_read(self, lanes: int) -> float:
+        """Seconds of a read-out of so many lanes."""
+        return _fixed(self.reads, lanes)[1]
+
     def patience(self, lanes: float, reads: float, depth: float) -> int:
         """The most passes that an exit should wait, for passes of so many `lanes`, `reads` exits a pass, and positions
         of a mean `depth`.

@@ -110,9 +110,9 @@ class GraphTick:
         some = self.graph.every[:3]
         self.graph.real.fill_(False)
         self._pass(some, False)
-        self._read_out(some, some[:0])
+        self._read_out(some, 0)
         if self.state.config.max_in_flight > 1:
-            self._read_out(some, self.graph.every[:2])
+            self._read_out(some, 2)
         self.graph.real.fill_(True)
 
     @torch.inference_mode()
@@ -143,6 +143,11 @@ class GraphTick:
             for name in [name for name in sampling if not in_use[name]]:
                 del in_use[name]
 
+    def _wide(self) -> bool:
+        """The budget leaves waves lanes for drafts."""
+        free, waves = self.work.budget - self.work.resident, len(self.work.waves)
+        return waves > 0 and (not self.work.budget or free >= waves)
+
     def replay(self, sizes: Sizes) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """Graphs of a pass and a read-out of these sizes, for the requests that there are.
 
@@ -160,7 +165,7 @@ class GraphTick:
 
     def run(self, max_passes: int) -> TickReport:
         """As Tick.run; reports `max_passes`, too, once no request is left."""
-        schedule, sizes, waves = self.schedule, self.sizes(), bool(self.work.waves)
+        schedule, sizes, wide = self.schedule, self.sizes(), self._wide()
         run_pass, read_out = self.replay(sizes)
         self.steps.choose(self.graph)
         known = Note(0, 0, *self.notes.now()[2:])
@@ -177,7 +182,8 @@ class GraphTick:
             pending = bool(waits or known.soonest <= 1 or (reads and self.work.in_use["shallow"]))
             # Lanes that leave in the pass that is under way are not in the next one.
             running, idle = known.runs - known.leaving, not reads and known.latest <= 1
-            reads = schedule.due(pending, running, forced=idle) or (waves and schedule.drafts_due(forced=idle))
+            reads = schedule.due(pending, running, forced=idle)
+            reads |= (wide or known.drafts > 0) and schedule.drafts_due(forced=idle)
             if reads:
                 read_out()
                 schedule.since = 0
@@ -199,14 +205,14 @@ class GraphTick:
     # ---- the recorded functions -----------------------------------------------------------------------------------
     def _replay(self, key: tuple[Any, ...], mix: Mix) -> Callable[[], Any]:
         """The replay of the function key[0] of key[1] rows, recorded for a `mix` when first asked for."""
-        function, every = {"pass": self._pass, "read": self._read_out}[key[0]], self.graph.every[: key[1]]
-        option = key[3] if key[0] == "pass" else self.graph.every[: key[2]]
+        every = self.graph.every[: key[1]]
+        run = partial(self._pass, every, key[3]) if key[0] == "pass" else partial(self._read_out, every, key[2])
         if key in self.replays:
             return self.cache.get(self.replays, key, key[1], lambda: None)
         self.graph.real.fill_(False)
         # A read-out prepares the memory of exit rules for the positions that start, whether one needs it or not.
         with self._mixed(mix if key[0] == "pass" else mix._replace(exits=True)):
-            replay = self.cache.get(self.replays, key, key[1], lambda: function(every, option))
+            replay = self.cache.get(self.replays, key, key[1], run)
         self.graph.real.fill_(True)
         return replay
 
@@ -227,16 +233,16 @@ class GraphTick:
         if fills:
             forward.attention.fill(plan, empty)
 
-    def _read_out(self, every: Tensor, starts: Tensor) -> None:
-        """A read-out of `every` [N] row; `starts` [M]: 0, 1, ... where there are waves, else empty."""
+    def _read_out(self, every: Tensor, starts: int) -> None:
+        """A read-out of `every` [N] row. `starts`: rows that may start a position, where there are waves; else 0."""
         which, real, row, position, s = self.steps.fetch(self.graph, every)
         logits, best = self.forward.head(self.forward.read_out(s, row, position, real))
         tokens = self.context.sampler(logits, best, row, position + 1)
         if self.work.in_use["logprobs"]:
             known = self.state.requests.known_tokens[row, position + 1].long()
             self.context.logprobs.note(logits, torch.where(known > 0, known - 1, tokens), row, position)
-        if len(starts):
-            started = self.steps.advance(self.graph, which, row, position, tokens, starts)
+        if starts:
+            started = self.steps.advance(self.graph, which, row, position, tokens, self.graph.every[:starts])
         else:
             started = self.steps.emit(self.graph, which, real, row, position, tokens)
         where, there, row, position, tokens = started

@@ -15,6 +15,7 @@ from .admission import refusal, too_narrow
 from .attention.base import Attention
 from .compile import ALONE, compiled
 from .costs import Costs
+from .decoders.cadence import Cadence
 from .decoders.diffusion import Diffusion
 from .exits import NUMBER, RULES, ExitRules
 from .forward import Forward
@@ -84,6 +85,7 @@ class Loop:
         self.context = TickContext(state, *parts_of, sampler, Logprobs(state, model.vocab_size))
         self.work, self.counts = self.context.work, self.context.counts
         self.steps = Steps(*(compiled(step, **ALONE) for step in STEPS)) if config.compile else STEPS
+        self.cadence = Cadence(state, self.work, self.schedule)
         self.diffusion = Diffusion(state, self.forward)
         self.eager_tick = StaggeredTick(self.context, self.steps, reader, self.diffusion)
         self.graph_tick: GraphTick | None = None
@@ -139,8 +141,7 @@ class Loop:
             "logprobs": request.logprobs is not None,
             "shallow": at_one or bool(request.forced_depths),  # a position may exit after its first recurrence
         }
-        if request.max_in_flight > 1:
-            self.work.waves[row] = min(request.draft_depths, default=request.draft_every), request.max_in_flight
+        self.cadence.admit(row, request)
         self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
         self.work.in_use.update(self.features[row])
         self.rules.use(self.work.in_use)
@@ -209,7 +210,7 @@ class Loop:
             self.forward.attention.clean(requests.block_table[row])
         self.diffusion.release(row)
         self.work.in_use -= Counter(self.features.pop(row, ()))  # none: its admission failed
-        self.work.waves.pop(row, None)
+        self.cadence.release(row)
         self.rules.use(self.work.in_use)
         return requests.forced_depths[row].clone()
 
@@ -223,7 +224,7 @@ class Loop:
         transitions.requests.begin_step(self.state, live)
         self.work.resident = len(live)
         self.eager_tick.begin_step()
-        self.schedule.begin_step(min(self.work.waves.values(), default=(1, 0))[0])
+        self.schedule.begin_step(self.cadence.begin_step())
         ended, left = False, self.config.passes_per_step
         while left > 0 or self.work.chunks:
             report = self.tick(max(left, 1))

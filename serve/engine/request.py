@@ -19,8 +19,8 @@ class Request:
     forced_depths: depths of positions 0, 1, ...; 0 leaves a position to the rule. `Loop.release` returns such a list.
     max_tokens: tokens that it may generate.   stops: tokens that end it, at most MAX_STOPS.
     sampled_by_host: the caller samples every token between two steps (`Loop.resume`).
-    max_in_flight: positions in flight with the decoder `wave`; 1 for plain decoding. They are read out after every
-        `draft_every` recurrences, or at `draft_depths`, where there are some; and at their exits.
+    max_in_flight: positions in flight with the decoder `wave`; 1 for plain decoding.
+    draft_every, draft_depths: recurrences between their read-outs (0: by the engine), or else the depths of these.
     diffusion: settings of the decoder `diffusion`; None for another decoder.
     wants_prompt_logits: the loop's reader gets the head's input at every prompt position.
     sampling: "argmax"; "drawn" (by temperature) or "cut" (by top-k, top-p or min-p, too) on the device; or "host".

@@ -39,7 +39,7 @@ class RequestState:
     forced_depths: Annotated[Tensor, int32, "positions"]  # depth, forced or actual, or 0; admit, settle, emit, commit
     remaining: Annotated[Tensor, int64]  # tokens that may still be generated; admit, emit, commit
     max_in_flight: Annotated[Tensor, int64]  # positions in flight with the decoder wave, else 1; admit
-    drafts: Annotated[Tensor, int64, "depths"]  # depths up to each at which a wave drafts; admit
+    drafts: Annotated[Tensor, int64, "depths"]  # depths up to each at which a wave drafts; admit, set_cadence
     next_position: Annotated[Tensor, int64]  # position of the newest token, whose lane runs; admit, emit, commit
     refines: Annotated[Tensor, flag]  # the decoder is diffusion; admit
     phase: Annotated[Tensor, int64]  # recurrences in this step of a diffusion; admit, settle, restart_phase
@@ -68,6 +68,7 @@ class LaneState:
     may_exit: Annotated[Tensor, int64]  # 1 where the request's rule may end it; start
     token: Annotated[Tensor, int64]  # token that the lane started from; start, set_window_tokens
     draft_token: Annotated[Tensor, int64]  # draft of the next token; -1: none; start, set_drafts
+    draft_depth: Annotated[Tensor, int64]  # depth at which the draft changed last; set_drafts
     exit_depth: Annotated[Tensor, int64]  # recurrences at the exit; settle, routers.py, set_window_change
     steps_unchanged: Annotated[Tensor, int64]  # steps without a new token (diffusion); windows.py
     s: Annotated[Tensor, states, "hidden"]  # state; start, settle, windows.py
@@ -91,6 +92,7 @@ class State:
     lanes: LaneState
     turn: Tensor  # int64 [2]: first row of this pass, then of the next, where not all fit; choose, enter, nearest
     budget: Tensor  # int64 []: lanes of a pass that waves may fill, 0 for no bound; set_budget
+    settled: Tensor  # int64 [depths + 1]: waves' positions by draft_depth, when they were put out; commit, take_settled
     ring: int  # decode lanes of a row
     num_decode_lanes: int  # decode lanes of all rows; prompt lanes follow
     spare: int  # number of the last lane
@@ -130,9 +132,9 @@ class State:
         lanes = LaneState(**zeros(LaneState, spare + 1))
         requests.num_recurrences[-1] = NEVER
         lanes.row[spare], lanes.exit_at[spare] = config.max_num_seqs, NEVER
-        turn, budget = torch.zeros(3, dtype=torch.int64, device=device).split([2, 1])
-        sizes = ring, num_decode_lanes, spare
-        return cls(config, policy, requests, lanes, turn, budget.view(()), *sizes, model.injection != "none")
+        turn, budget, settled = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1, policy.depths + 1))
+        rest = ring, num_decode_lanes, spare, model.injection != "none"
+        return cls(config, policy, requests, lanes, turn, budget.view(()), settled, *rest)
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +143,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        held = [self.turn, self.budget, *vars(self.requests).values(), *vars(self.lanes).values()]
+        held = [self.turn, self.budget, self.settled, *vars(self.requests).values(), *vars(self.lanes).values()]
         return sum(tensor.nbytes for tensor in held)
 
     def lane_of(self, row: Tensor, position: Tensor) -> Tensor:

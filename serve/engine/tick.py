@@ -43,8 +43,7 @@ class Workload:
 
     chunks: prompts that are not through.   in_use: rules and other features by name, with the number of resident
     requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.   waves: rows
-    with the decoder wave, each with the recurrences before its first draft, and its width.   budget: lanes of a pass
-    that waves may fill; 0 for no bound.
+    with that decoder: recurrences before the first draft, and width.   budget: lanes that waves may fill; 0: no bound.
     """
 
     chunks: list[Chunk] = field(default_factory=list)

@@ -2,5 +2,6 @@
 tick does both. Plain decoding needs no decoder: every exit is put out, and its token starts.
 
     wave.py         the exact wave
+    cadence.py      when waves draft
     diffusion.py    diffusion forcing
 """

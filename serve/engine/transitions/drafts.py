@@ -15,7 +15,7 @@ from ..state import State
 def table(request: Request, most: int) -> Tensor:
     """`RequestState.drafts` [most] of a request: how many depths up to each it drafts at. Plain decoding has none."""
     depth = torch.arange(most)
-    every = depth % request.draft_every == 0
+    every = depth % max(request.draft_every, 1) == 0
     at = torch.isin(depth, torch.tensor(request.draft_depths)) if request.draft_depths else every
     return (at & (depth > 0) & (request.max_in_flight > 1)).cumsum(0)
 

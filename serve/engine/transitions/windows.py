@@ -26,7 +26,25 @@ def stop_waiting(state: State, which: Tensor) -> None:
 
 def set_drafts(state: State, which: Tensor, tokens: Tensor) -> None:
     """The newest guesses at the tokens after lanes `which` [m]."""
-    state.lanes.draft_token[which] = tokens
+    lanes = state.lanes
+    depth = torch.where(lanes.exited[which], lanes.exit_depth[which], lanes.depth[which])
+    same = lanes.draft_token[which] == tokens
+    lanes.draft_depth.index_put_((which,), torch.where(same, lanes.draft_depth[which], depth))
+    lanes.draft_token.index_put_((which,), tokens)
+
+
+@torch.inference_mode()
+def set_cadence(state: State, rows: list[int], every: int) -> None:
+    """Waves of `rows` draft after every so many recurrences."""
+    state.requests.drafts[rows] = torch.arange(state.requests.drafts.shape[1], device=state.device) // every
+
+
+@torch.inference_mode()
+def take_settled(state: State) -> list[int]:
+    """`settled` since the last call. Waits for the device."""
+    found = state.settled.tolist()
+    state.settled.zero_()
+    return found
 
 
 def drop(state: State, which: Tensor, wrong: Tensor | None = None) -> None:
@@ -57,6 +75,8 @@ def commit(state: State, rows: Tensor, lane: Tensor, tokens: Tensor, certain: Te
         (torch.where(out, row, none), torch.where(out, position, 0)), torch.where(out, exit_depth, 0).int()
     )
     place = torch.where(counted, row, none), torch.where(counted, requests.count[rows][:, None] + counts - 1, 0)
+    at = lanes.draft_depth[lane].clamp(max=len(state.settled) - 1)
+    state.settled.index_add_(0, at.flatten(), out.flatten().long())
     requests.tokens.index_put_(place, tokens)
     requests.depths.index_put_(place, exit_depth)
     lanes.uncommitted.index_put_((lane,), lanes.uncommitted[lane] & ~out)

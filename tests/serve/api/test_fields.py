@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from loopwise.serve.api.decoders import decoder_of
 from loopwise.serve.api.fields import FIELDS, FieldError, parse_body, take_fields
+from loopwise.serve.api.lanes import LANES as LANES_KEY
 from loopwise.serve.api.lanes import LaneConfig
 from loopwise.serve.api.limits import Limits
 from loopwise.serve.api.validation import validate_fields, validate_params
@@ -139,7 +140,7 @@ WAVE = {"decoder": "wave"}
             "draft_every",
             "draft_every=9: an integer from 1 to 8, this model's max_recurrences",
         ),
-        ({**WAVE, "draft_every": 0}, "draft_every", "an integer from 1 to 8"),
+        ({**WAVE, "draft_every": 0}, "draft_every", "this model's max_recurrences, or 'auto'"),
         ({**WAVE, "draft_every": True}, "draft_every", "an integer from 1 to 8"),
         ({**WAVE, "draft_every": 1, "draft_depths": [1]}, "draft_depths", "give draft_every or draft_depths, not both"),
         ({**WAVE, "draft_depths": [2, 9]}, "draft_depths", "[2, 9]: a list of depths from 1 to 8"),
@@ -188,9 +189,22 @@ def test_depths_at_which_a_wave_drafts():
     assert decoder(max_in_flight="auto", num_recurrences=7, draft_every=1) == (7, 1, ())
     assert decoder(max_in_flight="auto", num_recurrences=7, draft_depths=[3, 4]) == (3, 1, (3, 4))
     assert decoder(max_in_flight="auto") == (8, 2, ())
-    settings = {"draft_every": 4, "max_in_flight": "auto"}
-    assert LaneConfig(**settings).at(32).max_in_flight == LaneConfig(max_in_flight=8).at(32).max_in_flight == 8
-    assert LaneConfig(draft_depths=[1, 2], max_in_flight=-1).at(99).max_in_flight == 32  # pyright: ignore
+    assert decoder(draft_every="auto", max_in_flight="auto", num_recurrences=7) == (7, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("settings", "depth", "width", "every"),
+    [
+        ({"max_in_flight": "auto", "draft_every": 4}, 32, 8, 4),
+        ({"max_in_flight": -1, "draft_depths": [1, 2]}, 99, 32, 1),
+        ({"max_in_flight": "auto", "draft_every": "auto"}, 8, 8, 0),
+        ({"max_in_flight": 3}, 8, 3, 1),
+    ],
+)
+def test_a_server_is_as_wide_as_its_waves_can_use(settings, depth, width, every):
+    model = SimpleNamespace(hf_config=SimpleNamespace(max_recurrences=depth))
+    lanes = LaneConfig.of(SimpleNamespace(additional_config={LANES_KEY: settings}, model_config=model))
+    assert (lanes.max_in_flight, lanes.draft_every) == (width, every)
 
 
 def test_a_diffusion_is_handed_on_as_text():

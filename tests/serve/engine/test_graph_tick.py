@@ -21,7 +21,7 @@ KINDS = {**MODELS, "gated": GATED}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
 @pytest.mark.parametrize("options", [{}, {"max_lanes": 2, "coda_wait": 2, "max_in_flight": 3}])
-def test_policies_and_exit_rules(policy, kind, options):
+def test_policies_and_exit_rules(policy, kind, options: dict[str, Any]):
     if policy == "per-depth" and options:
         options = {"max_lanes": 8, "max_in_flight": 3}  # all depths of a request
     rules = ["fixed", "latent-diff", "cosine", *(["gate"] if kind == "gated" else [])]

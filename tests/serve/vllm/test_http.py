@@ -192,6 +192,23 @@ def test_a_request_chooses_its_decoder(client, model, server, place):
     assert "loopwise: waves fill a pass up to budget=" in server.log.read_text()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"draft_every": 2},
+        {"draft_depths": [1, 2], "max_in_flight": "auto"},
+        {"draft_every": "auto", "vllm_xargs": {"max_in_flight": "auto"}},
+        {"vllm_xargs": {"draft_depths": [2], "max_in_flight": 3}},
+    ],
+    ids=str,
+)
+def test_depths_at_which_a_wave_drafts_change_no_token(client, model, fields):
+    more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave", **fields}
+    reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompts()[3], extra_body=more)
+    assert reply.choices[0].token_ids == generate(model[1], prompts()[3], 3, 24).tokens
+    assert reply.usage.passes["sequential"] <= 69
+
+
 def test_a_sampled_wave_is_the_plain_sample_in_every_choice(client):
     request = {**GREEDY, "max_tokens": 24, "temperature": 1, "top_p": 0.9, "seed": 5, "n": 3, "prompt": prompts()[2]}
     texts = []

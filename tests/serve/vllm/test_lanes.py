@@ -258,7 +258,7 @@ def alone(oracle: Oracle, prompt: list[int], params: Params) -> Answer:
         got = generate(oracle.model, prompt, 4, params.max_tokens)
         return Answer(tokens=got.tokens, margin=got.gap)
     return (
-        oracle.diffuse(prompt, params, params.max_in_flight)
+        oracle.diffuse(prompt, params, int(params.max_in_flight))
         if params.decoder == "diffusion"
         else oracle.generate(prompt, params)
     )

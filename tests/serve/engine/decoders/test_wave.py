@@ -119,7 +119,7 @@ CADENCES: list[tuple[dict[str, Any], int, int]] = [
 @pytest.mark.parametrize(("more", "passes", "reads"), CADENCES)
 def test_passes_and_read_outs_of_a_token_where_drafts_are_right(more, passes, reads):
     """A position starts every K passes, as wide as "auto" makes it, and is read out R / K times, or at each depth."""
-    count = 41
+    count = 21
     engine = Engine(agreeing(8), max_num_seqs=1, max_model_len=64, max_in_flight="auto")
     plain = Params(count, 8, ignore_eos=True)
     (want,) = engine.generate([[5, 6, 7]], plain)
@@ -137,7 +137,7 @@ def test_passes_and_read_outs_of_a_token_where_drafts_are_right(more, passes, re
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_preempted_wave_goes_on_with_the_same_text(temperature):
     """Its tokens become part of its prompt, and its blocks were others' in between."""
-    prompts, params = requests(11, 6, "last-exited", ["fixed", "latent-diff", "kl"])
+    prompts, params = requests(11, 4, "last-exited", ["fixed", "latent-diff", "kl"])
     params = [replace(p, max_tokens=16, temperature=temperature, seed=7) for p in params]
     model = build()
     plain = Engine(model, max_num_seqs=1, max_model_len=100, kv_policy="last-exited").generate(prompts, params)
@@ -163,4 +163,4 @@ def test_a_preempted_wave_goes_on_with_the_same_text(temperature):
                     cache.normal_(std=4.0)
                 preempted += 1
         assert tokens == want.tokens, wave
-    assert preempted > 12
+    assert preempted > 8
