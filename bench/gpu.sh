@@ -41,8 +41,11 @@ exact() {
 
 engine() {
   local small="--shape tiny --batch 2 --resident 2 --tokens 6 --pairs 1 --passes-per-step 4"
+  local wave="--shape tiny --recurrences 4 --batch 2 --profile mid --every auto --tokens 6 --pairs 1"
   run ouro "$small" engine --shape ouro-1.4b --batch 16 --resident 48 --policy last-exited --compile --pairs 3
   run huginn "$small" engine --shape huginn-3.5b --batch 16 --resident 64 --tokens 32 --policy last-exited --pairs 1
+  run waves-huginn "$wave" waves --shape huginn-3.5b --batch 1,8,32 --profile mid,easy --every auto,2 --tokens 32 --pairs 1
+  run waves-ouro "$wave" waves --shape ouro-1.4b --batch 1,8,32 --profile mid,easy --every auto,1 --tokens 32 --pairs 1
 }
 
 served() {

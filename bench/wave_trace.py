@@ -1,6 +1,6 @@
 """Schedules of self-speculation, simulated on the drafts of a trained model; those of waves are run, too.
 
-    python bench/wave_trace.py MODEL [--prompts FILE] [--tokens 64] [--recurrences R] [--temperature 0] [--cost 1]
+    python -m bench.wave_trace MODEL [--prompts FILE] [--tokens 64] [--recurrences R] [--temperature 0] [--cost 1]
 
 A trace has the draft of every generated position at every depth, given the right tokens before it. t is the depth from
 which the draft is the token. Simulated on it, one request at a time: waves (draft_every=K, draft_depths=D), LoopSpec
