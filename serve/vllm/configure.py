@@ -163,7 +163,7 @@ def use_lanes(vllm_config: Any) -> None:
         length = vllm_config.model_config.max_model_len
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, length)  # a prompt in one step
     if endpoint_is_loaded(os.environ) and sys.platform == "linux":  # a server's requests wait for no step's end
-        os.environ.setdefault(ARRIVALS, share())
+        os.environ[ARRIVALS] = share()
 
 
 def excluded(policy: KVPolicy) -> dict[str, bool]:

@@ -105,7 +105,7 @@ def test_streams_end_when_the_engine_is_stopped():
     async def serve() -> None:
         handler, loop = asyncio.create_task(asyncio.sleep(1000)), asyncio.get_running_loop()
         engine: Any = SimpleNamespace(errored=False, output_handler=handler)
-        engine.shutdown = lambda _: loop.call_soon_threadsafe(handler.cancel)
+        engine.shutdown = lambda _=None: loop.call_soon_threadsafe(handler.cancel)
         stream = RequestOutputCollector(RequestOutputKind.DELTA, "a")
         engine.output_processor = processor = cast(Any, OutputProcessor.__new__(OutputProcessor))
         processor.request_states = {"a": SimpleNamespace(queue=stream)}
