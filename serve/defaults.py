@@ -106,17 +106,7 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
         return Defaults(engine, why, LaneConfig(), {"num_recurrences": depth, "max_recurrences": most})
     from .engine.admission import too_narrow
 
-    every, depths = drafts_of(vars(recipe), 1, ())
-    lanes = LaneConfig(
-        recipe.passes_per_step,
-        recipe.max_lanes,
-        coda_wait=recipe.coda_wait,
-        decoder=recipe.decoder,
-        max_in_flight=recipe.max_in_flight or auto_width(most, every, depths),
-        budget=recipe.budget,
-        draft_every=every,
-        draft_depths=depths,
-    )
+    lanes = _lanes(recipe, most)
     try:
         check_minimum(recipe.min_recurrences, depth)
         rule, threshold, minimum = exit_of(vars(recipe), most, facts.exit)  # requests may be deeper than `depth`
@@ -134,3 +124,18 @@ def _choose(facts: Facts, recipe: ServeRecipe) -> Defaults:
     if reason := too_narrow(lanes.max_lanes, defaults.policy):
         raise UserError(reason)
     return defaults
+
+
+def _lanes(recipe: ServeRecipe, max_recurrences: int) -> LaneConfig:
+    """The recipe's settings of the lane engine."""
+    every, depths = drafts_of(vars(recipe), 1, ())
+    return LaneConfig(
+        recipe.passes_per_step,
+        recipe.max_lanes,
+        coda_wait=recipe.coda_wait,
+        decoder=recipe.decoder,
+        max_in_flight=recipe.max_in_flight or auto_width(max_recurrences, every, depths),
+        budget=recipe.budget,
+        draft_every=every,
+        draft_depths=depths,
+    )

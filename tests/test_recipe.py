@@ -39,6 +39,8 @@ LISTS: dict[tuple[str, str], tuple[str, list[Any], list[str]]] = {
     ("convert", "lora.targets"): ("q,down", ["q", "down"], ["lora.rank=2"]),
     ("convert", "router.capacity"): ("1,0.5", [1.0, 0.5], []),
     ("convert", "router.thresholds"): ("0.5,0.25", [0.5, 0.25], []),
+    ("generate", "draft_depths"): ("1,2", [1, 2], ["decoder=wave"]),
+    ("serve", "draft_depths"): ("1,2", [1, 2], []),
 }
 # Lists of pairs or of sections, which are written as mappings.
 MAPPINGS = {("train", "data.phases"), ("train", "recurrence.levels"), ("train", "recurrence.backprop_levels")}

@@ -54,7 +54,7 @@ class EagerTick:
         self.schedule.since += passes
         waiting = self._due(through, forced=bool(through) or not passes)
         if len(waiting):
-            self.order, self.schedule.since = None, 0
+            self.order = None
             self._read_out(waiting)
         return TickReport(passes or int(len(waiting) > 0), self.ended, tuple(through), tuple(self.parked))
 

@@ -79,9 +79,9 @@ def _keep(graph: GraphState, order: Tensor, *counts: Tensor) -> Tensor:
     running, left = number < runs, lanes.exit_at[order] - lanes.depth[order]
     running = running & ~lanes.exited[order] if state.policy.complete else running
     soon = torch.where(lanes.may_exit[order] > 0, 1, left)
-    if state.config.max_in_flight > 1:  # exits in waves of several positions wait for drafts
-        waves = (state.requests.max_in_flight > 1) & (transitions.drafts.in_flight(state) > 1)
-        soon = torch.where(waves[lanes.row[order]], NEVER, soon)
+    if state.config.max_in_flight > 1:  # exits of waves wait for drafts, if they are sure
+        waves = state.requests.max_in_flight[lanes.row[order]] > 1
+        soon = torch.where(waves & ~transitions.drafts.unsure(state, lanes.exit_at)[order], NEVER, soon)
     next = running & (number < state.config.max_lanes) if state.config.max_lanes else running
     ahead = (
         torch.where(running, soon, NEVER).min(),

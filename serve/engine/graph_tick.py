@@ -186,7 +186,6 @@ class GraphTick:
             reads |= (wide or known.drafts > 0) and schedule.drafts_due(forced=idle)
             if reads:
                 read_out()
-                schedule.since = 0
                 self.counts.reads[sizes.reads] += 1
             if self.is_over(ended):
                 break

@@ -15,7 +15,7 @@ class ReadoutSchedule:
         self.coda_wait, self.max_lanes = coda_wait, max_lanes
         self.costs: Costs | None = None
         self.waited = 0  # passes that an exit has waited
-        self.every, self.since = 1, 0  # passes between drafts of waves, and passes since a read-out
+        self.every, self.since = 1, 0  # passes between drafts of waves, and passes since the last
         self.load = [0.0, 0.0, 0.0]  # passes, lanes in them, exits; older steps count half as much each
 
     def begin_step(self, every: int) -> None:
@@ -53,7 +53,9 @@ class ReadoutSchedule:
 
     def drafts_due(self, forced: bool = False) -> bool:
         """Drafts that wait are read out now. Those of all waves wait for the same passes, one in `every`."""
-        return forced or self.since >= self.every
+        due = forced or self.since >= self.every
+        self.since = 0 if due else self.since
+        return due
 
     def reset(self) -> None:
         """No exit waits."""

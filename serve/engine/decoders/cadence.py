@@ -1,9 +1,10 @@
 """The cadence of drafts: which waves draft when, and K, the recurrences between drafts, where it is left to the engine.
 
-Let t be the depth from which a position's draft is its token, and E the mean of ceil(t / K) over positions. A wave of w
-positions takes max(K E, R / w) passes a token. Of these, one in K is followed by a read-out. K is the one at which all
-requests together gain the most tokens a second, by the measured costs of passes and read-outs at so many lanes; at
-K = R a wave is plain decoding. Only K = 1 shows every t, so a coarser cadence is left for that now and then.
+Let t be the depth from which a position's draft is its token. The next position's last start is K ceil(t / K) passes
+behind, at most R. So a wave of w positions takes the mean of that, or R / w, passes a token, whichever is more. Of
+these, one in K is followed by a read-out. K is the one at which all requests together gain the most tokens a second, by
+the measured costs of passes and read-outs at so many lanes; at K = R a wave is plain decoding. Only K = 1 shows every
+t, so a coarser cadence is left for that now and then.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def rate(
     """
     share = 1 + max(budget - plain - waves, 0) // max(waves, 1) if budget else width
     width = max(1, min(width, share, -(-depth // every)))
-    mean = sum(count * -(-t // every) for t, count in enumerate(settled)) / sum(settled)
-    passes = max(every * mean, depth / width)
+    ahead = sum(count * min(every * -(-t // every), depth) for t, count in enumerate(settled)) / sum(settled)
+    passes = max(ahead, depth / width)
     lanes = waves * width
     a, c = (costs.of_pass(plain + lanes), costs.of_read(lanes)) if costs else (1.0, 1.0)
     return (waves / passes + plain / depth) / (a + c / every)

@@ -52,11 +52,28 @@ def passed(state: State, which: Tensor, row: Tensor, done: Tensor) -> Tensor:
     return (which < state.num_decode_lanes) & (now > before) & ~lanes.exited[which] & wide[row]
 
 
+def unsure(state: State, exits: Tensor) -> Tensor:
+    """[L]: lanes of a row's first position whose draft has not stayed the same over a read-out before it leaves, after
+    `exits` [L] recurrences."""
+    requests, ring = state.requests, state.ring
+    rows = torch.arange(state.config.max_num_seqs, device=exits.device)[:, None]
+    at, last = (part[: state.num_decode_lanes].view(-1, ring) for part in (state.lanes.draft_depth, exits - 1))
+    stays, ends = (requests.drafts[rows, depth.clamp(0, requests.drafts.shape[1] - 1)] for depth in (at, last))
+    first = state.lanes.position[: state.num_decode_lanes].view(-1, ring) == requests.next_position[:-1, None]
+    return (first & (stays >= ends)).view(-1)
+
+
 def of_waves(state: State, flags: Tensor) -> Tensor:
-    """[L]: `flags` [L] of waves alone, but for the exits of positions that have no other beside them."""
+    """[L]: `flags` [L] of waves alone, but for exits that should wait for no other read-out.
+
+    These are exits without other positions beside them, and those that are `unsure`: the draft may be wrong, and then
+    all behind it waste their passes.
+    """
+    lanes, ring = state.lanes, state.ring
     waves, several = state.requests.max_in_flight[:-1, None] > 1, in_flight(state)[:-1, None] > 1
-    drafts = ~state.lanes.exited[: state.num_decode_lanes].view(-1, state.ring)
-    return (flags.view(-1, state.ring) & waves & (several | drafts)).view(-1)
+    sure = ~unsure(state, lanes.exit_depth).view(-1, ring)
+    drafts = ~lanes.exited[: state.num_decode_lanes].view(-1, ring)
+    return (flags.view(-1, ring) & waves & (drafts | (several & sure))).view(-1)
 
 
 def due(state: State) -> Tensor:

@@ -23,7 +23,7 @@ def simulated(every: int, depth: int, settled: list[int], width: int) -> float:
     for t in settled:
         done.append(max(start[-1] + depth, done[-1] if done else 0))
         free = done[-width] if len(done) >= width else 0
-        start.append(max(start[-1] + every * -(-t // every), free))
+        start.append(max(start[-1] + min(every * -(-t // every), depth), free))
     return done[-1] / len(settled)
 
 
