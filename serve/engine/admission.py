@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .exits import RULES
@@ -43,6 +44,13 @@ def prompt_rules(policy: KVPolicy, config: Any) -> tuple[str, ...]:
     """
     whole = policy.overwrites or not config.coda
     return tuple(name for name, rule in RULES.items() if whole or rule.reads != "logits")
+
+
+def exact(request: Request, rule: str, config: Any) -> Request:
+    """The request as it is decoded: plainly, if its exit `rule` reads logits through a coda. In a wave, the coda's keys
+    of the positions before are those of drafts, by which the rule might end a position elsewhere."""
+    plain = request.max_in_flight > 1 and RULES[rule].reads == "logits" and config.coda
+    return replace(request, max_in_flight=1) if plain else request
 
 
 def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import costs, transitions
-from .admission import refusal, too_narrow
+from .admission import exact, refusal, too_narrow
 from .attention.base import Attention
 from .compile import ALONE, compiled
 from .costs import Costs
@@ -127,6 +127,7 @@ class Loop:
         rule = request.rule if request.num_recurrences > request.min_recurrences else "fixed"
         if reason := refusal(request, self.state.policy, self.forward.parts.config, self.config.max_in_flight):
             raise ValueError(reason)
+        request = exact(request, rule, self.forward.parts.config)
         transitions.requests.admit(self.state, row, request, NUMBER[rule], passes, lane_passes)
         if request.diffusion:
             self.diffusion.settings[row] = request.diffusion

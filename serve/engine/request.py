@@ -24,8 +24,7 @@ class Request:
     diffusion: settings of the decoder `diffusion`; None for another decoder.
     wants_prompt_logits: the loop's reader gets the head's input at every prompt position.
     sampling: "argmax"; "drawn" (by temperature) or "cut" (by top-k, top-p or min-p, too) on the device; or "host".
-    penalised: logits depend on the tokens before.
-    logprobs: log-probabilities of its tokens, and of so many likeliest ones, by the device; None: none.
+    penalised: logits depend on the tokens before.   logprobs: its tokens', and those of so many likeliest; None: none.
     """
 
     num_recurrences: int

@@ -180,3 +180,14 @@ def test_wrong_drafts_cost_no_passes(depth, every):
     (done,) = engine.generate([[5, 6, 7]], asked)
     assert done.tokens == want.tokens
     assert done.passes <= 1.03 * want.passes
+
+
+def test_a_rule_that_reads_logits_through_a_coda_sees_no_drafts():
+    """The rule would read the coda's keys of drafts, and end positions at other depths: it is decoded plainly."""
+    shape, draw = SHAPES[3], random.Random(1003)
+    prompts = [[draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 4)))] for _ in range(8)]
+    params = [Params(14, 4, 3, "argmax-stability", 1.0, ignore_eos=True, temperature=1.5, seed=n) for n in range(8)]
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64, "kv_policy": "last-exited"}
+    want = Engine(build(**shape), **sizes).generate(prompts, params)
+    waves = [replace(p, decoder="wave", max_in_flight=5) for p in params]
+    assert Engine(build(**shape), max_in_flight=5, **sizes).generate(prompts, waves) == want
