@@ -409,7 +409,7 @@ class Engine:
             completion.tokens += tokens
             completion.depths += depths
             if (top := each[number].logprobs) is not None:
-                completion.logprobs += loop.context.logprobs.newest(row, len(tokens), top)
+                completion.logprobs += loop.context.logprobs.of_row(row, len(tokens), top)
 
     def _sample(
         self, logits: torch.Tensor, best: torch.Tensor, row: torch.Tensor, position: torch.Tensor

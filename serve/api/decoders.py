@@ -69,17 +69,24 @@ def drafts_of(given: Mapping[str, Any], every: int, depths: tuple[int, ...]) -> 
     return (every, depths) if own is None else (0 if own == "auto" else own, ())
 
 
-def decoder_of(params: Any, decoder: str, max_in_flight: int, every: int = 1, depths: tuple[int, ...] = ()) -> Decoder:
+def decoder_of(
+    params: Any,
+    decoder: str,
+    max_in_flight: int,
+    every: int = 1,
+    depths: tuple[int, ...] = (),
+    raw_logprobs: bool = False,
+) -> Decoder:
     """The decoder of a request with vLLM's sampling `params`.
 
     The others are the server's defaults: `every` and `depths` are its draft_every and draft_depths. A wave whose
-    parameters read earlier tokens is decoded plainly, which gives the same tokens.
+    parameters read earlier tokens is decoded plainly, which gives the same tokens. raw_logprobs: as in `history`.
     """
     given = rename_fields(params.extra_args or {}, None)  # validation has warned
     name, most = given.get("decoder", decoder), given.get("max_in_flight", max_in_flight)
     if name == "diffusion":
         return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=most))
-    if name != "wave" or history(params) is not None:
+    if name != "wave" or history(params, raw_logprobs) is not None:
         return Decoder()
     every, depths = drafts_of(given, every, depths)
     if most == "auto":
@@ -87,9 +94,17 @@ def decoder_of(params: Any, decoder: str, max_in_flight: int, every: int = 1, de
     return Decoder(most, every, depths)
 
 
-def history(params: Any) -> str | None:
-    """The first of vLLM's sampling `params` that needs all earlier tokens to sample the next; None without one."""
-    return next((n for n, off in HISTORY.items() if getattr(params, n, None) not in off), None)
+def history(params: Any, raw_logprobs: bool = False) -> str | None:
+    """The first of vLLM's sampling `params` for which the caller samples one token after the other; None without one.
+
+    raw_logprobs: log-probabilities are those of the model's own logits (vLLM's default), which the engine computes
+    beside its tokens, of up to `MOST` likeliest ones.
+    """
+    from ..engine.logprobs import MOST
+
+    by_engine = raw_logprobs and 0 <= (getattr(params, "logprobs", None) or 0) <= MOST
+    given = (name for name, off in HISTORY.items() if getattr(params, name, None) not in off)
+    return next((name for name in given if not (by_engine and name == "logprobs")), None)
 
 
 def diffusion(given: dict[str, Any] | str) -> DiffusionSettings:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...deprecated import SERVING, accept_old_names
-from .decoders import auto_width
+from .decoders import Decoder, auto_width, decoder_of
 
 LANES = "loopwise_lanes"  # key in vLLM's additional_config: the lane engine's settings, complete
 SETTINGS = "loopwise"  # key in vLLM's additional_config: the user's settings, keys of `loopwise serve`
@@ -64,6 +64,12 @@ class LaneConfig:
     def at(self, max_recurrences: int) -> LaneConfig:
         """These settings with `max_in_flight` for requests of up to `max_recurrences`."""
         return replace(self, max_in_flight=auto_width(max_recurrences, self.draft_every, self.draft_depths))
+
+    def decoder_of(self, params: Any, raw_logprobs: bool) -> Decoder:
+        """The decoder of a request with vLLM's sampling `params`, as `decoders.decoder_of` says."""
+        return decoder_of(
+            params, self.decoder, self.max_in_flight or 1, self.draft_every, self.draft_depths, raw_logprobs
+        )
 
     def flags(self) -> dict[str, Any]:
         """Arguments of vLLM for these settings: `vllm.LLM(model, **LaneConfig().flags())`."""

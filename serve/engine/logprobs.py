@@ -52,12 +52,18 @@ class Logprobs:
         self.values.index_put_(place, torch.cat([chosen, top.values], -1))
         self.ranks.index_put_(place, (values >= chosen).sum(-1))
 
-    def newest(self, row: int, count: int, top: int) -> list[TokenLogprobs]:
-        """Those of the `count` tokens that a step gave to a row, with `top` likeliest tokens each. Waits for the
-        device."""
-        last = int(self.requests.next_position[row])  # of the newest token, which the position before it gave
-        at = torch.arange(last - count, last, device=self.ids.device) % self.room
-        parts = self.ids[row, at].tolist(), self.values[row, at].tolist(), self.ranks[row, at].tolist()
+    def newest(self, rows: list[int], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the newest `counts[n]` tokens of `rows[n]`, one after the other, on the host: ids and values
+        [sum of counts, 1 + K], the token's own first, and ranks [sum of counts]. Waits for the device."""
+        row = torch.tensor(rows).repeat_interleave(torch.tensor(counts))
+        back = torch.tensor([n for count in counts for n in range(count, 0, -1)], dtype=torch.long)
+        row, back = row.to(self.ids.device), back.to(self.ids.device)
+        at = (self.requests.next_position[row] - back) % self.room  # the position before a token gave it
+        return self.ids[row, at].cpu(), self.values[row, at].cpu(), self.ranks[row, at].cpu()
+
+    def of_row(self, row: int, count: int, top: int) -> list[TokenLogprobs]:
+        """The newest `count` tokens of a row, with `top` likeliest tokens each."""
+        parts = (part.tolist() for part in self.newest([row], [count]))
         return [
             TokenLogprobs(ids[0], values[0], rank, dict(list(zip(ids[1:], values[1:], strict=True))[:top]))
             for ids, values, rank in zip(*parts, strict=True)

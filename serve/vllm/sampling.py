@@ -57,6 +57,9 @@ class LaneSampler:
         self.sampler, self.draws = NoisySampler(model.logprobs_mode), Draws(rows, device)
         self.processors, self.vocabulary, self.device = Processors(vllm_config, device), model.get_vocab_size(), device
         self.requests = self.processors.requests
+        self.raw_logprobs = model.logprobs_mode == "raw_logprobs"
+        self.noted: dict[int, int] = {}  # engine row -> its `logprobs`, where the engine computes them
+        self.records: Any = None  # the engine's Logprobs
         self.sampling: dict[int, str] = {}  # engine row -> Request.sampling
         self.in_use: Any = None  # the engine's: sampling methods of the running requests
         self.seed: dict[int, int] = {}
@@ -76,6 +79,9 @@ class LaneSampler:
         top_k = max(params.top_k, 0)
         sampling = self.draws.admit(row, params.temperature, top_k, params.top_p, params.min_p, seed)
         self.sampling[row] = "host" if self._needs_vllm(params) else sampling
+        self.noted.pop(row, None)
+        if params.logprobs is not None and history(params, self.raw_logprobs) is None:
+            self.noted[row] = params.logprobs
 
     def release(self, row: int) -> None:
         """The request in engine row `row` has ended, or pauses."""
@@ -84,7 +90,7 @@ class LaneSampler:
     def _needs_vllm(self, p: Any) -> bool:
         """True where vLLM's sampler does more for these params than argmax, or cuts and a random token."""
         own = self.processors.any_of_users
-        return own or history(p) is not None or bool(p.logit_bias or p.allowed_token_ids)
+        return own or history(p, self.raw_logprobs) is not None or bool(p.logit_bias or p.allowed_token_ids)
 
     def start_step(self) -> None:
         """Forget the log-probabilities and faults of the step before."""
@@ -149,9 +155,9 @@ class LaneSampler:
         for n in new:
             requests[n].output.append(values[n])  # penalties read it before the step ends
             requests[n].appended += 1
-        if (found := out.logprobs_tensors) is not None and new:
-            chosen = found.logprob_token_ids[new], found.logprobs[new], found.selected_token_ranks[new]
-            self.logprobs.append(([rows[n] for n in new], LogprobsTensors(*chosen)))
+        if (found := out.logprobs_tensors) is not None and (ours := [n for n in new if rows[n] not in self.noted]):
+            chosen = found.logprob_token_ids[ours], found.logprobs[ours], found.selected_token_ranks[ours]
+            self.logprobs.append(([rows[n] for n in ours], LogprobsTensors(*chosen)))
         return tokens
 
     def lists(self, rows: list[int], counts: list[int]) -> LogprobsLists | None:
@@ -160,21 +166,32 @@ class LaneSampler:
         Requests are in the order of engine `rows`, with `counts` tokens each; further counts are of requests without a
         row. Those that asked for none, or for fewer than others, have zeros.
         """
-        if not self.logprobs:
-            return None
         starts = [0]
         for count in counts:
             starts.append(starts[-1] + count)
         place = dict(zip(rows, starts, strict=False))  # of a row's next token
-        width = max(values.logprobs.shape[1] for _, values in self.logprobs)
-        shapes = zip(self.logprobs[0][1][:3], ((starts[-1], width), (starts[-1], width), (starts[-1],)), strict=True)
+        parts = self.logprobs + self._noted(rows, counts)
+        if not parts:
+            return None
+        width = max(values.logprobs.shape[1] for _, values in parts)
+        shapes = zip(parts[0][1][:3], ((starts[-1], width), (starts[-1], width), (starts[-1],)), strict=True)
         out = [torch.zeros(shape, dtype=part.dtype) for part, shape in shapes]
-        for sampled, values in self.logprobs:
+        for sampled, values in parts:
             places = []
             for row in sampled:
                 places.append(place[row])
                 place[row] += 1
             for whole, part in zip(out, values[:3], strict=True):
-                whole[(torch.tensor(places), *(slice(size) for size in part.shape[1:]))] = part.cpu()
+                whole[(torch.tensor(places), *(slice(size) for size in part.shape[1:]))] = part.to(whole.dtype).cpu()
         tokens, logprobs, ranks = (part.numpy() for part in out)
         return LogprobsLists(tokens, logprobs, ranks, starts)
+
+    def _noted(self, rows: list[int], counts: list[int]) -> list[tuple[list[int], LogprobsTensors]]:
+        """The engine's log-probabilities of this step's tokens, as in `logprobs`: `counts[n]` of `rows[n]`."""
+        given = {row: count for row, count in zip(rows, counts, strict=False) if count and row in self.noted}
+        if not given:
+            return []
+        ids, values, ranks = self.records.newest(list(given), list(given.values()))
+        width = 1 + max(self.noted[row] for row in given)
+        sampled = [row for row, count in given.items() for _ in range(count)]
+        return [(sampled, LogprobsTensors(ids[:, :width], values[:, :width], ranks))]

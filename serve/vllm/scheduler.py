@@ -22,7 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
-from ..api.decoders import Decoder, decoder_of
+from ..api.decoders import Decoder
 from ..api.depth import Depth, depth_of
 from ..api.lanes import LaneConfig
 from ..api.prompt_budget import PromptBudget
@@ -101,8 +101,8 @@ class LaneScheduler(Scheduler):
         assert params is not None, "the lane engine generates text only"
         try:
             depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
-            lanes = self.lanes
-            decoder = decoder_of(params, lanes.decoder, lanes.max_in_flight, lanes.draft_every, lanes.draft_depths)
+            raw = self.vllm_config.model_config.logprobs_mode == "raw_logprobs"
+            decoder = self.lanes.decoder_of(params, raw)
         except Exception as error:
             depth, decoder = depth_of({}, self.config.num_recurrences, None), Decoder()
             self._fail(name, error)

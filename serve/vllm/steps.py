@@ -16,7 +16,7 @@ import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from ..api.decoders import DECODERS, Decoder, decoder_of
+from ..api.decoders import DECODERS, Decoder
 from ..api.depth import depth_of
 from ..api.lanes import LaneConfig
 from ..engine.loop import Loop, Prompt
@@ -47,6 +47,7 @@ class LaneSteps:
     ):
         self.loop, self.sampler, self.reader, self.config, self.lanes = loop, sampler, reader, config, lanes
         sampler.known_tokens, sampler.in_use = loop.state.requests.known_tokens, loop.work.in_use
+        sampler.records = loop.context.logprobs
         loop.eager_tick.budget = lanes.budget or 0
         self.cut = False  # a prompt's next tokens wait for the step to end
         loop.somebody_waits = lambda: self.cut or arrived()
@@ -145,6 +146,7 @@ class LaneSteps:
                 sampled_by_host=params.structured_outputs is not None,
                 wants_prompt_logits=request.prompt_logprobs is not None,
                 sampling=self.sampler.sampling[row],
+                logprobs=self.sampler.noted.get(row),
                 max_in_flight=decoder.max_in_flight,
                 draft_every=decoder.draft_every,
                 draft_depths=decoder.draft_depths,
@@ -162,8 +164,7 @@ class LaneSteps:
 
     def _decoder(self, request: Held, row: int) -> Decoder:
         """The decoder of a request in `row`. A diffusion without a seed gets the request's own."""
-        lanes = self.lanes
-        decoder = decoder_of(request.params, lanes.decoder, lanes.max_in_flight, lanes.draft_every, lanes.draft_depths)
+        decoder = self.lanes.decoder_of(request.params, self.sampler.raw_logprobs)
         self.sampler.admit(row, request, decoder.name)
         if decoder.diffusion and not decoder.diffusion.seed:
             decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=self.sampler.seed[row]))

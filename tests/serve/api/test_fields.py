@@ -226,6 +226,15 @@ def test_a_diffusion_cannot_look_back(values):
     assert decoder_of(SimpleNamespace(temperature=1.0, extra_args={}), "wave", 8).max_in_flight == 8
 
 
+def test_log_probabilities_that_the_engine_computes_keep_a_wave():
+    def name(raw: bool, **values: object) -> str:
+        return decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8, raw_logprobs=raw).name
+
+    assert [name(True, logprobs=n) for n in (0, 20, 21, -1)] == ["wave", "wave", "plain", "plain"]
+    assert name(False, logprobs=1) == name(True, logprobs=1, min_tokens=3) == "plain"
+    assert name(True, logprobs=1, logprob_token_ids=[5]) == "plain"
+
+
 def test_a_model_says_which_decoders_do_not_go_with_it():
     limits = replace(LANES, unfit={"wave": "a wave needs more"}, decoder="plain")
     assert "a wave needs more" in str(refusal({"decoder": "wave"}, limits))

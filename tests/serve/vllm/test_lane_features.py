@@ -35,6 +35,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": 3},
     "all-logprobs": {"logprobs": -1},
     "logprobs-of-tokens": {"logprob_token_ids": [65, 66]},
+    "logprobs-of-a-wave": {"logprobs": 2, "extra_args": {"trace": TRACE, "decoder": "wave", "max_in_flight": 4}},
+    "logprobs-of-a-bias": {"logprobs": 2, "logit_bias": {"65": 1e-6}},  # sampled by vLLM's sampler
     "prompt-logprobs": {"prompt_logprobs": 2},
     "prompt-logprobs-of-one-token": {"prompt_logprobs": 2, "prompt": [65]},
     "seeded": RANDOM,
@@ -139,7 +141,7 @@ def test_neighbours_and_order_do_not_matter(results):
             assert first["tokens"] == second["tokens"], name
 
 
-@pytest.mark.parametrize("name", ["greedy", "logprobs", "all-logprobs", "prompt-logprobs"])
+@pytest.mark.parametrize("name", ["greedy", "prompt-logprobs", "all-logprobs", "logprobs", "logprobs-of-a-wave"])
 def test_greedy_tokens_are_the_same_whatever_is_reported(name, results, greedy):
     assert results[name][0]["tokens"] == greedy
 
@@ -156,7 +158,7 @@ def test_log_probabilities_are_those_of_the_tokens(results, model):
     assert results["prompt-logprobs"][0]["prompt_logprobs"] == pytest.approx(want.tolist(), abs=1e-3)
     assert results["logprobs"][0]["logprobs"][0] == pytest.approx(float(logits[-1].max()), abs=1e-3)
     assert len(results["logprobs"][0]["logprobs"]) == 40
-    for name in ("all-logprobs", "logprobs-of-tokens"):
+    for name in ("all-logprobs", "logprobs-of-tokens", "logprobs-of-a-wave", "logprobs-of-a-bias"):
         assert results[name][0]["logprobs"] == pytest.approx(results["logprobs"][0]["logprobs"], abs=1e-3), name
     assert results["prompt-logprobs-of-one-token"][0]["prompt_logprobs"] == []
     assert len(results["prompt-logprobs-of-one-token"][0]["tokens"]) == 40
