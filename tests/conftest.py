@@ -18,3 +18,10 @@ settings.load_profile("untimed")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _plugins_of_vllm():
+    """A command that a test runs in this process names our endpoint plugin: other tests' processes do not load it."""
+    yield
+    os.environ.pop("VLLM_PLUGINS", None)

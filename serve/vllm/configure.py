@@ -21,11 +21,13 @@ from ..api.lanes import LANES, SETTINGS, is_lanes
 from ..api.limits import HttpLimits, check_model, check_packed
 from ..checkpoint import facts_of
 from ..defaults import Defaults, choose
-from ..engine.kv import KVPolicy, policy_of
 from ..recipe import ServeRecipe
 from .arguments import SCHEDULER, WORKER, check_environment, check_vllm_config
 from .arrivals import ARRIVALS, share
 from .startup import apply_generation_config, lacks_compiler
+
+if TYPE_CHECKING:
+    from ..engine.kv import KVPolicy
 
 NAME = "loopwise"  # of our plugins
 ENDPOINTS = "vllm.endpoint_plugins"
@@ -155,6 +157,8 @@ def use_lanes(vllm_config: Any) -> None:
     parallel.worker_cls, scheduler.scheduler_cls = WORKER, SCHEDULER
     scheduler.async_scheduling = False  # a step gives a request 0 to `passes_per_step` tokens
     vllm_config.model_config.enforce_eager = True  # vLLM's own forward does not run
+    from ..engine.kv import policy_of  # which imports torch; `loopwise serve --help` does not
+
     out = excluded(policy_of(vllm_config.model_config.hf_config))
     if out["enable_prefix_caching"]:
         vllm_config.cache_config.enable_prefix_caching = False

@@ -50,7 +50,7 @@ def test_dear_lanes_and_read_outs_make_drafts_rare():
     assert best(right_at[3], Costs(flat, flat)) == 3
     assert best(right_at[8], Costs(flat, flat)) == 8  # plain decoding
     assert best(mixed, Costs(flat, none)) == 1
-    assert best(mixed, Costs(flat, {1: 9.0, 64: 9.0})) == 4
+    assert best(mixed, Costs(flat, {1: 16.0, 64: 16.0})) == 4
     assert best(mixed, Costs(dear, none), plain=32) == 8
     assert best(mixed, Costs(flat, none), plain=32, budget=33) == 1  # no lane is left for drafts: all are plain
 

@@ -29,7 +29,7 @@ def test_rows_take_turns():
         first = [n for n in runs if n // state.ring >= turn] + [n for n in runs if n // state.ring < turn]
         choose(state)  # without `enter`: no row loses its turn
         order, counts = choose(state)
-        assert (order[: len(runs)].tolist(), counts.tolist()) == (first, [len(waits), len(runs)])
+        assert (order[: len(runs)].tolist(), counts.tolist()) == (first, [len(waits), len(runs), 0])
         if first:
             enter(state, order[: min(len(runs), 3)])
             turn = first[2] // state.ring + 1 if len(first) > 3 else turn
