@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict, fields, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UserError
 from ...process import SERVER

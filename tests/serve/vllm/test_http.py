@@ -206,7 +206,7 @@ def test_depths_at_which_a_wave_drafts_change_no_token(client, model, fields):
     more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave", **fields}
     reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompts()[3], extra_body=more)
     assert reply.choices[0].token_ids == generate(model[1], prompts()[3], 3, 24).tokens
-    # Drafts of random weights are wrong: plain decoding takes 69 passes. An exit may wait for one more (coda_wait=auto).
+    # Drafts of random weights are wrong: plain decoding takes 69 passes. By coda_wait=auto an exit waits for one more.
     assert reply.usage.passes["sequential"] <= 96
 
 
