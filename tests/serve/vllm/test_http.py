@@ -179,11 +179,14 @@ def test_a_request_chooses_its_decoder(client, model, server, place):
     assert usage["plain"] == plain
     assert usage["wave"]["sequential"] < 69 <= usage["wave"]["items"] == 69 + usage["wave"]["wasted"]
     assert usage["diffusion"]["wave"] > 1
-    more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave"}
-    reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, logprobs=1, extra_body=more)
-    assert reply.choices[0].token_ids == want
-    assert len(reply.choices[0].logprobs.tokens) == 24
-    assert reply.usage.passes == plain
+    for looks_back in (False, True):
+        more = {"ignore_eos": True, "return_token_ids": True, "decoder": "wave"} | (
+            {"min_tokens": 1} if looks_back else {}
+        )
+        reply = client.completions.create(**{**GREEDY, "max_tokens": 24}, prompt=prompt, logprobs=1, extra_body=more)
+        assert reply.choices[0].token_ids == want
+        assert len(reply.choices[0].logprobs.tokens) == 24
+        assert (reply.usage.passes == plain) is looks_back  # log-probabilities alone keep the wave
     lines = urllib.request.urlopen(server.url + "/metrics", timeout=30).read().decode().splitlines()
     metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     name = 'loopwise:{}_total{{decoder="{}",model_name="tiny"}}'
