@@ -33,7 +33,7 @@ Trace = list[list[int]]  # of each position: its drafts at depths 1 to R, of whi
 
 
 class Spent(NamedTuple):
-    """Of one token: passes of the core, calls of a read-out, lanes in passes, lanes in read-outs."""
+    """The work for one token: passes of the core, calls of a read-out, lanes in passes, lanes in read-outs."""
 
     passes: float
     reads: float

@@ -37,6 +37,11 @@ def own_processes() -> None:
     configuration["loopwise"] = _First()
 
 
+def is_server() -> bool:
+    """True in the process of `loopwise serve`, which has called `own_processes`."""
+    return os.environ.get(SERVER) == str(os.getpid())
+
+
 def stop_with_server() -> None:
     """In a process that the server started: leave its process group, and end when its parent ends. Does nothing in
     other processes. Safe to call again.

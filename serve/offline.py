@@ -22,7 +22,7 @@ from .api.fields import FieldError
 from .api.generation_config import APPLIED, fields_of, given, sampling_of, stop_ids, warning
 from .api.lanes import AUTO, read_auto
 from .api.limits import check_model, check_packed, check_policy, check_router
-from .api.validation import check_drafts, check_frozen, check_threshold
+from .api.validation import check_drafts, check_frozen, check_threshold, check_width
 from .checkpoint import check_tensors, load_tokenizer, read_fields
 from .engine.adapters.transformers import TransformersParts
 from .engine.admission import refusal, too_narrow
@@ -222,6 +222,7 @@ class Engine:
                 raise UserError("exit_rule='gate': this model has no exit gate")
             if params.decoder == "diffusion":
                 check_frozen({name: value for name, value in vars(params).items() if value not in (None, ())})
+            check_width(params.max_in_flight, params.decoder)
             check_drafts(vars(params), params.decoder, policy.depths)
             if params.exit_threshold is not None:
                 check_threshold(params.exit_threshold, rule)
@@ -253,8 +254,6 @@ class Engine:
         """Fields of a Request of `limit` recurrences for the decoder of `params`. Raises UserError."""
         most = params.max_in_flight
         if params.decoder == "diffusion":
-            if most == "auto":
-                raise UserError("max_in_flight='auto': decoder='diffusion' needs a number, as its text depends on it")
             return {"diffusion": replace(params.diffusion, max_in_flight=most)}
         if params.decoder == "plain":
             return {}

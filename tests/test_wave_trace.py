@@ -20,7 +20,7 @@ def found(make: Any, temperature: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("temperature", [0.8, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_simulated_passes_are_those_of_the_engine(temperature):
-    """Of a random model without a coda, most of whose drafts are wrong, and of one whose drafts are right."""
+    """One random model without a coda has mostly wrong drafts, the other has right ones."""
     flat: dict[str, Any] = {"prelude": [0, 1], "core": [2], "coda": [], "recurrence_damping": 0.3}
     wrong = found(lambda: build(num_recurrences=8, max_recurrences=8, **flat), temperature)
     right = found(lambda: agreeing(8), temperature)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DECODERS = ("plain", "wave", "diffusion")
 MOST_AUTO = 32  # positions in flight that max_in_flight=auto gives
+ENGINE_MODE = "raw_logprobs"  # vLLM's default logprobs_mode
 LARGE = 1 << 43  # above every number of a diffusion, and every threshold
 # vLLM's sampling parameters that read earlier tokens, or are reported token by token: the values that turn them off.
 HISTORY: dict[str, tuple] = {
@@ -75,18 +76,18 @@ def decoder_of(
     max_in_flight: int,
     every: int = 1,
     depths: tuple[int, ...] = (),
-    raw_logprobs: bool = False,
+    logprobs_mode: str = "",
 ) -> Decoder:
     """The decoder of a request with vLLM's sampling `params`.
 
     The others are the server's defaults: `every` and `depths` are its draft_every and draft_depths. A wave whose
-    parameters read earlier tokens is decoded plainly, which gives the same tokens. raw_logprobs: as in `history`.
+    parameters read earlier tokens is decoded plainly, which gives the same tokens. logprobs_mode: as in `history`.
     """
     given = rename_fields(params.extra_args or {}, None)  # validation has warned
     name, most = given.get("decoder", decoder), given.get("max_in_flight", max_in_flight)
     if name == "diffusion":
         return Decoder(diffusion=replace(diffusion(given.get("diffusion", {})), max_in_flight=most))
-    if name != "wave" or history(params, raw_logprobs) is not None:
+    if name != "wave" or history(params, logprobs_mode) is not None:
         return Decoder()
     every, depths = drafts_of(given, every, depths)
     if most == "auto":
@@ -94,15 +95,15 @@ def decoder_of(
     return Decoder(most, every, depths)
 
 
-def history(params: Any, raw_logprobs: bool = False) -> str | None:
+def history(params: Any, logprobs_mode: str = "") -> str | None:
     """The first of vLLM's sampling `params` for which the caller samples one token after the other; None without one.
 
-    raw_logprobs: log-probabilities are those of the model's own logits (vLLM's default), which the engine computes
-    beside its tokens, of up to `MOST` likeliest ones.
+    logprobs_mode: vLLM's. By its default the engine computes log-probabilities beside its tokens, of up to `MOST`
+    likeliest ones: they are those of the model's own logits.
     """
     from ..engine.logprobs import MOST
 
-    by_engine = raw_logprobs and 0 <= (getattr(params, "logprobs", None) or 0) <= MOST
+    by_engine = logprobs_mode == ENGINE_MODE and 0 <= (getattr(params, "logprobs", None) or 0) <= MOST
     given = (name for name, off in HISTORY.items() if getattr(params, name, None) not in off)
     return next((name for name in given if not (by_engine and name == "logprobs")), None)
 

@@ -65,11 +65,9 @@ class LaneConfig:
         """These settings with `max_in_flight` for requests of up to `max_recurrences`."""
         return replace(self, max_in_flight=auto_width(max_recurrences, self.draft_every, self.draft_depths))
 
-    def decoder_of(self, params: Any, raw_logprobs: bool) -> Decoder:
+    def decoder_of(self, params: Any, logprobs_mode: str) -> Decoder:
         """The decoder of a request with vLLM's sampling `params`, as `decoders.decoder_of` says."""
-        return decoder_of(
-            params, self.decoder, self.max_in_flight or 1, self.draft_every, self.draft_depths, raw_logprobs
-        )
+        return decoder_of(params, self.decoder, self.max_in_flight, self.draft_every, self.draft_depths, logprobs_mode)
 
     def flags(self) -> dict[str, Any]:
         """Arguments of vLLM for these settings: `vllm.LLM(model, **LaneConfig().flags())`."""

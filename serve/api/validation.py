@@ -93,8 +93,7 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     least = 2 if decoder == "diffusion" else 1
     name, most = "max_in_flight", limits.max_in_flight
     in_flight = values.get(name, most)
-    if in_flight == "auto" and decoder == "diffusion":
-        raise FieldError(name, f"{name}='auto': decoder='diffusion' needs a number, as its text depends on it")
+    check_width(in_flight, decoder)
     in_flight = most if in_flight == "auto" else in_flight
     if isinstance(in_flight, bool) or not isinstance(in_flight, int) or not least <= in_flight <= most:
         auto = ", or 'auto'" if decoder != "diffusion" else ""
@@ -120,6 +119,13 @@ def _check_decoder(values: dict[str, Any], limits: Limits) -> dict[str, Any]:
     if isinstance(values.get("diffusion"), dict):
         values["diffusion"] = json.dumps(values["diffusion"])
     return values
+
+
+def check_width(in_flight: Any, decoder: str) -> None:
+    """Raises FieldError for a diffusion whose `max_in_flight` is "auto"."""
+    if in_flight == "auto" and decoder == "diffusion":
+        rule = "decoder='diffusion' needs a number, as its text depends on it"
+        raise FieldError("max_in_flight", f"max_in_flight='auto': {rule}")
 
 
 def check_drafts(values: dict[str, Any], decoder: str, most: int) -> None:

@@ -155,14 +155,19 @@ def _fetch(graph: GraphState, every: Tensor) -> tuple[Tensor, ...]:
     return which, real, row, torch.where(real, position, 0), s
 
 
+def with_known(state: State, row: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens [n] after positions [n] of rows [n]: those known beforehand where there are some, else `tokens` [n]."""
+    known = state.requests.known_tokens[row, position + 1].long()
+    return torch.where(known > 0, known - 1, tokens)
+
+
 def _emit(
     graph: GraphState, which: Tensor, real: Tensor, row: Tensor, position: Tensor, tokens: Tensor
 ) -> tuple[Tensor, ...]:
     """Put out `tokens` [N], or the tokens known beforehand. Returns, for each: the lane in which it starts; it does
     start; its row; its position; the token."""
     state = graph.state
-    known = state.requests.known_tokens[row, position + 1].long()
-    tokens = torch.where(known > 0, known - 1, tokens)
+    tokens = with_known(state, row, position, tokens)
     position, stopped = transitions.steps.emit(state, which, row, position, tokens)
     transitions.padding.clear_spare_count(state)
     there = real & ~stopped
@@ -179,8 +184,7 @@ def _advance(
     A plain request is a wave of one position. Returns what starts, as `_emit` does, for each [M].
     """
     state = graph.state
-    known = state.requests.known_tokens[row, position + 1].long()
-    transitions.windows.set_drafts(state, which, torch.where(known > 0, known - 1, tokens))
+    transitions.windows.set_drafts(state, which, with_known(state, row, position, tokens))
     live, spare = state.requests.live[:-1], state.config.max_num_seqs
     place = torch.where(live, live.cumsum(0) - 1, len(graph.every))
     rows = torch.full_like(graph.order, spare).index_put((place,), torch.arange(spare, device=live.device))

@@ -23,7 +23,7 @@ from torch import Tensor
 from .attention.base import Rows
 from .compile import ALONE, compiled
 from .exits import RULES
-from .graph_steps import STEPS, GraphState, GraphSteps, Note, keep_order
+from .graph_steps import STEPS, GraphState, GraphSteps, Note, keep_order, with_known
 from .graphs import GraphCache, padded, sizes
 from .tick import TickContext, TickReport
 
@@ -238,8 +238,7 @@ class GraphTick:
         logits, best = self.forward.head(self.forward.read_out(s, row, position, real))
         tokens = self.context.sampler(logits, best, row, position + 1)
         if self.work.in_use["logprobs"]:
-            known = self.state.requests.known_tokens[row, position + 1].long()
-            self.context.logprobs.note(logits, torch.where(known > 0, known - 1, tokens), row, position)
+            self.context.logprobs.note(logits, with_known(self.state, row, position, tokens), row, position)
         if starts:
             started = self.steps.advance(self.graph, which, row, position, tokens, self.graph.every[:starts])
         else:

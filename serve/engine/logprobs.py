@@ -18,7 +18,9 @@ MOST = 20  # likeliest tokens of a position, vLLM's default of max_logprobs
 
 
 class TokenLogprobs(NamedTuple):
-    """Of one token. token, logprob: the sampled one, by the model's logits without temperature, penalties or cuts.
+    """The log-probabilities of one token.
+
+    token, logprob: the sampled one, by the model's logits without temperature, penalties or cuts.
     rank: tokens at least as likely.   top: the likeliest tokens with theirs, as many as were asked for."""
 
     token: int

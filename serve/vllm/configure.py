@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UserError
-from ...process import SERVER
+from ...process import is_server
 from ...recipe import settled, validate
 from ..api.architectures import vllm_architecture
 from ..api.lanes import LANES, SETTINGS, is_lanes
@@ -73,7 +73,7 @@ def configure(vllm_config: Any) -> None:
     if is_lanes(vllm_config):
         use_lanes(vllm_config)
     apply_generation_config(vllm_config.model_config)
-    if chosen and os.environ.get(SERVER) != str(os.getpid()):  # `loopwise serve` prints its own lines
+    if chosen and not is_server():  # `loopwise serve` prints its own lines
         print(f"loopwise: {chosen.line()}", file=sys.stderr, flush=True)
 
 

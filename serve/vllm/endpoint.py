@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from starlette.middleware import Middleware
 
 from ...model import RecurrentDepthConfig
-from ...process import SERVER
+from ...process import is_server
 from ..api.lanes import is_lanes
 from .announce import say
 from .configure import NAME, Hook, http_limits
@@ -62,7 +62,7 @@ class Endpoint:
             return
         limits, app = http_limits(config), self.ending.app
         line = check_exposure(args, limits.open_metrics, os.environ)
-        if line and os.environ.get(SERVER) != str(os.getpid()):  # `loopwise serve` has printed it before
+        if line and not is_server():  # `loopwise serve` has printed it before
             say(line)
         metrics = DepthMetrics(config.model_config.served_model_name).update if is_lanes(config) else None
         fields: Any = Middleware(

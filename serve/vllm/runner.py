@@ -91,7 +91,7 @@ class LaneRunner:
         reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
 
     def forget(self) -> None:
-        """What vLLM's runners keep of images and adapters: nothing here."""
+        """Nothing is kept: vLLM's runners keep images and adapters, which lanes lack."""
 
     reset_mm_cache = reset_encoder_cache = reset_lora_state = forget
 

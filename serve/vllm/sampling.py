@@ -57,7 +57,7 @@ class LaneSampler:
         self.sampler, self.draws = NoisySampler(model.logprobs_mode), Draws(rows, device)
         self.processors, self.vocabulary, self.device = Processors(vllm_config, device), model.get_vocab_size(), device
         self.requests = self.processors.requests
-        self.raw_logprobs = model.logprobs_mode == "raw_logprobs"
+        self.logprobs_mode = model.logprobs_mode
         self.noted: dict[int, int] = {}  # engine row -> its `logprobs`, where the engine computes them
         self.records: Any = None  # the engine's Logprobs
         self.sampling: dict[int, str] = {}  # engine row -> Request.sampling
@@ -80,7 +80,7 @@ class LaneSampler:
         sampling = self.draws.admit(row, params.temperature, top_k, params.top_p, params.min_p, seed)
         self.sampling[row] = "host" if self._needs_vllm(params) else sampling
         self.noted.pop(row, None)
-        if params.logprobs is not None and history(params, self.raw_logprobs) is None:
+        if params.logprobs is not None and history(params, self.logprobs_mode) is None:
             self.noted[row] = params.logprobs
 
     def release(self, row: int) -> None:
@@ -90,7 +90,7 @@ class LaneSampler:
     def _needs_vllm(self, p: Any) -> bool:
         """True where vLLM's sampler does more for these params than argmax, or cuts and a random token."""
         own = self.processors.any_of_users
-        return own or history(p, self.raw_logprobs) is not None or bool(p.logit_bias or p.allowed_token_ids)
+        return own or history(p, self.logprobs_mode) is not None or bool(p.logit_bias or p.allowed_token_ids)
 
     def start_step(self) -> None:
         """Forget the log-probabilities and faults of the step before."""

@@ -101,8 +101,7 @@ class LaneScheduler(Scheduler):
         assert params is not None, "the lane engine generates text only"
         try:
             depth = depth_of(params.extra_args or {}, self.config.num_recurrences, self.config.exit)
-            raw = self.vllm_config.model_config.logprobs_mode == "raw_logprobs"
-            decoder = self.lanes.decoder_of(params, raw)
+            decoder = self.lanes.decoder_of(params, self.vllm_config.model_config.logprobs_mode)
         except Exception as error:
             depth, decoder = depth_of({}, self.config.num_recurrences, None), Decoder()
             self._fail(name, error)

@@ -228,7 +228,11 @@ def test_a_diffusion_cannot_look_back(values):
 
 def test_log_probabilities_that_the_engine_computes_keep_a_wave():
     def name(raw: bool, **values: object) -> str:
-        return decoder_of(SimpleNamespace(**values, extra_args={"decoder": "wave"}), "plain", 8, raw_logprobs=raw).name
+        params, mode = (
+            SimpleNamespace(**values, extra_args={"decoder": "wave"}),
+            "raw_logprobs" if raw else "raw_logits",
+        )
+        return decoder_of(params, "plain", 8, logprobs_mode=mode).name
 
     assert [name(True, logprobs=n) for n in (0, 20, 21, -1)] == ["wave", "wave", "plain", "plain"]
     assert name(False, logprobs=1) == name(True, logprobs=1, min_tokens=3) == "plain"

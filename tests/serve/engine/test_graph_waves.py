@@ -80,7 +80,7 @@ def test_waves_and_plain_requests_have_the_text_of_plain_decoding(policy, option
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_read_outs_come_at_the_cadence(every):
-    """As in eager ticks: a position every K passes, a read-out every K passes."""
+    """A wave starts a position every K passes, and is read out every K passes, as in eager ticks."""
     plain = Params(21, 8, ignore_eos=True)
     (want,) = Engine(agreeing(8), max_num_seqs=1, max_model_len=64).generate([[5, 6, 7]], plain)
     engine = with_graphs(agreeing(8), max_num_seqs=1, max_model_len=64, max_in_flight="auto", passes_per_step=99)

@@ -24,7 +24,7 @@ from tests.helpers.vllm_names import Release, imports, relied_upon
 
 NEWEST = "0.33.0"
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-# What one release alone has; `launch.first_module` takes what is there.
+# Modules that one release alone has; `launch.first_module` takes the one that is there.
 MOVED = {module for modules in (ARGUMENTS, STARTUP) for module in modules}
 # Fields of EngineArgs that no flag sets.
 NO_FLAGS = {"enable_mm_processor_stats", "mamba_config", "model_weights"}

@@ -1,4 +1,4 @@
-"""What users of vLLM's server are used to: reasoning and tools on chat, /v1/responses, its chat and its benchmark."""
+"""Habits of vLLM's users: reasoning and tools on chat, /v1/responses, `vllm chat` and `vllm bench serve`."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_a_preempted_wave_goes_on_with_the_same_text(temperature):
 @pytest.mark.parametrize("depth", [3, 8])
 @pytest.mark.parametrize("every", [2, 3, 4])
 def test_wrong_drafts_cost_no_passes(depth, every):
-    """Of random weights; also where K does not divide R."""
+    """Random weights draft wrongly, and a K that does not divide R is among the cases."""
     make, plain = lambda: build(num_recurrences=depth, max_recurrences=depth), Params(17, depth, ignore_eos=True)
     engine = Engine(make(), max_num_seqs=1, max_model_len=64, max_in_flight="auto")
     (want,) = engine.generate([[5, 6, 7]], plain)
