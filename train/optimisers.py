@@ -120,11 +120,61 @@ def build(model: Any, keys: Optimiser) -> torch.optim.Optimizer:
     return MuonAndAdamW(muon, rest, {"momentum": keys.muon_momentum, "adjust_lr_fn": keys.muon_adjust}, options)
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon with its orthogonalisation in float32 on CPUs: without bfloat16 units they take 30 times as long."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step. On other devices it computes in bfloat16, as torch does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        if not self.state[parameter]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(grad)
+        momentum: torch.Tensor = self.state[parameter]["momentum_buffer"]
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        update = orthogonal(update.to(precision(update.device)), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = parameter.shape
+        rms = group["adjust_lr_fn"] == "match_rms_adamw"
+        scale = 0.2 * max(rows, columns) ** 0.5 if rms else max(1, rows / columns) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What Muon multiplies matrices in."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """`matrix` (rows, columns) with singular values near 1, by a quintic Newton-Schulz iteration in its own dtype.
+
+    Source: K. Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
+    """
+    a, b, c = coefficients
+    tall = matrix.size(0) > matrix.size(1)
+    found = matrix.mT if tall else matrix
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.mT
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.mT if tall else found
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the groups `muon` and AdamW for the groups `rest`, as one optimiser with one state."""
+    """Muon for the groups `muon` and AdamW for the groups `rest`, as one optimiser with one state."""
 
     def __init__(self, muon: list[dict], rest: list[dict], muon_options: dict, adamw_options: dict):
-        self.muon = torch.optim.Muon(muon, **muon_options)
+        self.muon = Muon(muon, **muon_options)
         self.adamw = torch.optim.AdamW(rest, **adamw_options) if rest else None
         super().__init__(list(itertools.chain(*(part.param_groups for part in self._parts()))), {})
         self._join()

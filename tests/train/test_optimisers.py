@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loopwise.cli import main
+from loopwise.train import optimisers
 from loopwise.train.optimisers import MuonAndAdamW, build, freeze, groups, roles
 from loopwise.train.pretrained import load_model
 from loopwise.train.recipe import Adapters, Objectives, Optimiser
@@ -61,14 +62,16 @@ def test_groups(relaxed):
     assert group_of("relaxation.0.input_layernorm.weight") == (False, 2e-4, 0.0)
 
 
-def test_muon_and_adamw_are_torchs_own(relaxed):
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_and_adamw_are_torchs_own(adjust, relaxed, monkeypatch):
     """Both optimisers on their own parameters, over three steps with changing learning rates, and after a reload."""
-    keys = Optimiser.model_validate({"kind": "muon", "weight_decay": 0.1})
+    monkeypatch.setattr(optimisers, "precision", lambda device: torch.bfloat16)
+    keys = Optimiser.model_validate({"kind": "muon", "weight_decay": 0.1, "muon_adjust": adjust})
     one, two = load_model(str(relaxed)), load_model(str(relaxed))
     joint = build(one, keys)
     assert isinstance(joint, MuonAndAdamW)
     parts = groups(two, keys)
-    muon = torch.optim.Muon([g for g in parts if g["muon"]], momentum=0.95)
+    muon = torch.optim.Muon([g for g in parts if g["muon"]], momentum=0.95, adjust_lr_fn=adjust)
     adamw = torch.optim.AdamW([g for g in parts if not g["muon"]], betas=(0.9, 0.95), fused=True)
     for step in range(3):
         for model in (one, two):
@@ -85,6 +88,23 @@ def test_muon_and_adamw_are_torchs_own(relaxed):
         for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
             assert torch.equal(a, b), name
     assert len(joint.state_dict()["state"]) == len(list(one.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96)])
+def test_muon_computes_in_float32_on_a_cpu(shape):
+    """Its step is torch's, but for the rounding of bfloat16; singular values end near 1."""
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for kind in (optimisers.Muon, torch.optim.Muon):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = grad.clone()
+        kind([parameter], lr=1.0, weight_decay=0.0).step()
+        steps.append(parameter.detach() / max(1, shape[0] / shape[1]) ** 0.5)
+    ours, theirs = steps
+    exact = -optimisers.orthogonal(grad.double(), (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert (ours - exact).abs().max() < 1e-5
+    assert 1e-4 < (theirs - exact).abs().max() < 0.02
+    assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.4
 
 
 def test_freezing(relaxed):
