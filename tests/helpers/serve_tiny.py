@@ -88,8 +88,9 @@ TWO_RANKS, ON_TWO_CORES = {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BI
 
 
 def cases_run(request: Any, cases: dict[str, Case]) -> dict[str, Case]:
-    """Those of `cases` that this session tests, by the parameter `name` of its tests."""
-    names = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    """Those of `cases` that are tested now, by the parameter `name` of the tests in the file that asks."""
+    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = {item.callspec.params.get("name") for item in own}
     return {name: case for name, case in cases.items() if name in names}
 
 
