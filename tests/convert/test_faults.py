@@ -180,7 +180,7 @@ def cases() -> list[Any]:
     return [pytest.param(name, id=name, marks=[] if name in few else pytest.mark.slow) for name in SUPPORTED]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model_type", cases())
 def test_rounding_is_no_fault(model_type, threads, tmp_path):
     """With LoRA in each dtype, and bit for bit without, in any number of threads."""

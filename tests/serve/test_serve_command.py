@@ -175,8 +175,9 @@ def test_a_wrong_value_of_vllm_s_is_one_line(capsys, model, flags, said):
     ("flags", "said"),
     [
         (["--max-num-seqs", "0"], "--max-num-seqs 0: Input should be greater than or equal to 1"),
-        (["--max-model-len", "9999"], "--max-model-len 9999: User-specified max_model_len (9999) is greater than the "
-         "derived max_model_len (max_position_embeddings=512"),
+        pytest.param(
+            ["--max-model-len", "9999"], "--max-model-len 9999: User-specified max_model_len (9999) is greater than "
+            "the derived max_model_len (max_position_embeddings=512", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_what_vllm_refuses_itself_is_said_before_the_start(model, flags, said):

@@ -48,16 +48,16 @@ def kill_after(checkpoint: Path, process: subprocess.Popen) -> None:
 
 
 def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
-    settings = ["steps=150", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
+    settings = ["steps=90", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    kill_after(killed / "checkpoint-60", start(command(noisy, killed, *settings)))
-    (killed / ".checkpoint-90.partial" / "checkpoint-90").mkdir(parents=True, exist_ok=True)  # killed while writing
+    kill_after(killed / "checkpoint-30", start(command(noisy, killed, *settings)))
+    (killed / ".checkpoint-60.partial" / "checkpoint-60").mkdir(parents=True, exist_ok=True)  # killed while writing
     run(command(noisy, killed, *settings, "--resume"))
     assert "from checkpoint-" in capsys.readouterr().out
     run(command(noisy, whole, *settings))
     assert same(killed, whole)
     for name in ("optimizer.pt", "scheduler.pt"):
-        a, b = (torch.load(path / "checkpoint-150" / name, weights_only=True) for path in (killed, whole))
+        a, b = (torch.load(path / "checkpoint-90" / name, weights_only=True) for path in (killed, whole))
         assert json.dumps(a, default=tolist) == json.dumps(b, default=tolist)
     assert not list(killed.glob(".*"))
     run(command(noisy, killed, *settings, "--resume"))
@@ -331,19 +331,20 @@ def test_only_the_newest_checkpoints_are_kept(noisy, command, tmp_path):
 
 
 def test_two_processes_equal_one(noisy, command, tmp_path):
-    """100 steps: losses within 1e-5 at the same global batch, weights bit-equal to one accumulating process."""
-    settings = ["steps=100", "log_every=1", *RECURRENCE, "data.eval_fraction=0.1", "eval_every=50"]
+    """40 steps: losses within 1e-5 at the same global batch, weights bit-equal to one accumulating process."""
+    settings = ["steps=40", "log_every=1", *RECURRENCE, "data.eval_fraction=0.1", "eval_every=20"]
     two = start(command(noisy, tmp_path / "two", *settings, "--launcher", "ddp", "--processes", "2"))
     assert two.wait(300) == 0
     run(command(noisy, tmp_path / "one", *settings, "gradient_accumulation=2"))
     assert same(tmp_path / "one", tmp_path / "two")
-    assert len(history(tmp_path / "two")) == 100
+    assert len(history(tmp_path / "two")) == 40
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), abs=1e-5)
     for key in ("eval_loss_r1", "eval_loss_r3"):
         assert history(tmp_path / "two", key) == pytest.approx(history(tmp_path / "one", key), abs=1e-9)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_launcher_of_the_user(noisy, command, tmp_path, launcher):
     settings = ["steps=4", "batch_size=2", *RECURRENCE]
     run(command(noisy, tmp_path / "one", "steps=4", "batch_size=2", "gradient_accumulation=2", *RECURRENCE))
@@ -386,7 +387,7 @@ def test_a_finished_run_is_not_resumed_with_other_settings(recurrent, command, t
 
 def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):
     """After the launcher is killed its workers end, and one process that accumulates twice continues identically."""
-    settings = ["steps=90", "save_every=15", *RECURRENCE]
+    settings = ["steps=60", "save_every=15", *RECURRENCE]
     killed = tmp_path / "killed"
     kill_after(
         killed / "checkpoint-30", start(command(noisy, killed, *settings, "--launcher", "ddp", "--processes", "2"))

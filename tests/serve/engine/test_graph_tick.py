@@ -16,11 +16,21 @@ from tests.helpers.graph_ticks import MODELS, compare_ticks, recorder
 
 GATED = {"prelude": [], "core": [0, 1, 2], "coda": [], "injection": "none", "exit_gate": True}
 KINDS = {**MODELS, "gated": GATED}
+POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-2")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
-@pytest.mark.parametrize("options", [{}, {"max_lanes": 2, "coda_wait": 2, "max_in_flight": 3}])
+def cases() -> list[Any]:
+    """Every kind under every policy, each with few lanes as well; of the latter, one kind a policy is fast."""
+    few = dict(zip(POLICIES, KINDS, strict=False))
+    return [
+        pytest.param(policy, kind, options, marks=[] if not options or few[policy] == kind else pytest.mark.slow)
+        for policy in POLICIES
+        for kind in KINDS
+        for options in ({}, {"max_lanes": 2, "coda_wait": 2, "max_in_flight": 3})
+    ]
+
+
+@pytest.mark.parametrize(("policy", "kind", "options"), cases())
 def test_policies_and_exit_rules(policy, kind, options: dict[str, Any]):
     if policy == "per-depth" and options:
         options = {"max_lanes": 8, "max_in_flight": 3}  # all depths of a request

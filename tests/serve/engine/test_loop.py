@@ -73,7 +73,7 @@ def test_a_step_ends_when_somebody_waits(graph_tick):
     assert steps[0] < 20
 
 
-@pytest.mark.parametrize("rule", ["entropy-diff", "kl"])
+@pytest.mark.parametrize("rule", ["entropy-diff", pytest.param("kl", marks=pytest.mark.slow)])
 def test_a_preempted_request_continues_after_its_blocks_were_reused(rule):
     """A rule that reads through a coda needs the coda's keys of earlier positions, which resumption recomputes."""
     prompts, params = requests(11, 12, "last-exited", [rule])

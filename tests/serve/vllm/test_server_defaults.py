@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_a_default_min_recurrences_above_the_requests_depth(tmp_path):
     """It counts as that depth, as in the offline engine; a request that gives both is refused."""
     folder, prompt = tmp_path / "tiny", prompts()[1]
