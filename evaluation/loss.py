@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..emulated import advice
 from ..errors import UserError
 from ..gguf_source import find_gguf, unpacked
 from ..quiet import quiet
@@ -121,6 +122,8 @@ def _measure(
 
     loaded = routed_by(load_weights(model, recipe.revision), recipe)
     device = loaded.device
+    if line := advice(recipe.precision, device.type, "precision=float32"):
+        print(line, file=sys.stderr)
     with (
         tqdm(total=len(sequences.ids), desc="eval", unit="sequence", disable=not sys.stderr.isatty()) as bar,
         torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"),

@@ -10,6 +10,7 @@ file imports only files above it:
     process.py        a server's processes end with it
     caches.py         private caches of compiled code
     quiet.py          less chatter of libraries
+    emulated.py       advice for CPUs without units for bfloat16
     deprecated.py     old names of keys
     unused.py         settings without effect
     recipe.py         recipes: YAML files and key=value settings

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ..arguments import RecipeParser
 from ..checkpoint import weight_files
+from ..emulated import advice
 from ..errors import UserError
 from ..exit_rules import CHOICES
 from ..find_source import find_model
@@ -154,6 +155,8 @@ def main(argv: list[str]) -> int:
         dtype=recipe.dtype,
         tell=warn,
     )
+    if line := advice(str(engine.model.dtype), engine.model.device.type, "dtype=float32"):
+        warn(line)
     engine.request(params)  # raises UserError for wrong ones before any other line is printed
     if taken := [n for n in engine.defaults if getattr(recipe, n) is None]:
         applied = ", ".join(f"{name}={engine.defaults[name]}" for name in taken)

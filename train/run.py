@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopwise.directory import claimed, ended_by_sigterm, on_sigterm
+from loopwise.emulated import advice
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 
@@ -71,6 +73,8 @@ def _work(run: Run, callbacks: Sequence[TrainerCallback]) -> None:
         prune(run.out, run.recipe.keep_checkpoints)
         rehearse(trainer, run.model, run.out, dtype)
         print(_opening(trainer, checkpoint), flush=True)
+        if line := advice(run.recipe.precision, trainer.args.device.type, "precision=float32"):
+            print(line, file=sys.stderr, flush=True)
     with on_sigterm(lambda *_: trainer.stop()):  # clusters preempt with SIGTERM
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         written = trainer.state.global_step == trainer.args.max_steps and _finish(run, trainer, dtype)

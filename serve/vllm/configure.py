@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...emulated import advice
 from ...errors import UserError
 from ...process import is_server
 from ...recipe import settled, validate
@@ -73,6 +74,9 @@ def configure(vllm_config: Any) -> None:
     if is_lanes(vllm_config):
         use_lanes(vllm_config)
     apply_generation_config(vllm_config.model_config)
+    setting = "dtype=float32" if is_server() else "--dtype float32"
+    if line := advice(str(vllm_config.model_config.dtype), vllm_config.device_config.device_type, setting):
+        print(f"loopwise: {line}", file=sys.stderr, flush=True)
     if chosen and not is_server():  # `loopwise serve` prints its own lines
         print(f"loopwise: {chosen.line()}", file=sys.stderr, flush=True)
 
