@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, help="steps of the run (default: the recipe's)")
     length.add_argument("--fit", type=float, metavar="SECONDS", help="as many steps as take this long in all; on a GPU")
     make.add_argument("--set", action="append", default=[], metavar="key=value", help="a setting of loopwise train")
-    make.add_argument("--sizes", default="12,4,14", help="layers of prelude, core and coda")
+    make.add_argument("--sizes", default="14,1,15", help="layers of prelude, core and coda")
     make.add_argument("--injection", default="linear", choices=["linear", "decayed"])
     make.add_argument("--core", action="store_true", help="train core and injection alone: 30 MB in bfloat16")
     make.add_argument("--plain", action="store_true", help="train the source, too, for as many FLOPs, and measure it")
@@ -201,9 +201,9 @@ def length(steps: int) -> list[str]:
 
 def watched(steps: int) -> list[str]:
     """Right answers by hops and R during training."""
-    data = TASK.format("1..4", 40 if steps > 100 else 4)
+    data = TASK.format("1..8", 80 if steps > 100 else 8)
     often = f"eval_every={max(1, steps // 10)}"
-    return [f"data.eval={data}", "data.group=hops", often, "recurrence.eval_at=1,2,4"]
+    return [f"data.eval={data}", "data.group=hops", often, "recurrence.eval_at=1,2,4,8"]
 
 
 def planned(at: Commands, args: argparse.Namespace, settings: list[str], gpu: bool) -> int:

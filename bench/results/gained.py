@@ -13,6 +13,7 @@ The folder of the run has these results of `loopwise eval --out`, of the trained
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .markdown import block, judged, table
 NEEDED = ("chains.json", "text.json", "source.json", "run.json", "commands.sh")
 OPTIONAL = ("plain.json",)
 POINTS, NATS = 20, 0.05  # what 2 hops must gain at R = 2, and what text may lose
+RISING = (1, 2, 4, 8)
 
 
 def take(at: Commands, folder: Path) -> None:
@@ -88,6 +90,16 @@ def _claims(answers: dict[str, Any], text: dict[str, Any], level: float) -> list
         gain = 100 * (cell[2] - cell[1])
         found.append(
             judged(f"2 hops at R = 2 are {POINTS} points above R = 1", [gain >= POINTS], f"{gain:+.1f} points")
+        )
+    whole = {row["num_recurrences"]: 100 * row["accuracy"] for row in answers["results"]}
+    if whole.keys() >= {*RISING}:
+        steps = [after - before for before, after in pairwise(whole[depth] for depth in RISING)]
+        found.append(
+            judged(
+                f"Right answers, all hops together, rise with each of R = {', '.join(map(str, RISING))}",
+                [all(step > 0 for step in steps)],
+                f"from {whole[1]:.1f} to {whole[8]:.1f} %, by {', '.join(f'{step:+.1f}' for step in steps)} points",
+            )
         )
     worst = max(row["loss"] - level for row in text["results"])
     depths = ", ".join(str(row["num_recurrences"]) for row in text["results"])
