@@ -169,7 +169,7 @@ results-real: setup
 AUDIT := .venv-audit
 audit: setup $(AUDIT)/.setup
 	$(BIN)/python -m pytest -q tests/test_supply.py
-	$(AUDIT)/bin/python -m supply.sbom build/sbom
+	$(BIN)/python -m supply.sbom build/sbom
 	$(AUDIT)/bin/python -m supply.advisories $(if $(NEED),--need)
 
 $(AUDIT)/.setup: supply/tools.txt

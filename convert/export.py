@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import Parser
-from ..directory import RECORD, claimed, ended_by_sigterm, new_directory
+from ..directory import claimed, ended_by_sigterm, new_directory, write_record
 from ..errors import UserError
 from ..find_source import commit_of, find_model
 from ..push import add_options, check_target, push
@@ -117,7 +116,7 @@ def export(
             "max_dlogit": decisive(differences) if differences else None,
             "max_dlogit_by_dtype": differences,
         }
-        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_record(directory, facts)
         (directory / CARD).write_text(export_card(facts, unrolled.config, path, directory), encoding="utf-8")
     return differences
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from loopwise.version import __version__
 
 from ..carried import CARD
 from ..checkpoint import config_fields
-from ..directory import RECORD, check_new, new_directory, place, unfinished
+from ..directory import check_new, new_directory, place, unfinished, write_record
 from ..find_source import commit_of, find_source
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig
@@ -82,7 +81,7 @@ def convert(
             differences = conversion.verify(directory) if check else None
             facts["max_dlogit"] = decisive(differences) if differences else None
             facts["max_dlogit_by_dtype"] = differences
-            (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_record(directory, facts)
             card = model_card(facts, conversion.config, path, directory)
             (directory / CARD).write_text(card, encoding="utf-8")
             (directory / JOURNAL).unlink()

@@ -50,10 +50,24 @@ def bounded(name: str, seconds: float = SECONDS, size: int = BYTES) -> Iterator[
 @contextmanager
 def _less_memory(size: int) -> Iterator[None]:
     """A block in which this process may take `size` bytes of addresses more than it has."""
+    before = limit_memory(size)
+    try:
+        yield
+    finally:
+        if before is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def limit_memory(size: int) -> tuple[int, int] | None:
+    """Let this process take at most `size` bytes of addresses more than it has. Returns the limits before.
+
+    None: there is no such limit, on other systems than Linux, and where a GPU is in use.
+    """
     torch = sys.modules.get("torch")
     if sys.platform != "linux" or (torch is not None and torch.cuda.is_initialized()):
-        yield
-        return
+        return None
     import resource
 
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -61,7 +75,4 @@ def _less_memory(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limits = [limit for limit in (soft, hard, now + size) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return soft, hard

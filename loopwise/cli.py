@@ -34,9 +34,11 @@ VERBS = {
 
 COMPILING = ("train", "eval", "search", "calibrate", "generate", "serve")  # which may run torch.compile
 
-# Errors of a file or a disk that the user can mend: no room, no such place, no permission, a name that cannot be.
+# Errors of a file or a disk that the user can mend: no room, a disk that fails or has gone, no such place, no
+# permission, a name that cannot be, too many open files.
 FILES = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EBUSY,
+    errno.ENOTEMPTY, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
     errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 

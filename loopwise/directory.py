@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .disk import naming, sync, sync_tree, system_error
 from .errors import UserError
 from .lock import RUN, locked, marker
 from .version import __version__
@@ -141,8 +142,14 @@ def finish(directory: Path) -> None:
         code[file.relative_to(directory).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
     record |= {"code": code} if code else {}
-    text = json.dumps({**record, "files": names}, indent=2) + "\n"
-    (directory / RECORD).write_text(text, encoding="utf-8")
+    write_record(directory, {**record, "files": names})
+
+
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Write the `record` of `directory`; at no moment, and on no full disk, it has half of one, or loses an earlier."""
+    new = directory / f"{RECORD}.new"
+    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    new.replace(directory / RECORD)
 
 
 def record_of(directory: Path) -> dict[str, Any]:
@@ -179,21 +186,19 @@ def left_by_killed(out: Path, kind: str) -> list[Path]:
 def begin(partial: Path) -> None:
     """Make the directory `partial` with a record and the marker of this process, so that a later one may remove it."""
     partial.mkdir(parents=True)
-    (partial / RECORD).write_text(_unfinished(), encoding="utf-8")
+    write_record(partial, _unfinished())
 
 
 def take_over(left: Path, partial: Path) -> None:
     """Rename `left`, which a killed process left, to `partial`, with the marker of this process."""
     if left != partial:
         left.rename(partial)
-    new = partial / f"{RECORD}.new"
-    new.write_text(_unfinished(), encoding="utf-8")
-    new.replace(partial / RECORD)  # at no moment the directory has no record
+    write_record(partial, _unfinished())
 
 
-def _unfinished() -> str:
+def _unfinished() -> dict[str, Any]:
     """The record of a directory that this process writes."""
-    return json.dumps({"loopwise": __version__, "unfinished": True, "marker": marker()}) + "\n"
+    return {"loopwise": __version__, "unfinished": True, "marker": marker()}
 
 
 def settle(out: Path, kept: Path | None = None) -> None:
@@ -216,9 +221,12 @@ def restore(old: Path, out: Path) -> None:
         remove(old)
 
 
-def remove(directory: Path) -> None:
-    """Remove `directory`, if it is ours or empty and not a link. Its record goes last, in case of an interruption."""
-    if not removable(directory):
+def remove(directory: Path, made: bool = False) -> None:
+    """Remove `directory`, if it is ours or empty and not a link. Its record goes last, in case of an interruption.
+
+    made: this process has made it, so it is ours even where its record could not be written.
+    """
+    if not (removable(directory) or (made and directory.is_dir() and not directory.is_symlink())):
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -282,7 +290,8 @@ def check_file(file: Path) -> None:
 def new_file(file: Path) -> Iterator[Path]:
     """A block with a temporary sibling of `file`, which becomes `file` at the end. An error deletes it instead.
 
-    A full disk therefore leaves the earlier file. A special file, like /dev/stdout, is written directly.
+    A full disk therefore leaves the earlier file, as does one that takes the values and then loses them. A special
+    file, like /dev/stdout, is written directly.
     """
     found = file.expanduser().resolve()
     if found.exists() and not found.is_file():
@@ -290,21 +299,12 @@ def new_file(file: Path) -> Iterator[Path]:
         return
     partial = beside(found, "partial")
     try:
-        yield partial
-        partial.replace(found)
+        with naming(file):
+            yield partial
+            sync(partial)
+            partial.replace(found)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def system_error(error: Exception) -> str | None:
-    """The message of the system error behind `error`, like a full disk; None for any other error.
-
-    Rust libraries that write weights and tokenizers quote it in errors of their own.
-    """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    found = re.search(r"\(os error ([0-9]+)\)", str(error))
-    return os.strerror(int(found[1])) if found else None
 
 
 @contextmanager
@@ -343,30 +343,46 @@ def _new_directory(
     settle(found, left)  # before the check, as it may restore a directory that needs --force
     out = check_new(out, source, force)
     partial, old = beside(out, "partial"), beside(out, "old")
-    keep = False
+    keep = made = False
     try:
         if left:
             take_over(left, partial)
         else:
             remove(partial)  # of an earlier call of this process
+            made = not partial.exists()
             begin(partial)
         yield partial
         finish(partial)
+        _sync_whole(partial, out)
         check_replaceable(out, force)  # again, as another process may have filled it
         if out.is_dir():
             out.rename(old)
         partial.rename(out)
+        try:
+            sync(out.parent)
+        except OSError:
+            out.rename(partial)
+            raise
     except UserError:
         raise
     except BaseException as error:
-        keep = goes_on is not None
+        keep = goes_on is not None and is_ours(partial)
         if not isinstance(error, Exception) or not (message := system_error(error)):
             raise
         raise UserError(f"cannot write {out}: {message}{'; --resume goes on from here' * keep}") from error
     finally:
         restore(old, out)
         if not keep:
-            remove(partial)
+            remove(partial, made=made)
+
+
+def _sync_whole(partial: Path, out: Path) -> None:
+    """`sync_tree` of `partial`, which becomes `out`. Raises UserError where it fails: what has been written by then may
+    be lost, though it can still be read, so nothing may go on from it."""
+    try:
+        sync_tree(partial)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
 
 
 def removable(path: Path) -> bool:

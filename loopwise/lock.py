@@ -84,7 +84,8 @@ def locked(out: Path, wait: float = 0) -> Iterator[None]:
     finally:
         del _held[out]
         lock_file(out).unlink(missing_ok=True)  # while it is locked, so that nobody holds a lock of a removed file
-        os.close(handle)
+        with suppress(OSError):  # of a disk that could not take our marker
+            os.close(handle)
 
 
 def _take(file: Path) -> int | None:
@@ -97,13 +98,22 @@ def _take(file: Path) -> int | None:
                 return None
             with suppress(FileNotFoundError):
                 if os.fstat(handle).st_ino == os.stat(file).st_ino:
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, json.dumps(marker()).encode(), 0)
+                    _mark(handle, file)
                     return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)  # its last holder has removed it meanwhile
+
+
+def _mark(handle: int, file: Path) -> None:
+    """Write our marker into the `file` that we have locked. Removes it where that fails, as on a full disk."""
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(marker()).encode(), 0)
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _lock(handle: int, file: Path) -> bool:

@@ -79,6 +79,12 @@ def licenses() -> dict[str, str]:
     return {name: license_of(found[name]) for name in sorted(pinned & found.keys())}
 
 
+def listed() -> dict[str, str]:
+    """Package -> licence, as licenses.txt has them."""
+    lines = [line for line in FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return dict(line.split(": ", 1) for line in lines)
+
+
 def kinds(expression: str) -> list[str]:
     """The licences in an SPDX expression."""
     return [part for part in re.split(r"\s+(?:AND|OR|WITH)\s+|[()]", expression) if part.strip()]

@@ -1,21 +1,24 @@
-"""Bills of materials: `python -m supply.sbom FOLDER` writes one for each lock, as CycloneDX's JSON."""
+"""Bills of materials: `python -m supply.sbom FOLDER` writes one for each lock, in CycloneDX's JSON (1.6).
+
+The same locks give the same bytes: no date, no random number.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import tomllib
 import uuid
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from cyclonedx.model import HashAlgorithm, HashType
-from cyclonedx.model.bom import Bom
-from cyclonedx.model.component import Component, ComponentType
-from cyclonedx.output import make_outputter
-from cyclonedx.schema import OutputFormat, SchemaVersion
-from packageurl import PackageURL
-
+from .licenses import kinds, listed
 from .locks import LOCKS, PINS, ROOT, Pin, read
+
+SETS = ("cpu", "gpu", "serve")
+NOT_SPDX = {"BSD"}  # a word of some packages' metadata, for one of several licences
 
 
 def installed(name: str) -> list[Pin]:
@@ -24,27 +27,55 @@ def installed(name: str) -> list[Pin]:
     return pins if name == "gpu" else [*pins, next(p for p in read(PINS) if p.name == "torch" and p.applies())]
 
 
-def bill(name: str) -> str:
-    """The bill of materials of Loopwise with one lock, as JSON."""
+def component(pin: Pin, license: str | None) -> dict[str, Any]:
+    """A package. license: an SPDX expression, or the package's own words; None: not known."""
+    address = f"pkg:pypi/{pin.name}@{quote(pin.version)}"
+    found: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": address,
+        "name": pin.name,
+        "version": pin.version,
+        "purl": address,
+        "hashes": [{"alg": "SHA-256", "content": found.partition(":")[2]} for found in sorted(pin.hashes)],
+    }
+    if license:
+        named = NOT_SPDX & set(kinds(license))
+        found["licenses"] = [{"license": {"name": license}} if named else {"expression": license}]
+    return found
+
+
+def bill(name: str) -> dict[str, Any]:
+    """The bill of materials of Loopwise with one lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    bom = Bom(serial_number=uuid.UUID(sha256(LOCKS[name].read_bytes()).hexdigest()[:32], version=4))
-    bom.metadata.component = Component(name=project["name"], type=ComponentType.APPLICATION, bom_ref=project["name"])
-    for pin in installed(name):
-        address = PackageURL("pypi", name=pin.name, version=pin.version)
-        hashes = [HashType(alg=HashAlgorithm.SHA_256, content=found.partition(":")[2]) for found in pin.hashes]
-        bom.components.add(
-            Component(name=pin.name, version=pin.version, purl=address, bom_ref=str(address), hashes=hashes)
-        )
-    bom.register_dependency(bom.metadata.component, bom.components)
-    return make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=2)
+    licenses, ours = listed(), project["name"]
+    pins = sorted(installed(name), key=lambda pin: pin.name)
+    parts = [component(pin, licenses.get(pin.name)) for pin in pins]
+    contents = sha256(json.dumps(parts).encode()).hexdigest()
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": uuid.UUID(contents[:32], version=4).urn,
+        "version": 1,
+        "metadata": {
+            "component": {
+                "type": "application",
+                "bom-ref": ours,
+                "name": ours,
+                "licenses": [{"expression": project["license"]}],
+            }
+        },
+        "components": parts,
+        "dependencies": [{"ref": ours, "dependsOn": [part["bom-ref"] for part in parts]}],
+    }
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("cpu", "gpu", "serve"):
-        path = folder / f"{name}.cdx.json"
-        path.write_text(bill(name) + "\n", encoding="utf-8")
-        print(f"{path}: {len(installed(name))} packages")
+    for name in SETS:
+        path, made = folder / f"{name}.cdx.json", bill(name)
+        path.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        print(f"{path}: {len(made['components'])} packages")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from loopwise.directory import (
     place,
     removable,
     settle,
-    system_error,
 )
+from loopwise.disk import system_error
 from loopwise.errors import UserError
 from loopwise.lock import RUN
 

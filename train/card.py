@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import transformers
 
 from loopwise.card import as_front, metadata
 from loopwise.carried import CARD, copy_licences
-from loopwise.directory import RECORD, record_of
+from loopwise.directory import RECORD, record_of, write_record
 from loopwise.find_source import card_folder
 from loopwise.hub import is_hub_id
 from loopwise.version import __version__
@@ -41,7 +40,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
     }
     if folder and (folder / RECORD).is_file():  # provenance of the model that was trained
         facts["source"]["facts"] = record_of(folder)
-    (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_record(directory, facts)
     if folder:
         copy_licences(folder, directory)
     (directory / CARD).write_text(_card(facts, trainer, folder, directory), encoding="utf-8")

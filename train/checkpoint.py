@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loopwise.checkpoint import read_json
-from loopwise.directory import system_error
+from loopwise.disk import FULL, sync, sync_tree, system_error
 from loopwise.errors import UserError, reason
 from loopwise.recipe import validate
 
@@ -27,7 +27,6 @@ from .recipe import Train
 
 RUN = "run.json"
 DIGEST = "digest of the data"
-FULL = 2**20  # bytes that are free where a write has just failed for want of room
 DERIVED = ("gradient_accumulation x processes", "checkpoint layout")  # keys of the record that are no recipe keys
 # Keys that change logs and files of a run, but not its weights.
 FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
@@ -53,9 +52,7 @@ def commit(written: Path, target: Path, run: dict[str, Any], spent: dict[str, fl
         str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
     }
     (written / RUN).write_text(json.dumps({"files": files, "run": run, "spent": spent}, indent=1), encoding="utf-8")
-    for path in written.rglob("*"):
-        sync(path)
-    sync(written)
+    sync_tree(written)
     if target.exists():  # it is damaged, as a sound one would have been resumed
         shutil.rmtree(target)
     written.replace(target)
@@ -91,26 +88,19 @@ def written(partial: Path, name: str) -> Iterator[None]:
     except Exception as error:
         # torch.save wraps system errors.
         wrapped = isinstance(error, RuntimeError) and any(word in str(error) for word in ("writ", "inline_container"))
-        message = str(error).strip().splitlines()[0] if wrapped else system_error(error)
-        if message is None:
+        message = system_error(error)
+        if message is None and not wrapped:
             raise
-        if wrapped and shutil.disk_usage(partial.parent).free < FULL:
-            message = os.strerror(errno.ENOSPC)  # torch names a position in its file instead
+        if wrapped:  # torch names a position in its file instead
+            full = shutil.disk_usage(partial.parent).free < FULL
+            codes = (errno.ENOSPC,) if full else (errno.EIO, errno.EDQUOT)
+            message = " or ".join(map(os.strerror, codes))
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(partial.parent).free / 2**30
         raise UserError(
             f"{name} cannot be written to {partial.parent} ({message}; {free:.1f} GiB are free there): earlier "
             "checkpoints are unchanged; make room and continue with --resume"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoints(out: Path) -> list[Path]:

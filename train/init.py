@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 
 from loopwise.arguments import RecipeParser
 from loopwise.carried import check_tokenizer_inside
-from loopwise.directory import RECORD, claimed, new_directory
+from loopwise.directory import claimed, new_directory, write_record
 from loopwise.errors import UserError
 from loopwise.quiet import quiet
 from loopwise.recipe import Count, Integer, Number, Section, load_recipe
@@ -93,5 +92,5 @@ def init(tokenizer: str, out: Path, recipe: Init, force: bool = False) -> int:
         model.save_pretrained(directory)
         loaded.save_pretrained(directory)
         facts = {"loopwise": __version__, "tokenizer": tokenizer, "init": recipe.model_dump()}
-        (directory / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_record(directory, facts)
     return parameters(model)

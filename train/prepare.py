@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopwise.directory import RUN_HEADER, begin, beside, place, remove
+from loopwise.directory import RUN_HEADER, begin, beside, place, remove, restore
+from loopwise.disk import naming
 from loopwise.quiet import quiet
 from loopwise.recipe import as_yaml
 from loopwise.version import __version__
@@ -16,7 +17,7 @@ from .checkpoint import RUN, check_same_run, last_sound
 from .checks import check, check_trackers, check_vocabulary
 from .data import blocks, stream
 from .fitting import check_model
-from .output import RECIPE, TOKENS, recover
+from .output import RECIPE, TOKENS, begun, discard, recover
 from .recipe import Data, Train
 from .settings import Run
 
@@ -53,7 +54,8 @@ def prepare(run: Run) -> bool:
     check_trackers(run.recipe.report_to)
     if checkpoint and (out / TOKENS / blocks.FACTS).is_file():
         return True  # with the text as it was when the run began
-    _write_tokens(run, recipe, config, checkpoint)
+    with naming(out):
+        _write_tokens(run, recipe, config, checkpoint)
     return True
 
 
@@ -67,8 +69,8 @@ def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint:
 
     out = run.out
     partial = beside(out, "partial")
-    begin(partial)
     try:
+        begin(partial)
         tokenizer = load_tokenizer(run.model, recipe.revision)
         built = _tokenise(recipe.data, tokenizer, partial / TOKENS)
         commits.keep(run.model, run.recipe, recipe, partial / TOKENS)
@@ -77,14 +79,26 @@ def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint:
             check_same_run(checkpoint, run.facts(built.digest), run.accept_changes)
         header = f"{RUN_HEADER}{__version__}: loopwise train {run.model} {out}\n"
         (partial / RECIPE).write_text(header + as_yaml(run.recipe), encoding="utf-8")
+        _begin(run, partial)
+    finally:
+        remove(partial, made=True)
+
+
+def _begin(run: Run, partial: Path) -> None:
+    """Move recipe and tokens from `partial` into OUT, which is made. Raises OSError, with OUT as it was."""
+    out, old = run.out, beside(run.out, "old")
+    try:
         if run.force and out.is_dir():
-            out.rename(beside(out, "old"))  # kept until the new run has a checkpoint
+            out.rename(old)  # kept until the new run has a checkpoint
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / TOKENS, ignore_errors=True)
         for name in (RECIPE, TOKENS):  # the record first: a directory without it is not recognised as ours
             (partial / name).replace(out / name)
-    finally:
-        remove(partial)
+    except OSError:
+        if not begun(out):
+            discard(out)
+        restore(old, out)
+        raise
 
 
 def _tokenise(data: Data, tokenizer: PreTrainedTokenizerBase, directory: Path) -> blocks.Blocks:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopwise.directory import finish
+from loopwise.disk import sync, sync_tree
 from loopwise.errors import UserError
 
 from .card import write_card
-from .checkpoint import RUN, sync, written
+from .checkpoint import RUN, written
 from .pretrained import cast, parameters, smallest, write_model
 
 if TYPE_CHECKING:
@@ -32,10 +34,24 @@ def publish(trainer: RecurrentTrainer, state: dict[str, torch.Tensor], model: st
         trainer.trained.config.trained_recurrences = trainer.curriculum.trained()
     with written(partial, "the trained model"):
         _write(trainer, cast(state, dtype), model, partial, dtype)
-    for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-        sync(path)
-        path.replace(out / path.name)
-    partial.rmdir()
+        sync_tree(partial)
+        _move(partial, out)
+    with suppress(OSError):  # the files are on the disk, and only their new place may be lost with the power
+        sync(out)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, out: Path) -> None:
+    """Move all files of the directory `partial` into `out`, or none: an error takes those back that were moved."""
+    paths = sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+    try:
+        for path in paths:
+            path.replace(out / path.name)
+    except OSError:
+        for path in paths:
+            if not path.exists():
+                (out / path.name).unlink(missing_ok=True)
+        raise
 
 
 def _write(trainer: RecurrentTrainer, state: dict[str, torch.Tensor], model: str, directory: Path, dtype: str) -> None:

@@ -5,6 +5,7 @@ Shapes: n blocks, B of a micro-batch, T tokens, V vocabulary, k most likely toke
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from loopwise.disk import naming
 from loopwise.errors import UserError
 from loopwise.model.some_logits import head_at
 
@@ -106,10 +108,15 @@ def precompute(
 
 
 def allocate(keys: Distillation, blocks: Blocks) -> None:
-    """Create the files that `precompute` fills. Called by one process."""
+    """Create the files that `precompute` fills. Called by one process. Raises OSError, which names one, for a full
+    disk."""
     for name, kind in zip(FILES, (np.int32, np.float32), strict=True):
-        shape = (*blocks.train.tokens.shape, keys.top_k or 1)
-        np.lib.format.open_memmap(blocks.directory / name, mode="w+", dtype=kind, shape=shape)
+        shape, path = (*blocks.train.tokens.shape, keys.top_k or 1), blocks.directory / name
+        with naming(path):
+            np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # on Linux: a disk that is full when a page is written kills the process
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def finish(blocks: Blocks) -> None:

@@ -13,7 +13,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
 
 from ... import model as _registered  # noqa: F401  AutoModelForCausalLM finds recurrent-depth models by it
-from ...errors import UserError
+from ...bounded import bounded
+from ...errors import UserError, reason, shorten
 from ...sampling import end_tokens
 from ...train.pretrained import is_recurrent
 from .work import Work
@@ -47,6 +48,16 @@ class LoopwiseLM(HFLM):
     def depth(self) -> int | None:
         """R of a call; None for a plain model."""
         return (self.num_recurrences or self.config.num_recurrences) if is_recurrent(self.config) else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation. Raises UserError where the template refuses it, or goes beyond its limits."""
+        try:
+            with bounded("the chat template"):
+                return super().apply_chat_template(chat_history, add_generation_prompt)
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program, which may raise any error
+            raise UserError(f"the chat template refuses a question ({shorten(reason(error), 200)})") from None
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with self.work.timed():

@@ -44,6 +44,8 @@ The only package that imports vLLM, and this file imports nothing until `registe
     work.py              recurrences of a request, from vLLM's outputs to its reply
     page/                the page /depth, and the settings that it offers
     guard.py             the outermost middleware: keys, sizes of bodies
+    template_process.py  a process that renders chat templates
+    templates.py         chat templates rendered there, bounded in time and memory
     http.py              depth fields in HTTP requests, recurrences in their replies
     endpoint.py          the plugin of vLLM's HTTP server: these middlewares, the page, metrics and the server's end
     launch.py            vLLM's server: its arguments, its start and its end

@@ -23,6 +23,7 @@ from .load import Load
 from .metrics import DepthMetrics
 from .page.routes import page_routes
 from .shutdown import GRACE, Ending
+from .templates import Templates, follow, render_elsewhere
 from .trusted import without_model_script
 from .validation import validate_request
 from .watchdog import Watchdog
@@ -48,6 +49,7 @@ class Endpoint:
         self.ending.app = app
         if Hook.called:
             without_model_script()
+            render_elsewhere(Templates())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Add middlewares, page and metrics to the application, and follow its engine. Nothing for other models.
@@ -75,6 +77,7 @@ class Endpoint:
         app.middleware_stack = None  # SageMaker's part of vLLM has built one; the first request builds it anew
         app.router.routes.extend(page_routes())
         note_tokens()
+        follow(engine_client.renderer)
         follow_requests(engine_client)
         end_streams(engine_client, self.ending)
 

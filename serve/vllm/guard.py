@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..api.limits import HttpLimits
 from .exposure import is_foreign
+from .load import RETRY_AFTER
 from .page.routes import FILES
 
 # Routes that need no key: those by which a balancer asks for the server's health, and the files of the page, whose
 # requests have the user's key.
 OPEN = frozenset(["/health", "/ping", "/version", "/depth", *(f"/depth/{name}" for name in FILES)])
 METRICS = "/metrics"
+BODIES = 16  # times `max_body_mib`: the memory of all bodies that arrive at once
+SMALL = 1 << 16  # bytes of each body beside that, so that large ones keep no small one out
 MESSAGE = 1000  # characters of an error's message
 LONG_WORD = re.compile(r"(\S{200})\S+")  # what a message repeats of a request
 FOREIGN = "pages of other sites are not answered without a key: set VLLM_API_KEY, or name them by --allowed-origins"
@@ -35,6 +39,7 @@ class Guard:
         self.app, self.limits, self.origins = app, limits, origins
         self.key = AuthenticationMiddleware(app, list(keys)) if keys else None
         self.open = OPEN | {METRICS} if limits.open_metrics else OPEN
+        self.arriving = Arriving(BODIES * limits.max_body_mib << 20)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -51,20 +56,31 @@ class Guard:
             return await refuse(403, "PermissionDeniedError", FOREIGN, send)
         if scope["type"] == "websocket":
             return await self.app(scope, receive, send)
-        most = self.limits.max_body_mib << 20
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                body = None if _length(scope) > most else await read_body(receive, most)
+                whole = await self._whole(scope, receive)
         except TimeoutError:
             seconds = self.limits.body_seconds
             message = f"the body did not arrive within body_seconds={seconds} of this server"
             return await refuse(408, "RequestTimeout", message, send, connection="close")
+        except BodiesFull:
+            message = f"the bodies that arrive now take {BODIES} x max_body_mib={self.limits.max_body_mib}: try later"
+            return await refuse(429, "TooManyRequests", message, send, retry_after=RETRY_AFTER)
         except ClientLeft:
             return None
-        if body is None:
+        if whole is None:
             message = f"the body is larger than max_body_mib={self.limits.max_body_mib} of this server"
             return await refuse(413, "PayloadTooLarge", message, send)
-        return await self.app(scope, replay(body, receive), ShortErrors(send))
+        return await self.app(scope, whole, ShortErrors(send))
+
+    async def _whole(self, scope: dict, receive: Callable) -> Callable | None:
+        """A `receive` that gives the whole body; None where it is too large. Raises BodiesFull and ClientLeft."""
+        most = self.limits.max_body_mib << 20
+        if _length(scope) > most:
+            return None
+        with self.arriving.body() as grow:
+            body = await read_body(receive, most, grow)
+        return None if body is None else replay(body, receive)
 
     def _allowed(self, scope: dict) -> bool:
         from starlette.datastructures import Headers
@@ -135,10 +151,42 @@ def _length(scope: dict) -> int:
     return int(named) if named.isdigit() else 0
 
 
-async def read_body(receive: Callable, most: int | None = None) -> bytes | None:
+class BodiesFull(Exception):
+    """The bodies that arrive now take as much memory as they may."""
+
+
+class Arriving:
+    """The bodies that arrive now: beyond SMALL bytes of each, they have at most `most` bytes together."""
+
+    def __init__(self, most: int):
+        self.most, self.bytes = most, 0
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """A block in which one body arrives. It gets a function of the length so far, which raises BodiesFull."""
+        counted = 0
+
+        def grow(length: int) -> None:
+            nonlocal counted
+            more = max(length - SMALL, 0) - counted
+            if self.bytes + more > self.most:
+                raise BodiesFull
+            counted += more
+            self.bytes += more
+
+        try:
+            yield grow
+        finally:
+            self.bytes -= counted
+
+
+async def read_body(
+    receive: Callable, most: int | None = None, grow: Callable[[int], None] | None = None
+) -> bytes | None:
     """The whole body of a request; None where it has more than `most` bytes. Raises ClientLeft.
 
-    Its parts may be single bytes, and millions: a bytearray grows by all of them in linear time.
+    grow: called with the length so far. The parts of a body may be single bytes, and millions: a bytearray grows by all
+    of them in linear time.
     """
     body, more = bytearray(), True
     while more:
@@ -148,20 +196,18 @@ async def read_body(receive: Callable, most: int | None = None) -> bytes | None:
         body += message.get("body", b"")
         if most is not None and len(body) > most:
             return None
+        if grow is not None:
+            grow(len(body))
         more = message.get("more_body", False)
     return bytes(body)
 
 
 def replay(body: bytes, receive: Callable) -> Callable:
-    """A `receive` that returns `body`, then the messages of `receive`, such as the client's disconnect."""
-    first = True
+    """A `receive` that returns `body`, which it forgets, then the messages of `receive`: the client's disconnect."""
+    waiting = [body]
 
     async def replayed():
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
+        return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
 
     return replayed
 

@@ -63,10 +63,11 @@ class DepthFields:
         if work is not None:
             body = json.dumps(fields).encode()
             scope, send = _with_length(scope, body), Reply(send, work)
-        token = WORK.set(work)
+        token, receive = WORK.set(work), replay(body, receive)
+        del body, fields  # which may be large, while the request may take minutes
         try:
             with self.load.admitted(choices, max_num_seqs(scope["app"])):
-                await self.app(scope, replay(body, receive), send)
+                await self.app(scope, receive, send)
         except QueueFull as error:
             await refuse(429, "TooManyRequests", str(error), send, retry_after=RETRY_AFTER)
         finally:

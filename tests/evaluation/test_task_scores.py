@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from loopwise.bounded import bounded
 from loopwise.cli import main
 from loopwise.evaluation.harness import pairs
 from loopwise.evaluation.harness.local import read_short
@@ -341,6 +342,26 @@ def test_a_tokenizer_without_a_chat_template_is_one_line(asked, tmp_path, capsys
     told = capsys.readouterr().err.splitlines()
     assert "chat template" in told[-1]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end within 1 s"),
+        ("{{ messages[0].content * 40000000000 }}", "needs more than 0.25 GiB of memory"),
+        ("{{ raise_exception('not like this') }}", "refuses a question (not like this)"),
+    ],
+)
+def test_a_chat_template_is_bounded(template, line, asked, tmp_path, capsys, monkeypatch):
+    from loopwise.evaluation.harness import models
+
+    monkeypatch.setattr(models, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
+    model = shutil.copytree(asked / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
+    assert main(["eval", str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true"]) == 2
+    errors = [told for told in capsys.readouterr().err.splitlines() if "error" in told]
+    assert errors == [f"loopwise: error: the chat template {line}"]
 
 
 def test_the_package_that_tasks_need_is_named():

@@ -101,6 +101,7 @@ async def application(folder: Path, *settings: str, flags: tuple[str, ...] = ())
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.renderers import hf
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -113,6 +114,10 @@ async def application(folder: Path, *settings: str, flags: tuple[str, ...] = ())
         for owner, name in (
             (IncrementalDetokenizer, "from_new_request"),
             (RequestState, "_new_completion_output"),
+            (hf, "safe_apply_chat_template"),
+            (hf, "_try_extract_ast"),
+            (hf, "_cached_resolve_chat_template_kwargs"),
+            (hf, "_iter_nodes_assign_var_or_elems"),
         ):
             patch.setattr(owner, name, vars(owner)[name])  # as it was, at the end
         patch.setattr(EngineCoreClient, "make_async_mp_client", staticmethod(AnsweringCore))

@@ -13,9 +13,10 @@ def serve(port: int) -> None:
     import uvicorn
 
     from loopwise.serve.api.limits import HttpLimits
-    from loopwise.serve.vllm.guard import Guard
+    from loopwise.serve.vllm.guard import Guard, read_body
 
     async def app(scope, receive, send):
+        await read_body(receive)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from loopwise.disk import naming
 from loopwise.errors import UserError
 
 from ..recipe import Data
@@ -181,7 +182,8 @@ def _held_out(
     else:
         placed = pack(together.numbers, data.sequence_length, name)
     if found := together.in_blocks(placed):
-        np.save(directory / ANSWERS, found.numbers)
+        with naming(directory / ANSWERS):
+            np.save(directory / ANSWERS, found.numbers)
     return found
 
 
@@ -256,5 +258,6 @@ def _save(directory: Path, name: str, tokens: list[np.ndarray], marks: list[np.n
     """Write `name`.npy and `name`_marks.npy, each joined from several arrays of blocks."""
     for path, arrays in ((directory / f"{name}.npy", tokens), (directory / f"{name}_marks.npy", marks)):
         partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.concatenate(arrays))
-        partial.replace(path)
+        with naming(path):
+            np.save(partial, np.concatenate(arrays))
+            partial.replace(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loopwise.directory import begin, beside, remove, settle
+from loopwise.disk import sync_tree
 from loopwise.errors import UserError
 from loopwise.lock import locked
 
@@ -62,12 +63,13 @@ def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         (partial / DONE).write_text("", encoding="utf-8")
+        sync_tree(partial)
         remove(folder)
         partial.replace(folder)
     except OSError as error:
         raise _unwritable(folder, error) from None
     finally:
-        remove(partial)
+        remove(partial, made=True)
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

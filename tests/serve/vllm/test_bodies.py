@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import importlib.util
 import itertools
 import json
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +80,52 @@ def test_a_body_beyond_the_limit_is_413():
     assert HttpLimits().max_body_mib == 8
 
 
+def test_bodies_that_arrive_together_have_a_limit_of_their_own():
+    """16 x max_body_mib for what each has beyond 64 KiB. A body that has arrived is not counted any more."""
+
+    async def check() -> None:
+        statuses: list[int] = []
+        end = asyncio.Event()
+
+        async def app(scope: dict, receive: Callable, send: Callable) -> None:
+            assert len((await receive())["body"]) == scope["size"]
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        guard = Guard(app, [], HttpLimits(max_body_mib=1))
+
+        async def send(message: dict) -> None:
+            if "status" in message:
+                statuses.append(message["status"])
+
+        async def ask(size: int, wait: bool = False) -> None:
+            messages = iter([bytes(size), b""])
+
+            async def receive() -> dict[str, Any]:
+                body = next(messages)
+                if not body and wait:
+                    await end.wait()
+                return {"type": "http.request", "body": body, "more_body": bool(body)}
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "size": size}
+            await guard(scope, receive, send)
+
+        many = [asyncio.ensure_future(ask(MIB, wait=True)) for _ in range(17)]
+        await asyncio.sleep(0.01)
+        await ask(MIB)
+        assert statuses.pop() == 429
+        await ask(1 << 16)
+        assert statuses.pop() == 200
+        end.set()
+        await asyncio.gather(*many)
+        assert statuses == [200] * 17
+        for _ in range(20):
+            await ask(MIB)
+        assert statuses == [200] * 37
+        assert guard.arriving.bytes == 0
+
+    asyncio.run(check())
+
+
 def test_a_body_that_does_not_come_is_408():
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(0.6)
@@ -100,6 +148,13 @@ def test_a_body_is_read_in_linear_time(sizes):
 @contextlib.contextmanager
 def guard_server() -> Iterator[int]:
     """The port of uvicorn with a guarded application, in another process."""
+    with guard_process() as (port, _):
+        yield port
+
+
+@contextlib.contextmanager
+def guard_process() -> Iterator[tuple[int, int]]:
+    """Its port, and the id of the process."""
     port = free_port()
     program = [sys.executable, "-m", "tests.helpers.run_guard", str(port)]
     process = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -112,7 +167,7 @@ def guard_server() -> Iterator[int]:
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.1)
-        yield port
+        yield port, process.pid
     finally:
         process.kill()
         process.wait()
@@ -153,6 +208,70 @@ def test_an_upload_does_not_delay_others(way):
                 break
     print(f"/health beside uploads: {min(delays) * 1e3:.1f} ms later at p99")
     assert min(delays) < 0.02
+
+
+def most_memory(process: int) -> int:
+    """The most memory that a process has had, in bytes."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", text)[0]) * 1024
+
+
+def start_body(port: int, head: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head + b"\r\n\r\n")
+    return connection
+
+
+def chunk(size: int, zipped: bool = False) -> bytes:
+    data = gzip.compress(bytes(size * 1000)) if zipped else bytes(size)
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def statuses(connections: list[socket.socket], data: bytes, parts: int, end: bytes = b"0\r\n\r\n") -> Counter[str]:
+    """Send `parts` times `data` to all connections in turn, then `end`; the statuses of the replies."""
+    for connection in itertools.chain.from_iterable(itertools.repeat(connections, parts)):
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+    found: Counter[str] = Counter()
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.sendall(end)
+        with connection, contextlib.suppress(OSError):
+            found[connection.recv(1000).split()[1].decode()] += 1
+    return found
+
+
+CHUNKED = b"Transfer-Encoding: chunked"
+# Many clients at once: a head, a part, how many of it each client sends, and the statuses of the replies.
+FLOODS: dict[str, tuple[bytes, bytes, int, set[str]]] = {
+    "over the limit, no length": (CHUNKED, chunk(MIB), 10, {"413", "429"}),
+    "over the limit, by length": (b"Content-Length: %d" % (1 << 40), bytes(1 << 16), 160, {"413"}),
+    "below the limit": (CHUNKED, chunk(MIB), 7, {"200", "429"}),
+    "compressed": (b"Content-Encoding: gzip\r\n" + CHUNKED, chunk(MIB, zipped=True), 4, {"200", "429"}),
+    "after the reply": (CHUNKED, chunk(MIB), 60, {"413", "429"}),
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "below the limit")) for name in FLOODS]
+)
+def test_memory_is_flat_under_many_large_bodies(name):
+    """48 clients at once, of 7 MiB and more. All bodies together may have 16 x 8 MiB, and buffers as much again."""
+    head, part, count, expected = FLOODS[name]
+    with guard_process() as (port, process):
+        before = most_memory(process)
+        clients = 8 if name == "after the reply" else 48
+        end = b"" if "length" in name and "no length" not in name else b"0\r\n\r\n"
+        found = statuses([start_body(port, head) for _ in range(clients)], part, count, end)
+        grown = most_memory(process) - before
+        print(f"{name}: {dict(found)}, {grown / MIB:.0f} MiB more")
+        assert {*found} <= expected
+        assert sum(found.values()) > 0
+        assert grown < 2 * 16 * 8 * MIB
+        assert max(latency(port, 20)) < 5
+        small = start_body(port, b"Content-Length: 5")
+        assert statuses([small], b"hello", 1, b"") == {"200": 1}
 
 
 # ---- what is refused, and how ---------------------------------------------------------------------------------------
