@@ -21,6 +21,13 @@ def rotary_angles(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) 
     return torch.outer(torch.arange(length).float(), frequencies)
 
 
+def rotary_table(base: float, head_dim: int, length: int) -> torch.Tensor:
+    """Cosines and sines [1, T, 1, head size / 2, 2] of positions 0 to `length` - 1, as Huginn and Parcae store them."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    angles = torch.outer(torch.arange(length).double(), frequencies)[None, :, None]
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [.., D] over its root mean square, times weight [D]."""
     return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
