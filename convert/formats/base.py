@@ -21,9 +21,6 @@ RECIPE_KEYS = frozenset(
 )
 
 
-TABLE = 0.01  # greatest difference of a stored rotary table from the computed one: bfloat16 rounds by 0.004
-
-
 class Known(NamedTuple):
     """The values of a tensor on disk that the import leaves out, as `values(read)` gives them, within `tolerance`.
 
@@ -84,7 +81,11 @@ class CheckpointMap:
 
 def tied_to(embeddings: str) -> Known:
     """The values of a head that is tied to the tensor `embeddings` on disk."""
-    return Known(f"{embeddings}, to which the head is tied", lambda read: read(embeddings))
+
+    def values(read: Read) -> torch.Tensor:
+        return read(embeddings)
+
+    return Known(f"{embeddings}, to which the head is tied", values)
 
 
 def check_options(kind: str, fields: dict[str, Any], known: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from ...errors import UserError
 from ...model.configuration_ungated import UngatedConfig
 from ..raw import RawTensors
-from .base import TABLE, Checkpoint, CheckpointMap, Format, Known, check_options
+from .base import Checkpoint, CheckpointMap, Format, check_options
 from .layers import attend, named_layers, rotary_angles, rotary_table
 
 PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our names -> theirs in tensor names
@@ -94,8 +93,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     for name, raw_name in (("weight", "B"), ("log_rate", "A_log"), ("step", "dt_bias")):
         result.copy(f"injection.{name}", f"transformer.adapter.{raw_name}")
     result.copy_head(tied=source.tie_word_embeddings)
-    table = partial(rotary_table, base, width // heads, fields["block_size"])
-    result.leave_out("freqs_cis", Known(f"the rotary table of rope_base={base:g}", lambda read: table(), TABLE))
+    result.leave_out("freqs_cis", rotary_table(base, width // heads, fields["block_size"]))
     return result
 
 

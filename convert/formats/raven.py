@@ -5,7 +5,6 @@ Sources: Huginn (arXiv 2502.05171) and the retrofitted models (arXiv 2511.07384)
 
 from __future__ import annotations
 
-from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Olmo2Config
 
 from ...errors import UserError
-from .base import TABLE, Checkpoint, CheckpointMap, Known, check_options
+from .base import Checkpoint, CheckpointMap, check_options
 from .layers import attend, rms_norm, rotary_angles, rotary_table
 
 MODEL_TYPE = "huginn_raven"
@@ -22,8 +21,9 @@ BLOCK = "transformer.core_block.0."
 PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our names -> theirs in tensor names
 ROPE_BASE = 50_000  # Huginn's
 # Options that change the computation or add noise to it, with the one value of the released models.
-FIXED = {"injection_type": "linear", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False}
-FIXED |= {"test_time_noise": 0}
+FIXED: dict[str, Any] = {
+    "injection_type": "linear", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False, "test_time_noise": 0,
+}  # fmt: skip
 SIZES = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
 
 
@@ -87,9 +87,7 @@ def map_checkpoint(
     if order is None:
         result.ignored.add("freqs_cis")
     else:
-        base = fields.get("rope_base", ROPE_BASE)
-        table = partial(rotary_table, base, head_dim, fields["block_size"])
-        result.leave_out("freqs_cis", Known(f"the rotary table of rope_base={base:g}", lambda read: table(), TABLE))
+        result.leave_out("freqs_cis", rotary_table(fields.get("rope_base", ROPE_BASE), head_dim, fields["block_size"]))
     return result
 
 

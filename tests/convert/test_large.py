@@ -80,7 +80,7 @@ def test_a_relaxed_matrix_is_the_sum_to_the_bit_and_alone_of_its_size(dtype, tra
     weight = weight.T if transposed else weight
     a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((64, 4096), (4096, 64)))
     norms = torch.rand(4096, generator=generator).to(dtype)
-    b @ a  # buffers of the library
+    torch.matmul(b, a)  # buffers of the library
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
     before = memory("VmRSS")
     got = relaxed_matrix(weight, a, b)

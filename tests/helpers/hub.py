@@ -41,7 +41,7 @@ class Handler(JsonHandler):
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for (method, pattern), status in self.hub.refuse.items():
             if method == self.command and re.search(pattern, path):
-                return self.refuse(*status if isinstance(status, tuple) else (status,))
+                return self.refuse(*status) if isinstance(status, tuple) else self.refuse(status)
         for pattern, answer in ROUTES:
             if found := re.fullmatch(pattern, path):
                 return answer(self, *found.groups())
