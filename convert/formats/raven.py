@@ -22,7 +22,8 @@ PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our name
 ROPE_BASE = 50_000  # Huginn's
 # Options that change the computation or add noise to it, with the one value of the released models.
 FIXED: dict[str, Any] = {
-    "injection_type": "linear", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False, "test_time_noise": 0,
+    "injection_type": "linear", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False,
+    "test_time_noise": 0,
 }  # fmt: skip
 SIZES = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
 
