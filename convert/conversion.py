@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..carried import copy_licences
+from ..card import copy_licences
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .generation import write_generation_config
 from .hashes import hashing

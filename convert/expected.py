@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint import flat
 from ..errors import UserError
 from ..load import read_config
+from ..model.relaxation import relaxed_matrix
 from .agreement import WAY_OUT
 from .pending import Pending
 from .plan import Plan
@@ -112,12 +113,12 @@ def _check_factors(written: SourceWeights, expected: Expected, n: int, path: str
     for depth, (a, b) in enumerate(zip(*(factor.float() for factor in factors), strict=True)):
         if not zero:
             source = f"{expected.layers}{expected.plan.stands_for[depth][n]}.{path}.weight"
-            change = as_matrix(expected.weights.read(source), transposed) - tied
-            _check_svd(name, source, depth, a, b, change, rounding)
+            change = [as_matrix(expected.weights.read(source), transposed) - tied]
+            _check_svd(name, source, depth, a, b, change.pop(), rounding)  # nothing here holds it any longer
         elif b.any():
             raise _wrong(f"{name}.lora_B", f"is not zero at depth {depth}")
         if norms is not None:
-            want = (tied + b @ a).norm(dim=1)
+            want = relaxed_matrix(tied, a, b).norm(dim=1)
             if not (off := (norms[depth] - want).abs().max().item()) <= rounding * want.max().item():
                 raise _wrong(magnitude, f"is not the norm of the rows at depth {depth}, by {off:.3g}")
 

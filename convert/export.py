@@ -83,7 +83,8 @@ def export(
     """
     from loopwise.version import __version__
 
-    from ..carried import CARD, copy_licences
+    from ..card import copy_licences
+    from ..carried import CARD
     from .agreement import decisive
     from .card import export_card
     from .generation import write_generation_config

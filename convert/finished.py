@@ -7,6 +7,7 @@ from typing import Any
 
 from ..directory import RECORD, is_whole, record_of
 from ..find_source import commit_of
+from ..input_files import newer
 from .hashes import hashing
 
 
@@ -33,11 +34,8 @@ def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
     """True if no file of `source`, a directory or a file, is newer than `out`, and weights have the `known` sha256."""
     if not isinstance(known, dict) or not known:
         return False
-    written = (out / RECORD).stat().st_mtime
     files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
-    stats = [file.stat() for file in files]  # a copy that keeps its time of change has a new inode's, st_ctime
-    newer = any(max(stat.st_mtime, stat.st_ctime) > written for stat in stats)
-    if newer or not {*known} <= {file.name for file in files}:
+    if newer(files, out / RECORD) or not {*known} <= {file.name for file in files}:
         return False
     try:
         with hashing([file for file in files if file.name in known]) as found:

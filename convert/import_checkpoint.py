@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import config_fields, read_json
 from ..errors import UserError, reason
@@ -88,6 +89,7 @@ class ImportConversion(Conversion):
         self.dtype = named_dtype(recipe.dtype)
         mapped, config, shapes = _map(kind, fields, raw, recipe)
         _check_tensors(kind.name, mapped, raw, shapes)
+        self.known = mapped.known
         config.dtype = self.dtype or raw.dtype(next(iter(mapped.tensors.values()))[0][0])
         config.architectures = [RecurrentDepthForCausalLM.__name__]
         pending = [
@@ -101,6 +103,20 @@ class ImportConversion(Conversion):
             for name, (sources, transform) in mapped.tensors.items()
         ]
         super().__init__(path, recipe, config, pending, raw.files, _facts(kind, config, raw, mapped))
+
+    def write(
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        show_progress: bool,
+        identity: dict[str, Any] | None = None,
+    ) -> Written:
+        """As any conversion's. Raises UserError for a tensor that is left out as known, and has other values."""
+        for name, known in self.known.items():
+            read, there = self.raw.read, name in self.raw.names()
+            if there and not _equals(read(name), known.values(read), known.tolerance):
+                raise UserError(f"tensor {name} of this {self.kind.name} checkpoint is not {known.name}")
+        return super().write(directory, tokenizer, show_progress, identity)
 
     def finish(self, directory: Path, written: Written) -> dict[str, Any]:
         """Replace the special tokens of generation_config.json where all are 0, as Ouro's released files have them."""
@@ -185,6 +201,13 @@ def _check_tensors(kind: str, mapped: CheckpointMap, raw: RawTensors, shapes: di
         raise UserError(f"tensor {unknown[0]} is not one of a {kind} checkpoint; nothing of it could be kept")
     for name, (sources, transform) in mapped.tensors.items():
         _check_shape(name, shapes[name], {source: raw.shape(source) for source in sources}, transform)
+
+
+def _equals(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
+    """True where two tensors are of one shape and equal within `tolerance`."""
+    if got.shape != want.shape or not tolerance:
+        return torch.equal(got, want)
+    return torch.allclose(got.double(), want.double(), rtol=0, atol=tolerance)
 
 
 def _check_shape(name: str, wanted: list[int], shapes: dict[str, list[int]], transform: Transform) -> None:

@@ -187,7 +187,7 @@ def merged(
     transposed = weights.is_transposed(f"core.{n}.{path}")
     magnitude = f"{name}.dora_magnitude"
     norms = weights.read(magnitude)[depth].to(dtype) if magnitude in weights.names() else None
-    result = relaxed_matrix(as_matrix(weight, transposed, dtype), a, b, norms)
+    result = relaxed_matrix(weight.T if transposed else weight, a, b, norms)
     return result.T if transposed else result
 
 

@@ -41,7 +41,7 @@ def work(job: Job, todo: list[int]) -> Generator[tuple[int, Done]]:
     """Each unit of `todo`, once one of `recipe.workers` processes has written it.
 
     The processes share the threads of this one; they end with the block, and with this process. Raises UserError as the
-    writing of a unit does, OSError as it does and where a worker has ended.
+    writing of a unit does, OSError as it does, and ChildProcessError at once where a worker has ended, at work or idle.
     """
     waiting = iter(todo)
     with _started(job, min(job.recipe.workers, len(todo))) as workers, selectors.DefaultSelector() as selector:
@@ -110,7 +110,7 @@ def _send(worker: subprocess.Popen[str], message: Any) -> None:
 def _reply(worker: subprocess.Popen[str]) -> dict[str, Any]:
     """The next reply of `worker`. Raises the error that it replies with, or that it has ended."""
     line = _pipe(worker.stdout).readline()
-    if not line:
+    if not line.endswith("\n"):  # the end of its output, maybe in the middle of a long reply
         code = worker.wait()
         how = f"was killed by signal {-code}, as where memory is short" if code < 0 else f"ended with exit code {code}"
         raise ChildProcessError(0, f"a worker process {how}; try fewer workers")

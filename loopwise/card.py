@@ -6,6 +6,7 @@ The fields are the hub's (hub-docs, modelcard.md).
 from __future__ import annotations
 
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from .carried import CARD, LICENCES
 from .hub import is_hub_id
+from .input_files import check_inside
 
 LONGEST = 1 << 16  # characters of a source's card that are read
 FRONT = re.compile(r"\A---\r?\n(.*?)^---\r?$\n?", re.DOTALL | re.MULTILINE)
@@ -22,6 +24,7 @@ KNOWN_LICENCES = {
     "apache-2.0": ("Apache License", "Version 2.0"),
     "mit": ("Permission is hereby granted, free of charge", "without restriction"),
 }
+TEXTS = ("", ".md", ".txt", ".html", ".pdf")  # ends of the names of licences that a card links to
 CHANGED = ("modified", "modification of the", "based on the apache")  # words at the top of a licence of another kind
 
 
@@ -44,7 +47,7 @@ def metadata(
     else:
         inherited_datasets = _texts(inherited.get("datasets"))
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-    found |= _licence(inherited, folder, directory)
+    found |= _licence(inherited, folder, directory, repository)
     if base:
         found["base_model"] = base[0] if len(base) == 1 else base
         found["base_model_relation"] = "finetune" if len(base) == 1 else "merge"
@@ -73,18 +76,48 @@ def with_metadata(text: str, fields: dict[str, Any]) -> str:
     return as_front(fields) + FRONT.sub("", text)
 
 
-def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path) -> dict[str, str]:
-    """The fields on the licence: those of the source's card, else those of its licence file; none where unknown."""
-    if licence := _texts(inherited.get("license")):
-        fields = {"license": licence[0]}
-        for name in ("license_name", "license_link"):
-            if given := _texts(inherited.get(name)):
-                fields[name] = given[0]
-        link = fields.get("license_link")
-        if link and "://" not in link and not (directory / Path(link).name).is_file():
-            del fields["license_link"]  # to a file that is not carried
-        return fields
+def copy_licences(path: Path, directory: Path) -> None:
+    """Copy the licence files of the source `path`, and the one that its card links to, into `directory`.
+
+    Raises UserError for a link out of `path`.
+    """
+    link = _linked(read_metadata(path / CARD))
+    named = [path / link] if link and (path / link).is_file() and not (directory / Path(link).name).exists() else []
+    for file in [*(file for pattern in LICENCES for file in sorted(path.glob(pattern))), *named]:
+        check_inside(file, path)
+        if file.is_file() and file.suffix != ".py":
+            shutil.copyfile(file, directory / file.name)
+
+
+def _linked(fields: dict[str, Any]) -> str | None:
+    """The file of the source that `license_link` of its card names; None for an address, and for no text of its own."""
+    link = next(iter(_texts(fields.get("license_link"))), "")
+    path = Path(link)
+    inside = "://" not in link and not path.is_absolute() and ".." not in path.parts
+    return link if inside and path.name not in ("", CARD) and path.suffix.lower() in TEXTS else None
+
+
+def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path, repository: str) -> dict[str, Any]:
+    """The fields on the licence: those of the source's card, else those of its licence file; none where unknown.
+
+    A link to a file is one to the file in `directory`; without it, to that of the `repository`, if it is a hub id.
+    """
     files = sorted(file for pattern in LICENCES[:2] for file in (folder.glob(pattern) if folder else []))
+    if licence := _texts(inherited.get("license")):
+        given = {name: _texts(inherited.get(name)) for name in ("license_name", "license_link")}
+        fields = {name: _one_or_all(texts) for name, texts in {"license": licence, **given}.items() if texts}
+        link = str(fields.get("license_link", ""))
+        if link and "://" not in link:
+            del fields["license_link"]
+            if (name := Path(link).name) != CARD and (directory / name).is_file():
+                fields["license_link"] = name
+            elif is_hub_id(repository):
+                from huggingface_hub import constants
+
+                fields["license_link"] = f"{constants.ENDPOINT}/{repository}/blob/main/{link}"
+        elif not link and "other" in licence and files:
+            fields["license_link"] = files[0].name
+        return fields
     for file in files:
         with suppress(OSError), file.open(encoding="utf-8", errors="replace") as stream:
             text = " ".join(stream.read(LONGEST).split())
@@ -93,6 +126,12 @@ def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path) ->
             known = (name for name, words in plain.items() if all(word in text for word in words))
             return {"license": next(known, "other"), "license_link": file.name}
     return {}
+
+
+def _one_or_all(texts: list[str]) -> str | list[str]:
+    """The only one of `texts`, as the hub has it; of several, which it knows for licences too, all."""
+    several = list(dict.fromkeys(texts))
+    return several if len(several) > 1 else several[0]
 
 
 def _texts(value: Any) -> list[str]:

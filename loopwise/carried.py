@@ -17,15 +17,6 @@ TOKENIZER_FILES = (*VOCABULARY, *BESIDE)
 SETTINGS = "tokenizer_config.json"
 
 
-def copy_licences(path: Path, directory: Path) -> None:
-    """Copy the licence files of the source `path` into `directory`. Raises UserError for a link out of `path`."""
-    for pattern in LICENCES:
-        for file in sorted(path.glob(pattern)):
-            check_inside(file, path)
-            if file.is_file() and file.suffix != ".py":
-                shutil.copyfile(file, directory / file.name)
-
-
 MODEL_CODE = {
     "AutoConfig": "configuration_recurrent_depth.RecurrentDepthConfig",
     "AutoModelForCausalLM": "modeling_recurrent_depth.RecurrentDepthForCausalLM",

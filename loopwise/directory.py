@@ -318,8 +318,9 @@ def new_directory(
 
     goes_on: the sibling begins as the one that a killed process left, where there is one of which it is true. Then an
     interruption or a full disk leaves the sibling for the next call; an error that would come again, a UserError,
-    removes it. Raises UserError as `place`, `check_replaceable` and `goes_on` do, for a full disk, and at once where
-    another process makes `out`.
+    removes it. A ChildProcessError, for a process of the block's that was killed, leaves it in any case, as a kill of
+    this process does. Raises UserError as `place`, `check_replaceable` and `goes_on` do, for a full disk, and at once
+    where another process makes `out`.
     """
     with locked(place(out, source)):
         yield from _new_directory(out, source, force, goes_on)
@@ -366,7 +367,7 @@ def _new_directory(
     except UserError:
         raise
     except BaseException as error:
-        keep = goes_on is not None and is_ours(partial)
+        keep = (goes_on is not None or isinstance(error, ChildProcessError)) and is_ours(partial)
         if not isinstance(error, Exception) or not (message := system_error(error)):
             raise
         raise UserError(f"cannot write {out}: {message}{'; --resume goes on from here' * keep}") from error

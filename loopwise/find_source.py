@@ -10,7 +10,7 @@ from .checkpoint import read_json
 from .directory import RECORD
 from .errors import UserError
 from .gguf_source import find_gguf
-from .hub import is_hub_id, not_found
+from .hub import asking, is_hub_id, not_found
 
 FILES = ("*.json", "*.safetensors", *TOKENIZER_FILES, *LICENCES)  # of a checkpoint; never code
 SHORT = ("*.json",)  # those that describe it without its weights
@@ -59,16 +59,12 @@ def find_model(model: str | Path, revision: str | None, weights: bool = True) ->
         if revision is not None:
             raise UserError(f"revision={revision!r} is for hub models; {model} is a local path")
         return path
-    try:
+    with asking(lambda error: not_found(str(model), error, revision)):
         path = snapshot(str(model), revision, SHORT)
         kind = read_json(path / "config.json", f"{model}: the hub has it, but no config.json").get("model_type")
         if kind != "recurrent_depth":
             raise UserError(f"{model}: model_type is {kind!r}, not 'recurrent_depth'; loopwise convert makes one")
         return _with_card(str(model), snapshot(str(model), path.name, FILES)) if weights else path
-    except UserError:
-        raise
-    except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
-        raise not_found(str(model), error, revision) from None
 
 
 def card_folder(model: str, revision: str | None) -> Path | None:
@@ -94,15 +90,13 @@ def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     repository, _, file = source.partition(":")
-    try:
+    with asking(lambda error: not_found(source, error, revision)):
         if file.endswith(".gguf"):
             return Path(hf_hub_download(repository, file, revision=revision))
         path = snapshot(source, revision, FILES)
         if any(path.glob("*.safetensors")):
             return _with_card(source, path)
         stored = HfApi().list_repo_files(source, revision=revision)
-    except Exception as error:  # the hub client raises many kinds: not found, gated, offline, no connection
-        raise not_found(source, error, revision) from None
     if files := [name for name in stored if name.endswith(".gguf")]:
         raise UserError(f"{source} holds GGUF files; name the one to take: {', '.join(f'{source}:{n}' for n in files)}")
     return path

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError, reason, shorten
 
 # Classes of the hub's client, requests and httpx, of which none needs to be installed to be named.
 SAID = {
+    "DisabledRepoError": "the hub has disabled it",
     "GatedRepoError": "it is gated: ask for access, and log in with `hf auth login`",
     "RepositoryNotFoundError": "the hub has none of this name, or it needs `hf auth login`",
     "RevisionNotFoundError": "the hub has no such revision of it",
@@ -34,6 +37,17 @@ UNREACHED = (
 )
 
 
+@contextmanager
+def asking(said: Callable[[Exception], UserError]) -> Iterator[None]:
+    """A block that asks the hub. `said(error)` is raised for an error of its client; a UserError passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client raises many kinds: not found, gated, offline, no connection
+        raise said(error) from None
+
+
 def why_not(error: BaseException) -> str:
     """The reason of an `error` of the hub: the first known cause in its chain, else its own words."""
     chain: list[BaseException] = []
@@ -46,10 +60,11 @@ def why_not(error: BaseException) -> str:
         return known
     status = next((code for one in chain if (code := _status(one))), None)
     if status and "RemoteEntryNotFoundError" not in names:  # of a missing file, transformers has better words
-        return STATUS.get(status, f"the hub answers with status {status}{_words(chain)}")
+        said = STATUS.get(status, f"the hub answers with status {status}")
+        return said + _words(chain) * (status == 403 or status not in STATUS)
     if any(name.endswith(UNREACHED) for name in names) or _offline():
         return "the hub is not asked offline" if _offline() else "the hub cannot be reached"
-    return re.sub(r"https?://\S+", "the hub", reason(chain[0])).rstrip(".")  # pyright: ignore[reportArgumentType]
+    return _without_host(reason(chain[0]))  # pyright: ignore[reportArgumentType]
 
 
 def _status(error: BaseException) -> int | None:
@@ -61,7 +76,12 @@ def _status(error: BaseException) -> int | None:
 def _words(chain: list[BaseException]) -> str:
     """The server's own words in an error of the hub's client, behind a colon; "" without any."""
     words = next((text for one in chain if isinstance(text := getattr(one, "server_message", None), str) and text), "")
-    return f": {shorten(' '.join(words.split()), 200)}" if words else ""
+    return f": {_without_host(shorten(' '.join(words.split()), 200))}" if words else ""
+
+
+def _without_host(text: str) -> str:
+    """`text` with other words for addresses."""
+    return re.sub(r"https?://\S+", "the hub", text).rstrip(".")
 
 
 def is_hub_id(model: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import UserError
@@ -60,6 +61,16 @@ def check_entries(path: Path) -> None:
                 check_inside(file, path)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def newer(files: Iterable[Path], than: Path) -> Path | None:
+    """The first of `files` that is there and was changed after the file `than` was written; None without one.
+
+    A copy that keeps its time of change has a new inode's, st_ctime.
+    """
+    written = than.stat().st_mtime
+    stats = ((file, file.stat()) for file in files if file.is_file())
+    return next((file for file, stat in stats if max(stat.st_mtime, stat.st_ctime) > written), None)
 
 
 def _resolved(file: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from .card import CARD, read_metadata, with_metadata
 from .directory import RECORD, is_whole, new_file, record_of
 from .errors import UserError
-from .hub import why_not
+from .hub import asking, why_not
 from .model_index import model_index, read_results
 from .version import __version__
 
@@ -28,12 +28,10 @@ MODEL_FILES = ("config.json", "adapter_config.json")  # by which a repository ho
 class Target:
     """A repository to push to, as it was when the command began.
 
-    name: OWNER/NAME.   exists: it is there already.   private: it is, or will be.   results: of `loopwise eval`, for
-    the card.
+    name: OWNER/NAME.   private: it is, or will be.   results: of `loopwise eval`, for the card.
     """
 
     name: str
-    exists: bool
     private: bool
     results: list[dict[str, Any]]
 
@@ -72,7 +70,7 @@ def check_target(args: argparse.Namespace, out: Path) -> Target | None:
                 raise UserError(f"{option} belongs to --push-to-hub NAME")
         return None
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     name, option = args.push_to_hub, f"--push-to-hub {args.push_to_hub}"
@@ -81,41 +79,48 @@ def check_target(args: argparse.Namespace, out: Path) -> Target | None:
     except HFValidationError:
         raise UserError(f"{option}: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'") from None
     api = HfApi()
-    try:
+    with asking(lambda error: UserError(f"{option}: {why_not(error)}")):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(f"{option}: the token can only read; log in with one that writes")
         name = name if "/" in name else f"{user['name']}/{name}"
-        try:
-            info = api.model_info(name)
-        except RepositoryNotFoundError:
-            target = Target(name, False, not args.public, _results(args, out, name))
-        else:
-            if not info.private and not args.public:
-                raise UserError(f"{option}: {name} is public already; give --public to push there")
-            if info.private and args.public:
-                raise UserError(
-                    f"{option}: {name} is private; make it public in its settings on the hub, or leave --public out"
-                )
-            files = [file.rfilename for file in info.siblings or []]
-            if theirs := _foreign_model(files, _pushed(api, name, files)):
-                raise UserError(
-                    f"{option}: {name} holds a model that Loopwise did not push ({theirs}); choose another name"
-                )
-            target = Target(name, True, bool(info.private), _results(args, out, name))
-    except UserError:
+        _is_there(api, name, not args.public, option)
+    return Target(name, not args.public, _results(args, out, name))
+
+
+def _is_there(api: Any, name: str, private: bool, option: str) -> bool:
+    """True for a repository `name` that may be pushed to, False where there is none.
+
+    Raises UserError for one that is not as `private` as asked for, and for one with a model that Loopwise did not push;
+    the hub's errors for any other, as one that is gated.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        info = api.model_info(name)
+    except GatedRepoError:  # a kind of the next one
         raise
-    except Exception as error:  # the hub client raises many kinds
-        raise UserError(f"{option}: {why_not(error)}") from None
-    return target
+    except RepositoryNotFoundError:
+        return False
+    if private and not info.private:
+        raise UserError(f"{option}: {name} is public already; give --public to push there")
+    if info.private and not private:
+        raise UserError(
+            f"{option}: {name} is private; make it public in its settings on the hub, or leave --public out"
+        )
+    files = [file.rfilename for file in info.siblings or []]
+    if theirs := _foreign_model(files, _pushed(api, name, files)):
+        raise UserError(f"{option}: {name} holds a model that Loopwise did not push ({theirs}); choose another name")
+    return True
 
 
 def push(target: Target, out: Path) -> None:
     """Upload the files that Loopwise wrote into `out`, which is whole, and print the commit.
 
-    Makes the repository if it is not there. Files of others in it stay; those that an earlier push put there and `out`
-    lacks are removed, as they would be loaded. What the hub has already is not sent again. With results, the card in
-    `out` gets them first. Raises UserError where the hub refuses, and for code in `out` that is not Loopwise's own.
+    Makes the repository if it is not there, and checks it again: hours may have passed, and an organisation may have
+    rules for new ones. Files of others in it stay; those that an earlier push put there and `out` lacks are removed, as
+    they would be loaded. What the hub has already is not sent again. With results, the card in `out` gets them first.
+    Raises UserError where the hub refuses, and for code in `out` that is not Loopwise's own.
     """
     record = record_of(out)
     files = {*map(str, record["files"]), RECORD}
@@ -128,10 +133,12 @@ def push(target: Target, out: Path) -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()
-    api = HfApi()
-    try:
-        if not target.exists:
-            api.create_repo(target.name, private=target.private)  # one that is there by now has not been checked
+    api, option = HfApi(), f"--push-to-hub {target.name}"
+    again = "OUT is whole, and the same command uploads what is missing"
+    with asking(lambda error: UserError(f"{option}: {why_not(error)}. {again}")):
+        if not _is_there(api, target.name, target.private, option):
+            api.create_repo(target.name, private=target.private)
+            _is_there(api, target.name, target.private, option)
         stale = _pushed(api, target.name, api.list_repo_files(target.name)) - files
         done = api.upload_folder(
             repo_id=target.name,
@@ -140,9 +147,6 @@ def push(target: Target, out: Path) -> None:
             delete_patterns=[glob.escape(name) for name in sorted(stale)] or None,
             commit_message=f"Upload by loopwise {__version__}",
         )
-    except Exception as error:  # the hub client raises many kinds
-        again = "OUT is whole, and the same command uploads what is missing"
-        raise UserError(f"--push-to-hub {target.name}: {why_not(error)}. {again}") from None
     print(f"pushed: {target}, revision {done.oid}", flush=True)
 
 

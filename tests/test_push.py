@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from loopwise.card import metadata
+from loopwise.card import copy_licences, metadata
 from loopwise.cli import main
+from loopwise.convert import command
 from loopwise.recipe import validate
 from loopwise.train.card import hub_datasets
 from loopwise.train.recipe import Train
@@ -156,7 +157,8 @@ def test_a_push_that_was_cut_off_sends_the_rest(place, capsys):
 @pytest.mark.parametrize(
     ("refuse", "said"),
     [
-        (("POST", "repos/create", 403), "the token has no right to it"),
+        (("POST", "repos/create", 403), "the token has no right to it: refused"),
+        (("POST", "preupload", (403, "GatedRepo")), "it is gated: ask for access, and log in with `hf auth login`"),
         (("POST", "preupload", 404), "the hub has no such place"),
         (("POST", "commit", 409), "another change came in between"),
         (("POST", "commit", 401), "the hub refuses the token: log in with `hf auth login`"),
@@ -171,6 +173,37 @@ def test_a_refusal_of_the_hub_is_one_line(refuse, said, place, capsys):
     place.hub.refuse.clear()
     assert place.push() == 0
     assert place.pushed() == files_of(place.out)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_repository_is_not_a_missing_one(status, place, capsys):
+    place.hub.models["me/mine"] = Repository(private=True)
+    place.hub.refuse["GET", "api/models/me/mine"] = status, "GatedRepo"
+    line = refused(capsys, place)
+    assert line == "loopwise: error: --push-to-hub mine: it is gated: ask for access, and log in with `hf auth login`"
+    assert not place.hub.asked("POST", "")
+
+
+@pytest.mark.parametrize("moment", ["published", "made", "by rule"])
+def test_nothing_goes_to_a_repository_that_is_public_by_now(moment, place, capsys, monkeypatch):
+    """Somebody publishes or makes it while the model is made, or the hub makes every repository public."""
+    if moment == "published":
+        place.hub.models["me/mine"] = Repository(private=True)
+        place.hub.models["me/mine"].commit({"notes.txt": b"mine"})
+    place.hub.all_public = moment == "by rule"
+
+    def meanwhile(*_: object) -> bool:
+        if moment == "made":
+            place.hub.models["me/mine"] = Repository()
+            place.hub.models["me/mine"].commit({})
+        elif moment == "published":
+            place.hub.models["me/mine"].private = False
+        return True
+
+    monkeypatch.setattr(command, "_is_done", meanwhile)
+    assert "me/mine is public already; give --public to push there" in refused(capsys, place)
+    assert not {*place.pushed()} - {"notes.txt"}
+    assert not place.hub.large
 
 
 @pytest.mark.parametrize(
@@ -313,8 +346,18 @@ def test_train_pushes_the_model_of_a_finished_run(place, capsys, tmp_path, monke
     assert not any(path.startswith("checkpoint") for path in files)
     card = ModelCard(files["README.md"].decode()).data.to_dict()
     assert (card["license_name"], card["base_model"], card["pipeline_tag"]) == ("house", "them/base", "text-generation")
-    assert main([*argv, "seed=2"]) == 2
-    assert "seed was 0, now 2" in capsys.readouterr().err
+    late = time.time() + 10
+    for change, said in {
+        "seed=2": "seed was 0, now 2",
+        "dtype=bfloat16": "run is the finished run of other settings (dtype was None, now 'bfloat16'): give the same",
+        "data.sequence_length=16": "sequence_length was 32, now 16",
+        "steps=1": "text.txt is newer than the finished run in ",
+    }.items():
+        if change == "steps=1":
+            os.utime(tmp_path / "text.txt", (late, late))
+        assert main([*argv, change]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
 
 
 def test_datasets_of_a_card_are_ids_of_the_hub(tmp_path, monkeypatch):
@@ -338,6 +381,19 @@ def test_datasets_of_a_card_are_ids_of_the_hub(tmp_path, monkeypatch):
         ({"LICENCE.txt": "All rights reserved"}, {"license": "other", "license_link": "LICENCE.txt"}),
         ({"README.md": "---\n[: no yaml\n---\n"}, {}),
         ({"README.md": "---\nlicense: other\nlicense_link: TERMS\n---\n"}, {"license": "other"}),
+        ({"README.md": "---\nlicense: [mit, apache-2.0, mit]\n---\n"}, {"license": ["mit", "apache-2.0"]}),
+        ({"README.md": "---\nlicense:\n- mit\n---\n"}, {"license": "mit"}),
+        (
+            {
+                "README.md": "---\nlicense: [mit, other]\nlicense_name: house\nlicense_link: docs/LICENSE.md\n---\n",
+                "LICENSE.md": "Do as you like.",
+            },
+            {"license": ["mit", "other"], "license_name": "house", "license_link": "LICENSE.md"},
+        ),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: house\n---\n", "LICENSE": "Do as you like."},
+            {"license": "other", "license_name": "house", "license_link": "LICENSE"},
+        ),
         (
             {"README.md": "---\nbase_model: [a/x, b/y]\ndatasets: a/text\n---\n"},
             {"base_model": ["a/x", "b/y"], "base_model_relation": "merge", "datasets": ["a/text", "c/text"]},
@@ -351,6 +407,23 @@ def test_metadata_of_a_local_source(files, found, tmp_path):
     rest = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["loopwise"]}
     more = ["c/text"] if "datasets" in found else []
     assert metadata(str(tmp_path), tmp_path, tmp_path, ["loopwise"], more) == {**rest, **found}
+
+
+def test_a_link_to_a_licence_leads_to_its_text(tmp_path):
+    """It is carried where it is a text of the source's; else the link is to the source's repository, if it has one."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "docs").mkdir(parents=True)
+    out.mkdir()
+    (source / "docs/TERMS.md").write_text("Do as you like.")
+    (source / "config.json").write_text("{}")
+    (tmp_path / "outside.txt").write_text("precious")
+    for link, local in {"docs/TERMS.md": "TERMS.md", "config.json": None, "../outside.txt": None}.items():
+        (source / "README.md").write_text(f"---\nlicense: other\nlicense_link: {link}\n---\n")
+        copy_licences(source, out)
+        assert metadata(str(source), source, out, []).get("license_link") == local
+        there = metadata("them/model", source, out, [])["license_link"]
+        assert there == local or there.endswith(f"/them/model/blob/main/{link}")
+    assert files_of(out) == {"TERMS.md": b"Do as you like."}
 
 
 @pytest.mark.slow

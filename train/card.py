@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from loopwise.card import as_front, metadata
-from loopwise.carried import CARD, copy_licences
+from loopwise.card import as_front, copy_licences, metadata
+from loopwise.carried import CARD
 from loopwise.directory import RECORD, record_of, write_record
 from loopwise.find_source import card_folder
 from loopwise.hub import is_hub_id

@@ -150,20 +150,26 @@ def prune(out: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False) -> None:
+def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False, finished: bool = False) -> None:
     """Raises UserError, with the changed keys, if `run` differs from the run that wrote `checkpoint`.
 
     run: from `Run.facts`; the digest of the data may be missing.   accept: print the changes to stderr instead.
+    finished: `checkpoint` is the final model, whose dtype counts, and which nothing continues.
     """
     record = read_json(checkpoint / RUN).get("run")
     if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
         raise UserError(f"{checkpoint / RUN}: not the record of a run")
     old = _flat(_as_today(record))
     new = _flat(run)
-    compared = {*old, *new} - {*FREE} - ({DIGEST, "mean recurrences"} - {*new})
+    compared = {*old, *new} - ({*FREE} - {"dtype"} if finished else {*FREE}) - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
     ]
+    if changed and finished:
+        raise UserError(
+            f"{checkpoint} is the finished run of other settings ({'; '.join(changed)}): give the same settings, "
+            "another directory, or --force, which replaces it"
+        )
     if changed and accept:
         print(f"{checkpoint}: continuing with other settings ({'; '.join(changed)})", file=sys.stderr)
     elif changed:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopwise.carried import check_tokenizer_inside
+from loopwise.directory import RECORD
 from loopwise.errors import UserError, reason, unknown
 from loopwise.gguf_source import find_gguf
+from loopwise.input_files import newer
 from loopwise.unused import check_used
 
 from .data import sources
@@ -35,9 +37,31 @@ def check(run: Run) -> None:
     _check_sources(run.recipe, run.out)
 
 
-def _check_sources(recipe: Train, out: Path) -> None:
+def check_unchanged(run: Run) -> None:
+    """Raises UserError if a local file of the text or of MODEL is newer than the finished model in OUT.
+
+    The settings are compared elsewhere, and the text behind them is not read again.
+    """
+    data, model = run.recipe.data, Path(run.model)
+    files = [model / "config.json", *model.glob("*.safetensors")]
+    for source in _named(run.recipe):
+        found = sources.files_of(source, data.split, data.subset)
+        files += Path(source).expanduser().rglob("*") if found is None and not is_task(source) else found or []
+    if found := newer(files, run.out / RECORD):
+        raise UserError(
+            f"{found} is newer than the finished run in {run.out}: train anew in another directory or with --force, or "
+            "push that run as it is with --resume"
+        )
+
+
+def _named(recipe: Train) -> list[str]:
+    """The sources of the text, held-out ones too."""
     data = recipe.data
-    named = [*(source for part in data.parts() for source in part), *(data.eval or [])]
+    return [*(source for part in data.parts() for source in part), *(data.eval or [])]
+
+
+def _check_sources(recipe: Train, out: Path) -> None:
+    data, named = recipe.data, _named(recipe)
     for source in named:
         if not is_task(source) and Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise UserError(f"the text {source} lies in OUT ({out}), which the run replaces; choose another directory")

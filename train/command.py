@@ -42,6 +42,10 @@ def main(argv: list[str]) -> int:
     finished = is_whole(out) and (out / RUN).is_file()
     resume = args.resume or (bool(args.push_to_hub) and finished and not args.force)  # in every rank alike
     run = Run(os.path.expanduser(args.model), out, recipe, resume, args.force, args.accept_changes)
+    if resume and not args.resume:  # the user has not called OUT this run
+        from .checks import check_unchanged
+
+        check_unchanged(run)
     if args.dry_run:
         dry_run(run, args.launcher, args.processes, argv)
         if target:

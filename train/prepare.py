@@ -44,7 +44,7 @@ def prepare(run: Run) -> bool:
         print(note, file=sys.stderr)
     finished = run.resume and (out / "config.json").is_file()
     if last := out if finished and (out / RUN).is_file() else checkpoint:
-        check_same_run(last, run.facts(), run.accept_changes)
+        check_same_run(last, run.facts(), run.accept_changes, last == out)
     if finished:
         print(f"{out}: the run is already finished")
         return False

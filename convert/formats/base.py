@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,17 @@ RECIPE_KEYS = frozenset(
 )
 
 
+class Known(NamedTuple):
+    """The values of a tensor on disk that the import leaves out, as `values(read)` gives them, within `tolerance`.
+
+    name: of these values, for error lines.
+    """
+
+    name: str
+    values: Callable[[Read], torch.Tensor]
+    tolerance: float = 0
+
+
 @dataclass
 class CheckpointMap:
     """A checkpoint on disk as a recurrent-depth model.
@@ -28,12 +39,14 @@ class CheckpointMap:
     fields: the keyword arguments of its RecurrentDepthConfig.
     tensors: name of a tensor of the model -> names on disk that it is made from (mostly one), and the transform.
     ignored: names on disk that have no tensor of their own, as copies and computed tables.
+    known: of those, the ones that are refused if their values are others.
     notes: lines on what the model has and the import leaves out.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, tuple[list[str], Transform]] = field(default_factory=dict[str, tuple[list[str], Transform]])
     ignored: set[str] = field(default_factory=set[str])
+    known: dict[str, Known] = field(default_factory=dict[str, Known])
     notes: list[str] = field(default_factory=list[str])
 
     def copy(self, name: str, raw: str) -> None:
@@ -52,12 +65,41 @@ class CheckpointMap:
 
         self.tensors[name] = ([raw], take)
 
+    def leave_out(self, raw: str, known: Known) -> None:
+        """Ignore the tensor `raw` on disk, which may be absent, if its values are the `known` ones."""
+        self.ignored.add(raw)
+        self.known[raw] = known
+
     def copy_head(self, tied: bool) -> None:
-        """Take the language model head from `lm_head.weight`; a head that is tied to the embeddings is ignored."""
+        """Take the language model head from `lm_head.weight`; a head that is tied to the embeddings is left out."""
         if tied:
-            self.ignored.add("lm_head.weight")
+            (embeddings,), _ = self.tensors["source.model.embed_tokens.weight"]
+            self.leave_out("lm_head.weight", tied_to(embeddings))
         else:
             self.copy("source.lm_head.weight", "lm_head.weight")
+
+
+def tied_to(embeddings: str) -> Known:
+    """The values of a head that is tied to the tensor `embeddings` on disk."""
+
+    def values(read: Read) -> torch.Tensor:
+        return read(embeddings)
+
+    return Known(f"{embeddings}, to which the head is tied", values)
+
+
+def check_options(kind: str, fields: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise UserError, naming it, for a field of a `kind` checkpoint whose value is not the `known` one.
+
+    A field that is left out, or None, has it. `layer_types` may name full attention alone.
+    """
+    for name, value in known.items():
+        if fields.get(name, value) not in (value, None):
+            raise UserError(f"a {kind} checkpoint with {name}={fields[name]!r} is not supported; it is {value!r}")
+    if others := sorted({*(fields.get("layer_types") or ())} - {"full_attention"}):
+        raise UserError(
+            f"a {kind} checkpoint with {others[0]!r} in layer_types is not supported; all are full_attention"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +121,7 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-Mapping = Callable[[dict[str, Any], RawTensors], CheckpointMap]
+MapOf = Callable[[dict[str, Any], RawTensors], CheckpointMap]
 Reference = Callable[[Checkpoint, torch.Tensor, int, "torch.Tensor | None"], torch.Tensor]
 
 
@@ -101,7 +143,7 @@ class Format:
     name: str
     model_type: str
     has: tuple[str, ...]
-    mapping: Mapping
+    mapping: MapOf
     reference: Reference
     lacks: tuple[str, ...] = ()
     recipe_keys: frozenset[str] = RECIPE_KEYS

@@ -20,7 +20,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     source = SandwichConfig(
         **layers,
         head_dim=head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_base", 50_000)},
+        rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_base", raven.ROPE_BASE)},
         norm_after_residual=True,
         qk_bias=qk_bias,
         embedding_scale=raven.embedding_scale(fields),

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Olmo2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .base import Known
+
 Layer = Callable[[torch.Tensor, str], torch.Tensor]
+TABLE = 0.01  # greatest difference of a stored rotary table from the computed one: bfloat16 rounds by 0.004
 
 
 def rotary_angles(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) -> torch.Tensor:
@@ -19,6 +22,17 @@ def rotary_angles(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) 
     frequencies = LlamaRotaryEmbedding(config=config).inv_freq
     assert isinstance(frequencies, torch.Tensor)
     return torch.outer(torch.arange(length).float(), frequencies)
+
+
+def rotary_table(base: float, head_dim: int, length: int) -> Known:
+    """Cosines and sines [1, T, 1, head size / 2, 2] of positions 0 to `length` - 1, as Huginn and Parcae store them."""
+
+    def values(_: object) -> torch.Tensor:
+        frequencies = base ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+        angles = torch.outer(torch.arange(length).double(), frequencies)[None, :, None]
+        return torch.stack([angles.cos(), angles.sin()], -1)
+
+    return Known(f"the rotary table of rope_base={base:g}", values, TABLE)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ...errors import UserError
 from ...model.configuration_ungated import UngatedConfig
 from ..raw import RawTensors
-from .base import Checkpoint, CheckpointMap, Format
+from .base import Checkpoint, CheckpointMap, Format, tied_to
 
 LOOPS = 8  # R of the released models' training; config.json does not have it
 FREQUENCIES = 256
@@ -68,7 +68,8 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
             result.copy(f"time_conditioning.{ours}.{name}", f"{at}{theirs}.mlp.{name}")
     for n in range(count):
         _map_layer(result, n, f"{at}transformer.h.blocks.{n}.", width, ("weight", "bias") if bias else ("weight",))
-    result.ignored |= {"lm_head.weight", f"{at}lm_head.weight"}  # tied
+    for name in {"lm_head.weight", f"{at}lm_head.weight"}:
+        result.leave_out(name, tied_to(f"{at}transformer.wte.weight"))
     return result
 
 

@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 
 from ...errors import UserError
 from ..raw import RawTensors
-from .base import Checkpoint, CheckpointMap, Format
+from .base import Checkpoint, CheckpointMap, Format, check_options
 from .layers import attend, named_layers, rms_norm, rotary_angles
 
 PARTS = {"prelude": "encoder", "core": "reasoning", "coda": "decoder"}  # our names -> theirs
@@ -45,6 +45,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     if base.get("model_type") != "qwen3" or wrong:
         found = {"model_type": base.get("model_type"), **wrong}
         raise UserError(f"a LoopUS checkpoint with a base_config_dict of {found} is not supported; the base is a Qwen3")
+    check_options("LoopUS", base, {})
     base["tie_word_embeddings"] = False  # the authors' code always unties the head
     source = Qwen3Config(**base)
     layers, loops = _layers(fields, source.num_hidden_layers), fields["N"]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from ...errors import UserError
 from ..raw import RawTensors
-from .base import Checkpoint, CheckpointMap, Format
+from .base import Checkpoint, CheckpointMap, Format, check_options
 from .layers import attend, named_layers, rotary_angles
 from .raven import rope_parameters
 
@@ -51,6 +51,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
         wrong["hidden_act"] = fields["hidden_act"]
     for name, value in wrong.items():
         raise UserError(f"a Nanbeige checkpoint with {name}={value!r} is not supported; Nanbeige4.2 leaves it off")
+    check_options("Nanbeige", fields, {})
     given: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     given |= {key: fields[key] for key in KEYS if fields.get(key) is not None}
     source = LlamaConfig(**given, rope_parameters=rope)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import UserError
 from ...model.configuration_sandwich import SandwichConfig
 from ..raw import RawTensors
-from .base import Checkpoint, CheckpointMap, Format
+from .base import Checkpoint, CheckpointMap, Format, check_options
 from .layers import attend, named_layers, rotary_angles
 from .raven import rope_parameters
 
@@ -31,9 +30,8 @@ MATRICES = (
 
 
 def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
-    """The map of an Ouro checkpoint. Raises UserError for one with sliding windows; the released ones have none."""
-    if fields.get("use_sliding_window"):
-        raise UserError("an Ouro checkpoint with use_sliding_window is not supported; the released ones have none")
+    """The map of an Ouro checkpoint. Raises UserError for windows and biases; the released ones have none."""
+    check_options("Ouro", fields, {"use_sliding_window": False, "attention_bias": False, "mlp_bias": False})
     source = SandwichConfig(
         **{key: fields[key] for key in KEYS if fields.get(key) is not None},
         **special_tokens(fields),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from ...errors import UserError
 from ...model.configuration_ungated import UngatedConfig
 from ..raw import RawTensors
-from .base import Checkpoint, CheckpointMap, Format
-from .layers import attend, named_layers, rotary_angles
+from .base import Checkpoint, CheckpointMap, Format, check_options
+from .layers import attend, named_layers, rotary_angles, rotary_table
 
 PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our names -> theirs in tensor names
 SIZES = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
@@ -41,7 +41,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     width, heads = fields["n_embd"], fields["num_attention_heads"]
     counts = [fields[size] for size in SIZES]
     values, order = _value_embeddings(fields, raw.names()), _order(heads, width // heads)
-    rope = fields.get("rope_settings") or {}
+    base = float((fields.get("rope_settings") or {}).get("rope_base", 50_000))
     source = UngatedConfig(
         vocab_size=fields["padded_vocab_size"],
         hidden_size=width,
@@ -53,7 +53,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
         hidden_act="relu2",
         max_position_embeddings=fields["block_size"],
         rms_norm_eps=fields["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_base", 50_000))},
+        rope_parameters={"rope_type": "default", "rope_theta": base},
         tie_word_embeddings=bool(fields["tie_embeddings"]),
         qk_norm=bool(fields.get("qk_norm")),
         value_embeddings=values,
@@ -93,7 +93,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     for name, raw_name in (("weight", "B"), ("log_rate", "A_log"), ("step", "dt_bias")):
         result.copy(f"injection.{name}", f"transformer.adapter.{raw_name}")
     result.copy_head(tied=source.tie_word_embeddings)
-    result.ignored.add("freqs_cis")
+    result.leave_out("freqs_cis", rotary_table(base, width // heads, fields["block_size"]))
     return result
 
 
@@ -106,9 +106,7 @@ def _check(fields: dict[str, Any]) -> None:
         "recurrent_num_attention_heads": heads,
         "num_key_value_heads": heads,
     }
-    for name, value in {**FIXED, **same}.items():
-        if fields.get(name, value) not in (value, None):
-            raise UserError(f"a Parcae checkpoint with {name}={fields[name]!r} is not supported; it is {value!r}")
+    check_options("Parcae", fields, {**FIXED, **same})
     for name, allowed in (("init_strategy", STRATEGIES), ("state_init", tuple(STATES))):
         if fields[name] not in allowed:
             raise UserError(f"{name}={fields[name]!r} of this Parcae checkpoint: {', '.join(allowed)} are supported")
@@ -117,12 +115,23 @@ def _check(fields: dict[str, Any]) -> None:
 
 
 def _value_embeddings(fields: dict[str, Any], names: set[str]) -> list[bool]:
-    """For each layer: it has both value embeddings and their gate. The authors' code uses neither without the other."""
+    """For each layer: it has value embeddings and their gate. Raises UserError for a layer with one of the two.
+
+    The authors' code uses neither without the other. It places both by rules of their own, which agree for the released
+    sizes: an odd number of layers or recurrences leaves one that was never trained.
+    """
     layers = [(PARTS[part], n) for part, size in zip(PARTS, SIZES, strict=True) for n in range(fields[size])]
-    return [
-        {f"value_embeds.{number}.weight", f"transformer.{part}.{n}.attn.ve_gate.weight"} <= names
-        for number, (part, n) in enumerate(layers)
-    ]
+    found: list[bool] = []
+    for number, (part, n) in enumerate(layers):
+        pair = [f"value_embeds.{number}.weight", f"transformer.{part}.{n}.attn.ve_gate.weight"]
+        present = [name for name in pair if name in names]
+        if len(present) == 1:
+            (lacking,) = {*pair} - {*present}
+            raise UserError(
+                f"{present[0]} of this Parcae checkpoint stands without {lacking}; a layer has both, or neither"
+            )
+        found.append(bool(present))
+    return found
 
 
 def _order(heads: int, head_dim: int) -> torch.Tensor:

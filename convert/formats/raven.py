@@ -13,12 +13,18 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, Olmo2Config
 
 from ...errors import UserError
-from .base import Checkpoint, CheckpointMap
-from .layers import attend, rms_norm, rotary_angles
+from .base import Checkpoint, CheckpointMap, check_options
+from .layers import attend, rms_norm, rotary_angles, rotary_table
 
 MODEL_TYPE = "huginn_raven"
 BLOCK = "transformer.core_block.0."
 PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our names -> theirs in tensor names
+ROPE_BASE = 50_000  # Huginn's
+# Options that change the computation or add noise to it, with the one value of the released models.
+FIXED: dict[str, Any] = {
+    "injection_type": "linear", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False,
+    "test_time_noise": 0,
+}  # fmt: skip
 SIZES = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
 
 
@@ -62,8 +68,10 @@ def map_checkpoint(
     """The map of a checkpoint with prelude, adapter, core block, coda and ln_f.
 
     norms: names of a layer's norms on disk -> in the model. order: order of the rows of a head's queries and keys in
-    the model; None for the one on disk. Raises UserError for an unknown `initial_state_mode`.
+    the model; None for the one on disk. Raises UserError for an unknown `initial_state_mode`, and for options that no
+    released model has.
     """
+    check_options("huginn_raven", fields, FIXED)
     result = CheckpointMap(model_fields(fields, source))
     for part, count in zip(PARTS, (fields[size] for size in SIZES), strict=True):
         for n in range(count):
@@ -77,7 +85,10 @@ def map_checkpoint(
     result.copy("source.model.norm.weight", "transformer.ln_f.weight")
     result.copy("injection.weight", "transformer.adapter.weight")
     result.copy_head(tied=source.tie_word_embeddings)
-    result.ignored.add("freqs_cis")
+    if order is None:
+        result.ignored.add("freqs_cis")
+    else:
+        result.leave_out("freqs_cis", rotary_table(fields.get("rope_base", ROPE_BASE), head_dim, fields["block_size"]))
     return result
 
 

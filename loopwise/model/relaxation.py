@@ -14,6 +14,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
+ROWS = 1024  # of a matrix that are converted to another dtype at a time
+
 
 def matrix(linear: nn.Linear | Conv1D) -> torch.Tensor:
     """The weight [out, in] of a linear module. GPT-2's Conv1D keeps it transposed."""
@@ -30,10 +32,17 @@ def relaxed_matrix(
 ) -> torch.Tensor:
     """W + B A for W = matrix [out, in], A [r, in] and B [out, r]; with DoRA its rows have the norms `magnitude` [out].
 
-    Source of DoRA: arXiv 2402.09353.
+    In the dtype of the factors, which is at least as wide as W's. The result is the only tensor of its size that is
+    made, but for DoRA on a transposed W: of large models it is one of the greatest. Source of DoRA: arXiv 2402.09353.
     """
-    result = matrix + b @ a
-    return result if magnitude is None else result * (magnitude / torch.linalg.vector_norm(result, dim=1))[:, None]
+    result = b @ a
+    for sums, rows in zip(result.split(ROWS), matrix.split(ROWS), strict=True):  # a sum of two dtypes copies W whole
+        sums += rows
+    if magnitude is None:
+        return result
+    if not matrix.is_contiguous():  # norms are summed in the order of memory, which is W's
+        result = result.T.contiguous().T
+    return result.mul_((magnitude / torch.linalg.vector_norm(result, dim=1))[:, None])
 
 
 def pack_depths(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

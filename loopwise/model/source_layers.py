@@ -194,8 +194,12 @@ def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: i
                 f"num_recurrences={num_recurrences}: this {type(cache).__name__} has slots for "
                 f"max_recurrences={config.max_recurrences}; raise that before the cache is made, or use a DynamicCache"
             )
+        recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
         for kind, arguments in wanted[len(cache.layers) :]:
-            cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
+            layer: Any = DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            if recording and hasattr(layer, "activate_past_recording"):  # assisted decoding takes proposed tokens back
+                layer.activate_past_recording()
+            cache.layers.append(layer)
     sliding, kinds = cache.is_sliding[: len(slots)], [types[layer] for layer in slots]
     stateful = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers[: len(slots)]]
     windowed = [getattr(DYNAMIC_LAYER_TYPE_MAPPING[kind], "is_sliding", False) for kind in kinds]

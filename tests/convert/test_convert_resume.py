@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from loopwise.cli import main
-from loopwise.convert import conversion, convert_checkpoint
+from loopwise.convert import ConvertRecipe, conversion, convert_checkpoint, pipeline, workers
 from loopwise.convert.journal import JOURNAL
+from loopwise.convert.pending import units
 from loopwise.convert.shards import Shards
 from loopwise.directory import RECORD
 from loopwise.errors import UserError
+from loopwise.recipe import validate
 from tests.helpers.convert import refused
 from tests.helpers.repository import ROOT
 from tests.helpers.run_kills import MOMENTS
@@ -162,6 +164,48 @@ def test_two_workers_write_the_same_bytes(place, monkeypatch, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.parametrize(("moment", "written"), [("start", []), ("work", []), ("reply", []), ("idle", [0])])
+def test_a_worker_that_is_killed_ends_the_others(moment, written, monkeypatch, tmp_path):
+    """At once, whatever they do; the units before are there."""
+    monkeypatch.setattr(workers, "MODULE", "tests.helpers.run_dying_worker")
+    recipe = validate(ConvertRecipe, {"method": "recursive", "loops": 2, "workers": 2})
+    found: list[int] = []
+    start = time.monotonic()
+    units = workers.work(workers.Job(Path(moment), recipe, tmp_path, 1, ""), [0, 1])
+    with pytest.raises(ChildProcessError, match=r"a worker process was killed by signal 9, .*; try fewer workers"):
+        found.extend(number for number, _ in units)
+    assert found == written
+    assert time.monotonic() - start < 60
+    for process in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process.name), 0)
+
+
+def test_what_workers_have_finished_stays_for_resume(place, made, monkeypatch, capsys, tmp_path):
+    """Without --resume, too: a process that the system kills is no choice of the user's."""
+
+    def dying(job: workers.Job, todo: list[int]) -> Any:
+        with pipeline.opened(job.path, job.recipe) as opened:
+            shards, every = Shards(opened.pending, job.directory, job.shard_bytes), units(opened.pending)
+            for number in todo[:30]:
+                yield number, shards.write(every[number])
+        raise ChildProcessError(0, "a worker process was killed by signal 9")
+
+    argv = ["convert", str(place / "source"), str(tmp_path / "out"), *KEYS]
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "work", dying)
+        assert main([*argv, "workers=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a worker process was killed by signal 9; --resume goes on from here")
+    finished = {*made}
+    made.clear()
+    assert main([*argv, "--resume"]) == 0
+    assert finished
+    assert not finished & {*made}
+    assert contents(tmp_path / "out") == contents(place / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def workers_of(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children]
@@ -180,17 +224,17 @@ def runs(process: int) -> bool:
 def test_killed_workers(victim, place, tmp_path):
     """The death of the parent ends its workers; that of a worker is an error in one line."""
     argv = ["convert", str(place / "source"), str(tmp_path / "out"), *KEYS, "--resume"]
-    command = [sys.executable, "-m", "loopwise", *argv, "workers=2"]
+    command = [sys.executable, "-m", "loopwise", *argv[:-1], "workers=2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     journal: list[Path] = []
     while not journal or journal[0].read_text().count("\n") < 3:
         time.sleep(0.001)
         journal = list(tmp_path.glob(f".out.partial-*/{JOURNAL}"))
-    workers, deadline = workers_of(process), time.monotonic() + 30
-    assert len(workers) == 2
-    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    children, deadline = workers_of(process), time.monotonic() + 30
+    assert len(children) == 2
+    os.kill(process.pid if victim == "parent" else children[0], signal.SIGKILL)
     _, printed = process.communicate(timeout=60)
-    while running := [worker for worker in workers if runs(worker)]:
+    while running := [child for child in children if runs(child)]:
         assert time.monotonic() < deadline, running
         time.sleep(0.05)
     if victim == "worker":

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from loopwise.cli import main
 from loopwise.convert import formats
-from tests.helpers.convert import GOLDEN, expected, golden_formats, import_refused, sizes, source
+from tests.helpers.convert import GOLDEN, change_fields, expected, golden_formats, import_refused, sizes, source
 
 # Golden folder -> its format. The routed ones are those of test_mor.py.
 FORMATS = {name: kind for name, kind in golden_formats().items() if "MoR" not in kind}
@@ -118,6 +118,51 @@ def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_
         functools.reduce(dict.__getitem__, outer, fields)[last] = value
         (folder / "config.json").write_text(json.dumps(fields))
         import_refused(capsys, folder, out, "--dry-run")
+
+
+@pytest.mark.parametrize("name", ["huginn", "parcae", "loopformer"])
+def test_a_tied_head_that_differs_is_refused(name, capsys, tmp_path):
+    """The import has the embeddings for it. A head that equals them passes, as transformers may have written it."""
+    folder, out = source(name, tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(folder / "model.safetensors")
+    (embeddings,) = (tensor for tensor in tensors if tensor.endswith("transformer.wte.weight"))
+    for head, fits in ((tensors[embeddings].flip(0).contiguous(), False), (tensors[embeddings].clone(), True)):
+        save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+        if fits:
+            assert main(["convert", str(folder), str(out), "--no-verify"]) == 0
+        else:
+            line = import_refused(capsys, folder, out, "--no-verify")
+            assert f"tensor lm_head.weight of this {FORMATS[name]} checkpoint is not {embeddings}, to which" in line
+
+
+@pytest.mark.parametrize("name", ["huginn", "parcae"])
+def test_a_rotary_table_of_another_base_is_refused(name, capsys, tmp_path):
+    """The authors' code loads the stored one. One that was rounded to bfloat16 passes."""
+    folder, out = source(name, tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(folder / "model.safetensors")
+    rounded = tensors["freqs_cis"].bfloat16().float()
+    save_file({**tensors, "freqs_cis": rounded}, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(out), "--no-verify"]) == 0
+    change_fields(folder, rope_base=10_000, rope_settings={"rope_base": 10_000})
+    line = import_refused(capsys, folder, tmp_path / "other", "--no-verify")
+    assert f"tensor freqs_cis of this {FORMATS[name]} checkpoint is not the rotary table of rope_base=10000" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("huginn", {"test_time_noise": 0.1}, "huginn_raven checkpoint with test_time_noise=0.1 is not supported"),
+        ("huginn", {"injection_type": "add"}, "huginn_raven checkpoint with injection_type='add'"),
+        ("llama", {"nonlin_name": "GELU"}, "huginn_raven checkpoint with nonlin_name='GELU'"),
+        ("ouro", {"use_sliding_window": True}, "Ouro checkpoint with use_sliding_window=True"),
+        ("ouro", {"layer_types": ["full_attention", "sliding_attention"]}, "Ouro checkpoint with 'sliding_attention'"),
+        ("nanbeige", {"layer_types": ["sliding_attention"]}, "Nanbeige checkpoint with 'sliding_attention'"),
+    ],
+)
+def test_options_that_change_the_computation_are_refused_by_name(name, fields, words, capsys, tmp_path):
+    folder = source(name, tmp_path / "source")
+    change_fields(folder, **fields)
+    assert words in import_refused(capsys, folder, tmp_path / "out", "--dry-run")
 
 
 def test_other_keys_and_configs_are_refused(capsys, tmp_path):

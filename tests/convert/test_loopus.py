@@ -67,6 +67,14 @@ def test_others_are_refused(fields, words, tmp_path, capsys):
     assert words in import_refused(capsys, folder, tmp_path / "out")
 
 
+def test_windows_of_its_base_are_refused(tmp_path, capsys):
+    folder = source("loopus", tmp_path / "source")
+    base = json.loads((folder / "config.json").read_text())["base_config_dict"]
+    change_fields(folder, base_config_dict={**base, "layer_types": ["full_attention"] * 4 + ["sliding_attention"]})
+    line = import_refused(capsys, folder, tmp_path / "out", "--dry-run")
+    assert "a LoopUS checkpoint with 'sliding_attention' in layer_types" in line
+
+
 def test_a_config_without_its_base_is_refused(tmp_path, capsys):
     folder = source("loopus", tmp_path / "source")
     fields = json.loads((folder / "config.json").read_text())

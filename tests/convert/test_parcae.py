@@ -41,6 +41,7 @@ def test_a_fork_in_shards_of_bfloat16_with_a_head_of_its_own(tmp_path):
     folder = source("parcae", tmp_path / "fork")
     rounded = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     rounded["lm_head.weight"] = rounded["transformer.wte.weight"].flip(0).contiguous()
+    del rounded["freqs_cis"]  # of another rope_base
     shard(folder, rounded, 3)
     change_fields(folder, tie_embeddings=False, _class_name=None, rope_settings={"rope_base": 10_000})
     plain = source("parcae", tmp_path / "plain")
@@ -113,3 +114,16 @@ def test_pickles_and_other_models_of_the_authors_are_refused(tmp_path, capsys):
     fields["_class_name"] = "GPTConfig"  # their plain model
     (folder / "config.json").write_text(json.dumps(fields))
     assert "has no model_type" in import_refused(capsys, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_gate_without_value_embeddings_is_refused_by_name_and_so_are_they_without_it(number, tmp_path, capsys):
+    """As where the authors' rules for the two disagree, in models with an odd number of layers."""
+    folder = source("parcae", tmp_path / "parcae")
+    tensors = load_file(folder / "model.safetensors")
+    layer = {1: "core_block.0", 3: "coda.0"}[number]
+    pair = [f"value_embeds.{number}.weight", f"transformer.{layer}.attn.ve_gate.weight"]
+    for lacking, present in (pair, pair[::-1]):
+        save_file({name: t for name, t in tensors.items() if name != lacking}, folder / "model.safetensors")
+        line = import_refused(capsys, folder, tmp_path / "out", "--dry-run")
+        assert f"{present} of this Parcae checkpoint stands without {lacking}; a layer has both, or neither" in line

@@ -41,7 +41,7 @@ class Handler(JsonHandler):
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for (method, pattern), status in self.hub.refuse.items():
             if method == self.command and re.search(pattern, path):
-                return self.refuse(status)
+                return self.refuse(*status) if isinstance(status, tuple) else self.refuse(status)
         for pattern, answer in ROUTES:
             if found := re.fullmatch(pattern, path):
                 return answer(self, *found.groups())
@@ -91,7 +91,7 @@ def create(request: Handler) -> None:
         return request.refuse(409)
     request.hub.created.append(asked)
     private = asked.get("visibility") == "private" or bool(asked.get("private"))
-    request.hub.models[name] = Repository(private)
+    request.hub.models[name] = Repository(private and not request.hub.all_public)
     request.hub.models[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
     return request.reply(200, {"url": f"{request.hub.url}/{name}"})
 

@@ -37,14 +37,16 @@ class Repository:
 class Hub:
     """The state of the stand-in.
 
-    refuse: (method, pattern of the path) -> status.   created: bodies of the requests that made repositories.   large:
+    refuse: (method, pattern of the path) -> status, or status and the hub's name of the error.   all_public: new
+    repositories are public, whatever is asked for.   created: bodies of the requests that made repositories.   large:
     files by sha256.   cut: large files after which uploads are refused; None for never.   held: until it is set, these
     uploads wait instead, and then have no answer.
     """
 
     url: str = ""
     models: dict[str, Repository] = field(default_factory=dict)
-    refuse: dict[tuple[str, str], int] = field(default_factory=dict)
+    refuse: dict[tuple[str, str], int | tuple[int, str]] = field(default_factory=dict)
+    all_public: bool = False
     seen: list[tuple[str, str]] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     large: dict[str, bytes] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.helpers.model import GREEDY, build, ids
-from tests.helpers.tiny import keeping_more, named
+from tests.helpers.tiny import keeping_more, named, with_state
 
 ONE_BY_ONE = {"jamba"}  # its layers are wrong in transformers for several tokens behind a state
 KINDS = ["lfm2", "qwen3_5_text"]  # a convolution's inputs, and a recurrent state beside them
@@ -46,14 +46,27 @@ def test_ways_of_generating_do_not_depend_on_the_cache(model_type, options):
     assert torch.equal(model.generate(ids(), **GREEDY, **options), wanted)
 
 
-def test_proposed_tokens_are_taken_back_or_refused():
-    """A convolution's inputs can be cut, a recurrent state cannot, as in transformers."""
-    options: dict[str, Any] = {**GREEDY, "prompt_lookup_num_tokens": 3}
-    prompt = ids(1, 6).repeat(1, 2)  # so that looking up the prompt proposes tokens
-    model = build("lfm2")
-    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **GREEDY))
-    with pytest.raises(ValueError, match="not supported with stateful models"):
-        build("qwen3_5_text").generate(prompt, **options)
+STATEFUL = {*with_state()} - {"lfm2", "lfm2_moe", "inkling_text"}  # a convolution's inputs can be cut, a state cannot
+
+
+@pytest.mark.parametrize("depth", [3, 10])  # deeper than max_recurrences, too
+@pytest.mark.parametrize("by", ["prompt", "model"])
+@pytest.mark.parametrize("model_type", named([*with_state(), "gemma3_text"]))
+def test_proposed_tokens_are_taken_back_or_refused(model_type, by, depth):
+    """By looking up the prompt, and by a smaller model, here of another seed: as in transformers."""
+    model, prompt = build(model_type, core=[1, 2], coda=[3, 5]), ids(1, 6).repeat(1, 2)
+    model.config.num_recurrences = depth
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if by == "model":
+        options = {"assistant_model": build(model_type, core=[1, 2], coda=[3, 5])}
+        for parameter in options["assistant_model"].parameters():  # so that it is right now and then
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    if model_type in STATEFUL:
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            model.generate(prompt, **GREEDY, **options)
+    else:
+        wanted = model.generate(prompt, use_cache=False, **GREEDY)
+        assert torch.equal(model.generate(prompt, **GREEDY, **options), wanted)
 
 
 @pytest.mark.parametrize("layers", [{"core": [2, 3]}, {"prelude": [2], "core": [0, 1]}])  # with attention, and without

@@ -85,10 +85,15 @@ class TransformersParts:
         keys and values differ in size."""
         found: dict[int, tuple[int, int]] = {}
 
+        name = type(self.model.source).__name__
+
         class Measure:
             def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **facts: Any):
                 if k.shape != v.shape:
-                    raise UserError(f"keys of shape {list(k.shape)} and values of {list(v.shape)}: must be the same")
+                    raise UserError(
+                        f"{name}: a head's keys have {k.shape[2]} channels and its values {v.shape[2]}, and the "
+                        "engine's cache holds both in one size; use transformers' generate"
+                    )
                 found[layer] = (k.shape[1], k.shape[2])
                 return torch.zeros_like(q)
 
