@@ -142,7 +142,8 @@ class Muon(torch.optim.Muon):
         momentum: torch.Tensor = self.state[parameter]["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonal(update.to(precision(update.device)), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = update.to(precision(update.device))
+        update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameter.shape
         rms = group["adjust_lr_fn"] == "match_rms_adamw"
         scale = 0.2 * max(rows, columns) ** 0.5 if rms else max(1, rows / columns) ** 0.5
