@@ -225,6 +225,13 @@ def test_no_function_has_more_than_60_lines():
     assert max(sizes.values()) > 50
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """Folders of tests are no packages: pytest imports one of the two alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 150
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_the_command_names_modules_that_exist():
     from loopwise.cli import VERBS as verbs
 
