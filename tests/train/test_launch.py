@@ -82,7 +82,7 @@ def check_equal(out: Path, other: Path, moved_from: Path) -> None:
         assert (x - expected[name]).abs().max().item() <= 0.02 * moved + 1e-6, name
 
 
-FAST = {("fsdp2", "relaxed"), ("ddp", "expert")}
+FAST = {("fsdp2", "relaxed")}
 MATRIX = [
     pytest.param(launcher, kind, marks=[] if (launcher, kind) in FAST else pytest.mark.slow)
     for launcher in LAUNCHERS

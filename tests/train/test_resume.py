@@ -248,7 +248,13 @@ def test_kills_at_random_change_no_bit(noisy, command, tmp_path):
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-@pytest.mark.parametrize("launcher", [[], ["--launcher", "ddp", "--processes", "2"]], ids=["alone", "ddp"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], id="alone"),
+        pytest.param(["--launcher", "ddp", "--processes", "2"], id="ddp", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_saves_and_exits_0(launcher, noisy, command, tmp_path):
     settings = [*RECURRENCE, "steps=400", "save_every=5", "keep_checkpoints=100"]
     settings += ["batch_size=2"] if launcher else []

@@ -668,7 +668,8 @@ def check_deeper_than_the_config(server, model) -> None:
     assert f"{each / 1024:.3g} KiB of keys and values a token at max_recurrences=16" in server.log.read_text()
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(300, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [300, 1])
 def test_a_second_signal_or_the_end_of_the_drain_cuts_it_short(request, model, seconds):
     """Replies end with what there is, and so does the server, whatever its clients do; no process is left."""
     deep = ["num_recurrences=8", "max_recurrences=16", "passes_per_step=1"]

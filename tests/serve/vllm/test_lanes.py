@@ -131,6 +131,8 @@ BETWEEN = {
     "loopformer": Case("ungated", "last-exited", LOOPFORMER, LEARNED, decoders=("plain", "wave"), count=8),
     "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
+    # Of graph ticks, test_lane_features.py has a fast test: Triton's interpreter takes minutes.
+    "graph-ticks": Case(policy="last-exited", count=6, program="run_graph_tick.py"),
     "graph-ticks-compiled": Case(
         "gemma3_text",
         "single",
@@ -162,7 +164,6 @@ CASES = {
     "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
     "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
     "first": Case(policy="first"),
-    "graph-ticks": Case(policy="last-exited", count=6, program="run_graph_tick.py"),
     "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
     "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40}, decoders=ALL),
     "compiled": Case(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -78,27 +78,29 @@ CASES = {
         f"norm-{place}": Case("llama", shape={**NORMAL, "recurrence_norm": place})
         for place in ("each", "between", "last")
     },
-    "damped": Case("llama", 4, {**NORMAL, "recurrence_damping": "1/R"}, *TRACED),
+    "damped": Case("llama", 4, {**NORMAL, "recurrence_damping": "1/R"}),
     "damped-learned": Case("qwen3", 3, {**RECURSIVE, "recurrence_damping": "learned", "recurrence_norm": "each"}),
     "relaxed": Case("llama", 4, RELAXED),
     "relaxed-gemma": Case("gemma3_text", 3, RELAXED),
     "relaxed-biased": Case("qwen2", 3, BIASED),
     "loopus": Case("qwen3", 3, {**RETROFIT, "injection": "none", "recurrence_damping": "selective"}),
-    "parcae": Case(
-        "ungated", 3, {**NORMAL, "injection": "diagonal", "prelude_norm": True, "state_projection": True}, *TRACED
-    ),
+    "parcae": Case("ungated", 3, {**NORMAL, "injection": "diagonal", "prelude_norm": True, "state_projection": True}),
     "huginn": Case("sandwich", 4, {**NORMAL, "recurrence_norm": "last"}, source=HUGINN),
     "ouro": Case("sandwich", 4, {**RECURSIVE, "recurrence_norm": "between", "exit_gate": True}, source=SANDWICH),
-    "traced-relaxed": Case("llama", 3, RELAXED, *TRACED),
-    "two-ranks-relaxed": Case("qwen2", 3, BIASED, TWO_RANKS, ON_TWO_CORES),
     "two-ranks": Case("llama", 3, NORMAL, TWO_RANKS, ON_TWO_CORES),
+}
+SLOW = {
+    "traced-relaxed": Case("llama", 3, RELAXED, *TRACED),
+    "traced-damped": replace(CASES["damped"], engine=TRACED[0], environment=TRACED[1]),
+    "traced-parcae": replace(CASES["parcae"], engine=TRACED[0], environment=TRACED[1]),
+    "two-ranks-relaxed": Case("qwen2", 3, BIASED, TWO_RANKS, ON_TWO_CORES),
 }
 
 
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
     """name -> (transformers' answers to the prompts, vLLM's), for the cases that this session tests."""
-    cases = cases_run(request, CASES)
+    cases = cases_run(request, CASES | SLOW)
     folder = tmp_path_factory.mktemp("engines")
     wanted, work = {}, []
     for name, case in cases.items():
@@ -114,7 +116,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_equals_transformers(name, answers):
     wanted, result = answers[name]
     assert "error" not in result, result["error"]
@@ -129,7 +131,7 @@ def test_equals_transformers(name, answers):
     assert result["prefix_hits"] > 0
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_tensors_that_vllm_ignores_are_refused(name, tmp_path):
     """Its Qwen3 has biases in some of its projections, its Gemma in none; it loads checkpoints with more, and drops
     what it lacks."""

@@ -60,8 +60,10 @@ def test_a_wave_is_plain_decoding(seed, model_type, shape):
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
-@pytest.mark.parametrize("width", [0, 10])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("width", "temperature"),
+    [(0, 1.0), (10, 0.0), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, 0.0), (10, 1.0)))],
+)
 def test_a_wave_gives_the_tokens_of_plain_decoding(policy, width, temperature):
     rules = ["fixed", "latent-diff", "cosine", "kl"]
     prompts, params = requests(9, 24, policy, rules)
