@@ -19,24 +19,28 @@ TOKENS = "tokens"
 
 @contextmanager
 def discarded_unless_begun(out: Path) -> Iterator[None]:
-    """A block that trains. If it fails before its first checkpoint, `out` is restored.
-
-    It is then absent again, or the directory that --force replaced. Prints the place of that directory to stderr if
-    files that Loopwise did not write prevent this.
-    """
+    """A block that trains. If it fails before its first checkpoint, `give_up` restores `out`."""
     try:
         yield
     finally:
-        if not begun(out):
-            discard(out)
-        old = beside(out, "old")
-        if not out.exists() or begun(out):
-            restore(old, out)
-        elif old.is_dir():
-            print(
-                f"{out} holds files that Loopwise did not write, and stays; what --force was to replace is in {old}",
-                file=sys.stderr,
-            )
+        give_up(out)
+
+
+def give_up(out: Path) -> None:
+    """Restore `out` if no checkpoint is in it: it is absent again, or the directory that --force replaced.
+
+    Prints the place of that directory to stderr if files that Loopwise did not write prevent this.
+    """
+    if not begun(out):
+        discard(out)
+    old = beside(out, "old")
+    if not out.exists() or begun(out):
+        restore(old, out)
+    elif old.is_dir():
+        print(
+            f"{out} holds files that Loopwise did not write, and stays; what --force was to replace is in {old}",
+            file=sys.stderr,
+        )
 
 
 def begun(out: Path) -> bool:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopwise.directory import RUN_HEADER, begin, beside, place, remove, restore
+from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.disk import naming
 from loopwise.quiet import quiet
 from loopwise.recipe import as_yaml
@@ -17,7 +17,7 @@ from .checkpoint import RUN, check_same_run, last_sound
 from .checks import check, check_trackers, check_vocabulary
 from .data import blocks, stream
 from .fitting import check_model
-from .output import RECIPE, TOKENS, begun, discard, recover
+from .output import RECIPE, TOKENS, give_up, recover
 from .recipe import Data, Train
 from .settings import Run
 
@@ -86,18 +86,16 @@ def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint:
 
 def _begin(run: Run, partial: Path) -> None:
     """Move recipe and tokens from `partial` into OUT, which is made. Raises OSError, with OUT as it was."""
-    out, old = run.out, beside(run.out, "old")
+    out = run.out
     try:
         if run.force and out.is_dir():
-            out.rename(old)  # kept until the new run has a checkpoint
+            out.rename(beside(out, "old"))  # kept until the new run has a checkpoint
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / TOKENS, ignore_errors=True)
         for name in (RECIPE, TOKENS):  # the record first: a directory without it is not recognised as ours
             (partial / name).replace(out / name)
     except OSError:
-        if not begun(out):
-            discard(out)
-        restore(old, out)
+        give_up(out)
         raise
 
 
