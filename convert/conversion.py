@@ -71,6 +71,7 @@ class Conversion(ABC):
         not made again. Without it, no journal is kept. Raises UserError for files of the source that cannot be carried
         over, and for values that are not finite.
         """
+        self.check()
         journal = None
         if identity is not None:
             journal = Journal(directory, identity)
@@ -87,6 +88,9 @@ class Conversion(ABC):
         with hashing(self.files) as hashes:
             errors = write_weights(self.pending, directory, show_progress, SHARD_BYTES, journal, several)
         return Written(hashes, notes, errors)
+
+    def check(self) -> None:  # noqa: B027  most conversions keep all values
+        """Raise UserError for a source whose values would not be kept. Called before a model file is written."""
 
     def settled(self) -> ConvertRecipe:
         """A recipe that gives this conversion without a measurement."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import config_fields, read_json
 from ..errors import UserError, reason
@@ -104,19 +103,12 @@ class ImportConversion(Conversion):
         ]
         super().__init__(path, recipe, config, pending, raw.files, _facts(kind, config, raw, mapped))
 
-    def write(
-        self,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase | None,
-        show_progress: bool,
-        identity: dict[str, Any] | None = None,
-    ) -> Written:
-        """As any conversion's. Raises UserError for a tensor that is left out as known, and has other values."""
+    def check(self) -> None:
+        """Raise UserError for a tensor that is left out as known, and has other values."""
         for name, known in self.known.items():
             read, there = self.raw.read, name in self.raw.names()
             if there and not _equals(read(name), known.values(read), known.tolerance):
                 raise UserError(f"tensor {name} of this {self.kind.name} checkpoint is not {known.name}")
-        return super().write(directory, tokenizer, show_progress, identity)
 
     def finish(self, directory: Path, written: Written) -> dict[str, Any]:
         """Replace the special tokens of generation_config.json where all are 0, as Ouro's released files have them."""
