@@ -18,7 +18,7 @@ file imports only files above it:
     hub.py            ids of the Hugging Face hub
     input_files.py    regular files alone, inside of their directory
     carried.py        files that travel with a checkpoint
-    disk.py           what is written reaches the disk, and its errors in words
+    disk.py           writes that reach the disk, and its errors in words
     lock.py           one writer of a directory at a time
     directory.py      output directories: written whole or not at all
     sampling.py       ranges of sampling parameters

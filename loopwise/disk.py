@@ -1,4 +1,4 @@
-"""What is written reaches the disk, and errors of a disk are told in words."""
+"""Writes that reach the disk, and a disk's errors in words."""
 
 from __future__ import annotations
 

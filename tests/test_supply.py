@@ -217,7 +217,7 @@ def test_the_wheel_has_the_same_bytes_twice(built_twice):
 
 
 def test_an_image_s_files_make_the_same_wheel(built_twice, tmp_path):
-    """What `.dockerignore` lets into an image is all that the package is built from."""
+    """The package is built from no file that `.dockerignore` keeps out of an image."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = tuple(line[1:] for line in lines if line.startswith("!"))
     assert lines[1] == "*"

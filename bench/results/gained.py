@@ -94,11 +94,12 @@ def _claims(answers: dict[str, Any], text: dict[str, Any], level: float) -> list
     whole = {row["num_recurrences"]: 100 * row["accuracy"] for row in answers["results"]}
     if whole.keys() >= {*RISING}:
         steps = [after - before for before, after in pairwise(whole[depth] for depth in RISING)]
+        first, last = whole[RISING[0]], whole[RISING[-1]]
         found.append(
             judged(
                 f"Right answers, all hops together, rise with each of R = {', '.join(map(str, RISING))}",
                 [all(step > 0 for step in steps)],
-                f"from {whole[1]:.1f} to {whole[8]:.1f} %, by {', '.join(f'{step:+.1f}' for step in steps)} points",
+                f"from {first:.1f} to {last:.1f} %, by {', '.join(f'{step:+.1f}' for step in steps)} points",
             )
         )
     worst = max(row["loss"] - level for row in text["results"])

@@ -131,7 +131,7 @@ BETWEEN = {
     "loopformer": Case("ungated", "last-exited", LOOPFORMER, LEARNED, decoders=("plain", "wave"), count=8),
     "expert-choice-steps": Case(shape={**ROUTED, "router": STEPS}),
     "single": Case(policy="single", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
-    # Of graph ticks, test_lane_features.py has a fast test: Triton's interpreter takes minutes.
+    # test_lane_features.py has a fast test of graph ticks: Triton's interpreter takes minutes for these.
     "graph-ticks": Case(policy="last-exited", count=6, program="run_graph_tick.py"),
     "graph-ticks-compiled": Case(
         "gemma3_text",
@@ -186,7 +186,7 @@ CASES = {
     ),
     "two-ranks": Case("qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, decoders=("plain", "wave")),
 }
-# Of the fast cases, one compiles: a minute goes by until a model is compiled.
+# One fast case compiles: a minute goes by until a model is compiled.
 SLOW |= {
     f"{name}-compiled": replace(CASES[name], lanes={**CASES[name].lanes, "compile": True})
     for name in ("huginn", "ouro", "narrow", "two-ranks")
