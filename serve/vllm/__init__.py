@@ -19,6 +19,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     attention.py         attention of lanes on vLLM's paged KV cache, by vLLM's backends
     cpu_attention.py     the same by vLLM's CPU operations
     triton_attention.py  the same by the engine's Triton kernels
+    rotary.py            rotary position embedding, from layers to those kernels
     held.py              the requests that vLLM has scheduled and not finished
     processors.py        vLLM's logits processors, for the requests of one call
     metadata.py          vLLM's description of how requests sample

@@ -182,9 +182,11 @@ class LaneRunner:
         """The engine's own kernels where graphs are recorded, otherwise vLLM's backend."""
         parts, paged = self.model.parts, PagedAttention
         if self._records():
-            from .triton_attention import PagedTriton  # which wants Triton
+            from .rotary import take_rotary  # these want Triton
+            from .triton_attention import PagedTriton
 
-            return PagedTriton(parts.caches, parts.outer, block_size)
+            rotary = take_rotary(parts, self.model_config.dtype, self.device)
+            return PagedTriton(parts.caches, parts.outer, block_size, rotary)
         if self.device.type == "cpu":
             from .cpu_attention import PagedCPU as paged  # which the wheel for GPUs lacks the operations for
         return paged(parts.caches, parts.outer, block_size, builder, self.lanes.compile)

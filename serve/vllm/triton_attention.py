@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention as Layer
 
-from ..engine.attention.triton import TritonAttention
+from ..engine.attention.triton import Rotary, TritonAttention
 
 
 class PagedTriton(TritonAttention):
     """The engine's Attention over vLLM's cache."""
 
-    def __init__(self, caches: list[list[Layer]], outer: int, block_size: int):
-        """caches: vLLM's layers by layer number and slot; the first `outer` are prelude and coda.
+    def __init__(self, caches: list[list[Layer]], outer: int, block_size: int, rotary: list[Rotary | None]):
+        """caches: vLLM's layers by layer number and slot; the first `outer` are prelude and coda.   rotary: of layers
+        whose queries and keys come as they were before it.
 
         Raises ValueError for layers, or a cache layout, that the kernels do not support.
         """
@@ -34,8 +35,9 @@ class PagedTriton(TritonAttention):
                 "sliding_window": layer.sliding_window,
                 "softcap": getattr(layer.impl, "logits_soft_cap", None),
                 "sinks": getattr(layer.impl, "sinks", None),
+                "rotary": turned,
             }
-            for layer in layers
+            for layer, turned in zip(layers, rotary, strict=True)
         ]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from loopwise.serve.engine import loop
 from loopwise.serve.engine.graph_tick import GraphTick
 from loopwise.serve.engine.tick import TickReport
-from loopwise.serve.vllm import runner
+from loopwise.serve.vllm import rotary, runner
 from tests.helpers import run_lanes
 from tests.helpers.graph_ticks import run_once
 from tests.helpers.run_engines import main
@@ -21,9 +21,12 @@ def run(case: dict) -> dict:
     of_lanes._records = lambda self: True
     runner.on_cuda = lambda device: run_once
     runs: list[tuple[str, int]] = []
+    rotated, take = [], rotary.take_rotary
+    rotary.take_rotary = lambda *args: rotated.extend(take(*args)) or rotated
     loop.GraphTick = lambda *args, **kwargs: Noted(runs, *args, **kwargs)
     result = run_lanes.run(case)
-    return {**result, "graph_ticks": len(runs)}
+    rotary.take_rotary = take
+    return {**result, "graph_ticks": len(runs), "rotated": [turned is not None for turned in rotated]}
 
 
 class Noted(GraphTick):

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.cohere import modeling_cohere
+from transformers.models.llama import modeling_llama
 from triton.runtime.interpreter import interpreter_builder
 
 from loopwise.serve import Engine, offline
 from loopwise.serve.engine.attention import triton as triton_attention
 from loopwise.serve.engine.attention.base import Rows
 from loopwise.serve.engine.attention.reference import TorchAttention
-from loopwise.serve.engine.attention.triton import TritonAttention
+from loopwise.serve.engine.attention.triton import Rotary, TritonAttention
 from tests.helpers.engines import RELAXED, build, requests
 
 SLOTS, OUTER = 3, 1
@@ -44,18 +46,22 @@ class Pair:
         return Rows(self.table, request, position, slot, **facts)
 
     def check(self, rows: Rows, groups: int, tolerance: float = 1e-5, **facts: Any) -> None:
-        """Outputs are equal within the tolerance, caches bit for bit: two layers, or all layers and a fill."""
+        """Outputs are equal within the tolerance: two layers, or all layers and a fill. Caches are equal bit for bit;
+        within the tolerance where keys are rotated."""
+        rotary = facts.pop("rotary", None)
         plans = self.want.plan(rows), self.got.plan(rows)
         n = len(rows.request)
         for layer in range(OUTER, len(self.shapes)) if rows.fills else (1, 2):
             heads, size = self.shapes[layer]
             q, k, v = (torch.randn(h, n, size).to(self.dtype).transpose(0, 1) for h in (heads * groups, heads, heads))
             more = {**facts, "scaling": 0.3, "sinks": torch.randn(heads * groups) if "sinks" in facts else None}
-            want = self.want(layer, q.float(), k.float(), v.float(), **more)
-            got = self.got(layer, q, k, v, **more)
+            turned = rotated(rotary, rows.position, q.float(), k.float()) if rotary else (q, k)
+            queries, new = (t.to(self.dtype).float() for t in turned)
+            want = self.want(layer, queries, new, v.float(), **more)
+            got = self.got(layer, q, k, v, **more, rotary=rotary)
             assert got.dtype == self.dtype
             torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
-        self.same()
+        self.same(tolerance if rotary else 0)
         if rows.fills:  # of rows at the least slot of their position; the slots above other rows are in use
             key = (rows.request * 10**6 + rows.position) * SLOTS + rows.slot
             least = torch.stack([~((key // SLOTS == one // SLOTS) & (key < one)).any() for one in key])
@@ -64,11 +70,24 @@ class Pair:
             assert len(set(empty.tolist())) > 1
             self.want.fill(plans[0], empty, int(empty.sum()))
             self.got.fill(plans[1], empty, int(empty.sum()))
-            self.same()
+            self.same(tolerance if rotary else 0)
 
-    def same(self) -> None:
+    def same(self, tolerance: float = 0.0) -> None:
         for ours, theirs in zip(self.got.caches, self.want.caches, strict=True):
-            assert all(torch.equal(a.float(), b) for a, b in zip(ours, theirs, strict=True))
+            for cache, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(cache.float(), other, atol=tolerance, rtol=tolerance)
+
+
+def rotated(rotary: Rotary, position: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q [N, H, C], k [N, K, C] rotated by the code of transformers."""
+    size = rotary.cosines.shape[1]
+    tables = rotary.cosines[position].chunk(2, -1)  # [N, size / 2] each
+    if rotary.halves:
+        turn, tables = modeling_llama.apply_rotary_pos_emb, [torch.cat([t, t], -1) for t in tables]
+    else:
+        turn, tables = modeling_cohere.apply_rotary_pos_emb, [t.repeat_interleave(2, -1) for t in tables]
+    turned = turn(q[..., :size], k[..., :size], *tables, unsqueeze_dim=1)
+    return tuple(torch.cat([new, old[..., size:]], -1) for new, old in zip(turned, (q, k), strict=True))
 
 
 # Neighbors that differ by slot alone, by request, or by a gap of positions; positions at two depths; a table's end.
@@ -125,6 +144,18 @@ def test_a_context_in_splits(facts):
     pair = Pair((1, 24), size=16, width=70, count=5)
     runs = [(0, 0, 0, 1), (1, 2, 511, 1), (2, 1, 512, 1), (3, 1, 900, 1), (4, 0, 1119, 1)]
     pair.check(pair.rows(runs, alone=True, fills=True), 2, **facts)
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_and_keys_are_rotated(halves, alone, dtype):
+    """A part of each head is rotated, by tables in the type of the model."""
+    pair = Pair((2, 24), size=4, width=15, dtype=dtype)
+    rows = pair.rows([(1, 0, 12, 1), (0, 2, 40, 1), (2, 1, 0, 1)] if alone else FEW, alone=alone, fills=True)
+    angles = torch.rand(60, 6) * 6
+    rotary = Rotary(torch.cat([angles.cos(), angles.sin()], -1).to(dtype), halves)
+    pair.check(rows, 3, 1e-5 if dtype == torch.float32 else 2**-9, rotary=rotary, sliding_window=9)
 
 
 @pytest.mark.parametrize("alone", [False, True])

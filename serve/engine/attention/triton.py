@@ -36,12 +36,37 @@ def _place(tables, width, who, at, where, slot_step, block_step, at_step, SIZE: 
     return block * block_step + where.to(tl.int64) * slot_step + at % SIZE * at_step
 
 
+@jit
+def _rotated(x, c, cosines, at, real, ROTARY: tl.constexpr, HALVES: tl.constexpr):
+    """The values x[c] of heads at positions `at`, where `real`, after rotary position embedding.
+
+    Products are summed in float32 and rounded once. cosines [positions, ROTARY]: cosines, then sines.
+    """
+    own = tl.load(x + c, mask=real, other=0.0)
+    if ROTARY == 0:
+        return own
+    half: tl.constexpr = ROTARY // 2
+    if HALVES:  # value n is turned with n + half
+        first, angle = c < half, c % half
+        other = tl.where(first, c + half, c - half)
+    else:  # value 2 n is turned with 2 n + 1
+        first, angle = c % 2 == 0, c // 2
+        other = tl.where(first, c + 1, c - 1)
+    turned = real & (c < ROTARY)
+    line = cosines + at.to(tl.int64) * ROTARY + angle
+    cos = tl.load(line, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(line + half, mask=turned, other=0.0).to(tl.float32)
+    beside = tl.load(x + other, mask=turned, other=0.0).to(tl.float32)
+    return (own.to(tl.float32) * cos + tl.where(first, -beside, beside) * sin).to(own.dtype)
+
+
 @jit(**_anyhow)
 def _write(
-    k, v, keys, values, request, position, slot, write, tables, width, slot_step, block_step, at_step, head_step,
-    k_row, k_head, v_row, v_head, SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
+    k, v, keys, values, cosines, request, position, slot, write, tables, width, slot_step, block_step, at_step,
+    head_step, k_row, k_head, v_row, v_head, ROTARY: tl.constexpr, HALVES: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head): k, v [N, K, C] into the caches."""
+    """Program (row, head): k, v [N, K, C] into the caches, k rotated where ROTARY > 0."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if write is not None and tl.load(write + row) == 0:
         return
@@ -49,7 +74,8 @@ def _write(
     place = _place(tables, width, tl.load(request + row), at, where, slot_step, block_step, at_step, SIZE)
     c = tl.arange(0, PADDED)
     to = place + head * head_step + c
-    tl.store(keys + to, tl.load(k + row * k_row + head * k_head + c, mask=c < C), mask=c < C)
+    key = _rotated(k + row * k_row + head * k_head, c, cosines, at, c < C, ROTARY, HALVES)
+    tl.store(keys + to, key, mask=c < C)
     tl.store(values + to, tl.load(v + row * v_row + head * v_head + c, mask=c < C), mask=c < C)
 
 
@@ -79,15 +105,17 @@ def _tile(
 
 @jit(**_anyhow)
 def _attend(
-    out, tops, totals, q, keys, values, sinks, request, position, slot, tables, width, slot_step, block_step, at_step,
-    head_step, rows, q_row, q_head, scaling, softcap,
+    out, tops, totals, q, keys, values, sinks, cosines, request, position, slot, tables, width, slot_step, block_step,
+    at_step, head_step, rows, q_row, q_head, scaling, softcap,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
-    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, ROTARY: tl.constexpr, HALVES: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key-value head, split): a run's queries from this row to the next position that QUERIES divides,
     with all their heads, so that they share keys and values. Programs of rows in between return at once. A lane is
-    (query, head of the group). Without splits (SPAN = 0) `out` is [N, H, C]; with them it is the weighted sum
-    [N, H, S, C] of a split, and `tops`, `totals` [N, H, S] are its greatest score and its sum of weights."""
+    (query, head of the group). Queries are rotated where ROTARY > 0. Without splits (SPAN = 0) `out` is [N, H, C]; with
+    them it is the weighted sum [N, H, S, C] of a split, and `tops`, `totals` [N, H, S] are its greatest score and its
+    sum of weights."""
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     who, where = tl.load(request + row), tl.load(slot + row)
     at = tl.load(position + row).to(tl.int32)
@@ -108,7 +136,8 @@ def _attend(
 
     c = tl.arange(0, PADDED)
     real = mine[:, None] & (c < C)[None, :]
-    query = tl.load(q + (row + nth)[:, None] * q_row + query_head[:, None] * q_head + c[None, :], mask=real, other=0.0)
+    heads = q + (row + nth)[:, None] * q_row + query_head[:, None] * q_head
+    query = _rotated(heads, c[None, :], cosines, (at + nth)[:, None], real, ROTARY, HALVES)
     top, total = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32)
     if sinks is not None:  # a key of this score, and no value, that the first split sees
         sink = tl.load(sinks + query_head, mask=mine, other=0.0).to(tl.float32)
@@ -172,6 +201,17 @@ def _fill(
 
 
 Cache = tuple[Tensor, Tensor]  # keys, values [blocks, block size, K, C] of a layer at a slot
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding, which the kernels apply to queries and keys as they read them.
+
+    cosines [positions, D], contiguous: D / 2 cosines, then as many sines; the first D values of a head are rotated.
+    halves: value n is turned with n + D / 2, as in Llama; otherwise 2 n with 2 n + 1, as in GPT-J.
+    """
+
+    cosines: Tensor
+    halves: bool
 
 
 class Group(NamedTuple):
@@ -238,6 +278,7 @@ class TritonAttention:
         return self.current
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **facts: Any) -> Tensor:
+        """As Attention's. A further fact, `rotary`: the Rotary of queries and keys that are not rotated yet."""
         rows, (keys, values) = self.current, self.slots[layer][0]
         assert rows is not None, "attention before a plan"
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -260,13 +301,16 @@ class TritonAttention:
         pages = tables, tables.stride(0), self.slot_steps[layer], *keys.stride()[:3]
         sizes = {"SIZE": self.block_size, "C": size, "PADDED": padded}
         window, softcap = facts.get("sliding_window") or 0, facts.get("softcap") or 0.0
+        rotary: Rotary | None = facts.get("rotary")
+        cosines, halves = rotary or (None, True)
+        sizes |= {"ROTARY": 0 if cosines is None else cosines.shape[1], "HALVES": halves}
         with self.device:
-            _write[n, heads](k, v, keys, values, *where, rows.write, *pages, *strides, **sizes, num_warps=1)
+            _write[n, heads](k, v, keys, values, cosines, *where, rows.write, *pages, *strides, **sizes, num_warps=1)
             _attend[n, heads, splits](
-                sums, tops, totals, q, keys, values, facts.get("sinks"), *where, *pages, n, q.stride(0), q.stride(1),
-                facts["scaling"], softcap, WINDOW=window, CAPPED=softcap > 0, GROUPS=groups, QUERIES=queries,
-                SPAN=span if splits > 1 else 0, LANES=max(16, triton.next_power_of_2(queries * groups)), TILE=tile,
-                **sizes, num_stages=2,
+                sums, tops, totals, q, keys, values, facts.get("sinks"), cosines, *where, *pages, n, q.stride(0),
+                q.stride(1), facts["scaling"], softcap, WINDOW=window, CAPPED=softcap > 0, GROUPS=groups,
+                QUERIES=queries, SPAN=span if splits > 1 else 0,
+                LANES=max(16, triton.next_power_of_2(queries * groups)), TILE=tile, **sizes, num_stages=2,
             )  # fmt: skip
             if splits > 1:
                 whole = {"C": size, "PADDED": padded, "S": splits, "SPLITS": triton.next_power_of_2(splits)}

@@ -185,6 +185,7 @@ def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, al
     result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_graph_tick.py")[0]
     assert "error" not in result, result["error"]
     assert result["graph_ticks"] > 1
+    assert set(result["rotated"]) == {True}
     assert [done["tokens"] for done in result["rounds"][0]] == [alone(max_tokens=9, **some) for some in fields]
 
 

@@ -142,6 +142,14 @@ BETWEEN = {
         engine=WHOLE_PROMPTS,
         lanes={"max_lanes": 3, "compile": True},
     ),
+    "graph-ticks-rotated-in-part": Case("glm4", "last-exited", count=4, program="run_graph_tick.py"),
+    "graph-ticks-rotated-in-halves": Case(
+        "gpt_neox",
+        "last-exited",
+        source={**OTHERS["gpt_neox"], "initializer_range": 0.12},
+        count=4,
+        program="run_graph_tick.py",
+    ),
     "modulo": Case(policy="modulo-2", engine=WHOLE_PROMPTS, decoders=("plain", "diffusion")),
     "batched-codas": Case(
         policy="last-exited", lanes={"coda_wait": 3, "passes_per_step": 6, "budget": 9}, decoders=ALL
@@ -379,3 +387,4 @@ def test_equals_every_request_alone(name, answers):
     assert result["held"] == {"blocks": 0, "requests": 0}
     assert result["preemptions"] > 0
     assert result.get("graph_ticks", 1) > 0
+    assert all(result.get("rotated", []))  # by the kernels, in every layer

@@ -63,7 +63,9 @@ for capability, dtype, heads, groups, size in ((90, torch.bfloat16, 55, 1, 96), 
     attention = triton_attention.TritonAttention([(heads, size)], 0, 3, 70, 16, like)
     q, k, v = (like.new_zeros(3, n, size) for n in (heads * groups, heads, heads))
     some = torch.arange(3)
-    for alone, write, more in ((True, None, {}), (False, some > 0, {"sliding_window": 9, "softcap": 2.0})):
+    turned = triton_attention.Rotary(like.new_zeros(70, size // 2), capability > 80)
+    full = {"sliding_window": 9, "softcap": 2.0, "rotary": turned}
+    for alone, write, more in ((True, None, {}), (True, None, {"rotary": turned}), (False, some > 0, full)):
         attention.plan(Rows(torch.zeros(3, 70, dtype=torch.int32), some, some, some, write, alone))
         sinks = None if alone else q[0, :, 0].contiguous()
         attention(0, q, k, v, scaling=0.1, sinks=sinks, **more)
