@@ -43,21 +43,22 @@ def _rotated(x, c, cosines, at, real, ROTARY: tl.constexpr, HALVES: tl.constexpr
     Products are summed in float32 and rounded once. cosines [positions, ROTARY]: cosines, then sines.
     """
     own = tl.load(x + c, mask=real, other=0.0)
-    if ROTARY == 0:
-        return own
-    half: tl.constexpr = ROTARY // 2
-    if HALVES:  # value n is turned with n + half
-        first, angle = c < half, c % half
-        other = tl.where(first, c + half, c - half)
-    else:  # value 2 n is turned with 2 n + 1
-        first, angle = c % 2 == 0, c // 2
-        other = tl.where(first, c + 1, c - 1)
-    turned = real & (c < ROTARY)
-    line = cosines + at.to(tl.int64) * ROTARY + angle
-    cos = tl.load(line, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(line + half, mask=turned, other=0.0).to(tl.float32)
-    beside = tl.load(x + other, mask=turned, other=0.0).to(tl.float32)
-    return (own.to(tl.float32) * cos + tl.where(first, -beside, beside) * sin).to(own.dtype)
+    if ROTARY:
+        half: tl.constexpr = ROTARY // 2
+        if HALVES:  # value n is turned with n + half
+            first, angle = c < half, c % half
+            other = tl.where(first, c + half, c - half)
+        else:  # value 2 n is turned with 2 n + 1
+            first, angle = c % 2 == 0, c // 2
+            other = tl.where(first, c + 1, c - 1)
+        turned = real & (c < ROTARY)
+        line = cosines + at.to(tl.int64) * ROTARY + angle
+        cos = tl.load(line, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(line + half, mask=turned, other=0.0).to(tl.float32)
+        beside = tl.load(x + other, mask=turned, other=0.0).to(tl.float32)
+        turn = own.to(tl.float32) * cos + tl.where(first, -beside, beside) * sin
+        own = turn.to(own.dtype)
+    return own
 
 
 @jit(**_anyhow)
@@ -103,6 +104,15 @@ def _tile(
     return sums, higher, total * shrink + tl.sum(p, 1)
 
 
+@jit
+def _continues(request, position, slot, row, nth, who, where, at, there):
+    """Which rows `row` + nth belong, of those that are `there`, to the run of request `who` at slot `where` that has
+    position `at` in `row`."""
+    there &= tl.load(request + row + nth, mask=there, other=-1) == who
+    there &= tl.load(slot + row + nth, mask=there, other=-1) == where
+    return there & (tl.load(position + row + nth, mask=there, other=-1) == at + nth)
+
+
 @jit(**_anyhow)
 def _attend(
     out, tops, totals, q, keys, values, sinks, cosines, request, position, slot, tables, width, slot_step, block_step,
@@ -123,15 +133,10 @@ def _attend(
     nth, query_head = lane // GROUPS, head * GROUPS + lane % GROUPS
     mine, last = nth < 1, at
     if QUERIES > 1:
-        before = row > 0
-        follows = before & (at % QUERIES != 0) & (tl.load(position + row - 1, mask=before, other=-1) + 1 == at)
-        follows &= tl.load(request + row - 1, mask=before, other=-1) == who
-        if follows & (tl.load(slot + row - 1, mask=before, other=-1) == where):
+        if _continues(request, position, slot, row, -1, who, where, at, (row > 0) & (at % QUERIES != 0)):
             return
         mine = (nth < QUERIES - at % QUERIES) & (row + nth < rows)
-        mine &= tl.load(request + row + nth, mask=mine, other=-1) == who
-        mine &= tl.load(slot + row + nth, mask=mine, other=-1) == where
-        mine &= tl.load(position + row + nth, mask=mine, other=-1) == at + nth
+        mine = _continues(request, position, slot, row, nth, who, where, at, mine)
         last = at + tl.max(tl.where(mine, nth, 0))
 
     c = tl.arange(0, PADDED)
