@@ -18,8 +18,8 @@ VERBS = {
     "init": ("loopwise.train.init", "write an untrained model, to train from scratch"),
     "convert": ("loopwise.convert.command", "turn a pretrained decoder into a recurrent-depth model"),
     "train": ("loopwise.train.command", "retrain a model under a recurrence curriculum"),
-    "plot": ("loopwise.evaluation.plot.command", "draw a recipe's curriculum, or what a training run measured"),
-    "eval": ("loopwise.evaluation.command", "held-out loss at several recurrences"),
+    "plot": ("loopwise.evaluation.plot.command", "draw curricula, runs, measurements, texts and a running server"),
+    "eval": ("loopwise.evaluation.command", "held-out loss, right answers or scores of tasks, at several recurrences"),
     "search": (
         "loopwise.evaluation.search.command",
         "layers to skip or repeat without training",
