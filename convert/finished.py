@@ -31,11 +31,14 @@ def is_done(out: Path, name: str, source: Path, asked: dict[str, Any], check: bo
 
 
 def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
-    """True if no file of `source`, a directory or a file, is newer than `out`, and weights have the `known` sha256."""
+    """True if the weights of `source`, a directory or a file, have the `known` sha256, and no other file of it is newer
+    than `out`."""
     if not isinstance(known, dict) or not known:
         return False
     files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
-    if newer(files, out / RECORD) or not {*known} <= {file.name for file in files}:
+    # A hard link, as `calibrate` makes, changes a file's st_ctime; the sha256 tells of weights.
+    others = [file for file in files if file.name not in known]
+    if newer(others, out / RECORD) or not {*known} <= {file.name for file in files}:
         return False
     try:
         with hashing([file for file in files if file.name in known]) as found:

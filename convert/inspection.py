@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from ..active import active
 from ..arguments import Parser
 from ..directory import record_of
 from ..errors import UserError, reason
@@ -16,7 +17,6 @@ from ..trained import trained_at
 from .plan import PARTS
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from ..model import RecurrentDepthConfig
@@ -126,7 +126,7 @@ def _plain_size(config: PreTrainedConfig) -> float:
     layers = model.get_submodule(layer_list_name(model, config.num_hidden_layers))
     head = model.get_output_embeddings()
     head_size = 0 if head is None else head.get_parameter("weight").numel()
-    return sum(_used(config, name, parameter) for name, parameter in layers.named_parameters()) + head_size
+    return sum(active(config, name, parameter) for name, parameter in layers.named_parameters()) + head_size
 
 
 class _Sizes(NamedTuple):
@@ -150,7 +150,7 @@ def _sizes(config: RecurrentDepthConfig) -> _Sizes:
         raise UserError(f"config.json: no recurrent-depth model can be built from it ({reason(error)})") from None
     parts = {part: list(model.get_submodule(part).named_parameters()) for part in (*PARTS, "injection")}
     counts = {part: sum(p.numel() for _, p in parameters) for part, parameters in parts.items()}
-    used = {part: sum(_used(config, name, p) for name, p in parameters) for part, parameters in parts.items()}
+    used = {part: sum(active(config, name, p) for name, p in parameters) for part, parameters in parts.items()}
     relaxation = sum(p[0].numel() for name, p in model.named_parameters() if name.startswith("relaxation."))
     head = model.get_output_embeddings()
     head_size = 0 if head is None else head.get_parameter("weight").numel()
@@ -159,13 +159,6 @@ def _sizes(config: RecurrentDepthConfig) -> _Sizes:
         once=used["prelude"] + used["coda"] + head_size,
         each=used["core"] + used["injection"] + relaxation,
     )
-
-
-def _used(config: PreTrainedConfig, name: str, parameter: Tensor) -> float:
-    """The numbers of a layer's parameter that take part in a token's pass: of experts, those of the chosen ones."""
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    routed = ".experts." in name or parameter.dim() == 3 or name.endswith(("up_embed.weight", "down_embed.weight"))
-    return parameter.numel() * (getattr(config, "num_experts_per_tok", 0) / experts if experts and routed else 1)
 
 
 def _kept(config: RecurrentDepthConfig, share: list[float]) -> dict[str, list[float]]:

@@ -68,7 +68,7 @@ def own_parameters(weights: SourceWeights, layers: str, stands_for: list[list[in
     """The parameters of at most one dimension (norms, biases) that differ between layers that are tied, by name.
 
     layers: the name of the source's layer list, with a dot at its end. Parameters that only some layers of the core
-    have stay tied.
+    have stay tied, and so do buffers.
     """
     present = set(weights.names())
     tied = [sorted({depth[n] for depth in stands_for}) for n in range(len(stands_for[0]))]
@@ -77,7 +77,7 @@ def own_parameters(weights: SourceWeights, layers: str, stands_for: list[list[in
     for name in weights.names():
         suffix = name.removeprefix(first)
         everywhere = all(f"{layers}{layer}.{suffix}" in present for group in tied for layer in group)
-        if suffix == name or len(weights.shape(name)) > 1 or not everywhere:
+        if suffix == name or len(weights.shape(name)) > 1 or not everywhere or not weights.is_parameter(name):
             continue
         values = [[weights.read(f"{layers}{layer}.{suffix}") for layer in group] for group in tied]
         if any(not torch.equal(group[0], other) for group in values for other in group[1:]):

@@ -173,6 +173,11 @@ class SourceWeights:
         """The names of all tensors, in the model's order; of tied ones the first."""
         return [name for name in self._expected if name in self._stored]
 
+    def is_parameter(self, name: str) -> bool:
+        """True for a parameter, False for a buffer, as the bias of a router of experts that training balances."""
+        module, _, last = name.rpartition(".")
+        return last in dict(self._model.get_submodule(module).named_parameters(recurse=False))
+
     def stored_name(self, name: str) -> str:
         """The name on disk, which transformers renames on loading for some architectures (GPT-NeoX: embed_out)."""
         return self._stored[name].name

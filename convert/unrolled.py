@@ -52,7 +52,7 @@ class Unrolled:
 
     def _pending(self, plain: PreTrainedModel) -> Iterator[Pending]:
         """The tensors outside of the layers, which the recurrent model has too, then those of the layers."""
-        weights, dtype = self.weights, self.dtype
+        weights = self.weights
         for name in weights.names():
             if name.startswith("source."):
                 target = weights.stored_name(name).removeprefix("source.")
@@ -60,7 +60,17 @@ class Unrolled:
         for number, (part, n, depth) in enumerate(self.places):
             for suffix, tensor in plain.get_submodule(f"{self.layers}{number}").state_dict().items():
                 make = partial(relax.at_depth, weights, part, n, suffix, depth)
-                yield Pending(f"{self.layers}{number}.{suffix}", dtype, list(tensor.shape), make)
+                kind = self._dtype(part, n, suffix)
+                yield Pending(f"{self.layers}{number}.{suffix}", kind, list(tensor.shape), make)
+
+    def _dtype(self, part: str, n: int, suffix: str) -> torch.dtype:
+        """The type of a layer's tensor: the stored one, as routers of experts keep float32; a merged matrix has the
+        checkpoint's."""
+        relaxation = (self.recurrent.relaxation or {}) if part == "core" else {}
+        if suffix.removesuffix(".weight") in relaxation.get("rank", ()):
+            return self.dtype
+        own = suffix in relaxation.get("own", ())
+        return self.weights.dtype(f"relaxation.{n}.{suffix}" if own else f"{part}.{n}.{suffix}")
 
     def verify(self, directory: Path) -> dict[str, float]:
         """Compare the plain checkpoint in `directory` with the recurrent one: largest difference of logits, by dtype.
@@ -70,11 +80,11 @@ class Unrolled:
         effect of that rounding. Raises UserError where anything else makes the two differ.
         """
         check_config(directory, self.config)
+        kinds = {pending.name: pending.dtype for pending in self.pending}
         with reloaded(self.path) as (_, weights), reloaded(directory) as (_, written):
             for name in written.names():
-                want = self._expected(weights, name, torch.float32)
-                inside = name.startswith(self.layers)
-                check_equal(name, written.read(name), want.to(self.dtype) if inside else want)
+                want, found = self._expected(weights, name, torch.float32), written.read(name)
+                check_equal(name, found, want.to(kinds[name]))
         ids, mask = sample(self.recurrent, seed=0)
         title = f"the plain model and MODEL at {self.depth} recurrences"
 

@@ -27,6 +27,7 @@ file imports only files above it:
     candidates.py     answers to TAB
     arguments.py      command-line arguments
     completion.py     loopwise completion
+    active.py         parameters that take part in a token's pass
     unroll.py         layers of a recurrent model as a plain one's
     model/            the recurrent-depth model, which travels with checkpoints
     checkpoint.py     reading a checkpoint directory

@@ -24,8 +24,8 @@ FILE = "adapters.safetensors"
 def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
     """Add adapters to the linear modules that `keys` name, in place: those of `checkpoint`, or new ones.
 
-    Raises UserError for a name that is not a linear module of a layer. Embeddings and the head may share their weights,
-    and fused experts are not modules.
+    Raises UserError for a name that is not a linear module of a layer, and for one that cannot be merged. Embeddings
+    and the head may share their weights, and fused experts are not modules.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -39,6 +39,7 @@ def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
     targets = list(keys.targets or {name.rpartition(".")[2] for name in linear})
     if not targets:
         raise UserError("adapters: this model has no linear modules in its layers; train it without")
+    _check_mergeable(model, targets)
     config = LoraConfig(
         r=keys.rank,
         lora_alpha=cast(Any, keys.rank if keys.alpha is None else keys.alpha),
@@ -56,6 +57,17 @@ def inject(model: Any, keys: Adapters, checkpoint: Path | None) -> None:
         with torch.no_grad():
             for name, parameter in present.items():
                 parameter.copy_(tensors[name])
+
+
+def _check_mergeable(model: Any, targets: list[str]) -> None:
+    """Raises UserError for a target whose matrix a relaxation with DoRA norms: the norm of W + B A is another one."""
+    relaxation = getattr(model.config, "relaxation", None) or {}
+    normed = {path.rpartition(".")[2] for path in relaxation.get("rank", ())} if relaxation.get("dora") else set()
+    if wrong := sorted(normed & {target.rpartition(".")[2] for target in targets}):
+        raise UserError(
+            f"adapters: {', '.join(wrong)} have LoRA with dora for each depth, into which adapters cannot be merged: "
+            "name other adapters.targets, or train that LoRA (optimiser.train=lora,norms)"
+        )
 
 
 def _linear(model: Any) -> list[str]:

@@ -189,7 +189,7 @@ def _as_today(run: dict[str, Any]) -> dict[str, Any]:
         recipe = validate(Train, {key: value for key, value in run["recipe"].items() if key not in DERIVED})
     except UserError:
         return run
-    keys = recipe.model_dump(mode="json")
+    keys = recipe.facts()
     del keys["gradient_accumulation"]
     return {**run, "recipe": keys | derived}
 

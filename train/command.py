@@ -132,7 +132,7 @@ def dry_run(run: Run, launcher: str | None, processes: int | None, argv: list[st
     argv = [argument for argument in argv if argument != "--dry-run"]
     recipe = run.recipe
     if launcher:
-        launch.check(launcher, recipe.optimiser)
+        launch.check(launcher, recipe, count)
         print(shlex.join(["accelerate", "launch", *launch.command(launcher, count, argv)]))
     else:
         print(shlex.join(["loopwise", "train", *argv]))

@@ -18,7 +18,7 @@ from loopwise.recipe import RECIPES
 from .checkpoint import checkpoints
 from .output import discarded_unless_begun
 from .prepare import prepare
-from .recipe import Optimiser
+from .recipe import Train
 from .settings import Run
 from .watch import PREPARED
 
@@ -69,9 +69,14 @@ def extensions() -> Path:
     return Path(given) if given else Path("~/.cache/torch_extensions").expanduser()
 
 
-def check(layout: str, optimiser: Optimiser) -> None:
-    """Raises UserError if a launcher, or a `ranks.layout`, cannot run the recipe section `optimiser`."""
-    if layout.startswith("zero") and optimiser.kind == "muon":
+def check(layout: str, recipe: Train, processes: int) -> None:
+    """Raises UserError if a launcher, or a `ranks.layout`, cannot run `recipe` in so many processes."""
+    if recipe.data.recurrences and processes > 1 and layout in ("fsdp2", "zero3"):
+        raise UserError(
+            f"data.recurrences: micro-batches of ranks differ in R, and {layout} gathers the weights of every "
+            "recurrence from all ranks: use ddp, zero1 or zero2"
+        )
+    if layout.startswith("zero") and recipe.optimiser.kind == "muon":
         raise UserError(
             f"optimiser.kind=muon needs whole matrices, which {layout} flattens and splits: use ddp or fsdp2"
         )
@@ -89,8 +94,8 @@ def launch(run: Run, launcher: str, processes: int | None, argv: list[str]) -> i
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    check(launcher, run.recipe.optimiser)
     count = count_processes(processes)
+    check(launcher, run.recipe, count)
     # The failed process prints its error itself; torch's launcher would print it again.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

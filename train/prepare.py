@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from loopwise.directory import RUN_HEADER, begin, beside, place, remove
 from loopwise.disk import naming
+from loopwise.errors import UserError
 from loopwise.quiet import quiet
-from loopwise.recipe import as_yaml
+from loopwise.recipe import as_yaml, load_recipe
 from loopwise.version import __version__
 
 from .checkpoint import RUN, check_same_run, last_sound
@@ -52,11 +53,22 @@ def prepare(run: Run) -> bool:
     config = load_config(run.model, recipe.revision)
     check_model(run.model, config, recipe)
     check_trackers(run.recipe.report_to)
-    if checkpoint and (out / TOKENS / blocks.FACTS).is_file():
+    if checkpoint and _has_tokens(out, run.recipe):
         return True  # with the text as it was when the run began
     with naming(out):
         _write_tokens(run, recipe, config, checkpoint)
     return True
+
+
+def _has_tokens(out: Path, recipe: Train) -> bool:
+    """True if OUT has tokens of the text, and for the teacher, that `recipe` names. Its own recipe is that of them."""
+    if not (out / TOKENS / blocks.FACTS).is_file():
+        return False
+    try:
+        kept = load_recipe(Train, "train", str(out / RECIPE), [])
+    except UserError:  # of an earlier release, whose keys are refused today
+        return False
+    return (kept.data, kept.objectives.distillation) == (recipe.data, recipe.objectives.distillation)
 
 
 def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,12 +151,16 @@ def overflow(state: dict[str, torch.Tensor], dtype: str) -> str | None:
     return None
 
 
-def cast(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """`state` with floating-point tensors in `dtype`, others unchanged. Tensors that are shared stay shared."""
-    made: dict[int, torch.Tensor] = {}
-    for x in state.values():
+def cast(state: dict[str, torch.Tensor], dtype: str, kept: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """`state` with floating-point tensors in `dtype`, others unchanged. Tensors that are shared stay shared.
+
+    kept: parts of names of tensors that stay as they are: transformers' `_keep_in_fp32_modules_strict`.
+    """
+    kept, made = [*kept], dict[int, torch.Tensor]()
+    for name, x in state.items():
         if id(x) not in made:
-            made[id(x)] = x.to(getattr(torch, dtype)) if x.is_floating_point() else x
+            changed = x.is_floating_point() and not any(part in name for part in kept)
+            made[id(x)] = x.to(getattr(torch, dtype)) if changed else x
     return {name: made[id(x)] for name, x in state.items()}
 
 

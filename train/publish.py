@@ -32,8 +32,9 @@ def publish(trainer: RecurrentTrainer, state: dict[str, torch.Tensor], model: st
     shutil.rmtree(partial, ignore_errors=True)
     if trainer.curriculum:
         trainer.trained.config.trained_recurrences = trainer.curriculum.trained()
+    kept = trainer.trained._keep_in_fp32_modules_strict or ()  # pyright: ignore[reportPrivateUsage]
     with written(partial, "the trained model"):
-        _write(trainer, cast(state, dtype), model, partial, dtype)
+        _write(trainer, cast(state, dtype, kept), model, partial, dtype)
         sync_tree(partial)
         _move(partial, out)
     with suppress(OSError):  # the files are on the disk, and only their new place may be lost with the power

@@ -39,7 +39,7 @@ class Run:
         Ranks and accumulation count by their product. DeepSpeed shards the optimiser state for one number of ranks, so
         its layout includes that number.
         """
-        keys = self.recipe.model_dump(mode="json")
+        keys = self.recipe.facts()
         keys["gradient_accumulation x processes"] = keys.pop("gradient_accumulation") * self.processes
         zero = self.layout.startswith("zero")
         keys["checkpoint layout"] = f"{self.layout} on {self.processes} processes" if zero else self.layout

@@ -132,7 +132,8 @@ class RecurrentTrainer(CheckpointTrainer):
     def _get_learning_rate(self):
         """The learning rate of AdamW without a multiplier, whichever group comes first."""
         scheduler = cast(Any, self.lr_scheduler)
-        return scheduler.get_last_lr()[0] / scheduler.base_lrs[0] * self.recipe.optimiser.learning_rate
+        shares = (now / base for now, base in zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True) if base)
+        return next(shares, 0.0) * self.recipe.optimiser.learning_rate
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step. Raises UserError, in all ranks, if a stream cannot be read on."""
@@ -347,5 +348,11 @@ class RecurrentTrainer(CheckpointTrainer):
     def _flops(self, step: int, depth: Depth | None) -> int:
         """FLOPs per token at `step` and `depth`."""
         objective = self.objective
-        calls = [x for _, x in objective.passes(step, depth)] if depth else [None]
-        return sum(token_flops(self._costs, x, objective.router, step, objective.capacity_warmup) for x in calls)
+        arguments = objective.router, step, objective.capacity_warmup
+        if depth is None:
+            return token_flops(self._costs, None, *arguments)
+        total = 0
+        for _, call in objective.passes(step, depth):
+            read = objective.depths(step, call.num_recurrences)  # the call ends at the last of them
+            total += token_flops(self._costs, Depth(read[-1], call.grad_recurrences), *arguments, reads=len(read))
+        return total

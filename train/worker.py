@@ -66,7 +66,7 @@ def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
     failure: BaseException | None = None
     if first:
         try:
-            check(run.layout, run.recipe.optimiser)
+            check(run.layout, run.recipe, run.processes)
             stack.enter_context(claimed(run.out))
             with ended_by_sigterm():
                 result = prepare(run)

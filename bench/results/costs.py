@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loopwise.recipe import load_recipe
 from loopwise.train.fitting import curriculum
-from loopwise.train.measure import parameter_costs, token_flops
+from loopwise.train.measure import Costs, parameter_costs, token_flops
 from loopwise.train.pretrained import load_config, load_model
 from loopwise.train.recipe import Train
 
@@ -21,14 +21,14 @@ def spent(run: Path) -> float:
     return json.loads((run / "run.json").read_text(encoding="utf-8"))["spent"]["flops"]
 
 
-def costs(model: Path) -> tuple[int, int]:
+def costs(model: Path) -> Costs:
     """`parameter_costs` of the checkpoint `model`. Threads take turns: loading by transformers is not made for them."""
     with LOADING:
         return _costs(model)
 
 
 @cache
-def _costs(model: Path) -> tuple[int, int]:
+def _costs(model: Path) -> Costs:
     return parameter_costs(load_model(str(model)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ class Record:
     def __init__(self, out: Path | None, facts: dict[str, Any]):
         self.out, self._added = out, 0
         self.result: dict[str, Any] = {**facts, "programs": [], "tried": [], "questions": []}
+        self.spent: dict[str, float] = {"seconds": 0, "layers_run": 0}  # by earlier calls
+        self.spending: Callable[[], dict[str, float]] = lambda: {"seconds": 0, "layers_run": 0}  # by this one
 
     def resume(self) -> None:
         """Take over what the file holds. Raises UserError if other settings, or another model, gave it."""
@@ -34,6 +37,7 @@ class Record:
                 raise UserError(f"--out {self.out}: {wrong}; name another file, or start anew with --force")
         for name in ("programs", "tried", "questions"):
             self.result[name] = found[name]
+        self.spent = {name: found.get(name, 0) for name in self.spent}
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row of this kind: programs, tried, or questions."""
@@ -43,7 +47,9 @@ class Record:
             self.write()
 
     def write(self) -> None:
-        """Replace the file. Raises UserError for a full disk."""
+        """Add up what was spent, and replace the file. Raises UserError for a full disk."""
+        now = self.spending()
+        self.result |= {name: before + now[name] for name, before in self.spent.items()}
         if self.out is None:
             return
         write_result(self.out, self.result)

@@ -102,6 +102,7 @@ class Searching:
         from .bench import mean
 
         began, result, bench = time.monotonic(), self.record.result, self.bench
+        self.record.spending = lambda: {"seconds": time.monotonic() - began, "layers_run": self.model.layers_run}
         result |= {"layers": self.layers, "metric": bench.metric, "higher": bench.higher}
         result |= {"samples": len(bench.weights), "of": "questions" if bench.higher else "blocks"}
         before = bench.values(self.source)
@@ -120,7 +121,6 @@ class Searching:
             "over_source_error": standard_error(over, bench.weights),
         }
         result["check"] = [self._check([source]) for source in self.recipe.check]
-        result["seconds"], result["layers_run"] = time.monotonic() - began, self.model.layers_run
         self.record.write()
         return result
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
 from loopwise.recipe import validate
+from loopwise.train.pretrained import cast
 from tests.helpers.convert import EVERY_LAYER, tokens
-from tests.helpers.tiny import save_source
+from tests.helpers.tiny import save_source, source_model
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,33 @@ def test_lora_and_sharing_are_written_out(model_type, sharing, tmp_path):
         seen = tokens()["attention_mask"].bool()
         want, got = model(**tokens(), num_recurrences=3).logits[seen], plain(**tokens()).logits[seen]
         assert (want - got).abs().max() < 1e-4
+
+
+def test_tensors_that_stay_in_float32(tmp_path):
+    """The bias of a router of experts, a buffer that differs by layer: it is not rounded, and a LoRA leaves it tied."""
+    torch.manual_seed(0)
+    source = source_model("glm4_moe")
+    biases = {name: torch.randn_like(x) for name, x in source.named_buffers() if name.endswith("correction_bias")}
+    assert len(biases) > 1
+    source.to(torch.bfloat16)
+    for name, values in biases.items():
+        source.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = values
+    source.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model", validate(ConvertRecipe, EVERY_LAYER))
+    export(tmp_path / "model", tmp_path / "plain", unroll=1)
+    found = load_file(tmp_path / "plain" / "model.safetensors")
+    for name, values in biases.items():
+        assert torch.equal(found[name], values)
+    assert found["model.layers.1.input_layernorm.weight"].dtype == torch.bfloat16
+    keys = {"method": "recursive", "loops": 2, "sharing": "middle-cycle", "lora": {"rank": 4}}
+    assert convert(tmp_path / "source", tmp_path / "relaxed", validate(ConvertRecipe, keys)) is not None
+    relaxation = json.loads((tmp_path / "relaxed" / "config.json").read_text())["relaxation"]
+    assert not any("correction_bias" in name for name in relaxation["own"])
+    state = {"a.e_score_correction_bias": torch.ones(1), "b": torch.ones(1)}
+    assert [x.dtype for x in cast(state, "bfloat16", {"e_score_correction_bias"}).values()] == [
+        torch.float32,
+        torch.bfloat16,
+    ]
 
 
 def test_what_cannot_be_exported_is_refused(capsys, tmp_path):

@@ -182,6 +182,8 @@ def test_a_killed_search_goes_on(plain, corpus, tmp_path):
     again = json.loads(out.read_text())
     assert again["programs"][0]["value"] == 0.25
     assert again["programs"][3:] == whole["programs"][3:]
+    for name in ("seconds", "layers_run"):  # of both calls
+        assert again[name] > whole[name] > 0
     assert main([*keys, "stride=2", "--out", str(out)]) == 2
     run([*keys, "stride=2", "--out", str(out), "--force"])
     assert len(json.loads(out.read_text())["programs"]) == 4

@@ -61,6 +61,19 @@ def test_merged_weights_compute_what_ran(arch, targets, make):
     assert torch.allclose(after, live, atol=2e-4, rtol=1e-4)
 
 
+def test_what_dora_norms_takes_no_adapter():
+    """W + B A has another norm than W, by which the magnitudes were divided."""
+    relaxation = {"rank": {"self_attn.q_proj": 2}, "depths": 2, "own": [], "dora": True}
+    keys = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 2, "injection": "linear"}
+    config = RecurrentDepthConfig(source_config=source_config("llama"), **keys, relaxation=relaxation)
+    for targets in (None, ["q_proj"], ["self_attn.q_proj", "v_proj"]):
+        with pytest.raises(UserError, match=r"^adapters: q_proj have LoRA with dora .*optimiser\.train=lora,norms"):
+            adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=targets), None)
+    adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=["v_proj"]), None)
+    config.relaxation["dora"] = False
+    adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=["q_proj"]), None)
+
+
 @pytest.mark.parametrize(
     ("arch", "target"),
     [

@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from loopwise.cli import main
+from loopwise.errors import UserError
 from loopwise.recipe import RECIPES
 from loopwise.train.curriculum import Depth
-from loopwise.train.launch import remove_stale_locks
+from loopwise.train.launch import check, remove_stale_locks
 from loopwise.train.objectives import Objective
 from loopwise.train.ranks import LAUNCHERS
-from loopwise.train.recipe import Objectives
+from loopwise.train.recipe import Objectives, Train
 from tests.helpers.train_tiny import RECURRENCE, history, launched, run, save_recurrent, weights
 
 RELAXATION = {"depths": 3, "rank": {"self_attn.q_proj": 4, "mlp.down_proj": 3}, "own": ["input_layernorm.weight"]}
@@ -98,6 +99,19 @@ def test_two_processes_equal_one(launcher, kind, models, alone, command, tmp_pat
     check_equal(tmp_path / "two", alone(kind), models(kind))
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_recurrences_of_records_with_shards(launcher):
+    """Ranks whose micro-batches differ in R would not all gather the weights of a recurrence."""
+    recurrences = {"field": "hops", "table": {1: 2, 2: 5}}
+    recipe = Train.model_validate({"data": {"train": ["a.jsonl"], "recurrences": recurrences}, "steps": 1})
+    check(launcher, recipe, 1)
+    if launcher in ("fsdp2", "zero3"):
+        with pytest.raises(UserError, match=f"data.recurrences: .* {launcher} gathers .*: use ddp, zero1 or zero2"):
+            check(launcher, recipe, 2)
+    else:
+        check(launcher, recipe, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["fsdp2", "ddp"])
 def test_a_run_resumes_on_another_number_of_processes(launcher, models, alone, command, tmp_path):
@@ -174,7 +188,6 @@ def test_the_estimate_of_several_depths_is_that_of_the_longest_draw(recurrent, o
     """Beside one call, or two, there are states to read out; their logits are made again and not kept."""
     from loopwise.train.estimate import estimate
     from loopwise.train.pretrained import load_config
-    from loopwise.train.recipe import Train
 
     def activations(**keys) -> int:
         recipe = Train.model_validate({"data": {"train": ["-"], "sequence_length": 32}, "batch_size": 4, **keys})
@@ -205,7 +218,6 @@ def measured(model: Any, num_recurrences: int, grad: int | None) -> int:
 def relaxed_estimates(recurrent):
     from loopwise.train.estimate import estimate
     from loopwise.train.pretrained import load_config, load_model
-    from loopwise.train.recipe import Train
 
     def of(launcher, depth, **keys):
         recipe = Train.model_validate({"data": {"train": ["-"], "sequence_length": 32}, "batch_size": 4, **keys})

@@ -149,7 +149,8 @@ def test_learning_rate_multipliers_scale_the_first_step(recurrent, command, tmp_
     """AdamW's first step moves every weight by the learning rate, so the change shows the multiplier."""
     more = ["steps=1", "optimiser.warmup=0", "optimiser.weight_decay=0", "optimiser.clip=0"]
     run(command(recurrent, tmp_path / "one", *more))
-    run(command(recurrent, tmp_path / "two", *more, "optimiser.multipliers={core: 0.25, norms: 0}"))
+    multipliers = "optimiser.multipliers={core: 0.25, norms: 0, embeddings: 0}"  # embeddings are the first group
+    run(command(recurrent, tmp_path / "two", *more, multipliers))
     before, one, two = weights(recurrent), weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, factor in {"core.0.mlp.up_proj.weight": 0.25, "coda.0.mlp.up_proj.weight": 1.0}.items():
         change = (one[name] - before[name]) * factor

@@ -19,7 +19,12 @@ import torch
 
 from loopwise.cli import main
 from loopwise.evaluation.plot.run import sampled_recurrences
-from loopwise.recipe import RECIPES
+from loopwise.recipe import RECIPES, load_recipe
+from loopwise.train.data.blocks import FACTS
+from loopwise.train.output import TOKENS
+from loopwise.train.prepare import prepare
+from loopwise.train.recipe import Train
+from loopwise.train.settings import Run
 from tests.helpers.train_tiny import RECURRENCE, history, run, same
 
 
@@ -214,6 +219,30 @@ def test_settings_may_change_when_told_so(stopped, noisy, command, tmp_path, cap
     run([*arguments, "--resume", "--accept-changes"])
     assert "continuing with other settings (optimiser.weight_decay was 0.01, now 0.5)" in capsys.readouterr().err
     assert main([*arguments, "--accept-changes"]) == 2
+
+
+def test_a_text_that_may_change_is_tokenised_anew(stopped, noisy, command, tmp_path, capsys):
+    """With other settings, and with another source: the run goes on with the blocks that the settings ask for."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-20")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"another text, {name} " * 400)
+    settings = command(noisy, out, "steps=20", "save_every=10", *RECURRENCE)[3:]
+    others = [one for one in settings if not one.startswith("data.train=")] + ["data.sequence_length=16"]
+    others.append(f"data.phases=[{{share: 1, sources: {{{tmp_path}/a.txt: 1, {tmp_path}/b.txt: 1}}}}]")
+
+    def blocks_of(settings: list[str]) -> list[int]:
+        recipe = load_recipe(Train, "train", None, settings)
+        assert prepare(Run(str(noisy), out, recipe, resume=True, accept_changes=True))
+        return json.loads((out / TOKENS / FACTS).read_text())["parts"]
+
+    before = blocks_of(settings)
+    found = blocks_of(others)
+    assert "data.sequence_length was 32, now 16" in capsys.readouterr().err
+    assert (len(before), len(found)) == (1, 2)
+    (tmp_path / "a.txt").write_text("")  # of the same settings, which are not read again
+    assert blocks_of([*others, "optimiser.weight_decay=0.5"]) == found
+    assert blocks_of(settings) == before
 
 
 def kill_at_random(arguments: list[str], out: Path, kills: int, seed: int) -> int:

@@ -11,7 +11,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
+from loopwise.convert.inspection import flops_per_token
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train.checkpoint import checksum
+from loopwise.train.curriculum import Depth
+from loopwise.train.measure import parameter_costs, token_flops
+from loopwise.train.pretrained import load_model
+from tests.helpers.tiny import source_config
 from tests.helpers.train_tiny import run
 
 
@@ -72,3 +78,26 @@ def test_a_run_records_what_it_spent(recurrent, command, tmp_path, capsys):
         assert main(command(recurrent, out, *settings, "--resume")) == 0
         assert "from checkpoint-4" in capsys.readouterr().out
         assert record(out) == expected[6]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "mixtral", "deepseek_v3"])
+def test_a_token_costs_what_inspect_says(arch):
+    """Of experts, those count that a token uses. Norms outside of the layers are all that `inspect` leaves out."""
+    keys = {"prelude": [0], "core": [1, 2], "coda": [3, 4, 5], "num_recurrences": 2, "injection": "linear"}
+    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config(arch), **keys))
+    costs = parameter_costs(model)
+    for depth in (1, 4):
+        inspected = flops_per_token(model.config, depth)
+        assert 3 * inspected == pytest.approx(token_flops(costs, Depth(depth, None), None, 0, 0), rel=2e-3)
+    for truncated in (Depth(3, 4), Depth(3, None)):  # no row carries gradient through more recurrences than it has
+        assert token_flops(costs, truncated, None, 0, 0) == 6 * (costs.once + costs.read + 3 * costs.each)
+    twice = token_flops(costs, Depth(3, 3), None, 0, 0, reads=2)
+    assert twice == 6 * (costs.once + 2 * costs.read + 3 * costs.each)
+
+
+def test_depths_whose_logits_enter_the_loss_are_read_out(recurrent, command, tmp_path):
+    """With `nested` a call ends at the last of them; coda and head run at each."""
+    settings = ["steps=3", "recurrence.mean=4", "objectives.deep_supervision.segments=2"]
+    run(command(recurrent, tmp_path / "out", *settings))
+    costs, tokens = parameter_costs(load_model(str(recurrent))), 3 * 4 * 32
+    assert record(tmp_path / "out")["flops"] == 6 * (costs.once + 2 * costs.read + 4 * costs.each) * tokens

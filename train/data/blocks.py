@@ -223,17 +223,20 @@ def _empty(data: Data) -> Packed:
     return Packed(*(np.zeros((0, data.sequence_length), kind) for kind in (np.int32, np.uint8)), separate=False)
 
 
-def packed_documents(corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerBase, name: str) -> Packed:
+def packed_documents(
+    corpus: Corpus, data: Data, tokenizer: PreTrainedTokenizerBase, name: str, may_be_none: bool = False
+) -> Packed:
     """The blocks of `corpus` under the packing of `data`.
 
-    Raises UserError, led by `name`, if no block is filled, and for a document that is too long if `data` says so.
+    may_be_none: no whole document fits, in a part of a text. Raises UserError, led by `name`, if no block is filled
+    otherwise, and for a document that is too long if `data` says so.
     """
     length = data.sequence_length
     by_record = data.recurrences is not None
     if not data.padded:
         tokens, marks = (pack(part, length, name) for part in (corpus.tokens, corpus.marks))
         return Packed(tokens, marks, data.separate_documents, by_record=by_record)
-    bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
+    bins = whole(corpus, length, data.packing_strategy, data.long_documents, name, may_be_none)
     return Packed(
         fill(corpus.tokens, bins, length, cast(int, tokenizer.eos_token_id)),
         fill(with_starts(corpus.marks, bins), bins, length, PAD),

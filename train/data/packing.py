@@ -109,13 +109,14 @@ def best_fit(sizes: list[int], room: int) -> list[list[int]]:
     return bins
 
 
-def whole(corpus: Corpus, sequence_length: int, strategy: str, long: str, name: str) -> Bins:
+def whole(corpus: Corpus, sequence_length: int, strategy: str, long: str, name: str, may_be_none: bool = False) -> Bins:
     """The blocks of `corpus` under the strategy `bfd` or `bfd_split`, for `fill`.
 
-    long: as for `pieces`. Raises UserError, led by `name`, if there is no document to put into a block.
+    long: as for `pieces`.   may_be_none: no document fits, in a part of a text. Raises UserError, led by `name`, if no
+    document fits otherwise.
     """
     found = pieces(corpus, sequence_length, strategy == "bfd_split", long, name)
-    if not found:
+    if not found and not may_be_none:
         raise UserError(
             f"{name}: no document of at most sequence_length={sequence_length} tokens; raise data.sequence_length, or "
             "set data.long_documents=cut"

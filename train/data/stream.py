@@ -78,6 +78,7 @@ class Stream:
         self.accept = accept
         self.reader = reader_of(data, tokenizer)
         self.named = False  # True after a line about documents that are too long
+        self.passes = 0  # how often the last source ended in the present window
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
@@ -97,8 +98,16 @@ class Stream:
         """
         if block < self.marks[-1].first:
             self._start(Mark())
+        empty = 0
         while block >= self.next.first:
-            self._read()
+            first = self.next.first
+            passes = self._read()
+            empty = empty + passes if self.next.first == first else 0
+            if empty > 1:  # a whole pass without a block
+                long = f"no document of at most sequence_length={self.data.sequence_length} tokens"
+                raise UserError(
+                    f"{', '.join(self.sources)}: {long}; raise data.sequence_length, or set data.long_documents=cut"
+                )
         while len(self.marks) > 1 and self.marks[1].first <= block - self.behind:
             self.marks.pop(0)
         return self.blocks.sample(block - self.marks[-1].first)
@@ -112,9 +121,9 @@ class Stream:
         """The beginning of the window that holds `block`, or of an earlier window."""
         return next((mark for mark in reversed(self.marks) if mark.first <= block), Mark())
 
-    def _read(self) -> None:
-        """Read the next window."""
-        begin = self.next
+    def _read(self) -> int:
+        """Read the next window. Returns how often the last source ended in it."""
+        begin, self.passes = self.next, 0
         files = self._files_before(begin)
         corpus = tokenise(self._documents(), self.tokenizer)
         self._compare(begin, _digest(corpus, files))
@@ -127,6 +136,7 @@ class Stream:
             self.marks.append(begin)
         state = None if self.dataset is None else self.dataset.state_dict()
         self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
+        return self.passes
 
     def _files_before(self, mark: Mark) -> list[tuple[str, int]]:
         """(name, bytes) of the local files that the source of `mark` has given whole."""
@@ -149,7 +159,7 @@ class Stream:
         if self.data.padded:
             name = ", ".join(self.sources)
             self.named = self.named or name_long(corpus, self.data, f"{name}, in a window")
-            return packed_documents(corpus, self.data, self.tokenizer, name), ([], [])
+            return packed_documents(corpus, self.data, self.tokenizer, name, may_be_none=True), ([], [])
         length = self.data.sequence_length
         tokens, marks = (
             np.concatenate([np.array(old, kind), new])
@@ -170,7 +180,7 @@ class Stream:
             if record is None:
                 self.place, self.number = (self.place + 1) % len(self.sources), 0
                 self._open(None)
-                passes += self.place == 0
+                passes, self.passes = passes + (self.place == 0), self.passes + (self.place == 0)
                 if passes == 2:  # a whole pass without a document
                     raise UserError(f"{', '.join(self.sources)}: no text in it")
                 continue

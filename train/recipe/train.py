@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -85,6 +85,10 @@ class Train(Section):
             )
         (self.recurrence or Recurrence()).check_phases([own for _, own in self.data.recurrence_by_phase()])
         return self
+
+    def facts(self) -> dict[str, Any]:
+        """All keys, to compare runs: a section `recurrence` that is left out is one at its defaults."""
+        return {**self.model_dump(mode="json"), "recurrence": (self.recurrence or Recurrence()).model_dump(mode="json")}
 
     def unused(self) -> Iterator[Unused]:
         if self.recurrence:

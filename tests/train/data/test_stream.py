@@ -71,6 +71,18 @@ def test_every_document_once_a_pass_from_any_kind_of_source(folder, tokenizer, t
         assert shifted.sum() < 3 * LENGTH * WINDOW
 
 
+def test_windows_of_long_documents_alone_are_passed_over(tokenizer, tmp_path):
+    texts = ["x" * 100, "y" * 90, "short", "z" * 80]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    keys = {"window": 1, "packing_strategy": "bfd", "long_documents": "skip", "separate_documents": True}
+    (first, second) = blocks(opened(tmp_path / "long.jsonl", tokenizer, **keys), 2)
+    assert first == second
+    assert tokenizer.decode(first[:-1]).startswith("short")
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:2]))
+    with pytest.raises(UserError, match="no document of at most sequence_length=16 tokens"):
+        opened(tmp_path / "long.jsonl", tokenizer, **keys).row(0)
+
+
 def test_a_mark_says_where_to_go_on(folder, tokenizer):
     expected = blocks(opened(folder, tokenizer), 80)
     for place in (0, 1, 13, 29, 40, 79):
