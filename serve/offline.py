@@ -407,7 +407,7 @@ class Engine:
             completion = done[number]
             completion.tokens += tokens
             completion.depths += depths
-            if (top := each[number].logprobs) is not None:
+            if tokens and (top := each[number].logprobs) is not None:
                 completion.logprobs += loop.context.logprobs.of_row(row, len(tokens), top)
 
     def _sample(

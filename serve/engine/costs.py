@@ -98,13 +98,18 @@ def measure(
     for n in sizes:
         if n > rows and costs.knee() < max(costs.passes):
             break  # wider than any pass of plain requests, and behind the knee
-        seconds = torch.tensor(list(_samples(state, forward, recorded and recorded(n), n)))[1:]
+        seconds = torch.tensor(list(_samples(state, forward, recorded and recorded(n), n, agree)))[1:]
         costs.passes[n], costs.reads[n] = (agree(min(part)) for part in seconds.T.tolist())
     return costs
 
 
-def _samples(state: State, forward: Forward, recorded: Steps | None, n: int) -> Iterator[tuple[float, float]]:
-    """Seconds of a pass of n lanes and of a read-out of them, again and again; the first pair warms up."""
+def _samples(
+    state: State, forward: Forward, recorded: Steps | None, n: int, agree: Callable[[float], float]
+) -> Iterator[tuple[float, float]]:
+    """Seconds of a pass of n lanes and of a read-out of them, again and again; the first pair warms up.
+
+    agree: as in `measure`. Ranks that reduce together must end after the same pass.
+    """
     every = torch.arange(n, device=state.device)
     row = every * min(state.config.max_num_seqs, n) // n
     position = every - torch.searchsorted(row, row)
@@ -131,5 +136,5 @@ def _samples(state: State, forward: Forward, recorded: Steps | None, n: int) -> 
         run_read()
         s[:1, 0].tolist()
         end = time.perf_counter()
-        spent += end - start
+        spent += agree(end - start)
         yield between - start, end - between

@@ -8,6 +8,8 @@ Shapes: n lanes of a pass, m lanes that are read out, D hidden size, V vocabular
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -49,14 +51,24 @@ class EagerTick:
         self.ended, self.parked = False, []
         which = self._choose()
         passes = self._recur(which, max_passes) if len(which) else 0
-        running = self.state.lanes.running
-        through = [chunk for chunk in self.work.chunks if not bool(running[chunk.first : chunk.last].any())]
+        through = self._through()
         self.schedule.since += passes
         waiting = self._due(through, forced=bool(through) or not passes)
         if len(waiting):
             self.order = None
             self._read_out(waiting)
         return TickReport(passes or int(len(waiting) > 0), self.ended, tuple(through), tuple(self.parked))
+
+    def _through(self) -> list[Chunk]:
+        """The chunks of prompts whose lanes have all left, and that can be read out.
+
+        A chunk may share blocks with one before it. A coda reads the keys of that one's coda, so it waits for these.
+        """
+        running, chunks = self.state.lanes.running, self.work.chunks
+        done = [not bool(running[chunk.first : chunk.last].any()) for chunk in chunks]
+        if self.forward.parts.config.coda and self.rules.in_use:
+            done = accumulate(done, and_)
+        return [chunk for chunk, is_done in zip(chunks, done, strict=True) if is_done]
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
     def _choose(self) -> Tensor:
@@ -136,7 +148,8 @@ class EagerTick:
             return self.none
         if not self.waits:
             self.schedule.reset()
-        exits = self.waits and self.schedule.due(True, self.runs, forced=forced, more_within=self._more_within)
+        runs = 0 if self.work.in_use["diffusion"] else self.runs  # passes with its lanes, which never leave, stay full
+        exits = self.waits and self.schedule.due(True, runs, forced=forced, more_within=self._more_within)
         if (self.waits or self.drafts) and not exits and not (self.drafts and self.schedule.drafts_due(forced)):
             return self.none
         self.unread = False

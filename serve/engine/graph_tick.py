@@ -109,6 +109,7 @@ class GraphTick:
             return
         some = self.graph.every[:3]
         self.graph.real.fill_(False)
+        self.steps.choose(self.graph)
         self._pass(some, False)
         self._read_out(some, 0)
         if self.state.config.max_in_flight > 1:

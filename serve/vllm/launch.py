@@ -194,8 +194,11 @@ def run_server(
     import uvloop
 
     own_processes()
-    where, name = f"http://{args.host}:{args.port}", args.served_model_name[0]
-    lines.append(f"{name} ({facts.architecture}) will be at {where}/v1, and a page to try it at {where}/depth")
+    name, scheme = args.served_model_name[0], "https" if args.ssl_certfile else "http"
+    where = f"{scheme}://{args.host}:{args.port}"
+    place = f"{where}/v1, and a page to try it at {where}/depth"
+    place = f"the Unix socket {args.uds}, under /v1" if args.uds else place
+    lines.append(f"{name} ({facts.architecture}) will be at {place}")
     lines.append(replace(defaults, config=defaults.config | args.hf_overrides).line())
     if line := beyond_trained(facts.trained_recurrences, [args.hf_overrides["num_recurrences"]]):
         lines.append(line)

@@ -123,10 +123,13 @@ class LaneScheduler(Scheduler):
             request.skip_reading_prefix_cache = True  # a prompt's blocks hold the same tokens at full depth
 
     def _published_whole(self, name: str) -> bool:
-        """True where generated positions leave the keys and values that the same tokens in a prompt leave."""
+        """True where generated positions leave the keys and values that the same tokens in a prompt leave.
+
+        A complete policy writes all depths of the core, but a coda's keys are those of the depth of the exit.
+        """
         if self.decoders[name].diffusion:
             return False
-        return self.depths[name].full or self.policy_of_cache.complete
+        return self.depths[name].full or (self.policy_of_cache.complete and not self.config.coda)
 
     def update_from_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, scheduler_output: SchedulerOutput, model_runner_output: LaneOutput
@@ -206,6 +209,7 @@ class LaneScheduler(Scheduler):
                 self._fail(name)
             if name in self.grammar_compile_error_reqs:
                 output.sampled_token_ids[output.req_id_to_index[name]] = []
+                output.prompt_logprobs_dict.pop(name, None)  # vLLM takes none without a token
         if empty and self.cache_config.enable_prefix_caching:
             self.kv_cache_manager.evict_blocks(empty)
 

@@ -165,6 +165,8 @@ class LaneSteps:
     def _decoder(self, request: Held, row: int) -> Decoder:
         """The decoder of a request in `row`. A diffusion without a seed gets the request's own."""
         decoder = self.lanes.decoder_of(request.params, self.sampler.logprobs_mode)
+        if decoder.name == "wave" and self.sampler.processors.any_of_users:  # which may read earlier tokens
+            decoder = Decoder()
         self.sampler.admit(row, request, decoder.name)
         if decoder.diffusion and not decoder.diffusion.seed:
             decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=self.sampler.seed[row]))

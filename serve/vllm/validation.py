@@ -23,6 +23,9 @@ def served_limits(vllm_config: Any) -> Limits:
     config = vllm_config.model_config.hf_config
     if is_lanes(vllm_config):
         limits = limits_of(vars(config), LaneConfig.of(vllm_config))
+        if vllm_config.model_config.logits_processors:
+            why = "the logits processors of --logits-processors may read earlier tokens, which a diffusion guesses"
+            limits.unfit.setdefault("diffusion", why)
         return replace(limits, max_model_len=vllm_config.model_config.max_model_len)
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 

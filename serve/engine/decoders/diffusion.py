@@ -56,11 +56,6 @@ class Diffusion:
         self.settings: dict[int, DiffusionSettings] = {}
         self.windows: dict[int, DiffusionWindow] = {}
 
-    @property
-    def uncertain(self) -> int:
-        """Lanes of all windows beside the first of each."""
-        return sum(window.size - 1 for window in self.windows.values())
-
     def release(self, row: int) -> None:
         """Forget the row's request."""
         self.settings.pop(row, None)

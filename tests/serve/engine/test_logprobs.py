@@ -66,3 +66,10 @@ def test_numbers_out_of_range_are_refused(value):
         engine(False).generate([[5]], Params(logprobs=value))
     with pytest.raises(UserError, match="a token has no log-probability"):
         engine(False).generate([[5]], Params(logprobs=1, decoder="diffusion", max_in_flight=4))
+
+
+def test_a_prompt_in_several_steps_has_none_until_its_token():
+    made = engine(False, max_num_batched_tokens=4)
+    prompts, params = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6]], Params(3, 4, ignore_eos=True, logprobs=1)
+    got, want = made.generate(prompts, params), engine(False).generate(prompts, params)
+    assert [(done.tokens, len(done.logprobs)) for done in got] == [(done.tokens, 3) for done in want]

@@ -43,7 +43,7 @@ FAULTS: dict[str, dict[str, Any]] = {  # name -> what the poisoned request asks 
     "noise": {"temperature": 1.0, "seed": 4242},
     "vLLM's sampler": {"temperature": 0, "presence_penalty": 0.5, "logprobs": 1},
     "log-probabilities of the prompt": {"temperature": 0, "prompt_logprobs": 1},
-    "mask of a grammar": {"temperature": 0, **GRAMMAR},
+    "mask of a grammar": {"temperature": 0, **GRAMMAR, "prompt_logprobs": 1},
     "step of a grammar": {"temperature": 0, **GRAMMAR},
 }
 

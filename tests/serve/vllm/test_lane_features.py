@@ -206,10 +206,47 @@ def test_processors_of_a_users_own(model, tmp_path):
     asked = [{"prompt": PROMPT, "sampling": some, "arrive": n // 2, "abort": -1} for n, some in enumerate(sampling)]
     case = {"folder": str(model[0]), "engine": {"logits_processors": ["processors:Counts"]}, "requests": asked}
     case |= {"lanes": {"passes_per_step": 3}, "preempt": [3]}
+    for one in sampling[1::3]:  # decoded plainly, as it may read earlier tokens
+        one["extra_args"] |= {"decoder": "wave", "max_in_flight": 4}
+    case["refused"] = [{"extra_args": {"decoder": "diffusion"}, "seed": 1}]
     result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_lanes.py")[0]
     assert "error" not in result, result["error"]
     assert [done["tokens"] for done in result["rounds"][0]] == [[10 * n + i for i in range(5)] for n in range(9)]
+    assert "decoder='diffusion': the logits processors" in result["refused"][0]
     assert result["preemptions"] > 0
+
+
+BEGINNING = [(37 * n + n * n) % 256 for n in range(70)]
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+def test_what_the_prefix_cache_holds_changes_no_token(policy, tmp_path):
+    """A coda's keys are those of the depth of an exit. A further turn of a chat has the answer in its prompt, and does
+    not read them. Of two prompts that begin alike and exit, the second waits for the coda of the first."""
+    shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
+    small = save(tmp_path / "tiny", source_config("llama", **GROUPED, initializer_range=0.12), **shape)
+    engine = Engine(small, max_num_seqs=1, max_model_len=200)
+    fields: dict[str, Any] = {"exit_rule": "latent-diff", "exit_threshold": 1.0}
+    fields |= {"prompt_exit": True} if policy == "last-exited" else {}
+
+    def alone(prompt: list[int], count: int) -> list[int]:
+        return engine.generate([prompt], Params(count, 4, ignore_eos=True, **fields))[0].tokens
+
+    if policy == "per-depth":
+        turns = [(BEGINNING, 60, 0), ([*BEGINNING, *alone(BEGINNING, 60), 1, 2, 3], 9, 90)]
+    else:
+        turns = [([*BEGINNING[:64], tail], 9, 0) for tail in (7, 103, 119, 135, 151)]
+    asked = []
+    for prompt, count, arrive in turns:
+        sampling = {"temperature": 0, "max_tokens": count, "ignore_eos": True, "extra_args": fields}
+        asked.append({"prompt": prompt, "sampling": sampling, "arrive": arrive, "abort": -1})
+    engine_fields = {"max_model_len": 200, "max_num_batched_tokens": 2048}
+    case = {"folder": str(tmp_path / "tiny"), "engine": engine_fields, "requests": asked}
+    case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+    result = run_cases([case], tmp_path, "run_lanes.py")[0]
+    assert "error" not in result, result["error"]
+    assert result["prefix_hits"] > 0
+    assert [done["tokens"] for done in result["rounds"][0]] == [alone(prompt, count) for prompt, count, _ in turns]
 
 
 def test_processors_are_of_one_kind_whichever_runner_a_configuration_is_for(monkeypatch):
