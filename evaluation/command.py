@@ -75,5 +75,5 @@ def _check_result(file: Path) -> None:
     """Raises UserError if `file` exists and is not a result: it may be the data, or a model's config.json."""
     if not file.is_file() or not file.stat().st_size:
         return
-    if read_result(file, ["results"]) is None:
-        raise UserError(f"--out {file} exists and is not a result of loopwise eval; name another file")
+    if read_result(file, ["model", "data", "results"]) is None:  # scores of tasks have no data
+        raise UserError(f"--out {file} exists and is not a result of loopwise eval data=..; name another file")

@@ -34,8 +34,14 @@ class Endpoint:
             raise UserError("endpoint: requests to a server need the openai package: pip install openai") from None
         self.url, self.errors = url, openai
         self._hint = "" if urlsplit(url).path.strip("/") else f"; its address usually ends in /v1: {url.rstrip('/')}/v1"
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=SECONDS)
-        served = self._call(self.client.models.list).data[0]
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=SECONDS)
+        except Exception as error:  # of httpx, which openai does not wrap
+            raise UserError(f"endpoint={url}: no address of a server ({reason(error)})") from None
+        listed = self._call(self.client.models.list).data
+        if not listed:
+            raise UserError(f"endpoint={url}: this server lists no model")
+        served = listed[0]
         self.name = served.id
         self.positions: int | None = (served.model_extra or {}).get("max_model_len")
 

@@ -82,6 +82,11 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("loopwise: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if str(error) != "Could not determine home directory.":  # pathlib's
+            raise
+        print("loopwise: error: a path begins with ~NAME, and there is no user of that name", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         _forget_stdout()
         return 141

@@ -27,14 +27,11 @@ STATUS = {
     409: "another change came in between; repeat the command",
     429: "the hub has had too many requests; wait, and repeat the command",
 }
+# How names of errors end, of libraries that read over a network: they share no base class.
 UNREACHED = (
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "ConnectionError",
-    "ConnectError",
-    "Timeout",
-    "MaxRetry",
-)
+    "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "Timeout", "MaxRetryError",
+    "NameResolutionError", "ProxyError",
+)  # fmt: skip
 
 
 @contextmanager

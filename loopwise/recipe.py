@@ -6,6 +6,7 @@ as `a,b`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,7 +81,7 @@ def listed(key: str, value: object, numbers: bool) -> object:
     Text that names an existing file is one item, as a path may hold a comma.   numbers: read 8 as an integer.
     """
     if isinstance(value, str):
-        whole = "," not in value or Path(value).expanduser().exists()
+        whole = "," not in value or os.path.exists(os.path.expanduser(value))  # which takes names of any length
         parts = [value] if whole else [part.strip() for part in value.split(",")]
         if not all(parts) and parts[1:]:
             raise ValueError(f"{key}={value}: nothing stands between two commas, or at an end")
@@ -223,12 +224,14 @@ def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
 
     Raises UserError for an unknown recipe, and for a file that is not a YAML mapping.
     """
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if not path.is_file():
-        named = RECIPES / kind / f"{recipe}.yaml"
-        if not named.is_file():
-            raise unknown(f"{kind} recipe", recipe, (p.stem for p in (RECIPES / kind).glob("*.yaml")))
-        path = named
+        known = {file.stem: file for file in (RECIPES / kind).glob("*.yaml")}
+        if recipe not in known and (path.suffix in (".yaml", ".yml") or not known):
+            raise UserError(f"--recipe {recipe}: no such file")
+        if recipe not in known:
+            raise unknown(f"{kind} recipe", recipe, known, few=len(known))
+        path = known[recipe]
     try:
         values = _yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

@@ -66,6 +66,18 @@ def test_a_path_may_hold_a_comma(tmp_path):
     (tmp_path / "a,b.txt").write_text("text")
     assert load("train", f"data.train={tmp_path}/a,b.txt").data.train == [f"{tmp_path}/a,b.txt"]
     assert load("eval", "data=2020-01-01").data == ["2020-01-01"]
+    many = [f"task_{n}" for n in range(99)]  # longer than the name of a file may be
+    assert load("eval", f"tasks={','.join(many)}").tasks == many
+
+
+def test_an_unknown_recipe_is_named_with_all_there_are():
+    with pytest.raises(
+        UserError, match=r"unknown train recipe 'retro': did you mean 'retrofit'\? choose from base, demo, "
+    ):
+        read_recipe("train", "retro")
+    for kind, name in (("train", "my.yaml"), ("eval", "typo")):
+        with pytest.raises(UserError, match=f"^--recipe {name}: no such file$"):
+            read_recipe(kind, name)
 
 
 EXITS = ["objectives.exits.target=labels"]

@@ -116,19 +116,6 @@ def located(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "data_files": absolute(given)}}
 
 
-def data_files(config: dict[str, Any]) -> list[Path]:
-    """The local data files that a `located` config names."""
-    given = (config.get("dataset_kwargs") or {}).get("data_files") or []
-    names = [given]
-    while any(isinstance(name, dict | list) for name in names):
-        names = [
-            one
-            for name in names
-            for one in (name.values() if isinstance(name, dict) else name if isinstance(name, list) else [name])
-        ]
-    return [path for path in map(Path, map(str, names)) if path.is_file()]
-
-
 def _beside(file: Path, name: Any, key: str) -> Path:
     """The path `name` that stands under `key` in `file`. Raises UserError unless it is a .jsonl that exists."""
     if not isinstance(name, str) or not name.endswith(".jsonl"):

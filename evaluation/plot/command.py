@@ -75,9 +75,9 @@ def draw(args: argparse.Namespace) -> list[Path]:
         from .sweep import sweep_figure
 
         suffix = ".png" if args.what == "eval" else f".{args.what}.png"
-        default = Path(args.source).expanduser().with_suffix(suffix)
         draws = {"eval": eval_figure, "depth": depth_figure, "sweep": sweep_figure, "search": search_figure}
         figure = draws[args.what](Path(args.source))
+        default = Path(args.source).expanduser().with_suffix(suffix)
     file = Path(args.out or default)
     _save(figure, file)
     return [file]
@@ -110,6 +110,8 @@ def _draw_model(args: argparse.Namespace) -> list[Path]:
     from .text import text_figure, text_page
 
     files = [Path(args.out)] if args.out else [Path("text.html"), Path("text.png")]
+    if picture.file and any(f.exists() and f.samefile(Path(picture.file).expanduser()) for f in files):
+        raise UserError(f"file={picture.file}: the picture would replace it; name another file with --out")
     for file in files:
         if file.suffix == ".html":
             _save(text_page(found, name), file)

@@ -39,7 +39,7 @@ def eval_figure(file: Path) -> Figure:
             figure.suptitle(_counted(result, cells), fontsize="medium")
             return figure
         return _curves(rows, str(result["model"]))
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, StopIteration):
         raise UserError(f"{file}: not a result of loopwise eval (write one with --out)") from None
 
 
@@ -109,10 +109,10 @@ def _heat_map(group: str, groups: list[str], depths: list[str], cells: list[list
 
 
 def _curves(rows: list[dict[str, Any]], name: str) -> Figure:
-    """Scores of each task, or the loss, against recurrences and FLOPs. A baseline is a level of its own."""
+    """Scores of each task, the loss or right answers, against recurrences and FLOPs. A baseline is a level."""
     from matplotlib.figure import Figure
 
-    value = "score" if "score" in rows[0] else "loss"
+    value = next(name for name in ("score", "loss", "accuracy") if name in rows[0])
     names = {_what(row) for row in rows}
     beyond = sorted({row["num_recurrences"] for row in rows if row.get("beyond_trained")})
     known = all(row.get("flops_per_token") for row in rows)
@@ -152,5 +152,7 @@ def shade_beyond(axes: Axes, left: float, right: float) -> None:
 
 
 def _what(row: dict[str, Any]) -> str:
-    """The label of the values: the metric's name, or the loss."""
-    return str(row["metric"]).partition(",")[0] if "score" in row else "held-out loss, nats a token"
+    """The label of the values: the metric's name, the loss, or right answers."""
+    if "score" in row:
+        return str(row["metric"]).partition(",")[0]
+    return "held-out loss, nats a token" if "loss" in row else "right answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from http.client import HTTPException
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -25,7 +26,7 @@ def exit_counts(url: str) -> dict[int, int]:
     try:
         with urlopen(address, timeout=SECONDS) as reply:
             text = reply.read().decode()
-    except (URLError, ValueError, OSError) as error:
+    except (URLError, HTTPException, ValueError, OSError) as error:
         raise UserError(f"{address}: no server answers there ({reason(error)})") from None
     return counted(text, address)
 

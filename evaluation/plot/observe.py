@@ -85,6 +85,15 @@ def depths(model: str, picture: Picture) -> Depths:
     return Depths(tokens, found, request.num_recurrences, rule, bool(config.router))
 
 
+def _without_states(config: Any) -> str | None:
+    """The kind of a model that has no states to draw, in words; None for one that has."""
+    if config.model_type != "recurrent_depth":
+        return f"plain {config.model_type} model"
+    if config.router:
+        return "routed model"
+    return "model with sharing=sequence" if config.sharing == "sequence" else None
+
+
 def states(model: str, picture: Picture) -> tuple[Tokens, Tensor, int | None]:
     """The tokens of the picture's text, their states s_1 .. s_R [R, T, D] in float32, and the greatest R of training.
 
@@ -97,9 +106,8 @@ def states(model: str, picture: Picture) -> tuple[Tokens, Tensor, int | None]:
 
     model = str(find_model(model, picture.revision))
     config = load_config(model, None)
-    if config.model_type != "recurrent_depth" or config.router:
-        kind = "routed" if config.model_type == "recurrent_depth" else f"plain {config.model_type}"
-        raise UserError(f"{model}: a {kind} model has no states of all tokens after each recurrence")
+    if kind := _without_states(config):
+        raise UserError(f"{model}: a {kind} has no states of all tokens after each recurrence")
     tokens = tokens_of(picture.content, load_tokenizer(model, None))
     loaded: Any = load_model(model, None)
     with torch.no_grad():

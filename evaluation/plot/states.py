@@ -44,7 +44,7 @@ def states_figure(
 
 
 def _label(tokens: Tokens, place: int) -> str:
-    return f"{place}: {tokens.pieces[place]!r}"
+    return f"{place}: {tokens.pieces[place]!r}".replace("$", r"\$")  # which begins a formula
 
 
 def components(states: Tensor) -> tuple[Tensor, list[float]]:

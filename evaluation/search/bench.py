@@ -6,11 +6,13 @@ tokens or questions that a sample stands for.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from ...errors import UserError
 from ..answers import Sequences
 from ..depths import measure
 from ..recipe import Evaluate
@@ -31,6 +33,10 @@ class Bench(Protocol):
 
     def values(self, program: Program, samples: Sequence[int] | None = None) -> np.ndarray:
         """Sums [n] of the metric over each sample, or of the `samples` alone."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the samples."""
         ...
 
 
@@ -63,6 +69,12 @@ class TextBench:
         right = [float(one) for one in found.right[None]]
         return np.bincount([a.sequence for a in chosen.answers], right, len(chosen.ids))
 
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for ids, learned in zip(self.sequences.ids, self.sequences.learned, strict=True):
+            digest.update(np.array([ids, learned], np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
 
 class TaskBench:
     """Scores of lm-eval's tasks: the first metric of each, as the task computes it for one question."""
@@ -77,7 +89,8 @@ class TaskBench:
         self.model = model
         self.lm = LoopwiseLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.batch_size)
         self.questions: list[tuple[Any, list[Any]]] = []  # (task, its requests about one document)
-        for task in load_tasks(recipe.tasks).tasks.values():
+        self.tasks = load_tasks(recipe.tasks).tasks
+        for task in self.tasks.values():
             configure(task, recipe)
             check_generation(task, self.lm)
             task.set_fewshot_seed(seed=1234)
@@ -110,9 +123,15 @@ class TaskBench:
                 request.resps.append(found)
         return np.array([self._score(task, requests) for task, requests in chosen])
 
+    def fingerprint(self) -> str:
+        from ..harness.catalogue import fingerprint
+
+        return " ".join(fingerprint(task) for task in self.tasks.values())
+
     @staticmethod
     def _score(task: Any, requests: list[Any]) -> float:
-        """The first metric of one question."""
+        """The first metric of one question. Raises UserError for one that is no number, or that falls as models get
+        better."""
         all_requests, task._instances = task._instances, requests
         try:
             task.apply_filters()
@@ -120,4 +139,7 @@ class TaskBench:
             task._instances = all_requests
         key = next(iter(requests[0].filtered_resps))
         metrics = task.process_results(requests[0].doc, [request.filtered_resps[key] for request in requests])
-        return float(next(iter(metrics.values())))
+        name, value = next(iter(metrics.items()))
+        if isinstance(value, tuple | list) or not task.higher_is_better().get(name, True):
+            raise UserError(f"task {task.task_name}: {name} is no score of one question that rises with better answers")
+        return float(value)

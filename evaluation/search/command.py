@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
     save_as = Path(args.save).expanduser() if args.save else None
     if args.force and not (out or save_as):
         raise UserError("--force has no effect: it belongs to --out FILE or --save DIR")
+    if recipe.kind == "chains" and recipe.search_for == "each" and (save_as or recipe.check):
+        name = "--save" if save_as else "check"
+        raise UserError(f"search_for=each finds no chain for all, which {name} takes: search_for=all, or both")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
     from .search import run

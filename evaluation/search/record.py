@@ -16,7 +16,7 @@ EVERY = 10  # programs between two writes of the file
 class Record:
     """The result of a search, and the file that it is kept in; None keeps nothing.
 
-    facts: "settings", "model" and others; a file of other settings is not continued.
+    facts: "settings", "model", hashes of the model ("fingerprint") and of "data"; a file of others is not continued.
     """
 
     def __init__(self, out: Path | None, facts: dict[str, Any]):
@@ -26,14 +26,15 @@ class Record:
         self.spending: Callable[[], dict[str, float]] = lambda: {"seconds": 0, "layers_run": 0}  # by this one
 
     def resume(self) -> None:
-        """Take over what the file holds. Raises UserError if other settings, or another model, gave it."""
+        """Take over what the file holds. Raises UserError if other settings, another model or other data gave it."""
         found = read(self.out) if self.out else None
         if found is None:
             return
-        for name in ("fingerprint", "settings"):
+        changed = {"fingerprint": "the model's files have changed", "data": "the text of the data has changed"}
+        for name in ("settings", *changed):
             before, now = found.get(name), self.result[name]
-            if before != now:
-                wrong = _difference(before, now) if name == "settings" else "the model's files have changed"
+            if before != now and (name != "data" or before):  # earlier releases did not keep it
+                wrong = changed.get(name) or _difference(before, now)
                 raise UserError(f"--out {self.out}: {wrong}; name another file, or start anew with --force")
         for name in ("programs", "tried", "questions"):
             self.result[name] = found[name]

@@ -104,6 +104,7 @@ def test_answers_of_a_server_are_counted_by_group_and_depth(model, server, tmp_p
         (["endpoint=http://127.0.0.1:9/v1"], "no OpenAI-compatible server answers there"),
         (["endpoint=BARE"], "HTTP 404: Not Found; its address usually ends in /v1: http://127.0.0.1:"),
         (["endpoint=http://127.0.0.1:9/"], "; its address usually ends in /v1: http://127.0.0.1:9/v1"),
+        (["endpoint=http://localhost:PORT/v1"], "endpoint=http://localhost:PORT/v1: no address of a server"),
         (["endpoint=URL", "request.stream=true"], "request.stream: choose from min_recurrences, "),
         (["request.exit_rule=cosine"], "has no effect: its fields are sent to a server, and endpoint names none"),
         (["endpoint=URL", "precision=bfloat16"], "precision=bfloat16 has no effect: the server sets its own"),

@@ -263,11 +263,17 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         ),
         (["data=task:hops", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: no such directory"),
         (["data=task:hops", "--out", "/"], "--out / is a directory"),
-        (["data=CORPUS", "--out", "CORPUS"], "exists and is not a result of loopwise eval; name another file"),
+        (["data=CORPUS", "--out", "CORPUS"], "exists and is not a result of loopwise eval data=..; name another file"),
+        (["data=CORPUS", "--out", "SCORES"], "exists and is not a result of loopwise eval data=..; name another file"),
+        (["data=~nobody/x.txt", "sequence_length=64"], "a path begins with ~NAME, and there is no user of that name"),
+        (["data=CORPUS", "--recipe", "typo.yaml"], "--recipe typo.yaml: no such file"),
     ],
 )
-def test_what_cannot_be_measured(settings, message, small, corpus, capsys):
-    assert main(["eval", str(small), *(setting.replace("CORPUS", str(corpus)) for setting in settings)]) == 2
+def test_what_cannot_be_measured(settings, message, small, corpus, tmp_path, capsys):
+    scores = tmp_path / "scores.json"  # of tasks, which take hours
+    scores.write_text(json.dumps({"settings": {}, "model": "m", "results": [{"score": 1}], "samples": []}))
+    settings = [setting.replace("CORPUS", str(corpus)).replace("SCORES", str(scores)) for setting in settings]
+    assert main(["eval", str(small), *settings]) == 2
     said = capsys.readouterr().err.splitlines()
     assert message in said[-1]
 

@@ -18,12 +18,14 @@ import torch
 from loopwise.cli import main
 from loopwise.evaluation.exits.forced import ForcedEngine
 from loopwise.evaluation.plot import command
+from loopwise.evaluation.plot.evaluation import eval_figure
 from loopwise.evaluation.plot.observe import Depths, Tokens, depths, states, tokens_of
 from loopwise.evaluation.plot.recipe import Picture
 from loopwise.evaluation.plot.states import components, states_figure
 from loopwise.evaluation.plot.text import shade, text_figure, text_page
 from loopwise.serve import Engine, Params
 from tests.helpers.engines import build, build_routed
+from tests.helpers.train_tiny import save_recurrent
 
 TEXT = 'the core <runs> again & "depth"\ngrows – with every pass'  # with characters that HTML escapes, and a long one
 
@@ -198,6 +200,21 @@ def test_exits_are_counted_from_metrics():
     assert counted(text, "here") == {1: 3, 2: 0, 3: 5}
 
 
+def test_right_answers_without_groups_are_a_curve(tmp_path):
+    """Those of a server or of lanes have no loss."""
+    rows = [{"num_recurrences": n, "accuracy": n / 10, "accuracy_error": 0.01, "answers": 9} for n in (1, 2, 4)]
+    (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
+    axes = eval_figure(tmp_path / "r.json").axes[0]
+    assert axes.get_ylabel() == "right answers"
+    assert axes.lines[0].get_ydata().tolist() == [0.1, 0.2, 0.4]
+
+
+def test_a_token_that_looks_like_a_formula_is_followed(tmp_path):
+    tokens = Tokens([1, 2], ["$$", "x"], ["", "", ""])
+    figure = states_figure(tokens, torch.randn(3, 2, 4), [0], "m", None)
+    figure.savefig(tmp_path / "states.png")
+
+
 def test_scores_by_recurrences_and_flops(tmp_path):
     from loopwise.evaluation.plot.evaluation import eval_figure
 
@@ -266,12 +283,23 @@ def test_depths_beyond_the_training_stand_on_grey(tmp_path):
         (["states", "MODEL", "text=the", "exit_rule=gate"], "draws all recurrences of every token"),
         (["router", "MODEL", "text=the"], "no routed model"),
         (["exits", "http://127.0.0.1:9"], "http://127.0.0.1:9/metrics: no server answers there"),
+        (["exits", "http://localhost:PORT"], "http://localhost:PORT/metrics: no server answers there"),
         (["picture", "MODEL"], "invalid choice: 'picture'"),
+        (["states", "TIED", "text=the"], "a model with sharing=sequence has no states"),
+        (["eval", "."], ".: Is a directory"),
+        (["text", "MODEL", "file=/FOLDER/text.html", "--out", "/FOLDER/text.html"], "the picture would replace it"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, recurrent, plain, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = [argument.replace("MODEL", str(recurrent)).replace("PLAIN", str(plain)) for argument in arguments]
+def test_mistakes_are_one_line(arguments, message, recurrent, plain, tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "text.html").write_text("a text")
+    tied = tmp_path / "tied"
+    if "TIED" in arguments:
+        save_recurrent(tied, tokenizer, prelude=[], core=[0, 1], coda=[], sharing="sequence", injection="none")
+    monkeypatch.chdir(tmp_path / "here")
+    places = {"MODEL": recurrent, "PLAIN": plain, "TIED": tied, "/FOLDER": tmp_path}
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
     assert main(["plot", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_a_scan_measures_what_eval_measures_of_the_saved_program(plain, corpus, 
     assert (tmp_path / "scan.search.png").stat().st_size > 5000
 
 
-def test_a_killed_search_goes_on(plain, corpus, tmp_path):
+def test_a_killed_search_goes_on(plain, corpus, tmp_path, capsys):
     out = tmp_path / "scan.json"
     keys = ["search", str(plain), f"data={corpus}", "sequence_length=32", "limit=4", "sizes=1", "ways=skip,repeat"]
     run([*keys, "--out", str(out)])
@@ -184,6 +185,13 @@ def test_a_killed_search_goes_on(plain, corpus, tmp_path):
     assert again["programs"][3:] == whole["programs"][3:]
     for name in ("seconds", "layers_run"):  # of both calls
         assert again[name] > whole[name] > 0
+    text = Path(corpus).read_text()
+    (tmp_path / "text.txt").write_text(text)
+    others, again = [key.replace(str(corpus), str(tmp_path / "text.txt")) for key in keys], tmp_path / "again.json"
+    run([*others, "--out", str(again)])
+    (tmp_path / "text.txt").write_text(text[200:])
+    assert main([*others, "--out", str(again)]) == 2
+    assert "the text of the data has changed; name another file, or start anew with --force" in capsys.readouterr().err
     assert main([*keys, "stride=2", "--out", str(out)]) == 2
     run([*keys, "stride=2", "--out", str(out), "--force"])
     assert len(json.loads(out.read_text())["programs"]) == 4
@@ -233,6 +241,8 @@ def test_tasks_have_the_scores_that_eval_gives_them(asked, tmp_path, capsys):
         (["data=TEXT", "sizes=9", "sequence_length=32"], "sizes=[9]: 4 layers hold no such block"),
         (["data=TEXT", "ways=twice"], "ways"),
         (["data=TEXT", "--force"], "--force has no effect"),
+        (["data=task:hops", "kind=chains", "search_for=each", "--save", "x"], "which --save takes: search_for=all, or"),
+        (["data=task:hops", "kind=chains", "search_for=each", "check=task:hops"], "which check takes: search_for=all"),
     ],
 )
 def test_bad_input(plain, corpus, arguments, message, capsys):

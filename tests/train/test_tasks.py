@@ -169,6 +169,10 @@ def test_lists_name_nothing_twice_and_no_part_of_a_task(tmp_path, capsys):
         ("task:hops?split=test", "split=test: one of train, held-out"),
         ("task:hops?seed=1&seed=2", "seed is given twice"),
         ("task:hops?hops=9&statements=8..24", "a chain of 9 hops needs as many statements, and a record may have 8"),
+        (
+            "task:hops?style=code&names=i+n&name_length=2&hops=1&statements=4&questions=1",
+            "4 statements need as many names, and there are 3; give more letters",  # `in` is a word of Python's
+        ),
         ("task:hops?hops=8&questions=4", "4 questions about chains of 6 statements on average do not fit into 17"),
     ],
 )

@@ -72,7 +72,7 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the defaults that depend on other parameters. Raises ValueError for values without room."""
     hops, lookups = values["hops"], values["lookups"]
     needed = sum(hops) / len(hops) * (1 - lookups)  # statements of a question's chain, on average
-    names = len(values["names"]) ** values["name_length"][0]
+    names = _count_names(values)
     if values["distractors"] is not None:
         return _settle_distractors(values, needed, names)
     questions, given = values["questions"], values["statements"]
@@ -174,7 +174,7 @@ def _chains(values: dict[str, Any], draws: Draws, asked: list[int], total: int |
     chains = list(asked)
     if total is None:
         chains += [draws.pick(sizes) for _ in range(draws.pick(values["distractors"]))]
-        return chains if sum(chains) <= len(values["names"]) ** values["name_length"][0] else []
+        return chains if sum(chains) <= _count_names(values) else []
     if sum(asked) > total:
         return []
     while (left := total - sum(chains)) > 0:
@@ -208,12 +208,26 @@ def _program(
     return _ordered(values, draws, made, asked), ends[:asked][::-1]
 
 
+def _refused(values: dict[str, Any]) -> set[str]:
+    """Words that are no names."""
+    return KEYWORDS if values["style"] == "code" else set()
+
+
+def _count_names(values: dict[str, Any]) -> int:
+    """The number of names of one length, the least of those that a record may draw."""
+    letters, refused = {*values["names"]}, _refused(values)
+    return min(
+        len(letters) ** size - sum(len(word) == size and {*word} <= letters for word in refused)
+        for size in values["name_length"]
+    )
+
+
 def _names(values: dict[str, Any], draws: Draws, count: int) -> list[str]:
     sizes = values["name_length"]
     size = sizes[0] if len(sizes) == 1 else draws.pick(sizes)
     if size == 1:
         return draws.sample(values["names"], count)
-    refused = KEYWORDS if values["style"] == "code" else ()
+    refused = _refused(values)
     found: dict[str, None] = {}
     while len(found) < count:
         name = "".join(draws.pick(values["names"]) for _ in range(size))
