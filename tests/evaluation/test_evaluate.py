@@ -265,7 +265,10 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         (["data=task:hops", "--out", "/"], "--out / is a directory"),
         (["data=CORPUS", "--out", "CORPUS"], "exists and is not a result of loopwise eval data=..; name another file"),
         (["data=CORPUS", "--out", "SCORES"], "exists and is not a result of loopwise eval data=..; name another file"),
-        (["data=~nobody/x.txt", "sequence_length=64"], "a path begins with ~NAME, and there is no user of that name"),
+        (
+            ["data=~no-such-user/x.txt", "sequence_length=64"],
+            "a path begins with ~NAME, and there is no user of that name",
+        ),
         (["data=CORPUS", "--recipe", "typo.yaml"], "--recipe typo.yaml: no such file"),
     ],
 )
