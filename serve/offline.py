@@ -155,7 +155,7 @@ class Engine:
             use_private_caches()
         config, like = self.config, self.model.get_input_embeddings().weight
         room, rows, blocks = sizes.max_model_len, sizes.max_num_seqs, sizes.num_blocks
-        parts = TransformersParts(self.model, room + 1)
+        parts = TransformersParts(self.model, room + 1, policy.depths)
         weakref.finalize(self, parts.release)
         outer, shapes = len(config.prelude) + len(config.coda), parts.shapes()
         each = slot_bytes(shapes, outer, policy.slots, like.dtype.itemsize)

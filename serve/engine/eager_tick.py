@@ -8,8 +8,6 @@ Shapes: n lanes of a pass, m lanes that are read out, D hidden size, V vocabular
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
-from operator import and_
 
 import torch
 from torch import Tensor
@@ -62,13 +60,21 @@ class EagerTick:
     def _through(self) -> list[Chunk]:
         """The chunks of prompts whose lanes have all left, and that can be read out.
 
-        A chunk may share blocks with one before it. A coda reads the keys of that one's coda, so it waits for these.
+        A coda reads the keys of its own layers at earlier positions. So a chunk waits for those before it that begin
+        with the same block: it may share blocks that they fill in this step.
         """
         running, chunks = self.state.lanes.running, self.work.chunks
         done = [not bool(running[chunk.first : chunk.last].any()) for chunk in chunks]
-        if self.forward.parts.config.coda and self.rules.in_use:
-            done = accumulate(done, and_)
-        return [chunk for chunk, is_done in zip(chunks, done, strict=True) if is_done]
+        if not self.forward.parts.config.coda or len(set(done)) < 2:
+            return [chunk for chunk, is_done in zip(chunks, done, strict=True) if is_done]
+        begins = self.forward.block_table[[chunk.row for chunk in chunks], 0].tolist()
+        through, unread = list[Chunk](), set[int]()
+        for chunk, is_done, block in zip(chunks, done, begins, strict=True):
+            if is_done and block not in unread:
+                through.append(chunk)
+            else:
+                unread.add(block)
+        return through
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
     def _choose(self) -> Tensor:

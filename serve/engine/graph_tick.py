@@ -91,7 +91,7 @@ class GraphTick:
         """
         state, waves = self.state, {} if rows else self.work.waves
         resident = rows or max(self.work.resident, 1)
-        lanes = resident + sum(most - 1 for _, most in waves.values())
+        lanes = all_lanes = resident + sum(most - 1 for _, most in waves.values())
         reads, budget = padded(lanes), self.work.budget
         lanes = min(lanes, max(budget, resident)) if budget else lanes
         exits = exits if rows else bool(self.rules.in_use) or self.work.in_use["shallow"] > 0
@@ -100,7 +100,8 @@ class GraphTick:
         room = min(padded(lanes), padded(state.config.max_lanes or lanes), self.cache.max_rows or lanes)
         most = min(room, state.config.max_lanes or room)
         staggered = bool(waves) or state.policy.complete
-        return Sizes(room, staggered and lanes > most, reads, padded(resident) if waves else 0)
+        crowded = staggered and max(lanes, all_lanes) > most  # positions in flight may exceed a budget
+        return Sizes(room, crowded, reads, padded(resident) if waves else 0)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

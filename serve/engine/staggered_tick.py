@@ -41,7 +41,7 @@ class StaggeredTick(EagerTick):
         report = super().run(max_passes)
         if self.diffusion.windows:
             self._refine()
-        return report
+        return report._replace(ended=self.ended)
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
     def _until_read(self) -> int:
@@ -83,7 +83,9 @@ class StaggeredTick(EagerTick):
     def _emit_drafts(self, which: Tensor) -> None:
         """Put out the draft tokens of lanes `which` [m], one a row at most; nothing starts."""
         lanes = self.state.lanes
-        self.steps.emit(self.state, which, lanes.row[which], lanes.position[which], lanes.draft_token[which])
+        row, position = lanes.row[which], lanes.position[which]
+        _, stopped = self.steps.emit(self.state, which, row, position, lanes.draft_token[which])
+        self.ended |= bool(stopped.any())
 
     # ---- diffusions -----------------------------------------------------------------------------------------------
     def _start(self, row: Tensor, position: Tensor, tokens: Tensor) -> None:

@@ -167,6 +167,9 @@ def use_lanes(vllm_config: Any) -> None:
     if out["enable_prefix_caching"]:
         vllm_config.cache_config.enable_prefix_caching = False
     if out["enable_chunked_prefill"]:
+        if (most := scheduler.long_prefill_token_threshold) > 0:
+            policy = vllm_config.model_config.hf_config.kv_policy
+            raise UserError(f"--long-prefill-token-threshold {most}: prompts run whole under kv_policy={policy}")
         scheduler.enable_chunked_prefill = False
         length = vllm_config.model_config.max_model_len
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, length)  # a prompt in one step

@@ -118,6 +118,11 @@ class LaneScheduler(Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+        """As vLLM's. A chunk that was scheduled in this step, and published then, does not run: its blocks are
+        forgotten. (By priority, a request may lose its place after it was scheduled.)"""
+        if self.cache_config.enable_prefix_caching:
+            blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
+            self.kv_cache_manager.evict_blocks(set(blocks[request.num_computed_tokens // self.block_size :]))
         super()._preempt_request(request, *args, **kwargs)
         if request.num_output_tokens and not self._published_whole(request.request_id):
             request.skip_reading_prefix_cache = True  # a prompt's blocks hold the same tokens at full depth

@@ -29,9 +29,9 @@ class TransformersParts:
     Raises UserError for a model whose layers cannot be given another attention.
     """
 
-    def __init__(self, model: Any, length: int):
-        """`length`: positions that will be asked for. A model of learned positions may have one less: the token that
-        fills it up never runs, but a wave may guess beyond it, at the last position then."""
+    def __init__(self, model: Any, length: int, depths: int):
+        """length: positions that will be asked for. A model of learned positions may have one less: the token that
+        fills it up never runs, but a wave may guess beyond it, at the last position then.   depths: the greatest R."""
         self.model, self.config = model, model.config
         self.injection, self.ends, self.damping = model.injection, model.ends, model.damping
         self.router = getattr(model, "router", None)
@@ -69,7 +69,7 @@ class TransformersParts:
         self._relax()
         if self.config.time_conditioning:
             with torch.no_grad():
-                model.time_conditioning.tabulate(self.config.max_recurrences)
+                model.time_conditioning.tabulate(max(depths, self.config.max_recurrences))
         self.device = model.get_input_embeddings().weight.device
         has = getattr(self.config, "max_position_embeddings", None) or length
         self.length = min(length, has)

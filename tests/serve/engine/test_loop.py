@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,41 @@ def test_a_step_ends_when_somebody_waits(graph_tick):
     short = engine.generate(prompts[:3], params[:3])  # the third waits for the row of the first
     assert short[1:] == want[1:3]
     assert steps[0] < 20
+
+
+def test_a_step_ends_with_a_diffusion():
+    """Whose row another request waits for."""
+    engine = Engine(build(), max_num_seqs=2, max_model_len=100, passes_per_step=400, max_in_flight=4)
+    diffusion = Params(3, 4, decoder="diffusion", max_in_flight=4, ignore_eos=True)
+    params = [diffusion, Params(60, 4, ignore_eos=True), Params(2, 4, ignore_eos=True)]
+    steps, tick = [], engine.loop.tick
+
+    def step(live: torch.Tensor) -> None:
+        steps.append(0)
+        type(engine.loop).step(engine.loop, live)
+
+    def counted(max_passes: int) -> TickReport:
+        report = tick(max_passes)
+        steps[-1] += report.passes
+        return report
+
+    engine.loop.step, engine.loop.tick = step, counted
+    done = engine.generate([[5, 6], [7], [8]], params)
+    assert [len(one.tokens) for one in done] == [3, 60, 2]
+    assert steps[0] < 60
+
+
+def test_time_conditioning_deeper_than_the_config():
+    """A table has a row for each R and recurrence, up to the engine's greatest R."""
+    times = {"scale": ["input_layernorm"], "gate": ["mlp.down_proj"]}
+    model = build(injection="none", time_conditioning=times, max_recurrences=4)
+    engine = Engine(copy.deepcopy(model), max_num_seqs=2, max_model_len=40, max_recurrences=7)
+    (done,) = engine.generate([[5, 6, 7]], Params(8, 7, ignore_eos=True))
+    model.config.max_recurrences = 7
+    want = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=8, min_new_tokens=8, do_sample=False, num_recurrences=7
+    )
+    assert done.tokens == want[0, 3:].tolist()
 
 
 @pytest.mark.parametrize("rule", ["entropy-diff", pytest.param("kl", marks=pytest.mark.slow)])

@@ -189,6 +189,9 @@ def test_features_follow_the_kv_policy(model):
     assert config.scheduler_config.enable_chunked_prefill is False
     assert config.cache_config.enable_prefix_caching is False
     assert config.scheduler_config.max_num_batched_tokens == 512
+    with pytest.raises(ValueError, match="--long-prefill-token-threshold 64: prompts run whole under kv_policy=single"):
+        made(model[0], hf_overrides={"kv_policy": "single"}, long_prefill_token_threshold=64)
+    made(model[0], long_prefill_token_threshold=64)
 
 
 def test_a_model_without_a_recurrence_of_its_core_runs_at_one_depth(tmp_path):

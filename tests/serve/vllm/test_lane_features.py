@@ -219,8 +219,8 @@ def test_processors_of_a_users_own(model, tmp_path):
 BEGINNING = [(37 * n + n * n) % 256 for n in range(70)]
 
 
-@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
-def test_what_the_prefix_cache_holds_changes_no_token(policy, tmp_path):
+@pytest.mark.parametrize(("policy", "rule"), [("per-depth", ""), ("last-exited", ""), ("last-exited", "trace")])
+def test_what_the_prefix_cache_holds_changes_no_token(policy, rule, tmp_path):
     """A coda's keys are those of the depth of an exit. A further turn of a chat has the answer in its prompt, and does
     not read them. Of two prompts that begin alike and exit, the second waits for the coda of the first."""
     shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
@@ -228,6 +228,7 @@ def test_what_the_prefix_cache_holds_changes_no_token(policy, tmp_path):
     engine = Engine(small, max_num_seqs=1, max_model_len=200)
     fields: dict[str, Any] = {"exit_rule": "latent-diff", "exit_threshold": 1.0}
     fields |= {"prompt_exit": True} if policy == "last-exited" else {}
+    fields = {"trace": [4] * 64 + [1, 3, 2] * 4} if rule == "trace" else fields
 
     def alone(prompt: list[int], count: int) -> list[int]:
         return engine.generate([prompt], Params(count, 4, ignore_eos=True, **fields))[0].tokens

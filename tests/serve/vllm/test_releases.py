@@ -112,3 +112,22 @@ def test_a_request_fails_on_both_releases(failed):
     LaneScheduler._fail(scheduler, "a")
     assert list(failed) == ["a"]
     assert not isinstance(failed, dict) or failed["a"] is None  # vLLM then ends it by its finish reason alone
+
+
+@needs_vllm
+def test_blocks_of_a_chunk_that_lost_its_place_are_forgotten(monkeypatch):
+    """By priority, vLLM may preempt a request that it has scheduled, and whose blocks it has published, in one step."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from loopwise.serve.vllm.scheduler import LaneScheduler
+
+    evicted, done = list[int](), list[Any]()
+    manager = SimpleNamespace(get_block_ids=lambda name: ([4, 5, 6, 7],), evict_blocks=evicted.extend)
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda self, *args: done.append(args))
+    scheduler: Any = LaneScheduler.__new__(LaneScheduler)
+    scheduler.cache_config = SimpleNamespace(enable_prefix_caching=True)
+    scheduler.kv_cache_manager, scheduler.block_size = manager, 16
+    request: Any = SimpleNamespace(request_id="a", num_computed_tokens=35, num_output_tokens=0)
+    scheduler._preempt_request(request, 1.0)
+    assert sorted(evicted) == [6, 7]
+    assert done == [(request, 1.0)]
