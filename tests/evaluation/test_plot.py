@@ -206,7 +206,7 @@ def test_right_answers_without_groups_are_a_curve(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"model": "m", "results": rows}))
     axes = eval_figure(tmp_path / "r.json").axes[0]
     assert axes.get_ylabel() == "right answers"
-    assert axes.lines[0].get_ydata().tolist() == [0.1, 0.2, 0.4]
+    assert np.array(axes.lines[0].get_ydata()).tolist() == [0.1, 0.2, 0.4]
 
 
 def test_a_token_that_looks_like_a_formula_is_followed(tmp_path):

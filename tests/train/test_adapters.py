@@ -70,7 +70,7 @@ def test_what_dora_norms_takes_no_adapter():
         with pytest.raises(UserError, match=r"^adapters: q_proj have LoRA with dora .*optimiser\.train=lora,norms"):
             adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=targets), None)
     adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=["v_proj"]), None)
-    config.relaxation["dora"] = False
+    config.relaxation = {**relaxation, "dora": False}
     adapters.inject(RecurrentDepthForCausalLM(config), Adapters(targets=["q_proj"]), None)
 
 

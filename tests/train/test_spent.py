@@ -88,6 +88,7 @@ def test_a_token_costs_what_inspect_says(arch):
     costs = parameter_costs(model)
     for depth in (1, 4):
         inspected = flops_per_token(model.config, depth)
+        assert inspected is not None
         assert 3 * inspected == pytest.approx(token_flops(costs, Depth(depth, None), None, 0, 0), rel=2e-3)
     for truncated in (Depth(3, 4), Depth(3, None)):  # no row carries gradient through more recurrences than it has
         assert token_flops(costs, truncated, None, 0, 0) == 6 * (costs.once + costs.read + 3 * costs.each)
