@@ -1,4 +1,4 @@
-"""A real model that gains by depth, made in calls of some minutes each: on a GPU, or in a tiny form on a CPU.
+"""A real model that learns chains and text, made in calls of some minutes each: on a GPU, or in a tiny form on a CPU.
 
     python -m bench.gained make SOURCE OUT [--seconds 500] [--steps N | --fit SECONDS] [--core] [--set key=value]
     python -m bench.gained make OUT --tiny
@@ -46,7 +46,7 @@ TINY_STEPS = 5
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gained", description="A real model that gains by depth.")
+    parser = argparse.ArgumentParser(prog="python -m bench.gained", description="A real model that learns chains and text.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("make", help="convert, train, measure; call it again until it is finished")
     make.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="SOURCE (none with --tiny), then OUT")

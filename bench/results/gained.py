@@ -1,4 +1,4 @@
-"""(f) A real model that gains by depth: the files of a finished run, as `python -m bench.gained` makes them.
+"""(f) Depth in a real model: the files of a finished run, as `python -m bench.gained` makes them.
 
 The folder of the run has these results of `loopwise eval --out`, of the trained model where nothing else is said:
 
@@ -65,9 +65,9 @@ def lines(at: Commands, images: Path, link: str) -> list[str]:
     pictures.drawn("eval", kept / "chains.json", images / "results-real.png")
     commands = (kept / "commands.sh").read_text().strip().splitlines()
     return [
-        "## (f) A real model that gains by depth",
+        "## (f) Depth in a real model",
         "",
-        f"`{run['run'].get('model', 'A real model')}` learned text and chains of assignments "
+        f"`{source['model']}` learned text and chains of assignments "
         f"({run['spent']['tokens']:,.0f} tokens, {run['spent']['flops']:.2e} FLOPs; one seed). Right answers in %, by "
         "hops:",
         "",

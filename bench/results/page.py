@@ -16,7 +16,7 @@ MISSING = {
     "c": ("(c) Chains of assignments: what depth buys", "make results"),
     "d": ("(d) Mixture-of-Recursions against fixed recursion", "make results"),
     "e": ("(e) Decoders with several positions in flight", "make results"),
-    "f": ("(f) A real model that gains by depth", "python -m bench.gained make MODEL OUT"),
+    "f": ("(f) Depth in a real model", "python -m bench.gained make MODEL OUT"),
 }
 
 

@@ -49,6 +49,7 @@ def run_figure(out: Path) -> Figure:
         if changes:
             shade = str(0.8 * (1 - record["step"] / max(1, state["global_step"])))
             convergence.semilogy(*zip(*sorted(changes), strict=True), color=shade, label=f"step {record['step']}")
+    convergence.xaxis.get_major_locator().set_params(integer=True)
     convergence.set_xlabel("recurrence r")
     convergence.set_ylabel("|s_r - s_(r-1)| / |s_r|")
     for axes in (held_out, convergence):
