@@ -46,7 +46,7 @@ TINY_STEPS = 5
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gained", description="A real model that learns chains and text.")
+    parser = argparse.ArgumentParser(prog="python -m bench.gained", description="A real model learns chains and text.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("make", help="convert, train, measure; call it again until it is finished")
     make.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="SOURCE (none with --tiny), then OUT")
