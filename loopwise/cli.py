@@ -85,7 +85,8 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     except RuntimeError as error:
         if str(error) != "Could not determine home directory.":  # pathlib's
             raise
-        print("loopwise: error: a path begins with ~NAME, and there is no user of that name", file=sys.stderr)
+        why = "a path begins with ~, and no home is known: set HOME, or name a user that there is"
+        print(f"loopwise: error: {why}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _forget_stdout()

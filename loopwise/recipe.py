@@ -228,7 +228,7 @@ def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
     if not path.is_file():
         known = {file.stem: file for file in (RECIPES / kind).glob("*.yaml")}
         if recipe not in known and (path.suffix in (".yaml", ".yml") or not known):
-            raise UserError(f"--recipe {recipe}: no such file")
+            raise UserError(f"{recipe}: no such recipe file")
         if recipe not in known:
             raise unknown(f"{kind} recipe", recipe, known, few=len(known))
         path = known[recipe]

@@ -76,7 +76,7 @@ def test_an_unknown_recipe_is_named_with_all_there_are():
     ):
         read_recipe("train", "retro")
     for kind, name in (("train", "my.yaml"), ("eval", "typo")):
-        with pytest.raises(UserError, match=f"^--recipe {name}: no such file$"):
+        with pytest.raises(UserError, match=f"^{name}: no such recipe file$"):
             read_recipe(kind, name)
 
 

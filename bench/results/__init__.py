@@ -17,6 +17,6 @@ the page from the files of OUT. A killed run goes on at the same command. Comman
     depth.py       (c) a retrofitted model, and plain ones at equal FLOPs
     routing.py     (d) Mixture-of-Recursions, and fixed recursion
     decoders.py    (e) decoders with several positions in flight
-    gained.py      (f) a real model that gains by depth, from the files of its run
+    gained.py      (f) depth in a real model, from the files of its run
     page.py        the page of all results
 """

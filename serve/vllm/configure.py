@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...process import is_server
 from ...recipe import settled, validate
 from ..api.architectures import vllm_architecture
-from ..api.lanes import LANES, SETTINGS, is_lanes
+from ..api.lanes import LANES, SETTINGS, LaneConfig, is_lanes
 from ..api.limits import HttpLimits, check_model, check_packed
 from ..checkpoint import facts_of
 from ..defaults import Defaults, choose
@@ -26,6 +26,7 @@ from ..recipe import ServeRecipe
 from .arguments import SCHEDULER, WORKER, check_environment, check_vllm_config
 from .arrivals import ARRIVALS, share
 from .startup import apply_generation_config, lacks_compiler
+from .validation import PROCESSORS_READ, has_processors
 
 if TYPE_CHECKING:
     from ..engine.kv import KVPolicy
@@ -72,6 +73,8 @@ def configure(vllm_config: Any) -> None:
     check_vllm_config(vllm_config, is_lanes(vllm_config))
     check_environment(os.environ, server=False)
     if is_lanes(vllm_config):
+        if LaneConfig.of(vllm_config).decoder == "diffusion" and has_processors(vllm_config):
+            raise UserError(f"decoder=diffusion: {PROCESSORS_READ}")
         use_lanes(vllm_config)
     apply_generation_config(vllm_config.model_config)
     setting = "dtype=float32" if is_server() else "--dtype float32"

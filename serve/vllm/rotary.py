@@ -28,8 +28,11 @@ def take_rotary(parts: VllmParts, dtype: torch.dtype, device: torch.device) -> l
     """The rotary embedding of each layer, by layer number, which the layer itself no longer applies.
 
     None for a layer that keeps its own: it has none of vLLM's plain kind, or changes queries or keys between rotation
-    and attention. A call of all layers tells.
+    and attention. A call of all layers tells. A routed model's layers keep it: attention has the place of a token among
+    the chosen ones, not its position.
     """
+    if parts.router is not None:
+        return [None] * len(parts.caches)
     layers = [layer for part in ("prelude", "coda", "core") for layer in parts.by_part[part]]
     places = [_place(layer) for layer in layers]
     seen = _Seen()

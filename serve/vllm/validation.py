@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import Any
 
 from ...trained import beyond_trained
@@ -17,15 +18,26 @@ from ..api.limits import Limits, limits_of
 from ..api.validation import validate_params
 from .requests import tokens_of, validate_sampling, validate_tokens
 
+PROCESSORS_READ = "logits processors, of --logits-processors or of a plugin, may read earlier tokens, which it guesses"
+
+
+def has_processors(vllm_config: Any) -> bool:
+    """True where vLLM loads logits processors of users: those that are named, and those of installed packages."""
+    return bool(vllm_config.model_config.logits_processors or _plugins())
+
+
+@functools.cache
+def _plugins() -> int:
+    return len(entry_points(group="vllm.logits_processors"))
+
 
 def served_limits(vllm_config: Any) -> Limits:
     """The limits of requests in an engine with this VllmConfig, whose model is a recurrent-depth one."""
     config = vllm_config.model_config.hf_config
     if is_lanes(vllm_config):
         limits = limits_of(vars(config), LaneConfig.of(vllm_config))
-        if vllm_config.model_config.logits_processors:
-            why = "the logits processors of --logits-processors may read earlier tokens, which a diffusion guesses"
-            limits.unfit.setdefault("diffusion", why)
+        if has_processors(vllm_config):
+            limits.unfit.setdefault("diffusion", PROCESSORS_READ)
         return replace(limits, max_model_len=vllm_config.model_config.max_model_len)
     return Limits(config.num_recurrences, config.max_recurrences, (), prompt_exit=False, fixed=True)
 

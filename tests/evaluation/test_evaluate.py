@@ -267,9 +267,9 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         (["data=CORPUS", "--out", "SCORES"], "exists and is not a result of loopwise eval data=..; name another file"),
         (
             ["data=~no-such-user/x.txt", "sequence_length=64"],
-            "a path begins with ~NAME, and there is no user of that name",
+            "a path begins with ~, and no home is known",
         ),
-        (["data=CORPUS", "--recipe", "typo.yaml"], "--recipe typo.yaml: no such file"),
+        (["data=CORPUS", "--recipe", "typo.yaml"], "typo.yaml: no such recipe file"),
     ],
 )
 def test_what_cannot_be_measured(settings, message, small, corpus, tmp_path, capsys):

@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from loopwise.cli import main
+from loopwise.convert import ConvertRecipe, convert
+from loopwise.recipe import validate
 from loopwise.train.pretrained import load_model, overflow
+from tests.helpers.convert import EVERY_LAYER
+from tests.helpers.tiny import save_source
 from tests.helpers.train_tiny import run, weights
 
 # transformers loads them all, and refuses to save them (CASES.md 7).
@@ -46,6 +50,15 @@ def test_a_generation_config_that_transformers_does_not_save_is_kept(kind, field
         assert {**before, "transformers_version": ""} == {**after, "transformers_version": ""}
         assert fields.items() <= json.loads((written / "generation_config.json").read_text()).items()
         load_model(str(written))
+
+
+def test_tensors_that_transformers_keeps_in_float32_are_not_rounded(command, tmp_path):
+    """The bias of a router of experts."""
+    convert(save_source(tmp_path / "source", "glm4_moe"), tmp_path / "model", validate(ConvertRecipe, EVERY_LAYER))
+    run(command(tmp_path / "model", tmp_path / "out", "steps=1", "dtype=bfloat16"))
+    kinds = {name.rpartition(".")[2]: x.dtype for name, x in weights(tmp_path / "out").items()}
+    assert kinds["e_score_correction_bias"] == torch.float32
+    assert kinds["weight"] == torch.bfloat16
 
 
 BROKEN = {

@@ -46,6 +46,7 @@ class Mark:
     first: number of its first block.   window: its number.   source, row: the source that is read, and its next row.
     state: position of the `datasets` stream (None: its beginning).   rest: tokens and marks that fill no block yet.
     read: digest of the window's documents, and of the names and sizes of the files before it; None: not known.
+    sources: those of the stream; None: not known.
     """
 
     first: int = 0
@@ -55,6 +56,7 @@ class Mark:
     state: dict[str, Any] | None = None
     rest: Rest = ([], [])
     read: str | None = None
+    sources: list[str] | None = None
 
 
 class Stream:
@@ -103,7 +105,7 @@ class Stream:
             first = self.next.first
             passes = self._read()
             empty = empty + passes if self.next.first == first else 0
-            if empty > 1:  # a whole pass without a block
+            if empty > 1 and self.data.padded:  # a whole pass without a block, and without a rest for the next one
                 long = f"no document of at most sequence_length={self.data.sequence_length} tokens"
                 raise UserError(
                     f"{', '.join(self.sources)}: {long}; raise data.sequence_length, or set data.long_documents=cut"
@@ -231,24 +233,27 @@ def open_all(
 ) -> dict[int, Stream]:
     """The streams of `data` by their place in `data.parts()`, at the positions that `checkpoint` stores.
 
-    behind, accept: as in `Stream`.
+    behind, accept: as in `Stream`. A stream whose sources were others then begins anew.
     """
     file = checkpoint / MARKS if checkpoint else None
-    marks = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-    return {
-        i: Stream(
-            sources, data, tokenizer, seed + i, Mark(**marks[str(i)]) if str(i) in marks else None, behind, accept
-        )
-        for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True))
-        if streamed
-    }
+    stored = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    marks = {int(i): Mark(**fields) for i, fields in stored.items()}
+    found: dict[int, Stream] = {}
+    for i, (sources, streamed) in enumerate(zip(data.parts(), data.streamed(), strict=True)):
+        if streamed:
+            mark = marks.get(i)
+            if mark and mark.sources not in (None, sources):  # other settings were accepted
+                mark = None
+            found[i] = Stream(sources, data, tokenizer, seed + i, mark, behind, accept)
+    return found
 
 
 def save_marks(streams: dict[int, Stream], taken: list[int], directory: Path) -> None:
     """Write into `directory` where each stream continues. `taken`: number of blocks used of each source."""
     if streams:
         (directory / MARKS).write_text(
-            json.dumps({i: asdict(x.mark(taken[i])) for i, x in streams.items()}), encoding="utf-8"
+            json.dumps({i: asdict(x.mark(taken[i])) | {"sources": x.sources} for i, x in streams.items()}),
+            encoding="utf-8",
         )
 
 

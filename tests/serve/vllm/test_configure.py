@@ -18,7 +18,7 @@ from loopwise.serve.api.lanes import LANES, SETTINGS, LaneConfig
 from loopwise.serve.checkpoint import check_config
 from loopwise.serve.defaults import choose
 from loopwise.serve.recipe import ServeRecipe
-from loopwise.serve.vllm import configure
+from loopwise.serve.vllm import configure, validation
 from loopwise.serve.vllm.arguments import CONFIG, SCHEDULER, WORKER
 from loopwise.serve.vllm.arrivals import ARRIVALS
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, save, source_config
@@ -192,6 +192,17 @@ def test_features_follow_the_kv_policy(model):
     with pytest.raises(ValueError, match="--long-prefill-token-threshold 64: prompts run whole under kv_policy=single"):
         made(model[0], hf_overrides={"kv_policy": "single"}, long_prefill_token_threshold=64)
     made(model[0], long_prefill_token_threshold=64)
+
+
+def test_diffusion_is_no_default_beside_processors_of_users(model, monkeypatch):
+    diffusion = {SETTINGS: {"decoder": "diffusion"}}
+    shape = {"hf_overrides": {"num_recurrences": 4, "max_recurrences": 8}, "additional_config": diffusion}
+    made(model[0], **shape)
+    with pytest.raises(ValueError, match="decoder=diffusion: logits processors"):
+        made(model[0], **shape, logits_processors=["tests.helpers.processors:Counts"])
+    monkeypatch.setattr(validation, "_plugins", lambda: 1)
+    with pytest.raises(ValueError, match="decoder=diffusion: logits processors"):
+        made(model[0], **shape)
 
 
 def test_a_model_without_a_recurrence_of_its_core_runs_at_one_depth(tmp_path):

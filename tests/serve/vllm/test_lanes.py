@@ -142,6 +142,12 @@ BETWEEN = {
         engine=WHOLE_PROMPTS,
         lanes={"max_lanes": 3, "compile": True},
     ),
+    "graph-ticks-routed": Case(
+        shape={**ROUTED, "router": EXPERT},
+        engine={**FEW_BLOCKS, "enable_prefix_caching": False},
+        count=4,
+        program="run_graph_tick.py",
+    ),
     "graph-ticks-rotated-in-part": Case("glm4", "last-exited", count=4, program="run_graph_tick.py"),
     "graph-ticks-rotated-in-halves": Case(
         "gpt_neox",
@@ -387,4 +393,4 @@ def test_equals_every_request_alone(name, answers):
     assert result["held"] == {"blocks": 0, "requests": 0}
     assert result["preemptions"] > 0
     assert result.get("graph_ticks", 1) > 0
-    assert all(result.get("rotated", []))  # by the kernels, in every layer
+    assert {*result.get("rotated", [])} <= {"routed" not in name}  # by the kernels, in every layer or in none

@@ -54,6 +54,8 @@ def parts_of(layers: list[Layer]) -> Any:
         by_part={"prelude": [], "core": layers, "coda": []},
         config=SimpleNamespace(hidden_size=SIZE),
         needs_tokens=False,
+        router=None,
+        caches=layers,
         attention=None,
     )
 
@@ -88,6 +90,13 @@ def test_layers_that_change_it(rotary, between):
     found = take_rotary(parts_of(layers), torch.float32, torch.device("cpu"))
     assert [turned is not None for turned in found] == [True, False, False]
     assert layers[1].inner.rotary_emb is rotary()
+
+
+def test_layers_of_a_routed_model(rotary):
+    """Their tokens attend at their places among the chosen ones."""
+    parts = parts_of([Layer(0, rotary())])
+    parts.router = nn.Linear(1, 1)
+    assert take_rotary(parts, torch.float32, torch.device("cpu")) == [None]
 
 
 def test_embeddings_of_other_kinds(rotary):

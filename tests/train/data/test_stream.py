@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from loopwise.cli import main
 from loopwise.errors import UserError
 from loopwise.train.data.documents import documents
 from loopwise.train.data.reader import Reader
-from loopwise.train.data.stream import Mark, Stream
+from loopwise.train.data.stream import Mark, Stream, open_all, save_marks
 from loopwise.train.recipe import Data
 from tests.helpers.train_tiny import RECURRENCE, run, same
 
@@ -81,6 +82,25 @@ def test_windows_of_long_documents_alone_are_passed_over(tokenizer, tmp_path):
     (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:2]))
     with pytest.raises(UserError, match="no document of at most sequence_length=16 tokens"):
         opened(tmp_path / "long.jsonl", tokenizer, **keys).row(0)
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "ab"}) + "\n")  # wrapped blocks go on over windows
+    assert len(opened(tmp_path / "short.jsonl", tokenizer, window=2).row(3)["input_ids"]) == LENGTH
+
+
+def test_a_stream_of_other_sources_begins_anew(folder, tokenizer, tmp_path):
+    """Marks are of the sources that they were written for."""
+    files = [str(file) for file in sorted(folder.iterdir())]
+    keys = {"streaming": True, "sequence_length": LENGTH, "window": WINDOW}
+
+    def streams(names: list[str], checkpoint: Path | None) -> dict[int, Stream]:
+        return open_all(Data.model_validate({"train": names, **keys}), tokenizer, 0, checkpoint, 8)
+
+    three = streams(files, None)
+    blocks(three[0], 25)  # in the second file, or behind it
+    save_marks(three, [25], tmp_path)
+    assert streams(files, tmp_path)[0].marks[0].source > 0
+    one = streams(files[:1], tmp_path)[0]
+    assert one.marks[0].source == 0
+    assert blocks(one, 3) == blocks(streams(files[:1], None)[0], 3)
 
 
 def test_a_mark_says_where_to_go_on(folder, tokenizer):
