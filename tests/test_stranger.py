@@ -142,7 +142,7 @@ def test_every_format_method_and_verb(tmp_path):
     shutil.copytree(tmp_path / "expert", tmp_path / "calibrated")
     assert main(["calibrate", str(tmp_path / "calibrated"), str(text)]) == 0
     run = [f"data.train={text}", "data.sequence_length=16", "batch_size=2", "steps=1", "save_every=1"]
-    for name, of, more in (("trained", "retrofit", []), ("adapted", "dora", ["adapters.rank=2"])):
+    for name, of, more in (("trained", "retrofit", []), ("adapted", "lora", ["adapters.rank=2"])):
         assert main(["train", str(tmp_path / of), str(tmp_path / name), *run, *more]) == 0, name
         shutil.copytree(tmp_path / name / "checkpoint-1", tmp_path / f"{name}-checkpoint")
     verbs = ["export", "calibrated", "trained", "trained-checkpoint", "adapted"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import transitions
 from .attention.base import Rows
-from .passes import Passes
+from .passes import Passes, through_of
 from .request import NEVER
 from .tick import Chunk, Parked, Reader, Sampler, TickContext, TickReport
 from .transitions.steps import Steps
@@ -49,32 +49,13 @@ class EagerTick:
         self.ended, self.parked = False, []
         which = self._choose()
         passes = self._recur(which, max_passes) if len(which) else 0
-        through = self._through()
+        through = through_of(self.work.chunks, self.state.lanes.running, self.forward)
         self.schedule.since += passes
         waiting = self._due(through, forced=bool(through) or not passes)
         if len(waiting):
             self.order = None
             self._read_out(waiting)
         return TickReport(passes or int(len(waiting) > 0), self.ended, tuple(through), tuple(self.parked))
-
-    def _through(self) -> list[Chunk]:
-        """The chunks of prompts whose lanes have all left, and that can be read out.
-
-        A coda reads the keys of its own layers at earlier positions. So a chunk waits for those before it that begin
-        with the same block: it may share blocks that they fill in this step.
-        """
-        running, chunks = self.state.lanes.running, self.work.chunks
-        done = [not bool(running[chunk.first : chunk.last].any()) for chunk in chunks]
-        if not self.forward.parts.config.coda or len(set(done)) < 2:
-            return [chunk for chunk, is_done in zip(chunks, done, strict=True) if is_done]
-        begins = self.forward.block_table[[chunk.row for chunk in chunks], 0].tolist()
-        through, unread = list[Chunk](), set[int]()
-        for chunk, is_done, block in zip(chunks, done, begins, strict=True):
-            if is_done and block not in unread:
-                through.append(chunk)
-            else:
-                unread.add(block)
-        return through
 
     # ---- a pass ---------------------------------------------------------------------------------------------------
     def _choose(self) -> Tensor:

@@ -14,7 +14,7 @@ from .attention.base import Rows
 from .forward import Forward
 from .graphs import Graphs
 from .state import State
-from .tick import Counts
+from .tick import Chunk, Counts
 
 PROMPT = 64  # prompt lanes, all at one depth, that are worth a pass of their own: they share one LoRA
 
@@ -58,3 +58,22 @@ class Passes:
         for plan, some, count in zip(plans, parts, slots, strict=True):
             if count:
                 self.forward.attention.fill(plan, some, count)
+
+
+def through_of(chunks: list[Chunk], running: Tensor, forward: Forward) -> list[Chunk]:
+    """The chunks of prompts that can be read out, as all their lanes have left.
+
+    running [lanes]: the lane has not left. A coda reads the keys of its own layers at earlier positions. So a chunk
+    waits for those before it that begin with the same block: it may share blocks that they fill in this step.
+    """
+    done = [not bool(running[chunk.first : chunk.last].any()) for chunk in chunks]
+    if not forward.parts.config.coda or len(set(done)) < 2:
+        return [chunk for chunk, is_done in zip(chunks, done, strict=True) if is_done]
+    begins = forward.block_table[[chunk.row for chunk in chunks], 0].tolist()
+    through, unread = list[Chunk](), set[int]()
+    for chunk, is_done, block in zip(chunks, done, begins, strict=True):
+        if is_done and block not in unread:
+            through.append(chunk)
+        else:
+            unread.add(block)
+    return through

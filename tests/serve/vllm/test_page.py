@@ -30,7 +30,7 @@ def application(root: str = "", lanes: dict[str, Any] | None = None, **fields):
 
     config = RecurrentDepthConfig(source_config=source_config("llama", **GROUPED), **{**RETROFIT, **fields})
     app = FastAPI(root_path=root)
-    model = SimpleNamespace(hf_config=config, max_model_len=128)
+    model = SimpleNamespace(hf_config=config, max_model_len=128, logits_processors=None)
     app.state.engine_client = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, additional_config=lanes))
     app.router.routes.extend(page_routes())
     app.add_middleware(AuthenticationMiddleware, tokens=["secret"])
