@@ -147,8 +147,7 @@ def test_a_context_in_splits(facts):
 
 
 @pytest.mark.parametrize("halves", [True, False])
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("alone", "dtype"), [(False, torch.float32), (True, torch.float16)])
 def test_queries_and_keys_are_rotated(halves, alone, dtype):
     """A part of each head is rotated, by tables in the type of the model."""
     pair = Pair((2, 24), size=4, width=15, dtype=dtype)
@@ -168,7 +167,11 @@ def test_half_precision_rounds_weights_and_outputs_alone(alone):
 
 @pytest.mark.parametrize(
     ("model_type", "policy", "decoder"),
-    [("gpt_oss", "last-exited", "plain"), ("gemma2", "per-depth", "wave"), ("gpt2", "first", "plain")],
+    [
+        ("gpt_oss", "last-exited", "plain"),
+        pytest.param("gemma2", "per-depth", "wave", marks=pytest.mark.slow),
+        pytest.param("gpt2", "first", "plain", marks=pytest.mark.slow),
+    ],
 )
 def test_the_engine_generates_the_same_tokens(model_type, policy, decoder, monkeypatch):
     """Models with windows, sinks or softcap; rows exit early, and a request has several lanes."""
@@ -208,9 +211,9 @@ def test_no_host_refuses_operations_that_wait():
     ("kind", "policy", "lora"),
     [
         ("padded", "per-depth", False),
-        ("padded", "last-exited", True),
+        pytest.param("padded", "last-exited", True, marks=pytest.mark.slow),
         ("graph-tick", "last-exited", True),
-        ("graph-tick", "single", False),
+        pytest.param("graph-tick", "single", False, marks=pytest.mark.slow),
     ],
 )
 def test_recorded_graphs_never_wait_and_give_the_same_tokens(kind, policy, lora, monkeypatch):

@@ -420,6 +420,7 @@ def test_a_finished_run_is_not_resumed_with_other_settings(recurrent, command, t
     assert "steps was 2, now 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_processes_end_and_one_process_resumes(noisy, command, tmp_path):
     """After the launcher is killed its workers end, and one process that accumulates twice continues identically."""
     settings = ["steps=60", "save_every=15", *RECURRENCE]

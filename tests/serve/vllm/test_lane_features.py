@@ -174,7 +174,7 @@ def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):
 def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, alone, tmp_path):
     """Requests that come one after the other, so that rows of several kinds of sampling are in flight."""
     fields = [{}, RANDOM, {"temperature": 0.8, "seed": 5}, {**RANDOM, "seed": 12}]
-    common = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "extra_args": {"trace": TRACE}}
+    common = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "extra_args": {"trace": TRACE}}
     asked = [{"prompt": PROMPT, "sampling": common | some, "arrive": n, "abort": -1} for n, some in enumerate(fields)]
     case = {
         "folder": str(model[0]),
@@ -186,7 +186,7 @@ def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, al
     assert "error" not in result, result["error"]
     assert result["graph_ticks"] > 1
     assert set(result["rotated"]) == {True}
-    assert [done["tokens"] for done in result["rounds"][0]] == [alone(max_tokens=9, **some) for some in fields]
+    assert [done["tokens"] for done in result["rounds"][0]] == [alone(max_tokens=5, **some) for some in fields]
 
 
 def test_processors(results):
@@ -219,35 +219,40 @@ def test_processors_of_a_users_own(model, tmp_path):
 BEGINNING = [(37 * n + n * n) % 256 for n in range(70)]
 
 
-@pytest.mark.parametrize(("policy", "rule"), [("per-depth", ""), ("last-exited", ""), ("last-exited", "trace")])
-def test_what_the_prefix_cache_holds_changes_no_token(policy, rule, tmp_path):
+TURNS: dict[str, dict[str, Any]] = {  # KV policy -> fields of the requests
+    "per-depth": {"exit_rule": "latent-diff", "exit_threshold": 1.0},
+    "last-exited": {"exit_rule": "latent-diff", "exit_threshold": 1.0, "prompt_exit": True},
+    "first": {"trace": [4] * 64 + [1, 3, 2] * 4},
+}
+
+
+def test_what_the_prefix_cache_holds_changes_no_token(tmp_path):
     """A coda's keys are those of the depth of an exit. A further turn of a chat has the answer in its prompt, and does
-    not read them. Of two prompts that begin alike and exit, the second waits for the coda of the first."""
-    shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
-    small = save(tmp_path / "tiny", source_config("llama", **GROUPED, initializer_range=0.12), **shape)
-    engine = Engine(small, max_num_seqs=1, max_model_len=200)
-    fields: dict[str, Any] = {"exit_rule": "latent-diff", "exit_threshold": 1.0}
-    fields |= {"prompt_exit": True} if policy == "last-exited" else {}
-    fields = {"trace": [4] * 64 + [1, 3, 2] * 4} if rule == "trace" else fields
+    not read them. Of prompts that begin alike and leave at their own depths, others wait for the coda of the first."""
+    cases, wanted = [], []
+    for policy, fields in TURNS.items():
+        shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
+        small = save(tmp_path / policy, source_config("llama", **GROUPED, initializer_range=0.12), **shape)
+        engine = Engine(small, max_num_seqs=1, max_model_len=200)
 
-    def alone(prompt: list[int], count: int) -> list[int]:
-        return engine.generate([prompt], Params(count, 4, ignore_eos=True, **fields))[0].tokens
+        def alone(prompt: list[int], count: int, engine: Engine = engine, fields: Any = fields) -> list[int]:
+            return engine.generate([prompt], Params(count, 4, ignore_eos=True, **fields))[0].tokens
 
-    if policy == "per-depth":
-        turns = [(BEGINNING, 60, 0), ([*BEGINNING, *alone(BEGINNING, 60), 1, 2, 3], 9, 90)]
-    else:
-        turns = [([*BEGINNING[:64], tail], 9, 0) for tail in (7, 103, 119, 135, 151)]
-    asked = []
-    for prompt, count, arrive in turns:
-        sampling = {"temperature": 0, "max_tokens": count, "ignore_eos": True, "extra_args": fields}
-        asked.append({"prompt": prompt, "sampling": sampling, "arrive": arrive, "abort": -1})
-    engine_fields = {"max_model_len": 200, "max_num_batched_tokens": 2048}
-    case = {"folder": str(tmp_path / "tiny"), "engine": engine_fields, "requests": asked}
-    case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
-    result = run_cases([case], tmp_path, "run_lanes.py")[0]
-    assert "error" not in result, result["error"]
-    assert result["prefix_hits"] > 0
-    assert [done["tokens"] for done in result["rounds"][0]] == [alone(prompt, count) for prompt, count, _ in turns]
+        if policy == "per-depth":
+            turns = [(BEGINNING, 60, 0), ([*BEGINNING, *alone(BEGINNING, 60), 1, 2, 3], 9, 90)]
+        else:
+            turns = [([*BEGINNING[:64], tail], 9, 0) for tail in (7, 103, 119, 135, 151)]
+        asked = []
+        for prompt, count, arrive in turns:
+            sampling = {"temperature": 0, "max_tokens": count, "ignore_eos": True, "extra_args": fields}
+            asked.append({"prompt": prompt, "sampling": sampling, "arrive": arrive, "abort": -1})
+        case = {"folder": str(tmp_path / policy), "requests": asked, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}
+        cases.append(case | {"engine": {"max_model_len": 200, "max_num_batched_tokens": 2048}})
+        wanted.append([alone(prompt, count) for prompt, count, _ in turns])
+    for result, want in zip(run_cases(cases, tmp_path, "run_lanes.py"), wanted, strict=True):
+        assert "error" not in result, result["error"]
+        assert result["prefix_hits"] > 0
+        assert [done["tokens"] for done in result["rounds"][0]] == want
 
 
 def test_processors_are_of_one_kind_whichever_runner_a_configuration_is_for(monkeypatch):

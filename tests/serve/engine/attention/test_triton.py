@@ -21,9 +21,10 @@ def run(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_interpreted_kernels_equal_the_torch_backend():
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/helpers/run_triton.py")]
-    assert " passed" in run(tests, {"TRITON_INTERPRET": "1"})
+@pytest.mark.parametrize("some", ["not slow", pytest.param("slow or not slow", marks=pytest.mark.slow)])
+def test_interpreted_kernels_equal_the_torch_backend(some):
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", some]
+    assert " passed" in run([*tests, str(ROOT / "tests/helpers/run_triton.py")], {"TRITON_INTERPRET": "1"})
 
 
 COMPILE = """
