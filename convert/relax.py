@@ -191,15 +191,27 @@ def merged(
     return result.T if transposed else result
 
 
+def stored_at(weights: SourceWeights, part: str, n: int, suffix: str) -> tuple[str, bool]:
+    """The name of the tensor that gives parameter `suffix` of layer n of `part`, and whether a LoRA is merged into it.
+
+    A name in `relaxation.` is of a tensor that stands once per depth.
+    """
+    relaxation = weights.recurrent_config.relaxation
+    if part == "core" and relaxation:
+        if suffix in relaxation["own"]:
+            return f"relaxation.{n}.{suffix}", False
+        return f"core.{n}.{suffix}", suffix.removesuffix(".weight") in relaxation["rank"]
+    return f"{part}.{n}.{suffix}", False
+
+
 def at_depth(
     weights: SourceWeights, part: str, n: int, suffix: str, depth: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Parameter `suffix` of layer n of `part` of a recurrent-depth checkpoint at `depth`; with a LoRA, in `dtype`."""
-    relaxation = weights.recurrent_config.relaxation
-    if part != "core" or not relaxation:
-        return weights.read(f"{part}.{n}.{suffix}")
-    depth, path = min(depth, relaxation["depths"] - 1), suffix.removesuffix(".weight")
-    if suffix in relaxation["own"]:
-        return weights.read(f"relaxation.{n}.{suffix}")[depth]
-    tied = weights.read(f"core.{n}.{suffix}")
-    return merged(weights, n, path, depth, tied, dtype) if path in relaxation["rank"] else tied
+    name, has_lora = stored_at(weights, part, n, suffix)
+    tensor = weights.read(name)
+    if relaxation := weights.recurrent_config.relaxation:
+        depth = min(depth, relaxation["depths"] - 1)
+    if name.startswith("relaxation."):
+        return tensor[depth]
+    return merged(weights, n, suffix.removesuffix(".weight"), depth, tensor, dtype) if has_lora else tensor

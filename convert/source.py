@@ -176,7 +176,7 @@ class SourceWeights:
     def is_parameter(self, name: str) -> bool:
         """True for a parameter, False for a buffer, as the bias of a router of experts that training balances."""
         module, _, last = name.rpartition(".")
-        return last in dict(self._model.get_submodule(module).named_parameters(recurse=False))
+        return isinstance(getattr(self._model.get_submodule(module), last), torch.nn.Parameter)
 
     def stored_name(self, name: str) -> str:
         """The name on disk, which transformers renames on loading for some architectures (GPT-NeoX: embed_out)."""

@@ -60,17 +60,10 @@ class Unrolled:
         for number, (part, n, depth) in enumerate(self.places):
             for suffix, tensor in plain.get_submodule(f"{self.layers}{number}").state_dict().items():
                 make = partial(relax.at_depth, weights, part, n, suffix, depth)
-                kind = self._dtype(part, n, suffix)
+                # A merged matrix has the checkpoint's type, others their stored one: routers of experts keep float32.
+                name, has_lora = relax.stored_at(weights, part, n, suffix)
+                kind = self.dtype if has_lora else weights.dtype(name)
                 yield Pending(f"{self.layers}{number}.{suffix}", kind, list(tensor.shape), make)
-
-    def _dtype(self, part: str, n: int, suffix: str) -> torch.dtype:
-        """The type of a layer's tensor: the stored one, as routers of experts keep float32; a merged matrix has the
-        checkpoint's."""
-        relaxation = (self.recurrent.relaxation or {}) if part == "core" else {}
-        if suffix.removesuffix(".weight") in relaxation.get("rank", ()):
-            return self.dtype
-        own = suffix in relaxation.get("own", ())
-        return self.weights.dtype(f"relaxation.{n}.{suffix}" if own else f"{part}.{n}.{suffix}")
 
     def verify(self, directory: Path) -> dict[str, float]:
         """Compare the plain checkpoint in `directory` with the recurrent one: largest difference of logits, by dtype.

@@ -21,7 +21,7 @@ class Costs(NamedTuple):
 
 
 def parameter_costs(model: Any) -> Costs:
-    """The costs of `model`, recurrent or plain. Of experts, those count that a token uses."""
+    """The costs of `model`, recurrent or plain. Experts count as far as a token uses them."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     config = model.config
 

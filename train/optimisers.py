@@ -122,7 +122,7 @@ def build(model: Any, keys: Optimiser) -> torch.optim.Optimizer:
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """What the `closure` of a step returns, with gradients; None without one."""
+    """The result of a step's `closure`, computed with gradients; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():

@@ -99,6 +99,9 @@ def _draw_model(args: argparse.Namespace) -> list[Path]:
         return [file]
     if picture.tokens:
         raise UserError(f"tokens={picture.tokens[0]}: loopwise plot states follows tokens; {args.what} shows all")
+    files = [file] if args.out or args.what == "router" else [Path("text.html"), Path("text.png")]
+    if picture.file and any(f.exists() and f.samefile(Path(picture.file).expanduser()) for f in files):
+        raise UserError(f"file={picture.file}: the picture would replace it; name another file with --out")
     found = depths(args.source, picture)
     if args.what == "router":
         from .router import router_figure
@@ -109,9 +112,6 @@ def _draw_model(args: argparse.Namespace) -> list[Path]:
         return [file]
     from .text import text_figure, text_page
 
-    files = [Path(args.out)] if args.out else [Path("text.html"), Path("text.png")]
-    if picture.file and any(f.exists() and f.samefile(Path(picture.file).expanduser()) for f in files):
-        raise UserError(f"file={picture.file}: the picture would replace it; name another file with --out")
     for file in files:
         if file.suffix == ".html":
             _save(text_page(found, name), file)

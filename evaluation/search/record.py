@@ -16,7 +16,8 @@ EVERY = 10  # programs between two writes of the file
 class Record:
     """The result of a search, and the file that it is kept in; None keeps nothing.
 
-    facts: "settings", "model", hashes of the model ("fingerprint") and of "data"; a file of others is not continued.
+    facts: "settings", "model", a hash of the model ("fingerprint") and others; a file of another search is not
+    continued.
     """
 
     def __init__(self, out: Path | None, facts: dict[str, Any]):
@@ -26,19 +27,28 @@ class Record:
         self.spending: Callable[[], dict[str, float]] = lambda: {"seconds": 0, "layers_run": 0}  # by this one
 
     def resume(self) -> None:
-        """Take over what the file holds. Raises UserError if other settings, another model or other data gave it."""
+        """Take over what the file holds. Raises UserError if other settings, or another model, gave it."""
         found = read(self.out) if self.out else None
         if found is None:
             return
-        changed = {"fingerprint": "the model's files have changed", "data": "the text of the data has changed"}
-        for name in ("settings", *changed):
+        for name in ("fingerprint", "settings"):
             before, now = found.get(name), self.result[name]
-            if before != now and (name != "data" or before):  # earlier releases did not keep it
-                wrong = changed.get(name) or _difference(before, now)
-                raise UserError(f"--out {self.out}: {wrong}; name another file, or start anew with --force")
-        for name in ("programs", "tried", "questions"):
-            self.result[name] = found[name]
+            if before != now:
+                why = _difference(before, now) if name == "settings" else "the model's files have changed"
+                raise self._of_another(why)
+        self.result |= {name: found[name] for name in ("programs", "tried", "questions", "data") if name in found}
         self.spent = {name: found.get(name, 0) for name in self.spent}
+
+    def take_data(self, digest: str) -> None:
+        """Note the hash of the data. Raises UserError if what was taken over is of other data.
+
+        Earlier releases noted none.
+        """
+        if self.result.setdefault("data", digest) != digest:
+            raise self._of_another("the text of the data has changed")
+
+    def _of_another(self, why: str) -> UserError:
+        return UserError(f"--out {self.out}: {why}; name another file, or start anew with --force")
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row of this kind: programs, tried, or questions."""

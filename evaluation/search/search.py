@@ -67,12 +67,12 @@ class Searching:
         self.tokenizer = load_tokenizer(path, recipe.revision)
         settings = {"model": model, **recipe.model_dump(mode="json", exclude={"check"})}
         facts = {"loopwise": __version__, "model": model, "settings": settings}
-        self.model = ProgramModel(load_weights(path, recipe.revision)).eval()
-        self.bench = self._bench(recipe.data or None)
-        hashes = {"fingerprint": model_fingerprint(path, self.config), "data": self.bench.fingerprint()}
-        self.record = Record(out, facts | hashes)
+        self.record = Record(out, {**facts, "fingerprint": model_fingerprint(path, self.config)})
         if not force:
             self.record.resume()
+        self.model = ProgramModel(load_weights(path, recipe.revision)).eval()
+        self.bench = self._bench(recipe.data or None)
+        self.record.take_data(self.bench.fingerprint())
         self.best = self.source
 
     @property

@@ -46,12 +46,16 @@ def take_rotary(parts: VllmParts, dtype: torch.dtype, device: torch.device) -> l
         parts.attention = before
         for hook in hooks:
             hook.remove()
+    tables = {
+        key: Rotary(rotary.cos_sin_cache.to(device, dtype).contiguous(), rotary.is_neox_style)
+        for key, rotary in several.items()
+    }
     found: list[Rotary | None] = [None] * len(layers)
     for number in seen.unchanged:
         if place := places[number]:
             parent, name, rotary = place
             setattr(parent, name, Unrotated())
-            found[number] = Rotary(rotary.cos_sin_cache.to(device, dtype).contiguous(), rotary.is_neox_style)
+            found[number] = tables[id(rotary)]
     return found
 
 

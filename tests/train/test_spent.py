@@ -82,7 +82,7 @@ def test_a_run_records_what_it_spent(recurrent, command, tmp_path, capsys):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "mixtral", "deepseek_v3"])
 def test_a_token_costs_what_inspect_says(arch):
-    """Of experts, those count that a token uses. Norms outside of the layers are all that `inspect` leaves out."""
+    """Experts count as far as a token uses them. Norms outside of the layers are all that `inspect` leaves out."""
     keys = {"prelude": [0], "core": [1, 2], "coda": [3, 4, 5], "num_recurrences": 2, "injection": "linear"}
     model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config(arch), **keys))
     costs = parameter_costs(model)

@@ -80,13 +80,13 @@ class Stream:
         self.accept = accept
         self.reader = reader_of(data, tokenizer)
         self.named = False  # True after a line about documents that are too long
-        self.passes = 0  # how often the last source ended in the present window
         self._start(mark or Mark())
 
     def _start(self, mark: Mark) -> None:
         self.marks = [mark]  # marks of earlier windows that `mark()` may need, then of the present one
         self.blocks = self._empty()
         self.next = mark
+        self.passes = 0  # how often the last source has ended since the last block
         self.dataset: Any = None  # dataset of `stream_of`
         self.rows: Iterator[Any] = iter(())
 
@@ -100,16 +100,8 @@ class Stream:
         """
         if block < self.marks[-1].first:
             self._start(Mark())
-        empty = 0
         while block >= self.next.first:
-            first = self.next.first
-            passes = self._read()
-            empty = empty + passes if self.next.first == first else 0
-            if empty > 1 and self.data.padded:  # a whole pass without a block, and without a rest for the next one
-                long = f"no document of at most sequence_length={self.data.sequence_length} tokens"
-                raise UserError(
-                    f"{', '.join(self.sources)}: {long}; raise data.sequence_length, or set data.long_documents=cut"
-                )
+            self._read()
         while len(self.marks) > 1 and self.marks[1].first <= block - self.behind:
             self.marks.pop(0)
         return self.blocks.sample(block - self.marks[-1].first)
@@ -123,14 +115,15 @@ class Stream:
         """The beginning of the window that holds `block`, or of an earlier window."""
         return next((mark for mark in reversed(self.marks) if mark.first <= block), Mark())
 
-    def _read(self) -> int:
-        """Read the next window. Returns how often the last source ended in it."""
-        begin, self.passes = self.next, 0
+    def _read(self) -> None:
+        """Read the next window."""
+        begin = self.next
         files = self._files_before(begin)
         corpus = tokenise(self._documents(), self.tokenizer)
         self._compare(begin, _digest(corpus, files))
         cut, rest = self._packed(corpus, begin.rest)
         count = len(cut)
+        self.passes = 0 if count else self.passes
         keys = np.random.Philox(key=np.array([self.seed, begin.window], np.uint64)).random_raw(count)
         order = np.argsort(keys, kind="stable")
         self.blocks = replace(cut, tokens=cut.tokens[order], marks=cut.marks[order])
@@ -138,7 +131,6 @@ class Stream:
             self.marks.append(begin)
         state = None if self.dataset is None else self.dataset.state_dict()
         self.next = Mark(begin.first + count, begin.window + 1, self.place, self.number, state, rest)
-        return self.passes
 
     def _files_before(self, mark: Mark) -> list[tuple[str, int]]:
         """(name, bytes) of the local files that the source of `mark` has given whole."""
@@ -161,7 +153,8 @@ class Stream:
         if self.data.padded:
             name = ", ".join(self.sources)
             self.named = self.named or name_long(corpus, self.data, f"{name}, in a window")
-            return packed_documents(corpus, self.data, self.tokenizer, name, may_be_none=True), ([], [])
+            may_be_none = self.passes < 2  # not after a whole pass without a block
+            return packed_documents(corpus, self.data, self.tokenizer, name, may_be_none), ([], [])
         length = self.data.sequence_length
         tokens, marks = (
             np.concatenate([np.array(old, kind), new])
@@ -182,7 +175,8 @@ class Stream:
             if record is None:
                 self.place, self.number = (self.place + 1) % len(self.sources), 0
                 self._open(None)
-                passes, self.passes = passes + (self.place == 0), self.passes + (self.place == 0)
+                passes += self.place == 0
+                self.passes += self.place == 0
                 if passes == 2:  # a whole pass without a document
                     raise UserError(f"{', '.join(self.sources)}: no text in it")
                 continue

@@ -106,8 +106,8 @@ def _tile(
 
 @jit
 def _continues(request, position, slot, row, nth, who, where, at, there):
-    """Which rows `row` + nth belong, of those that are `there`, to the run of request `who` at slot `where` that has
-    position `at` in `row`."""
+    """True for the rows `row` + nth, of those that are `there`, that belong to one run with `row`, which has position
+    `at` of request `who` at slot `where`."""
     there &= tl.load(request + row + nth, mask=there, other=-1) == who
     there &= tl.load(slot + row + nth, mask=there, other=-1) == where
     return there & (tl.load(position + row + nth, mask=there, other=-1) == at + nth)

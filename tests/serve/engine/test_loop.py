@@ -33,18 +33,9 @@ def test_a_request_for_no_tokens_gets_none():
     assert [len(done.tokens) for done in got] == [30, 0, 0]
 
 
-@pytest.mark.parametrize("graph_tick", [False, True])
-def test_a_step_ends_when_somebody_waits(graph_tick):
-    """A step ends early for a waiting request, or with a request whose row is wanted. Tokens stay the same."""
-    engine = Engine(
-        build(), max_num_seqs=6, max_model_len=100, passes_per_step=40, kv_policy="last-exited", cuda_graphs=False
-    )
-    if graph_tick:
-        with torch.inference_mode():
-            engine._record(lambda run: run)
-    prompts, params = requests(12, 6, "last-exited", ["fixed", "latent-diff"])
-    params = [replace(p, max_tokens=12, num_recurrences=4, min_recurrences=2) for p in params]
-    steps, tick, draw = [], engine.loop.tick, random.Random(1)
+def counted_steps(engine: Engine) -> list[int]:
+    """The passes of each step of `engine`, which the list gets from now on."""
+    steps, tick = list[int](), engine.loop.tick
 
     def step(live: torch.Tensor) -> None:
         steps.append(0)
@@ -56,6 +47,21 @@ def test_a_step_ends_when_somebody_waits(graph_tick):
         return report
 
     engine.loop.step, engine.loop.tick = step, counted
+    return steps
+
+
+@pytest.mark.parametrize("graph_tick", [False, True])
+def test_a_step_ends_when_somebody_waits(graph_tick):
+    """A step ends early for a waiting request, or with a request whose row is wanted. Tokens stay the same."""
+    engine = Engine(
+        build(), max_num_seqs=6, max_model_len=100, passes_per_step=40, kv_policy="last-exited", cuda_graphs=False
+    )
+    if graph_tick:
+        with torch.inference_mode():
+            engine._record(lambda run: run)
+    prompts, params = requests(12, 6, "last-exited", ["fixed", "latent-diff"])
+    params = [replace(p, max_tokens=12, num_recurrences=4, min_recurrences=2) for p in params]
+    steps, draw = counted_steps(engine), random.Random(1)
     want = engine.generate(prompts, params)
     assert len(steps) <= 3
     engine.loop.somebody_waits = lambda: True
@@ -75,22 +81,11 @@ def test_a_step_ends_when_somebody_waits(graph_tick):
 
 
 def test_a_step_ends_with_a_diffusion():
-    """Whose row another request waits for."""
+    """Its row is free at once for the request that waits."""
     engine = Engine(build(), max_num_seqs=2, max_model_len=100, passes_per_step=400, max_in_flight=4)
     diffusion = Params(3, 4, decoder="diffusion", max_in_flight=4, ignore_eos=True)
     params = [diffusion, Params(60, 4, ignore_eos=True), Params(2, 4, ignore_eos=True)]
-    steps, tick = [], engine.loop.tick
-
-    def step(live: torch.Tensor) -> None:
-        steps.append(0)
-        type(engine.loop).step(engine.loop, live)
-
-    def counted(max_passes: int) -> TickReport:
-        report = tick(max_passes)
-        steps[-1] += report.passes
-        return report
-
-    engine.loop.step, engine.loop.tick = step, counted
+    steps = counted_steps(engine)
     done = engine.generate([[5, 6], [7], [8]], params)
     assert [len(one.tokens) for one in done] == [3, 60, 2]
     assert steps[0] < 60

@@ -1,4 +1,4 @@
-"""Which layers leave rotary position embedding to the engine's kernels. test_lanes.py has what they compute."""
+"""Layers leave rotary position embedding to the engine's kernels, or keep it. test_lanes.py tests what they compute."""
 
 from __future__ import annotations
 
