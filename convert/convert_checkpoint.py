@@ -146,8 +146,7 @@ def _relaxation(
     if recipe.lora is None:
         return None
     name = layer_list_name(source_model, source_model.config.num_hidden_layers)
-    layers = [ranks(source_model.get_submodule(f"{name}.{layer}"), recipe.lora) for layer in plan.core]
-    rank = {path: r for path, r in layers[0].items() if all(path in other for other in layers)}
+    rank = ranks([source_model.get_submodule(f"{name}.{layer}") for layer in plan.core], recipe.lora)
     own = own_parameters(weights, f"{name}.", plan.stands_for)
     return {"depths": len(plan.stands_for), "rank": rank, "own": own, "dora": recipe.lora.dora}
 

@@ -28,28 +28,29 @@ ITERATIONS = 4  # power iterations of a randomized SVD
 ROWS = 1024  # of a matrix whose error is summed at a time
 
 
-def ranks(layer: nn.Module, lora: Lora) -> dict[str, int]:
-    """The rank of the LoRA of each linear module of `layer` that gets one, by the module's name.
+def ranks(core: list[nn.Module], lora: Lora) -> dict[str, int]:
+    """The rank of the LoRA of each linear module that gets one, by its name in the layers `core`, all of which have it.
 
-    Raises UserError for a target that the layer lacks, and for a rank above that of the matrix.
+    Raises UserError for a target that not all of them have, and for a rank above that of a matrix.
     """
     wanted, chosen = lora.ranks(), dict[str, int]()
-    linear = projections(layer)
-    for name, (module, targets) in linear.items():
+    linear = [projections(layer) for layer in core]
+    common = {name: targets for name, (_, targets) in linear[0].items() if all(name in other for other in linear)}
+    for name, targets in common.items():
         rank = max((wanted[target] for target in targets if target in wanted), default=0)
-        most = min(matrix(module).shape)
-        if rank > most:
-            raise UserError(f"lora.rank={rank} is above the rank of {name}, whose shape is {list(module.weight.shape)}")
+        for module in (layer[name][0] for layer in linear):
+            if rank > min(matrix(module).shape):
+                shape = list(module.weight.shape)
+                raise UserError(f"lora.rank={rank} is above the rank of {name}, whose shape is {shape}")
         if rank:
             chosen[name] = rank
-    found = {target for _, targets in linear.values() for target in targets}
+    found = sorted({target for targets in common.values() for target in targets})
     for target in wanted:
         if target not in found and (lora.targets or isinstance(lora.rank, dict)):
-            raise UserError(
-                f"lora target {target!r}: these layers have no such matrix; choose from {', '.join(sorted(found))}"
-            )
+            choices = f"choose from {', '.join(found)}" if found else "these have none in common"
+            raise UserError(f"lora target {target!r}: not every layer of the core has such a matrix; {choices}")
     if not chosen:
-        raise UserError(f"lora: these layers have none of {', '.join(wanted)}")
+        raise UserError(f"lora: none of the matrices {', '.join(wanted)} is in every layer of the core")
     return chosen
 
 

@@ -223,6 +223,19 @@ def test_settings(capsys, tmp_path, source, settings, said):
 
 
 @pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (["lora.rank=2"], "none of the matrices q, k, v, o, gate, up, down is in every layer of the core"),
+        (["lora.rank=2", "lora.targets=q"], "lora target 'q': not every layer of the core has such a matrix"),
+    ],
+)
+def test_layers_without_a_matrix_in_common_have_no_lora(capsys, tmp_path, lora, said):
+    """A layer of Nemotron-H is attention, or an MLP, or a state space model."""
+    source = save_source(tmp_path / "source", "nemotron_h")
+    assert said in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,3,2", *lora)
+
+
+@pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"quantization_config": {"bits": 4}}, "quantised"),
