@@ -86,63 +86,66 @@ def refused() -> list[str]:
 
 def methods(names: list[str]) -> list[str]:
     """Every architecture with every method. The rows of others than `names` are the page's."""
-    rows, reasons = written_before() if names is not SUPPORTED else ({}, list[str]())
+    rows = written_before() if names is not SUPPORTED else {}
     for architecture in names:
         with tempfile.TemporaryDirectory() as folder:
             source = save_source(Path(folder) / "source", architecture)
-            cells = [cell(source, Path(folder) / "out", keys, reasons) for keys in COLUMNS.values()]
-        rows[architecture] = f"| {architecture} | {' | '.join(cells)} |"
-        print(rows[architecture], flush=True)
+            rows[architecture] = [cell(source, Path(folder) / "out", keys) for keys in COLUMNS.values()]
+        print(architecture, *rows[architecture], sep=" | ", flush=True)
+    rows = {name: rows[name] for name in SUPPORTED if name in rows}
+    reasons = list(dict.fromkeys(found for cells in rows.values() for found in cells if found not in "=~"))
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [*(rows[name] for name in SUPPORTED if name in rows), ""]
+    for name, cells in rows.items():
+        shown = [found if found in "=~" else f"({reasons.index(found) + 1})" for found in cells]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    lines.append("")
     for n, reason in enumerate(reasons):
         lines += textwrap.wrap(f"{n + 1}. {reason}", 120, subsequent_indent="   ")
     return lines
 
 
-def written_before() -> tuple[dict[str, str], list[str]]:
-    """The rows of the page by architecture, and its reasons in order."""
+def written_before() -> dict[str, list[str]]:
+    """The cells of the page by architecture, with reasons in words."""
     text = PAGE.read_text(encoding="utf-8").partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
-    rows = {line.split()[1]: line for line in text.splitlines() if re.match(r"\| [a-z]", line)}
-    reasons = [re.sub(r"\s+", " ", found).strip() for found in re.findall(r"(?ms)^\d+\. (.*?)(?=^\d+\. |\Z)", text)]
-    return rows, reasons
+    found = dict(re.findall(r"(?ms)^(\d+)\. (.*?)(?=^\d+\. |\Z)", text))
+    reasons = {f"({n})": re.sub(r"\s+", " ", reason).strip() for n, reason in found.items()}
+    rows = (line.strip("|").split(" | ") for line in text.splitlines() if re.match(r"\| [a-z]", line))
+    return {name.strip(): [reasons.get(one.strip(), one.strip()) for one in cells] for name, *cells in rows}
 
 
-def cell(source: Path, out: Path, keys: dict[str, Any], reasons: list[str]) -> str:
-    """= or ~, or the number of the reason why not."""
+def cell(source: Path, out: Path, keys: dict[str, Any]) -> str:
+    """= or ~, or the reason why not."""
     if "lora" in keys:
-        keys = {**keys, "lora": {"rank": full_rank(source)}}
+        keys = {**keys, "lora": {"rank": full_rank(source) or 1}}
     try:
         facts = convert(source, out, validate(ConvertRecipe, keys), force=True)
     except UserError as error:
-        return noted(str(error), reasons)
+        return in_general(str(error))
     worst = facts["max_dlogit"]
     if "lora" in keys or "method" not in keys:  # the conversion itself compared less than this
         worst = against_source(source, out, keys)
     if worst > 1e-4:
-        return noted(
-            "matrices other than q, k, v, o, gate, up and down (experts, for one) have no LoRA and stay tied", reasons
-        )
+        return "matrices other than q, k, v, o, gate, up and down (experts, for one) have no LoRA and stay tied"
     return "=" if worst == 0 else "~"
 
 
-def noted(reason: str, reasons: list[str]) -> str:
-    if reason not in reasons:
-        reasons.append(reason)
-    return f"({reasons.index(reason) + 1})"
+def in_general(error: str) -> str:
+    """`error` without the layers and loops of this source."""
+    return re.sub(r"^.* (?=ties layers of)", "", re.sub(r" \([^()]*\)", "", error))
 
 
 def full_rank(source: Path) -> dict[str, int]:
-    """The greatest rank that each projection of a layer can have."""
+    """The greatest rank that each projection can have, of those that all layers have."""
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model = empty_model(config)
-    layers = model.get_submodule(layer_list_name(model, config.num_hidden_layers))
+    layers = [projections(layer) for layer in model.get_submodule(layer_list_name(model, config.num_hidden_layers))]
     ranks: dict[str, int] = {}
-    for module, targets in projections(layers[0]).values():
-        for target in targets:
-            most = min(module.weight.shape)
-            ranks[target] = min(most, ranks.get(target, most))
+    for name in set(layers[0]).intersection(*layers):
+        for module, targets in (layer[name] for layer in layers):
+            for target in targets:
+                most = min(module.weight.shape)
+                ranks[target] = min(most, ranks.get(target, most))
     return ranks
 
 
