@@ -22,6 +22,7 @@ from loopwise.train.recipe import Objectives, Train
 from tests.helpers.train_tiny import RECURRENCE, history, launched, run, save_recurrent, weights
 
 RELAXATION = {"depths": 3, "rank": {"self_attn.q_proj": 4, "mlp.down_proj": 3}, "own": ["input_layernorm.weight"]}
+TIMES = {"scale": ["input_layernorm"], "gate": ["mlp.down_proj"]}
 ROUTED: dict[str, Any] = {"injection": "none", "num_recurrences": 3}
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # LoRA of every depth, truncated backpropagation, a sampled R
@@ -38,6 +39,10 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"exit_gate": True, "recurrence_norm": "between", "injection": "none"},
         ["recurrence.mean=3", "objectives.exit_gate.entropy=0.1"],
     ),
+    "damped": ({"recurrence_damping": "learned", "recurrence_norm": "each"}, RECURRENCE),
+    "selective": ({"injection": "none", "recurrence_damping": "selective"}, ["recurrence.mean=3"]),
+    "decayed": ({"injection": "decayed", "state_init": "normal", "prelude_norm": True}, RECURRENCE),
+    "conditioned": ({"injection": "none", "time_conditioning": TIMES}, ["recurrence.mean=3"]),
 }
 SETTINGS = ["steps=50", "log_every=1", "data.eval_fraction=0.1"]
 
