@@ -660,3 +660,21 @@ def test_what_a_model_has_no_use_for_is_refused(kind, tokenizer, plain, command,
         assert not (tmp_path / "out").exists()
     assert main(command(plain, tmp_path / "out", "steps=1", "gradient_checkpointing=recurrence")) == 2
     assert "this is a plain llama: use gradient_checkpointing=layer" in capsys.readouterr().err
+
+
+def test_layers_that_transformers_cannot_checkpoint(tokenizer, command, tmp_path, capsys):
+    """Whole recurrences of CTRL's can be, and the run is the same as without."""
+    torch.manual_seed(0)
+    source = source_config("ctrl", vocab_size=len(tokenizer))
+    config = RecurrentDepthConfig(source_config=source, prelude=[0], core=[1, 2], coda=[3], num_recurrences=3)
+    RecurrentDepthForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for more in ([], ["--dry-run"]):
+        arguments = command(tmp_path / "model", tmp_path / "out", "steps=2", "gradient_checkpointing=layer", *more)
+        assert main(arguments) == 2
+        message = "gradient_checkpointing=layer: transformers has no checkpointing of ctrl layers; use recurrence or none"
+        assert capsys.readouterr().err == f"loopwise: error: {message}\n"
+        assert not (tmp_path / "out").exists()
+    for kind in ("none", "recurrence"):
+        run(command(tmp_path / "model", tmp_path / kind, "steps=2", f"gradient_checkpointing={kind}"))
+    assert same(tmp_path / "none", tmp_path / "recurrence")
