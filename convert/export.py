@@ -135,7 +135,11 @@ def check_expressible(path: Path, config: RecurrentDepthConfig, unroll: int) -> 
 
 def _check_plain(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
     """Raise UserError for the first part of the model that a plain one lacks."""
+    from ..model.configuration_source import OWN  # imports transformers
+
     kind = config.source_config.model_type
+    if kind in OWN:
+        raise UserError(f"{path} has {kind} layers, and transformers has no such model, so it cannot be exported")
     if config.injection != "none":
         raise UserError(
             f"{path} has injection={config.injection!r}, which mixes the input into every recurrence; a plain {kind} "

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
+from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from loopwise.model.configuration_sandwich import SandwichConfig
 from loopwise.recipe import validate
 from loopwise.train.pretrained import cast
 from tests.helpers.convert import EVERY_LAYER, tokens
@@ -100,3 +102,15 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
         assert said in error
         assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_transformers_lacks_are_refused(capsys, tmp_path):
+    """Ouro's, for one: a plain model of them would load nowhere."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    source = SandwichConfig(**sizes, num_hidden_layers=2)
+    config = RecurrentDepthConfig(source_config=source, core=[0, 1], injection="none")
+    RecurrentDepthForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--unroll", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "has sandwich layers, and transformers has no such model, so it cannot be exported; `loopwise serve`" in error
+    assert not (tmp_path / "out").exists()
