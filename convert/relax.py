@@ -20,7 +20,10 @@ PROJECTIONS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "query_key_value": "q k v", "qkv_proj": "q k v", "Wqkv": "q k v",
     "c_attn": "q k v", "o_proj": "o", "out_proj": "o", "dense": "o", "gate_proj": "gate", "gate_up_proj": "gate up",
     "up_proj": "up", "fc1": "up", "fc_in": "up", "c_fc": "up", "dense_h_to_4h": "up", "down_proj": "down",
-    "fc2": "down", "fc_out": "down", "dense_4h_to_h": "down",
+    "fc2": "down", "fc_out": "down", "dense_4h_to_h": "down", "q_a_proj": "q", "q_b_proj": "q",
+    "kv_a_proj_with_mqa": "k v", "kv_b_proj": "k v", "kv_proj": "k v", "in_proj_qkv": "q k v", "in_proj_qkvz": "q k v",
+    "w1": "gate", "w3": "up", "w2": "down", "input_linear": "gate up", "output_linear": "down", "Wi": "gate up",
+    "Wq": "q", "Wk": "k", "Wv": "v",
 }  # fmt: skip
 EXACT_UP_TO = 1024  # the smaller side of a matrix, above which its SVD is randomized
 OVERSAMPLED = 16  # directions of a randomized SVD beyond its rank
@@ -59,7 +62,8 @@ def projections(layer: nn.Module) -> dict[str, tuple[nn.Linear | Conv1D, list[st
     linear: dict[str, tuple[nn.Linear | Conv1D, list[str]]] = {}
     for name, module in layer.named_modules():
         last = name.rpartition(".")[2]
-        targets = ["o" if "attn" in name else "down"] if last == "c_proj" else PROJECTIONS.get(last, "").split()
+        both = last in ("c_proj", "Wo")  # names of attention's output and of the MLP's
+        targets = ["o" if "attn" in name else "down"] if both else PROJECTIONS.get(last, "").split()
         if isinstance(module, nn.Linear | Conv1D) and targets:
             linear[name] = (module, targets)
     return linear

@@ -124,6 +124,8 @@ def cell(source: Path, out: Path, keys: dict[str, Any]) -> str:
     worst = facts["max_dlogit"]
     if "lora" in keys or "method" not in keys:  # the conversion itself compared less than this
         worst = against_source(source, out, keys)
+    if worst > 1e-4 and max(facts["lora_error"].values()) > 1e-4:
+        return "the matrices of a target share a rank, and in latent attention (MLA) their full ranks differ"
     if worst > 1e-4:
         return "matrices other than q, k, v, o, gate, up and down (experts, for one) have no LoRA and stay tied"
     return "=" if worst == 0 else "~"

@@ -161,5 +161,5 @@ def test_every_format_method_and_verb(tmp_path):
 def test_every_architecture(tmp_path):
     for kind in ARCHITECTURES:
         source(tmp_path / f"source-{kind}", kind)
-        assert main(["convert", str(tmp_path / f"source-{kind}"), str(tmp_path / kind), "sizes=1,2,1"]) == 0, kind
+        assert main(["convert", str(tmp_path / f"source-{kind}"), str(tmp_path / kind), "sizes=1,3,2"]) == 0, kind
     compare(tmp_path, ask(tmp_path, list(ARCHITECTURES)))

@@ -20,7 +20,7 @@ def configure(model: Any, checkpointing: str, compiled: str) -> None:
     if checkpointing == "layer" and not can:
         kind = model.config.source_config.model_type if recurrent else model.config.model_type
         others = "recurrence or none" if recurrent else "none"
-        raise UserError(f"gradient_checkpointing=layer: transformers has no checkpointing of {kind} layers; use {others}")
+        raise UserError(f"gradient_checkpointing=layer: transformers cannot checkpoint {kind} layers; use {others}")
     if checkpointing != "none" and can:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if checkpointing == "recurrence" and recurrent:

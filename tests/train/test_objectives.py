@@ -672,7 +672,7 @@ def test_layers_that_transformers_cannot_checkpoint(tokenizer, command, tmp_path
     for more in ([], ["--dry-run"]):
         arguments = command(tmp_path / "model", tmp_path / "out", "steps=2", "gradient_checkpointing=layer", *more)
         assert main(arguments) == 2
-        message = "gradient_checkpointing=layer: transformers has no checkpointing of ctrl layers; use recurrence or none"
+        message = "gradient_checkpointing=layer: transformers cannot checkpoint ctrl layers; use recurrence or none"
         assert capsys.readouterr().err == f"loopwise: error: {message}\n"
         assert not (tmp_path / "out").exists()
     for kind in ("none", "recurrence"):
