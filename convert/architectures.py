@@ -79,6 +79,12 @@ REFUSED_FIELDS = {
     "and the layers of an unrolled model are of another number",
 }
 
+# Fields of attention that reads both ways -> their values under which it is causal.
+CAUSAL_VALUES: dict[str, tuple[object, ...]] = {
+    "use_bidirectional_attention": (False, None, "vision"),  # Gemma 4's "vision": of images alone
+    "is_causal": (True,),
+}
+
 
 def check_supported(model_type: str) -> None:
     """Raise UserError for an architecture that is not supported: the reason, or all that are for an unknown one."""
@@ -95,6 +101,12 @@ def check_fields(config: PreTrainedConfig, path: object) -> None:
     for name, effect in REFUSED_FIELDS.items():
         if value := getattr(config, name, None):
             raise UserError(f"{path}: {name}={value} {effect.format(value=value)}")
+    for name, causal in CAUSAL_VALUES.items():
+        if (value := getattr(config, name, causal[0])) not in causal:
+            raise UserError(
+                f"{path}: {name}={value} lets a token attend to later ones, and a recurrent-depth model makes text "
+                f"token by token; only {name}={causal[0]} converts"
+            )
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:

@@ -56,6 +56,23 @@ def test_fields_over_a_boundary_are_refused(fields, said, capsys, tmp_path):
     assert said in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("llama", {"is_causal": False}),
+        ("llama", {"is_causal": None}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+    ],
+)
+def test_attention_to_later_tokens_is_refused(architecture, fields, capsys, tmp_path):
+    path = save_source(tmp_path / "source", architecture)
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
+    [(name, value)] = fields.items()
+    assert f"{name}={value} lets a token attend to later ones" in line
+
+
 def test_an_order_that_a_plain_model_lacks_is_refused(capsys, tmp_path):
     """The core of this Jamba is no whole number of periods; in that of DeepSeek, a dense layer comes after experts."""
     path = save_source(tmp_path / "jamba", "jamba")
