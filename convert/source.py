@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..checkpoint import weight_files
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..gguf_tensors import GgufTensors
 from ..model import RecurrentDepthConfig
@@ -37,6 +38,11 @@ class _Piece:
     handle: Handle
     raw: str
     pattern: str | None
+
+    def meta(self) -> torch.Tensor:
+        """A tensor of its type and shape without values."""
+        stored = self.handle.get_slice(self.raw)
+        return torch.empty(stored.get_shape(), dtype=FROM_SAFETENSORS[stored.get_dtype()], device="meta")
 
 
 @dataclass
@@ -103,7 +109,7 @@ class SourceWeights:
 
     def _find_tensors(self) -> None:
         """Find every tensor of the files in the model. Raises UserError for one that the model lacks, and that
-        transformers does not leave out."""
+        transformers does not leave out, and for pieces that do not make up their tensor."""
         ignored = self._loaded._keys_to_ignore_on_load_unexpected or ()  # pyright: ignore[reportPrivateUsage]
         mapping = get_model_conversion_mapping(self._loaded)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
@@ -131,6 +137,9 @@ class SourceWeights:
             stored = name if converter or self._whole else stored
             entry = self._stored.setdefault(name, _Stored(stored, loaded, converter, []))
             entry.pieces.append(_Piece(handle, raw, pattern))
+        for name, entry in self._stored.items():
+            if entry.converter:  # its shape, before any value is read
+                self._make(name, (piece.meta() for piece in entry.pieces))
 
     def _place(self, raw: str, name: str, pattern: str | None) -> tuple[str | None, str, str | None]:
         """(the name in the model that the files hold, the name on disk, the converter's pattern) of tensor `raw`.
@@ -210,18 +219,34 @@ class SourceWeights:
         """The values of tensor `name`; of tied ones, any. Raises UserError where its pieces do not make it up."""
         if name not in self._stored:
             name = self._model.all_tied_weights_keys[name]
+        pieces = self._stored[name].pieces
+        return self._make(name, (piece.handle.get_tensor(piece.raw) for piece in pieces))
+
+    def _make(self, name: str, values: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Tensor `name` from the `values` of its pieces. Raises UserError where they do not make it up."""
         stored = self._stored[name]
-        first = stored.pieces[0]
         if stored.converter is None:
-            return first.handle.get_tensor(first.raw)
-        converter = copy.deepcopy(stored.converter)
-        loaded = stored.loaded
-        for piece in stored.pieces:
-            converter.add_tensor(
-                loaded, piece.raw, cast(str, piece.pattern), cast(Any, piece.handle.get_tensor(piece.raw))
-            )
-        made: Any = converter.convert(loaded, model=self._loaded, config=self._loaded.config)[loaded]
+            return next(iter(values))
+        converter, loaded = copy.deepcopy(stored.converter), stored.loaded
+        for piece, value in zip(stored.pieces, values, strict=True):
+            converter.add_tensor(loaded, piece.raw, cast(str, piece.pattern), cast(Any, value))
+        try:
+            made: Any = converter.convert(loaded, model=self._loaded, config=self._loaded.config)[loaded]
+        except Exception as error:  # torch has no class of errors for shapes
+            raise self._do_not_fit(name, reason(error)) from None
         tensor = made[0] if isinstance(made, list) else made
         if list(tensor.shape) != self.shape(name):
-            raise UserError(f"{first.raw}, ...: make a tensor of shape {list(tensor.shape)}, not {self.shape(name)}")
+            raise self._do_not_fit(name, f"they make {list(tensor.shape)}")
         return tensor
+
+    def _do_not_fit(self, name: str, why: str) -> UserError:
+        """The error of pieces that do not make up tensor `name`: the number and shape of those of each pattern."""
+        stored = self._stored[name]
+        assert stored.converter is not None
+        found = Counter((piece.pattern, str(list(piece.meta().shape))) for piece in stored.pieces)
+        counts = [f"{count} x {pattern} {shape}" for (pattern, shape), count in found.items()]
+        lacking = [f"no {one}" for one in stored.converter.source_patterns if one not in {key[0] for key in found}]
+        return UserError(
+            f"{stored.pieces[0].raw}, ...: the files do not make up {name} of shape {self.shape(name)}; they have "
+            f"{', '.join(counts + lacking)} ({why})"
+        )

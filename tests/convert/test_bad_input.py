@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, modeling_utils
 
 from loopwise.cli import main
@@ -25,6 +26,11 @@ from tests.helpers.tiny import save_source
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return save_source(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    return save_source(tmp_path_factory.mktemp("mixture") / "qwen3_moe", "qwen3_moe")
 
 
 def broken(source: Path, folder: Path) -> Path:
@@ -120,6 +126,31 @@ def test_an_unsupported_architecture_lists_the_supported(capsys, tmp_path, sourc
     assert "'t5'" in line
     assert "llama" in line
     assert "qwen3" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("an expert", "4 x mlp.experts.*.gate_proj.weight [32, 64], 3 x mlp.experts.*.up_proj.weight [32, 64]"),
+        ("all gates", "they have 4 x mlp.experts.*.up_proj.weight [32, 64], no mlp.experts.*.gate_proj.weight"),
+        ("a shape", "1 x mlp.experts.*.gate_proj.weight [30, 64]"),
+    ],
+)
+@pytest.mark.parametrize("more", [["workers=2"], ["--dry-run"]])
+def test_experts_that_do_not_fit_together(kind, said, more, capsys, tmp_path, mixture):
+    path = broken(mixture, tmp_path)
+    file, experts = path / "model.safetensors", "model.layers.2.mlp.experts"
+    tensors = load_file(file)
+    if kind == "an expert":
+        del tensors[f"{experts}.2.up_proj.weight"]
+    for expert in range(4) if kind == "all gates" else ():
+        del tensors[f"{experts}.{expert}.gate_proj.weight"]
+    if kind == "a shape":
+        tensors[f"{experts}.1.gate_proj.weight"] = torch.ones(30, 64)
+    save_file(tensors, file, {"format": "pt"})
+    line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,3,2", *more)
+    assert f"the files do not make up {experts}.gate_up_proj of shape [4, 64, 64]" in line
+    assert said in line
 
 
 def test_a_full_output_needs_force(capsys, tmp_path, source):
@@ -428,7 +459,6 @@ def test_a_source_file_that_cannot_be_read_again(capsys, tmp_path, source, monke
 
 
 def test_tensors_of_other_types(capsys, tmp_path, source):
-    from safetensors.torch import load_file, save_file
 
     path = broken(source, tmp_path)
     tensors = load_file(path / "model.safetensors")
@@ -442,7 +472,6 @@ def test_tensors_of_other_types(capsys, tmp_path, source):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_not_finite(capsys, tmp_path, source, value, dtype):
-    from safetensors.torch import load_file, save_file
 
     path = broken(source, tmp_path)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
