@@ -122,7 +122,7 @@ class SourceWeights:
             if loaded is None:
                 if raw.endswith(TABLES):
                     continue
-                if any(re.search(rule, raw) or re.search(rule, renamed) for rule in ignored):
+                if any(re.search(rule, raw) or re.search(rule, renamed) for rule in ignored) or self._predicts(raw):
                     self.left_out.append(raw)
                     continue
                 raise UserError(
@@ -140,6 +140,13 @@ class SourceWeights:
         for name, entry in self._stored.items():
             if entry.converter:  # its shape, before any value is read
                 self._make(name, (piece.meta() for piece in entry.pieces))
+
+    def _predicts(self, raw: str) -> bool:
+        """True for a tensor of a layer after the last, which predicts further tokens (DeepSeek-V3, 2412.19437,
+        section 2.2)."""
+        count = getattr(self.config, "num_nextn_predict_layers", 0)
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", raw)
+        return bool(layer) and isinstance(count, int) and 0 <= int(layer[1]) - self.config.num_hidden_layers < count
 
     def _place(self, raw: str, name: str, pattern: str | None) -> tuple[str | None, str, str | None]:
         """(the name in the model that the files hold, the name on disk, the converter's pattern) of tensor `raw`.

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loopwise.convert.architectures import CANNOT, MULTIMODAL, NOT_YET, SUPPORTED
 from loopwise.convert.text_model import text_config, whole_model
-from tests.helpers.convert import EVERY_LAYER, refused, run, tokens
+from tests.helpers.convert import EVERY_LAYER, change_fields, refused, run, tokens
 from tests.helpers.tiny import load_source, save_source
 
 
@@ -36,8 +36,7 @@ def test_text_models_inside_of_multimodal_ones_are_supported():
 )
 def test_the_reason_is_said(model_type, said, capsys, tmp_path):
     path = save_source(tmp_path / "source")
-    fields = {**json.loads((path / "config.json").read_text()), "model_type": model_type}
-    (path / "config.json").write_text(json.dumps(fields))
+    change_fields(path, model_type=model_type)
     line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
     assert said in line
     assert ("qwen3" in line) == (model_type == "t5")
@@ -52,7 +51,7 @@ def test_the_reason_is_said(model_type, said, capsys, tmp_path):
 )
 def test_fields_over_a_boundary_are_refused(fields, said, capsys, tmp_path):
     path = save_source(tmp_path / "source", "gemma4_text")
-    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    change_fields(path, **fields)
     assert said in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
 
 
@@ -67,7 +66,7 @@ def test_fields_over_a_boundary_are_refused(fields, said, capsys, tmp_path):
 )
 def test_attention_to_later_tokens_is_refused(architecture, fields, capsys, tmp_path):
     path = save_source(tmp_path / "source", architecture)
-    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    change_fields(path, **fields)
     line = refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,2,1")
     [(name, value)] = fields.items()
     assert f"{name}={value} lets a token attend to later ones" in line
@@ -83,14 +82,31 @@ def test_an_order_that_a_plain_model_lacks_is_refused(capsys, tmp_path):
     assert "first_k_dense_replace: a plain model has its layers without experts at its ends" in line
 
 
-def test_tensors_that_transformers_leaves_out_are_left_out_and_named(capsys, tmp_path):
-    path = save_source(tmp_path / "source", "qwen3_5_text")
+@pytest.mark.parametrize(
+    ("architecture", "fields", "name"),
+    [
+        ("qwen3_5_text", {}, "mtp.fc.weight"),
+        ("deepseek_v3", {"num_nextn_predict_layers": 1}, "model.layers.6.eh_proj.weight"),
+        ("glm4_moe", {"num_nextn_predict_layers": 2}, "model.layers.7.input_layernorm.weight"),
+    ],
+)
+def test_heads_that_predict_further_tokens_are_left_out_and_named(architecture, fields, name, capsys, tmp_path):
+    path = save_source(tmp_path / "source", architecture)
+    change_fields(path, **fields)
     tensors = load_file(path / "model.safetensors")
-    save_file({**tensors, "mtp.fc.weight": torch.ones(2, 2)}, path / "model.safetensors", {"format": "pt"})
+    save_file({**tensors, name: torch.ones(2, 2)}, path / "model.safetensors", {"format": "pt"})
     model = run(path, tmp_path / "out", **EVERY_LAYER)
     facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())
-    assert any("left out, as in transformers' qwen3_5_text: mtp.fc.weight" in note for note in facts["notes"])
+    assert any(f"left out, as in transformers' {architecture}: {name}" in note for note in facts["notes"])
     with torch.no_grad():
         want, got = load_source(path)(**tokens()).logits, model(**tokens(), num_recurrences=1).logits
     seen = tokens()["attention_mask"].bool()
     assert torch.equal(want[seen], got[seen])
+
+
+def test_a_layer_after_those_that_predict_is_refused(capsys, tmp_path):
+    path = save_source(tmp_path / "source", "deepseek_v3")
+    change_fields(path, num_nextn_predict_layers=1)
+    tensors, name = load_file(path / "model.safetensors"), "model.layers.7.eh_proj.weight"
+    save_file({**tensors, name: torch.ones(2, 2)}, path / "model.safetensors", {"format": "pt"})
+    assert f"tensor {name} is not one of" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,3,2")
