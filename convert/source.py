@@ -122,7 +122,8 @@ class SourceWeights:
             if loaded is None:
                 if raw.endswith(TABLES):
                     continue
-                if any(re.search(rule, raw) or re.search(rule, renamed) for rule in ignored) or self._predicts(raw):
+                aside = self._predicts(raw) or (self._whole and not self._whole.is_text(renamed))
+                if aside or any(re.search(rule, raw) or re.search(rule, renamed) for rule in ignored):
                     self.left_out.append(raw)
                     continue
                 raise UserError(

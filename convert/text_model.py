@@ -29,10 +29,18 @@ OWN = ("model_type", "transformers_version", "architectures", "auto_map", "torch
 
 @dataclass
 class Whole:
-    """A multimodal model on the meta device. names: its own name of a tensor -> the text model's name."""
+    """A multimodal model on the meta device.
+
+    names: its own name of a tensor -> the text model's name.   roots: how names of its text decoder and head begin.
+    """
 
     model: PreTrainedModel
     names: dict[str, str]
+    roots: tuple[str, ...]
+
+    def is_text(self, name: str) -> bool:
+        """True for the `name` of a tensor of the text model, in files that may leave out the model's own prefix."""
+        return name.startswith(self.roots) or f"{self.model.base_model_prefix}.{name}".startswith(self.roots)
 
     def note(self, text_model: PreTrainedModel) -> str:
         """A line on the parts that are left out."""
@@ -69,19 +77,20 @@ def find_text_model(whole: PreTrainedModel, text_model: PreTrainedModel) -> Whol
     Raises UserError where its text decoder is another model.
     """
     decoder = whole.get_decoder()
-    roots = [root for root in (text_model.get_decoder(), text_model) if _same_tensors(root, decoder)]
-    if not roots:
+    found = [root for root in (text_model.get_decoder(), text_model) if _same_tensors(root, decoder)]
+    if not found:
         raise UserError(
             f"{whole.config.model_type}: its text decoder {type(decoder).__name__} has other tensors than "
             f"{type(text_model).__name__}, so it cannot be taken out"
         )
-    inner, outer = _name(text_model, roots[0]), _name(whole, decoder)
-    names = {f"{outer}{name}": f"{inner}{name}" for name in decoder.state_dict()}
+    inner, outer = _name(text_model, found[0]), _name(whole, decoder)
+    names, roots = {f"{outer}{name}": f"{inner}{name}" for name in decoder.state_dict()}, [outer]
     heads = whole.get_output_embeddings(), text_model.get_output_embeddings()
     if heads[0] is not None and heads[1] is not None:
         outer, inner = _name(whole, heads[0]), _name(text_model, heads[1])
         names |= {f"{outer}{name}": f"{inner}{name}" for name in heads[0].state_dict()}
-    return Whole(whole, names)
+        roots.append(outer)
+    return Whole(whole, names, tuple(roots))
 
 
 def whole_model(config: PreTrainedConfig) -> PreTrainedModel:

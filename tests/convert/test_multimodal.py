@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopwise.convert import ConvertRecipe, convert
@@ -45,6 +47,28 @@ def test_tokenizer_and_a_processors_template_come_along(tmp_path):
     convert(source, tmp_path / "out", validate(ConvertRecipe, {"sizes": [1, 2, 1]}))
     written = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert written.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
+
+
+def with_tensor(source: Path, name: str) -> Path:
+    """`source` with one more tensor."""
+    file = source / "model.safetensors"
+    save_file({**load_file(file), name: torch.arange(5)}, file, {"format": "pt"})
+    return source
+
+
+def test_an_unknown_tensor_of_a_part_that_is_left_out_is_left_out(tmp_path):
+    """CLIP's positions, a buffer that older transformers stored."""
+    name = "vision_tower.vision_model.embeddings.position_ids"
+    source = with_tensor(save_whole(tmp_path / "source", "llava"), name)
+    facts = convert(source, tmp_path / "out", validate(ConvertRecipe, {"sizes": [1, 2, 1]}))
+    assert facts["max_dlogit"] == 0
+    assert any(f"left out, as in transformers' llama: {name}" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize("name", ["model.language_model.layers.1.more.weight", "language_model.model.more.weight"])
+def test_an_unknown_tensor_of_the_text_model_is_refused(name, tmp_path, capsys):
+    source = with_tensor(save_whole(tmp_path / "source", "llava"), name)
+    assert f"{name} is not one of" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,2,1")
 
 
 def test_a_model_without_a_text_decoder_is_refused(tmp_path, capsys):
