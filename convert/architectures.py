@@ -1,7 +1,7 @@
 """Source architectures of transformers in lists: supported (some inside of another), not yet, and never.
 
-The tests prove that converted models of the supported ones equal their sources, and that every causal language model
-of the installed transformers is in one list.
+The tests prove that converted models of the supported ones equal their sources, and that every causal or multimodal
+language model of the installed transformers is in one list.
 """
 
 from __future__ import annotations
@@ -25,17 +25,29 @@ phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_
 stablelm starcoder2 vaultgemma xglm youtu
 """.split()  # noqa: SIM905 (a table)
 
-# Multimodal ones whose text model stands inside and is supported: it is taken out.
-MULTIMODAL = "fuyu gemma3 gemma4 gemma4_unified got_ocr2 llama4 qwen3_5 qwen3_5_moe".split()  # noqa: SIM905
+# Multimodal ones whose text model stands inside and is supported: it is taken out. (Where config.json chooses the text
+# model, that of the type's default is.)
+MULTIMODAL = """
+aria aya_vision blip-2 cohere2_vision cohere_compass cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 fast_vlm
+fun_asr_nano fuyu gemma3 gemma4 gemma4_unified glmasr got_ocr2 granite_speech granite_speech_plus hyperclovax_vision_v2
+idefics2 idefics3 inkling_mm_model instructblip instructblipvideo internvl janus kimi_k25 lfm2_vl lighton_ocr llama4
+llava llava_next llava_next_video llava_onevision minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 nemotron_h_omni ovis2
+perception_lm pp_chart2table qianfan_ocr qwen2_5_omni qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5
+qwen3_5_moe qwen3_asr qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe shieldgemma2 smolvlm vibevoice_asr
+video_llama_3 video_llava vipllava voxtral
+""".split()  # noqa: SIM905 (a table)
 
 # reason -> architectures. Each reason completes "architecture 'x' is not supported yet: ".
 NOT_YET_BY_REASON = {
-    "its text model has no causal class of its own; a plain type that computes the same would do it": "emu3",
-    "its layers hold adapters for images and sound beside the text model's; leaving these out would do it": """
-        phi4_multimodal""",
+    "its text model has no causal class of its own; a plain type that computes the same would do it": """
+        chameleon cosmos3_edge deepseek_ocr2 emu3 glm46v glm4v glm4v_moe glm_ocr glmga granite4_vision hunyuan_vl
+        kosmos-2 kosmos-2.5 muse_glimmer paddleocr_vl step3p7""",
+    "transformers' AutoModelForCausalLM has no class for it; an entry there would do it": "mistral4",
+    "its layers hold parts for images and sound beside the text's; leaving these out would do it": """
+        ernie4_5_vl_moe phi4_multimodal""",
     "several streams of hidden states run between its layers (hyper-connections, AltUp), and the recurrence has one; "
     "injection, norms and initial states of all streams would do it": """
-        deepseek_v4 gemma3n gemma3n_text hy_v4 qwen4_exp qwen4_exp_text""",
+        deepseek_v4 gemma3n gemma3n_text glm5_next hy_v4 qwen4_exp qwen4_exp_text""",
     "a layer hands the keys that it chose, or its router's state, on to the next; a state of that beside the hidden "
     "states would do it": "glm_moe_dsa zaya",
     "each of its layers has two attentions, with a cache slot for each, and a slot here is a layer's; two slots for a "
@@ -58,10 +70,13 @@ CANNOT_BY_REASON = {
         bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
         roberta-prelayernorm roc_bert roformer xlm xlm-roberta
         xlm-roberta-xl xlnet xmod""",
-    "it is the decoder of an encoder-decoder": """
-        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper""",
-    "its decoder reads an image or sound between its layers, or writes sound": """
-        git mllama moshi musicgen musicgen_melody""",
+    "it is an encoder-decoder, or the decoder of one": """
+        bart bigbird_pegasus blenderbot blenderbot-small florence2 marian mbart mvp pegasus pix2struct plbart
+        pp_formulanet prophetnet t5gemma2 trocr udop vision-encoder-decoder whisper""",
+    "its decoder reads an image, sound or a protein within its layers, or writes sound": """
+        blip evolla git idefics kyutai_speech_to_text mllama moshi musicgen musicgen_melody voxtral_realtime""",
+    "tokens of its prompt, or of the block of text that it makes, attend to later ones": "diffusion_gemma paligemma",
+    "it writes the motions of a robot": "pi0",
     "it drafts for another model, whose keys and values it reads": "gemma4_assistant gemma4_unified_assistant",
     "it reads bytes in patches, by three models in a row": "blt",
     "files of these models have model_type gpt2, which is supported": "gpt-sw3",

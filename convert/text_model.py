@@ -23,6 +23,7 @@ STANDS_FOR: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_5_omni_text": ("qwen2", {}),
     "qwen3_vl_text": ("qwen3", {}),
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_omni_moe_text": ("qwen3_moe", {}),
 }
 OWN = ("model_type", "transformers_version", "architectures", "auto_map", "torch_dtype")
 
@@ -44,7 +45,9 @@ class Whole:
 
     def note(self, text_model: PreTrainedModel) -> str:
         """A line on the parts that are left out."""
-        parts = sorted({_part(name) for name in self.model.state_dict() if name not in self.names})
+        around = {"model", *self.roots[0].split(".")}
+        others = [name.split(".") for name in self.model.state_dict() if name not in self.names]
+        parts = sorted({next(part for part in name if part not in around) for name in others})
         return (
             f"the text model ({text_model.config.model_type}) of a multimodal one ({self.model.config.model_type}) is "
             f"converted; left out: {', '.join(parts) or 'nothing'}"
@@ -76,16 +79,19 @@ def find_text_model(whole: PreTrainedModel, text_model: PreTrainedModel) -> Whol
 
     Raises UserError where its text decoder is another model.
     """
-    decoder = whole.get_decoder()
-    found = [root for root in (text_model.get_decoder(), text_model) if _same_tensors(root, decoder)]
-    if not found:
+    inner_roots = text_model.get_decoder(), text_model
+    holders = (module for module in whole.modules() if isinstance(module, PreTrainedModel))
+    places = ((holder, root) for holder in holders for root in inner_roots if _same_tensors(root, holder.get_decoder()))
+    holder, root = next(places, (None, None))  # Qwen-Omni's whole model has its text model two models down
+    if holder is None or root is None:
         raise UserError(
-            f"{whole.config.model_type}: its text decoder {type(decoder).__name__} has other tensors than "
+            f"{whole.config.model_type}: its text decoder {type(whole.get_decoder()).__name__} has other tensors than "
             f"{type(text_model).__name__}, so it cannot be taken out"
         )
-    inner, outer = _name(text_model, found[0]), _name(whole, decoder)
+    decoder = holder.get_decoder()
+    inner, outer = _name(text_model, root), _name(whole, decoder)
     names, roots = {f"{outer}{name}": f"{inner}{name}" for name in decoder.state_dict()}, [outer]
-    heads = whole.get_output_embeddings(), text_model.get_output_embeddings()
+    heads = holder.get_output_embeddings(), text_model.get_output_embeddings()
     if heads[0] is not None and heads[1] is not None:
         outer, inner = _name(whole, heads[0]), _name(text_model, heads[1])
         names |= {f"{outer}{name}": f"{inner}{name}" for name in heads[0].state_dict()}
@@ -119,8 +125,3 @@ def _name(model: torch.nn.Module, part: torch.nn.Module) -> str:
     """The path of the module `part` inside of `model`, with a dot at its end; "" for `model` itself."""
     path = next(name for name, module in model.named_modules() if module is part)
     return f"{path}." if path else ""
-
-
-def _part(name: str) -> str:
-    """The part of a multimodal model that tensor `name` is of: `vision_tower`."""
-    return next(part for part in name.split(".") if part != "model")

@@ -21,7 +21,7 @@ PAGE = ROOT / "docs/reference/sources.md"
 sys.path.insert(0, str(ROOT))
 
 from loopwise.convert import ConvertRecipe, convert  # noqa: E402
-from loopwise.convert.architectures import CANNOT_BY_REASON, NOT_YET_BY_REASON, SUPPORTED  # noqa: E402
+from loopwise.convert.architectures import CANNOT_BY_REASON, MULTIMODAL, NOT_YET_BY_REASON, SUPPORTED  # noqa: E402
 from loopwise.convert.relax import projections  # noqa: E402
 from loopwise.convert.source_config import empty_model  # noqa: E402
 from loopwise.errors import UserError  # noqa: E402
@@ -54,6 +54,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     write("served", served())
     write("refused", refused())
+    write("multimodal", textwrap.wrap(f"{', '.join(MULTIMODAL)}.", 120, break_on_hyphens=False))
     if sys.argv[1:] != ["lists"]:
         write("table", methods(sys.argv[1:] or SUPPORTED))
 

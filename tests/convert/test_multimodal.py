@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.recipe import validate
 from tests.helpers.convert import refused
-from tests.helpers.multimodal import KINDS, save_whole, whole_class
+from tests.helpers.multimodal import KINDS, load_whole, save_whole
 from tests.helpers.tiny import VOCAB, tokenizer
 
-FAST = ("gemma3", "mistral3", "qwen3_vl_moe")
+FAST = ("gemma3", "mistral3", "qwen2_5_omni", "qwen3_vl_moe")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_text_model_equals_the_whole_one_on_text(kind, tmp_path):
     facts = convert(source, tmp_path / "out", validate(ConvertRecipe, {"sizes": [1, 2, 1]}))
     assert facts["max_dlogit"] == 0
     assert any("left out" in note and kind in note for note in facts["notes"])
-    whole = whole_class(kind).from_pretrained(source).eval()
+    whole = load_whole(source, kind)
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert got.config.source_config.model_type == KINDS[kind][0]
     ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -26,6 +26,7 @@ QWEN = {
 }  # fmt: skip
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+AUDIO = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 8}
 
 # model_type -> (type of the text model, fields of text_config, the other fields)
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -46,6 +47,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ("llama", {"model_type": "llama"}, {"vision_config": VISION, "pad_token_id": 2}),
     "voxtral": ("llama", {"model_type": "llama"}, {"audio_config": {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}}),
+    "qwen2_5_omni": ("qwen2", {"rope_parameters": SECTIONS}, {
+        "vision_config": QWEN, "audio_config": {**AUDIO, "output_dim": 64, "n_window": 4}, "vision_start_token_id": 3}),
+    "qwen3_omni_moe_thinker": ("qwen3_moe", {"rope_parameters": {**SECTIONS, "mrope_interleaved": True}, **EXPERTS}, {
+        "vision_config": QWEN, "audio_config": {**AUDIO, "output_dim": 64, "downsample_hidden_size": 8},
+        "vision_start_token_id": 3}),
 }  # fmt: skip
 
 
@@ -59,6 +65,16 @@ def save_whole(folder: Path, kind: str) -> Path:
     _, text, rest = KINDS[kind]
     torch.manual_seed(0)
     made: Any = CONFIG_MAPPING[kind]
-    config = made(text_config={**TEXT, **text}, **rest)
-    whole_class(kind)(config).save_pretrained(folder)
+    fields: dict[str, Any] = {"text_config": {**TEXT, **text}, **rest}
+    if kind == "qwen2_5_omni":
+        fields = {"thinker_config": fields, "enable_audio_output": False}
+    whole_class(kind)(made(**fields)).save_pretrained(folder)
     return folder
+
+
+def load_whole(folder: Path, kind: str) -> Any:
+    """The model of text and images in `folder`, in evaluation mode."""
+    if kind == "qwen2_5_omni":  # its own loading asks for voices
+        torch.save({}, folder / "spk_dict.pt")
+        return whole_class(kind).from_pretrained(folder).thinker.eval()
+    return whole_class(kind).from_pretrained(folder).eval()
