@@ -12,16 +12,20 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .base import Known
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [T, head size / 2]
 Layer = Callable[[torch.Tensor, str], torch.Tensor]
 TABLE = 0.01  # greatest difference of a stored rotary table from the computed one: bfloat16 rounds by 0.004
 
 
-def rotary_angles(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) -> torch.Tensor:
-    """Rotary angles [T, head size / 2] of positions 0 to `length` - 1."""
+def rotary(source: LlamaConfig | Olmo2Config | Qwen3Config, length: int) -> Rotation:
+    """Cosines and sines of positions 0 to `length` - 1, both times YaRN's scale of attention (arXiv 2309.00071, section
+    3.4), which is 1 for other kinds."""
     config: Any = source
-    frequencies = LlamaRotaryEmbedding(config=config).inv_freq
+    embedding = LlamaRotaryEmbedding(config=config)
+    frequencies = embedding.inv_freq
     assert isinstance(frequencies, torch.Tensor)
-    return torch.outer(torch.arange(length).float(), frequencies)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return angles.cos() * embedding.attention_scaling, angles.sin() * embedding.attention_scaling
 
 
 def rotary_table(base: float, head_dim: int, length: int) -> Known:
@@ -57,7 +61,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     head_dim: int,
-    angles: torch.Tensor,
+    rotation: Rotation,
     *,
     neighbors: bool = False,
     mask: torch.Tensor | None = None,
@@ -67,12 +71,12 @@ def attend(
 
     Causal, or by `mask` [T, T], True where a row attends. Rotated pairs are `neighbors`, or half a head apart.
     """
+    cos, sin = rotation
     q, k, v = (t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (queries, keys, values))
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbors else x.chunk(2, dim=-1)
-        a = x1 * angles.cos() - x2 * angles.sin()
-        b = x2 * angles.cos() + x1 * angles.sin()
+        a, b = x1 * cos - x2 * sin, x2 * cos + x1 * sin
         return torch.stack([a, b], -1).flatten(-2) if neighbors else torch.cat([a, b], -1)
 
     out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, mask, is_causal=mask is None, enable_gqa=True)

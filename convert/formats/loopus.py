@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 from ...errors import UserError
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format, check_options
-from .layers import attend, named_layers, rms_norm, rotary_angles
+from .layers import attend, named_layers, rms_norm, rotary
 
 PARTS = {"prelude": "encoder", "core": "reasoning", "coda": "decoder"}  # our names -> theirs
 OLD = "plateau"  # the core's name in early checkpoints
@@ -109,7 +109,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     config, read, core = checkpoint.config, checkpoint.read, _core_name(checkpoint.names)
     source = config.source_config
     assert isinstance(source, Qwen3Config)
-    angles, head_dim, eps = rotary_angles(source, ids.shape[1]), source.head_dim, source.rms_norm_eps
+    rotation, head_dim, eps = rotary(source, ids.shape[1]), source.head_dim, source.rms_norm_eps
     norm, linear = named_layers(read, eps)
 
     def heads(x: torch.Tensor, at: str) -> torch.Tensor:
@@ -120,7 +120,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
             at = f"{part}.layers.{n}."
             q, k, v = (linear(norm(x, f"{at}input_layernorm"), f"{at}self_attn.{name}_proj") for name in "qkv")
             q, k = heads(q, f"{at}self_attn.q_norm"), heads(k, f"{at}self_attn.k_norm")
-            x = x + linear(attend(q, k, v, head_dim, angles), f"{at}self_attn.o_proj")
+            x = x + linear(attend(q, k, v, head_dim, rotation), f"{at}self_attn.o_proj")
             h = norm(x, f"{at}post_attention_layernorm")
             gated = F.silu(linear(h, f"{at}mlp.gate_proj")) * linear(h, f"{at}mlp.up_proj")
             x = x + linear(gated, f"{at}mlp.down_proj")

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from ...errors import UserError
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format
-from .layers import attend, rotary_angles
+from .layers import attend, rotary
 
 MATRICES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -179,7 +179,7 @@ class _Reference:
         self.source, self.router, self.read, self.ids = source, router, checkpoint.read, ids
         self.head_dim = source.head_dim
         self.names = find_names(checkpoint.names)
-        self.angles = rotary_angles(source, len(ids))
+        self.rotation = rotary(source, len(ids))
         self.causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         self.first: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the first recurrence's keys and values
 
@@ -242,7 +242,7 @@ class _Reference:
             q, k, v = (self.linear(h, f"{at}self_attn.{name}_proj") for name in "qkv")
             if recurrent and self.router["kv"] == "first-recursion":
                 k, v = self.first.setdefault(n, (k, v))
-            attended = attend(q, k, v, self.head_dim, self.angles, mask=mask)
+            attended = attend(q, k, v, self.head_dim, self.rotation, mask=mask)
             x = x + self.linear(attended, f"{at}self_attn.o_proj")
             h = self.norm(x, f"{at}post_attention_layernorm")
             h = ACT2FN[self.source.hidden_act](self.linear(h, f"{at}mlp.gate_proj")) * self.linear(

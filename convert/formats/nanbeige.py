@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ...errors import UserError
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format, check_options
-from .layers import attend, named_layers, rotary_angles
+from .layers import attend, named_layers, rotary
 from .raven import rope_parameters
 
 KEYS = (
@@ -79,7 +79,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     source, read = checkpoint.config.source_config, checkpoint.read
     assert isinstance(source, LlamaConfig)
     assert source.head_dim is not None
-    angles, head_dim = rotary_angles(source, ids.shape[1]), source.head_dim
+    rotation, head_dim = rotary(source, ids.shape[1]), source.head_dim
     norm, linear = named_layers(read, source.rms_norm_eps)
     x = read("model.embed_tokens.weight")[ids]
     skip = checkpoint.fields.get("skip_loop_final_norm")
@@ -88,7 +88,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
             at = f"model.layers.{n}."
             h = norm(x, f"{at}input_layernorm")
             q, k, v = (linear(h, f"{at}self_attn.{name}_proj") for name in "qkv")
-            x = x + linear(attend(q, k, v, head_dim, angles), f"{at}self_attn.o_proj")
+            x = x + linear(attend(q, k, v, head_dim, rotation), f"{at}self_attn.o_proj")
             h = norm(x, f"{at}post_attention_layernorm")
             x = x + linear(
                 F.silu(linear(h, f"{at}mlp.gate_proj")) * linear(h, f"{at}mlp.up_proj"), f"{at}mlp.down_proj"

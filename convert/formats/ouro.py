@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ...model.configuration_sandwich import SandwichConfig
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format, check_options
-from .layers import attend, named_layers, rotary_angles
+from .layers import attend, named_layers, rotary
 from .raven import rope_parameters
 
 KEYS = (
@@ -74,7 +74,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     source, read = checkpoint.config.source_config, checkpoint.read
     assert isinstance(source, SandwichConfig)
     assert source.head_dim is not None
-    angles, head_dim = rotary_angles(source, ids.shape[1]), source.head_dim
+    rotation, head_dim = rotary(source, ids.shape[1]), source.head_dim
     norm, linear = named_layers(read, source.rms_norm_eps)
     x = read("model.embed_tokens.weight")[ids]
     for _ in range(depth):
@@ -82,7 +82,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
             at = f"model.layers.{n}."
             h = norm(x, f"{at}input_layernorm")
             q, k, v = (linear(h, f"{at}self_attn.{name}_proj") for name in "qkv")
-            attended = linear(attend(q, k, v, head_dim, angles), f"{at}self_attn.o_proj")
+            attended = linear(attend(q, k, v, head_dim, rotation), f"{at}self_attn.o_proj")
             x = x + norm(attended, f"{at}input_layernorm_2")
             h = norm(x, f"{at}post_attention_layernorm")
             h = F.silu(linear(h, f"{at}mlp.gate_proj")) * linear(h, f"{at}mlp.up_proj")

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...model.configuration_ungated import UngatedConfig
 from ..raw import RawTensors
 from .base import Checkpoint, CheckpointMap, Format, check_options
-from .layers import attend, named_layers, rotary_angles, rotary_table
+from .layers import attend, named_layers, rotary, rotary_table
 
 PARTS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}  # our names -> theirs in tensor names
 SIZES = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
@@ -161,7 +161,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
     source = config.source_config
     assert isinstance(source, UngatedConfig)
     heads, eps = source.num_attention_heads, source.rms_norm_eps
-    angles, (norm, linear) = rotary_angles(source, ids.shape[1]), named_layers(read, eps)
+    rotation, (norm, linear) = rotary(source, ids.shape[1]), named_layers(read, eps)
     offsets = dict(zip(PARTS.values(), (0, len(config.prelude), len(config.prelude + config.core)), strict=True))
 
     def run(x: torch.Tensor, part: str, count: int) -> torch.Tensor:
@@ -176,7 +176,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor, depth: int, state: torc
             if fields.get("qk_norm"):  # before the rotation, which keeps lengths
                 q, k = (F.rms_norm(t.unflatten(-1, (heads, -1)), (t.shape[-1] // heads,), eps=EPS) for t in (q, k))
                 q, k = q.flatten(-2), k.flatten(-2)
-            x = x + linear(attend(q, k, v, h.shape[-1] // heads, angles, neighbors=True), f"{at}attn.c_proj")
+            x = x + linear(attend(q, k, v, h.shape[-1] // heads, rotation, neighbors=True), f"{at}attn.c_proj")
             x = x + linear(F.relu(linear(norm(x, f"{at}norm_2"), f"{at}mlp.fc")) ** 2 / 2, f"{at}mlp.proj")
         return x
 

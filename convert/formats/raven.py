@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Olmo2Config
 
 from ...errors import UserError
 from .base import Checkpoint, CheckpointMap, check_options
-from .layers import attend, rms_norm, rotary_angles, rotary_table
+from .layers import Rotation, attend, rms_norm, rotary, rotary_table
 
 MODEL_TYPE = "huginn_raven"
 BLOCK = "transformer.core_block.0."
@@ -186,11 +186,11 @@ class Reference:
         self.source, self.fields, self.read = source, checkpoint.fields, checkpoint.read
         self.scale: float = (self.fields.get("init_values") or {}).get("embed_scale", 1.0)
         self.head_dim: int = checkpoint.config.source_config.head_dim
-        self.angles = torch.empty(0)  # [T, head_dim / 2], set by `logits`
+        self.rotation: Rotation  # set by `logits`
 
     def logits(self, ids: torch.Tensor, depth: int, state: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, T, V] of ids [B, T] at `depth` recurrences from `state` [B, T, D], else the prelude's end."""
-        self.angles = rotary_angles(self.source, ids.shape[1])
+        self.rotation = rotary(self.source, ids.shape[1])
         e = self.run(self.read("transformer.wte.weight")[ids] * self.scale, "prelude")
         s = e if state is None else state
         for _ in range(depth):
@@ -228,7 +228,7 @@ class Reference:
         widths = [heads[0] * self.head_dim, heads[1] * self.head_dim, heads[1] * self.head_dim]
         q, k, v = F.linear(x, self.read(f"{at}attn.Wqkv.weight")).split(widths, dim=-1)
         q, k = self.turn(q, k, at)
-        out = attend(q, k, v, self.head_dim, self.angles, neighbors=self.neighbors)
+        out = attend(q, k, v, self.head_dim, self.rotation, neighbors=self.neighbors)
         return F.linear(out, self.read(f"{at}attn.proj.weight"))
 
     def mlp(self, x: torch.Tensor, at: str) -> torch.Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from loopwise.cli import main
 from loopwise.convert import formats
@@ -65,6 +67,23 @@ def test_ouro_has_its_exit_gates_and_the_right_special_tokens(tmp_path):
     assert model.config.trained_recurrences == {"mean": 4, "min": 1, "max": 4}
     for found in (model.config, model.generation_config):
         assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("name", ["ouro", "llama", "olmo", "loopus", "mor-token"])
+def test_yarn_scales_attention_as_in_the_authors_code(name, tmp_path):
+    """All of them run transformers' rotary embedding, or one like it, whose scale the formulas have to share."""
+    folder = source(name, tmp_path / "source")
+    if name == "loopus":
+        base = json.loads((folder / "config.json").read_text())["base_config_dict"]
+        change_fields(folder, base_config_dict={**base, "rope_parameters": {**base["rope_parameters"], **YARN}})
+    else:
+        change_fields(folder, rope_scaling=YARN)
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    source_config = AutoConfig.from_pretrained(tmp_path / "out").source_config
+    assert LlamaRotaryEmbedding(source_config).attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_what_the_checkpoint_says_is_kept(tmp_path):
