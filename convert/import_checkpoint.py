@@ -27,6 +27,7 @@ from .formats.base import Checkpoint, CheckpointMap, Transform
 from .generation import FILE
 from .pending import Pending
 from .plan import PARTS
+from .quantised import dtype_in, find_method
 from .raw import RawTensors
 from .recipe import ConvertRecipe
 from .verify import DEPTH, reloaded, sample
@@ -73,7 +74,8 @@ def open_import(path: Path, recipe: ConvertRecipe) -> Generator[ImportConversion
     Raises UserError for a checkpoint of no known format, and where config.json, tensors and recipe do not fit together.
     """
     fields = config_fields(path)
-    with RawTensors(path) as raw:
+    method = find_method(fields, path, bool(recipe.dequantize))
+    with RawTensors(path, method, dtype_in(fields)) as raw:
         yield ImportConversion(path, recognize(fields, raw.names()), fields, raw, recipe)
 
 

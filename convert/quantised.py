@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, reason, shorten
-from .dtypes import FROM_SAFETENSORS, TO_SAFETENSORS
+from .dtypes import FROM_SAFETENSORS, TO_SAFETENSORS, dtype_name
 from .handle import Handle, Slice
 from .quantisation import METHODS, WEIGHT, Method, Stored
 
@@ -104,6 +104,12 @@ def dtype_of(config: Any) -> torch.dtype:
     """The type of the values of a quantised model of `config`; bfloat16 where it has none of those that are written."""
     dtype: Any = getattr(config, "dtype", None)
     return dtype if dtype in FROM_SAFETENSORS.values() else torch.bfloat16
+
+
+def dtype_in(fields: dict[str, Any]) -> torch.dtype:
+    """`dtype_of` a config.json with these fields, of a model that transformers has no config of."""
+    name = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
+    return {dtype_name(dtype): dtype for dtype in TO_SAFETENSORS}.get(name, torch.bfloat16)
 
 
 def _broken(name: str, parts: dict[str, Stored], error: Exception) -> UserError:

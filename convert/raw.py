@@ -11,18 +11,25 @@ from safetensors import safe_open
 from ..checkpoint import weight_files
 from ..errors import UserError
 from .dtypes import FROM_SAFETENSORS
+from .handle import Handle
+from .quantisation import Method
+from .quantised import Dequantised
 
 
 class RawTensors:
     """The safetensors files of the checkpoint in the directory `path`, memory-mapped. Use as a context manager.
 
+    method: the way in which the files are quantised; their values are of `dtype` then.
+
     Raises UserError for missing, truncated or pickled weights (see `weight_files`).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, method: Method | None = None, dtype: torch.dtype = torch.bfloat16):
         self.files = weight_files(path)
         self._stack = ExitStack()
-        handles = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        handles: list[Handle] = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        if method:
+            handles = [Dequantised(handles, method, dtype)]
         self._handles = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
 
     def __enter__(self) -> RawTensors:

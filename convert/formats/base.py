@@ -16,9 +16,10 @@ Transform = Callable[..., torch.Tensor]  # tensors on disk -> one tensor of the 
 Read = Callable[[str], torch.Tensor]  # a tensor by its name on disk
 
 # Recipe keys that an import takes: the depth and defaults of the model, never how layers recur.
-RECIPE_KEYS = frozenset(
-    ("num_recurrences", "max_recurrences", "state_init", "dtype", "revision", "workers", "seed", "kv_policy", "exit")
-)
+RECIPE_KEYS = frozenset((
+    "num_recurrences", "max_recurrences", "state_init", "dtype", "dequantize", "revision", "workers", "seed",
+    "kv_policy", "exit",
+))  # fmt: skip
 
 
 class Known(NamedTuple):

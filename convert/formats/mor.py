@@ -260,6 +260,6 @@ class _Reference:
 
 
 # config.json lacks the routing. All else is as trained.
-RECIPE_KEYS = frozenset(("router", "dtype", "revision"))
+RECIPE_KEYS = frozenset(("router", "dtype", "dequantize", "revision"))
 EXPERT_CHOICE = Format("expert-choice MoR", "llama", (EXPERT,), map_expert_choice, reference, recipe_keys=RECIPE_KEYS)
 TOKEN_CHOICE = Format("token-choice MoR", "llama", (TOKEN,), map_token_choice, reference, recipe_keys=RECIPE_KEYS)

@@ -15,7 +15,8 @@ from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.quantisation import BitsAndBytes, CompressedTensors, Fp8
 from loopwise.convert.quantised import Dequantised
 from loopwise.recipe import validate
-from tests.helpers.convert import refused
+from tests.helpers.convert import change_fields, import_refused, refused, run
+from tests.helpers.convert import source as golden
 from tests.helpers.quantised import WAYS, dequantised, fp8
 from tests.helpers.tiny import save_source
 
@@ -78,6 +79,27 @@ def test_a_last_block_may_be_short(rows):
     got = Fp8({"weight_block_size": [32, 32]}).value("x", {"weight": weight, "scale": scale})
     want = weight.float() * scale.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["ouro", "nanbeige"])
+def test_recurrent_checkpoints_are_imported_with_the_same_key(name, tmp_path, capsys):
+    folder = golden(name, tmp_path / "source")
+    assert "is not quantised; leave it out" in import_refused(capsys, folder, tmp_path / "out", "dequantize=true")
+    fp8(folder, None)
+    line = import_refused(capsys, folder, tmp_path / "out")
+    assert "is quantised (fp8): dequantize=true converts its values" in line
+    got = run(folder, tmp_path / "out", dequantize=True)
+    tensors = load_file(folder / "model.safetensors")
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    for scale in tensors.keys() - plain.keys():
+        weight = scale.removesuffix("_scale_inv")
+        plain[weight] = (plain[weight].float() * tensors[scale]).bfloat16()
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    change_fields(folder, quantization_config=None)
+    want = run(folder, tmp_path / "plain")
+    assert got.dtype == want.dtype == torch.bfloat16
+    assert got.state_dict().keys() == want.state_dict().keys()
+    assert all(torch.equal(tensor, want.state_dict()[name]) for name, tensor in got.state_dict().items())
 
 
 GROUPS = {
