@@ -19,7 +19,7 @@ from ..model.source_layers import FINAL_NORM, layer_list_name
 from .architectures import layer_kinds
 from .conversion import Conversion, Written
 from .device import named_device
-from .dtypes import named_dtype
+from .dtypes import common_dtype, named_dtype
 from .expected import check_config
 from .influence import block_influence, plot
 from .plan import Plan, make_plan
@@ -66,7 +66,8 @@ class RecipeConversion(Conversion):
     """The conversion of the decoder `source_model`, on the meta device, with the tensors `weights`."""
 
     def __init__(self, path: Path, source_model: PreTrainedModel, weights: SourceWeights, recipe: ConvertRecipe):
-        source_config, stored = weights.config, _common_dtype(weights)
+        source_config = weights.config
+        stored = common_dtype((weights.dtype(name), weights.shape(name)) for name in weights.names())
         self.weights = weights
         device = named_device(recipe.device)
         self.influence: list[float] = []
@@ -191,12 +192,3 @@ def _config(
     config.dtype = dtype
     config.architectures = [RecurrentDepthForCausalLM.__name__]
     return config
-
-
-def _common_dtype(weights: SourceWeights) -> torch.dtype:
-    """The type of most parameters."""
-    sizes: dict[torch.dtype, int] = {}
-    for name in weights.names():
-        dtype = weights.dtype(name)
-        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(weights.shape(name)).numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -20,7 +20,7 @@ from .architectures import SUPPORTED
 from .conversion import Conversion, Written
 from .convert_checkpoint import can_fold
 from .double import Double
-from .dtypes import dtype_name, named_dtype
+from .dtypes import common_dtype, dtype_name, named_dtype
 from .expected import check_config, check_equal
 from .formats import FORMATS, Format, recognize, refuse_unsupported
 from .formats.base import Checkpoint, CheckpointMap, Transform
@@ -91,12 +91,13 @@ class ImportConversion(Conversion):
         mapped, config, shapes = _map(kind, fields, raw, recipe)
         _check_tensors(kind.name, mapped, raw, shapes)
         self.known = mapped.known
-        config.dtype = self.dtype or raw.dtype(next(iter(mapped.tensors.values()))[0][0])
+        stored = {name: raw.dtype(sources[0]) for name, (sources, _) in mapped.tensors.items() if sources}
+        config.dtype = self.dtype or common_dtype((dtype, shapes[name]) for name, dtype in stored.items())
         config.architectures = [RecurrentDepthForCausalLM.__name__]
         pending = [
             Pending(
                 name,
-                self.dtype or (raw.dtype(sources[0]) if sources else config.dtype),
+                self.dtype or stored.get(name, config.dtype),
                 shapes[name],
                 partial(_make, raw, sources, transform),
                 ", ".join(sources),

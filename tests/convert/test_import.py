@@ -97,6 +97,18 @@ def test_what_the_checkpoint_says_is_kept(tmp_path):
     assert config.source_config.num_key_value_heads == 2
 
 
+def test_the_model_has_the_type_of_most_parameters(tmp_path):
+    """Norms in float32 among matrices in bfloat16 keep their values, and a load gives all of them one type."""
+    folder = source("ouro", tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["source.model.norm.weight"], tensors["model.norm.weight"])
+
+
 def test_other_tensors_are_refused(capsys, tmp_path):
     folder, out = source("huginn", tmp_path / "source"), tmp_path / "out"
     tensors = load_file(folder / "model.safetensors")
