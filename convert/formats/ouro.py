@@ -48,7 +48,8 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
             "exit_gate": True,
         }
     )
-    if (threshold := fields.get("early_exit_threshold", 1.0)) < 1:
+    threshold = fields.get("early_exit_threshold")  # null in config.json: no exits
+    if threshold is not None and threshold < 1:
         result.fields["exit"] = {"rule": "gate", "threshold": threshold}
     for n in range(source.num_hidden_layers):
         for theirs, ours in {**NORMS, **{name: name for name in MATRICES}}.items():

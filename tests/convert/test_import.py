@@ -86,6 +86,13 @@ def test_yarn_scales_attention_as_in_the_authors_code(name, tmp_path):
     assert LlamaRotaryEmbedding(source_config).attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_ouro_without_a_threshold_has_no_exit_rule(tmp_path):
+    folder = source("ouro", tmp_path / "source")
+    change_fields(folder, early_exit_threshold=None)
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").exit is None
+
+
 def test_what_the_checkpoint_says_is_kept(tmp_path):
     config = imported("huginn", tmp_path).config
     assert (config.num_recurrences, config.state_init, config.recurrence_norm) == (4, "normal", "last")
