@@ -53,6 +53,7 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
         raise UserError(f"a Nanbeige checkpoint with {name}={value!r} is not supported; Nanbeige4.2 leaves it off")
     check_options("Nanbeige", fields, {})
     given: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    given |= {"head_dim": fields.get("kv_channels")}  # the released config.json has the head size by both names
     given |= {key: fields[key] for key in KEYS if fields.get(key) is not None}
     source = LlamaConfig(**given, rope_parameters=rope)
     result = CheckpointMap(

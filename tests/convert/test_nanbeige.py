@@ -137,6 +137,13 @@ def test_the_lane_engine_gives_the_tokens_of_generate(tmp_path):
             assert list(reply.tokens) == want[0, len(prompt) :].tolist()
 
 
+def test_the_head_size_by_its_other_name(tmp_path):
+    folder = source("nanbeige", tmp_path / "source")
+    change_fields(folder, head_dim=None)
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.source_config.head_dim == 16
+
+
 @pytest.mark.parametrize("name", OFF)
 def test_options_that_the_released_model_leaves_off_are_refused_by_name(name, tmp_path, capsys):
     folder = source("nanbeige", tmp_path / "source")
