@@ -30,6 +30,7 @@ from .plan import PARTS
 from .quantised import dtype_in, find_method
 from .raw import RawTensors
 from .recipe import ConvertRecipe
+from .source import TABLES
 from .verify import DEPTH, reloaded, sample
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -89,6 +90,7 @@ class ImportConversion(Conversion):
         self.kind, self.fields, self.raw = kind, fields, raw
         self.dtype = named_dtype(recipe.dtype)
         mapped, config, shapes = _map(kind, fields, raw, recipe)
+        mapped.ignored |= {name for name in raw.names() if name.endswith(TABLES)}
         _check_tensors(kind.name, mapped, raw, shapes)
         self.known = mapped.known
         stored = {name: raw.dtype(sources[0]) for name, (sources, _) in mapped.tensors.items() if sources}

@@ -68,7 +68,6 @@ def mapping(fields: dict[str, Any], raw: RawTensors) -> CheckpointMap:
     for n in range(source.num_hidden_layers):
         for name in (*NORMS, *MATRICES):
             result.copy(f"core.{n}.{name}.weight", f"model.layers.{n}.{name}.weight")
-        result.ignored.add(f"model.layers.{n}.self_attn.rotary_emb.inv_freq")
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         result.copy(f"source.{name}", name)
     result.copy_head(tied=source.tie_word_embeddings)

@@ -135,6 +135,23 @@ def test_other_tensors_are_refused(capsys, tmp_path):
     assert "Huginn: no transformer.core_block.0.norm_4.weight" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("ouro", "model.rotary_emb.inv_freq"),
+        ("nanbeige", "model.rotary_emb.inv_freq"),
+        ("loopformer", "gpt.transformer.h.blocks.0.attn.bias"),
+    ],
+)
+def test_tables_that_are_computed_are_read_over(name, table, tmp_path):
+    folder = source(name, tmp_path / "source")
+    save_file({**load_file(folder / "model.safetensors"), table: torch.ones(4)}, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert not [written for written in load_file(tmp_path / "out" / "model.safetensors") if "inv_freq" in written]
+    facts = json.loads((tmp_path / "out" / "loopwise.json").read_text())["parameters"]
+    assert facts["source"] == facts["unique"]
+
+
 @pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir()))
 def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_path):
     folder, out = source(name, tmp_path / "source"), tmp_path / "out"
