@@ -22,6 +22,7 @@ Files in reading order, each importing only those above it:
     tokenizer.py             the source's tokenizer, written and compared
     generation.py            generation_config.json, in a form that can be saved
     pending.py               tensors to be made, in units of work
+    published.py             a plain model's tensors as transformers saves them
     shards.py                safetensors files, laid out before they are filled
     journal.py               units that are written, for --resume
     workers.py               worker processes

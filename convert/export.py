@@ -104,7 +104,7 @@ def export(
         unrolled.config.save_pretrained(directory)
         if tokenizer is not None:
             write_tokenizer(tokenizer, directory)
-        notes = write_generation_config(path, directory)
+        notes = [*write_generation_config(path, directory), *unrolled.notes]
         copy_licences(path, directory)
         with hashing(unrolled.weights.files) as hashes:
             write_weights(unrolled.pending, directory, show_progress)

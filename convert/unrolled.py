@@ -17,6 +17,7 @@ from .agreement import Logits, agreement, in_double
 from .double import Double
 from .expected import check_config, check_equal
 from .pending import Pending
+from .published import OTHER_NAMES, published
 from .source import SourceWeights
 from .source_config import empty_model, written_out
 from .stream import streamed
@@ -26,8 +27,9 @@ from .verify import reloaded, sample
 class Unrolled:
     """The checkpoint in the directory `path`, of `recurrent` config, with `depth` recurrences as layers of their own.
 
-    config: the config of the plain model. pending: its tensors, in the order in which they are written. Use as a
-    context manager, within which the checkpoint's files are open.
+    config: the config of the plain model. tensors: its tensors by its own names. pending: those as they are written
+    (see `published`). notes: lines on their names. Use as a context manager, within which the checkpoint's files are
+    open.
     """
 
     def __init__(self, path: Path, recurrent: RecurrentDepthConfig, depth: int):
@@ -42,7 +44,9 @@ class Unrolled:
         self.layers = layer_list_name(plain, len(layers)) + "."
         self.config.dtype, self.config.architectures = recurrent.dtype, [type(plain).__name__]
         self.weights = SourceWeights(path, model)
-        self.pending = list(self._pending(plain))
+        self.tensors = list(self._tensors(plain))
+        self.pending = published(plain, self.tensors)
+        self.notes = [note for kind, note in OTHER_NAMES.items() if kind == self.config.model_type]
 
     def __enter__(self) -> Unrolled:
         return self
@@ -50,13 +54,13 @@ class Unrolled:
     def __exit__(self, *exc: object) -> None:
         self.weights.__exit__(*exc)
 
-    def _pending(self, plain: PreTrainedModel) -> Iterator[Pending]:
+    def _tensors(self, plain: PreTrainedModel) -> Iterator[Pending]:
         """The tensors outside of the layers, which the recurrent model has too, then those of the layers."""
         weights = self.weights
         for name in weights.names():
             if name.startswith("source."):
-                target = weights.stored_name(name).removeprefix("source.")
-                yield Pending(target, weights.dtype(name), weights.shape(name), partial(weights.read, name))
+                target, make = name.removeprefix("source."), partial(weights.read, name)
+                yield Pending(target, weights.dtype(name), weights.shape(name), make)
         for number, (part, n, depth) in enumerate(self.places):
             for suffix, tensor in plain.get_submodule(f"{self.layers}{number}").state_dict().items():
                 make = partial(relax.at_depth, weights, part, n, suffix, depth)
@@ -73,11 +77,11 @@ class Unrolled:
         effect of that rounding. Raises UserError where anything else makes the two differ.
         """
         check_config(directory, self.config)
-        kinds = {pending.name: pending.dtype for pending in self.pending}  # of layers: others may stand by other names
+        kinds = {tensor.name: tensor.dtype for tensor in self.tensors}
         with reloaded(self.path) as (_, weights), reloaded(directory) as (_, written):
             for name in written.names():
                 want = self._expected(weights, name, torch.float32)
-                check_equal(name, written.read(name), want.to(kinds.get(name, want.dtype)))
+                check_equal(name, written.read(name), want.to(kinds[name]))
         ids, mask = sample(self.recurrent, seed=0)
         title = f"the plain model and MODEL at {self.depth} recurrences"
 

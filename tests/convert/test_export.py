@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.export import export
+from loopwise.convert.pending import Pending
+from loopwise.convert.published import published
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_sandwich import SandwichConfig
 from loopwise.recipe import validate
 from loopwise.train.pretrained import cast
 from tests.helpers.convert import EVERY_LAYER, tokens
 from tests.helpers.tiny import save_source, source_model
+from tests.helpers.tiny_configs import ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,22 @@ def test_logits_are_equal_bit_for_bit(model_type, fields, tmp_path):
     text = "def f(x): return"
     ids = [AutoTokenizer.from_pretrained(tmp_path / name)(text).input_ids for name in ("source", "plain")]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_names_and_pieces_are_those_that_transformers_saves(model_type, tmp_path):
+    model = source_model(model_type)
+    model.save_pretrained(tmp_path)
+    want = load_file(tmp_path / "model.safetensors")
+    state = {name: x for name, x in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    pending = [Pending(name, x.dtype, list(x.shape), partial(torch.clone, x)) for name, x in state.items()]
+    found = published(model, pending)
+    assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in found} == {
+        name: (tensor.dtype, list(tensor.shape)) for name, tensor in want.items()
+    }
+    for tensor in found:
+        assert torch.equal(tensor.make(), want[tensor.name]), tensor.name
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])

@@ -62,6 +62,19 @@ def test_a_merge_is_folded_and_unrolled_again(model_type, shard, tmp_path, capsy
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe"])
+def test_experts_are_unrolled_by_their_published_names(model_type, tmp_path):
+    """One by one, as readers other than transformers know them; it has all experts of a layer in one tensor."""
+    source, out, plain = tmp_path / "source", tmp_path / "out", tmp_path / "plain"
+    save_merge(source, model_type, [0, 1, 2, 1, 2, 3])
+    assert main(["convert", str(source), str(out), "method=fold", "--no-verify"]) == 0
+    assert main(["export", str(out), str(plain), "--unroll", "2"]) == 0
+    found, want = tensors(plain), tensors(source)
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in want
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
 def test_repeated_layers_are_noticed_by_every_method(tmp_path, capsys):
     save_merge(tmp_path / "source", "llama", SELF_MERGE)
     line = "note: layers 2 to 3 come 3 times in a row, up to layer 7; method=fold shares their weights and computes"
