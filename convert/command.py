@@ -36,7 +36,9 @@ def main(argv: list[str]) -> int:
         help="go on where a killed conversion was, if there is one; keep what is written if this one is interrupted",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, write nothing; weights of a hub id stay there"
+    )
     parser.add_argument(
         "--seed", metavar="N", dest="added", action="append", type="seed={}".format, help="the same as seed=N"
     )
@@ -66,7 +68,7 @@ def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
         widths = (source.get(name) for name in ("hidden_size", "n_embd", "d_model"))
         recipe.settle_init(next((width for width in widths if isinstance(width, int)), 0))
     asked = {"recipe": recipe.recorded()}
-    return is_done(out, args.source, find_source(args.source, recipe.revision), asked, not args.no_verify)
+    return is_done(out, args.source, find_source(args.source, recipe.revision)[0], asked, not args.no_verify)
 
 
 def _report(args: Namespace, facts: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint import config_fields
 from ..errors import UserError
+from ..find_source import HubWeights
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from ..model.configuration_source import clear_source_settings
 from ..model.source_layers import FINAL_NORM, layer_list_name
@@ -35,10 +36,11 @@ from .verify import DEPTH, verify
 
 
 @contextmanager
-def open_conversion(path: Path, recipe: ConvertRecipe) -> Generator[RecipeConversion]:
+def open_conversion(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> Generator[RecipeConversion]:
     """The conversion of the pretrained decoder in the directory `path`; its files are open within the block.
 
-    Sets `init` of the recipe where it is left out. Raises UserError where source and recipe do not fit together.
+    there: its weights on the hub, where `path` lacks them; then layers are compared for `fold` alone. Sets `init` of
+    the recipe where it is left out. Raises UserError where source and recipe do not fit together.
     """
     method = find_method(config_fields(path), path, bool(recipe.dequantize))
     source = read_source(path)
@@ -46,17 +48,17 @@ def open_conversion(path: Path, recipe: ConvertRecipe) -> Generator[RecipeConver
     with torch.device("meta"):
         source_model = empty_model(source.config)
     whole = find_text_model(source.whole, source_model) if source.whole else None
-    with SourceWeights(path, source_model, whole, method) as weights:
+    with SourceWeights(path, source_model, whole, method, there) as weights:
         conversion = RecipeConversion(path, source_model, weights, recipe)
         if whole:
             conversion.facts["notes"].append(whole.note(source_model))
         yield conversion
 
 
-def can_fold(path: Path) -> bool:
-    """True where method=fold would convert the source in the directory `path`."""
+def can_fold(path: Path, there: HubWeights | None = None) -> bool:
+    """True where method=fold would convert the source in the directory `path`, whose weights may be `there`."""
     try:
-        with open_conversion(path, ConvertRecipe.model_validate({"method": "fold"})):
+        with open_conversion(path, ConvertRecipe.model_validate({"method": "fold"}), there):
             return True
     except UserError:
         return False
@@ -78,7 +80,9 @@ class RecipeConversion(Conversion):
 
         recipe.settle_init(source_config.hidden_size)
         kinds = layer_kinds(source_model)
-        same = equal_layers(weights, layer_list_name(source_model, len(kinds)) + ".", kinds)
+        compares = weights.there is None or recipe.method == "fold"
+        layers = layer_list_name(source_model, len(kinds)) + "."
+        same = equal_layers(weights, layers, kinds) if compares else list(range(len(kinds)))
         block = to_fold(same, source_config.model_type) if recipe.method == "fold" else None
         self.plan = make_plan(recipe, kinds, measure, block.layers(len(kinds)) if block else None)
         _check_norm(self.plan, source_model)

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint import config_fields, read_json
 from ..errors import UserError, reason
+from ..find_source import HubWeights
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from .agreement import WAY_OUT, Logits, in_double
@@ -38,8 +39,10 @@ LENGTH = 16  # tokens of a sequence on which an import is verified
 STATE_STD = 0.1  # scale of the random state from which an import is verified
 
 
-def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
+def is_recurrent(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> bool:
     """True where the directory `path` holds a public recurrent-depth checkpoint, which is imported.
+
+    there: its weights on the hub, where `path` lacks them.
 
     Raises UserError for a recipe without a method for any other checkpoint, for keys that an import does not take, and
     for a recurrent model that is known and not supported.
@@ -47,16 +50,17 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
     refuse_unsupported(path)
     fields = config_fields(path)
     model_type = fields["model_type"]
-    formats = [known for known in FORMATS if known.model_type == model_type and not find_gguf(path)]
+    plain = there is None and find_gguf(path)
+    formats = [known for known in FORMATS if known.model_type == model_type and not plain]
     if formats and model_type in SUPPORTED:  # plain, unless the tensors are those of a format
-        with RawTensors(path) as raw:
+        with RawTensors(path, there) as raw:
             formats = [known for known in formats if known.mismatch(fields, raw.names()) is None]
     if not formats:
         if recipe.method is None:
             raise UserError(
                 f"{path} ({model_type}) is no recurrent checkpoint that could be imported, so say how to make one of "
                 "it: method=retrofit with sizes=P,C,D or layers.prelude, layers.core, layers.coda; or method=recursive "
-                f"with loops=B{'; or method=fold, as some of its layers repeat' if can_fold(path) else ''}"
+                f"with loops=B{'; or method=fold, as some of its layers repeat' if can_fold(path, there) else ''}"
             )
         return False
     fitting = frozenset[str]().union(*(known.recipe_keys for known in formats))
@@ -69,14 +73,15 @@ def is_recurrent(path: Path, recipe: ConvertRecipe) -> bool:
 
 
 @contextmanager
-def open_import(path: Path, recipe: ConvertRecipe) -> Generator[ImportConversion]:
+def open_import(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> Generator[ImportConversion]:
     """The import of the recurrent-depth checkpoint in the directory `path`; its files are open within the block.
 
-    Raises UserError for a checkpoint of no known format, and where config.json, tensors and recipe do not fit together.
+    there: its weights on the hub, where `path` lacks them. Raises UserError for a checkpoint of no known format, and
+    where config.json, tensors and recipe do not fit together.
     """
     fields = config_fields(path)
     method = find_method(fields, path, bool(recipe.dequantize))
-    with RawTensors(path, method, dtype_in(fields)) as raw:
+    with RawTensors(path, there, method, dtype_in(fields)) as raw:
         yield ImportConversion(path, recognize(fields, raw.names()), fields, raw, recipe)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from loopwise.version import __version__
 from ..carried import CARD
 from ..checkpoint import config_fields
 from ..directory import check_new, new_directory, place, unfinished, write_record
-from ..find_source import commit_of, find_source
+from ..find_source import HubWeights, commit_of, find_source, named
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig
 from ..model.configuration_source import COLLECTING
@@ -27,7 +27,9 @@ from .conversion import Conversion
 from .convert_checkpoint import open_conversion
 from .import_checkpoint import is_recurrent, open_import
 from .journal import JOURNAL, describe, goes_on
+from .quantised import find_method
 from .recipe import ConvertRecipe
+from .source_config import read_source
 from .tokenizer import load_tokenizer
 
 
@@ -52,20 +54,22 @@ def convert(
     or output that does not do.
     """
     recipe = recipe.model_copy()  # settle_init changes it
-    found = find_source(str(source), recipe.revision)
-    with unpacked(found) as path, opened(path, recipe) as conversion:
+    found, there = find_source(str(source), recipe.revision)
+    with ExitStack() as stack:
+        stack.enter_context(named(str(source), found))
+        if there and (recipe.influence is not None or not dry_run):
+            check_source(found, recipe, there)
+            check_new(Path(out), found, force)
+            there.fetch()
+            there = None
+        path = found if there else stack.enter_context(unpacked(found))
+        conversion = stack.enter_context(opened(path, recipe, there))
         tokenizer = load_tokenizer(path, str(source))
-        facts: dict[str, Any] = {
-            "loopwise": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "source": {"id": str(source), "revision": commit_of(found) or recipe.revision},
-            "recipe": recipe.recorded(),
-            **conversion.facts,
-            **({"router": conversion.config.router} if conversion.config.router else {}),
-        }
-        facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
-        facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
+        facts = _facts(str(source), commit_of(found), path, conversion, tokenizer)
+        if there:  # a dry run, and no conversion of these weights has begun that could go on
+            facts["notes"].append(_left_on_hub(recipe))
+            check_new(Path(out), found, force)
+            return facts
         identity = _identity(facts, conversion)
         same = partial(goes_on, identity=identity) if resume else None
         if dry_run:
@@ -88,15 +92,57 @@ def convert(
     return facts
 
 
-def opened(path: Path, recipe: ConvertRecipe) -> AbstractContextManager[Conversion]:
-    """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other."""
-    return open_import(path, recipe) if is_recurrent(path, recipe) else open_conversion(path, recipe)
+def opened(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> AbstractContextManager[Conversion]:
+    """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other.
+
+    there: the weights of the directory `path` on the hub, where it lacks them: headers are read, and few values.
+    """
+    open_it = open_import if is_recurrent(path, recipe, there) else open_conversion
+    return open_it(path, recipe, there)
+
+
+def _facts(
+    source: str, commit: str | None, path: Path, conversion: Conversion, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """The facts of a conversion for loopwise.json that are known before it begins."""
+    recipe = conversion.recipe
+    facts: dict[str, Any] = {
+        "loopwise": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "source": {"id": source, "revision": commit or recipe.revision},
+        "recipe": recipe.recorded(),
+        **conversion.facts,
+        **({"router": conversion.config.router} if conversion.config.router else {}),
+    }
+    facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
+    facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
+    return facts
+
+
+def check_source(path: Path, recipe: ConvertRecipe, there: HubWeights) -> None:
+    """Raises UserError, as `opened` does, for a source that cannot be converted by `recipe`, before its weights, which
+    are `there`, are downloaded. Values are not looked at."""
+    if is_recurrent(path, recipe, there):
+        return
+    if recipe.method == "fold":
+        find_method(config_fields(path), path, bool(recipe.dequantize))
+        read_source(path)
+        return
+    with open_conversion(path, recipe.model_copy(update={"influence": None}), there):
+        pass
 
 
 def _identity(facts: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     """The facts in which a conversion that `--resume` goes on with has to be equal."""
     common = {name: facts[name] for name in ("recipe", "loopwise", "transformers", "torch")}
     return {**common, **describe(conversion.files, conversion.config.to_dict(), conversion.pending)}
+
+
+def _left_on_hub(recipe: ConvertRecipe) -> str:
+    """A line on weights that a dry run leaves on the hub."""
+    looked = "" if recipe.method in (None, "fold") else ", and layers that repeat are not looked for"
+    return f"the weights stay on the hub: headers are read, and the few values that the plan needs{looked}"
 
 
 def _notes(path: Path, config: RecurrentDepthConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

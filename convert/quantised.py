@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ..errors import UserError, reason, shorten
 from .dtypes import FROM_SAFETENSORS, TO_SAFETENSORS, dtype_name
-from .handle import Handle, Slice
+from .handle import Handle, Shaped, Slice
 from .quantisation import METHODS, WEIGHT, Method, Stored
 
 
@@ -84,20 +83,6 @@ class Dequantised:
             return self._method.value(name, {part: stored.read() for part, stored in parts.items()}).to(self._dtype)
         except Exception as error:
             raise _broken(name, parts, error) from None
-
-
-@dataclass
-class Shaped:
-    """The type and shape of a tensor."""
-
-    kind: str
-    shape: list[int]
-
-    def get_dtype(self) -> str:
-        return self.kind
-
-    def get_shape(self) -> list[int]:
-        return self.shape
 
 
 def dtype_of(config: Any) -> torch.dtype:

@@ -6,12 +6,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from ..checkpoint import weight_files
 from ..errors import UserError
+from ..find_source import HubWeights
 from .dtypes import FROM_SAFETENSORS
-from .handle import Handle
+from .handle import open_files
 from .quantisation import Method
 from .quantised import Dequantised
 
@@ -19,15 +18,19 @@ from .quantised import Dequantised
 class RawTensors:
     """The safetensors files of the checkpoint in the directory `path`, memory-mapped. Use as a context manager.
 
-    method: the way in which the files are quantised; their values are of `dtype` then.
-
-    Raises UserError for missing, truncated or pickled weights (see `weight_files`).
+    there: its weights on the hub, where `path` lacks them.   method: the way in which the files are quantised; their
+    values are of `dtype` then. Raises UserError for missing, truncated or pickled weights (see `weight_files`).
     """
 
-    def __init__(self, path: Path, method: Method | None = None, dtype: torch.dtype = torch.bfloat16):
-        self.files = weight_files(path)
+    def __init__(
+        self,
+        path: Path,
+        there: HubWeights | None = None,
+        method: Method | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         self._stack = ExitStack()
-        handles: list[Handle] = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        self.files, handles = open_files(path, self._stack, there)
         if method:
             handles = [Dequantised(handles, method, dtype)]
         self._handles = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..checkpoint import weight_files
 from ..errors import UserError, reason
+from ..find_source import HubWeights
 from ..gguf_source import find_gguf
 from ..gguf_tensors import GgufTensors
 from ..model import RecurrentDepthConfig
 from .dtypes import FROM_SAFETENSORS
-from .handle import Handle
+from .handle import Handle, open_files
 from .quantised import Dequantised, Method, dtype_of
 from .text_model import Whole
 
@@ -71,6 +70,7 @@ class SourceWeights:
     or converts on loading (GPT-NeoX's head, the experts of a mixture in one tensor) are so here, by its own rules.
     whole: the multimodal model that the files hold, of which `model` is the text model; its other tensors are left out.
     method: the way in which the files are quantised.
+    there: the weights on the hub, where `path` lacks them; None for files that lie here.
     left_out: names on disk of tensors that transformers' model leaves out, such as heads that predict further tokens.
     untied: True where the config ties embeddings and head, and the files hold two different ones. As in transformers,
     the files win.
@@ -78,10 +78,20 @@ class SourceWeights:
     Raises UserError for missing, truncated or pickled weights, missing or unknown tensors, and wrong shapes.
     """
 
-    def __init__(self, path: Path, model: PreTrainedModel, whole: Whole | None = None, method: Method | None = None):
-        gguf = find_gguf(path)
-        self.files = [gguf] if gguf else weight_files(path)
+    def __init__(
+        self,
+        path: Path,
+        model: PreTrainedModel,
+        whole: Whole | None = None,
+        method: Method | None = None,
+        there: HubWeights | None = None,
+    ):
         self._stack, self._model, self._whole, self._method = ExitStack(), model, whole, method
+        self.there, gguf = there, None if there else find_gguf(path)
+        if gguf:
+            self.files, self._handles = [gguf], list[Handle]([GgufTensors(gguf, model)])
+        else:
+            self.files, self._handles = open_files(path, self._stack, there)
         self._loaded = whole.model if whole else model
         self._stored: dict[str, _Stored] = {}
         self.left_out: list[str] = []
@@ -162,15 +172,11 @@ class SourceWeights:
         return (raw, raw, None) if raw in expected else (None, raw, pattern)  # converted already
 
     def _open_files(self) -> Iterator[tuple[Handle, Path]]:
-        """An open handle of every file; safetensors are closed with this object. One for all files if quantised."""
-        if self.files[0].suffix == ".gguf":
-            yield GgufTensors(self.files[0], self._model), self.files[0]
-            return
-        handles: list[Handle] = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        """The open handle of every file; one for all files if quantised."""
         if self._method:
-            yield Dequantised(handles, self._method, dtype_of(self._loaded.config)), self.files[0].parent
+            yield Dequantised(self._handles, self._method, dtype_of(self._loaded.config)), self.files[0].parent
         else:
-            yield from zip(handles, self.files, strict=True)
+            yield from zip(self._handles, self.files, strict=True)
 
     def _check_stored(self, file: Path, handle: Handle, raw: str, name: str | None) -> None:
         """Raise UserError unless tensor `raw` is floating-point and has the shape of `name`, where that is given."""

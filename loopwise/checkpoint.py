@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,29 +93,45 @@ def _check_implementation(where: str, name: str, value: Any) -> None:
 def weight_files(path: Path) -> list[Path]:
     """The weight files of the directory `path`, each whole (its header is read, its length compared).
 
-    They are those that transformers loads: what `transformers_weights` in config.json names, else model.safetensors,
-    else the files of the index; others that lie there are left out. Raises UserError for missing or truncated files, a
-    bad index, and pickled weights, which can run code.
+    They are those of `weight_names`. Raises UserError as that does, and for truncated files.
+    """
+    files = [path / name for name in weight_names(path, files_in(path))]
+    for file in files:
+        _check_whole(file)
+    return files
+
+
+def files_in(path: Path) -> set[str]:
+    """The names of the files in the directory `path`; none where there is no such directory."""
+    return {file.name for file in path.iterdir() if file.is_file()} if path.is_dir() else set()
+
+
+def weight_names(path: Path, stored: Collection[str]) -> list[str]:
+    """The names of a checkpoint's weight files: those that transformers loads.
+
+    path: a directory with its config.json, and the index if there is one.   stored: the names of all its files, which
+    may lie elsewhere.
+
+    `transformers_weights` in config.json names them, else they are model.safetensors, else the files of the index;
+    others are left out. Raises UserError for missing files, a bad index, and pickled weights, which can run code.
     """
     named = read_json(path / "config.json").get("transformers_weights") if (path / "config.json").is_file() else None
     if named is not None:
         if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise UserError(f"{path / 'config.json'}: transformers_weights={named!r}: a safetensors file, or an index")
-        files = _indexed(path, named) if named.endswith(".json") else [_beside(path, named, "config.json")]
-    elif (path / WEIGHTS).is_file():
-        files = [path / WEIGHTS]
-    elif (path / INDEX).is_file():
-        files = _indexed(path, INDEX)
-    elif pickled := sorted(p for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind)):
+        if named.endswith(".json"):
+            return _indexed(path, named, stored)
+        return [_beside(path, named, "config.json", stored)]
+    if WEIGHTS in stored:
+        return [WEIGHTS]
+    if INDEX in stored:
+        return _indexed(path, INDEX, stored)
+    if pickled := sorted(name for name in stored if "/" not in name and name.endswith((".bin", ".pt", ".pth"))):
         raise UserError(
-            f"{pickled[0]}: pickled weights can run code and are not read; load the model in transformers and "
+            f"{path / pickled[0]}: pickled weights can run code and are not read; load the model in transformers and "
             "save_pretrained it as safetensors"
         )
-    else:
-        raise UserError(f"{path} has a config but no weights ({WEIGHTS} or {INDEX})")
-    for file in files:
-        _check_whole(file)
-    return files
+    raise UserError(f"{path} has a config but no weights ({WEIGHTS} or {INDEX})")
 
 
 def check_same_for_vllm(path: Path, files: list[Path]) -> None:
@@ -122,30 +139,30 @@ def check_same_for_vllm(path: Path, files: list[Path]) -> None:
 
     vLLM loads every *.safetensors that the index names or, where there is no index, every one that lies there.
     """
-    found = set(_indexed(path, INDEX) if (path / INDEX).is_file() else path.glob("*.safetensors"))
-    if found != set(files):
-        other = sorted(found ^ set(files))[0].name
+    here = files_in(path)
+    found = {*(_indexed(path, INDEX, here) if INDEX in here else (n for n in here if n.endswith(".safetensors")))}
+    if other := sorted(found ^ {file.name for file in files})[:1]:
         raise UserError(
             f"{path}: transformers loads {files[0].name}{' and others' if files[1:] else ''}, vLLM not the same files "
-            f"({other}): remove what is left over of another save ({INDEX}, or that file)"
+            f"({other[0]}): remove what is left over of another save ({INDEX}, or that file)"
         )
 
 
-def _indexed(path: Path, index: str) -> list[Path]:
+def _indexed(path: Path, index: str, stored: Collection[str]) -> list[str]:
     """The files that the index of the directory `path` names. Raises UserError for a bad index, or a missing file."""
     weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{path / index}: not a safetensors index, which has a weight_map of tensor to file name")
-    return [_beside(path, name, index) for name in sorted(set(weight_map.values()))]
+    return [_beside(path, name, index, stored) for name in sorted(set(weight_map.values()))]
 
 
-def _beside(path: Path, name: str, where: str) -> Path:
-    """The file `name` of the directory `path`, named in the file `where`. Raises UserError unless it lies there."""
+def _beside(path: Path, name: str, where: str, stored: Collection[str]) -> str:
+    """The file `name`, named in the file `where` of `path`. Raises UserError unless it is one of the `stored` ones."""
     if Path(name).name != name:
         raise UserError(f"{path / where}: names {name!r}; weights lie in the same directory")
-    if not (path / name).is_file():
+    if name not in stored:
         raise UserError(f"{path / name}: missing, though {where} names it")
-    return path / name
+    return name
 
 
 def read_json(file: Path, absent: str = "") -> dict[str, Any]:

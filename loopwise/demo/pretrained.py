@@ -81,7 +81,7 @@ def sizes(source: str) -> tuple[int, int, int]:
     from ..gguf_header import read_header
     from ..gguf_source import find_gguf
 
-    path = find_source(source, None)
+    path, _ = find_source(source, None)
     file = find_gguf(path)
     layers = read_header(file).value("block_count") if file else read_source(path).config.num_hidden_layers
     core, prelude = max(1, round(layers * 4 / 30)), round(layers * 12 / 30)

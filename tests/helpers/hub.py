@@ -1,7 +1,8 @@
 """A stand-in for the hub's HTTP API on this machine: models, branches, commits, large files, tokens, private ones.
 
-It answers what huggingface_hub asks for when it downloads, makes a repository and uploads without Xet. `refuse` holds
-statuses for requests that are to fail, and `seen` lists all requests.
+It answers what huggingface_hub asks for when it downloads (whole files, or ranges of bytes), makes a repository and
+uploads without Xet. `refuse` holds statuses for requests that are to fail, `seen` lists all requests, and `sent` the
+files that were downloaded.
 """
 
 from __future__ import annotations
@@ -129,7 +130,14 @@ def resolve(request: Handler, name: str, revision: str, path: str) -> None:
         data = model.files(commit).get(path)
         if data is None:
             return request.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        request.send(200, data, {"X-Repo-Commit": commit, "ETag": f'"{etag(path, data)}"'})
+        part, status, headers = data, 200, {"X-Repo-Commit": commit, "ETag": f'"{etag(path, data)}"'}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")):
+            first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+            part, status = data[first : last + 1], 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        if request.command == "GET":
+            request.hub.sent.append((path, len(part), len(part) == len(data)))
+        request.send(status, part, headers)
     return None
 
 
