@@ -18,6 +18,7 @@ file imports only files above it:
     hub.py            ids of the Hugging Face hub
     input_files.py    regular files alone, inside of their directory
     carried.py        files that travel with a checkpoint
+    card.py           metadata of model cards
     disk.py           writes that reach the disk, and its errors in words
     lock.py           one writer of a directory at a time
     directory.py      output directories: written whole or not at all
@@ -36,7 +37,6 @@ file imports only files above it:
     gguf_source.py    a GGUF file as a source
     gguf_tensors.py   its tensors
     find_source.py    a directory, a GGUF file, or a download from the hub
-    card.py           metadata of model cards
     model_index.py    results of loopwise eval as metadata of a card
     push.py           a finished OUT, uploaded to the hub
     load.py           configs, tokenizers and models, loaded without code of theirs

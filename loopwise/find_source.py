@@ -13,7 +13,7 @@ from .checkpoint import files_in, read_json, weight_names
 from .directory import RECORD
 from .errors import UserError
 from .gguf_source import find_gguf
-from .hub import asking, is_hub_id, not_found
+from .hub import asking, is_hub_id, not_found, snapshot_of
 
 FILES = ("*.json", *TOKENIZER_FILES, *LICENCES)  # of a checkpoint, without weights; never code
 SHORT = ("*.json",)  # those that describe it
@@ -115,10 +115,8 @@ def card_folder(model: str, revision: str | None) -> Path | None:
 
 def commit_of(path: Path) -> str | None:
     """The commit of a snapshot in the hub's cache, of which `path` is the directory or a file; None elsewhere."""
-    for folder in (path, *path.parents):
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            return folder.name
-    return None
+    found = snapshot_of(path)
+    return found.name if found else None
 
 
 @contextmanager
@@ -140,7 +138,10 @@ def _download(source: str, revision: str | None) -> tuple[Path, HubWeights | Non
     repository, _, file = source.partition(":")
     with asking(lambda error: not_found(source, error, revision)):
         if file.endswith(".gguf"):
-            return Path(hf_hub_download(repository, file, revision=revision)), None
+            found = Path(hf_hub_download(repository, file, revision=revision))
+            with suppress(Exception):  # no work depends on them
+                snapshot(repository, commit_of(found), (CARD, *LICENCES))
+            return found, None
         path = _with_card(source, snapshot(source, revision, FILES))
         there = _weights_on_hub(source, path)
     stored = there.stored if there else []

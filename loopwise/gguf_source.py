@@ -8,15 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card import as_front, copy_licences, read_metadata
+from .carried import CARD
 from .checkpoint import INDEX, WEIGHTS
 from .errors import UserError, reason
 from .gguf_header import Header, read_header
+from .hub import snapshot_of
 
 if TYPE_CHECKING:
     import numpy
 
 # Tokens that end a turn or a message, of the families that are read: Llama 3, ChatML, Phi 3, Gemma.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+MOST_BASES = 100  # base models of one file that are looked at
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -47,8 +52,9 @@ def _is_gguf(file: Path) -> bool:
 def unpacked(path: Path) -> Generator[Path]:
     """`path` itself; for a GGUF file, a temporary directory with the files that transformers saves for a model.
 
-    It holds config.json, generation_config.json, the tokenizer with its chat template, and a link to the file. Raises
-    UserError for a file that is no supported model; a UserError of the block names the file in place of the directory.
+    It holds config.json, generation_config.json, the tokenizer with its chat template, a link to the file, and its card
+    and licences (see `_describe`). Raises UserError for a file that is no supported model; a UserError of the block
+    names the file in place of the directory.
     """
     file = find_gguf(path)
     if file is None:
@@ -57,7 +63,7 @@ def unpacked(path: Path) -> Generator[Path]:
     with tempfile.TemporaryDirectory(prefix="loopwise-") as name:
         directory = Path(name)
         try:
-            _unpack(file, directory)
+            _describe(_unpack(file, directory), directory, path.is_dir())
             yield directory
         except UserError as error:
             text = str(error).replace(str(directory / _linked(file)), str(file)).replace(str(directory), str(file))
@@ -69,8 +75,43 @@ def _linked(file: Path) -> str:
     return file.name if file.suffix == ".gguf" else f"{file.name}.gguf"
 
 
-def _unpack(file: Path, directory: Path) -> None:
-    """Write config, generation config and tokenizer of `file` into `directory`, and a link to it."""
+def _describe(header: Header, directory: Path, whole_folder: bool) -> None:
+    """Write the card and the licences of a GGUF file into `directory`: those beside it, else a card of its metadata.
+
+    whole_folder: the source is the directory of the file, not the file. Beside a file that lies anywhere, a card counts
+    if it has metadata, and a licence with such a card: a licence alone may be that of other files.
+    """
+    folder = snapshot_of(header.file) or header.file.parent
+    fields = read_metadata(folder / CARD)
+    if fields or whole_folder or snapshot_of(header.file):
+        copy_licences(folder, directory)
+        link = str(fields.get("license_link", ""))
+        if "://" not in link and (name := Path(link).name) and (directory / name).is_file():
+            fields["license_link"] = name
+    told = _metadata(header)
+    if "license" in fields:
+        told = {name: value for name, value in told.items() if not name.startswith("license")}
+    (directory / CARD).write_text(as_front({**told, **fields}), encoding="utf-8")
+
+
+def _metadata(header: Header) -> dict[str, Any]:
+    """Licence and base models in the metadata of a GGUF file, in the fields of a model card; none that it lacks."""
+    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
+
+    names = {"license": "license", "license.name": "license_name", "license.link": "license_link"}
+    found = {to: header.fields.get(f"general.{name}") for name, to in names.items()}
+    count = header.fields.get("general.base_model.count", 0)
+    base: list[str] = []
+    for n in range(min(count, MOST_BASES) if isinstance(count, int) else 0):
+        address = header.fields.get(f"general.base_model.{n}.repo_url")
+        if isinstance(address, str) and address.startswith(HUGGINGFACE_CO_URL_HOME):
+            base.append(address.removeprefix(HUGGINGFACE_CO_URL_HOME).strip("/"))
+    given = {name: value for name, value in found.items() if isinstance(value, str) and value}
+    return {**(given if "license" in given else {}), **({"base_model": base} if base else {})}
+
+
+def _unpack(file: Path, directory: Path) -> Header:
+    """Write config, generation config and tokenizer of `file` into `directory`, and a link to it. Gives its header."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     from .gguf_config import build_config
@@ -92,6 +133,7 @@ def _unpack(file: Path, directory: Path) -> None:
     ends = _text_ends(header, tokenizer.get_vocab())
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     generation.save_pretrained(directory)
+    return header
 
 
 def _text_ends(header: Header, vocabulary: dict[str, int]) -> list[int]:

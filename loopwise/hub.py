@@ -87,6 +87,14 @@ def is_hub_id(model: str) -> bool:
     return bool(model) and not looks and not os.path.lexists(model)
 
 
+def snapshot_of(path: Path) -> Path | None:
+    """The snapshot in the hub's cache that `path` is, or lies in; None elsewhere. Its name is the commit."""
+    for folder in (path, *path.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder
+    return None
+
+
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 

@@ -10,8 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from loopwise.card import read_metadata
 from loopwise.cli import main
 from loopwise.convert.source import SourceWeights
 from loopwise.convert.source_config import empty_model, read_source
@@ -19,6 +21,7 @@ from loopwise.gguf_source import unpacked
 from loopwise.train.pretrained import load_model
 from tests.helpers.convert import refused, tokens
 from tests.helpers.gguf_files import CHAT, FAMILIES, family_model, write_gguf
+from tests.helpers.hub import ask, serving
 from tests.helpers.tiny import VOCAB, attention
 
 EVERY_LAYER = ("sizes=1,3,2", "injection=none", "num_recurrences=1")
@@ -457,3 +460,34 @@ def test_one_file_of_a_hub_repository(file, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     line = refused(capsys, tmp_path, "me/tiny", tmp_path / "two", "sizes=1,2,1")
     assert "me/tiny:tiny.Q8_0.gguf, me/tiny:tiny.Q4_0.gguf" in line
+
+
+CARDS = {  # files beside the GGUF file -> licence and base model of the output, for the file, its directory, the hub
+    "card": ({"README.md": "---\nlicense: mit\nbase_model: them/base\n---\n# It\n", "LICENSE": "Do."}, *3 * ["mit"]),
+    "licence": ({"LICENSE": "Apache License Version 2.0"}, "llama3.2", "llama3.2", "llama3.2"),
+    "nothing": ({}, *3 * ["llama3.2"]),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_is_of_the_directory_else_of_the_metadata(name, monkeypatch, tmp_path):
+    """A licence that lies beside a file by chance, without a model card, is not copied."""
+    files, *licences = CARDS[name]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    metadata = {"general.license": "llama3.2", "general.base_model.count": 1}
+    metadata["general.base_model.0.repo_url"] = f"{constants.HUGGINGFACE_CO_URL_HOME}meta/base"
+    file = write_gguf(folder / "model.gguf", family_model("llama"), metadata=metadata)
+    for beside, text in files.items():
+        (folder / beside).write_text(text)
+    with serving() as hub:
+        ask(hub, tmp_path / "home", monkeypatch)
+        hub.add("them/gguf", folder)
+        for source, licence in zip((file, folder, "them/gguf:model.gguf"), licences, strict=True):
+            out = tmp_path / f"out-{Path(str(source)).name}"
+            assert main(["convert", str(source), str(out), *EVERY_LAYER, "--no-verify"]) == 0
+            card = read_metadata(out / "README.md")
+            base = "them/gguf" if str(source).startswith("them") else "them/base" if name == "card" else "meta/base"
+            assert (card["license"], card["base_model"]) == (licence, base)
+            copied = name == "card" or (name == "licence" and source != file)
+            assert (out / "LICENSE").exists() == copied
