@@ -20,6 +20,7 @@ from .journal import Journal, tensors_digest
 from .pending import Pending
 from .recipe import ConvertRecipe
 from .shards import SHARD_BYTES, Shards
+from .source import Compared
 from .tokenizer import write_tokenizer
 from .workers import Job, work
 from .write import write_weights
@@ -83,7 +84,8 @@ class Conversion(ABC):
         copy_licences(self.path, directory)
         several = None
         if self.recipe.workers > 1:
-            job = Job(self.path, self.settled(), directory, SHARD_BYTES, tensors_digest(self.pending))
+            tensors = tensors_digest(self.pending)
+            job = Job(self.path, self.settled(), directory, SHARD_BYTES, tensors, self.compared())
             several = partial(work, job)
         with hashing(self.files) as hashes:
             errors = write_weights(self.pending, directory, show_progress, SHARD_BYTES, journal, several)
@@ -91,6 +93,10 @@ class Conversion(ABC):
 
     def check(self) -> None:  # noqa: B027  most conversions keep all values
         """Raise UserError for a source whose values would not be kept. Called before a model file is written."""
+
+    def compared(self) -> Compared:
+        """Comparisons of the source's values that were made."""
+        return Compared()
 
     def settled(self) -> ConvertRecipe:
         """A recipe that gives this conversion without a measurement."""

@@ -28,7 +28,7 @@ from .quantised import find_method
 from .recipe import ConvertRecipe, Layers
 from .relax import own_parameters, ranks
 from .repeats import equal_layers, note, to_fold
-from .source import SourceWeights
+from .source import Compared, SourceWeights
 from .source_config import empty_model, read_source, written_out
 from .tensors import Tensors, worst
 from .text_model import find_text_model
@@ -36,11 +36,14 @@ from .verify import DEPTH, verify
 
 
 @contextmanager
-def open_conversion(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> Generator[RecipeConversion]:
+def open_conversion(
+    path: Path, recipe: ConvertRecipe, there: HubWeights | None = None, compared: Compared | None = None
+) -> Generator[RecipeConversion]:
     """The conversion of the pretrained decoder in the directory `path`; its files are open within the block.
 
-    there: its weights on the hub, where `path` lacks them; then layers are compared for `fold` alone. Sets `init` of
-    the recipe where it is left out. Raises UserError where source and recipe do not fit together.
+    there: its weights on the hub, where `path` lacks them; then layers are compared for `fold` alone.   compared: what
+    the same conversion found in another process. Sets `init` of the recipe where it is left out. Raises UserError where
+    source and recipe do not fit together.
     """
     method = find_method(config_fields(path), path, bool(recipe.dequantize))
     source = read_source(path)
@@ -48,8 +51,9 @@ def open_conversion(path: Path, recipe: ConvertRecipe, there: HubWeights | None 
     with torch.device("meta"):
         source_model = empty_model(source.config)
     whole = find_text_model(source.whole, source_model) if source.whole else None
-    with SourceWeights(path, source_model, whole, method, there) as weights:
-        conversion = RecipeConversion(path, source_model, weights, recipe)
+    known = compared or Compared()
+    with SourceWeights(path, source_model, whole, method, there, known.apart) as weights:
+        conversion = RecipeConversion(path, source_model, weights, recipe, known.same)
         if whole:
             conversion.facts["notes"].append(whole.note(source_model))
         yield conversion
@@ -65,9 +69,19 @@ def can_fold(path: Path, there: HubWeights | None = None) -> bool:
 
 
 class RecipeConversion(Conversion):
-    """The conversion of the decoder `source_model`, on the meta device, with the tensors `weights`."""
+    """The conversion of the decoder `source_model`, on the meta device, with the tensors `weights`.
 
-    def __init__(self, path: Path, source_model: PreTrainedModel, weights: SourceWeights, recipe: ConvertRecipe):
+    same: as by `equal_layers`, where it is known.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source_model: PreTrainedModel,
+        weights: SourceWeights,
+        recipe: ConvertRecipe,
+        same: list[int] | None = None,
+    ):
         source_config = weights.config
         stored = common_dtype((weights.dtype(name), weights.shape(name)) for name in weights.names())
         self.weights = weights
@@ -80,9 +94,7 @@ class RecipeConversion(Conversion):
 
         recipe.settle_init(source_config.hidden_size)
         kinds = layer_kinds(source_model)
-        compares = weights.there is None or recipe.method == "fold"
-        layers = layer_list_name(source_model, len(kinds)) + "."
-        same = equal_layers(weights, layers, kinds) if compares else list(range(len(kinds)))
+        same = self.same = same if same is not None else _equal_layers(weights, source_model, kinds, recipe)
         block = to_fold(same, source_config.model_type) if recipe.method == "fold" else None
         self.plan = make_plan(recipe, kinds, measure, block.layers(len(kinds)) if block else None)
         _check_norm(self.plan, source_model)
@@ -102,6 +114,10 @@ class RecipeConversion(Conversion):
         if self.influence:
             facts["influence"] = self.influence
         super().__init__(path, recipe, config, self.tensors.pending, weights.files, facts)
+
+    def compared(self) -> Compared:
+        """The layers that are equal, and the tied tensors that are not."""
+        return Compared(self.same, self.weights.apart)
 
     def settled(self) -> ConvertRecipe:
         """The recipe with the layers that were chosen by a measurement of influence."""
@@ -125,6 +141,15 @@ class RecipeConversion(Conversion):
     def _zero_lora(self) -> bool:
         """True where LoRA factors start at zero."""
         return any(factors.init == "zero" for factors in self.tensors.low_rank.values())
+
+
+def _equal_layers(
+    weights: SourceWeights, source_model: PreTrainedModel, kinds: list[str], recipe: ConvertRecipe
+) -> list[int]:
+    """`equal_layers`. Of weights on the hub every layer counts as unique, but for `fold`: comparisons may read much."""
+    if weights.there and recipe.method != "fold":
+        return list(range(len(kinds)))
+    return equal_layers(weights, layer_list_name(source_model, len(kinds)) + ".", kinds)
 
 
 def _note_left_out(weights: SourceWeights) -> list[str]:

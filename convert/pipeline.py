@@ -29,6 +29,7 @@ from .import_checkpoint import is_recurrent, open_import
 from .journal import JOURNAL, describe, goes_on
 from .quantised import find_method
 from .recipe import ConvertRecipe
+from .source import Compared
 from .source_config import read_source
 from .tokenizer import load_tokenizer
 
@@ -92,13 +93,17 @@ def convert(
     return facts
 
 
-def opened(path: Path, recipe: ConvertRecipe, there: HubWeights | None = None) -> AbstractContextManager[Conversion]:
+def opened(
+    path: Path, recipe: ConvertRecipe, there: HubWeights | None = None, compared: Compared | None = None
+) -> AbstractContextManager[Conversion]:
     """The import of a public recurrent-depth checkpoint, the conversion by `recipe` of any other.
 
     there: the weights of the directory `path` on the hub, where it lacks them: headers are read, and few values.
+    compared: comparisons of values that another process has made.
     """
-    open_it = open_import if is_recurrent(path, recipe, there) else open_conversion
-    return open_it(path, recipe, there)
+    if is_recurrent(path, recipe, there):
+        return open_import(path, recipe, there)
+    return open_conversion(path, recipe, there, compared)
 
 
 def _facts(

@@ -63,6 +63,17 @@ def _natural_order(found: tuple[str, Handle, Path]) -> Any:
     return dot_natural_key(found[0])
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Comparisons of a source's values, which a process that opens it again need not make.
+
+    same: as `repeats.equal_layers` gives it.   apart: tied tensors of which both are kept. None where not compared.
+    """
+
+    same: list[int] | None = None
+    apart: list[str] | None = None
+
+
 class SourceWeights:
     """The tensors of a checkpoint by their names in the transformers model. Use as a context manager.
 
@@ -71,6 +82,7 @@ class SourceWeights:
     whole: the multimodal model that the files hold, of which `model` is the text model; its other tensors are left out.
     method: the way in which the files are quantised.
     there: the weights on the hub, where `path` lacks them; None for files that lie here.
+    apart: tied tensors that the files hold twice, with different values, by name. Where it is given, none is compared.
     left_out: names on disk of tensors that transformers' model leaves out, such as heads that predict further tokens.
     untied: True where the config ties embeddings and head, and the files hold two different ones. As in transformers,
     the files win.
@@ -85,6 +97,7 @@ class SourceWeights:
         whole: Whole | None = None,
         method: Method | None = None,
         there: HubWeights | None = None,
+        apart: list[str] | None = None,
     ):
         self._stack, self._model, self._whole, self._method = ExitStack(), model, whole, method
         self.there, gguf = there, None if there else find_gguf(path)
@@ -98,24 +111,30 @@ class SourceWeights:
         self._expected: dict[str, torch.Tensor] = model.state_dict()
         self._in_files = set(self._loaded.state_dict())
         self._find_tensors()
-        self.untied = self._drop_tied()
+        self.apart = self._drop_tied(apart)
+        self.untied = bool(self.apart)
         tied = model.all_tied_weights_keys
         absent = [name for name in self._expected if name not in self._stored and name not in tied]
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise UserError(f"{path}: the weights lack {absent[0]}{more}, which the config asks for")
 
-    def _drop_tied(self) -> bool:
-        """Keep one of two tied tensors. Returns True where two that the config ties differ, which keeps both."""
-        untied = False
+    def _drop_tied(self, known: list[str] | None) -> list[str]:
+        """Keep one of two tied tensors. Returns those that the config ties and that differ: both are kept.
+
+        known: the same, where it is known.
+        """
+        apart: list[str] = []
         for target, tied in self._model.all_tied_weights_keys.items():
             if target in self._stored and tied not in self._stored:
                 self._stored[tied] = self._stored.pop(target)
-            elif target in self._stored and torch.equal(self.read(target), self.read(tied)):
-                del self._stored[target]
             elif target in self._stored:
-                untied = True
-        return untied
+                equal = torch.equal(self.read(target), self.read(tied)) if known is None else target not in known
+                if equal:
+                    del self._stored[target]
+                else:
+                    apart.append(target)
+        return apart
 
     def _find_tensors(self) -> None:
         """Find every tensor of the files in the model. Raises UserError for one that the model lacks, and that

@@ -41,8 +41,10 @@ def _work(first: dict[str, Any], reply: Any) -> None:
     from .pipeline import opened
     from .recipe import ConvertRecipe
     from .shards import Shards
+    from .source import Compared
 
-    with opened(Path(first["path"]), ConvertRecipe.model_validate(first["recipe"])) as conversion:
+    recipe, compared = ConvertRecipe.model_validate(first["recipe"]), Compared(**first["compared"])
+    with opened(Path(first["path"]), recipe, compared=compared) as conversion:
         if tensors_digest(conversion.pending) != first["tensors"]:
             raise UserError(f"{first['path']} has changed while it was converted")
         shards = Shards(conversion.pending, Path(first["directory"]), first["shard_bytes"])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ import torch
 from ..errors import UserError
 from .recipe import ConvertRecipe
 from .shards import Done
+from .source import Compared
 
 MODULE = "loopwise.convert.worker"
 
@@ -27,7 +28,7 @@ class Job:
     """The work of all workers. path: the source's directory.   recipe: of the conversion, as it was settled.
 
     directory: the unfinished output, whose weight files are laid out.   shard_bytes: their largest size.   tensors: the
-    checksum of their tensors.
+    checksum of their tensors.   compared: comparisons of the source's values, which no worker repeats.
     """
 
     path: Path
@@ -35,6 +36,19 @@ class Job:
     directory: Path
     shard_bytes: int
     tensors: str
+    compared: Compared = field(default_factory=Compared)
+
+    def message(self) -> dict[str, Any]:
+        """The job as a worker reads it."""
+        return {
+            "parent": os.getpid(),
+            "path": str(self.path),
+            "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
+            "directory": str(self.directory),
+            "shard_bytes": self.shard_bytes,
+            "tensors": self.tensors,
+            "compared": asdict(self.compared),
+        }
 
 
 def work(job: Job, todo: list[int]) -> Generator[tuple[int, Done]]:
@@ -67,14 +81,6 @@ def _started(job: Job, count: int) -> Generator[list[subprocess.Popen[str]]]:
     root = str(Path(__file__).parents[2])  # that has the package; by -P no module of the current directory counts
     search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": search}
-    first = {
-        "parent": os.getpid(),
-        "path": str(job.path),
-        "recipe": job.recipe.model_dump(mode="json", exclude_unset=True),
-        "directory": str(job.directory),
-        "shard_bytes": job.shard_bytes,
-        "tensors": job.tensors,
-    }
     workers: list[subprocess.Popen[str]] = []
     try:
         for _ in range(count):
@@ -87,7 +93,7 @@ def _started(job: Job, count: int) -> Generator[list[subprocess.Popen[str]]]:
                 process_group=0,  # Ctrl-C reaches this process alone
             )
             workers.append(worker)
-            _send(worker, first)
+            _send(worker, job.message())
         yield workers
     finally:
         for worker in workers:

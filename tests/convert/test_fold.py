@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
+from loopwise.convert import conversion, convert_checkpoint, worker
 from loopwise.convert.repeats import find_blocks
-from tests.helpers.convert import import_refused, run, tokens
+from loopwise.convert.shards import Done
+from loopwise.convert.workers import Job
+from tests.helpers.convert import change_fields, import_refused, run, tokens
 from tests.helpers.tiny import save_source, source_model, tokenizer
 
 SELF_MERGE = [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]  # layers 2 and 3 three times
@@ -73,6 +78,34 @@ def test_experts_are_unrolled_by_their_published_names(model_type, tmp_path):
     assert "model.layers.1.mlp.experts.0.gate_proj.weight" in want
     assert found.keys() == want.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+def test_no_worker_compares_layers_again(monkeypatch, tmp_path):
+    """Nor tied weights, which the files may hold twice."""
+    save_merge(tmp_path / "source", "llama", SELF_MERGE)
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    head = stored["model.embed_tokens.weight"] + 1
+    save_file({**stored, "lm_head.weight": head}, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    change_fields(tmp_path / "source", tie_word_embeddings=True)
+
+    def work(job: Job, todo: list[int]) -> Any:
+        """A worker in this process, which cannot compare."""
+        replies: list[dict[str, Any]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("".join(f"{number}\n" for number in todo)))
+            patch.setattr(convert_checkpoint, "equal_layers", None)
+            patch.setattr(torch, "equal", None)
+            worker._work(json.loads(json.dumps(job.message())), lambda **reply: replies.append(reply))
+        assert replies[0] == {"ready": True}
+        yield from ((reply["unit"], Done(reply["checksums"], reply["error"])) for reply in replies[1:])
+
+    monkeypatch.setattr(conversion, "work", work)
+    for name, more in (("one", []), ("two", ["workers=2"])):
+        argv = ["convert", str(tmp_path / "source"), str(tmp_path / name), "method=fold", "--no-verify"]
+        assert main([*argv, *more]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert torch.equal(tensors(tmp_path / "two")["source.lm_head.weight"], head)
 
 
 def test_repeated_layers_are_noticed_by_every_method(tmp_path, capsys):
