@@ -10,7 +10,8 @@ from typing import Any
 
 from ..arguments import RecipeParser
 from ..checkpoint import read_json
-from ..directory import claimed, ended_by_sigterm
+from ..directory import claimed, ended_by_sigterm, free_for, place
+from ..disk import room
 from ..find_source import find_source
 from ..push import add_options, check_target, push
 from ..recipe import load_recipe
@@ -77,7 +78,7 @@ def _report(args: Namespace, facts: dict[str, Any]) -> None:
 
     print(_summary(facts))
     if args.dry_run:
-        print("dry run: nothing written")
+        print(f"dry run: nothing written; OUT {room(facts['weight_bytes'], free_for(place(Path(args.out))))}")
     else:
         found = facts["max_dlogit_by_dtype"]
         verified = f"verified, {in_words(found)}" if found else "not verified"

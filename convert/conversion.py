@@ -94,6 +94,11 @@ class Conversion(ABC):
     def check(self) -> None:  # noqa: B027  most conversions keep all values
         """Raise UserError for a source whose values would not be kept. Called before a model file is written."""
 
+    @property
+    def bytes(self) -> int:
+        """The size of the weight files that `write` makes; the others are small."""
+        return Shards(self.pending, self.path, SHARD_BYTES).bytes
+
     def compared(self) -> Compared:
         """Comparisons of the source's values that were made."""
         return Compared()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import Parser
-from ..directory import claimed, ended_by_sigterm, new_directory, write_record
+from ..directory import check_room, claimed, ended_by_sigterm, new_directory, write_record
 from ..errors import UserError
 from ..find_source import commit_of, find_model
 from ..push import add_options, check_target, push
@@ -89,6 +90,7 @@ def export(
     from .card import export_card
     from .generation import write_generation_config
     from .hashes import hashing
+    from .shards import Shards
     from .source_config import read_recurrent_config
     from .tokenizer import load_tokenizer, write_tokenizer
     from .unrolled import Unrolled
@@ -100,7 +102,9 @@ def export(
         raise UserError(f"--unroll {unroll}: from 1 to {DEEPEST} recurrences")
     check_expressible(Path(model), config, unroll)
     tokenizer = load_tokenizer(path)
-    with Unrolled(path, config, unroll) as unrolled, new_directory(Path(out), path, force) as directory:
+    with Unrolled(path, config, unroll) as unrolled, ExitStack() as stack:
+        check_room(Path(out), Shards(unrolled.pending, path).bytes)
+        directory = stack.enter_context(new_directory(Path(out), path, force))
         unrolled.config.save_pretrained(directory)
         if tokenizer is not None:
             write_tokenizer(tokenizer, directory)

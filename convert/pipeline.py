@@ -15,7 +15,7 @@ from loopwise.version import __version__
 
 from ..carried import CARD
 from ..checkpoint import config_fields
-from ..directory import check_new, new_directory, place, unfinished, write_record
+from ..directory import check_new, check_room, new_directory, place, unfinished, write_record
 from ..find_source import HubWeights, commit_of, find_source, named
 from ..gguf_source import unpacked
 from ..model import RecurrentDepthConfig
@@ -59,8 +59,9 @@ def convert(
     with ExitStack() as stack:
         stack.enter_context(named(str(source), found))
         if there and (recipe.influence is not None or not dry_run):
-            check_source(found, recipe, there)
+            size = check_source(found, recipe, there)
             check_new(Path(out), found, force)
+            check_room(Path(out), size)
             there.fetch()
             there = None
         path = found if there else stack.enter_context(unpacked(found))
@@ -78,6 +79,7 @@ def convert(
             if same:
                 unfinished(place(Path(out)), same)
             return facts
+        check_room(Path(out), conversion.bytes)
         with new_directory(Path(out), found, force, same) as directory:
             written = conversion.write(directory, tokenizer, show_progress, identity)
             facts["notes"] += written.notes
@@ -121,21 +123,23 @@ def _facts(
         **({"router": conversion.config.router} if conversion.config.router else {}),
     }
     facts["notes"] = [*facts.get("notes", []), *_notes(path, conversion.config, tokenizer)]
+    facts["weight_bytes"] = conversion.bytes
     facts["parameters"]["unique"] = sum(torch.Size(tensor.shape).numel() for tensor in conversion.pending)
     return facts
 
 
-def check_source(path: Path, recipe: ConvertRecipe, there: HubWeights) -> None:
+def check_source(path: Path, recipe: ConvertRecipe, there: HubWeights) -> int:
     """Raises UserError, as `opened` does, for a source that cannot be converted by `recipe`, before its weights, which
-    are `there`, are downloaded. Values are not looked at."""
+    are `there`, are downloaded. Values are not looked at. Returns the size of the output; 0 where values decide it, and
+    for an import."""
     if is_recurrent(path, recipe, there):
-        return
+        return 0
     if recipe.method == "fold":
         find_method(config_fields(path), path, bool(recipe.dequantize))
         read_source(path)
-        return
-    with open_conversion(path, recipe.model_copy(update={"influence": None}), there):
-        pass
+        return 0
+    with open_conversion(path, recipe.model_copy(update={"influence": None}), there) as conversion:
+        return conversion.bytes
 
 
 def _identity(facts: dict[str, Any], conversion: Conversion) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Shards:
         """The names of the weight files."""
         return list(self._heads)
 
+    @property
+    def bytes(self) -> int:
+        """The size of the weight files."""
+        return sum(size for _, size in self._heads.values())
+
     def prepare(self) -> None:
         """Write index and headers; the values of a file that is there already stay as they are."""
         if self._index is not None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .disk import naming, sync, sync_tree, system_error
+from .disk import allocated, free_bytes, naming, room, sync, sync_tree, system_error
 from .errors import UserError
 from .lock import RUN, locked, marker
 from .version import __version__
@@ -273,6 +273,20 @@ def check_new(out: Path, source: Path | None, force: bool) -> Path:
         raise UserError(f"the output {out} holds the current directory and would replace it; choose another directory")
     check_replaceable(found, force)
     return found
+
+
+def free_for(out: Path) -> int:
+    """The bytes that are free for `out`, an absolute path. Those that killed processes left of it count: they are taken
+    over, or removed first."""
+    own = beside(out, "partial")
+    left = {*left_by_killed(out, "partial"), *([own] if removable(own) else [])}
+    return free_bytes(out) + sum(allocated(path) for path in left)
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises UserError where an output of `needed` bytes at `out` has no room, before it is begun."""
+    if (free := free_for(place(out))) < needed:
+        raise UserError(f"{out}: the output {room(needed, free)}; make room first, or choose another disk")
 
 
 def check_file(file: Path) -> None:

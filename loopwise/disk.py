@@ -51,6 +51,26 @@ def sync_tree(directory: Path) -> None:
     sync(directory)
 
 
+def free_bytes(place: Path) -> int:
+    """The bytes that are free on the disk of `place`, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
+
+
+def allocated(directory: Path) -> int:
+    """The bytes of the disk that the files below `directory` take; a hole in a file takes none."""
+    return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def in_units(size: int) -> str:
+    """`size` in bytes as text in GiB, or in MiB below one."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def room(needed: int, free: int) -> str:
+    """Words for an output of `needed` bytes on a disk of which so many are `free`."""
+    return f"will take {in_units(needed)}, and {in_units(free)} are free there"
+
+
 def system_error(error: Exception) -> str | None:
     """The message of the system error behind `error`, like a full disk; None for any other error.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopwise.directory import finish
-from loopwise.disk import sync, sync_tree
+from loopwise.disk import free_bytes, room, sync, sync_tree
 from loopwise.errors import UserError
 
 from .card import write_card
@@ -81,8 +81,5 @@ def rehearse(trainer: RecurrentTrainer, model: str, out: Path, dtype: str) -> No
         _write(trainer, smallest(base, dtype), model, partial, dtype)
     shutil.rmtree(partial, ignore_errors=True)
     needed = parameters(trainer.trained) * getattr(torch, dtype).itemsize
-    if (free := shutil.disk_usage(out).free) < needed:
-        raise UserError(
-            f"{out}: the trained model will take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there; "
-            "make room first"
-        )
+    if (free := free_bytes(out)) < needed:
+        raise UserError(f"{out}: the trained model {room(needed, free)}; make room first")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,25 @@ def test_only_what_a_killed_conversion_left_is_taken(place, tmp_path):
     assert contents(left) == before
     assert contents(out) == contents(place / "whole")
     assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 2
+
+
+@pytest.mark.parametrize("resume", [["--resume"], []], ids=["resumed", "anew"])
+def test_what_a_killed_conversion_left_counts_as_room(resume, place, monkeypatch, capsys, tmp_path):
+    """It is taken over, or removed. A disk with a byte too few is refused at once, and the rest stays."""
+    out = killed(place, "40", tmp_path)
+    (left,) = out.parent.glob(".out.partial-*")
+    os.truncate(left / "model.safetensors", 400_000)  # a copy may have filled its holes
+    needed = (place / "whole" / "model.safetensors").stat().st_size
+    there = sum(file.stat().st_blocks * 512 for file in out.parent.rglob("*") if file.is_file())
+    assert 0 < there < needed
+    for missing, code in ((1, 2), (0, 0)):
+        free = needed - there - missing
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        before = contents(tmp_path / "40")
+        assert main(["convert", str(place / "source"), str(out), *KEYS, *resume]) == code
+        assert code == 0 or contents(tmp_path / "40") == before
+        assert ("out: the output will take 0." in capsys.readouterr().err) == (code == 2)
+    assert contents(out) == contents(place / "whole")
 
 
 @pytest.mark.parametrize(

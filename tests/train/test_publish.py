@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,8 @@ def test_a_save_that_must_fail_fails_before_the_first_step(what, plain, command,
 def test_a_disk_without_room_for_the_model_is_named_at_the_start(plain, command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main(command(plain, tmp_path / "out", "steps=2")) == 2
-    assert "the trained model will take 0.0 GiB, and 0.0 GiB are free there; make room first" in capsys.readouterr().err
+    words = "the trained model will take [0-9.]+ MiB, and 0.0 MiB are free there; make room first"
+    assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
