@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     recipe, out = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings), Path(args.out).expanduser()
     with ended_by_sigterm(), nullcontext() if args.dry_run else claimed(out):
-        target = check_target(args, out)
+        target = check_target(args, args.source, out)
         if target and not args.dry_run and _is_done(args, out, recipe):
             print(f"{out}: whole, and from the same source and recipe; nothing is made again")
         else:

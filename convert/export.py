@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     out = Path(args.out).expanduser()
     with ended_by_sigterm(), claimed(out):
-        target = check_target(args, out)
+        target = check_target(args, args.model, out)
         if target and _is_done(args, out):
             print(f"{out}: whole, and from the same model at the same depth; nothing is made again")
         else:

@@ -57,12 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_target(args: argparse.Namespace, out: Path) -> Target | None:
-    """The repository that the options of `add_options` name for `out`; None without --push-to-hub.
+def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | None:
+    """The repository that the options of `add_options` name for `out`, made from `source`; None without --push-to-hub.
 
     Asks the hub, and changes nothing there. Raises UserError, before any work: for a wrong name, without a token that
     writes, for a hub that cannot be asked, for a public repository without --public, for one with a model that Loopwise
-    did not push, and for results that are not of `out`.
+    did not push, for the `source` itself, and for results that are not of `out`.
     """
     if args.push_to_hub is None:
         for option, value in (("--public", args.public), ("--metrics", args.metrics)):
@@ -84,6 +84,8 @@ def check_target(args: argparse.Namespace, out: Path) -> Target | None:
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(f"{option}: the token can only read; log in with one that writes")
         name = name if "/" in name else f"{user['name']}/{name}"
+        if source.partition(":")[0].casefold() == name.casefold() and not Path(source).exists():  # ID, or ID:FILE.gguf
+            raise UserError(f"{option}: {name} is the source itself, which the push would replace; choose another name")
         _is_there(api, name, not args.public, option)
     return Target(name, not args.public, _results(args, out, name))
 

@@ -326,6 +326,18 @@ def test_export_pushes_a_plain_model(place, capsys, tmp_path):
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["convert", "export", "train"])
+def test_a_source_is_not_replaced_by_what_is_made_of_it(verb, place, capsys, tmp_path):
+    """Loopwise pushed it, so it may be replaced, but not by a model that names it as its base."""
+    before = place.hub.add("me/mine", place.out)
+    rest = {"convert": KEYS, "export": ["--unroll", "2"], "train": ["data.train=text.txt", "steps=1"]}[verb]
+    for name in ("mine", "Me/Mine"):
+        assert main([verb, "me/mine", str(tmp_path / "new"), *rest, "--push-to-hub", name]) == 2
+        assert "me/mine is the source itself, which the push would replace" in capsys.readouterr().err.replace("M", "m")
+    assert place.hub.models["me/mine"].refs["main"] == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_train_pushes_the_model_of_a_finished_run(place, capsys, tmp_path, monkeypatch):
     from loopwise.train import run
 

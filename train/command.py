@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     if out.is_symlink():  # its target is replaced, not the link
         out = out.resolve()
     pushes = PREPARED not in os.environ if is_worker() and is_first() else not is_worker()  # one process of a run
-    target = check_target(args, out) if pushes else None
+    target = check_target(args, args.model, out) if pushes else None
     finished = is_whole(out) and (out / RUN).is_file()
     resume = args.resume or (bool(args.push_to_hub) and finished and not args.force)  # in every rank alike
     run = Run(os.path.expanduser(args.model), out, recipe, resume, args.force, args.accept_changes)
