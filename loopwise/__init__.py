@@ -19,7 +19,7 @@ file imports only files above it:
     input_files.py    regular files alone, inside of their directory
     carried.py        files that travel with a checkpoint
     card.py           metadata of model cards
-    disk.py           writes that reach the disk, and its errors in words
+    disk.py           writes that reach the disk, checksums, a disk's errors in words
     lock.py           one writer of a directory at a time
     directory.py      output directories: written whole or not at all
     sampling.py       ranges of sampling parameters

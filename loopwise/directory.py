@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .disk import allocated, free_bytes, naming, room, sync, sync_tree, system_error
+from .disk import allocated, checksum, free_bytes, naming, room, sync, sync_tree, system_error
 from .errors import UserError
 from .lock import RUN, locked, marker
 from .version import __version__
@@ -130,7 +130,8 @@ def _foreign_file(out: Path) -> str | None:
 
 
 def finish(directory: Path) -> None:
-    """Add the names of all files in `directory` to its record, and the sha256 of the model's code.
+    """Add the names of all files in `directory` to its record, the sha256 of the model's code, and bytes and CRC-32 of
+    the weights.
 
     Raises UserError for Python files that are not Loopwise's own.
     """
@@ -142,7 +143,9 @@ def finish(directory: Path) -> None:
         code[file.relative_to(directory).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
     record |= {"code": code} if code else {}
-    write_record(directory, {**record, "files": names})
+    weights = {name: directory / name for name in names if name.endswith(".safetensors")}
+    sums = {name: [file.stat().st_size, checksum(file)] for name, file in weights.items()}
+    write_record(directory, {**record, "files": names, "weights": sums})
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -164,6 +167,19 @@ def is_whole(out: Path) -> bool:
     """True for a directory of Loopwise's whose files are all there."""
     files = record_of(out).get("files")
     return isinstance(files, list) and bool(files) and all((out / str(name)).is_file() for name in files)
+
+
+def changed_weights(out: Path, thorough: bool) -> str | None:
+    """The first weight file of `out` that is not as its record has it; None without one, and in an earlier release's.
+
+    thorough: compare checksums, not only sizes.
+    """
+    sums = record_of(out).get("weights")
+    for name, known in (sums if isinstance(sums, dict) else {}).items():
+        file = out / name
+        if not file.is_file() or [file.stat().st_size, checksum(file) if thorough else known[1]] != known:
+            return name
+    return None
 
 
 def left_by_killed(out: Path, kind: str) -> list[Path]:

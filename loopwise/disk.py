@@ -1,4 +1,4 @@
-"""Writes that reach the disk, and a disk's errors in words."""
+"""Writes that reach the disk, checksums of files, and a disk's errors in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,15 @@ def in_units(size: int) -> str:
 def room(needed: int, free: int) -> str:
     """Words for an output of `needed` bytes on a disk of which so many are `free`."""
     return f"will take {in_units(needed)}, and {in_units(free)} are free there"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def system_error(error: Exception) -> str | None:

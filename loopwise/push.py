@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .card import CARD, read_metadata, with_metadata
-from .directory import RECORD, is_whole, new_file, record_of
+from .checkpoint import weight_files
+from .directory import RECORD, changed_weights, is_whole, new_file, record_of
 from .errors import UserError
 from .hub import asking, why_not
 from .model_index import model_index, read_results
@@ -122,11 +123,15 @@ def push(target: Target, out: Path) -> None:
     Makes the repository if it is not there, and checks it again: hours may have passed, and an organisation may have
     rules for new ones. Files of others in it stay; those that an earlier push put there and `out` lacks are removed, as
     they would be loaded. What the hub has already is not sent again. With results, the card in `out` gets them first.
-    Raises UserError where the hub refuses, and for code in `out` that is not Loopwise's own.
+    Raises UserError where the hub refuses, for code in `out` that is not Loopwise's own, and for weights that are not
+    as they were written, which the card calls verified.
     """
     record = record_of(out)
     files = {*map(str, record["files"]), RECORD}
     _check_code(out, files, record)
+    weight_files(out)
+    if name := changed_weights(out, thorough=True):
+        raise UserError(f"{out / name} is not as Loopwise wrote it; only that is pushed, and --force makes OUT anew")
     if target.results:
         _add_results(out / CARD, target)
     from huggingface_hub import HfApi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -268,6 +269,19 @@ def test_code_that_is_not_loopwises_own_is_not_pushed(place, capsys):
     with (place.out / "router.py").open("a") as file:
         file.write("import os\n")
     assert "router.py is not the code that Loopwise wrote" in refused(capsys, place)
+    assert place.hub.models == {}
+
+
+@pytest.mark.parametrize("change", ["cut", "cut, of an earlier release", "another value"])
+def test_weights_that_are_not_as_they_were_written_are_not_pushed(change, place, capsys):
+    """A card that calls them verified would go with them."""
+    file, record = place.out / "model.safetensors", json.loads((place.out / "loopwise.json").read_text())
+    data = file.read_bytes()
+    file.write_bytes(data[:-4] + bytes(4) if change == "another value" else data[:100])
+    if "earlier" in change:
+        del record["weights"]
+        (place.out / "loopwise.json").write_text(json.dumps(record))
+    assert re.search(r"model\.safetensors(: truncated| is not as Loopwise wrote it)", refused(capsys, place))
     assert place.hub.models == {}
 
 

@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loopwise.checkpoint import read_json
-from loopwise.disk import FULL, sync, sync_tree, system_error
+from loopwise.disk import FULL, checksum, sync, sync_tree, system_error
 from loopwise.errors import UserError, reason
 from loopwise.recipe import validate
 
@@ -57,15 +56,6 @@ def commit(written: Path, target: Path, run: dict[str, Any], spent: dict[str, fl
         shutil.rmtree(target)
     written.replace(target)
     sync(target.parent)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 @contextmanager

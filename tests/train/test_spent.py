@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from loopwise.cli import main
 from loopwise.convert.inspection import flops_per_token
+from loopwise.disk import checksum
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from loopwise.train.checkpoint import checksum
 from loopwise.train.curriculum import Depth
 from loopwise.train.measure import parameter_costs, token_flops
 from loopwise.train.pretrained import load_model
