@@ -62,8 +62,9 @@ def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | N
     """The repository that the options of `add_options` name for `out`, made from `source`; None without --push-to-hub.
 
     Asks the hub, and changes nothing there. Raises UserError, before any work: for a wrong name, without a token that
-    writes, for a hub that cannot be asked, for a public repository without --public, for one with a model that Loopwise
-    did not push, for the `source` itself, and for results that are not of `out`.
+    writes, for an owner that is neither the user nor an organisation of its, for a hub that cannot be asked, for a public
+    repository without --public, for one with a model that Loopwise did not push, for the `source` itself, and for
+    results that are not of `out`.
     """
     if args.push_to_hub is None:
         for option, value in (("--public", args.public), ("--metrics", args.metrics)):
@@ -87,6 +88,9 @@ def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | N
         name = name if "/" in name else f"{user['name']}/{name}"
         if source.partition(":")[0].casefold() == name.casefold() and not Path(source).exists():  # ID, or ID:FILE.gguf
             raise UserError(f"{option}: {name} is the source itself, which the push would replace; choose another name")
+        owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
+        if name.partition("/")[0].casefold() not in map(str.casefold, owners):
+            raise UserError(f"{option}: the token may not write there; as owner give {' or '.join(owners)}")
         _is_there(api, name, not args.public, option)
     return Target(name, not args.public, _results(args, out, name))
 

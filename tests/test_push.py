@@ -24,7 +24,7 @@ from loopwise.convert import command
 from loopwise.recipe import validate
 from loopwise.train.card import hub_datasets
 from loopwise.train.recipe import Train
-from tests.helpers.hub import READER, ask, environment, serving
+from tests.helpers.hub import READER, TOKEN, ask, environment, serving
 from tests.helpers.hub_state import Hub, Repository, files_of
 from tests.helpers.tiny import save_source
 
@@ -215,6 +215,7 @@ def test_nothing_goes_to_a_repository_that_is_public_by_now(moment, place, capsy
         ("mine", READER, "the token can only read"),
         ("a/b/c", None, "NAME or OWNER/NAME"),
         ("-mine", None, "NAME or OWNER/NAME"),
+        ("them/mine", TOKEN, "the token may not write there; as owner give me or we"),
     ],
 )
 @pytest.mark.parametrize("verb", ["convert", "export", "train"])
@@ -252,6 +253,7 @@ def test_a_repository_with_files_of_others(place, capsys):
     place.hub.models["me/open"].commit({"notes.txt": b"mine"})
     assert "me/open is public already; give --public" in refused(capsys, place, name="me/open")
     assert [len(place.hub.models[name].commits) for name in ("me/theirs", "me/open")] == [1, 1]
+    assert place.push(name="we/ours") == 0  # of an organisation
     assert place.push("--public", name="me/open") == 0
     assert place.pushed("me/open") == {"notes.txt": b"mine", **files_of(place.out)}
 

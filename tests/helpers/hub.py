@@ -23,6 +23,7 @@ from tests.helpers.hub_state import Hub, Repository, etag, is_large
 from tests.helpers.json_server import JsonHandler
 
 USER, TOKEN, READER = "me", "hf_write", "hf_read"  # the user, a token that writes, one that reads
+OURS = "we"  # an organisation of the user's
 
 
 class Handler(JsonHandler):
@@ -66,7 +67,7 @@ class Handler(JsonHandler):
     def found(self, name: str, revision: str = "main") -> tuple[Repository, str] | None:
         """The repository and the commit; None, after the answer, where there are none for this user."""
         model = self.hub.models.get(name)
-        if model is None or (model.private and (self.user() is None or not name.startswith(f"{USER}/"))):
+        if model is None or (model.private and (self.user() is None or not name.startswith((f"{USER}/", f"{OURS}/")))):
             self.refuse(404 if self.user() else 401, "RepoNotFound")
             return None
         commit = model.resolve(revision)
@@ -80,13 +81,13 @@ def whoami(request: Handler) -> None:
     if request.user() is None:
         return request.refuse(401)
     role = "read" if READER in request.headers["Authorization"] else "write"
-    return request.reply(200, {"name": USER, "orgs": [], "auth": {"accessToken": {"role": role}}})
+    return request.reply(200, {"name": USER, "orgs": [{"name": OURS}], "auth": {"accessToken": {"role": role}}})
 
 
 def create(request: Handler) -> None:
     asked = json.loads(request.data)
     name = f"{asked.get('organization') or USER}/{asked['name']}"
-    if request.user() is None or not name.startswith(f"{USER}/"):
+    if request.user() is None or not name.startswith((f"{USER}/", f"{OURS}/")):
         return request.refuse(403)
     if name in request.hub.models:
         return request.refuse(409)
