@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .carried import CARD, LICENCES
-from .hub import is_hub_id
+from .hub import is_hub_id, is_valid_id
 from .input_files import check_inside
 
 LONGEST = 1 << 16  # characters of a source's card that are read
@@ -37,15 +37,16 @@ def metadata(
     ids on the hub of the text that the model is trained on.
 
     A local source has no place on the hub, so base models and datasets are those of its card. The relation is the
-    hub's `finetune`: weights of the same kind, changed. The hub has no word for a changed architecture.
+    hub's `finetune`: weights of the same kind, changed. The hub has no word for a changed architecture. It refuses
+    cards with ids that are none, so local paths and empty names of the source's card are left out.
     """
     inherited = read_metadata(folder / CARD) if folder else {}
-    base = _texts(inherited.get("base_model"))
+    base = _ids(inherited.get("base_model"))
     repository = source.partition(":")[0]  # a GGUF file on the hub is ID:FILE
     if is_hub_id(repository):
         base, inherited_datasets = [repository], []
     else:
-        inherited_datasets = _texts(inherited.get("datasets"))
+        inherited_datasets = _ids(inherited.get("datasets"))
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     found |= _licence(inherited, folder, directory, repository)
     if base:
@@ -104,7 +105,9 @@ def _licence(inherited: dict[str, Any], folder: Path | None, directory: Path, re
     """
     files = sorted(file for pattern in LICENCES[:2] for file in (folder.glob(pattern) if folder else []))
     if licence := _texts(inherited.get("license")):
+        licence, unknown = _licence_ids(licence)
         given = {name: _texts(inherited.get(name)) for name in ("license_name", "license_link")}
+        given["license_name"] = given["license_name"] or unknown[:1]
         fields = {name: _one_or_all(texts) for name, texts in {"license": licence, **given}.items() if texts}
         link = str(fields.get("license_link", ""))
         if link and "://" not in link:
@@ -134,8 +137,20 @@ def _one_or_all(texts: list[str]) -> str | list[str]:
     return several if len(several) > 1 else several[0]
 
 
+def _licence_ids(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The hub's ids of the licences `texts`, as apache-2.0 for "Apache 2.0", and names of those that are "other"."""
+    names = [re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-") for text in texts]
+    pairs = [*zip(texts, names, strict=True)]
+    ids = [name if name == text or name in KNOWN_LICENCES else "other" for text, name in pairs]
+    return ids, [name for name, id in zip(names, ids, strict=True) if name and name != id]
+
+
+def _ids(value: Any) -> list[str]:
+    """The ids of the hub in a field that holds one, or a list."""
+    return [text for text in _texts(value) if is_valid_id(text)]
+
+
 def _texts(value: Any) -> list[str]:
     """The short texts in a field that holds one, or a list."""
-    return [
-        text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and len(text) < 200
-    ]
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str) and 0 < len(text.strip()) < 200]

@@ -95,6 +95,18 @@ def snapshot_of(path: Path) -> Path | None:
     return None
 
 
+def is_valid_id(name: str) -> bool:
+    """True for NAME or OWNER/NAME in the hub's letters."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 

@@ -18,7 +18,7 @@ from .card import CARD, read_metadata, with_metadata
 from .checkpoint import weight_files
 from .directory import RECORD, changed_weights, is_whole, new_file, record_of
 from .errors import UserError
-from .hub import asking, why_not
+from .hub import asking, is_valid_id, why_not
 from .model_index import model_index, read_results
 from .version import __version__
 
@@ -62,9 +62,9 @@ def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | N
     """The repository that the options of `add_options` name for `out`, made from `source`; None without --push-to-hub.
 
     Asks the hub, and changes nothing there. Raises UserError, before any work: for a wrong name, without a token that
-    writes, for an owner that is neither the user nor an organisation of its, for a hub that cannot be asked, for a public
-    repository without --public, for one with a model that Loopwise did not push, for the `source` itself, and for
-    results that are not of `out`.
+    writes, for an owner that is neither the user nor one of its organisations, for a hub that cannot be asked, for a
+    public repository without --public, for one with a model that Loopwise did not push, for the `source` itself, and
+    for results that are not of `out`.
     """
     if args.push_to_hub is None:
         for option, value in (("--public", args.public), ("--metrics", args.metrics)):
@@ -72,14 +72,10 @@ def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | N
                 raise UserError(f"{option} belongs to --push-to-hub NAME")
         return None
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     name, option = args.push_to_hub, f"--push-to-hub {args.push_to_hub}"
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(f"{option}: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'") from None
+    if not is_valid_id(name):
+        raise UserError(f"{option}: NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'")
     api = HfApi()
     with asking(lambda error: UserError(f"{option}: {why_not(error)}")):
         user = api.whoami()
@@ -145,8 +141,14 @@ def push(target: Target, out: Path) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api, option = HfApi(), f"--push-to-hub {target.name}"
-    again = "OUT is whole, and the same command uploads what is missing"
-    with asking(lambda error: UserError(f"{option}: {why_not(error)}. {again}")):
+
+    def refusal(error: Exception) -> UserError:
+        again = "the same command uploads what is missing"
+        if "Invalid metadata" in str(error):  # the client's words for what the hub refuses in a card
+            again = f"mend the metadata at the top of {out / CARD}, then {again}"
+        return UserError(f"{option}: {why_not(error)}. OUT is whole: {again}")
+
+    with asking(refusal):
         if not _is_there(api, target.name, target.private, option):
             api.create_repo(target.name, private=target.private)
             _is_there(api, target.name, target.private, option)

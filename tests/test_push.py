@@ -176,6 +176,11 @@ def test_a_refusal_of_the_hub_is_one_line(refuse, said, place, capsys):
     assert place.pushed() == files_of(place.out)
 
 
+def test_a_card_that_the_hub_refuses_is_named(place, capsys):
+    place.hub.refuse["POST", "validate-yaml"] = 400
+    assert f"OUT is whole: mend the metadata at the top of {place.out / 'README.md'}, then" in refused(capsys, place)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository_is_not_a_missing_one(status, place, capsys):
     place.hub.models["me/mine"] = Repository(private=True)
@@ -425,6 +430,16 @@ def test_datasets_of_a_card_are_ids_of_the_hub(tmp_path, monkeypatch):
         (
             {"README.md": "---\nbase_model: [a/x, b/y]\ndatasets: a/text\n---\n"},
             {"base_model": ["a/x", "b/y"], "base_model_relation": "merge", "datasets": ["a/text", "c/text"]},
+        ),
+        (  # the hub refuses what is no id
+            {"README.md": "---\nbase_model: [a/x, '', /home/me/ckpt, a/b/c, 7]\ndatasets: ['./d', a/text]\n---\n"},
+            {"base_model": "a/x", "base_model_relation": "finetune", "datasets": ["a/text", "c/text"]},
+        ),
+        ({"README.md": "---\nbase_model: ../ckpt\nlicense: ''\n---\n"}, {}),
+        ({"README.md": "---\nlicense: Apache 2.0\n---\n"}, {"license": "apache-2.0"}),
+        (
+            {"README.md": "---\nlicense: [mit, House Rules!]\n---\n", "LICENSE": "Do as you like."},
+            {"license": ["mit", "other"], "license_name": "house-rules", "license_link": "LICENSE"},
         ),
         ({}, {}),
     ],
