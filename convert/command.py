@@ -10,12 +10,12 @@ from typing import Any
 
 from ..arguments import RecipeParser
 from ..checkpoint import read_json
-from ..directory import claimed, ended_by_sigterm, free_for, place
+from ..directory import claimed, ended_by_sigterm, free_for, place, record_of
 from ..disk import room
 from ..find_source import find_source
 from ..push import add_options, check_target, push
 from ..recipe import load_recipe
-from .finished import is_done
+from .finished import check_done
 from .inspection import describe
 from .plan import PARTS
 from .recipe import ConvertRecipe
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     recipe, out = load_recipe(ConvertRecipe, "convert", args.recipe, args.settings), Path(args.out).expanduser()
     with ended_by_sigterm(), nullcontext() if args.dry_run else claimed(out):
         target = check_target(args, args.source, out)
-        if target and not args.dry_run and _is_done(args, out, recipe):
+        if (target or args.resume) and not args.dry_run and _is_done(args, out, recipe):
             print(f"{out}: whole, and from the same source and recipe; nothing is made again")
         else:
             _report(args, _convert(args, recipe))
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
 
 
 def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
-    """True where OUT holds what the command line `args` makes."""
-    if args.force or not out.is_dir():
+    """True where OUT holds what the command line `args` makes. Raises UserError where it is another output."""
+    if args.force or not record_of(out):
         return False
     recipe = recipe.model_copy()
     if recipe.method:  # an import has no `init`
@@ -69,7 +69,8 @@ def _is_done(args: Namespace, out: Path, recipe: ConvertRecipe) -> bool:
         widths = (source.get(name) for name in ("hidden_size", "n_embd", "d_model"))
         recipe.settle_init(next((width for width in widths if isinstance(width, int)), 0))
     asked = {"recipe": recipe.recorded()}
-    return is_done(out, args.source, find_source(args.source, recipe.revision)[0], asked, not args.no_verify)
+    check_done(out, args.source, find_source(args.source, recipe.revision)[0], asked, not args.no_verify)
+    return True
 
 
 def _report(args: Namespace, facts: dict[str, Any]) -> None:

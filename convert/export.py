@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import Parser
-from ..directory import check_room, claimed, ended_by_sigterm, new_directory, write_record
+from ..directory import check_room, claimed, ended_by_sigterm, new_directory, record_of, write_record
 from ..errors import UserError
 from ..find_source import commit_of, find_model
 from ..push import add_options, check_target, push
-from .finished import is_done
+from .finished import check_done
 from .recipe import DEEPEST
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ def main(argv: list[str]) -> int:
 
 
 def _is_done(args: argparse.Namespace, out: Path) -> bool:
-    """True where OUT holds what the command line `args` makes."""
-    if args.force or not out.is_dir():
+    """True where OUT holds what the command line `args` makes. Raises UserError where it is another output."""
+    if args.force or not record_of(out):
         return False
-    model = find_model(args.model, args.revision)
-    return is_done(out, args.model, model, {"unroll": args.unroll}, not args.no_verify)
+    model = find_model(args.model, args.revision, weights=False)
+    check_done(out, args.model, model, {"unroll": args.unroll}, not args.no_verify)
+    return True
 
 
 def _export(args: argparse.Namespace) -> None:

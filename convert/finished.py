@@ -5,44 +5,72 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..directory import RECORD, is_whole, record_of
+from ..checkpoint import flat
+from ..directory import RECORD, changed_weights, is_whole, record_of
+from ..errors import UserError, shorten
 from ..find_source import commit_of
 from ..input_files import newer
 from .hashes import hashing
 
 
-def is_done(out: Path, name: str, source: Path, asked: dict[str, Any], check: bool) -> bool:
-    """True where the directory `out` is whole, was made from `source` as it is now, and by what is `asked`.
+def check_done(out: Path, name: str, source: Path, asked: dict[str, Any], check: bool) -> None:
+    """Raises UserError, with the first difference, unless the directory `out` is whole, was made from `source` as it is
+    now, and by what is `asked`.
 
     name: the source as the command line has it.   asked: entries of the record, as JSON has them.   check: it has to be
     verified. A commit of the hub is known to be the same. The files of a directory are, if none is newer than `out` and
     the weights have the recorded sha256.
     """
+    if reason := _difference(out, name, source, asked, check):
+        raise UserError(f"{out} is not empty: {reason}; choose another directory, or replace it with --force")
+
+
+def _difference(out: Path, name: str, source: Path, asked: dict[str, Any], check: bool) -> str | None:
+    """The first difference between `out` and what `check_done` expects, in words."""
     record = record_of(out)
     made = record.get("source")
-    if not is_whole(out) or not isinstance(made, dict) or made.get("id") != name:
-        return False
+    if not isinstance(made, dict) or not _same_place(name, str(made.get("id"))):
+        return f"it was made from {made.get('id') if isinstance(made, dict) else 'something else'}, not from {name}"
+    if not is_whole(out):
+        return "files are missing that its record names"
+    if changed := changed_weights(out, thorough=False):
+        return f"{changed} in it is not as it was written"
     if check and not record.get("max_dlogit_by_dtype"):
-        return False
-    if any(record.get(key) != value for key, value in asked.items()):
-        return False
+        return "it was made with --no-verify"
+    before, now = flat({key: record.get(key) for key in asked}), flat(asked)
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) != now.get(key) and key != "recipe.revision":  # whose commit is compared
+            was, is_now = (shorten(str(each.get(key, "left out")), 60) for each in (before, now))
+            return f"{key} was {was}, now {is_now}"
     commit = commit_of(source)
-    return commit == made.get("revision") if commit else _is_unchanged(source, made.get("sha256"), out)
+    if not commit:
+        return _change(source, made.get("sha256"), out)
+    if commit != made.get("revision"):
+        return f"{name} was at commit {made.get('revision')}, now {commit} (as revision, the first keeps it)"
+    return None
 
 
-def _is_unchanged(source: Path, known: Any, out: Path) -> bool:
-    """True if the weights of `source`, a directory or a file, have the `known` sha256, and no other file of it is newer
-    than `out`."""
+def _same_place(name: str, known: str) -> bool:
+    """True for the same hub id, or two names of one file or directory."""
+    here, there = (Path(path).expanduser() for path in (name, known))
+    return name == known or (here.exists() and here.resolve() == there.resolve())
+
+
+def _change(source: Path, known: Any, out: Path) -> str | None:
+    """A change of `source`, a directory or a file, since `out` was made, in words: weights without the `known` sha256,
+    or another file that is newer."""
     if not isinstance(known, dict) or not known:
-        return False
-    files = [file for file in (source.iterdir() if source.is_dir() else [source]) if file.is_file()]
+        return "its record has no sha256 of its source"
+    # A file without an ending is recorded by the name of a link to it.
+    weights = {name: source if source.is_file() else source / name for name in known}
     # A hard link, as `calibrate` makes, changes a file's st_ctime; the sha256 tells of weights.
-    others = [file for file in files if file.name not in known]
-    if newer(others, out / RECORD) or not {*known} <= {file.name for file in files}:
-        return False
+    others = [] if source.is_file() else [file for file in source.iterdir() if file.name not in known]
+    if late := newer(others, out / RECORD):
+        return f"{late} is newer"
     try:
-        with hashing([file for file in files if file.name in known]) as found:
+        with hashing([*weights.values()]) as found:
             pass
-    except OSError:
-        return False
-    return found == known
+    except OSError as error:
+        return str(error.strerror)
+    same = {name: found[file.name] for name, file in weights.items()} == known
+    return None if same else f"{source} has other weights"

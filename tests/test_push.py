@@ -118,7 +118,15 @@ def test_another_start_of_tied_layers_is_another_model(place, capsys, tmp_path):
     assert main([*argv, "init=upper", "--push-to-hub", "tied"]) == 0
 
 
-@pytest.mark.parametrize("change", ["recipe", "weights", "config", "missing"])
+SAID = {
+    "recipe": "recipe.num_recurrences was 3, now 2",
+    "weights": "source has other weights",
+    "config": "config.json is newer",
+    "missing": "files are missing that its record names",
+}
+
+
+@pytest.mark.parametrize("change", SAID)
 def test_an_out_of_something_else_is_not_pushed(change, place, capsys, tmp_path):
     """Another recipe, changed weights or config of the source, a file that is gone."""
     source = shutil.copytree(place.source, tmp_path / "source")
@@ -129,16 +137,15 @@ def test_an_out_of_something_else_is_not_pushed(change, place, capsys, tmp_path)
     if change == "recipe":
         keys[-1] = "num_recurrences=2"
     elif change == "weights":
-        save_source(source, seed=9)
-        for file in source.iterdir():
-            os.utime(file, (1e9, 1e9))  # older than OUT: the hash alone tells
+        other = save_source(tmp_path / "other", seed=9)  # the time of weights does not count: the hash alone tells
+        shutil.copyfile(other / "model.safetensors", source / "model.safetensors")
     elif change == "config":
         late = time.time() + 10
         os.utime(source / "config.json", (late, late))
     else:
         (place.out / "tokenizer.json").unlink()
     assert main(["convert", str(source), str(place.out), *keys, "--push-to-hub", "mine"]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert f"{SAID[change]}; choose another directory, or replace it with --force" in capsys.readouterr().err
     assert place.hub.models == {}
 
 
@@ -288,7 +295,7 @@ def test_weights_that_are_not_as_they_were_written_are_not_pushed(change, place,
     if "earlier" in change:
         del record["weights"]
         (place.out / "loopwise.json").write_text(json.dumps(record))
-    assert re.search(r"model\.safetensors(: truncated| is not as Loopwise wrote it)", refused(capsys, place))
+    assert re.search(r"model\.safetensors(: truncated| (in it )?is not as )", refused(capsys, place))
     assert place.hub.models == {}
 
 
@@ -335,6 +342,7 @@ def test_export_pushes_a_plain_model(place, capsys, tmp_path):
     """A hub id is the base model; its licence and name pass on."""
     assert place.push() == 0
     argv = ["export", "me/mine", str(tmp_path / "plain"), "--unroll", "2", "--push-to-hub", "plain"]
+    commit = place.hub.models["me/mine"].refs["main"]
     for said in ("written: ", "nothing is made again"):
         assert main(argv) == 0
         assert said in capsys.readouterr().out
@@ -344,7 +352,11 @@ def test_export_pushes_a_plain_model(place, capsys, tmp_path):
     assert [card[name] for name in named] == ["other", "house", "LICENSE", "me/mine", "finetune"]
     assert place.pushed("me/plain")["LICENSE"] == b"Do as you like."
     assert main([*argv[:4], "3", *argv[5:]]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "unroll was 2, now 3" in capsys.readouterr().err
+    moved = place.hub.models["me/mine"].commit({**place.hub.models["me/mine"].files(), "notes.txt": b"mine"})
+    assert main(argv) == 2
+    assert f"me/mine was at commit {commit}, now {moved} (as revision, the first keeps it)" in capsys.readouterr().err
+    assert main([*argv, "--revision", commit]) == 0
 
 
 @pytest.mark.parametrize("verb", ["convert", "export", "train"])

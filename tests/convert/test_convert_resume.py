@@ -115,8 +115,8 @@ def test_another_conversion_is_refused(keys, line, place, capsys, tmp_path):
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_only_what_a_killed_conversion_left_is_taken(place, tmp_path):
-    """Neither a directory of that name by another, nor one without a journal; a finished OUT is no rest."""
+def test_only_what_a_killed_conversion_left_is_taken(place, capsys, tmp_path):
+    """Neither a directory of that name by another, nor one without a journal; a finished OUT is whole already."""
     out = killed(place, "40", tmp_path)
     (left,) = out.parent.glob(".out.partial-*")
     (left / RECORD).unlink()
@@ -124,7 +124,11 @@ def test_only_what_a_killed_conversion_left_is_taken(place, tmp_path):
     assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 0
     assert contents(left) == before
     assert contents(out) == contents(place / "whole")
-    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 2
+    capsys.readouterr()
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "--resume"]) == 0
+    assert "nothing is made again" in capsys.readouterr().out
+    assert main(["convert", str(place / "source"), str(out), *KEYS, "num_recurrences=7", "--resume"]) == 2
+    assert "recipe.num_recurrences was " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume", [["--resume"], []], ids=["resumed", "anew"])
