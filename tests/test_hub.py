@@ -213,7 +213,7 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(verb, rest, option, worl
     id = "them/plain" if verb in ("search", "convert") else "me/model"
     world.hub.add("them/plain", world.folder / "source-old")
     assert "the hub has none of this name" in refused(capsys, verb, "me/nothing", *rest)
-    assert "no such revision" in refused(capsys, verb, id, *rest, *at)
+    assert "at revision 'v9' (the hub has no such revision of it)" in refused(capsys, verb, id, *rest, *at)
     assert "revision='v9' is for hub" in refused(capsys, verb, world.old, *rest, *at)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     with monkeypatch.context() as patch:

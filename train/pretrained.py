@@ -36,7 +36,7 @@ def load_config(model: str, revision: str | None) -> Any:
         if find_gguf(path) is None:
             weight_files(path)
     check_may_be_hub_id(model)
-    with _one_line_errors(model):
+    with _one_line_errors(model, revision):
         config = read_config(model, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model}: its weights are quantized and cannot be trained; start from the unquantized model")
@@ -50,7 +50,7 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     files of a hub model into the hub's cache. Raises UserError for an unknown model, for files that cannot be loaded,
     and for a tokenizer with code of its own (`auto_map`).
     """
-    with _one_line_errors(model):
+    with _one_line_errors(model, revision):
         return read_tokenizer(model, revision)
 
 
@@ -62,7 +62,7 @@ def load_model(model: str, revision: str | None = None) -> PreTrainedModel:
     """
     file = find_gguf(Path(model))
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    with _one_line_errors(model):
+    with _one_line_errors(model, revision):
         if file:
             config = read_config(model)
             with torch.device("meta"):
@@ -89,15 +89,15 @@ def is_recurrent(config: Any) -> bool:
 
 
 @contextmanager
-def _one_line_errors(model: str) -> Iterator[None]:
-    """Turn every error about `model` into a UserError of one line."""
+def _one_line_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn every error about `model` at `revision` into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # transformers, the hub and safetensors share no base class
         if not Path(model).exists():
-            raise not_found(model, error) from error
+            raise not_found(model, error, revision) from error
         raise UserError(f"{model}: cannot be loaded ({reason(error).rstrip('.')})") from error
 
 
