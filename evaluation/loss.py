@@ -12,6 +12,7 @@ from ..gguf_source import find_gguf, unpacked
 from ..quiet import quiet
 from ..trained import beyond_trained, is_beyond
 from .recipe import Evaluate
+from .result_file import places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,18 +26,20 @@ def evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:
     Returns {"model", "parameters", "trained_recurrences", "data", "tokens", "results": [{"num_recurrences", "loss",
     "loss_error", "perplexity", "flops_per_token", "beyond_trained"}], "loop"}. `num_recurrences` is None for a plain
     model; "loop" as from `loop_effect`. "flops_per_token" are those of a forward pass, None for a routed model.
-    "trained_recurrences" are the config's, and "beyond_trained" is True for a depth beyond them.
+    "trained_recurrences" are the config's, and "beyond_trained" is True for a depth beyond them. "model_path" and
+    "data_names" are those of `places`.
     For conversations "tokens" counts the assistant's tokens, and "records", "answers", "group" and "guess" (of
     `guessing`) are added. Each result then has "accuracy" and "groups". An answer is right if each of its tokens is the
     likeliest one after the true tokens before it. Every "_error" is a standard error over sequences or answers, None
     for a single one. With `exit_sweep` the result is that of `exits.sweep`, with the facts of its `Decoding`.
     Raises UserError for bad input.
     """
+    facts = places(model, recipe)
     if find_gguf(Path(model)) is None:
-        return _evaluate(model, recipe)
+        return {**_evaluate(model, recipe), **facts}
     quiet()
     with unpacked(Path(model)) as directory:
-        return {**_evaluate(str(directory), recipe), "model": model}
+        return {**_evaluate(str(directory), recipe), "model": model, **facts}
 
 
 def _evaluate(model: str, recipe: Evaluate) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..directory import new_file
 from ..errors import UserError, shorten
+from .recipe import Evaluate
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
@@ -19,6 +20,22 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
+
+
+def places(model: str, recipe: Evaluate) -> dict[str, Any]:
+    """What the names in a result mean in this directory: another command may read it elsewhere.
+
+    {"model_path": the absolute path of `model`, None for a hub id, "data_names": of the data to show, without folders}.
+    """
+    from ..train.data import sources
+
+    path = Path(model).expanduser()
+    local = {
+        source: Path(source).expanduser().exists() or sources.files_of(source, recipe.split, recipe.subset) is not None
+        for source in recipe.data
+    }
+    names = [Path(source).name if here else source for source, here in local.items()]
+    return {"model_path": str(path.resolve()) if path.exists() else None, "data_names": names}
 
 
 def read_result(out: Path, keys: Iterable[str]) -> dict[str, Any] | None:

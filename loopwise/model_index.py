@@ -58,6 +58,8 @@ def _metric(kind: str, value: float, depth: Any) -> dict[str, Any]:
 
 def _data(result: dict[str, Any]) -> str:
     """The sources of a result: ids and tasks, and of local files the names alone."""
-    given = result.get("data")
+    if names := result.get("data_names"):
+        return ", ".join(map(str, names))
+    given = result.get("data")  # of an earlier release
     sources = [str(source) for source in (given if isinstance(given, list) else [given]) if source]
     return ", ".join(Path(one).name if Path(one).expanduser().exists() else one for one in sources) or "text"

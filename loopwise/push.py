@@ -169,7 +169,7 @@ def _results(args: argparse.Namespace, out: Path, name: str) -> list[dict[str, A
     for text in args.metrics:
         file = Path(text).expanduser()
         result = read_results(file)
-        model = result["model"]
+        model = result.get("model_path") or result["model"]  # earlier releases have no path
         if model != name and Path(model).expanduser().resolve() != out.resolve():
             raise UserError(f"--metrics {text}: it measured {model}, not {out}")
         if args.force or not is_whole(out) or file.stat().st_mtime < (out / RECORD).stat().st_mtime:

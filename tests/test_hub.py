@@ -112,7 +112,8 @@ def test_eval(world, capsys):
     keys = [f"data={world.folder / 'text.txt'}", "sequence_length=32", "num_recurrences=1,3", "--json"]
     for model, _, revision, folder in both(world)[1:]:
         found, want = (json.loads(run(capsys, "eval", *a, *keys)) for a in ([model, *revision], [folder]))
-        assert {**found, "model": 0} == {**want, "model": 0}
+        assert (found["model_path"], want["model_path"]) == (None, str(folder))
+        assert {**found, "model": 0, "model_path": 0} == {**want, "model": 0, "model_path": 0}
 
 
 def test_export(world, capsys, tmp_path):

@@ -306,12 +306,15 @@ def test_a_dry_run_names_the_place_and_pushes_nothing(place, capsys, tmp_path):
     assert place.hub.models == {}
 
 
-def test_results_become_the_model_index(place, capsys, tmp_path):
-    """As huggingface_hub reads it; results of another model, or of an older OUT, are refused."""
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    keys = [f"data={tmp_path / 'text.txt'}", "sequence_length=32", "num_recurrences=1,3"]
+def test_results_become_the_model_index(place, capsys, monkeypatch, tmp_path):
+    """As huggingface_hub reads it; results of another model, or of an older OUT, are refused. Measured elsewhere."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    keys = ["data=data/text.txt", "sequence_length=32", "num_recurrences=1,3"]
     result, other = tmp_path / "result.json", tmp_path / "other.json"
-    assert main(["eval", str(place.out), *keys, "--out", str(result)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "out", *keys, "--out", str(result)]) == 0
+    monkeypatch.chdir(tmp_path / "data")
     task = {"task": "gsm8k", "num_recurrences": 3, "baseline": False, "metric": "exact_match,strict", "score": 0.25}
     tasks = {"model": str(place.out), "results": [{**task, "baseline": True}, task]}
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
@@ -328,7 +331,7 @@ def test_results_become_the_model_index(place, capsys, tmp_path):
     assert found == {**want, ("gsm8k", "exact_match", 3): 0.25}
     assert data.license == "other"
     capsys.readouterr()
-    other.write_text(json.dumps({**json.loads(result.read_text()), "model": "them/model"}))
+    other.write_text(json.dumps({**json.loads(result.read_text()), "model": "them/model", "model_path": None}))
     assert "it measured them/model" in refused(capsys, place, "--metrics", other, "--public")
     os.utime(result, (1e9, 1e9))
     assert "it measured another" in refused(capsys, place, "--metrics", result, "--public")
@@ -391,6 +394,8 @@ def test_train_pushes_the_model_of_a_finished_run(place, capsys, tmp_path, monke
     assert not any(path.startswith("checkpoint") for path in files)
     card = ModelCard(files["README.md"].decode()).data.to_dict()
     assert (card["license_name"], card["base_model"], card["pipeline_tag"]) == ("house", "them/base", "text-generation")
+    monkeypatch.chdir(tmp_path)
+    assert main([*argv, "data.train=text.txt"]) == 0
     late = time.time() + 10
     for change, said in {
         "seed=2": "seed was 0, now 2",

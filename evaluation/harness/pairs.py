@@ -12,6 +12,7 @@ from ...train.pretrained import is_recurrent, load_config
 from ...trained import beyond_trained, is_beyond
 from ...version import __version__
 from ..recipe import Evaluate
+from ..result_file import places
 from .catalogue import fingerprint, load_tasks
 from .loaded import load
 from .prepare import check_generation, check_used, configure, depths_of
@@ -48,6 +49,7 @@ class Measurement:
         facts = {
             "loopwise": __version__,
             "model": model,
+            "model_path": places(model, recipe)["model_path"],
             "settings": {"model": model, **settings},
             "models": {name: model_fingerprint(path, self.configs[name]) for name, path in paths.items()},
             "tasks": {name: fingerprint(task) for name, task in self.found.tasks.items()},

@@ -96,3 +96,22 @@ def test_both_spellings_at_once_are_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("optimiser: {clip: 2}\noptimizer: {clip: 3}\n")
     with pytest.raises(UserError, match="recipe keys 'optimizer' and 'optimiser' are two names of one value"):
         load("train", "data.train=text.txt", recipe=str(tmp_path / "recipe.yaml"))
+
+
+def test_runs_are_compared_by_the_places_of_local_names(tmp_path, monkeypatch):
+    """A name in another directory may be another file, and another name the same one. Names of the hub stay."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text("text")
+
+    def facts(here: str, name: str) -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path / here)
+        phases = f"data.phases=[{{share: 1, sources: {{{name}: 1, them/text: 2}}}}]"
+        held_out = f"data.eval={name.replace('t.', '*.')},task:hops?hops=1"
+        return load("train", phases, held_out, "steps=1", f"objectives.distillation.teacher={name}").facts()
+
+    found = facts("a", "text.txt")
+    assert found == facts(".", "a/text.txt") == facts("b", "../b/../a/text.txt") == facts(".", f"{tmp_path}/a/text.txt")
+    assert found != facts("b", "text.txt")
+    assert [*found["data"]["phases"][0]["sources"]] == [str(tmp_path / "a/text.txt"), "them/text"]
+    assert found["data"]["eval"][1].startswith("task:hops?hops=1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from typing import Annotated, Literal, TypeVar
 
@@ -32,6 +33,13 @@ def once(values: list[T]) -> list[T]:
     if twice := next((value for value in values if values.count(value) > 1), None):
         raise ValueError(f"{twice} stands twice; once is enough")
     return values
+
+
+def absolute(source: str) -> str:
+    """The absolute path of a local `source`, a file, directory or glob; the `source` itself of the hub, or a task's."""
+    path = os.path.expanduser(source)
+    local = not tasks.is_task(source) and (os.path.exists(path) or any(character in path for character in "*?["))
+    return os.path.realpath(path) if local else source
 
 
 def _levels(value: object) -> object:

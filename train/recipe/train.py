@@ -12,7 +12,7 @@ from loopwise.unused import Unused
 
 from .adapters import Adapters
 from .data import Data
-from .fields import Names
+from .fields import Names, absolute
 from .objectives import DEPTHS, Objectives
 from .optimiser import Optimiser
 from .recurrence import PhaseRecurrence, Recurrence
@@ -87,8 +87,18 @@ class Train(Section):
         return self
 
     def facts(self) -> dict[str, Any]:
-        """All keys, to compare runs: a section `recurrence` that is left out is one at its defaults."""
-        return {**self.model_dump(mode="json"), "recurrence": (self.recurrence or Recurrence()).model_dump(mode="json")}
+        """All keys, to compare runs: a section `recurrence` that is left out is one at its defaults, and local
+        names are absolute paths."""
+        keys = {**self.model_dump(mode="json"), "recurrence": (self.recurrence or Recurrence()).model_dump(mode="json")}
+        data, distillation = keys["data"], keys["objectives"]["distillation"]
+        for name in ("train", "eval", "streaming"):
+            if isinstance(data[name], list):
+                data[name] = [absolute(source) for source in data[name]]
+        for phase in data["phases"] or []:
+            phase["sources"] = {absolute(source): weight for source, weight in phase["sources"].items()}
+        if distillation:
+            distillation["teacher"] = absolute(distillation["teacher"])
+        return keys
 
     def unused(self) -> Iterator[Unused]:
         if self.recurrence:
