@@ -27,7 +27,10 @@ Rules = Annotated[list[Literal["all", ExitRule]], AfterValidator(once)]
 DATA_KEYS = (
     "eval_fraction", "text_field", "chat_field", "group", "split", "subset", "bad_records", "sequence_length",
 )  # fmt: skip
-TASK_KEYS = ("baseline", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples")
+TASK_KEYS = (
+    "baseline", "baseline_revision", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs",
+    "log_samples",
+)  # fmt: skip
 
 
 class Evaluate(Section):
@@ -98,6 +101,7 @@ class Evaluate(Section):
     baseline: str | None = Field(
         default=None, description="with tasks: a plain model, as the source, that is measured once beside MODEL"
     )
+    baseline_revision: str | None = Field(default=None, description="revision of the baseline when it is a hub id")
     num_fewshot: Annotated[int, Strict(), Field(ge=0)] | None = Field(
         default=None, description="with tasks: solved examples before each question (default: the task's own)"
     )
@@ -167,6 +171,8 @@ class Evaluate(Section):
             why = "its fields are sent to a server, and endpoint names none; engine=lanes takes them, too"
             yield Unused("request", ("endpoint", "engine"), why)
         if self.tasks:
+            if not self.baseline:
+                yield Unused("baseline_revision", ("baseline",), "there is no baseline")
             yield Unused("exit_sweep", ("tasks",), "it measures data; tasks take engine=lanes request.exit_rule=...")
             yield Unused("router_inference", ("tasks",), "it belongs to data=...")
         if self.exit_sweep:

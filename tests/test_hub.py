@@ -116,6 +116,23 @@ def test_eval(world, capsys):
         assert {**found, "model": 0, "model_path": 0} == {**want, "model": 0, "model_path": 0}
 
 
+def test_a_baseline_has_a_revision_of_its_own(world, capsys, tmp_path):
+    commit = world.hub.add("them/base", world.folder / "source-old", "v1")
+    main_commit = world.hub.add("them/base", world.folder / "source-new")
+    (tmp_path / "task.jsonl").write_text('{"question": "The quick brown", "answer": "fox"}\n')
+    argv = ["eval", "me/model", f"tasks={tmp_path / 'task.jsonl'}", "gen_kwargs.max_gen_toks=2", "baseline=them/base"]
+    assert "them/base: no such directory, and no model of the hub at revision 'v9'" in refused(
+        capsys, *argv, "baseline_revision=v9"
+    )
+    world.hub.seen.clear()
+    found = json.loads(run(capsys, *argv, "baseline_revision=v1", "--json"))
+    assert found["models"]["them/base"] == commit
+    assert world.hub.asked("HEAD", f"them/base/resolve/{commit}/model.safetensors")
+    assert not world.hub.asked("HEAD", f"them/base/resolve/(main|{main_commit})/")
+    argv[1:2] = ["them/base", "revision=v1"]
+    assert "baseline=them/base is MODEL itself" in refused(capsys, *argv)
+
+
 def test_export(world, capsys, tmp_path):
     for number, (model, options, _, folder) in enumerate(both(world)):
         hub, local = tmp_path / f"hub-{number}", tmp_path / f"local-{number}"

@@ -19,13 +19,14 @@ def load(name: str, path: str, config: Any, recipe: Evaluate, depths: list[int |
 
     Raises UserError for a model that cannot be loaded, and for a server that does not answer or refuses a depth.
     """
-    tokenizer = load_tokenizer(path, recipe.revision if depths else None)
+    revision = recipe.revision if depths else recipe.baseline_revision
+    tokenizer = load_tokenizer(path, revision)
     if recipe.apply_chat_template and tokenizer.chat_template is None:
         raise UserError(f"apply_chat_template: the tokenizer of {name} has no chat template")
     if depths and recipe.endpoint:
         return _served(path, config, recipe, depths, tokenizer)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    loaded: Any = load_model(path, recipe.revision if depths else None)
+    loaded: Any = load_model(path, revision)
     loaded = loaded.to(device, getattr(torch, recipe.precision))
     arguments: dict[str, Any] = {"pretrained": loaded, "tokenizer": tokenizer, "batch_size": recipe.batch_size}
     if depths and recipe.engine == "lanes":

@@ -34,9 +34,10 @@ class Measurement:
 
     def __init__(self, model: str, paths: dict[str, str], recipe: Evaluate, out: Path | None, force: bool):
         self.model, self.paths, self.recipe = model, paths, recipe
-        self.configs = {
-            name: load_config(path, recipe.revision if name == model else None) for name, path in paths.items()
-        }
+        if recipe.baseline == model and recipe.baseline_revision != recipe.revision:
+            raise UserError(f"baseline={model} is MODEL itself; give it another name, as that of a directory")
+        revisions = {name: recipe.revision if name == model else recipe.baseline_revision for name in paths}
+        self.configs = {name: load_config(path, revisions[name]) for name, path in paths.items()}
         if recipe.baseline and is_recurrent(self.configs[recipe.baseline]):
             raise UserError(f"baseline={recipe.baseline} is a recurrent-depth model; give a plain one, as the source")
         self.depths = depths_of(model, self.configs[model], recipe.num_recurrences)
@@ -51,7 +52,7 @@ class Measurement:
             "model": model,
             "model_path": places(model, recipe)["model_path"],
             "settings": {"model": model, **settings},
-            "models": {name: model_fingerprint(path, self.configs[name]) for name, path in paths.items()},
+            "models": {name: model_fingerprint(path, revisions[name]) for name, path in paths.items()},
             "tasks": {name: fingerprint(task) for name, task in self.found.tasks.items()},
             "groups": [name for name, group in self.found.groups.items() if group.has_aggregation],
             "trained_recurrences": self.trained,

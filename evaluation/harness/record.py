@@ -12,10 +12,12 @@ from typing import Any
 
 from ...directory import check_file, new_file
 from ...errors import UserError
+from ...find_source import SHORT, snapshot
 from ..result_file import read_result, two_values, write_result
 from .table import markdown
 
 ANEW = "name another file, or start anew with --force"
+ADDED = ("baseline", "baseline_revision")  # settings that may come to a file without a baseline
 ENDINGS = (".safetensors", ".bin", ".gguf")  # of weights, whose size and time stand for their content
 
 
@@ -36,9 +38,10 @@ class Record:
             return
         before, now = found["settings"], self.result["settings"]
         if before.get("baseline") and now.get("baseline") is None:
-            now["baseline"] = before["baseline"]  # its column stays
+            now |= {name: before.get(name) for name in ADDED}  # its column stays
+        added = ADDED if before.get("baseline") is None else ()
         for name in {**before, **now}:
-            if before.get(name) != now.get(name) and (name, before.get(name)) != ("baseline", None):
+            if before.get(name) != now.get(name) and name not in added:
                 values = two_values(name, before, now)
                 raise UserError(
                     f"--out {self.out}: it was measured with {name}={values[0]}, and now {name}={values[1]}; {ANEW}"
@@ -96,14 +99,14 @@ def beside(out: Path) -> Path:
     return out.with_suffix(".md")
 
 
-def model_fingerprint(model: str, config: Any) -> str:
-    """A hash of the files of `model`, a directory; of a hub id, its commit.
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """A hash of the files of `model`, a directory; of a hub id, the commit of its `revision`, from the cache.
 
     Weights count by name, size and time of their last change: reading them would take as long as a short measurement.
     """
     folder = Path(model)
     if not folder.exists():
-        return str(getattr(config, "_commit_hash", None) or model)
+        return snapshot(model, revision, SHORT).name
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in ENDINGS:

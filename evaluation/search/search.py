@@ -67,7 +67,7 @@ class Searching:
         self.tokenizer = load_tokenizer(path, recipe.revision)
         settings = {"model": model, **recipe.model_dump(mode="json", exclude={"check"})}
         facts = {"loopwise": __version__, "model": model, "settings": settings}
-        self.record = Record(out, {**facts, "fingerprint": model_fingerprint(path, self.config)})
+        self.record = Record(out, {**facts, "fingerprint": model_fingerprint(path, recipe.revision)})
         if not force:
             self.record.resume()
         self.model = ProgramModel(load_weights(path, recipe.revision)).eval()
