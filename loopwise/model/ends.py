@@ -20,8 +20,16 @@ class Ends(nn.Module):
 
     def enter(self, e: torch.Tensor) -> torch.Tensor:
         """The input of the recurrence [.., D] for the prelude's output e [.., D]."""
-        return e if self.norm is None else nn.functional.rms_norm(e, self.norm.shape, self.norm, self.eps)
+        return e if self.norm is None else self(e, "norm")
 
     def leave(self, s: torch.Tensor) -> torch.Tensor:
         """The coda's input [.., D] for the last state s [.., D]."""
-        return s if self.projection is None else nn.functional.linear(s, self.projection)
+        return s if self.projection is None else self(s, "projection")
+
+    def forward(self, x: torch.Tensor, step: str) -> torch.Tensor:
+        """x [.., D] after the `step` of that name. Parameters that a `device_map` offloads are loaded here alone."""
+        if step == "norm":
+            assert self.norm is not None
+            return nn.functional.rms_norm(x, self.norm.shape, self.norm, self.eps)
+        assert self.projection is not None
+        return nn.functional.linear(x, self.projection)

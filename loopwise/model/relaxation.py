@@ -7,7 +7,8 @@ which training, the engine and vLLM share. Shapes: N rows, r rank; depths are co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial, update_wrapper
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,14 +92,25 @@ def rescale(out: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -
     return out * scale if bias is None else (out - bias) * scale + bias
 
 
-class Factors(nn.Module):
+class PerDepth(nn.Module):
+    """Parameters [depths, *shape] that one module of a layer has at every depth.
+
+    They are read in a forward and nowhere else: there alone are they loaded, where a `device_map` offloads them.
+    """
+
+    def forward(self, depth: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """By name, the parameters [*shape] at `depth`, counted from 0, on `device`."""
+        return {name: getattr(self, name)[depth].to(device) for name, _ in self.named_parameters(recurse=False)}
+
+
+class Factors(PerDepth):
     """LoRA of one linear module for every depth: at depth d it computes W x + B_d (A_d x). The scale is exactly 1.
 
     lora_A [depths, r, in] and lora_B [depths, out, r] hold all depths in one tensor each: so every parameter takes part
     in every step, and a batch of mixed depths can gather its factors. With `dora` (arXiv 2402.09353) the rows of
     W + B_d A_d have the norms dora_magnitude [depths, out].
 
-    Registers a forward hook on `linear`, and keeps a reference to it that is no submodule.
+    Replaces the forward of `linear`, and keeps a reference to it that is no submodule.
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, depths: int, rank: int, dora: bool):
@@ -107,9 +119,9 @@ class Factors(nn.Module):
         self.lora_A = nn.Parameter(linear.weight.new_empty(depths, rank, width))
         self.lora_B = nn.Parameter(linear.weight.new_empty(depths, out, rank))
         self.dora_magnitude = nn.Parameter(linear.weight.new_empty(depths, out)) if dora else None
-        self.depth = 0  # the depth of the next call, counted from 0, written by `Relaxation`
+        self.now: dict[str, torch.Tensor] = {}  # those of the running depth, written by `Relaxation`
         self._linear = (linear,)
-        linear.register_forward_hook(self._add)
+        linear.forward = partial(self._run, linear)
 
     def reset_parameters(self) -> None:
         """Initialize the factors so that they change nothing yet: random A, zero B, magnitudes of the rows."""
@@ -119,78 +131,92 @@ class Factors(nn.Module):
         if self.dora_magnitude is not None and weight is not None:
             init.copy_(self.dora_magnitude, torch.linalg.vector_norm(weight, dim=1).expand_as(self.dora_magnitude))
 
-    def _add(self, linear: nn.Linear | Conv1D, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """A forward hook: the output [.., out] of `linear` with the LoRA of this depth."""
-        a, b = self.lora_A[self.depth], self.lora_B[self.depth]
-        out = out + nn.functional.linear(nn.functional.linear(args[0], a), b)
-        if self.dora_magnitude is None:
+    def _run(self, linear: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
+        """The forward of `linear`: x [.., in] -> [.., out], with the LoRA of this depth."""
+        out = type(linear).forward(linear, x)
+        a, b = self.now["lora_A"], self.now["lora_B"]
+        out = out + nn.functional.linear(nn.functional.linear(x, a), b)
+        if "dora_magnitude" not in self.now:
             return out
         stored: Any = linear.bias
-        return rescale(out, dora_scale(matrix(linear), a, b, self.dora_magnitude[self.depth]), stored)
+        return rescale(out, dora_scale(matrix(linear), a, b, self.now["dora_magnitude"]), stored)
 
 
-class Relaxation(nn.Module):
+class Relaxation(PerDepth):
     """Makes the core layer `layer` a different one at every depth: LoRA factors, and parameters that are not shared.
 
     rank: name of a linear module inside the layer -> rank of its `Factors`, which are a submodule of the same name.
     own: names of the layer's parameters that every depth has for itself; they are parameters [depths, *shape] here, and
         the layer loses its own.
 
-    The layer is called with an argument `depth`; beyond the last depth, the last one's are used. A hook takes the
-    argument off, so that it reaches every architecture's layers, and again when gradient checkpointing recomputes.
+    The layer is called with an argument `depth`; beyond the last depth, the last one's are used. Its forward is
+    replaced by one that takes the argument off, so that it reaches every architecture's layers, and again when gradient
+    checkpointing recomputes. Inside of a forward, its input is on the layer's device.
     """
 
     def __init__(self, layer: nn.Module, depths: int, rank: dict[str, int], own: list[str], dora: bool = False):
         super().__init__()
         self.depths = depths
-        self._factors: list[tuple[Factors, nn.Module]] = []
-        self._paths = list(rank)
+        self.factors: dict[str, tuple[Factors, nn.Module]] = {}  # by path: those of a linear module, and the module
+        self.own: dict[str, tuple[PerDepth, nn.Module, list[str]]] = {}  # by path: (here, the layer's module, names)
         for path, r in rank.items():
             linear: Any = layer.get_submodule(path)
-            factors = Factors(linear, depths, r, dora)
+            self.factors[path] = Factors(linear, depths, r, dora), linear
             parent, _, name = path.rpartition(".")
-            self._branch(parent).add_module(name, factors)
-            self._factors.append((factors, linear))
-        self._own: list[tuple[nn.Module, nn.Module, str]] = []  # (module of the layer, module here, parameter)
+            self._branch(parent).add_module(name, self.factors[path][0])
         for path in own:
             parent, _, name = path.rpartition(".")
-            module, here = layer.get_submodule(parent), self._branch(parent)
+            here, module, names = self.own.setdefault(parent, (self._branch(parent), layer.get_submodule(parent), []))
             shared = module._parameters.pop(name)
             assert shared is not None
             here.register_parameter(name, nn.Parameter(shared.detach().expand(depths, *shared.shape).clone()))
-            self._own.append((module, here, name))
+            names.append(name)
         self._leave()
-        layer.register_forward_pre_hook(self._enter, with_kwargs=True)
-        layer.register_forward_hook(self._leave)
+        self._layer = (layer,)
+        layer.forward = update_wrapper(partial(self._run, layer), layer.forward)  # with the names of its arguments
 
-    def _branch(self, path: str) -> nn.Module:
+    def detach(self) -> None:
+        """Give the layer, and its linear modules, the forwards of their classes back."""
+        for module in (self._layer[0], *(linear for _, linear in self.factors.values())):
+            del module.forward
+
+    def _branch(self, path: str) -> PerDepth:
         """The submodule at `path`, which is made where it does not exist yet."""
-        module: nn.Module = self
+        module: PerDepth = self
         for name in path.split(".") if path else []:
             if name not in module._modules:
-                module.add_module(name, nn.Module())
-            module = module.get_submodule(name)
+                module.add_module(name, PerDepth())
+            module = cast(PerDepth, module._modules[name])
         return module
 
-    def _enter(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook: the layer gets the parameters of `depth`, and its other arguments."""
-        depth = min(kwargs.pop("depth"), self.depths - 1)
-        for path, (_, linear) in zip(self._paths, self._factors, strict=True):
+    def _run(self, layer: nn.Module, x: torch.Tensor, *args: Any, depth: int, **kwargs: Any) -> Any:
+        """The forward of `layer`, for x [B, T, D] and its other arguments, with the parameters of `depth`."""
+        try:
+            self._enter(layer, min(depth, self.depths - 1), x.device)
+            return type(layer).forward(layer, x, *args, **kwargs)
+        finally:
+            self._leave()
+
+    def _enter(self, layer: nn.Module, depth: int, device: torch.device) -> None:
+        """Give the modules of `layer` the parameters of `depth`. Raises ValueError for a linear module that is gone."""
+        for path, (factors, linear) in self.factors.items():
             found = layer.get_submodule(path)
             if found is not linear and getattr(found, "base_layer", None) is not linear:
                 raise ValueError(
                     f"{path} of a core layer was replaced by a {type(found).__name__} after loading, and the LoRA of "
                     "each depth stands on the module before: quantise what `loopwise export --unroll` writes"
                 )
-        for factors, _ in self._factors:
-            factors.depth = depth
-        for module, here, name in self._own:
-            object.__setattr__(module, name, getattr(here, name)[depth])
-        return args, kwargs
+            factors.now = factors(depth, device)
+        for path, (here, module, names) in self.own.items():
+            values = self.factors[path][0].now if path in self.factors else here(depth, device)
+            for name in names:
+                object.__setattr__(module, name, values[name])
 
-    def _leave(self, *_: object) -> None:
-        """A forward hook: the layer keeps the parameters of depth 0, to be copied and for their dtype."""
-        for module, here, name in self._own:
-            object.__setattr__(module, name, getattr(here, name).detach()[0])
+    def _leave(self) -> None:
+        """The layer keeps the parameters of depth 0, to be copied and for their dtype."""
+        for factors, _ in self.factors.values():
+            factors.now = {}
+        for here, module, names in self.own.values():
+            stored = dict(here.named_parameters(recurse=False))  # an attribute may be read from a file
+            for name in names:
+                object.__setattr__(module, name, stored[name].detach()[0])

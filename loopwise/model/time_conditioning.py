@@ -76,7 +76,9 @@ class Modulation(nn.Module):
     def _multiply(self, linear: nn.Module, offset: float, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """A forward hook: the output [.., size] of a module, or the first of a tuple, times its factor."""
         factor = self.tables[linear][self._time] if self.tables else linear(self._time) + offset
-        return (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
+        first = out[0] if isinstance(out, tuple) else out
+        product = first * factor.to(first.device)  # a `device_map` may place the two apart
+        return (product, *out[1:]) if isinstance(out, tuple) else product
 
 
 class TimeConditioning(nn.Module):

@@ -139,31 +139,31 @@ def patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[Path
 def scale_at_one_depth(by: float) -> Callable[[Any], Any]:
     """LoRA of the second depth are multiplied by 1 + `by`."""
 
-    def make(add: Any) -> Any:
-        def wrong(self: Any, linear: Any, args: tuple, out: torch.Tensor) -> torch.Tensor:
-            right = add(self, linear, args, out)
-            return right + by * (right - out) if self.depth == 1 else right
+    def make(forward: Any) -> Any:
+        def wrong(self: Any, depth: int, device: torch.device) -> dict[str, torch.Tensor]:
+            right = forward(self, depth, device)
+            return {**right, "lora_B": right["lora_B"] * (1 + by)} if depth == 1 else right
 
         return wrong
 
     return make
 
 
-def rounded_in_float32(add: Any) -> Any:
+def rounded_in_float32(run: Any) -> Any:
     """LoRA pass through bfloat16 where the model computes in float32, and there alone."""
 
-    def wrong(self: Any, linear: Any, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        right = add(self, linear, args, out)
+    def wrong(self: Any, linear: Any, x: torch.Tensor) -> torch.Tensor:
+        right, out = run(self, linear, x), type(linear).forward(linear, x)
         return right if out.dtype == torch.float64 else out + (right - out).bfloat16().to(out.dtype)
 
     return wrong
 
 
-def next_depth(enter: Any) -> Any:
+def next_depth(run: Any) -> Any:
     """A layer takes the parameters of the depth after its own."""
 
-    def wrong(self: Any, layer: Any, args: tuple, kwargs: dict) -> Any:
-        return enter(self, layer, args, {**kwargs, "depth": 1 - kwargs["depth"]})
+    def wrong(self: Any, layer: Any, x: torch.Tensor, *args: Any, depth: int, **kwargs: Any) -> Any:
+        return run(self, layer, x, *args, depth=1 - depth, **kwargs)
 
     return wrong
 
@@ -192,7 +192,7 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "the greatest depth": lambda d: configured(d, with_values(max_recurrences=9)),
     "the dtype": lambda d: configured(d, with_values(dtype="bfloat16")),
     "the token that ends a text": lambda d: configured(d, with_values(eos_token_id=5)),
-    "the scale of LoRA at one depth, by 1e-8": patched(relaxation.Factors, "_add", scale_at_one_depth(1e-8)),
-    "LoRA rounded in float32 alone": patched(relaxation.Factors, "_add", rounded_in_float32),
-    "parameters of another depth": patched(relaxation.Relaxation, "_enter", next_depth),
+    "the scale of LoRA at one depth, by 1e-8": patched(relaxation.Factors, "forward", scale_at_one_depth(1e-8)),
+    "LoRA rounded in float32 alone": patched(relaxation.Factors, "_run", rounded_in_float32),
+    "parameters of another depth": patched(relaxation.Relaxation, "_run", next_depth),
 }

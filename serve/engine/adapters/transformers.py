@@ -239,19 +239,16 @@ class TransformersParts:
         """Let the core's layers use LoRA, norms and biases of each row's own depth."""
         if not self.config.relaxation:
             return
-        for layer, relaxation in zip(self.model.core, self.model.relaxation, strict=True):
-            layer._forward_pre_hooks.clear()  # those of the relaxation, which know one depth for all rows
-            layer._forward_pre_hooks_with_kwargs.clear()
-            layer._forward_hooks.clear()
-            per_depth: dict[Any, dict[str, Tensor]] = {}
-            for module, here, name in relaxation._own:
-                per_depth.setdefault(module, {})[name] = getattr(here, name).detach()
-            for module, values in per_depth.items():
+        for relaxation in self.model.relaxation:
+            relaxation.detach()  # its forwards know one depth for all rows
+            biases: dict[Any, Tensor | None] = {}
+            for here, module, names in relaxation.own.values():
+                values = {name: getattr(here, name).detach() for name in names}
                 module.forward = by_depth(module, values, lambda: self.depths)
-            for factors, linear in relaxation._factors:
-                linear._forward_hooks.clear()
-                biases = per_depth.get(linear, {}).get("bias")
-                relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), biases)
+                biases[module] = values.get("bias")
+            for factors, linear in relaxation.factors.values():
+                own = biases.get(linear)
+                relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), own)
 
 
 def _released(*_: Any, **__: Any) -> Any:
