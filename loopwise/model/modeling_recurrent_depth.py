@@ -34,6 +34,7 @@ from .exit_gate import ExitGate
 from .experts import collect_router_logits
 from .injection import Injection
 from .modeling_source import causal_lm_class
+from .modeling_ungated import ValueEmbedding
 from .output import RecurrentDepthOutput
 from .recurrence import Recurrence
 from .recurrence_encoding import RecurrenceEncoding
@@ -193,6 +194,16 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.source.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As transformers', with the value embeddings of the tokens that layers have for themselves."""
+        made = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for module in self.modules():
+            if isinstance(module, ValueEmbedding):
+                self._get_resized_embeddings(module.embedding, made.num_embeddings, mean_resizing=mean_resizing)
+        return made
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:

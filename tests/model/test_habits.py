@@ -21,7 +21,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from loopwise.cli import main
 from loopwise.serve import Engine, Params
-from tests.helpers.convert import run
+from tests.helpers.convert import run, source
 from tests.helpers.tiny import VOCAB, save_source
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -100,6 +100,18 @@ def test_new_tokens_are_trained_saved_and_served(architecture, tmp_path):
     params = Params(num_recurrences=2, max_tokens=6, temperature=0.0)
     (got,) = Engine(tmp_path / "trained", max_num_seqs=1, max_model_len=32).generate([prompt], params)
     assert list(got.tokens)[: len(want)] == want
+
+
+def test_value_embeddings_of_a_parcae_import_get_the_new_tokens_too(tmp_path):
+    made = run(source("parcae", tmp_path / "source"), tmp_path / "out")
+    first = made.config.vocab_size
+    before = made(IDS % first).logits
+    made.resize_token_embeddings(first + 8)
+    assert torch.equal(made(IDS % first).logits[..., :first], before)
+    made.save_pretrained(tmp_path / "larger")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "larger").eval()
+    new = (IDS % first).index_fill(1, torch.tensor([4, 8]), first + 7)
+    assert torch.equal(again(new).logits, made(new).logits)
 
 
 def test_trainer_lowers_the_loss_with_gradient_checkpointing(folder, tmp_path):
