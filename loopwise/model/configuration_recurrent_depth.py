@@ -146,6 +146,24 @@ class RecurrentDepthConfig(PreTrainedConfig):
             source._attn_implementation = self._attn_implementation
         self._check()
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The attention of all layers, which are the source's: a value for `source_config` alone is one for both."""
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
+        _set_implementation(self, "_attn_implementation", value)
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        """As `_attn_implementation`, for the computation of experts."""
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict[str, str] | None) -> None:
+        _set_implementation(self, "_experts_implementation", value)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write config.json into `save_directory`, as transformers does. The fields are checked first, as on loading.
 
@@ -351,6 +369,14 @@ class RecurrentDepthConfig(PreTrainedConfig):
         The core comes last, so a call at another depth finds every shallower slot at the same place.
         """
         return self.prelude + self.coda + self.core * self.kv_slots(num_recurrences)
+
+
+def _set_implementation(config: RecurrentDepthConfig, name: str, value: str | dict[str, str] | None) -> None:
+    """Set `name` of `config`, and of its source's, by transformers' setter. Of a dict by sub-config, the source's value
+    counts, else that of "", the whole."""
+    if isinstance(value, dict):
+        value = value.get("source_config", value.get("", getattr(config, name, None)))
+    getattr(PreTrainedConfig, name).fset(config, value)
 
 
 def policy_slots(policy: str, num_recurrences: int) -> int:

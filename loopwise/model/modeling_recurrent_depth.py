@@ -90,7 +90,8 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
         source_config = config.source_config
-        source_config._attn_implementation = config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        for name in ("_attn_implementation", "_experts_implementation"):
+            setattr(source_config, name, getattr(config, name))
         self.source = causal_lm_class(source_config)(source_config)
         name = layer_list_name(self.source, source_config.num_hidden_layers)
         layers = list(self.source.get_submodule(name).children())
@@ -100,7 +101,9 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         taken: set[int] = set()
 
         def take(index: int) -> nn.Module:
-            layer = copy.deepcopy(layers[index]) if index in taken else layers[index]
+            layer = layers[index]
+            if index in taken:  # with the same config, by which implementations are chosen
+                layer = copy.deepcopy(layer, {id(source_config): source_config})
             taken.add(index)
             return layer
 
@@ -143,6 +146,10 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
         if attn_implementation is None and getattr(self.config, "attn_logit_softcapping", None):
             attn_implementation = "eager"  # transformers' sdpa leaves the cap on attention scores out
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _can_set_experts_implementation(self) -> bool:
+        """transformers' test of a class, for the source's: its layers have the experts."""
+        return causal_lm_class(self.config.source_config)._can_set_experts_implementation()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module of ours so that the model equals its source; any other as the source does."""

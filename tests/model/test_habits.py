@@ -22,6 +22,7 @@ from transformers.utils import is_bitsandbytes_available
 from loopwise.cli import main
 from loopwise.serve import Engine, Params
 from tests.helpers.convert import run, source
+from tests.helpers.model import build
 from tests.helpers.tiny import VOCAB, save_source
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -74,6 +75,29 @@ def test_attention_implementations_reach_every_layer(folder, model, name):
         for made in (loaded, changed):
             assert {layer.self_attn.config._attn_implementation for layer in made.core} == {name}
             assert (made(IDS).logits - want).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["eager", "batched_mm", "grouped_mm", {"source_config": "eager"}])
+def test_implementations_of_experts_reach_every_layer(given, tmp_path):
+    model = build("qwen3_moe", prelude=[0, 1], core=[1, 2])  # layer 1 stands twice
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=given).eval()
+    changed: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm").eval()
+    changed.set_experts_implementation(given)
+    name = "eager" if isinstance(given, dict) else given
+    for made in (loaded, changed):
+        parts = [module for part in (made.prelude, made.core, made.coda) for module in part.modules()]
+        names = [module.config._experts_implementation for module in parts if hasattr(module, "gate_up_proj")]
+        assert names == [name] * 5
+        torch.testing.assert_close(made(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["source_config", ""])
+def test_an_attention_of_the_source_is_that_of_the_model(folder, part):
+    made: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation={part: "eager"})
+    assert {layer.self_attn.config._attn_implementation for layer in made.core} == {"eager"}
+    assert made.config._attn_implementation == "eager"
 
 
 def test_an_unknown_attention_is_an_error(folder):
