@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -47,6 +48,9 @@ def layer_list_name(model: nn.Module, num_layers: int) -> str:
 TUPLE_LAYERS = {
     "bamba", "bloom", "codegen", "cpmant", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt",
 }  # fmt: skip
+
+# Architectures whose layers, or masks, count the keys that they get: a cache of fixed size gives them empty ones.
+GROWING = {"bloom", "gpt_neo", "inkling_text"}
 
 Visit = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
@@ -171,10 +175,17 @@ def with_slot(arguments: Iterable[Any], cache: Cache | None, view: DepthCache | 
 def prepare_cache(cache: Cache, config: RecurrentDepthConfig, num_recurrences: int) -> None:
     """Make `cache` ready for a call at `num_recurrences`, growing it where it has too few slots.
 
-    Raises ValueError for a cache of fixed size that would have to grow, and for layers of other attention types than
-    the slots. So it does for deep slots that hold fewer positions than the first, which attention would skip. (In a
-    compiled call on a written static cache, a RuntimeError, from the graph.)
+    Raises ValueError for a cache of fixed size that would have to grow, or whose empty slots the source's layers would
+    count, and for layers of other attention types than the slots. So it does for deep slots that hold fewer positions
+    than the first, which attention would skip. (In a compiled call on a written static cache, a RuntimeError, from the
+    graph.)
     """
+    kind = config.source_config.model_type
+    if kind in GROWING and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise ValueError(
+            f"{kind} counts the keys of a cache, and this {type(cache).__name__} has a fixed number of them: use a "
+            "DynamicCache (cache_implementation='dynamic'), or use_cache=False"
+        )
     slots = config.slots(num_recurrences)
     types, given = get_layer_types_and_kwargs(config.source_config)
     options: Any = given  # one for each layer

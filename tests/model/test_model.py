@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import loopwise.model
 from loopwise.model import RecurrentDepthConfig
 from loopwise.model.initial_state import counter_normal
+from loopwise.model.source_layers import GROWING
 from tests.helpers.blocked import without
 from tests.helpers.model import GREEDY, build, embedded, ids
 from tests.helpers.tiny import VOCAB, source_config
+from tests.helpers.tiny_configs import ARCHITECTURES
 
 
 def by_hand(model: Any, tokens: torch.Tensor, recurrences: int) -> torch.Tensor:
@@ -245,6 +247,24 @@ def test_static_cache_equals_dynamic():
     assert torch.equal(model.generate(ids(), cache_implementation="static", **GREEDY), model.generate(ids(), **GREEDY))
     with pytest.raises(ValueError, match="max_recurrences=8"):
         model.generate(ids(), cache_implementation="static", num_recurrences=9, **GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "model_type", [name if name in GROWING else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_a_cache_of_fixed_size_gives_the_logits_of_a_full_pass_or_is_refused(model_type):
+    model = build(model_type, prelude=[0], core=[1, 2], coda=[3, 5])
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    if model_type in GROWING:
+        with pytest.raises(ValueError, match=f"{model_type} counts the keys .*cache_implementation='dynamic'"):
+            model(ids(), past_key_values=cache, num_recurrences=2)
+        with pytest.raises(ValueError, match=f"{model_type} counts the keys"):
+            model.generate(ids(), cache_implementation="static", **GREEDY)
+        return
+    parts = [model(part, past_key_values=cache, num_recurrences=2).logits for part in ids().split([6, *[1] * 8], dim=1)]
+    want = model(ids(), use_cache=False, num_recurrences=2).logits
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=0, atol=5e-4 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
