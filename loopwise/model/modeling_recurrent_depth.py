@@ -190,6 +190,17 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             self.source._init_weights(module)
             init_layer_buffers(module, self.config.source_config)
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers'. Raises ValueError for `use_reentrant` where all layers of a recurrence share factors."""
+        if self.config.time_conditioning and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True goes through the factors of time_conditioning once more for every layer, and they "
+                "are shared: use_reentrant=False"
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
 

@@ -150,6 +150,15 @@ def test_trainer_lowers_the_loss_with_gradient_checkpointing(folder, tmp_path):
     assert model.eval()(IDS, labels=IDS).loss.item() < before - 1
 
 
+def test_a_second_pass_through_shared_factors_is_refused():
+    """With use_reentrant=True each layer's recomputation would go through the time's factors again."""
+    model = build(time_conditioning={"scale": ["input_layernorm"], "frequencies": 8}).train()
+    with pytest.raises(ValueError, match="use_reentrant=True goes through the factors of time_conditioning"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable()
+    model(IDS, labels=IDS).loss.backward()
+
+
 def test_bitsandbytes_asks_for_its_package(folder):
     if is_bitsandbytes_available():
         made: Any = AutoModelForCausalLM.from_pretrained(
