@@ -22,7 +22,7 @@ from transformers.utils import is_bitsandbytes_available
 from loopwise.cli import main
 from loopwise.serve import Engine, Params
 from tests.helpers.convert import run, source
-from tests.helpers.model import build
+from tests.helpers.model import build, build_relaxed
 from tests.helpers.tiny import VOCAB, save_source
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -157,6 +157,22 @@ def test_a_second_pass_through_shared_factors_is_refused():
         model.gradient_checkpointing_enable({"use_reentrant": True})
     model.gradient_checkpointing_enable()
     model(IDS, labels=IDS).loss.backward()
+
+
+def test_peft_by_hand_on_a_relaxed_model():
+    """As docs/reference/training.md has it: modules of the relaxation have the names of layers', and are no targets."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = build_relaxed()
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], exclude_modules=r"relaxation\..*", r=2)
+    model = get_peft_model(plain, config)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(names) == 4 * 2 * 2  # layers, modules, matrices
+    for name in names:
+        torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+    with torch.no_grad():
+        want = model.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(model.merge_and_unload()(IDS).logits, want, rtol=0, atol=1e-4)
 
 
 def test_bitsandbytes_asks_for_its_package(folder):
