@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
 
 def test_layers_that_transformers_lacks_are_refused(capsys, tmp_path):
     """Ouro's, for one: a plain model of them would load nowhere."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     source = SandwichConfig(**sizes, num_hidden_layers=2)
     config = RecurrentDepthConfig(source_config=source, core=[0, 1], injection="none")
     RecurrentDepthForCausalLM(config).save_pretrained(tmp_path / "model")
