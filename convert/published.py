@@ -45,7 +45,7 @@ def published(model: PreTrainedModel, tensors: list[Pending]) -> list[Pending]:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found: list[Pending] = []
     converted: dict[str, list[Part]] = {}
-    for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
+    for tensor in sorted(tensors, key=_natural_order):
         name, pattern = rename_source_key(tensor.name, renamings, converters, reverse=True)
         if pattern is None:
             found.append(replace(tensor, name=name))
@@ -54,6 +54,11 @@ def published(model: PreTrainedModel, tensors: list[Pending]) -> list[Pending]:
     for name, parts in converted.items():
         found += _Pieces(model, by_pattern[parts[0][0]], name, parts).pending()
     return found
+
+
+def _natural_order(tensor: Pending) -> Any:
+    """The sort key of a tensor, as transformers sorts: its name, numbers by value."""
+    return dot_natural_key(tensor.name)
 
 
 class _Pieces:
