@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,12 @@ from ..checkpoint import weight_files
 from ..errors import UserError
 from ..find_source import HubWeights
 from ..hub import asking, why_not
+
+PARTIAL = 206  # HTTP's status of a part of a file
+
+
+class NoParts(UserError):
+    """A hub that gives whole files alone."""
 
 
 class Slice(Protocol):
@@ -55,14 +60,12 @@ class Shaped:
 class HubFile:
     """The safetensors file `name` of a model on the hub: its header is read now, each tensor when it is asked for.
 
-    Raises UserError for a file that the hub does not give, or that is damaged.
+    Raises UserError for a file that the hub does not give, or that is damaged; NoParts for a hub that gives none.
     """
 
     def __init__(self, weights: HubWeights, name: str):
-        self._weights, self._name = weights, name
-        with self._asking():
-            self._tensors = _header(weights.model, name, weights.commit)
-        self._values: int | None = None  # the byte at which they begin
+        self._place = weights.model, name, weights.commit
+        self._tensors, self._values = _header(*self._place)
 
     def keys(self) -> list[str]:
         """The names of all tensors."""
@@ -74,40 +77,44 @@ class HubFile:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The values of tensor `name`, by a request of its bytes."""
-        if self._values is None:
-            self._values = 8 + int.from_bytes(self._bytes(0, 8), "little")
         tensor = self._tensors[name]
         start, end = tensor.data_offsets
         entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [0, end - start]}
         head = json.dumps({name: entry}).encode()
-        values = self._bytes(self._values + start, self._values + end) if end > start else b""
+        values = _part(*self._place, self._values + start, self._values + end) if end > start else b""
         return load(len(head).to_bytes(8, "little") + head + values)[name]
-
-    def _bytes(self, start: int, end: int) -> bytes:
-        """The bytes of the file from `start` to before `end`."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-        url = hf_hub_url(self._weights.model, self._name, revision=self._weights.commit)
-        with self._asking():
-            reply = http_backoff("GET", url, headers={**build_hf_headers(), "range": f"bytes={start}-{end - 1}"})
-            hf_raise_for_status(reply)
-            if len(reply.content) != end - start:
-                raise UserError(f"{self._weights.model}: the hub gives no part of {self._name}")
-        return reply.content
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        with asking(lambda error: UserError(f"{self._weights.model}: {self._name}: {why_not(error)}")):
-            yield
 
 
 @cache
-def _header(model: str, name: str, commit: str) -> dict[str, Any]:
-    """The tensors of the file `name` on the hub, in the form of its client. Raises its errors."""
+def _header(model: str, name: str, commit: str) -> tuple[dict[str, Any], int]:
+    """The tensors of the file `name` on the hub, in the form of its client, and the byte where their values begin."""
     from huggingface_hub import HfApi
 
-    return dict(HfApi().parse_safetensors_file_metadata(model, name, revision=commit).tensors)
+    size = int.from_bytes(_part(model, name, commit, 0, 8), "little")
+    with asking(lambda error: UserError(f"{model}: {name}: {why_not(error)}")):
+        return dict(HfApi().parse_safetensors_file_metadata(model, name, revision=commit).tensors), 8 + size
+
+
+def _part(model: str, name: str, commit: str, start: int, end: int) -> bytes:
+    """The bytes of the file `name` on the hub from `start` to before `end`."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers()
+    with (
+        asking(lambda error: UserError(f"{model}: {name}: {why_not(error)}")),
+        http_stream_backoff("GET", url, headers={**headers, "range": f"bytes={start}-{end - 1}"}) as reply,
+    ):
+        hf_raise_for_status(reply)
+        if reply.status_code != PARTIAL:  # all of it would come
+            raise NoParts(
+                f"{model}: the hub gives no parts of {name}; download the model (hf download {model}), and give its "
+                "directory"
+            )
+        content = reply.read()
+        if len(content) != end - start:
+            raise UserError(f"{model}: {name} is damaged: it ends before byte {end:,}")
+        return content
 
 
 def open_files(path: Path, stack: ExitStack, there: HubWeights | None = None) -> tuple[list[Path], list[Handle]]:

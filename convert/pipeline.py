@@ -25,6 +25,7 @@ from .agreement import decisive
 from .card import model_card
 from .conversion import Conversion
 from .convert_checkpoint import open_conversion
+from .handle import NoParts
 from .import_checkpoint import is_recurrent, open_import
 from .journal import JOURNAL, describe, goes_on
 from .quantised import find_method
@@ -60,6 +61,7 @@ def convert(
         stack.enter_context(named(str(source), found))
         if there and (recipe.influence is not None or not dry_run):
             size = check_source(found, recipe, there)
+            load_tokenizer(found, str(source))
             check_new(Path(out), found, force)
             check_room(Path(out), size)
             there.fetch()
@@ -130,16 +132,19 @@ def _facts(
 
 def check_source(path: Path, recipe: ConvertRecipe, there: HubWeights) -> int:
     """Raises UserError, as `opened` does, for a source that cannot be converted by `recipe`, before its weights, which
-    are `there`, are downloaded. Values are not looked at. Returns the size of the output; 0 where values decide it, and
-    for an import."""
-    if is_recurrent(path, recipe, there):
+    are `there`, are downloaded. Returns the size of the output; 0 where values decide it, for an import, and where the
+    hub gives no headers."""
+    try:
+        if is_recurrent(path, recipe, there):
+            return 0
+        if recipe.method == "fold":
+            find_method(config_fields(path), path, bool(recipe.dequantize))
+            read_source(path)
+            return 0
+        with open_conversion(path, recipe.model_copy(update={"influence": None}), there) as conversion:
+            return conversion.bytes
+    except NoParts:
         return 0
-    if recipe.method == "fold":
-        find_method(config_fields(path), path, bool(recipe.dequantize))
-        read_source(path)
-        return 0
-    with open_conversion(path, recipe.model_copy(update={"influence": None}), there) as conversion:
-        return conversion.bytes
 
 
 def _identity(facts: dict[str, Any], conversion: Conversion) -> dict[str, Any]:

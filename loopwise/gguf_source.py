@@ -14,6 +14,7 @@ from .checkpoint import INDEX, WEIGHTS
 from .errors import UserError, reason
 from .gguf_header import Header, read_header
 from .hub import snapshot_of
+from .input_files import check_regular
 
 if TYPE_CHECKING:
     import numpy
@@ -82,6 +83,7 @@ def _describe(header: Header, directory: Path, whole_folder: bool) -> None:
     if it has metadata, and a licence with such a card: a licence alone may be that of other files.
     """
     folder = snapshot_of(header.file) or header.file.parent
+    check_regular(folder / CARD)
     fields = read_metadata(folder / CARD)
     if fields or whole_folder or snapshot_of(header.file):
         copy_licences(folder, directory)

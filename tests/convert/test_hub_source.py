@@ -142,6 +142,25 @@ def test_a_repository_without_weights_is_named(files, line, hub, source, capsys,
     assert line in refused(capsys, tmp_path, "them/few", tmp_path / "out", *KEYS)
 
 
+def test_a_hub_that_gives_no_parts_is_named(hub, source, capsys, tmp_path):
+    """Of a dry run, which does not load 140 GB instead; a conversion downloads first."""
+    hub.whole_files = True
+    hub.models["them/whole"] = Repository()
+    hub.models["them/whole"].commit({**files_of(source), "notes.txt": b""})
+    line = refused(capsys, tmp_path, "them/whole", tmp_path / "out", *KEYS, "--dry-run")
+    assert f"them/whole: the hub gives no parts of {SHARDS[0]}; download the model (hf download them/whole)" in line
+    assert main(["convert", "them/whole", str(tmp_path / "out"), *KEYS, "--no-verify"]) == 0
+
+
+def test_a_tokenizer_with_code_is_refused_before_the_weights(hub, source, capsys, tmp_path):
+    files = files_of(source)
+    settings = {**json.loads(files["tokenizer_config.json"]), "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    hub.models["them/code"] = Repository()
+    hub.models["them/code"].commit({**files, "tokenizer_config.json": json.dumps(settings).encode()})
+    assert "the tokenizer needs code of its own" in refused(capsys, tmp_path, "them/code", tmp_path / "out", *KEYS)
+    assert weights(hub, whole=True) == []
+
+
 def test_a_part_of_a_file_is_the_tensor(hub, source):
     _, there = find_source("them/base", None)
     assert there is not None

@@ -132,7 +132,8 @@ def resolve(request: Handler, name: str, revision: str, path: str) -> None:
         if data is None:
             return request.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         part, status, headers = data, 200, {"X-Repo-Commit": commit, "ETag": f'"{etag(path, data)}"'}
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if asked and not request.hub.whole_files:
             first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
             part, status = data[first : last + 1], 206
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

@@ -39,9 +39,9 @@ class Hub:
 
     refuse: (method, pattern of the path) -> status, or status and the hub's name of the error.   all_public: new
     repositories are public, whatever is asked for.   sent: of downloads, the file, the bytes, and True for the whole
-    file.   created: bodies of the requests that made repositories.   large: files by sha256.   cut: large files after
-    which uploads are refused; None for never.   held: until it is set, these uploads wait instead, and then have no
-    answer.
+    file.   whole_files: ranges are not answered, and the file comes instead.   created: bodies of the requests that
+    made repositories.   large: files by sha256.   cut: large files after which uploads are refused; None for never.
+    held: until it is set, these uploads wait instead, and then have no answer.
     """
 
     url: str = ""
@@ -50,6 +50,7 @@ class Hub:
     all_public: bool = False
     seen: list[tuple[str, str]] = field(default_factory=list)
     sent: list[tuple[str, int, bool]] = field(default_factory=list)
+    whole_files: bool = False
     created: list[dict[str, Any]] = field(default_factory=list)
     large: dict[str, bytes] = field(default_factory=dict)
     cut: int | None = None
