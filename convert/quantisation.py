@@ -64,10 +64,12 @@ class Method(ABC):
 
 
 class Fp8(Method):
-    """Float8 with a scale for each block (DeepSeek, Qwen, Mistral), or fp4 in pairs; `mxfp8` has powers of two."""
+    """Float8 with a scale for each block or tensor (DeepSeek, Qwen, Mistral, AutoFP8), or fp4 in pairs; `mxfp8` has
+    powers of two."""
 
     ends: ClassVar = {
-        ".weight_scale_inv": "scale", ".activation_scale": "", ".input_scale": "", ".scale": "scale",
+        ".weight_scale_inv": "scale", ".weight_scale": "scale", ".scale": "scale", ".activation_scale": "",
+        ".input_scale": "",
     }  # fmt: skip
 
     def tensor(self, name: str) -> tuple[str, str]:

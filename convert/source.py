@@ -27,7 +27,10 @@ from .quantised import Dequantised, Method, dtype_of
 from .text_model import Whole
 
 # Endings of tables that older transformers stored and newer ones compute.
-TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", "masked_bias")
+TABLES = (
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".attn.causal_mask",
+    ".attention.bias", "masked_bias",
+)  # fmt: skip
 
 
 @dataclass

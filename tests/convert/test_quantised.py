@@ -38,6 +38,20 @@ def test_the_conversion_equals_transformers_dequantised_model(way, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())["source_config"]
 
 
+def test_scales_under_the_name_of_autofp8(tmp_path):
+    source = save_source(tmp_path / "source", "llama")
+    want = dequantised(source, fp8(source, None))
+    tensors = load_file(source / "model.safetensors")
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "out", validate(ConvertRecipe, RECIPE))
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(want.float()(ids).logits, got.float()(ids, num_recurrences=1).logits)
+
+
 def test_refusals_name_the_key_and_the_method(tmp_path, capsys):
     source = save_source(tmp_path / "source", "llama")
     assert "not quantised" in refused(capsys, tmp_path, source, tmp_path / "out", "sizes=1,3,2", "dequantize=true")
