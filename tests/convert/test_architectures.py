@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_timm_available
 
+from loopwise.cli import main
 from loopwise.convert.architectures import CANNOT, MULTIMODAL, NOT_YET, SUPPORTED, check_fields, check_supported
 from loopwise.convert.source_config import empty_model
 from loopwise.convert.text_model import find_text_model, is_multimodal, text_config, whole_model
@@ -148,3 +149,18 @@ def test_a_layer_after_those_that_predict_is_refused(capsys, tmp_path):
     tensors, name = load_file(path / "model.safetensors"), "model.layers.7.eh_proj.weight"
     save_file({**tensors, name: torch.ones(2, 2)}, path / "model.safetensors", {"format": "pt"})
     assert f"tensor {name} is not one of" in refused(capsys, tmp_path, path, tmp_path / "out", "sizes=1,3,2")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.cos_cached"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.sin_cached"),
+        ("codegen", "transformer.h.0.attn.causal_mask"),
+    ],
+)
+def test_tables_that_older_transformers_stored_are_read_over(architecture, name, tmp_path):
+    path = save_source(tmp_path / "source", architecture)
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, name: torch.ones(4, dtype=torch.bool)}, path / "model.safetensors", {"format": "pt"})
+    assert main(["convert", str(path), str(tmp_path / "out"), "sizes=1,3,2", "--dry-run"]) == 0
