@@ -34,9 +34,11 @@ FINAL_NORM = "model.norm"  # of the source; recurrence norms `between` and `last
 def layer_list_name(model: nn.Module, num_layers: int) -> str:
     """Dotted name of the list of decoder layers inside a transformers causal language model, e.g. `model.layers`.
 
-    Raises ValueError unless there is exactly one list of `num_layers` modules.
+    Raises ValueError unless there is exactly one list of `num_layers` modules with parameters. (Granite's sliding
+    variants have one of rotary tables, too.)
     """
-    lists = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers}
+    lists = [n for n, m in found.items() if next(m.parameters(), None) is not None]
     names = [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
     if len(names) != 1:
         raise ValueError(f"{type(model).__name__} has {len(names)} lists of {num_layers} layers; exactly one is needed")

@@ -164,3 +164,12 @@ def test_tables_that_older_transformers_stored_are_read_over(architecture, name,
     tensors = load_file(path / "model.safetensors")
     save_file({**tensors, name: torch.ones(4, dtype=torch.bool)}, path / "model.safetensors", {"format": "pt"})
     assert main(["convert", str(path), str(tmp_path / "out"), "sizes=1,3,2", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("architecture", ["granite_swa", "granitemoe_swa"])
+def test_one_layer_beside_one_rotary_table(architecture, tmp_path):
+    path = save_source(tmp_path / "source", architecture, num_hidden_layers=1, layer_types=["full_attention"])
+    model = run(path, tmp_path / "out", method="retrofit", sizes=[0, 1, 0], injection="none")
+    with torch.no_grad():
+        want, got = load_source(path)(**tokens(False)).logits, model(**tokens(False), num_recurrences=1).logits
+    assert torch.equal(want, got)
