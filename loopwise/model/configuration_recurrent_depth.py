@@ -152,7 +152,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self._attn_implementation_internal
 
     @_attn_implementation.setter
-    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
+    def _attn_implementation(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, value: str | dict[str, str] | None
+    ) -> None:
         _set_implementation(self, "_attn_implementation", value)
 
     @property
@@ -161,7 +163,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return self._experts_implementation_internal
 
     @_experts_implementation.setter
-    def _experts_implementation(self, value: str | dict[str, str] | None) -> None:
+    def _experts_implementation(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, value: str | dict[str, str] | None
+    ) -> None:
         _set_implementation(self, "_experts_implementation", value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

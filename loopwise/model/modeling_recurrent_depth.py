@@ -147,7 +147,7 @@ class RecurrentDepthForCausalLM(Recurrence, PreTrainedModel, GenerationMixin):
             attn_implementation = "eager"  # transformers' sdpa leaves the cap on attention scores out
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def _can_set_experts_implementation(self) -> bool:
+    def _can_set_experts_implementation(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """transformers' test of a class, for the source's: its layers have the experts."""
         return causal_lm_class(self.config.source_config)._can_set_experts_implementation()
 

@@ -121,7 +121,7 @@ class Factors(PerDepth):
         self.dora_magnitude = nn.Parameter(linear.weight.new_empty(depths, out)) if dora else None
         self.now: dict[str, torch.Tensor] = {}  # those of the running depth, written by `Relaxation`
         self._linear = (linear,)
-        linear.forward = partial(self._run, linear)
+        cast(Any, linear).forward = partial(self._run, linear)
 
     def reset_parameters(self) -> None:
         """Initialize the factors so that they change nothing yet: random A, zero B, magnitudes of the rows."""
@@ -133,7 +133,8 @@ class Factors(PerDepth):
 
     def _run(self, linear: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
         """The forward of `linear`: x [.., in] -> [.., out], with the LoRA of this depth."""
-        out = type(linear).forward(linear, x)
+        forward: Any = type(linear).forward
+        out = forward(linear, x)
         a, b = self.now["lora_A"], self.now["lora_B"]
         out = out + nn.functional.linear(nn.functional.linear(x, a), b)
         if "dora_magnitude" not in self.now:
