@@ -135,11 +135,11 @@ def check_source(path: Path, recipe: ConvertRecipe, there: HubWeights) -> int:
     are `there`, are downloaded. Returns the size of the output; 0 where values decide it, for an import, and where the
     hub gives no headers."""
     try:
-        if is_recurrent(path, recipe, there):
-            return 0
-        if recipe.method == "fold":
+        imported = is_recurrent(path, recipe, there)
+        if imported or recipe.method == "fold":
             find_method(config_fields(path), path, bool(recipe.dequantize))
-            read_source(path)
+            if not imported:
+                read_source(path)
             return 0
         with open_conversion(path, recipe.model_copy(update={"influence": None}), there) as conversion:
             return conversion.bytes
