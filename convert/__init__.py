@@ -13,6 +13,7 @@ Files in reading order, each importing only those above it:
     handle.py                open weight files
     quantisation.py          ways of quantisation
     quantised.py             quantised tensors, dequantised one at a time
+    pieces.py                a tensor as its files hold it, in one piece or several
     source.py                weights by their names in the transformers model
     repeats.py               layers of a source that repeat
     raw.py                   weights by their names on disk

@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the source's layers")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, write nothing; weights of a hub id stay there"
+        "--dry-run",
+        action="store_true",
+        help="print the plan, write nothing; a hub id's weights stay there, unless influence needs them",
     )
     parser.add_argument(
         "--seed", metavar="N", dest="added", action="append", type="seed={}".format, help="the same as seed=N"

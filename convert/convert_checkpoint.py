@@ -59,10 +59,10 @@ def open_conversion(
         yield conversion
 
 
-def can_fold(path: Path, there: HubWeights | None = None) -> bool:
-    """True where method=fold would convert the source in the directory `path`, whose weights may be `there`."""
+def can_fold(path: Path) -> bool:
+    """True where method=fold would convert the source in the directory `path`."""
     try:
-        with open_conversion(path, ConvertRecipe.model_validate({"method": "fold"}), there):
+        with open_conversion(path, ConvertRecipe.model_validate({"method": "fold"})):
             return True
     except UserError:
         return False

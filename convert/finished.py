@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import flat
+from ..checkpoint import first_difference
 from ..directory import RECORD, changed_weights, is_whole, record_of
-from ..errors import UserError, shorten
+from ..errors import UserError
 from ..find_source import commit_of
 from ..input_files import newer
 from .hashes import hashing
@@ -37,11 +37,9 @@ def _difference(out: Path, name: str, source: Path, asked: dict[str, Any], check
         return f"{changed} in it is not as it was written"
     if check and not record.get("max_dlogit_by_dtype"):
         return "it was made with --no-verify"
-    before, now = flat({key: record.get(key) for key in asked}), flat(asked)
-    for key in dict.fromkeys([*now, *before]):
-        if before.get(key) != now.get(key) and key != "recipe.revision":  # whose commit is compared
-            was, is_now = (shorten(str(each.get(key, "left out")), 60) for each in (before, now))
-            return f"{key} was {was}, now {is_now}"
+    before = {key: record.get(key) for key in asked}
+    if found := first_difference(before, asked, "recipe.revision"):  # whose commit is compared
+        return f"{found[0]} was {found[1]}, now {found[2]}"
     commit = commit_of(source)
     if not commit:
         return _change(source, made.get("sha256"), out)

@@ -19,6 +19,7 @@ from ..find_source import HubWeights
 from ..hub import asking, why_not
 
 PARTIAL = 206  # HTTP's status of a part of a file
+LARGEST_HEADER = 100_000_000  # bytes that safetensors allows
 
 
 class NoParts(UserError):
@@ -73,26 +74,31 @@ class HubFile:
 
     def get_slice(self, name: str) -> Slice:
         """The type and shape of tensor `name`."""
-        return Shaped(self._tensors[name].dtype, list(self._tensors[name].shape))
+        return Shaped(self._tensors[name]["dtype"], list(self._tensors[name]["shape"]))
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The values of tensor `name`, by a request of its bytes."""
         tensor = self._tensors[name]
-        start, end = tensor.data_offsets
-        entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [0, end - start]}
-        head = json.dumps({name: entry}).encode()
+        start, end = tensor["data_offsets"]
+        head = json.dumps({name: {**tensor, "data_offsets": [0, end - start]}}).encode()
         values = _part(*self._place, self._values + start, self._values + end) if end > start else b""
         return load(len(head).to_bytes(8, "little") + head + values)[name]
 
 
 @cache
 def _header(model: str, name: str, commit: str) -> tuple[dict[str, Any], int]:
-    """The tensors of the file `name` on the hub, in the form of its client, and the byte where their values begin."""
-    from huggingface_hub import HfApi
-
+    """The header's entries of the tensors in the file `name` on the hub, and the byte where their values begin."""
     size = int.from_bytes(_part(model, name, commit, 0, 8), "little")
-    with asking(lambda error: UserError(f"{model}: {name}: {why_not(error)}")):
-        return dict(HfApi().parse_safetensors_file_metadata(model, name, revision=commit).tensors), 8 + size
+    try:
+        if size > LARGEST_HEADER:
+            raise ValueError
+        header = json.loads(_part(model, name, commit, 8, 8 + size))
+        tensors = {tensor: header[tensor] for tensor in header.keys() - {"__metadata__"}}
+        if not all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in tensors.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise UserError(f"{model}: {name} is damaged: it has no header of a safetensors file") from None
+    return tensors, 8 + size
 
 
 def _part(model: str, name: str, commit: str, start: int, end: int) -> bytes:

@@ -53,14 +53,16 @@ def is_recurrent(path: Path, recipe: ConvertRecipe, there: HubWeights | None = N
     plain = there is None and find_gguf(path)
     formats = [known for known in FORMATS if known.model_type == model_type and not plain]
     if formats and model_type in SUPPORTED:  # plain, unless the tensors are those of a format
-        with RawTensors(path, there) as raw:
+        method = find_method(fields, path, bool(recipe.dequantize))
+        with RawTensors(path, there, method, dtype_in(fields)) as raw:
             formats = [known for known in formats if known.mismatch(fields, raw.names()) is None]
     if not formats:
         if recipe.method is None:
+            folds = there is None and can_fold(path)  # from the hub, all layers that repeat would be downloaded
             raise UserError(
                 f"{path} ({model_type}) is no recurrent checkpoint that could be imported, so say how to make one of "
                 "it: method=retrofit with sizes=P,C,D or layers.prelude, layers.core, layers.coda; or method=recursive "
-                f"with loops=B{'; or method=fold, as some of its layers repeat' if can_fold(path, there) else ''}"
+                f"with loops=B{'; or method=fold, as some of its layers repeat' if folds else ''}"
             )
         return False
     fitting = frozenset[str]().union(*(known.recipe_keys for known in formats))

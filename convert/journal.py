@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import flat
+from ..checkpoint import first_difference
 from ..directory import RECORD
-from ..errors import UserError, shorten
+from ..errors import UserError
 from .pending import Pending
 from .shards import Done
 
@@ -32,14 +32,12 @@ def goes_on(directory: Path, identity: dict[str, Any]) -> bool:
     if not lines:
         return False
     known = lines[0].get("conversion")
-    before, now = flat(known if isinstance(known, dict) else {}), flat(json.loads(json.dumps(identity)))
-    for name in dict.fromkeys([*now, *before]):
-        if before.get(name) != now.get(name):
-            was, is_now = (shorten(str(each.get(name, "left out")), 60) for each in (before, now))
-            raise UserError(
-                f"--resume goes on with the conversion that was killed, and {name} was {was} and is {is_now}; make "
-                "them equal, or leave --resume out and start anew"
-            )
+    if found := first_difference(known if isinstance(known, dict) else {}, json.loads(json.dumps(identity))):
+        name, was, is_now = found
+        raise UserError(
+            f"--resume goes on with the conversion that was killed, and {name} was {was} and is {is_now}; make "
+            "them equal, or leave --resume out and start anew"
+        )
     return True
 
 

@@ -27,7 +27,7 @@ OTHER_NAMES = {
     "kimi_linear have mlp",
 }
 
-Part = tuple[str, Pending]  # a tensor of the model, and the pattern of the converter that its name matches
+Part = tuple[str, Pending]  # (the pattern of a converter, a tensor of the model whose name matches it)
 
 
 def published(model: PreTrainedModel, tensors: list[Pending]) -> list[Pending]:

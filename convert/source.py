@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..find_source import HubWeights
 from ..gguf_source import find_gguf
 from ..gguf_tensors import GgufTensors
 from ..model import RecurrentDepthConfig
 from .dtypes import FROM_SAFETENSORS
 from .handle import Handle, open_files
+from .pieces import Piece, Stored
 from .quantised import Dequantised, Method, dtype_of
 from .text_model import Whole
 
@@ -31,34 +30,6 @@ TABLES = (
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".attn.causal_mask",
     ".attention.bias", "masked_bias",
 )  # fmt: skip
-
-
-@dataclass
-class _Piece:
-    """A tensor on disk. pattern: the pattern of the converter that its name matched, where it is converted."""
-
-    handle: Handle
-    raw: str
-    pattern: str | None
-
-    def meta(self) -> torch.Tensor:
-        """A tensor of its type and shape without values."""
-        stored = self.handle.get_slice(self.raw)
-        return torch.empty(stored.get_shape(), dtype=FROM_SAFETENSORS[stored.get_dtype()], device="meta")
-
-
-@dataclass
-class _Stored:
-    """One tensor of the model as it stands on disk, in one piece or, with a converter, in several.
-
-    name: its name on disk, with the prefix that old checkpoints leave out; the model's name where transformers converts
-        it, or where the files hold another model around it.   loaded: its name in the model that the files hold.
-    """
-
-    name: str
-    loaded: str
-    converter: WeightConverter | None
-    pieces: list[_Piece]
 
 
 def _natural_order(found: tuple[str, Handle, Path]) -> Any:
@@ -109,7 +80,7 @@ class SourceWeights:
         else:
             self.files, self._handles = open_files(path, self._stack, there)
         self._loaded = whole.model if whole else model
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, Stored] = {}
         self.left_out: list[str] = []
         self._expected: dict[str, torch.Tensor] = model.state_dict()
         self._in_files = set(self._loaded.state_dict())
@@ -132,7 +103,10 @@ class SourceWeights:
             if target in self._stored and tied not in self._stored:
                 self._stored[tied] = self._stored.pop(target)
             elif target in self._stored:
-                equal = torch.equal(self.read(target), self.read(tied)) if known is None else target not in known
+                if known is None and not self.there:  # on the hub, both would be downloaded for this alone
+                    equal = torch.equal(self.read(target), self.read(tied))
+                else:
+                    equal = target not in (known or [])
                 if equal:
                     del self._stored[target]
                 else:
@@ -168,11 +142,10 @@ class SourceWeights:
             self._check_stored(file, handle, raw, name if pattern is None else None)
             converter = by_pattern[pattern] if pattern is not None else None
             stored = name if converter or self._whole else stored
-            entry = self._stored.setdefault(name, _Stored(stored, loaded, converter, []))
-            entry.pieces.append(_Piece(handle, raw, pattern))
+            entry = self._stored.setdefault(name, Stored(stored, loaded, converter, []))
+            entry.pieces.append(Piece(handle, raw, pattern))
         for name, entry in self._stored.items():
-            if entry.converter:  # its shape, before any value is read
-                self._make(name, (piece.meta() for piece in entry.pieces))
+            entry.check(self._loaded, self.shape(name))
 
     def _predicts(self, raw: str) -> bool:
         """True for a tensor of a layer after the last, which predicts further tokens (DeepSeek-V3, 2412.19437,
@@ -248,41 +221,10 @@ class SourceWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored type of tensor `name`; of several pieces, the first's."""
-        piece = self._stored[name].pieces[0]
-        return FROM_SAFETENSORS[piece.handle.get_slice(piece.raw).get_dtype()]
+        return self._stored[name].pieces[0].dtype()
 
     def read(self, name: str) -> torch.Tensor:
         """The values of tensor `name`; of tied ones, any. Raises UserError where its pieces do not make it up."""
         if name not in self._stored:
             name = self._model.all_tied_weights_keys[name]
-        pieces = self._stored[name].pieces
-        return self._make(name, (piece.handle.get_tensor(piece.raw) for piece in pieces))
-
-    def _make(self, name: str, values: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Tensor `name` from the `values` of its pieces. Raises UserError where they do not make it up."""
-        stored = self._stored[name]
-        if stored.converter is None:
-            return next(iter(values))
-        converter, loaded = copy.deepcopy(stored.converter), stored.loaded
-        for piece, value in zip(stored.pieces, values, strict=True):
-            converter.add_tensor(loaded, piece.raw, cast(str, piece.pattern), cast(Any, value))
-        try:
-            made: Any = converter.convert(loaded, model=self._loaded, config=self._loaded.config)[loaded]
-        except Exception as error:  # torch has no class of errors for shapes
-            raise self._do_not_fit(name, reason(error)) from None
-        tensor = made[0] if isinstance(made, list) else made
-        if list(tensor.shape) != self.shape(name):
-            raise self._do_not_fit(name, f"they make {list(tensor.shape)}")
-        return tensor
-
-    def _do_not_fit(self, name: str, why: str) -> UserError:
-        """The error of pieces that do not make up tensor `name`: the number and shape of those of each pattern."""
-        stored = self._stored[name]
-        assert stored.converter is not None
-        found = Counter((piece.pattern, str(list(piece.meta().shape))) for piece in stored.pieces)
-        counts = [f"{count} x {pattern} {shape}" for (pattern, shape), count in found.items()]
-        lacking = [f"no {one}" for one in stored.converter.source_patterns if one not in {key[0] for key in found}]
-        return UserError(
-            f"{stored.pieces[0].raw}, ...: the files do not make up {name} of shape {self.shape(name)}; they have "
-            f"{', '.join(counts + lacking)} ({why})"
-        )
+        return self._stored[name].read(self._loaded, self.shape(name))

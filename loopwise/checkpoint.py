@@ -191,6 +191,17 @@ def flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def first_difference(before: dict[str, Any], now: dict[str, Any], besides: str = "") -> tuple[str, str, str] | None:
+    """The name of the first field, by `flat`, in which two objects differ, and its two values, shortened to words; None
+    where they differ in no field, or in that of the name `besides` alone."""
+    old, new = flat(before), flat(now)
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name) and name != besides:
+            was, is_now = (shorten(str(each.get(name, "left out")), 60) for each in (old, new))
+            return name, was, is_now
+    return None
+
+
 def _check_whole(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 

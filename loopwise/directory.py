@@ -144,7 +144,11 @@ def finish(directory: Path) -> None:
     names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
     record |= {"code": code} if code else {}
     weights = {name: directory / name for name in names if name.endswith(".safetensors")}
-    sums = {name: [file.stat().st_size, checksum(file)] for name, file in weights.items()}
+    known = record.get("weights", {})  # of an output whose weights are linked into this one
+    sums = {
+        name: known[name] if name in known and file.stat().st_nlink > 1 else [file.stat().st_size, checksum(file)]
+        for name, file in weights.items()
+    }
     write_record(directory, {**record, "files": names, "weights": sums})
 
 
@@ -177,7 +181,9 @@ def changed_weights(out: Path, thorough: bool) -> str | None:
     sums = record_of(out).get("weights")
     for name, known in (sums if isinstance(sums, dict) else {}).items():
         file = out / name
-        if not file.is_file() or [file.stat().st_size, checksum(file) if thorough else known[1]] != known:
+        if not isinstance(known, list) or not file.is_file() or [file.stat().st_size] != known[:1]:
+            return name
+        if thorough and [checksum(file)] != known[1:]:
             return name
     return None
 

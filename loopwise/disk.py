@@ -67,9 +67,9 @@ def in_units(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def room(needed: int, free: int) -> str:
-    """Words for an output of `needed` bytes on a disk of which so many are `free`."""
-    return f"will take {in_units(needed)}, and {in_units(free)} are free there"
+def room(needed: int, available: int) -> str:
+    """What an output takes of a disk, and what the disk has, both in bytes, as words."""
+    return f"will take {in_units(needed)}, and {in_units(available)} are free there"
 
 
 def checksum(path: Path) -> int:

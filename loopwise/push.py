@@ -79,13 +79,15 @@ def check_target(args: argparse.Namespace, source: str, out: Path) -> Target | N
     api = HfApi()
     with asking(lambda error: UserError(f"{option}: {why_not(error)}")):
         user = api.whoami()
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
             raise UserError(f"{option}: the token can only read; log in with one that writes")
         name = name if "/" in name else f"{user['name']}/{name}"
         if source.partition(":")[0].casefold() == name.casefold() and not Path(source).exists():  # ID, or ID:FILE.gguf
             raise UserError(f"{option}: {name} is the source itself, which the push would replace; choose another name")
         owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
-        if name.partition("/")[0].casefold() not in map(str.casefold, owners):
+        listed = name.partition("/")[0].casefold() in map(str.casefold, owners)
+        if not listed and role != "fineGrained":  # whose rights may reach beyond the organisations listed here
             raise UserError(f"{option}: the token may not write there; as owner give {' or '.join(owners)}")
         _is_there(api, name, not args.public, option)
     return Target(name, not args.public, _results(args, out, name))

@@ -13,6 +13,7 @@ from typing import Any
 from ...directory import check_file, new_file
 from ...errors import UserError
 from ...find_source import SHORT, snapshot
+from ...hub import asking, not_found
 from ..result_file import read_result, two_values, write_result
 from .table import markdown
 
@@ -106,7 +107,8 @@ def model_fingerprint(model: str, revision: str | None) -> str:
     """
     folder = Path(model)
     if not folder.exists():
-        return snapshot(model, revision, SHORT).name
+        with asking(lambda error: not_found(model, error, revision)):
+            return snapshot(model, revision, SHORT).name
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in ENDINGS:

@@ -100,7 +100,8 @@ class PerDepth(nn.Module):
 
     def forward(self, depth: int, device: torch.device) -> dict[str, torch.Tensor]:
         """By name, the parameters [*shape] at `depth`, counted from 0, on `device`."""
-        return {name: getattr(self, name)[depth].to(device) for name, _ in self.named_parameters(recurse=False)}
+        names = (name for name, one in self._parameters.items() if one is not None)
+        return {name: getattr(self, name)[depth].to(device) for name in names}  # an attribute may be read from a file
 
 
 class Factors(PerDepth):
@@ -179,7 +180,7 @@ class Relaxation(PerDepth):
     def detach(self) -> None:
         """Give the layer, and its linear modules, the forwards of their classes back."""
         for module in (self._layer[0], *(linear for _, linear in self.factors.values())):
-            del module.forward
+            module.__dict__.pop("forward", None)
 
     def _branch(self, path: str) -> PerDepth:
         """The submodule at `path`, which is made where it does not exist yet."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
@@ -47,6 +47,12 @@ def weights(hub: Hub, whole: bool) -> list[str]:
     return sorted({name for name, _, all_of_it in hub.sent if name.endswith(".safetensors") and all_of_it == whole})
 
 
+def downloaded(hub: Hub) -> int:
+    """The bytes of weight files that were downloaded."""
+    return sum(size for name, size, _ in hub.sent if name.endswith(".safetensors"))
+
+
+HEADERS = 20_000  # bytes that are more than the headers, and less than an embedding or a layer
 SHARDS = [f"model-{n}-of-00003.safetensors" for n in ("00001", "00002", "00003")]
 
 
@@ -122,6 +128,22 @@ def test_what_is_refused_is_not_downloaded(change, keys, line, hub, source, caps
     hub.models["them/changed"].commit(files)
     assert line in refused(capsys, tmp_path, "them/changed", tmp_path / "out", *keys)
     assert weights(hub, whole=True) == []
+    assert downloaded(hub) < HEADERS
+
+
+def test_a_plan_compares_no_tied_tensors_there(hub, source, tmp_path):
+    """An embedding and a head, which the files hold both."""
+    state = {name: tensor for file in SHARDS for name, tensor in load_file(source / file).items()}
+    embedding = state["model.embed_tokens.weight"]
+    made = tmp_path / "tied"
+    made.mkdir()
+    save_file({**state, "lm_head.weight": embedding.clone()}, made / "model.safetensors", {"format": "pt"})
+    fields = json.loads((source / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    hub.add("them/tied", made)
+    facts = convert("them/tied", tmp_path / "out", validate(ConvertRecipe, {"sizes": [1, 3, 2]}), dry_run=True)
+    assert facts["parameters"]["source"] == sum(tensor.numel() for tensor in state.values()) - embedding.numel()
+    assert downloaded(hub) < HEADERS
 
 
 @pytest.mark.parametrize(

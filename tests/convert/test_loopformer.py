@@ -60,4 +60,4 @@ def test_refused(tmp_path, capsys):
     change_fields(folder, n_head=4)
     imported(folder)
     assert main(["export", str(tmp_path / "source-out"), str(tmp_path / "plain"), "--unroll", "1"]) == 2
-    assert "has time_conditioning=" in capsys.readouterr().err
+    assert "has ungated layers, and transformers has no such model" in capsys.readouterr().err

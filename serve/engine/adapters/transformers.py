@@ -248,6 +248,7 @@ class TransformersParts:
                 biases[module] = values.get("bias")
             for factors, linear in relaxation.factors.values():
                 own = biases.get(linear)
+                linear._forward_hooks.clear()  # of an engine before this one
                 relax_linear(linear, factors, lambda: self.depths, lambda _, linear=linear: matrix(linear), own)
 
 

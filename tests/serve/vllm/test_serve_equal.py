@@ -95,6 +95,8 @@ SLOW = {
     "two-ranks-relaxed": Case("qwen2", 3, BIASED, TWO_RANKS, ON_TWO_CORES),
 }
 
+SLOW_TYPES = {t: pytest.mark.slow for t in REQUIRED if f"{t}-retrofit-1" in SLOW}  # at more than one depth
+
 
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[list[Answer], dict]]:
@@ -150,7 +152,7 @@ def test_near_ties_are_few(answers):
     assert dropped <= len(gaps) / 10
 
 
-@pytest.mark.parametrize("model_type", REQUIRED)
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=SLOW_TYPES.get(t, ())) for t in REQUIRED])
 def test_depth_adds_caches_but_no_weights_and_matters(model_type, answers):
     """Did it not matter, the comparisons above could not tell one depth from another."""
     if f"{model_type}-retrofit-1" not in answers or f"{model_type}-retrofit-4" not in answers:
