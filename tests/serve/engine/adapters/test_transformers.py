@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loopwise.serve import Engine
 from loopwise.serve.engine import passes
 from tests.helpers.engines import build, check, requests
 from tests.helpers.model import RELAXED_PARTS, build_relaxed
@@ -38,3 +39,14 @@ def test_relaxation_at_mixed_depths(model_type, dora, prompts, monkeypatch):
     model = build_relaxed(model_type, depths=3, dora=dora, num_recurrences=4)
     model.get_output_embeddings().weight.data *= 8  # fewer near-ties
     check(model, "last-exited", *requests(8, 12, "last-exited", ["fixed", "latent-diff"]))
+
+
+@pytest.mark.parametrize("model_type", list(RELAXED_PARTS))
+def test_a_second_engine_of_a_relaxed_model(model_type):
+    """It takes what the first one changed in the layers back, and answers the same."""
+    model = build_relaxed(model_type, depths=3, num_recurrences=4)
+    model.get_output_embeddings().weight.data *= 8
+    prompts, params = requests(4, 3, "last-exited", ["fixed"])
+    sizes = {"max_num_seqs": 5, "max_model_len": 100, "kv_policy": "last-exited"}
+    first, second = (Engine(model, **sizes).generate(prompts, params) for _ in range(2))
+    assert [answer.tokens for answer in second] == [answer.tokens for answer in first]
