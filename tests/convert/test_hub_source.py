@@ -165,7 +165,7 @@ def test_a_repository_without_weights_is_named(files, line, hub, source, capsys,
 
 
 def test_a_hub_that_gives_no_parts_is_named(hub, source, capsys, tmp_path):
-    """Of a dry run, which does not load 140 GB instead; a conversion downloads first."""
+    """A dry run refuses such a hub, as it does not load 140 GB instead; a conversion downloads first."""
     hub.whole_files = True
     hub.models["them/whole"] = Repository()
     hub.models["them/whole"].commit({**files_of(source), "notes.txt": b""})

@@ -14,13 +14,12 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tests.helpers.hub_state import Hub, Repository, etag, is_large
-from tests.helpers.json_server import JsonHandler
+from tests.helpers.json_server import JsonHandler, ThreadedServer
 
 USER, TOKEN, READER = "me", "hf_write", "hf_read"  # the user, a token that writes, one that reads
 OURS = "we"  # an organisation of the user's
@@ -217,8 +216,7 @@ ROUTES: list[tuple[str, Any]] = [
 def serving() -> Iterator[Hub]:
     """An empty hub that answers in a thread."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = ThreadedServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield hub

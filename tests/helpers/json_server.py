@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,20 @@ class JsonHandler(BaseHTTPRequestHandler):
         pass
 
 
+class ThreadedServer(ThreadingHTTPServer):
+    """A server of which a client may leave before it has read its answer: no traceback is printed then."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def answering(handler: type[JsonHandler]) -> Iterator[str]:
     """Serve by `handler` in a thread. Gives the URL of its /v1."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadedServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
