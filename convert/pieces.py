@@ -17,6 +17,12 @@ from .dtypes import FROM_SAFETENSORS
 from .handle import Handle
 
 
+def converted(converter: WeightConverter, name: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors by name that `converter`, which was given the pieces of `name`, makes by the config of `model`."""
+    made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
+    return {one: value[0] if isinstance(value, list) else value for one, value in made.items()}
+
+
 @dataclass
 class Piece:
     """A tensor on disk. pattern: the pattern of the converter that its name matched, where it is converted."""
@@ -71,10 +77,9 @@ class Stored:
         for piece, value in zip(self.pieces, values, strict=True):
             converter.add_tensor(self.loaded, piece.raw, cast(str, piece.pattern), cast(Any, value))
         try:
-            made: Any = converter.convert(self.loaded, model=holder, config=holder.config)[self.loaded]
+            tensor = converted(converter, self.loaded, holder)[self.loaded]
         except Exception as error:  # torch has no class of errors for shapes
             raise self._do_not_fit(shape, reason(error)) from None
-        tensor = made[0] if isinstance(made, list) else made
         if list(tensor.shape) != shape:
             raise self._do_not_fit(shape, f"they make {list(tensor.shape)}")
         return tensor

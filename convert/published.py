@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from .pending import Pending
+from .pieces import converted
 
 # Architectures that transformers saves by other names than the published ones -> the difference, for a note.
 OTHER_NAMES = {
@@ -44,14 +45,14 @@ def published(model: PreTrainedModel, tensors: list[Pending]) -> list[Pending]:
     converters = [rule for rule in reversed_rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found: list[Pending] = []
-    converted: dict[str, list[Part]] = {}
+    joined: dict[str, list[Part]] = {}
     for tensor in sorted(tensors, key=_natural_order):
         name, pattern = rename_source_key(tensor.name, renamings, converters, reverse=True)
         if pattern is None:
             found.append(replace(tensor, name=name))
         else:
-            converted.setdefault(name, []).append((pattern, tensor))
-    for name, parts in converted.items():
+            joined.setdefault(name, []).append((pattern, tensor))
+    for name, parts in joined.items():
         found += _Pieces(model, by_pattern[parts[0][0]], name, parts).pending()
     return found
 
@@ -92,5 +93,4 @@ class _Pieces:
             given: Any = values(tensor)
             converter.add_tensor(self._name, tensor.name, pattern, given)
             del given
-        made: dict[str, Any] = converter.convert(self._name, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return converted(converter, self._name, self._model)

@@ -23,7 +23,7 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 
 def places(model: str, recipe: Evaluate) -> dict[str, Any]:
-    """What the names in a result mean in this directory: another command may read it elsewhere.
+    """The places of a result's model and data, as a command in another directory may read the result.
 
     {"model_path": the absolute path of `model`, None for a hub id, "data_names": of the data to show, without folders}.
     """

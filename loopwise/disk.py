@@ -68,7 +68,7 @@ def in_units(size: int) -> str:
 
 
 def room(needed: int, available: int) -> str:
-    """What an output takes of a disk, and what the disk has, both in bytes, as words."""
+    """Words on the bytes that an output needs, and on those that its disk has available."""
     return f"will take {in_units(needed)}, and {in_units(available)} are free there"
 
 

@@ -185,7 +185,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("model_type", cases())
 def test_rounding_is_no_fault(model_type, threads, tmp_path):
     """With LoRA in each dtype, and bit for bit without, in any number of threads."""
-    # Of few keys that an indexer chooses, rounding chooses others; the models have room for all keys compared here.
+    # An indexer that chooses few keys chooses others once rounded; here it has room for all keys that are compared.
     room: dict[str, Any] = {"index_topk": 64} if "index_topk" in ARCHITECTURES[model_type] else {}
     save_source(tmp_path / "source", model_type, **UNIFORM.get(model_type, {}), **room)
     sharing = "middle-cycle" if model_type in ENDS else "cycle"
