@@ -141,6 +141,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_steps_that_cost_as_much(tmp_path):
     """The price of a run is what its record says it spent, with every arm's curriculum and router."""
     from bench.results.costs import price, spent, steps_worth

@@ -152,7 +152,12 @@ def test_tables_that_are_computed_are_read_over(name, table, tmp_path):
     assert facts["source"] == facts["unique"]
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir()))
+def cases() -> list[Any]:
+    names = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+    return [pytest.param(name, marks=[] if name in ("huginn", "mor-expert") else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", cases())
 def test_tensors_of_wrong_shape_and_wrong_configs_are_refused(name, capsys, tmp_path):
     folder, out = source(name, tmp_path / "source"), tmp_path / "out"
     tensors, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()

@@ -407,7 +407,7 @@ model.save_pretrained(sys.argv[4])
 """
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_a_checkpoint_loads_where_loopwise_cannot_be_imported(model_type, tmp_path):
     model = build(model_type, core=[1, 2])
     model.save_pretrained(tmp_path / "model")

@@ -396,6 +396,7 @@ def test_vllm_flags_are_checked_by_vllm_and_by_us(model, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_sigterm_while_the_engine_starts(request, model, capsys):
     server = Server(model[0], "--", "--enforce-eager")

@@ -594,10 +594,10 @@ def test_objectives_on_a_plain_model(plain, recurrent, command, tmp_path, capsys
 @pytest.mark.parametrize(
     "objective",
     [
-        "objectives.exit_gate.entropy=0.1",
         "objectives.progressive.alpha=0.5",
-        "objectives.deep_supervision.segments=2",
         "objectives.average=blocks",
+        pytest.param("objectives.exit_gate.entropy=0.1", marks=pytest.mark.slow),
+        pytest.param("objectives.deep_supervision.segments=2", marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_changes_no_objective(gated, command, tmp_path, objective):

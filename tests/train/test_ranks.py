@@ -95,7 +95,8 @@ def test_the_watcher_kills_a_stopped_process_alone(stopped, tmp_path):
         rank.wait()
 
 
-@pytest.mark.parametrize("launcher", [None, pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [None, "ddp"])
 def test_sigterm_in_the_last_evaluation_keeps_the_run(launcher, noisy, command, tmp_path):
     """Without `save_every` nothing else would be left of it."""
     out, whole = tmp_path / "out", tmp_path / "whole"

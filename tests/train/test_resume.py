@@ -52,6 +52,7 @@ def kill_after(checkpoint: Path, process: subprocess.Popen) -> None:
     assert not (checkpoint.parent / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_ends_the_same(noisy, command, tmp_path, capsys):
     settings = ["steps=90", "save_every=30", *RECURRENCE, "gradient_accumulation=2", "data.eval_fraction=0.1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -365,6 +366,7 @@ def test_only_the_newest_checkpoints_are_kept(noisy, command, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(noisy, command, tmp_path):
     """40 steps: losses within 1e-5 at the same global batch, weights bit-equal to one accumulating process."""
     settings = ["steps=40", "log_every=1", *RECURRENCE, "data.eval_fraction=0.1", "eval_every=20"]

@@ -68,8 +68,19 @@ def compare(
     return ours
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
+POLICIES = ("per-depth", "last-exited", "single", "first", "modulo-2")
+
+
+def cases() -> list[Any]:
+    """Every kind under every policy; fast are two kinds a policy."""
+    return [
+        pytest.param(policy, kind, marks=[] if (place - number) % 4 < 2 else pytest.mark.slow)
+        for number, policy in enumerate(POLICIES)
+        for place, kind in enumerate(MODELS)
+    ]
+
+
+@pytest.mark.parametrize(("policy", "kind"), cases())
 def test_policies_and_exit_rules(policy, kind):
     prompts, params = requests(21, 10, policy, ["fixed", "latent-diff", "cosine", "kl"])
     done = compare(lambda: build(**MODELS[kind]), prompts, params, wide=kind == "huginn-like", kv_policy=policy)

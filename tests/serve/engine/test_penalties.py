@@ -51,8 +51,15 @@ def test_repetition_is_as_in_transformers_generate(penalty):
     assert sum(a != b for a, b in zip(want, free, strict=True)) >= 4
 
 
-@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
-@pytest.mark.parametrize("wave", [1, 5])
+@pytest.mark.parametrize(
+    ("policy", "wave"),
+    [
+        ("per-depth", 1),
+        ("last-exited", 5),
+        pytest.param("per-depth", 5, marks=pytest.mark.slow),
+        pytest.param("last-exited", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_request_has_its_own_at_its_own_depth(policy, wave):
     """Requests with and without penalties, of mixed lengths and depths, share an engine. Waves give the same tokens."""
     model = build(kv_policy=policy)

@@ -171,6 +171,7 @@ def test_seeded_sampling_is_that_of_a_plain_loop(results, alone, greedy):
     assert results["unseeded"][0]["tokens"] != results["unseeded"][1]["tokens"]
 
 
+@pytest.mark.slow
 def test_what_the_device_samples_is_the_same_in_ticks_of_a_fixed_width(model, alone, tmp_path):
     """Requests that come one after the other, so that rows of several kinds of sampling are in flight."""
     fields = [{}, RANDOM, {"temperature": 0.8, "seed": 5}, {**RANDOM, "seed": 12}]

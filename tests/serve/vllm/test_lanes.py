@@ -111,6 +111,18 @@ ARCHITECTURES = {
 }
 # The offline engine has fast tests of these.
 BETWEEN = {
+    "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
+    "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
+    "first": Case(policy="first"),
+    "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40}, decoders=ALL),
+    "compiled": Case(
+        "gemma3_text",
+        shape={**RETROFIT, "relaxation": {**OWN, "own": [*NORMS, "self_attn.q_norm.weight"]}},
+        policy="last-exited",
+        engine=MANY_AT_ONCE,
+        lanes={"compile": True},
+        decoders=("plain", "wave"),
+    ),
     "damped": Case(
         policy="last-exited", shape={**RETROFIT, "recurrence_damping": "1/R"}, lanes={"compile": True}, decoders=ALL
     ),
@@ -155,7 +167,6 @@ BETWEEN = {
     ),
     "narrow-plain": Case(policy="last-exited", lanes={"max_lanes": 3, "coda_wait": -1, "compile": True}),
 }
-SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
     "per-depth": Case(count=40, seed=1, decoders=ALL),
@@ -163,24 +174,12 @@ CASES = {
     "rules-that-read-logits": Case(
         policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
     ),
-    "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
     "transformers-backend": Case(
         "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
     ),
     "relaxed": Case(shape=RELAXED, decoders=("wave",), engine=MANY_AT_ONCE),
-    "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
     "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
-    "first": Case(policy="first"),
     "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
-    "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40}, decoders=ALL),
-    "compiled": Case(
-        "gemma3_text",
-        shape={**RETROFIT, "relaxation": {**OWN, "own": [*NORMS, "self_attn.q_norm.weight"]}},
-        policy="last-exited",
-        engine=MANY_AT_ONCE,
-        lanes={"compile": True},
-        decoders=("plain", "wave"),
-    ),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
     "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     # As a configuration for vLLM's second model runner, with blocks that attention's kernels cannot have.
@@ -193,10 +192,11 @@ CASES = {
     ),
     "two-ranks": Case("qwen2", "last-exited", BIASED, CALM_WIDE, **RANKS, decoders=("plain", "wave")),
 }
-# One fast case compiles: a minute goes by until a model is compiled.
+SLOW = {**SEEDS, **ARCHITECTURES, **BETWEEN}
 SLOW |= {
-    f"{name}-compiled": replace(CASES[name], lanes={**CASES[name].lanes, "compile": True})
-    for name in ("huginn", "ouro", "narrow", "two-ranks")
+    f"{name}-compiled": replace(case, lanes={**case.lanes, "compile": True})
+    for name, case in {**CASES, **BETWEEN}.items()
+    if name in ("huginn", "ouro", "narrow", "two-ranks")
 }
 
 

@@ -28,7 +28,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.sampled_from(["llama", "qwen3", "olmo2", "gemma3_text"]), st.sampled_from(SHAPES))
 def test_a_wave_is_plain_decoding(seed, model_type, shape):
     draw = random.Random(seed)
