@@ -153,7 +153,9 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False, 
     new = _flat(run)
     compared = {*old, *new} - ({*FREE} - {"dtype"} if finished else {*FREE}) - ({DIGEST, "mean recurrences"} - {*new})
     changed = [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(compared) if old.get(key) != new.get(key)
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(compared)
+        if old.get(key) != new.get(key) or json.dumps(old.get(key)) != json.dumps(new.get(key))
     ]
     if changed and finished:
         raise UserError(

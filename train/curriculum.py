@@ -199,6 +199,11 @@ def _single(keys: Recurrence, mean: int, steps: int, seed: int, records: tuple[i
         seed=seed,
         records=records,
     )
+    if keys.sampler == "uniform" and keys.max is None and chosen.mean.top < chosen.min:
+        raise UserError(
+            f"{place}recurrence.min={chosen.min} is above the mean of {chosen.mean.top} recurrences; lower it, or set "
+            f"{place}recurrence.mean or {place}recurrence.max"
+        )
     if keys.max is not None and keys.sampler != "fixed":
         if keys.max < chosen.mean.top:
             raise UserError(

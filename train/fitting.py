@@ -27,6 +27,12 @@ def check_model(model: str, config: PretrainedConfig, recipe: Train) -> Curricul
     recurrent = is_recurrent(config)
     chosen = curriculum(config, recipe, recipe.steps or 1)
     objectives.check(recipe.objectives, config, recurrent)
+    supervision = recipe.objectives.deep_supervision
+    if supervision and chosen and supervision.segments > chosen.cap:
+        raise UserError(
+            f"objectives.deep_supervision.segments={supervision.segments}: each segment needs a recurrence, and a step "
+            f"has at most {chosen.cap}"
+        )
     if recipe.objectives.distillation:
         teacher.check(recipe.objectives.distillation, config)
     router = getattr(config, "router", None)

@@ -10,51 +10,76 @@ from .curriculum import Depth
 from .pretrained import is_recurrent
 from .schedule import capacities
 
+RECURRING = ("core.", "injection.", "relaxation.", "damping.")
+
+
+class Cost(NamedTuple):
+    """Numbers that a token is multiplied with, forward, and backward for the gradients of inputs and parameters."""
+
+    forward: float
+    backward: float
+
 
 class Costs(NamedTuple):
-    """Numbers of parameters that a token uses, without the embeddings: `once`; `each` recurrence; `read`, at each depth
-    whose logits enter the loss (coda and head)."""
+    """The costs of a token, without the embeddings: `once`; of `each` recurrence; of a `read` (coda and head), at each
+    depth whose logits enter the loss."""
 
-    once: float
-    each: float
-    read: float
+    once: Cost
+    each: Cost
+    read: Cost
 
 
 def parameter_costs(model: Any) -> Costs:
-    """The costs of `model`, recurrent or plain. Experts count as far as a token uses them."""
+    """The costs of `model`, recurrent or plain. Experts count as far as a token uses them.
+
+    A frozen parameter has no gradient of its own; before the first trained part none flows through it either.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    config = model.config
-
-    def used(module: Any) -> float:
-        return sum(  # a LoRA has a part for each depth, and is no stack of experts
-            p.numel() if name.startswith("relaxation.") else active(config, name, p)
-            for name, p in module.named_parameters()
+    parts: dict[str, list[tuple[float, bool]]] = {"once": [], "each": [], "read": []}  # (numbers, True if trained)
+    for name, parameter in model.named_parameters():
+        if parameter is not embeddings.weight:
+            part = _part(name, head, parameter) if is_recurrent(model.config) else "once"
+            parts[part].append((_used(model.config, name, parameter), parameter.requires_grad))
+    if head is not None and head.weight is embeddings.weight:
+        parts["read"].append((embeddings.weight.numel(), embeddings.weight.requires_grad))
+    flows, found = embeddings.weight.requires_grad, {}
+    for part, parameters in parts.items():
+        flows = flows or any(trained for _, trained in parameters)
+        found[part] = Cost(
+            sum(numbers for numbers, _ in parameters), sum(n * (flows + trained) for n, trained in parameters)
         )
+    return Costs(**found)
 
-    total = used(model)
-    if head is None or head.weight is not embeddings.weight:  # a tied matrix is used as the head
-        total -= embeddings.weight.numel()
-    each = read = 0.0
-    if is_recurrent(config):
-        each, read = used(model.core) + used(model.injection), used(model.coda) + (0 if head is None else used(head))
-    return Costs(total - each - read, each, read)
+
+def _part(name: str, head: Any, parameter: Any) -> str:
+    """The part of a recurrent model that a parameter is in."""
+    if name.startswith("coda.") or (head is not None and parameter is head.weight):
+        return "read"
+    return "each" if name.startswith(RECURRING) else "once"
+
+
+def _used(config: Any, name: str, parameter: Any) -> float:
+    """The numbers of a parameter that a token is multiplied with, in a recurrence if it has parts for each."""
+    return parameter[0].numel() if name.startswith("relaxation.") else active(config, name, parameter)
 
 
 def token_flops(
     costs: Costs, depth: Depth | None, router: dict[str, Any] | None, step: int, warmup: int, reads: int = 1
 ) -> int:
-    """Training FLOPs per token at `step`: 2 per parameter forward, 4 backward. Attention is left out.
+    """Training FLOPs per token at `step`: 2 per parameter forward, 4 backward (2 if frozen, behind trained ones).
+
+    Attention, a teacher, and what gradient checkpointing computes again are left out.
 
     depth: None for a plain model.   router: the config field. An expert-choice router sends only the share of its
     capacity through a recurrence; `warmup`: steps of its capacity warm-up.   reads: depths whose logits enter the loss.
     """
     if depth is None:
-        return round(6 * sum(costs))
+        return round(2 * sum(map(sum, costs)))
     recurrences = depth.num_recurrences
     graded = recurrences if depth.grad_recurrences is None else min(depth.grad_recurrences, recurrences)
     shares = [1.0] * recurrences
     if router and router["kind"] == "expert":
         shares = capacities(router["capacity"], step, warmup)[:recurrences]
     ungraded = recurrences - graded
-    recurring = costs.each * (2 * sum(shares[:ungraded]) + 6 * sum(shares[ungraded:]))
-    return round(6 * (costs.once + costs.read * reads) + recurring)
+    recurring = costs.each.forward * sum(shares) + costs.each.backward * sum(shares[ungraded:])
+    return round(2 * (sum(costs.once) + sum(costs.read) * reads + recurring))

@@ -52,12 +52,23 @@ def prepare(run: Run) -> bool:
     recipe = commits.resolve(run.model, commits.kept(run.model, run.recipe, out / TOKENS) if checkpoint else run.recipe)
     config = load_config(run.model, recipe.revision)
     check_model(run.model, config, recipe)
+    _check_processes(run.processes, recipe, config)
     check_trackers(run.recipe.report_to)
     if checkpoint and _has_tokens(out, run.recipe):
         return True  # with the text as it was when the run began
     with naming(out):
         _write_tokens(run, recipe, config, checkpoint)
     return True
+
+
+def _check_processes(processes: int, recipe: Train, config: PretrainedConfig) -> None:
+    """Raises UserError for an objective that several processes cannot compute: two calls use other routers each."""
+    router = getattr(config, "router", None)
+    if processes > 1 and recipe.objectives.progressive and router and router["kind"] == "expert":
+        raise UserError(
+            f"objectives.progressive: {processes} processes cannot train the routers of this model with it, as its two "
+            "calls run different ones; use one process, or leave it out"
+        )
 
 
 def _has_tokens(out: Path, recipe: Train) -> bool:
@@ -68,7 +79,8 @@ def _has_tokens(out: Path, recipe: Train) -> bool:
         kept = load_recipe(Train, "train", str(out / RECIPE), [])
     except UserError:  # of an earlier release, whose keys are refused today
         return False
-    return (kept.data, kept.objectives.distillation) == (recipe.data, recipe.objectives.distillation)
+    same = (kept.data, kept.objectives.distillation) == (recipe.data, recipe.objectives.distillation)
+    return same and kept.data.names() == recipe.data.names()  # blocks are stored in this order
 
 
 def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint: Path | None) -> None:

@@ -69,7 +69,8 @@ class Damping(nn.Module):
             return interpolate(before, after, torch.where(started[..., None], self._share(), 1.0))
         if started:
             return interpolate(before, after, self._share())
-        if self.kind == LEARNED and recurrences == 1 and torch.is_grad_enabled():
+        alone = isinstance(recurrences, torch.Tensor) or recurrences == 1  # this recurrence may be the last one
+        if self.kind == LEARNED and alone and torch.is_grad_enabled():
             # Every parameter takes part in every step: data-parallel training waits for its gradient.
             return (after + 0 * self.weight).to(after.dtype)
         return after

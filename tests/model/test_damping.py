@@ -162,10 +162,14 @@ def test_what_does_not_go_together(fields, message):
         build(**fields)
 
 
-@torch.no_grad()
-def test_rows_of_one_call_have_the_share_of_their_own_depth():
-    model = build_damped("1/R")
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_rows_of_one_call_have_the_share_of_their_own_depth(damping):
+    """Also with gradients, as data.recurrences trains them."""
+    model = build_damped(damping)
     got = model(ids(), num_recurrences=torch.tensor([2, 4]), use_cache=False).logits
+    if damping == "learned":
+        got.sum().backward()
+        assert model.damping.weight.grad.abs().min() > 0
     for row, depth in enumerate((2, 4)):
         want = model(ids()[row : row + 1], num_recurrences=depth, use_cache=False).logits
         torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-5)

@@ -148,6 +148,8 @@ def test_the_recipe_is_read_whole():
         ({"schedule": "steps", "levels": {0.5: 2}}, "the first share is 0"),
         ({"schedule": "steps", "levels": {0: 2}, "mean": 2}, "mean=2 has no effect: recurrence.levels lists all"),
         ({"schedule": "steps", "levels": 3}, "a mapping from shares"),
+        ({"schedule": "steps", "levels": {None: 2}}, "the keys are shares of the run"),
+        ({"schedule": "steps", "levels": {0: 2, "half": 4}}, "the keys are shares of the run"),
         (
             {"backprop_levels": {0: 2}},
             "backprop_levels=.* it belongs to recurrence.backprop_schedule=steps",
@@ -157,6 +159,14 @@ def test_the_recipe_is_read_whole():
 def test_bad_levels(keys, message):
     with pytest.raises(ValueError, match=message):
         check_used(Recurrence.model_validate(keys))
+
+
+def test_a_least_recurrence_above_the_mean_leaves_uniform_nothing_to_draw():
+    keys = Recurrence.model_validate({"sampler": "uniform", "min": 5})
+    with pytest.raises(UserError, match=r"recurrence.min=5 is above the mean of 2 recurrences"):
+        curriculum_of(keys, 2, 10, 0)
+    with pytest.raises(UserError, match=r"data.phases.1.recurrence.min=5 is above the mean of 2"):
+        phased(10, [0.5, 0.5], [{"mean": 1}, {"sampler": "uniform", "min": 5, "mean": 2}])
 
 
 OWN = [{"mean": 1, "max": 6}, {"mean": 3, "sampler": "uniform", "min": 2}, None, {"mean": 9, "backprop": 2}]

@@ -86,19 +86,40 @@ def test_a_token_costs_what_inspect_says(arch):
     keys = {"prelude": [0], "core": [1, 2], "coda": [3, 4, 5], "num_recurrences": 2, "injection": "linear"}
     model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config(arch), **keys))
     costs = parameter_costs(model)
+    once, each, read = (cost.forward for cost in costs)
     for depth in (1, 4):
         inspected = flops_per_token(model.config, depth)
         assert inspected is not None
         assert 3 * inspected == pytest.approx(token_flops(costs, Depth(depth, None), None, 0, 0), rel=2e-3)
     for truncated in (Depth(3, 4), Depth(3, None)):  # no row carries gradient through more recurrences than it has
-        assert token_flops(costs, truncated, None, 0, 0) == 6 * (costs.once + costs.read + 3 * costs.each)
-    twice = token_flops(costs, Depth(3, 3), None, 0, 0, reads=2)
-    assert twice == 6 * (costs.once + 2 * costs.read + 3 * costs.each)
+        assert token_flops(costs, truncated, None, 0, 0) == 6 * (once + read + 3 * each)
+    assert token_flops(costs, Depth(3, 3), None, 0, 0, reads=2) == 6 * (once + 2 * read + 3 * each)
 
 
 def test_depths_whose_logits_enter_the_loss_are_read_out(recurrent, command, tmp_path):
     """With `nested` a call ends at the last of them; coda and head run at each."""
     settings = ["steps=3", "recurrence.mean=4", "objectives.deep_supervision.segments=2"]
     run(command(recurrent, tmp_path / "out", *settings))
-    costs, tokens = parameter_costs(load_model(str(recurrent))), 3 * 4 * 32
-    assert record(tmp_path / "out")["flops"] == 6 * (costs.once + 2 * costs.read + 4 * costs.each) * tokens
+    once, each, read = (cost.forward for cost in parameter_costs(load_model(str(recurrent))))
+    assert record(tmp_path / "out")["flops"] == 6 * (once + 2 * read + 4 * each) * 3 * 4 * 32
+
+
+@pytest.mark.parametrize("relaxation", [None, {"rank": {"self_attn.q_proj": 2}, "depths": 3, "own": []}])
+def test_frozen_parameters_cost_no_gradient_of_their_own(relaxation):
+    """A frozen prelude is not even passed by gradients. The LoRA of a depth is counted where that depth runs."""
+    keys = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3, "relaxation": relaxation}
+    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config("llama"), **keys))
+    sizes = {
+        name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("prelude", "core", "coda")
+    }
+    lora = sum(p[0].numel() for name, p in model.named_parameters() if name.startswith("relaxation."))
+    assert (lora > 0) is (relaxation is not None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("core.", "relaxation.")))
+    norm = model.config.source_config.hidden_size
+    head = model.get_output_embeddings().weight.numel()
+    recurrent = sizes["core"] + lora + sum(p.numel() for p in model.injection.parameters()) / 3
+    for depth in (1, 2):
+        want = 2 * sizes["prelude"] + 4 * (sizes["coda"] + head) + 6 * depth * recurrent
+        got = token_flops(parameter_costs(model), Depth(depth, None), None, 0, 0)
+        assert got == pytest.approx(want, abs=8 * norm)

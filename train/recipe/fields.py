@@ -46,7 +46,10 @@ def _levels(value: object) -> object:
     """{share: number} as a sorted list of pairs, the first at share 0."""
     if not isinstance(value, dict) or not value:
         raise ValueError("a mapping from shares of the run to numbers, as {0: 2, 0.5: 4}")
-    levels = sorted((float(share), number) for share, number in value.items())
+    try:
+        levels = sorted(((float(share), number) for share, number in value.items()), key=lambda level: level[0])
+    except (TypeError, ValueError):
+        raise ValueError("the keys are shares of the run, numbers from 0 to 1, as {0: 2, 0.5: 4}") from None
     if levels[0][0] != 0:
         raise ValueError("the first share is 0, where the run begins")
     return levels
