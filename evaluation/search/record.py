@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ...directory import check_file
 from ...errors import UserError
 from ..result_file import read_result, two_values, write_result
 
-EVERY = 10  # programs between two writes of the file
+EVERY = 10  # seconds between two writes of the file
 
 
 class Record:
@@ -21,7 +22,7 @@ class Record:
     """
 
     def __init__(self, out: Path | None, facts: dict[str, Any]):
-        self.out, self._added = out, 0
+        self.out, self._unwritten, self._written = out, 0, time.monotonic()
         self.result: dict[str, Any] = {**facts, "programs": [], "tried": [], "questions": []}
         self.spent: dict[str, float] = {"seconds": 0, "layers_run": 0}  # by earlier calls
         self.spending: Callable[[], dict[str, float]] = lambda: {"seconds": 0, "layers_run": 0}  # by this one
@@ -53,14 +54,20 @@ class Record:
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row of this kind: programs, tried, or questions."""
         self.result[kind].append(row)
-        self._added += 1
-        if self._added % EVERY == 0:
+        self._unwritten += 1
+        if time.monotonic() - self._written > EVERY:
+            self.write()
+
+    def write_rest(self) -> None:
+        """Write the rows that the file lacks, if there are some."""
+        if self._unwritten:
             self.write()
 
     def write(self) -> None:
         """Add up what was spent, and replace the file. Raises UserError for a full disk."""
         now = self.spending()
         self.result |= {name: before + now[name] for name, before in self.spent.items()}
+        self._unwritten, self._written = 0, time.monotonic()
         if self.out is None:
             return
         write_result(self.out, self.result)

@@ -73,6 +73,8 @@ class Searching:
         self.model = ProgramModel(load_weights(path, recipe.revision)).eval()
         self.bench = self._bench(recipe.data or None)
         self.record.take_data(self.bench.fingerprint())
+        self.checks = {source: self._other(source) for source in recipe.check}
+        self._check_sizes()
         self.best = self.source
 
     @property
@@ -98,8 +100,35 @@ class Searching:
         sequences = held_out(self.path, asked, self.config, self.tokenizer)
         return TextBench(self.model, sequences, asked.batch_size * asked.sequence_length)
 
+    def _other(self, source: str) -> Any:
+        """The bench of `source`, on which the best program is compared with the source."""
+        bench = self._bench([source])
+        if bench.metric != self.bench.metric:
+            raise UserError(
+                f"check={source}: its metric is {bench.metric}, that of data {self.bench.metric}; give data of one kind"
+            )
+        if bench.fingerprint() == self.bench.fingerprint():
+            raise UserError(
+                f"check={source}: these are the samples of data, on which the program is chosen; give others (of a "
+                "generated task: &seed=1)"
+            )
+        return bench
+
+    def _check_sizes(self) -> None:
+        recipe = self.recipe
+        most = max(recipe.sizes) if "sizes" in recipe.model_fields_set else min(recipe.sizes)
+        if recipe.kind == "scan" and most > self.layers:
+            raise UserError(f"sizes={recipe.sizes}: {self.layers} layers hold no block of {most}")
+
     def run(self) -> dict[str, Any]:
-        """The result, after all programs that the record lacks."""
+        """The result, after all programs that the record lacks. The record keeps what a stopped search has measured."""
+        try:
+            return self._run()
+        except BaseException:
+            self.record.write_rest()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         from .bench import mean
 
         began, result, bench = time.monotonic(), self.record.result, self.bench
@@ -121,7 +150,10 @@ class Searching:
             "over_source": float(over.sum() / bench.weights.sum()),
             "over_source_error": standard_error(over, bench.weights),
         }
-        result["check"] = [self._check([source]) for source in self.recipe.check]
+        result["check"] = []
+        self.record.write()
+        for source, other in self.checks.items():
+            result["check"].append(self._check(source, other))
         self.record.write()
         return result
 
@@ -132,8 +164,6 @@ class Searching:
         bench, result = self.bench, self.record.result
         done = {(row["way"], row["first"], row["size"]) for row in result["programs"]}
         wanted = [*blocks(self.recipe, self.layers)]
-        if not wanted:
-            raise UserError(f"sizes={self.recipe.sizes}: {self.layers} layers hold no such block")
         with Bar(len(wanted)) as report:
             for way, first, size, program in wanted:
                 if (way, first, size) not in done:
@@ -162,15 +192,14 @@ class Searching:
             with Bar(recipe.simulations) as report:
                 self.best = chains.together(self.bench, recipe, self.layers, self.record, report)
 
-    def _check(self, sources: list[str]) -> dict[str, Any]:
+    def _check(self, source: str, bench: Any) -> dict[str, Any]:
         """The best program beside the source on other data, with a difference that is paired over samples."""
         from .bench import mean
 
-        bench = self._bench(sources)
         self.model.forget()
         before, after = bench.values(self.source), bench.values(self.best)
         return {
-            "data": sources,
+            "data": [source],
             "samples": len(bench.weights),
             "source": mean(before, bench.weights),
             "best": mean(after, bench.weights),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loopwise.cli import main
+from loopwise.evaluation.search.bench import TextBench
 from loopwise.evaluation.search.chains import summary
 from loopwise.evaluation.search.model import ProgramModel
 from loopwise.evaluation.search.program import Program
@@ -152,18 +153,20 @@ def test_shares_of_questions():
 def test_a_scan_measures_what_eval_measures_of_the_saved_program(plain, corpus, tmp_path, capsys):
     out, saved = tmp_path / "scan.json", tmp_path / "saved"
     keys = [f"data={corpus}", "sequence_length=32", "limit=6", "sizes=1,2"]
-    run(["search", str(plain), *keys, f"check={corpus}", "--out", str(out), "--save", str(saved)])
+    other = tmp_path / "other.txt"
+    other.write_text(Path(corpus).read_text()[300:])
+    run(["search", str(plain), *keys, f"check={other}", "--out", str(out), "--save", str(saved)])
     told = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert len(found["programs"]) == 4 * (4 + 3)
     best = min(found["programs"], key=lambda row: row["value"])
     assert found["best"]["value"] == pytest.approx(min(best["value"], found["source"]["value"]))
     assert f"best: {found['best']['text']}" in told
-    assert found["check"][0]["over_source"] == pytest.approx(found["best"]["over_source"], abs=1e-6)
     depth = found["best"]["parts"]["recurrences"]
-    run(["eval", str(saved), f"num_recurrences={depth}", *keys[:3], "--json"])
-    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert measured["results"][0]["loss"] == pytest.approx(found["best"]["value"], abs=1e-5)
+    for text, row in ((keys[0], found["best"]), (f"data={other}", found["check"][0]["best"])):
+        run(["eval", str(saved), f"num_recurrences={depth}", text, *keys[1:3], "--json"])
+        measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert measured["results"][0]["loss"] == pytest.approx(row["value"], abs=1e-5)
     run(["eval", str(plain), *keys[:3], "--json"])
     plain = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plain["results"][0]["loss"] == pytest.approx(found["source"]["value"], abs=1e-6)
@@ -195,6 +198,33 @@ def test_a_killed_search_goes_on(plain, corpus, tmp_path, capsys):
     assert main([*keys, "stride=2", "--out", str(out)]) == 2
     run([*keys, "stride=2", "--out", str(out), "--force"])
     assert len(json.loads(out.read_text())["programs"]) == 4
+
+
+def test_a_stopped_search_keeps_each_program(plain, corpus, tmp_path, monkeypatch):
+    """Ctrl-C comes at the fourth block."""
+    out, measured = tmp_path / "scan.json", []
+    values = TextBench.values
+
+    def stop(self, program, samples=None):
+        measured.append(program)
+        if len(measured) > 4:  # the source, and three blocks
+            raise KeyboardInterrupt
+        return values(self, program, samples)
+
+    monkeypatch.setattr(TextBench, "values", stop)
+    keys = [f"data={corpus}", "sequence_length=32", "limit=4", "sizes=1", "ways=skip"]
+    assert main(["search", str(plain), *keys, "--out", str(out)]) == 130
+    monkeypatch.undo()
+    assert len(json.loads(out.read_text())["programs"]) == 3
+    run(["search", str(plain), *keys, "--out", str(out)])
+    assert [row["first"] for row in json.loads(out.read_text())["programs"]] == [0, 1, 2, 3]
+
+
+def test_what_is_checked_has_the_metric_of_the_data(corpus, tmp_path, capsys):
+    run(["init", "task:hops", str(tmp_path / "m"), "hidden_size=32"])
+    keys = ["data=task:hops?hops=1..2&questions=1", "limit=4", f"check={corpus}", "sequence_length=32"]
+    assert main(["search", str(tmp_path / "m"), *keys]) == 2
+    assert "its metric is loss, that of data accuracy" in capsys.readouterr().err
 
 
 def test_chains_for_each_question_and_for_all(tmp_path, capsys):
@@ -238,7 +268,10 @@ def test_tasks_have_the_scores_that_eval_gives_them(asked, tmp_path, capsys):
         (["data=TEXT", "tasks=arc_easy"], "give data=... or tasks=..., to choose on; not both"),
         (["data=TEXT", "kind=chains"], "text has none: give chat_field, or kind=scan"),
         (["data=TEXT", "simulations=5"], "it belongs to kind=chains"),
-        (["data=TEXT", "sizes=9", "sequence_length=32"], "sizes=[9]: 4 layers hold no such block"),
+        (["data=TEXT", "sizes=9", "sequence_length=32"], "sizes=[9]: 4 layers hold no block of 9"),
+        (["data=TEXT", "sizes=1,9", "sequence_length=32"], "sizes=[1, 9]: 4 layers hold no block of 9"),
+        (["data=TEXT", "check=TEXT", "sequence_length=32"], "these are the samples of data"),
+        (["data=TEXT", "check=nowhere.jsonl", "sequence_length=32"], "nowhere.jsonl"),
         (["data=TEXT", "ways=twice"], "ways"),
         (["data=TEXT", "--force"], "--force has no effect"),
         (["data=task:hops", "kind=chains", "search_for=each", "--save", "x"], "which --save takes: search_for=all, or"),
