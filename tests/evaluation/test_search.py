@@ -222,7 +222,7 @@ def test_a_stopped_search_keeps_each_program(plain, corpus, tmp_path, monkeypatc
 
 def test_what_is_checked_has_the_metric_of_the_data(corpus, tmp_path, capsys):
     run(["init", "task:hops", str(tmp_path / "m"), "hidden_size=32"])
-    keys = ["data=task:hops?hops=1..2&questions=1", "limit=4", f"check={corpus}", "sequence_length=32"]
+    keys = ["data=task:hops?hops=1..2&questions=1", "limit=4", f"check={corpus}", "sequence_length=64"]
     assert main(["search", str(tmp_path / "m"), *keys]) == 2
     assert "its metric is loss, that of data accuracy" in capsys.readouterr().err
 
