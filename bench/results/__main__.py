@@ -50,7 +50,7 @@ def small(at: Commands, size: Size, letters: str) -> None:
     if {*letters} & {*"bc"}:
         first += [lambda seed=seed: depth.bases(at, size, seed) for seed in size.seeds]
     if "d" in letters:
-        routing.prepare(at)
+        routing.prepare(at, size)
         first += routing.tuning(at, size)
     at.together(first)
     then = depth.tasks(at, size) if "c" in letters else []

@@ -40,10 +40,17 @@ def train(at: Commands, made: str, model: str, arguments: Sequence[str], steps: 
     return at.run(made, "train", model, made, *arguments, f"seed={seed}", f"steps={steps}", *often)
 
 
+def untrained(at: Commands, name: str, seed: int, *arguments: str) -> str:
+    """A model of random weights, other ones for each seed. Returns its name."""
+    made = f"{name}-{seed}"
+    at.run(made, "init", arguments[0], made, *arguments[1:], f"seed={seed}")
+    return made
+
+
 def base(at: Commands, size: Size, seed: int) -> Path:
     """A plain model of 2 layers that has learned lookups: recipe `hops-base`."""
-    at.run("chains/empty", "init", "task:hops", "chains/empty")
-    return train(at, f"chains/base-{seed}", "chains/empty", ["--recipe=hops-base"], size.steps(300), seed)
+    empty = untrained(at, "chains/empty", seed, "task:hops")
+    return train(at, f"chains/base-{seed}", empty, ["--recipe=hops-base"], size.steps(300), seed)
 
 
 def converted(at: Commands, seed: int, of: str = "base") -> Path:

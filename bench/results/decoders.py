@@ -38,9 +38,9 @@ def tasks(at: Commands, size: Size) -> list[Callable[[], Any]]:
 
 def _train(at: Commands, size: Size, seed: int) -> None:
     """A plain model learns the sums; converted, it learns to keep them at any depth."""
-    at.run("sums/empty", "init", "task:sums", "sums/empty", "num_hidden_layers=4")
+    empty = chains.untrained(at, "sums/empty", seed, "task:sums", "num_hidden_layers=4")
     base, converted, model = (f"sums/{name}-{seed}" for name in ("base", "converted", "model"))
-    chains.train(at, base, "sums/empty", BASE, size.steps(STEPS["base"]), seed)
+    chains.train(at, base, empty, BASE, size.steps(STEPS["base"]), seed)
     at.run(converted, "convert", base, converted, "sizes=1,2,1", "injection=linear", f"num_recurrences={R}")
     chains.train(at, model, converted, DEEP, size.steps(STEPS["model"]), seed)
 
@@ -104,7 +104,7 @@ def lines(at: Commands, size: Size) -> list[str]:
         "",
         *block("many minutes; tests/test_results.py runs them with fewer steps", [
             at.line(f"sums/{name}") for name in (
-                "empty", *(f"{made}-{size.seeds[0]}" for made in ("base", "converted", "model")),
+                *(f"{made}-{size.seeds[0]}" for made in ("empty", "base", "converted", "model")),
                 *(f"{name}-1-{size.seeds[0]}.json" for name in DECODERS))
         ]),
     ]  # fmt: skip

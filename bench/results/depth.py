@@ -42,9 +42,9 @@ def _plain(at: Commands, size: Size, seed: int) -> None:
 
 
 def _deep(at: Commands, size: Size, seed: int) -> None:
-    at.run("chains/empty-deep", "init", "task:hops", "chains/empty-deep", f"num_hidden_layers={LAYERS}")
+    empty = chains.untrained(at, "chains/empty-deep", seed, "task:hops", f"num_hidden_layers={LAYERS}")
     base, made = f"chains/deep-base-{seed}", f"chains/deep-{seed}"
-    chains.train(at, base, "chains/empty-deep", ["--recipe=hops-base"], size.steps(DEEP_BASE), seed)
+    chains.train(at, base, empty, ["--recipe=hops-base"], size.steps(DEEP_BASE), seed)
     flops = sum(spent(at.out / f"chains/{name}-{seed}") for name in ("base", "hops")) - spent(at.out / base)
     chains.train(at, made, base, PLAIN, steps_worth(at.out / base, PLAIN, flops), seed)
     chains.measure(at, size, made, None)
@@ -54,7 +54,7 @@ def _digits(at: Commands, size: Size, seed: int) -> None:
     """Answers are digits alone: no lookups, in the base and behind it."""
     base, made = f"chains/digits-base-{seed}", f"chains/digits-{seed}"
     task = ["--recipe=hops-base", "data.train=task:hops?hops=1&lookups=0"]
-    chains.train(at, base, "chains/empty", task, size.steps(DIGITS_BASE), seed)
+    chains.train(at, base, f"chains/empty-{seed}", task, size.steps(DIGITS_BASE), seed)
     chains.measure(at, size, base, None)
     chains.converted(at, seed, "digits-base")
     settings = ["--recipe=hops", chains.phases(lambda source: f"{source}&lookups=0")]
@@ -154,8 +154,15 @@ def _claims(size: Size, ours: Any, plain: Any, deep: Any, digits: Any) -> list[s
 
 def _commands(at: Commands, size: Size) -> list[str]:
     seed = size.seeds[0]
-    made = ["empty", f"base-{seed}", f"base-converted-{seed}", f"hops-{seed}", f"hops-{seed}.json", f"plain-{seed}"]
-    made += [f"plain-{seed}.json", "empty-deep", f"deep-base-{seed}", f"deep-{seed}", f"digits-base-{seed}"]
+    made = [
+        f"empty-{seed}",
+        f"base-{seed}",
+        f"base-converted-{seed}",
+        f"hops-{seed}",
+        f"hops-{seed}.json",
+        f"plain-{seed}",
+    ]
+    made += [f"plain-{seed}.json", f"empty-deep-{seed}", f"deep-base-{seed}", f"deep-{seed}", f"digits-base-{seed}"]
     return [at.line(f"chains/{name}") for name in [*made, f"digits-base-converted-{seed}", f"digits-{seed}"]]
 
 

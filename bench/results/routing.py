@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from . import chains
@@ -61,14 +62,13 @@ ARMS = {"fixed": ("method=recursive",), "mor": ("method=mor", "router.auxiliary=
 SERVED = ("topk", "threshold")  # how a trained router takes tokens
 
 
-def prepare(at: Commands) -> None:
-    """The untrained models of both arms, with the same weights."""
-    for kind in KINDS:
-        empty = f"routing/{kind.name}-empty"
-        at.run(empty, "init", kind.empty[0], empty, *kind.empty[1:])
+def prepare(at: Commands, size: Size) -> None:
+    """The untrained models of both arms, with the same weights in every seed."""
+    for kind, seed in product(KINDS, size.seeds):
+        empty = chains.untrained(at, f"routing/{kind.name}-empty", seed, *kind.empty)
         for arm, settings in ARMS.items():
             router = kind.router if arm == "mor" else ()
-            made = f"routing/{kind.name}-{arm}"
+            made = _untrained(kind, arm, seed)
             at.run(made, "convert", empty, made, *settings, f"loops={LOOPS}", "sharing=middle-cycle", *router)
 
 
@@ -93,10 +93,10 @@ def others(at: Commands, size: Size) -> list[Callable[[], Any]]:
 
 
 def _run(at: Commands, size: Size, kind: Kind, arm: str, rate: str, seed: int) -> None:
-    model, made = f"routing/{kind.name}-{arm}", _name(kind, arm, rate, seed)
+    model, made = _untrained(kind, arm, seed), _name(kind, arm, rate, seed)
     settings, steps = [*kind.settings, f"{kind.rate}={rate}"], size.steps(kind.steps)
     if arm == "mor":
-        flops = price(at.out / f"routing/{kind.name}-fixed", settings, steps)
+        flops = price(at.out / _untrained(kind, "fixed", seed), settings, steps)
         settings.append("objectives.router.auxiliary=0.001")
         steps = steps_worth(at.out / model, settings, flops)
     chains.train(at, made, model, settings, steps, seed)
@@ -110,6 +110,10 @@ def _run(at: Commands, size: Size, kind: Kind, arm: str, rate: str, seed: int) -
     for way, more in ways.items():
         out = f"{made}-{way}.json"
         at.run(out, "eval", made, *data, *more, "--out", out)
+
+
+def _untrained(kind: Kind, arm: str, seed: int) -> str:
+    return f"routing/{kind.name}-{arm}-{seed}"
 
 
 def _name(kind: Kind, arm: str, rate: str, seed: int) -> str:
@@ -145,10 +149,10 @@ def lines(at: Commands, size: Size) -> list[str]:
     for kind in KINDS:
         found += _part(at, size, kind)
     kind = KINDS[0]
-    commands = [f"routing/{kind.name}-empty"]
+    commands = [f"routing/{kind.name}-empty-{size.seeds[0]}"]
     for arm in ARMS:
         run = _name(kind, arm, best(at, size, kind, arm), size.seeds[0])
-        commands += [f"routing/{kind.name}-{arm}", run, f"{run}-{'topk' if arm == 'mor' else 'depths'}.json"]
+        commands += [_untrained(kind, arm, size.seeds[0]), run, f"{run}-{'topk' if arm == 'mor' else 'depths'}.json"]
     return [*found, *block("many minutes, and the text of the run", [at.line(made) for made in commands])]
 
 
