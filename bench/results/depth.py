@@ -154,16 +154,10 @@ def _claims(size: Size, ours: Any, plain: Any, deep: Any, digits: Any) -> list[s
 
 def _commands(at: Commands, size: Size) -> list[str]:
     seed = size.seeds[0]
-    made = [
-        f"empty-{seed}",
-        f"base-{seed}",
-        f"base-converted-{seed}",
-        f"hops-{seed}",
-        f"hops-{seed}.json",
-        f"plain-{seed}",
-    ]
-    made += [f"plain-{seed}.json", f"empty-deep-{seed}", f"deep-base-{seed}", f"deep-{seed}", f"digits-base-{seed}"]
-    return [at.line(f"chains/{name}") for name in [*made, f"digits-base-converted-{seed}", f"digits-{seed}"]]
+    made = ["empty", "base", "base-converted", "hops", "hops.json", "plain", "plain.json", "empty-deep", "deep-base"]
+    made += ["deep", "digits-base", "digits-base-converted", "digits"]
+    names = (f"{name.removesuffix('.json')}-{seed}{'.json' * name.endswith('.json')}" for name in made)
+    return [at.line(f"chains/{name}") for name in names]
 
 
 def _exits(at: Commands, size: Size, images: Path, link: str) -> tuple[list[str], list[str]]:

@@ -56,10 +56,11 @@ def write(at: Commands, size: Size, real: Size, source: Path, report: Path, imag
         "# Results of training",
         "",
         "Written by `make results` and `make results-real` (`bench/results/`) from the files of their runs; every "
-        f"step is a `loopwise` command. {seeds.capitalize()} where nothing else is said; a claim holds where it does "
-        "in every seed. FLOPs count 6 a parameter and token in training, without attention scores. Most models are "
-        "small, and runs short: they say how methods compare here, not at the papers' sizes. Times are those of all "
-        f"attempts, two commands at once on {machine()}.{shortened}",
+        f"step is a `loopwise` command. {seeds.capitalize()} where nothing else is said, of weights, order of data and "
+        "recurrences; generated records are the same. A claim holds where it does in every seed. FLOPs count 6 a "
+        "trained parameter and token, without attention scores. Most models are small, and runs short: they say how "
+        "methods compare here, not at the papers' sizes. Times are those of all attempts, two commands at once on "
+        f"{machine()}.{shortened}",
         "",
     ]  # fmt: skip
     report.write_text("\n".join([*head, *found]).rstrip() + "\n", encoding="utf-8")
