@@ -62,14 +62,9 @@ def beside(out: Path, kind: str) -> Path:
 def claimed(out: Path) -> Iterator[None]:
     """A block in which no other process writes `out`. Raises UserError at once where one does.
 
-    Commands enter it before they read their input, so that a second run is refused before its work. Writes nothing
-    where the parent of `out` does not exist: nobody is at work there.
+    Commands enter it before they read their input, so that a second run is refused before its work.
     """
-    found = place(out)
-    if not found.parent.is_dir():
-        yield
-        return
-    with locked(found):
+    with locked(place(out)):
         yield
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loopwise.arguments import RecipeParser
-from loopwise.directory import claimed, is_whole
+from loopwise.directory import claimed, ended_by_sigterm, is_whole
 from loopwise.errors import UserError, missing
 from loopwise.push import Target, add_options, check_target, push
 from loopwise.recipe import load_recipe
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         from .worker import worker
 
         return worker(run, lambda: _push(target, out))
-    with claimed(out):
+    with ended_by_sigterm(), claimed(out):
         code = _train(run, args.launcher, args.processes, argv)
         if code == 0:
             _push(target, out)

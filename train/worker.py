@@ -37,20 +37,19 @@ def worker(run: Run, after: Callable[[], None]) -> int:
     first = ranks.is_first()
     try:
         join()
-        if PREPARED in os.environ:
-            work(run)
-        else:
-            with ExitStack() as stack:
-                if _prepare_in_first(run, first, stack):
-                    stack.enter_context(discarded_unless_begun(run.out) if first else nullcontext())
+        with ExitStack() as stack:
+            if PREPARED in os.environ:
+                work(run)
+            elif _prepare_in_first(run, first, stack):
+                with discarded_unless_begun(run.out) if first else nullcontext():
                     work(run)
+            _leave(after if first else None, stack)
     except UserError:
         if not first:
             time.sleep(5)  # the first rank usually prints the same error, and its exit ends this process
         raise
     except KeyboardInterrupt:
         return 130  # the launcher prints the message
-    return _leave(after if first else None)
 
 
 def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
@@ -80,8 +79,8 @@ def _prepare_in_first(run: Run, first: bool, stack: ExitStack) -> bool:
     return bool(result)
 
 
-def _leave(after: Callable[[], None] | None) -> NoReturn:
-    """End all processes together, without the interpreter's shutdown; this one once `after` is done.
+def _leave(after: Callable[[], None] | None, stack: ExitStack) -> NoReturn:
+    """End all processes together, without the interpreter's shutdown; this one once `after` is done and `stack` closed.
 
     A thread of the process group that outlives it sometimes aborts the process, after everything is written.
     """
@@ -92,6 +91,7 @@ def _leave(after: Callable[[], None] | None) -> NoReturn:
     state.destroy_process_group()
     if after:
         after()
+    stack.close()
     atexit._run_exitfuncs()  # loggers and trackers
     sys.stdout.flush()
     sys.stderr.flush()
