@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..arguments import RecipeParser
-from ..carried import MODEL_CODE, copy_model_code
+from ..card import copy_licences
+from ..carried import CARD, MODEL_CODE, TOKENIZER_FILES, check_tokenizer_inside, copy_model_code
 from ..checkpoint import config_fields, read_json, weight_files
 from ..convert.calibrate import calibrate as calibrate_in_place
 from ..convert.calibrate import router_table, router_thresholds, write_fields
@@ -33,6 +34,7 @@ from .exits.table import calibration_table
 from .recipe import Evaluate, as_eval
 
 CURVE = "calibration.json"  # the measured curve, in OUT
+COPIED = ("*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES, CARD)  # beside weights and licences
 OLD_FORM = (
     "warning: 'loopwise calibrate MODEL TEXT', which changes MODEL, is deprecated since loopwise 0.2.0: use 'loopwise "
     "calibrate MODEL OUT data=TEXT'"
@@ -131,6 +133,7 @@ def calibrate(name: str, out: Path, recipe: Calibrate, force: bool = False) -> s
     model = find_model(name, recipe.revision)
     config = read_recurrent_config(model)
     files = weight_files(model)
+    check_tokenizer_inside(model)
     check_new(out, model, force)
     if config.router:
         recipe.refuse_unused(recipe.without_exits())
@@ -187,15 +190,21 @@ def _write(
     found: dict[str, Any] | None,
     force: bool,
 ) -> None:
-    """Write `out`: the files of the directory `model`, `settings` in its config.json, and the curve `found`.
+    """Write `out`: what a checkpoint needs of the directory `model`, `settings` in its config.json, the curve `found`.
 
     name: the checkpoint as the user named it.   files: the weights, which are linked where the file system allows it.
+    Other files of `model` stay there, as optimizer states, programs and notes: an output has Loopwise's alone.
     """
     with new_directory(out, model, force) as directory:
-        for file in sorted(path for path in model.iterdir() if path.is_file() and path.name != CURVE):
+        for file in files:
+            copy_file(file, directory / file.name, link=True)
+        for file in sorted({file for pattern in COPIED for file in model.glob(pattern) if file.is_file()}):
             if file.suffix == ".py" or (file.name in MAPPED and "auto_map" in read_json(file)):
                 continue  # code of others, and files that name it
-            copy_file(file, directory / file.name, link=file in files)
+            target = directory / file.relative_to(model)
+            target.parent.mkdir(exist_ok=True)
+            copy_file(file, target, link=False)
+        copy_licences(model, directory)
         copy_file(model / "config.json", directory / "config.json", link=False)
         copy_model_code(directory)
         source = {name: x for name, x in config_fields(model)["source_config"].items() if name != "auto_map"}

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,28 @@ def check_quiet(verb: str, place: str, models: SimpleNamespace, folder: Path, ca
 @pytest.mark.parametrize(("verb", "place"), SOME)
 def test_code_of_a_checkpoint_stays_quiet(verb, place, models, tmp_path, capsys):
     check_quiet(verb, place, models, tmp_path, capsys)
+
+
+def test_a_calibrated_copy_has_files_of_a_model_alone(models, tmp_path):
+    """Weights, config, tokenizer, card and licences come along; pickles, programs, notes and secrets do not."""
+    model, found = shutil.copytree(models.recurrent, tmp_path / "model"), []
+    (model / "additional_chat_templates").mkdir()
+    for name in ("LICENSE", "README.md", "additional_chat_templates/tool.jinja"):
+        (model / name).write_text("of the model")
+    for out in (tmp_path / "clean", tmp_path / "out"):
+        told = arguments("calibrate", model, models, tmp_path)
+        assert main([str(out) if word == str(tmp_path / "out") else word for word in told]) == 0
+        found.append({str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()})
+        for name in ("optimizer.pt", "training_args.bin", "kernel.so", "x.pyc", ".env", "notes.txt", "run.json"):
+            (model / name).write_text("not of the model")
+    assert found[0] == found[1] == {*json.loads((tmp_path / "out" / "loopwise.json").read_text())["files"]}
+    kept = {
+        str(file.relative_to(model))
+        for file in model.rglob("*")
+        if file.is_file() and file.suffix != ".py" and "not of" not in file.read_text("latin-1")
+    }
+    assert {name for name in found[1] - kept if not name.endswith(".py")} == {"loopwise.json", "calibration.json"}
+    assert not kept - found[1]
 
 
 @pytest.mark.slow
