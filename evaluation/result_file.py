@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +11,20 @@ from typing import Any
 
 from ..directory import new_file
 from ..errors import UserError, shorten
+from ..foreign import set_aside
 from .recipe import Evaluate
+
+KINDS = {"results", "programs"}  # keys of results: one of them is in each
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """Replace the file `out` by `result` as JSON. Raises UserError for a full disk."""
+    """Replace the file `out` by `result` as JSON. Raises UserError for a full disk.
+
+    A file of others that has come there since the measurement began moves aside; a line on stderr has its new name.
+    """
     try:
+        if out.is_file() and out.stat().st_size and not KINDS & {*(read_result(out, ()) or ())}:
+            print(f"{out} is not a result of Loopwise, so it is now {set_aside(out).name}", file=sys.stderr)
         with new_file(out) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -20,6 +20,7 @@ file imports only files above it:
     carried.py        files that travel with a checkpoint
     card.py           metadata of model cards
     disk.py           writes that reach the disk, checksums, a disk's errors in words
+    foreign.py        files of others among ours
     lock.py           one writer of a directory at a time
     directory.py      output directories: written whole or not at all
     sampling.py       ranges of sampling parameters

@@ -10,21 +10,18 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .disk import allocated, checksum, free_bytes, naming, room, sync, sync_tree, system_error
 from .errors import UserError
+from .foreign import RUN_RECORD, foreign_file
 from .lock import RUN, locked, marker
 from .version import __version__
 
 RECORD = "loopwise.json"  # every command that makes a directory writes this file into it
-RUN_RECORD = "train_recipe.yaml"  # the record of a training run without a final model
-RUN_PLACES = re.compile(  # files and folders of a training run in OUT
-    rf"{re.escape(RUN_RECORD)}|checkpoint-\d+|tokens|runs|run\.(json|png)|\.(checkpoint-\d+|final|rehearsal)\.partial"
-)
 LOCKED = re.compile(r"-[0-9a-f]{12}$")  # the end of a temporary directory's name, of a release that takes locks
 RUN_HEADER = "# loopwise "  # begins its first line, before release and command; a recipe written by hand lacks it
 
@@ -97,31 +94,28 @@ def check_replaceable(out: Path, force: bool) -> None:
 
 
 def check_nothing_foreign(out: Path) -> None:
-    """Raises UserError if `out`, which is ours, holds a file that Loopwise did not write."""
-    if theirs := _foreign_file(out):
+    """Raises UserError if `out`, which is ours, holds a file that Loopwise did not write.
+
+    Records of earlier releases list no files: all files count as ours there.
+    """
+    run, files = (out / RUN_RECORD).is_file(), record_of(out).get("files")
+    if files is None and (not run or (out / RECORD).exists()):
+        return
+    if theirs := foreign_file(out, {*map(str, files or ()), RECORD}, run):
         raise UserError(
             f"{out}: --force replaces only what Loopwise wrote, and not {theirs}; move that elsewhere, or choose "
             "another directory"
         )
 
 
-def _foreign_file(out: Path) -> str | None:
-    """The first file of `out` that Loopwise did not write; None where there is none.
-
-    Records of earlier releases list no files: all files count as ours there.
-    """
-    run, files = (out / RUN_RECORD).is_file(), record_of(out).get("files")
-    if files is None and (not run or (out / RECORD).exists()):
-        return None
-    known = {*(files or ()), RECORD}
-    for path in sorted(out.iterdir()):
-        if not (run and RUN_PLACES.fullmatch(path.name)) and path.name not in (".DS_Store", "__pycache__"):
-            for file in sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]:
-                name = file.relative_to(out).as_posix()
-                drawn = re.sub(r"(\.[a-z]+)?\.png$", ".json", name)  # a picture of `loopwise plot`, by its default name
-                if name not in known and drawn not in known and (file.is_symlink() or not file.is_dir()):
-                    return name
-    return None
+def not_listed(out: Path, names: Iterable[str]) -> list[str]:
+    """Those of `names`, of files and folders in `out`, that stand there and that its record does not list."""
+    record = record_of(out)
+    if "loopwise" in record and "files" not in record:  # of an earlier release
+        return []
+    files = [*record["files"], RECORD] if "loopwise" in record else []
+    known = {str(name).partition("/")[0] for name in files}
+    return [name for name in names if name not in known and os.path.lexists(out / name)]
 
 
 def finish(directory: Path) -> None:

@@ -13,22 +13,24 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from loopwise.checkpoint import read_json
 from loopwise.disk import FULL, checksum, sync, sync_tree, system_error
 from loopwise.errors import UserError, reason
+from loopwise.foreign import CHECKPOINT_RECORD as RUN
+from loopwise.foreign import DAMAGED, foreign_in_checkpoint, set_aside
 from loopwise.recipe import validate
 
 from .recipe import Train
 
-RUN = "run.json"
 DIGEST = "digest of the data"
 DERIVED = ("gradient_accumulation x processes", "checkpoint layout")  # keys of the record that are no recipe keys
 # Keys that change logs and files of a run, but not its weights.
 FREE = ("log_every", "save_every", "keep_checkpoints", "eval_every", "recurrence.eval_at", "report_to", "dtype")
+_kept: set[Path] = set()  # checkpoints with files of others, of which this process has told
 
 
 def partial_directory(out: Path, step: int) -> Path:
@@ -46,6 +48,7 @@ def commit(written: Path, target: Path, run: dict[str, Any], spent: dict[str, fl
     """Turn the directory `written` into the checkpoint `target` with one rename.
 
     run: the facts of the run.   spent: its steps, tokens and FLOPs so far, for the record alone.
+    A damaged checkpoint at `target` goes; one with a file of others moves aside, and a line on stderr has its new name.
     """
     files = {
         str(p.relative_to(written)): [p.stat().st_size, checksum(p)] for p in sorted(written.rglob("*")) if p.is_file()
@@ -53,7 +56,12 @@ def commit(written: Path, target: Path, run: dict[str, Any], spent: dict[str, fl
     (written / RUN).write_text(json.dumps({"files": files, "run": run, "spent": spent}, indent=1), encoding="utf-8")
     sync_tree(written)
     if target.exists():  # it is damaged, as a sound one would have been resumed
-        shutil.rmtree(target)
+        if theirs := foreign_in_checkpoint(target):
+            print(
+                f"{target}: {theirs} in it is not of this run, so it is now {set_aside(target).name}", file=sys.stderr
+            )
+        else:
+            shutil.rmtree(target)
     written.replace(target)
     sync(target.parent)
 
@@ -120,7 +128,7 @@ def damage(checkpoint: Path, thorough: bool) -> str | None:
 def last_sound(out: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
     """The newest sound checkpoint of `out`, and a line on each newer one that is damaged.
 
-    thorough: compare checksums, and mark damaged checkpoints by deleting their run.json.
+    thorough: compare checksums, and mark damaged checkpoints by renaming their run.json.
     """
     notes = []
     for checkpoint in checkpoints(out):
@@ -129,15 +137,26 @@ def last_sound(out: Path, thorough: bool = False) -> tuple[Path | None, list[str
             return checkpoint, notes
         notes.append(f"{checkpoint.name} is left out: {wrong}")
         if thorough:  # the processes of the run compare only sizes, and must skip it, too
-            (checkpoint / RUN).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                (checkpoint / RUN).replace(checkpoint / DAMAGED)
     return None, notes
 
 
 def prune(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` sound checkpoints, and the partial files of killed processes."""
-    sound = [path for path in checkpoints(out) if damage(path, thorough=False) is None]
-    for old in {*checkpoints(out), *partials(out)} - {*sound[:keep]}:
-        shutil.rmtree(old, ignore_errors=True)
+    """Delete all but the newest `keep` sound checkpoints, and the partial files of killed processes.
+
+    A checkpoint with a file of others in it stays, and a line on stderr names that file.
+    """
+    found = checkpoints(out)
+    sound = [path for path in found if damage(path, thorough=False) is None]
+    for old in (path for path in found if path not in sound[:keep]):
+        if not (theirs := foreign_in_checkpoint(old)):
+            shutil.rmtree(old, ignore_errors=True)
+        elif old not in _kept:
+            _kept.add(old)
+            print(f"{old}: kept, as {theirs} in it is not of this run; remove it yourself", file=sys.stderr)
+    for partial in partials(out):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any], accept: bool = False, finished: bool = False) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loopwise.directory import RECORD, beside, check_nothing_foreign, is_ours, left_by_killed, place, restore, settle
-from loopwise.directory import RUN_RECORD as RECIPE
+from loopwise.directory import (
+    RECORD,
+    beside,
+    check_nothing_foreign,
+    is_ours,
+    left_by_killed,
+    not_listed,
+    place,
+    restore,
+    settle,
+)
 from loopwise.errors import UserError
+from loopwise.foreign import DAMAGED, is_run_file
+from loopwise.foreign import RUN_RECORD as RECIPE
 
 from .checkpoint import RUN, checkpoints, partials
 
@@ -34,7 +45,7 @@ def give_up(out: Path) -> None:
     if not begun(out):
         discard(out)
     old = beside(out, "old")
-    if not out.exists() or begun(out):
+    if not out.exists() or _holds_ours(out):
         restore(old, out)
     elif old.is_dir():
         print(
@@ -48,10 +59,17 @@ def begun(out: Path) -> bool:
     return bool(checkpoints(out)) or (out / "config.json").exists()
 
 
+def _holds_ours(out: Path) -> bool:
+    """True if `out` has a checkpoint or a final model that a run wrote, so that what it replaced may go."""
+    recorded = (path / name for path in checkpoints(out) for name in (RUN, DAMAGED))
+    model = (out / "config.json").exists() and not not_listed(out, ["config.json"])
+    return model or any(file.is_file() for file in recorded)
+
+
 def discard(out: Path) -> None:
     """Remove from `out` the files that a run writes before its first checkpoint, and `out` if it is empty then."""
     if is_ours(out):
-        shutil.rmtree(out / TOKENS, ignore_errors=True)
+        remove_tokens(out)
         for partial in partials(out):
             shutil.rmtree(partial, ignore_errors=True)
         for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
@@ -64,6 +82,15 @@ def discard(out: Path) -> None:
         out.rmdir()  # fails if something is left in it
 
 
+def remove_tokens(out: Path) -> None:
+    """Remove the packed tokens from `out`. A file of others among them stays, and so does their folder."""
+    for file in (out / TOKENS).glob("*"):
+        if is_run_file(f"{TOKENS}/{file.name}"):
+            file.unlink()
+    with suppress(OSError):  # of a folder with something in it, or of none
+        (out / TOKENS).rmdir()
+
+
 def recover(out: Path) -> None:
     """Put back the directory that a killed run was to replace, if that run wrote no checkpoint.
 
@@ -71,7 +98,7 @@ def recover(out: Path) -> None:
     """
     if left_by_killed(out, "old") and not begun(out):
         discard(out)
-    if not out.exists() or (begun(out) and is_ours(out)):
+    if not out.exists() or (_holds_ours(out) and is_ours(out)):
         settle(out)
 
 
@@ -92,10 +119,20 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
         )
     if force:
         check_nothing_foreign(out)
+    if resume:
+        tokens = (f"{TOKENS}/{path.name}" for path in sorted((out / TOKENS).glob("*")))
+        refuse_foreign(out, [name for name in tokens if not is_run_file(name)])
+        refuse_foreign(out, not_listed(out, ["config.json"]))  # by which a run counts as finished
     if not resume and not force:
         choices = "--resume continues the run in it, --force replaces it, or " if run else ""
         choices = "--force replaces it, or " if not run and _replaceable(out) else choices
         raise UserError(f"{out}: not empty; {choices}choose another directory")
+
+
+def refuse_foreign(out: Path, names: Iterable[str]) -> None:
+    """Raises UserError for the first of `names`, files in `out` that stand where this run's own would."""
+    for name in names:
+        raise UserError(f"{out / name} is not of this run, whose own file would replace it; move it elsewhere")
 
 
 def _replaceable(out: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from .checkpoint import RUN, check_same_run, last_sound
 from .checks import check, check_trackers, check_vocabulary
 from .data import blocks, stream
 from .fitting import check_model
-from .output import RECIPE, TOKENS, give_up, recover
+from .output import RECIPE, TOKENS, check_out, give_up, recover, remove_tokens
 from .recipe import Data, Train
 from .settings import Run
 
@@ -109,13 +108,15 @@ def _write_tokens(run: Run, recipe: Train, config: PretrainedConfig, checkpoint:
 
 
 def _begin(run: Run, partial: Path) -> None:
-    """Move recipe and tokens from `partial` into OUT, which is made. Raises OSError, with OUT as it was."""
+    """Move recipe and tokens from `partial` into OUT, which is made. Raises OSError, with OUT as it was, and UserError
+    where OUT may no longer be written: others may have put files there while the text was tokenized."""
     out = run.out
+    check_out(run.model, out, run.resume, run.force)
     try:
         if run.force and out.is_dir():
             out.rename(beside(out, "old"))  # kept until the new run has a checkpoint
         out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / TOKENS, ignore_errors=True)
+        remove_tokens(out)
         for name in (RECIPE, TOKENS):  # the record first: a directory without it is not recognised as ours
             (partial / name).replace(out / name)
     except OSError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from .agree import chosen, from_first
 from .checkpoint import prune
 from .data import blocks, stream
 from .fitting import curriculum
-from .output import TOKENS, discarded_unless_begun
+from .output import TOKENS, discarded_unless_begun, remove_tokens
 from .prepare import prepare
 from .recipe import Train
 from .settings import Run
@@ -156,7 +155,7 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> bool:
         )
     if trainer.args.should_save:
         publish(trainer, state, run.model, run.out, dtype)
-        shutil.rmtree(run.out / TOKENS)
+        remove_tokens(run.out)
         print(*trainer.diagnosis, sep="\n", end="\n" * bool(trainer.diagnosis))
         print(f"model written to {run.out}", flush=True)
     return True

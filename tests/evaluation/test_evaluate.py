@@ -19,6 +19,7 @@ from loopwise.evaluation import depths
 from loopwise.evaluation.answers import Answer, Sequences
 from loopwise.evaluation.plot.evaluation import eval_figure
 from loopwise.evaluation.recipe import Evaluate
+from loopwise.evaluation.result_file import write_result
 from loopwise.train import tasks
 from loopwise.train.pretrained import load_model
 from tests.helpers.train_tiny import run, save_recurrent
@@ -279,6 +280,18 @@ def test_what_cannot_be_measured(settings, message, small, corpus, tmp_path, cap
     assert main(["eval", str(small), *settings]) == 2
     said = capsys.readouterr().err.splitlines()
     assert message in said[-1]
+
+
+def test_a_file_that_comes_during_a_measurement_moves_aside(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    for text in ("mine", '{"mine": 1}'):
+        file.write_text(text)
+        write_result(file, {"results": [1]})
+    write_result(file, {"results": [2]})
+    assert json.loads(file.read_text()) == {"results": [2]}
+    assert (tmp_path / "result.json.kept").read_text() == "mine"
+    assert (tmp_path / "result.json.kept-2").read_text() == '{"mine": 1}'
+    assert capsys.readouterr().err.count("is not a result of Loopwise, so it is now result.json.kept") == 2
 
 
 def test_a_full_disk_costs_neither_the_result_nor_an_earlier_one(small, tmp_path, capsys, monkeypatch):
