@@ -5,7 +5,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     arguments.py         every argument of vLLM's server: passed on, harmless or refused
     argument_errors.py   wrong values of arguments, in one line with flag and rule
     exposure.py          who can reach the server, and who may ask it
-    routes.py            every route of vLLM's HTTP server, in the same three groups
+    routes.py            every route of vLLM's HTTP server, in four groups
     requests.py          every field of vLLM's requests, and checks of their values
     validation.py        every request, validated before the engine gets it
     layers.py            vLLM's decoder layers: how one is called, and copies with a KV cache of their own

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...errors import UserError
 
 KEY = "VLLM_API_KEY"
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
+PRIVATE = (".localhost", ".internal")  # ends of names that no site can have, as host.docker.internal
 
 
 def keys_of(args: Any, environment: Mapping[str, str]) -> list[str]:
@@ -51,18 +54,22 @@ def is_loopback(host: str | None) -> bool:
 def origins_of(args: Any, environment: Mapping[str, str]) -> list[str] | None:
     """The origins of pages that a server of this machine alone and without a key answers, beside its own page.
 
-    None: any, as the server has a key, or others reach it anyway. args: vLLM's.
+    None: any, as the server has a key, or others reach it anyway, or no browser does (a Unix socket). args: vLLM's.
     """
-    return args.allowed_origins if not keys_of(args, environment) and is_loopback(args.host) else None
+    local = is_loopback(args.host) and not args.uds and not keys_of(args, environment)
+    return args.allowed_origins if local else None
 
 
-def is_foreign(origin: str | None, host: str, origins: list[str] | None) -> bool:
-    """True for a request by a page of another site, whose name may have been rebound to this machine's address.
+def is_foreign(origin: str, host: str, origins: list[str] | None) -> bool:
+    """True for a request that may come from a page of another site, whose name is rebound to this machine's address.
 
-    A browser then counts page and server as one site. It names the page's origin, and its name as `host`. No other
-    client sends an origin.   origins: from `origins_of`.
+    A browser then counts page and server as one site, and names no origin in its GETs: the name that it asked, `host`,
+    decides. Each is "" where the request names none.   origins: from `origins_of`.
     """
-    if origin is None or origins is None or {"*", origin} & {*origins}:
+    if origins is None or not host or {"*", origin} & {*origins} or host in (urlsplit(one).netloc for one in origins):
         return False
-    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-    return not is_loopback(name.strip("[]").lower().removesuffix("."))
+    name = (host.rpartition(":")[0] if re.search(r":\d*$", host) else host).strip("[]").lower().removesuffix(".")
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return False  # a page of that address is the server's own
+    return "." in name and not name.endswith(PRIVATE)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..api.limits import HttpLimits
 from .exposure import is_foreign
-from .load import RETRY_AFTER
+from .load import RETRY_AFTER, Bodies, ServerFull
 from .page.routes import FILES
 
 # Routes that need no key: those by which a balancer asks for the server's health, and the files of the page, whose
 # requests have the user's key.
 OPEN = frozenset(["/health", "/ping", "/version", "/depth", *(f"/depth/{name}" for name in FILES)])
 METRICS = "/metrics"
-BODIES = 16  # times `max_body_mib`: the memory of all bodies that arrive at once
-SMALL = 1 << 16  # bytes of each body beside that, so that large ones keep no small one out
+BODIES = 16  # times `max_body_mib`: the bodies of all open requests, which are kept until the reply has ended
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # the router reads over a line break at the end, which our tables do not
 MESSAGE = 1000  # characters of an error's message
 LONG_WORD = re.compile(r"(\S{200})\S+")  # what a message repeats of a request
-FOREIGN = "pages of other sites are not answered without a key: set VLLM_API_KEY, or name them by --allowed-origins"
+FOREIGN = (
+    "a server of this machine alone and without a key answers no other host name, as pages of other sites may have it: "
+    "set VLLM_API_KEY, or name its origin by --allowed-origins"
+)
 NO_KEY = "this server wants its key: Authorization: Bearer KEY"
+NO_ROUTE = "no path of this server has a control character"
 
 
 class Guard:
@@ -39,48 +42,53 @@ class Guard:
         self.app, self.limits, self.origins = app, limits, origins
         self.key = AuthenticationMiddleware(app, list(keys)) if keys else None
         self.open = OPEN | {METRICS} if limits.open_metrics else OPEN
-        self.arriving = Arriving(BODIES * limits.max_body_mib << 20)
+        full = f"the bodies of open requests take {BODIES} x max_body_mib={limits.max_body_mib}: try later"
+        self.bodies = Bodies(BODIES * limits.max_body_mib << 20, full)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        if not self._allowed(scope):
-            if scope["type"] == "websocket":
-                return await send({"type": "websocket.close", "code": 1008})
-            return await refuse(401, "AuthenticationError", NO_KEY, send)
-        headers = dict(scope["headers"])
-        origin, host = (headers.get(name) for name in (b"origin", b"host"))
-        if is_foreign(origin and origin.decode("latin-1"), (host or b"").decode("latin-1"), self.origins):
-            if scope["type"] == "websocket":
-                return await send({"type": "websocket.close", "code": 1008})
-            return await refuse(403, "PermissionDeniedError", FOREIGN, send)
+        refusal = self._refusal(scope)
+        if refusal and scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        if refusal:
+            return await refuse(*refusal, send)
         if scope["type"] == "websocket":
             return await self.app(scope, receive, send)
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                whole = await self._whole(scope, receive)
-        except TimeoutError:
-            seconds = self.limits.body_seconds
-            message = f"the body did not arrive within body_seconds={seconds} of this server"
-            return await refuse(408, "RequestTimeout", message, send, connection="close")
-        except BodiesFull:
-            message = f"the bodies that arrive now take {BODIES} x max_body_mib={self.limits.max_body_mib}: try later"
-            return await refuse(429, "TooManyRequests", message, send, retry_after=RETRY_AFTER)
-        except ClientLeft:
-            return None
-        if whole is None:
-            message = f"the body is larger than max_body_mib={self.limits.max_body_mib} of this server"
-            return await refuse(413, "PayloadTooLarge", message, send)
-        return await self.app(scope, whole, ShortErrors(send))
+        with self.bodies.body() as grow:
+            try:
+                async with asyncio.timeout(self.limits.body_seconds):
+                    whole = await self._whole(scope, receive, grow)
+            except TimeoutError:
+                seconds = self.limits.body_seconds
+                message = f"the body did not arrive within body_seconds={seconds} of this server"
+                return await refuse(408, "RequestTimeout", message, send, connection="close")
+            except ServerFull as error:
+                return await refuse(429, "TooManyRequests", str(error), send, retry_after=RETRY_AFTER)
+            except ClientLeft:
+                return None
+            if whole is None:
+                message = f"the body is larger than max_body_mib={self.limits.max_body_mib} of this server"
+                return await refuse(413, "PayloadTooLarge", message, send)
+            return await self.app(scope, whole, ShortErrors(send))
 
-    async def _whole(self, scope: dict, receive: Callable) -> Callable | None:
-        """A `receive` that gives the whole body; None where it is too large. Raises BodiesFull and ClientLeft."""
+    async def _whole(self, scope: dict, receive: Callable, grow: Callable[[int], None]) -> Callable | None:
+        """A `receive` that gives the whole body; None where it is too large. Raises ServerFull and ClientLeft."""
         most = self.limits.max_body_mib << 20
         if _length(scope) > most:
             return None
-        with self.arriving.body() as grow:
-            body = await read_body(receive, most, grow)
+        body = await read_body(receive, most, grow)
         return None if body is None else replay(body, receive)
+
+    def _refusal(self, scope: dict) -> tuple[int, str, str] | None:
+        """Status, kind and message for a request that is refused by its head; None for all others."""
+        if not self._allowed(scope):
+            return 401, "AuthenticationError", NO_KEY
+        headers = dict(scope["headers"])
+        origin, host = (headers.get(name, b"").decode("latin-1") for name in (b"origin", b"host"))
+        if is_foreign(origin, host, self.origins):
+            return 403, "PermissionDeniedError", FOREIGN
+        return (404, "NotFoundError", NO_ROUTE) if CONTROL.search(scope.get("path", "")) else None
 
     def _allowed(self, scope: dict) -> bool:
         from starlette.datastructures import Headers
@@ -149,35 +157,6 @@ def _length(scope: dict) -> int:
     """The length of a body that its headers name; 0 without one."""
     named = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     return int(named) if named.isdigit() else 0
-
-
-class BodiesFull(Exception):
-    """The bodies that arrive now take as much memory as they may."""
-
-
-class Arriving:
-    """The bodies that arrive now: beyond SMALL bytes of each, they have at most `most` bytes together."""
-
-    def __init__(self, most: int):
-        self.most, self.bytes = most, 0
-
-    @contextmanager
-    def body(self) -> Iterator[Callable[[int], None]]:
-        """A block in which one body arrives. It gets a function of the length so far, which raises BodiesFull."""
-        counted = 0
-
-        def grow(length: int) -> None:
-            nonlocal counted
-            more = max(length - SMALL, 0) - counted
-            if self.bytes + more > self.most:
-                raise BodiesFull
-            counted += more
-            self.bytes += more
-
-        try:
-            yield grow
-        finally:
-            self.bytes -= counted
 
 
 async def read_body(

@@ -14,9 +14,9 @@ from typing import Any
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
 from ..api.validation import validate_fields
 from .guard import read_body, refuse, replay, route
-from .load import RETRY_AFTER, Load, QueueFull, check_choices, choices_of
+from .load import RETRY_AFTER, Load, ServerFull, check_choices, choices_of
 from .requests import DEEPEST, check_fields, check_holdable, validate_beam_search, validate_body
-from .routes import GENERATION, REFUSED
+from .routes import GENERATION, REFUSED, TOKENIZING
 from .shutdown import Ending
 from .validation import served_limits
 from .watchdog import Watchdog
@@ -56,19 +56,23 @@ class DepthFields:
         try:
             fields = _parse(body)
             work = _completed(path, fields, scope["app"])
-            choices = 0 if fields is None or path not in GENERATION else choices_of(path, fields)
+            choices = choices_of(path, fields) if fields is not None and path in GENERATION else 0
             check_choices(choices, self.load.limits)
         except FieldError as error:
             return await refuse(400, "BadRequestError", str(error), send, error.field)
         if work is not None:
             body = json.dumps(fields).encode()
             scope, send = _with_length(scope, body), Reply(send, work)
+        text = 0
+        if path in TOKENIZING:
+            choices, text = 1, len(body)
         token, receive = WORK.set(work), replay(body, receive)
         del body, fields  # which may be large, while the request may take minutes
         try:
-            with self.load.admitted(choices, max_num_seqs(scope["app"])):
+            with self.load.admitted(choices, max_num_seqs(scope["app"])), self.load.texts.body() as grow:
+                grow(text)
                 await self.app(scope, receive, send)
-        except QueueFull as error:
+        except ServerFull as error:
             await refuse(429, "TooManyRequests", str(error), send, retry_after=RETRY_AFTER)
         finally:
             WORK.reset(token)

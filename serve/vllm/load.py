@@ -1,36 +1,71 @@
-"""How much a request, and all of them together, may ask for: choices (n x prompts), running and waiting."""
+"""How much a request, and all of them together, may ask for: choices (n x prompts), and bytes of their bodies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ..api.fields import FieldError
 from ..api.limits import HttpLimits
 
 RETRY_AFTER = "5"  # seconds, as a header
+SMALL = 1 << 16  # bytes of each body beside the common limit, so that large ones keep no small one out
+INTEGER = TypeAdapter(int)
 
 
-class QueueFull(Exception):
-    """No request is taken now."""
+class ServerFull(Exception):
+    """No such request is taken now: a 429 with this message."""
+
+
+class Bodies:
+    """Bodies that are in memory: beyond SMALL bytes of each, they have at most `most` bytes together.
+
+    full: the message to one beyond that.
+    """
+
+    def __init__(self, most: int, full: str):
+        self.most, self.full, self.bytes = most, full, 0
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """A block in which one body is in memory. It gets a function of the length so far, which raises ServerFull."""
+        counted = 0
+
+        def grow(length: int) -> None:
+            nonlocal counted
+            more = max(length - SMALL, 0) - counted
+            if self.bytes + more > self.most:
+                raise ServerFull(self.full)
+            counted += more
+            self.bytes += more
+
+        try:
+            yield grow
+        finally:
+            self.bytes -= counted
 
 
 class Load:
-    """Choices of the requests that are open. limits: of the server."""
+    """Choices of the requests that are open. limits: of the server.   texts: the bodies that are only tokenized, which
+    one thread does for all requests."""
 
     def __init__(self, limits: HttpLimits):
         self.limits = limits
         self.open = 0
+        full = f"the texts that are tokenized now take max_body_mib={limits.max_body_mib}: try later"
+        self.texts = Bodies(limits.max_body_mib << 20, full)
 
     @contextmanager
     def admitted(self, choices: int, running: int) -> Iterator[None]:
         """Count a request of so many `choices` while it is open, in an engine that runs so many at once.
 
-        Raises QueueFull where more than `max_queue` would wait. A request alone is always taken.
+        Raises ServerFull where more than `max_queue` would wait. A request alone is always taken.
         """
         if choices and self.open and self.open + choices > running + self.limits.max_queue:
-            raise QueueFull(
+            raise ServerFull(
                 f"{self.open} choices are running or waiting: at most max_queue={self.limits.max_queue} wait"
             )
         self.open += choices
@@ -59,10 +94,10 @@ def choices_of(path: str, body: dict[str, Any]) -> int:
 
 
 def _count(n: Any) -> int:
-    """`n` as vLLM reads it: text and floats of whole numbers count, too."""
+    """`n` as vLLM reads it, by pydantic: text and floats of whole numbers count, too."""
     try:
-        return max(int(n), 1)
-    except (TypeError, ValueError, OverflowError):
+        return max(INTEGER.validate_python(n), 1)
+    except ValidationError:
         return 1
 
 

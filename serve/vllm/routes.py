@@ -1,4 +1,4 @@
-"""Every route of vLLM's HTTP server in one of three groups: an allow list, for routes of later releases too.
+"""Every route of vLLM's HTTP server in one of four groups: an allow list, for routes of later releases too.
 
 A test builds vLLM's application and walks its routes. One of a new release fails it, until somebody tries the route and
 adds it here. Imports nothing heavy.
@@ -25,13 +25,18 @@ GENERATION: dict[str, tuple[tuple[str, str], ...]] = {
     "/cohere/v2/chat": (),
 }
 
-# Routes that do not run the model, or only read its results.
+# Routes that tokenize or render what they are given, at the cost of all that wait for this.
+TOKENIZING = names("""
+    /tokenize /detokenize /v1/messages/count_tokens
+    /v1/chat/completions/render /v1/completions/render /v1/messages/render /v1/responses/render /cohere/v2/chat/render
+    /v1/chat/completions/derender /v1/completions/derender
+""")
+
+# Other routes that do not run the model, or only read its results.
 HARMLESS = names("""
     / /openapi.json /docs /docs/oauth2-redirect /redoc /static /health /ping /load /version /metrics /kv_event_sources
-    /v1/models /tokenize /detokenize /tokenizer_info /v1/messages/count_tokens
-    /v1/responses/{response_id} /v1/responses/{response_id}/cancel
-    /v1/chat/completions/render /v1/completions/render /v1/messages/render /v1/responses/render /cohere/v2/chat/render
-    /v1/chat/completions/derender /v1/completions/derender /inference/v1/abort_requests /abort_requests
+    /v1/models /tokenizer_info
+    /v1/responses/{response_id} /v1/responses/{response_id}/cancel /inference/v1/abort_requests /abort_requests
     /server_info /reset_prefix_cache /reset_mm_cache /reset_encoder_cache
     /is_sleeping /is_paused /is_scaling_elastic_ep /weight_info /get_world_size
 """)

@@ -43,7 +43,7 @@ from loopwise.serve.vllm.requests import (
     validate_sampling,
     validate_tokens,
 )
-from loopwise.serve.vllm.routes import GENERATION
+from loopwise.serve.vllm.routes import GENERATION, TOKENIZING
 from loopwise.serve.vllm.routes import HARMLESS as HARMLESS_ROUTES
 from loopwise.serve.vllm.routes import REFUSED as REFUSED_ROUTES
 
@@ -291,8 +291,8 @@ def test_every_route_of_vllm_has_one_place(monkeypatch):
         args = first_module(*ARGUMENTS).make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, *more])
         found |= {getattr(route, "path", None) for route in build_app(args, ("generate",)).routes}
     assert {"/v1/completions", "/inference/v1/generate", "/sleep", "/v1/completions/render", "/tokenizer_info"} <= found
-    assert found - set(GENERATION) - HARMLESS_ROUTES - set(REFUSED_ROUTES) == set()
-    counts = Counter(chain(GENERATION, HARMLESS_ROUTES, REFUSED_ROUTES))
+    assert found - set(GENERATION) - TOKENIZING - HARMLESS_ROUTES - set(REFUSED_ROUTES) == set()
+    counts = Counter(chain(GENERATION, TOKENIZING, HARMLESS_ROUTES, REFUSED_ROUTES))
     assert [route for route, count in counts.items() if count > 1] == []
 
 

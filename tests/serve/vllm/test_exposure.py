@@ -21,6 +21,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 PAGE = {"/depth", *(f"/depth/{name}" for name in FILES)}
 KEYS = {"none": {}, "wrong": {"Authorization": "Bearer guess"}, "right": {"Authorization": "Bearer secret"}}
 BESIDE = ["/", "/nowhere", "/v1", "/v2/x", "//health", "/health/", "/health/../v1/models", "/metricsx", "/depth/x"]
+BREAK = "%0A"  # a line break behind a path, over which the router reads
 
 
 async def statuses(folder, *settings: str, flags: tuple[str, ...] = ()) -> dict[tuple[str, str, str], int]:
@@ -33,7 +34,8 @@ async def statuses(folder, *settings: str, flags: tuple[str, ...] = ()) -> dict[
         assert len(routes) > 40
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            for path, methods in [*routes, *((path, {"GET", "POST"}) for path in BESIDE)]:
+            broken = [(path + BREAK, methods) for path, methods in routes]
+            for path, methods in [*routes, *broken, *((path, {"GET", "POST"}) for path in BESIDE)]:
                 for method in methods | {"OPTIONS", "HEAD", "DELETE"}:
                     for key, headers in KEYS.items():
                         reply = await client.request(method, path.replace("{response_id}", "x"), headers=headers)
@@ -71,6 +73,7 @@ def test_every_route_wants_the_key(model, monkeypatch, open_metrics):
     assert not [at for at, status in found.items() if at[2] == "right" and status == 401]
     assert found["/metrics", "GET", "right"] == found["/v1/models", "GET", "right"] == 200
     assert found["/nowhere", "GET", "right"] == 404
+    assert {status for (path, _, key), status in found.items() if path.endswith(BREAK) and key == "right"} == {404}
 
 
 @needs_vllm
@@ -92,9 +95,21 @@ def test_another_site_learns_nothing_from_a_preflight(model):
 @needs_vllm
 @pytest.mark.parametrize("kind", ["local", "key", "open"])
 def test_a_page_whose_name_is_rebound_to_this_machine_is_refused(model, kind):
-    """Its browser counts it as the server's own, so the answer could be read. Programs name no origin."""
+    """Its browser counts it as the server's own, so the answer could be read. It names no origin in its GETs."""
     cases = {  # (origin, host): refused by a local server without a key
-        (None, "evil.example:8000"): False,
+        (None, "evil.example:8000"): True,
+        (None, "evil.example"): True,
+        (None, "evil.internal.example"): True,
+        (None, "localhost:8000"): False,
+        (None, "[::1]:8000"): False,
+        (None, "127.0.0.1"): False,
+        (None, "host.docker.internal:8000"): False,
+        (None, "x"): False,  # of a local network: no site has a name without a dot
+        (None, "10.0.0.7:8000"): False,
+        ("http://10.0.0.7.evil.example", "10.0.0.7.evil.example"): True,
+        (None, "friend.example"): False,
+        (None, "friend.example:81"): True,
+        (None, ""): False,  # no browser, but a balancer's HTTP/1.0
         ("http://evil.example:8000", "evil.example:8000"): True,
         ("http://evil.example", "127.0.0.1.evil.example"): True,
         ("http://localhost:8000", "localhost:8000"): False,

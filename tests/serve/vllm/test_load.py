@@ -6,7 +6,9 @@ import asyncio
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,11 @@ import pytest
 from loopwise.serve.api.fields import FieldError
 from loopwise.serve.api.limits import HttpLimits, Limits
 from loopwise.serve.api.validation import validate_fields
-from loopwise.serve.vllm.load import Load, QueueFull, check_choices, choices_of
+from loopwise.serve.vllm.http import DepthFields
+from loopwise.serve.vllm.load import Load, ServerFull, check_choices, choices_of
+from loopwise.serve.vllm.routes import TOKENIZING
+from loopwise.serve.vllm.shutdown import Ending
+from loopwise.serve.vllm.watchdog import Watchdog
 from tests.helpers.application import application
 
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -33,6 +39,8 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
         ("/v1/completions", {"n": "x"}, 1),
         ("/v1/completions", {"prompt": "a", "n": "7"}, 7),
         ("/v1/completions", {"prompt": "a", "n": 7.0}, 7),
+        ("/v1/completions", {"prompt": "a", "n": "16384.0"}, 16384),
+        ("/v1/completions", {"prompt": "a", "n": " 2_00.00 "}, 200),
         ("/v1/completions", {"prompt": ["a", "b"], "n": 1e999, "messages": []}, 2),
         ("/v1/completions", {"prompt": "a", "n": -3}, 1),
         ("/v1/completions", {"prompt": "a", "n": 4, "use_beam_search": True}, 4),
@@ -58,13 +66,60 @@ def test_the_queue_has_an_end_and_room_again():
     with load.admitted(99, running=2):  # alone
         pass
     with load.admitted(2, running=2), load.admitted(3, running=2):
-        with pytest.raises(QueueFull, match="5 choices are running or waiting: at most max_queue=3 wait"):
+        with pytest.raises(ServerFull, match="5 choices are running or waiting: at most max_queue=3 wait"):
             load.admitted(1, running=2).__enter__()
         with load.admitted(0, running=2):  # a route that does not generate
             pass
     with pytest.raises(ValueError, match="x"), load.admitted(5, running=2):
         raise ValueError("x")
     assert load.open == 0
+
+
+async def tokenizing(sizes: list[int], **limits: int) -> dict[str, list[int]]:
+    """By path: the statuses of requests with texts of these sizes, all at once, of an engine that runs one request."""
+    statuses: dict[str, list[int]] = {}
+    for path in (*sorted(TOKENIZING), "/abort_requests"):
+        found, end = [], asyncio.Event()
+
+        async def app(scope: dict, receive: Callable, send: Callable, end=end) -> None:
+            await end.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=1))
+        state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=scheduler))
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": SimpleNamespace(state=state)}
+        fields = DepthFields(app, None, Ending(), Watchdog(0), Load(HttpLimits(**limits)))
+
+        async def ask(size: int, fields=fields, scope=scope, found=found) -> None:
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": b'{"prompt": "%s"}' % (b"a" * size)}
+
+            async def send(message: dict) -> None:
+                found.extend([message["status"]] if "status" in message else [])
+
+            await fields(scope, receive, send)
+
+        asked = [asyncio.ensure_future(ask(size)) for size in sizes]
+        await asyncio.sleep(0)
+        end.set()
+        await asyncio.gather(*asked)
+        assert (fields.load.open, fields.load.texts.bytes) == (0, 0)
+        statuses[path] = sorted(found)
+    return statuses
+
+
+def test_texts_that_are_only_tokenized_have_an_end():
+    """One thread tokenizes for all, without a limit of vLLM's for these routes: a queue, and bytes of large ones."""
+    mib = 1 << 20
+    for sizes, limits, expected in (
+        ([1] * 5, {"max_queue": 2}, [200] * 3 + [429] * 2),
+        ([mib - 20] * 3, {"max_body_mib": 1}, [200] + [429] * 2),
+        ([mib // 2] * 3, {"max_body_mib": 1}, [200] * 2 + [429]),
+        ([1 << 15] * 90, {"max_body_mib": 1}, [200] * 90),
+    ):
+        found = asyncio.run(tokenizing(sizes, **limits))
+        assert found.pop("/abort_requests") == [200] * len(sizes)  # ends requests, also of a full server
+        assert found == dict.fromkeys(TOKENIZING, expected)
 
 
 @pytest.mark.parametrize("length", [None, 512])
@@ -120,6 +175,35 @@ def test_a_full_server_answers_429_and_goes_on(model, count):
                 statuses = Counter(reply.status_code for reply in await asyncio.gather(*tasks, *more))
                 assert statuses == {200: 20, 429: len(tasks + more) - 20}
                 assert (await ask(0)).status_code == 200
+
+    asyncio.run(check())
+
+
+@needs_vllm
+def test_bodies_of_waiting_requests_are_bounded(model):
+    """FastAPI keeps body and fields of a request until its reply has ended: 100 MB here, and 16 GiB of 8 MiB each."""
+    import httpx
+
+    async def check() -> None:
+        async with application(model[0], "max_body_mib=2") as app:
+            core = app.state.engine_client.engine_core
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+                async def ask(size: int) -> int:
+                    body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "user": "x" * size}
+                    return (await client.post("/v1/completions", json=body)).status_code
+
+                assert await ask(2_000_000) == 200
+                core.answers.clear()
+                large = [asyncio.create_task(ask(2_000_000)) for _ in range(50)]
+                await asyncio.wait(large, timeout=60, return_when="FIRST_COMPLETED")
+                small = [asyncio.create_task(ask(50_000)) for _ in range(20)]
+                await asyncio.sleep(1)
+                core.answers.set()
+                assert Counter(await asyncio.gather(*large)) == {200: 17, 429: 33}  # 17 x 1.85 MiB in 16 x 2 MiB
+                assert await asyncio.gather(*small) == [200] * 20
+                assert await ask(2_000_000) == 200
 
     asyncio.run(check())
 
