@@ -40,6 +40,7 @@ The only package that imports vLLM, and this file imports nothing until `registe
     configure.py         the engine of a model, and its settings, in vLLM's configuration
     load.py              how much requests may ask for
     watchdog.py          a hanging engine ends the server
+    slow_clients.py      connections of clients that do not read are closed
     shutdown.py          open requests are drained, then aborted
     metrics.py           Prometheus metrics of the lane engine
     work.py              recurrences of a request, from vLLM's outputs to its reply

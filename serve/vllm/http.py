@@ -6,6 +6,7 @@ replies, and on `vllm_xargs`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from .load import RETRY_AFTER, Load, ServerFull, check_choices, choices_of
 from .requests import DEEPEST, check_fields, check_holdable, validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED, TOKENIZING
 from .shutdown import Ending
+from .slow_clients import close_stalled
 from .validation import served_limits
 from .watchdog import Watchdog
 from .work import Work
@@ -36,11 +38,14 @@ class DepthFields:
 
     def __init__(self, app: Callable, metrics: Callable | None, ending: Ending, watchdog: Watchdog, load: Load):
         self.app, self.metrics, self.ending, self.watchdog, self.load = app, metrics, ending, watchdog, load
+        self.closing: asyncio.Task | None = None
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         path = route(scope)
         if scope["type"] == "lifespan":  # the application starts, with its engine
-            self.watchdog.start(scope["app"].state.engine_client, self.ending)
+            state = scope["app"].state
+            self.watchdog.start(state.engine_client, self.ending)
+            self.closing = asyncio.create_task(close_stalled(state.server.server_state.connections))
         if self.watchdog.hung and path in HEALTH:
             return await refuse(503, "ServiceUnavailableError", "vLLM's engine hangs", send)
         if scope["type"] == "http" and path == "/metrics" and self.metrics:

@@ -30,6 +30,7 @@ def test_the_middleware_checks_every_path_that_leads_to_a_route(root, prefix):
     scheduler = SimpleNamespace(max_num_seqs=8)
     vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler, additional_config=None)
     app.state.engine_client = SimpleNamespace(vllm_config=vllm_config)
+    app.state.server = SimpleNamespace(server_state=SimpleNamespace(connections=set()))
     own = {"metrics": None, "ending": Ending(), "watchdog": Watchdog(0), "load": Load(HttpLimits())}
     app.add_middleware(cast(Any, DepthFields), **own)
 
