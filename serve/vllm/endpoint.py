@@ -79,6 +79,7 @@ class Endpoint:
         note_tokens()
         follow(engine_client.renderer)
         follow_requests(engine_client)
+        isolate_text(engine_client)
         end_streams(engine_client, self.ending)
 
 
@@ -93,6 +94,36 @@ def follow_requests(engine: Any) -> None:
         return work.follow(stream, getattr(sampling_params, "n", 1) or 1)
 
     engine.generate = followed
+
+
+def isolate_text(engine: Any) -> None:
+    """Have an exception in the making of one request's text end that request alone: `engine`, an AsyncLLM, would die.
+
+    Outputs are processed one by one. `generate` raises what is put into its queue, and aborts its request.
+    """
+    from vllm.v1.engine.exceptions import EngineGenerateError
+    from vllm.v1.engine.output_processor import OutputProcessorOutput
+
+    from .output import print_fault
+
+    processor = engine.output_processor
+    process = processor.process_outputs
+
+    def isolated(outputs, *args, **kwargs):
+        aborted: list[str] = []
+        for output in outputs:
+            state = processor.request_states.get(output.request_id)
+            try:
+                aborted += process([output], *args, **kwargs).reqs_to_abort
+            except Exception as error:
+                if state is None:  # no request is known to be at fault
+                    raise
+                print_fault(output.request_id, error)
+                state.queue.put(EngineGenerateError())
+                state.make_request_output = lambda *args, **kwargs: None  # its abort would make one, and might raise
+        return OutputProcessorOutput([], aborted)  # outputs are in the queues of their requests
+
+    processor.process_outputs = isolated
 
 
 def end_streams(engine: Any, ending: Ending) -> None:

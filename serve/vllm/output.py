@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ class LaneOutput(ModelRunnerOutput):
 
 
 def print_fault(name: str, error: BaseException) -> None:
-    """Print the exception that ends request `name`."""
-    print(f"loopwise: request {name} ends by an error:", file=sys.stderr)
-    traceback.print_exception(error, file=sys.stderr)
-    sys.stderr.flush()
+    """Print the exception that ends request `name`. The others go on where nothing can be printed: the disk may be
+    full."""
+    with contextlib.suppress(OSError):
+        print(f"loopwise: request {name} ends by an error:", file=sys.stderr)
+        traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.flush()

@@ -11,17 +11,16 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-import numpy as np
-
 
 class Tokens(NamedTuple):
-    """All tokens of a choice so far.
+    """All tokens of a choice so far, in lists that grow with it: to copy them at every token would take a time that is
+    quadratic in the reply.
 
-    work: [tokens, 3]; None in the fixed engine.   texts: the text that each token adds; vLLM decodes no text for a
-    stop token, so the list may end before it.
+    work: a row [3] a token; None in the fixed engine.   texts: the text that each token adds; vLLM decodes no text for
+    a stop token, so the list may end before it.
     """
 
-    work: np.ndarray | None
+    work: list[list[int]] | None
     texts: list[str]
 
 
@@ -56,14 +55,15 @@ class Work:
                             self._wait(first + choice.index, noticed, start, sent[choice.index])
                         rows = noticed.work if isinstance(noticed, Tokens) else noticed
                         if choice.finish_reason is not None and rows is not None:
-                            work[choice.index] = rows.tolist()
+                            work[choice.index] = rows if isinstance(rows, list) else rows.tolist()
                     yield output
 
         return noted()
 
     def _wait(self, index: int, tokens: Tokens, start: int, end: int) -> None:
         """Put tokens `start` to `end` of choice `index` into `waiting`."""
-        depths = [self.fixed or 0] * (end - start) if tokens.work is None else tokens.work[start:end, 0].tolist()
+        work = tokens.work
+        depths = [self.fixed or 0] * (end - start) if work is None else [row[0] for row in work[start:end]]
         texts = tokens.texts[start:end]
         texts += [""] * (len(depths) - len(texts))
         self.waiting.setdefault(index, []).extend(zip(depths, texts, strict=True))
@@ -122,7 +122,7 @@ def note_tokens() -> None:
     def from_new_request(tokenizer, request):
         made: Any = make(tokenizer, request)
         if (request.sampling_params.extra_args or {}).get("return_recurrences"):
-            made.texts = []
+            made.texts, made.work, made.joined = [], [], 0
             if decode := getattr(made, "decode_next", None):  # without a tokenizer, there is no text
 
                 def decode_next(token: int) -> str:
@@ -134,9 +134,12 @@ def note_tokens() -> None:
 
     def completion_output(self, *args, **kwargs):
         output: Any = complete(self, *args, **kwargs)
-        if (texts := getattr(self.detokenizer, "texts", None)) is not None:
+        if hasattr(made := self.detokenizer, "texts"):
             chunks = self.routed_experts_chunks
-            output.routed_experts = Tokens(np.concatenate(chunks) if chunks else None, texts)
+            for chunk in chunks[made.joined :]:
+                made.work.extend(chunk.tolist())
+            made.joined = len(chunks)
+            output.routed_experts = Tokens(made.work if chunks else None, made.texts)
         return output
 
     IncrementalDetokenizer.from_new_request = staticmethod(from_new_request)  # pyright: ignore[reportAttributeAccessIssue]

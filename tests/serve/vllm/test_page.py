@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from loopwise.model import RecurrentDepthConfig
@@ -115,7 +114,7 @@ def test_outputs_that_a_slow_client_joins_keep_every_depth():
 
     from loopwise.serve.vllm.work import Tokens, Work
 
-    rows = np.array([[3, 0, 0], [1, 1, 1], [2, 3, 3], [4, 7, 7]])
+    rows = [[3, 0, 0], [1, 1, 1], [2, 3, 3], [4, 7, 7]]
     texts = ["a", "", "é"]  # no text for the last token, which ends the reply
 
     def output(ids: list[int], end: int, reason: str | None = None) -> RequestOutput:
