@@ -192,6 +192,19 @@ def test_the_flag_prints_what_it_runs(models, tmp_path):
     assert trusted_code(args, str(model)) == []
 
 
+def test_the_flag_runs_no_code_of_the_hub(models, tmp_path):
+    """Nobody could read it before; the line said that no file would run."""
+    from loopwise.serve.vllm.trusted import trusted_code
+
+    args = SimpleNamespace(trust_remote_code=True, tokenizer="their/repo")
+    with pytest.raises(UserError, match="--tokenizer their/repo is none: download it by `hf download their/repo"):
+        trusted_code(args, str(models.recurrent))
+    args.tokenizer = str(canaries.poisoned(models.recurrent, tmp_path, "auto_map of the tokenizer")[0])
+    assert trusted_code(args, str(models.recurrent))[0].endswith("tokenization_foreign.py will run")
+    args.trust_remote_code, args.tokenizer = False, "their/repo"
+    assert trusted_code(args, str(models.recurrent)) == []
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

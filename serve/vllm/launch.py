@@ -79,10 +79,11 @@ def parse_arguments(
         arguments.validate_parsed_serve_args(args)
     except (TypeError, ValueError, VLLMValidationError) as error:
         raise UserError(explained(error, given)) from None
+    trusted = trusted_code(args, model)
     _check_tokenizer(args, model)
     exposure = check_exposure(args, defaults.http.open_metrics, os.environ)
     lines = [exposure, check_memory(args, defaults)]
-    return args, given, [*trusted_code(args, model), *(line for line in lines if line)]
+    return args, given, [*trusted, *(line for line in lines if line)]
 
 
 def first_module(*names: str) -> Any:

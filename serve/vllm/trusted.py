@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserError
 from ...load import code_of
 
 
 def trusted_code(args: Any, model: str) -> list[str]:
-    """A line with the files of `model` and of its tokenizer that run with --trust-remote-code; none without it."""
+    """A line with the files of `model` and of its tokenizer that run with --trust-remote-code; none without it.
+
+    Raises UserError for a tokenizer that is no directory: the hub's files could not be read before they run.
+    """
     if not args.trust_remote_code:
         return []
-    folders = dict.fromkeys(Path(folder) for folder in (model, args.tokenizer or model) if Path(folder).is_dir())
+    if args.tokenizer and not Path(args.tokenizer).is_dir():
+        raise UserError(
+            f"--trust-remote-code runs files of directories, and --tokenizer {args.tokenizer} is none: download it by "
+            f"`hf download {args.tokenizer} --local-dir DIR`, read its files, and name DIR"
+        )
+    folders = dict.fromkeys(map(Path, (model, args.tokenizer or model)))
     files = [file for folder in folders for file in code_of(folder)]
     return [f"--trust-remote-code: {', '.join(files)} will run" if files else "--trust-remote-code: no file to run"]
 
