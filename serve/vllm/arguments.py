@@ -202,6 +202,7 @@ ENVIRONMENT: dict[str, tuple[tuple, str]] = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (("0", "false", "False"), "an adapter would have to know the depth"),
     "VLLM_BATCH_INVARIANT": (("0",), UNTRIED),
     "VLLM_DP_SIZE": (("1",), "one engine serves it"),
+    "VLLM_ENABLE_RESPONSES_API_STORE": (("0",), "replies that it keeps would fill the memory, uncounted by max_queue"),
     IN_PROCESS: (("1",), "the server and its engine are processes of their own"),
     "VLLM_PP_LAYER_PARTITION": ((), "every recurrence would cross all stages"),
     "VLLM_TEST_FORCE_LOAD_FORMAT": ((), "its weights are in safetensors files, which are checked"),

@@ -151,6 +151,7 @@ def test_those_who_start_vllm_themselves_hear_the_same(path, value, said):
         ("VLLM_DP_SIZE", "2", "VLLM_DP_SIZE=2 does not fit a recurrent-depth model: one engine serves it"),
         ("VLLM_BATCH_INVARIANT", "1", "VLLM_BATCH_INVARIANT=1 does not fit"),
         ("VLLM_USE_SIMPLE_KV_OFFLOAD", "1", "no connector moves"),
+        ("VLLM_ENABLE_RESPONSES_API_STORE", "1", "replies that it keeps would fill the memory"),
     ],
 )
 def test_variables_that_change_the_engine_are_refused(name, value, said):
