@@ -75,7 +75,7 @@ def test_the_queue_has_an_end_and_room_again():
     assert load.open == 0
 
 
-async def tokenizing(sizes: list[int], **limits: int) -> dict[str, list[int]]:
+async def tokenizing(sizes: list[int], **limits: Any) -> dict[str, list[int]]:
     """By path: the statuses of requests with texts of these sizes, all at once, of an engine that runs one request."""
     statuses: dict[str, list[int]] = {}
     for path in (*sorted(TOKENIZING), "/abort_requests"):
