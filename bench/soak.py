@@ -5,7 +5,8 @@
 The clients ask for mixed depths, exit rules, decoders, prompts, streams and grammars. Some leave early, some read
 slowly, some send bad bodies. The pool of cache blocks is small, so that requests are preempted. OUT.json holds memory,
 open files and answers over time, OUT.png draws them. Exits 1 for an answer of 500 and above, a request without an end,
-or a process whose memory in the last tenth is more than 2 % above that after the first quarter.
+a kind of request that is never answered with 200, a load that preempts nothing, or a process whose memory in the last
+tenth is more than 2 % above that after the first quarter.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 import psutil
 
 PATIENCE = 300.0  # seconds after which a request counts as stuck
+# A cache for six requests of the mean length, which grow past it: some are preempted.
+FLAGS = ("--enforce-eager", "--max-num-seqs", "24", "--block-size", "32", "--num-gpu-blocks-override", "24")
 RULES = ("latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability")
 BAD = [b"{", b"[]", b'"text"', b'{"model": "m"}', b"\xff" * 100, b'{"model": "m", "prompt": "a", "num_recurrences": 0}']
 BAD += [
@@ -44,40 +47,43 @@ BAD += [
         {"decoder": "beam"},
     )
 ]
-KINDS: tuple[dict[str, Any], ...] = (
-    {},
-    {"temperature": 1.0, "n": 2},
-    {"logprobs": 2},
-    {"stop": ["a"]},
-    {"structured_outputs": {"regex": "[0-9]{2}"}},
-    {"prompt_exit": True, "exit_rule": "latent-diff", "exit_threshold": 0.5},
-    {"return_recurrences": True},
-    {"trace": [1, 2, 3, 2] * 256},
-    {"decoder": "wave", "max_in_flight": 4},
-    {"decoder": "diffusion"},
-    {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "logit_bias": {"65": 2}},
-)
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two choices": {"temperature": 1.0, "n": 2},
+    "log-probabilities": {"logprobs": 2},
+    "stop": {"stop": ["a"]},
+    "grammar": {"structured_outputs": {"regex": "[0-9]{2}"}},
+    "exits of prompts": {"prompt_exit": True, "exit_rule": "latent-diff", "exit_threshold": 0.5},
+    "depths": {"return_recurrences": True},
+    "trace": {"trace": [1, 2, 3, 2] * 64, "num_recurrences": 3},
+    "wave": {"decoder": "wave", "max_in_flight": 4},
+    "diffusion": {"decoder": "diffusion"},
+    "sampled": {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "logit_bias": {"65": 2}},
+}
 
 
-def body(draw: random.Random, longest: int) -> tuple[str, dict[str, Any]]:
-    """(route, body) of a request. longest: tokens of a prompt."""
+def body(draw: random.Random, longest: int) -> tuple[str, str, dict[str, Any]]:
+    """(kind, route, body) of a request. longest: tokens of a prompt."""
     found: dict[str, Any] = {"model": "m", "max_tokens": draw.randint(1, 40), "stream": draw.random() < 0.5}
     found["num_recurrences"] = draw.randint(1, 8)
-    found |= draw.choice(KINDS)
+    kind = draw.choice([*KINDS])
+    found |= KINDS[kind]
     if draw.random() < 0.5 and "exit_rule" not in found and "trace" not in found and "decoder" not in found:
         found |= {"exit_rule": draw.choice(RULES)}
     if draw.random() < 0.3 and "logprobs" not in found:
         words = " ".join(draw.choice(("depth", "core", "state", "loop")) for _ in range(draw.randint(1, 20)))
-        return "chat/completions", {**found, "messages": [{"role": "user", "content": words}]}
-    return "completions", {**found, "prompt": [draw.randrange(250) for _ in range(draw.randint(1, longest))]}
+        return kind, "chat/completions", {**found, "messages": [{"role": "user", "content": words}]}
+    return kind, "completions", {**found, "prompt": [draw.randrange(250) for _ in range(draw.randint(1, longest))]}
 
 
 class Load:
-    """Clients of one server. answers: how often each status came; `left` and `slow` are clients that went away."""
+    """Clients of one server. answers: how often each status came; `left` and `slow` are clients that went away.
+    kinds: how often each kind of request was answered with 200."""
 
     def __init__(self, port: int, seed: int, longest: int):
         self.port, self.seed, self.longest = port, seed, longest
         self.answers: Counter[str] = Counter()
+        self.kinds = Counter(dict.fromkeys(KINDS, 0))
         self.number = 0
         self.examples: dict[str, str] = {}  # the first body and answer of each status
 
@@ -94,7 +100,7 @@ class Load:
             draw = random.Random(f"{self.seed} {self.number}")
             kind = draw.random()
             if kind < 0.1:
-                await self.ask(session, "completions", draw.choice(BAD), PATIENCE)
+                await self.ask(session, "", "completions", draw.choice(BAD), PATIENCE)
             elif kind < 0.2:
                 await self.ask(session, *self.encoded(draw), draw.uniform(0.001, 0.5))
             elif kind < 0.25:
@@ -102,11 +108,11 @@ class Load:
             else:
                 await self.ask(session, *self.encoded(draw), PATIENCE)
 
-    def encoded(self, draw: random.Random) -> tuple[str, bytes]:
-        route, found = body(draw, self.longest)
-        return route, json.dumps(found).encode()
+    def encoded(self, draw: random.Random) -> tuple[str, str, bytes]:
+        kind, route, found = body(draw, self.longest)
+        return kind, route, json.dumps(found).encode()
 
-    async def ask(self, session: Any, route: str, content: bytes, patience: float) -> None:
+    async def ask(self, session: Any, kind: str, route: str, content: bytes, patience: float) -> None:
         """Send a request and read its answer, or leave after `patience` seconds."""
         import aiohttp
 
@@ -117,6 +123,8 @@ class Load:
                 async with session.post(url, data=content, headers=headers) as reply:
                     text = await reply.text()
                     self.answers[str(reply.status)] += 1
+                    if reply.status == 200:
+                        self.kinds[kind] += 1
                     self.examples.setdefault(str(reply.status), f"{content[:300]!r} -> {text[:300]}")
         except TimeoutError:
             self.answers["stuck" if patience == PATIENCE else "left"] += 1
@@ -126,7 +134,7 @@ class Load:
 
     async def read_slowly(self, draw: random.Random) -> None:
         """Ask for a stream, read a few bytes of it now and then, and leave."""
-        route, found = body(draw, self.longest)
+        _, route, found = body(draw, self.longest)
         content = json.dumps({**found, "stream": True, "max_tokens": 200}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=256)
         head = f"POST /v1/{route} HTTP/1.1\r\nHost: m\r\nContent-Type: application/json\r\n"
@@ -150,10 +158,12 @@ def sample(server: psutil.Process) -> dict[str, dict[str, int]]:
     return found
 
 
-def judge(samples: list[dict[str, Any]], answers: Counter[str], flat: float) -> list[str]:
+def judge(samples: list[dict[str, Any]], load: Load, preempted: int, flat: float) -> list[str]:
     """The faults of a soak, in words. flat: most that memory may be at the end, over that of the first quarter."""
     fine = ("left", "slow")
-    wrong = [f"{n} answers: {status}" for status, n in answers.items() if status >= "500" and status not in fine]
+    wrong = [f"{n} answers: {status}" for status, n in load.answers.items() if status >= "500" and status not in fine]
+    wrong += [f"no answer 200 to a request of the kind: {kind}" for kind, n in load.kinds.items() if not n]
+    wrong += [] if preempted else ["no request was preempted"]
     quarter, tenth = len(samples) // 4, max(1, len(samples) // 10)
     for name in ("api", "engine"):
         for what, limit in (("memory", flat), ("files", 1.1)):
@@ -195,11 +205,20 @@ async def soak(server: psutil.Process, load: Load, seconds: float, clients: int)
 
 def start(model: Path, port: int, log: Path) -> subprocess.Popen:
     """A server of `model` that preempts."""
-    command = [sys.executable, "-m", "loopwise", "serve", str(model), f"port={port}", "name=m"]
-    command += ["--", "--enforce-eager", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60"]
+    command = [sys.executable, "-m", "loopwise", "serve", str(model), f"port={port}", "name=m", "kv_policy=last-exited"]
+    command += ["--", *FLAGS]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     with log.open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
+async def preemptions(port: int) -> int:
+    """The requests that the server has preempted."""
+    import aiohttp
+
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as reply:
+        lines = (await reply.text()).splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:num_preemptions_total{"))
 
 
 async def ready(process: subprocess.Popen, port: int, log: Path) -> None:
@@ -237,16 +256,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         asyncio.run(ready(process, port, log))
         samples = asyncio.run(soak(psutil.Process(process.pid), load, args.seconds, args.clients))
+        preempted = asyncio.run(preemptions(port))
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    found = {"answers": load.answers, "examples": load.examples, "exit code": code, "samples": samples}
+    found = {"answers": load.answers, "kinds": load.kinds, "preempted": preempted, "examples": load.examples}
+    found |= {"exit code": code, "samples": samples}
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     draw(samples, args.out.with_suffix(".png"))
     print(f"{load.number:,} requests: {dict(sorted(load.answers.items()))}; the server ended with {code}")
-    wrong = judge(samples, load.answers, args.flat) + ([f"the server ended with {code}"] if code else [])
+    print(f"answered with 200: {dict(load.kinds)}; {preempted:,} preempted")
+    wrong = judge(samples, load, preempted, args.flat) + ([f"the server ended with {code}"] if code else [])
     print(*wrong or ["flat"], sep="\n")
     return bool(wrong)
 

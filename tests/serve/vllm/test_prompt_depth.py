@@ -17,6 +17,8 @@ pytestmark = [
 
 BUDGET, DEEP, ROWS = 64, 32, 6
 LONG = 512  # tokens: as many times the budget as 8k are of 1,024
+SLOWER = 8  # times in seconds: many narrow passes cost more than one of as many lanes
+WARM = 10  # short requests, after which all kernels have been met
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def test_a_step_is_bounded_in_tokens_times_depth(results):
 
 def test_a_short_request_waits_at_most_twice_as_long(results):
     waits = {depth: p99(result["latency"]) for depth, result in results.items()}
-    seconds = {depth: p99(result["seconds"]) for depth, result in results.items()}
+    seconds = {depth: p99(result["seconds"][WARM:]) for depth, result in results.items()}
     print(f"p99 in lanes of passes: {waits}, in seconds: {seconds}")
     assert waits[DEEP] <= 2 * waits[1]
+    assert seconds[DEEP] <= SLOWER * seconds[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.soak import Load, sample
+from bench.soak import FLAGS, Load, judge, sample
 from bench.soak import main as soak
 from tests.helpers.serve_tiny import GROUPED, RETROFIT, save, source_config
 from tests.helpers.serving import Server, metric, serving
@@ -36,7 +36,23 @@ def test_a_soak_of_mixed_load(seconds, flat, tmp_path):
     assert soak([str(tmp_path / "tiny"), *arguments]) == 0
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["answers"]["200"] > found["answers"]["400"] > 0
+    assert min(found["kinds"].values()) > 0
+    assert found["preempted"] > 0
     assert (tmp_path / "soak.png").stat().st_size > 10_000
+
+
+def test_a_soak_sees_what_it_did_not_try():
+    """A kind of request that is always refused, and a cache that is never full."""
+    samples = [{"api": {"memory": 100, "files": 9}, "engine": {"memory": 100, "files": 9}}] * 20
+    load = Load(0, 0, 100)
+    load.answers.update({"200": 50, "400": 9, "left": 3})
+    load.kinds.update(dict.fromkeys(load.kinds, 1))
+    assert judge(samples, load, 1, 1.02) == []
+    load.kinds["trace"] = 0
+    assert judge(samples, load, 0, 1.02) == [
+        "no answer 200 to a request of the kind: trace",
+        "no request was preempted",
+    ]
 
 
 @pytest.mark.slow
@@ -44,8 +60,7 @@ def test_thousands_of_requests(tmp_path):
     """The soak's load, by its number: nothing is left behind in the engine."""
     shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": "last-exited"}
     save(tmp_path / "m", source_config("llama", **GROUPED), **shape)
-    flags = "--enforce-eager", "--max-num-seqs", "24", "--num-gpu-blocks-override", "60"
-    with serving(tmp_path / "m", "--", *flags) as server:
+    with serving(tmp_path / "m", "--", *FLAGS) as server:
         process = psutil.Process(server.process.pid)
 
         def answered(count: int, seed: int) -> Counter[str]:
@@ -64,6 +79,7 @@ def test_thousands_of_requests(tmp_path):
         assert {*answers} == {"200", "400", "left", "slow"}
         assert answers["200"] > REQUESTS / 2
         assert answers["400"] > REQUESTS / 20
+        assert metric(server, "vllm:num_preemptions_total{") > 0
         assert metric(server, "vllm:num_requests_waiting{") == 0
         assert metric(server, "vllm:kv_cache_usage_perc{") == 0
         assert memory() < before * 1.05 + (32 << 20)
