@@ -55,14 +55,21 @@ def conversations(recipe: Evaluate, tokenizer: PreTrainedTokenizerBase) -> Seque
     """The conversations of `recipe`. Names long and skipped records on stderr.
 
     A generated task with a limit draws only that many records. Files are read whole: their number of records, the
-    held-out split and the lengths are unknown before. Raises UserError if no conversation is left to measure.
+    held-out split and the lengths are unknown before. Raises UserError for a limit of generated tasks and files
+    together, and if no conversation is left to measure.
     """
     field = recipe.chat_field or tasks.MESSAGES
     skip = recipe.bad_records == "skip"
     reader = answers.Grouped(
         field, recipe.split, recipe.subset, chat=True, skip=skip, tokenizer=tokenizer, group=recipe.group
     )
-    drawn = recipe.limit and all(map(tasks.is_task, recipe.data)) and not recipe.eval_fraction
+    generated = [source for source in recipe.data if tasks.is_task(source)]
+    if recipe.limit and 0 < len(generated) < len(recipe.data):
+        raise UserError(
+            f"limit={recipe.limit} takes the first records of {generated[0]}, but spreads over files: measure them one "
+            "by one"
+        )
+    drawn = recipe.limit and generated and not recipe.eval_fraction
     groups: list[Any] = []
 
     def kept() -> Iterator[Any]:

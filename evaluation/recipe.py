@@ -69,8 +69,8 @@ class Evaluate(Section):
     )
     limit: Count | None = Field(
         default=None,
-        description="most blocks or conversations to measure, evenly spread over the data; with tasks, the first "
-        "questions of each, as in lm-eval",
+        description="most blocks or conversations to measure, evenly spread over the data; of a generated task, the "
+        "first records; with tasks, the first questions of each, as in lm-eval",
     )
     batch_size: Count = Field(
         default=8, description="blocks in a batch; with endpoint or engine=lanes, requests at once"

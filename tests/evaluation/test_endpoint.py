@@ -141,14 +141,14 @@ def test_a_limit_spreads_over_the_data():
 
 
 def test_a_limit_of_a_generated_task_draws_no_more(model, tmp_path, monkeypatch, capsys):
-    """The records are evenly spread over the source; a file is read whole."""
+    """The first records of each source, in turn; a file is read whole."""
     sources = [SOURCE, f"{SOURCE}&seed=5&lookups=1".replace("lookups=0&", "")]
     recipe = Evaluate(data=sources, group="hops")
-    whole = conversations(recipe, tokenizer("hops")).spread(7)
+    whole = conversations(recipe, tokenizer("hops")).some([0, 1, 2, 33, 34, 35, 36])
     drawn = []
     draw = Source.record
     monkeypatch.setattr(Source, "record", lambda self, number: drawn.append(number) or draw(self, number))
     some = conversations(recipe.model_copy(update={"limit": 7}), tokenizer("hops"))
     assert [ids.tolist() for ids in some.ids] == [ids.tolist() for ids in whole.ids]
     assert some.answers == whole.answers
-    assert drawn == [0, 8, 17, 25, 4, 12, 21]
+    assert drawn == [0, 1, 2, 3, 4, 5, 6]

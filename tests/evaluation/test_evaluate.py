@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 
 from loopwise.cli import main
 from loopwise.evaluation import depths
-from loopwise.evaluation.answers import Answer, Sequences
+from loopwise.evaluation.answers import Answer, Sequences, conversations
 from loopwise.evaluation.plot.evaluation import eval_figure
 from loopwise.evaluation.recipe import Evaluate
 from loopwise.evaluation.result_file import write_result
+from loopwise.evaluation.search.recipe import Search
 from loopwise.train import tasks
 from loopwise.train.pretrained import load_model
 from tests.helpers.train_tiny import run, save_recurrent
@@ -161,9 +163,32 @@ def test_guessing_is_known_for_the_measured_answers_alone(small, capsys):
     source = "task:hops?hops=1..4&questions=1&lookups=0&records=40"
     arguments = ["eval", str(small), "group=hops", "limit=8"]
     parsed: Any = tasks.parse(f"{source}&split=held-out")
-    chances = [parsed.guess(parsed.record(number))[0] for number in range(0, 40, 5)]
+    chances = [parsed.guess(parsed.record(number))[0] for number in range(8)]
     assert said([*arguments, f"data={source}"], capsys)["guess"]["accuracy"] == pytest.approx(sum(chances) / 8)
     assert said([*arguments[:2], f"data={source}", "eval_fraction=0.2"], capsys)["guess"] is None
+
+
+@pytest.mark.parametrize("limit", [7, 250])
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["task:hops?questions=1&lookups=0"],
+        ["task:hops?hops=1+2+4+8&lookups=0&questions=1", "task:hops?hops=1+2+4+8&lookups=0&questions=1&seed=1"],
+        ["task:parity"],
+        ["task:parity?split=train&length=3..6", "task:s5?length=3..6&records=900"],
+    ],
+)
+def test_a_limit_takes_as_many_records_of_each_group(sources, limit):
+    """The limit divides the records of each value, for which an even spread would give one value alone."""
+    group = "hops" if "hops" in sources[0] else "length"
+    searched = Search(data=sources, limit=limit, kind="chains").asked(sources)
+    for recipe in (Evaluate(data=sources, limit=limit), searched):
+        recipe = recipe.model_copy(update={"group": group})
+        found = Counter(answer.group for answer in conversations(recipe, tasks.tokenizer("sums")).answers)
+        wanted = {str(x) for source in sources for x in tasks.parse(source).values[group]}
+        assert {*found} == wanted if limit >= len(wanted) else {*found} < wanted
+        assert sum(found.values()) == limit
+        assert max(found.values()) - min(found.values()) <= 1
 
 
 def test_conversations_of_a_file(recurrent, tmp_path, capsys):
@@ -243,6 +268,10 @@ def test_bad_records_are_skipped_and_named(recurrent, tmp_path, capsys):
         (["data=task:hops?records=20", "group=hop"], "no field 'hop' to group by among 'messages', 'hops', 'kind'"),
         (["data=CORPUS", "group=hops"], "group=hops groups right answers, and text has none: give chat_field"),
         (["data=['task:hops', CORPUS]"], "has answers, and the other data is text: measure them one by one"),
+        (
+            ["data=['task:hops', CORPUS]", "chat_field=chat", "limit=9"],
+            "limit=9 takes the first records of task:hops?s",
+        ),
         (["data=task:hops?records=20", "sequence_length=9"], "no answers to measure in it"),
         (["data=task:hops?hop=3"], "unknown parameter of task:hops 'hop'"),
         (["data=task:hops", "num_recurrences=0"], "num_recurrences"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -66,7 +65,7 @@ def spread(count: int, most: int) -> Sequence[int]:
 
 
 def some_generated(sources: list[str], reader: Reader, most: int) -> Iterator[Any]:
-    """The documents of at most `most` records of generated tasks, evenly spread over all `sources`."""
+    """The documents of `some_records` of generated tasks."""
     parsed = [tasks.parse(source) for source in sources]
     for i, number in some_records(parsed, most):
         record = parsed[i].record(number)
@@ -74,11 +73,18 @@ def some_generated(sources: list[str], reader: Reader, most: int) -> Iterator[An
 
 
 def some_records(sources: list[tasks.Source], most: int) -> Iterator[tuple[int, int]]:
-    """(place of the source, number of the record) of at most `most` records, evenly spread over all `sources`."""
+    """(place of the source, number of the record) of at most `most` records, shared among `sources` by their sizes.
+
+    Records take the values of a parameter in turn. Those of a source follow each other, so that its groups differ by at
+    most one record. A source begins where the one before it stopped, if it has as many records.
+    """
     ends = list(accumulate(source.values["records"] for source in sources))
-    for place in spread(ends[-1], most):
-        i = bisect_right(ends, place)
-        yield i, place - (ends[i - 1] if i else 0)
+    taken = 0
+    for i, (source, end) in enumerate(zip(sources, ends, strict=True)):
+        count = end * min(most, ends[-1]) // ends[-1] - taken
+        start = taken if taken + count <= source.values["records"] else 0
+        yield from ((i, number) for number in range(start, start + count))
+        taken += count
 
 
 def _files(source: str, paths: list[Path], reader: Reader) -> Iterator[Any]:
