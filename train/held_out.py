@@ -5,7 +5,7 @@ Shapes: n blocks, B of a batch, T tokens, V vocabulary, R recurrences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,39 +49,68 @@ def held_out(
     shard: tuple[int, int] = (0, 1),
     stopped: Callable[[], bool] = lambda: False,
 ) -> HeldOut | None:
-    """Losses and right answers of this rank's share of `blocks`.
+    """Losses and right answers of this rank's share of `blocks`, and of the blocks of `answers` if it has others.
 
     num_recurrences: R, or None for a plain model.   shard: (rank, ranks); each rank takes every `ranks`-th batch.
     stopped: asked before each batch, in all ranks alike; True ends the measurement, which is None then. Sets the model
     to eval mode.
     """
     model.eval()
-    rank, ranks = shard
     count = len(answers.groups) if answers else 0
     found = HeldOut(*(torch.zeros(n, dtype=torch.float64) for n in (len(blocks), len(blocks), count)))
+    alone = answers.alone if answers else None
+    for batch in _batches(model, blocks, num_recurrences, batch_size, shard, stopped):
+        if batch is None:
+            return None
+        own, logits, targets = batch
+        found.losses[own] = cross_entropy(logits, targets).cpu().double().sum(1)
+        found.tokens[own] = (targets != -100).sum(1).cpu().double()
+        if answers and alone is None:
+            _count_right(found.right, answers.numbers[own], logits, targets)
+    if answers and alone is not None:
+        size = batch_size * blocks.tokens.shape[1] // alone.tokens.shape[1]  # as many tokens
+        for batch in _batches(model, alone, num_recurrences, size, shard, stopped, masked=True):
+            if batch is None:
+                return None
+            own, logits, targets = batch
+            _count_right(found.right, answers.numbers[own], logits, targets)
+    return found
+
+
+def _batches(
+    model: PreTrainedModel,
+    blocks: Packed,
+    num_recurrences: int | None,
+    batch_size: int,
+    shard: tuple[int, int],
+    stopped: Callable[[], bool],
+    masked: bool = False,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor] | None]:
+    """(places in `blocks`, logits [B, T, V], targets [B, T]) of this rank's batches, and None where it is stopped.
+
+    masked: hide padding from the model. The other arguments are those of `held_out`.
+    """
+    rank, ranks = shard
     stride = ranks * batch_size
     for first in range(0, len(blocks), stride):
         if stopped():
-            return None
+            yield None
+            return
         # A rank without a batch runs the first batch and drops it: all ranks must gather sharded weights.
         mine = first + rank * batch_size < len(blocks)
         start = first + rank * batch_size if mine else 0
         rows = range(start, min(start + batch_size, len(blocks)))
         batch = {name: torch.from_numpy(x).to(model.device) for name, x in blocks.rows(rows).items()}
         labels = batch.pop("labels")
+        if masked:
+            batch["attention_mask"] = torch.from_numpy(blocks.real(rows)).long().to(model.device)
         options = {}
         if num_recurrences is not None:
             sequence_ids = torch.arange(start, start + len(labels), device=model.device)
             options = {"num_recurrences": num_recurrences, "sequence_ids": sequence_ids}
         logits = model(use_cache=False, **batch, **options).logits
-        if not mine:
-            continue
-        targets, own = shifted(labels), slice(start, start + len(labels))
-        found.losses[own] = cross_entropy(logits, targets).cpu().double().sum(1)
-        found.tokens[own] = (targets != -100).sum(1).cpu().double()
-        if answers:
-            _count_right(found.right, answers.numbers[own], logits, targets)
-    return found
+        if mine:
+            yield slice(start, start + len(labels)), logits, shifted(labels)
 
 
 def _count_right(right: torch.Tensor, numbers: np.ndarray, logits: torch.Tensor, targets: torch.Tensor) -> None:

@@ -36,14 +36,18 @@ def log_of(out: Path) -> dict[str, float]:
     return [record for record in records if "eval_loss_r1" in record][-1]
 
 
-KEYS = ["steps=1", "optimiser.learning_rate=1e-3", "data.sequence_length=128", "recurrence.eval_at=1,4"]
-WHOLE = ["data.packing_strategy=bfd", "data.separate_documents=true"]
+KEYS = ["steps=20", "optimiser.learning_rate=3e-2", "recurrence.eval_at=1,4"]  # enough to answer by digits
+PACKED = {
+    "whole and separate": ["packing_strategy=bfd", "separate_documents=true", "sequence_length=128"],
+    "wrapped": ["sequence_length=64"],  # a record has 31 to 55 tokens, so most are cut
+}
 
 
-def test_accuracies_are_those_of_eval(small, tmp_path, capsys):
-    """Whole and separate documents are what `loopwise eval` measures: the same model, the same answers."""
+@pytest.mark.parametrize("name", PACKED)
+def test_accuracies_are_those_of_eval(name, small, tmp_path, capsys):
+    """Whatever the packing, each answer follows its own record alone: the same model, the same answers."""
     out = tmp_path / "out"
-    keys = [f"data.eval={TASK}", "data.group=hops", *KEYS, *WHOLE]
+    keys = [f"data.eval={TASK}", "data.group=hops", *KEYS, *(f"data.{key}" for key in PACKED[name])]
     run(["train", str(small), str(out), "data.train=task:hops?records=20", *keys])
     said = capsys.readouterr().out
     log = log_of(out)
@@ -52,6 +56,7 @@ def test_accuracies_are_those_of_eval(small, tmp_path, capsys):
     for row in result["results"]:
         name = f"eval_accuracy_r{row['num_recurrences']}"
         assert log[name] == pytest.approx(row["accuracy"], abs=1e-9)
+        assert 0 < log[name] < 1
         groups = {group: log[f"{name}_{group}"] for group in row["groups"]}
         assert groups == pytest.approx({group: found["accuracy"] for group, found in row["groups"].items()})
         assert (
@@ -117,6 +122,57 @@ def test_only_whole_answers_count():
     assert twice.numbers.tolist() == [*numbered.numbers, *(n and n + 4 for n in numbered.numbers)]
     assert numbered.kept(np.arange(20) > 2).in_blocks(numbered.numbers[None, 3:]) is not None
     assert numbered.in_blocks(np.zeros((2, 3), np.int32)) is None
+
+
+PACKINGS = [
+    {},
+    {"separate_documents": True},
+    {"packing_strategy": "bfd"},
+    {"packing_strategy": "bfd", "separate_documents": True},
+    {"packing_strategy": "bfd_split", "separate_documents": True},
+]
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_an_answer_counts_where_its_record_stands_before_it(packing, tmp_path, capsys):
+    """Of records of 40 to 100 tokens, the answers within 60 tokens of their beginning count, and no others do."""
+    from loopwise.train import tasks
+
+    tokenizer = tasks.tokenizer("hops")
+    source = "task:hops?hops=1..3&questions=4&statements=9..22&name_length=2&records=40&split=held-out"
+    keys = {"train": ["task:hops?records=40"], "eval": [source], "sequence_length": 60, **packing}
+    blocks = build(Data.model_validate(keys), tokenizer, tmp_path / "tokens")
+    expected = []
+    for record in tasks.parse(source).records():
+        ids: list[int] = []
+        for message in record["messages"]:
+            ids += tokenizer(message["content"])["input_ids"]
+            if message["role"] == "assistant" and len(ids) <= 60:
+                expected.append(tuple(ids))
+    assert blocks.answers is not None
+    rows = blocks.answers.alone or blocks.held_out
+    assert rows is not None
+    found = []
+    for number in range(1, len(blocks.answers.groups) + 1):
+        numbered, places = np.nonzero(blocks.answers.numbers == number)
+        row, place = numbered[0], places[-1]
+        start = np.flatnonzero((rows.marks[row] & START > 0)[: place + 1])[-1]
+        found.append(tuple(rows.tokens[row, start : place + 1].tolist()))
+    assert sorted(found) == sorted(expected)
+    assert 40 < len(expected) < 150
+    left = 160 - len(expected)
+    assert f"the held-out text: {left} of 160 answers are left out, as their records are cut" in capsys.readouterr().err
+
+
+def test_no_answer_of_a_document_without_its_beginning_counts(tokenizer, tmp_path):
+    """A single long document is held out by its end, whose beginning is trained on."""
+    turns = [{"role": role, "content": f"{role[0]}{i}"} for i in range(50) for role in ("user", "assistant")]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": turns}))
+    keys = {"train": [str(tmp_path / "long.jsonl")], "chat_field": "messages", "eval_fraction": 0.4}
+    blocks = build(Data.model_validate({**keys, "sequence_length": 32}), tokenizer, tmp_path / "tokens")
+    assert blocks.held_out is not None
+    assert (blocks.held_out.marks & LEARN > 0).any()
+    assert blocks.answers is None
 
 
 def test_wrong_groups_are_named(small, corpus, tmp_path, capsys):

@@ -10,8 +10,8 @@ Files in reading order:
     reader.py       Reader: a record becomes a document
     documents.py    the documents of all sources
     tokens.py       Corpus: documents become tokens
-    answers.py      answers of conversations, and their groups
     packing.py      Packed: tokens become blocks
+    answers.py      answers of conversations, and their groups
     cache.py        tokens that are kept between runs
     blocks.py       Blocks: the packed data of a run, on disk
     order.py        the order of samples, and mixtures of sources

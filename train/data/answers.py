@@ -11,8 +11,9 @@ import numpy as np
 
 from loopwise.errors import UserError
 
+from .packing import Bins, Packed, pieces
 from .reader import Reader
-from .tokens import LEARN, Corpus
+from .tokens import LEARN, START, Corpus
 
 
 @dataclass
@@ -58,11 +59,13 @@ def runs(learned: np.ndarray, group: Any, where: str) -> list[tuple[int, int, st
 class Answers:
     """The answers of blocks.
 
-    numbers [n, T] int32: the answer that a token belongs to, from 1; 0 for none.   groups: of each answer.
+    numbers [n, T] int32: the answer that a token belongs to, from 1; 0 for none.   groups: of each answer.   alone: the
+    blocks of `numbers`, each the beginning of one document; None for the blocks whose loss is measured.
     """
 
     numbers: np.ndarray
     groups: list[str | None]
+    alone: Packed | None = None
 
 
 @dataclass
@@ -99,6 +102,17 @@ class Numbered:
         """The same answers, with the tokens of `mask` [N]."""
         return Numbered(self.numbers[mask], self.groups, self.sizes)
 
+    def begun(self, corpus: Corpus, length: int) -> np.ndarray:
+        """`numbers` [N], but 0 for tokens behind the first `length` of a document, and where its beginning is cut off.
+
+        corpus: of these answers.
+        """
+        sizes = np.diff(corpus.ends, prepend=0)
+        starts = corpus.ends - sizes
+        places = np.arange(len(corpus.tokens)) - np.repeat(starts, sizes)
+        whole = np.repeat((corpus.marks[starts] & START) > 0, sizes)
+        return np.where(whole & (places < length), self.numbers, 0)
+
     @classmethod
     def joined(cls, parts: Sequence[Numbered]) -> Numbered:
         """The answers of all `parts` in one."""
@@ -122,6 +136,16 @@ class Numbered:
             return None
         new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
         return Answers(new[blocks], [self.groups[i - 1] for i in np.flatnonzero(kept)])
+
+
+def alone(corpus: Corpus, numbers: np.ndarray, sequence_length: int, long: str, name: str) -> Bins:
+    """A block for each document that has answers of `numbers` [N], for `fill`: its beginning, without EOS.
+
+    long: as for `pieces`. Raises UserError, led by `name`, as `pieces` does.
+    """
+    found = pieces(corpus, sequence_length, False, long, name)
+    last = {*corpus.ends.tolist()}
+    return [[(begin, end - (end in last))] for begin, end in found if numbers[begin:end].any()]
 
 
 def accuracy(groups: Sequence[str | None], right: Sequence[bool]) -> dict[str, Any]:

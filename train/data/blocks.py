@@ -17,7 +17,7 @@ from loopwise.errors import UserError
 
 from ..recipe import Data
 from . import cache
-from .answers import Answers, Grouped, Numbered
+from .answers import Answers, Grouped, Numbered, alone
 from .documents import documents
 from .packing import Packed, fill, longer, pack, split, whole, with_starts
 from .reader import Reader
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FACTS = "facts.json"
 ANSWERS = "held_out_answers.npy"
+ALONE = "alone"  # name of the blocks of `Answers.alone`
 
 
 @dataclass
@@ -176,12 +177,18 @@ def _held_out(
     if not numbered:
         return None
     together = Numbered.joined(numbered)
-    if data.padded:
-        bins = whole(corpus, data.sequence_length, data.packing_strategy, data.long_documents, name)
-        placed = fill(together.numbers, bins, data.sequence_length, 0)
-    else:
-        placed = pack(together.numbers, data.sequence_length, name)
-    if found := together.in_blocks(placed):
+    numbers, length = together.begun(corpus, data.sequence_length), data.sequence_length
+    if data.padded and data.separate_documents:
+        bins = whole(corpus, length, data.packing_strategy, data.long_documents, name)
+    elif bins := alone(corpus, numbers, length, data.long_documents, name):
+        length = max(end - begin for [(begin, end)] in bins)
+        eos = cast(int, tokenizer.eos_token_id)
+        _save(directory, ALONE, [fill(corpus.tokens, bins, length, eos)], [fill(corpus.marks, bins, length, PAD)])
+    found = together.in_blocks(fill(numbers, bins, length, 0)) if bins else None
+    count = len(found.groups) if found else 0
+    if left := len(together.groups) - count:
+        print(f"{name}: {left} of {count + left} answers are left out, as their records are cut", file=sys.stderr)
+    if found:
         with naming(directory / ANSWERS):
             np.save(directory / ANSWERS, found.numbers)
     return found
@@ -205,17 +212,19 @@ def load(directory: Path) -> Blocks:
     """The result of `build` in `directory`, memory-mapped, so that the processes of one machine share it."""
     facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
 
-    def packed(name: str) -> Packed:
+    def packed(name: str, **keys: bool) -> Packed:
         files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
         empty = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
         tokens, marks = (np.load(file, mmap_mode=None if empty else "r") for file in files)
         by_record = name == "train" and facts.get("recurrences", False)
-        return Packed(tokens, marks, facts["separate"], facts.get("padded", False), by_record)
+        kind = {"separate": facts["separate"], "padded": facts.get("padded", False), "by_record": by_record}
+        return Packed(tokens, marks, **{**kind, **keys})
 
     held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
     answers = None
     if (file := directory / ANSWERS).is_file():
-        answers = Answers(np.load(file, mmap_mode="r"), facts["groups"])
+        rows = packed(ALONE, separate=False, padded=True) if (directory / f"{ALONE}.npy").is_file() else None
+        answers = Answers(np.load(file, mmap_mode="r"), facts["groups"], rows)
     return Blocks(packed("train"), held_out, answers, facts["parts"], facts["digest"], facts["greatest"], directory)
 
 
