@@ -13,6 +13,7 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.errors import UserError
+from loopwise.evaluation.answers import conversations
 from loopwise.evaluation.recipe import Evaluate
 from loopwise.train import tasks
 from loopwise.train.data import LEARN, build
@@ -297,6 +298,29 @@ def test_lookups_and_hops_are_drawn_as_asked():
     shares = np.bincount(hops, minlength=5) / len(hops)
     assert shares[0] == pytest.approx(0.27, abs=0.03)
     assert shares[1:] == pytest.approx([0.195, 0.19, 0.18, 0.165], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("hops", "task:sums?records=20", "'; use the one of `loopwise init task:sums OUT`"),
+        ("hops", "task:s5?length=2&records=20", "no token for ','; use the one of `loopwise init task:s5 OUT`"),
+        ("sums", "task:hops?style=code&records=20", "no token for ' '; use that of a pretrained model, as style=c"),
+    ],
+)
+def test_a_tokenizer_without_a_character_is_refused(name, source, message, tmp_path):
+    """In training, streamed or not, and in measurements."""
+    tokenizer = tasks.tokenizer(name)
+    data = Data(train=[source], bad_records="skip")
+    for read in (
+        lambda: build(data, tokenizer, tmp_path / "tokens"),
+        lambda: Stream(data.train, data, tokenizer, 0, None).row(0),
+        lambda: conversations(Evaluate(data=[source]), tokenizer),
+    ):
+        with pytest.raises(UserError) as raised:
+            read()
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_step_without_an_answer_has_no_loss(tmp_path):

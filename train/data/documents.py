@@ -51,7 +51,8 @@ def reader_for(source: str, reader: Reader) -> Reader:
     """`reader`, or for a generated task a copy that reads its conversations, with the chat template of tasks."""
     if not tasks.is_task(source):
         return reader
-    return replace(reader, field=tasks.MESSAGES, chat=True, chat_template=tasks.CHAT_TEMPLATE)
+    settings = {"chat_template": tasks.CHAT_TEMPLATE, "task": tasks.name_of(source)}
+    return replace(reader, field=tasks.MESSAGES, chat=True, **settings)
 
 
 def _generated(source: str, reader: Reader) -> Iterator[Any]:

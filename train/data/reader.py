@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopwise.errors import UserError
 
+from .. import tasks
 from ..recipe import RecordRecurrences
 from .chat import ARGUMENTS, Encoded, conversation_of, encode
 from .files import no_field
@@ -33,7 +34,7 @@ class Reader:
 
     tokenizer: encodes conversations; not used for text.   skip: name a bad record on stderr and leave it out, instead
     of stopping.   recurrences: gives R of a record.   skipped: number of records left out so far.   chat_template: used
-    instead of the tokenizer's.
+    instead of the tokenizer's.   task: name of the generated task that is read, whose characters must all be known.
     """
 
     field: str = "text"
@@ -45,6 +46,7 @@ class Reader:
     recurrences: RecordRecurrences | None = None
     skipped: int = 0
     chat_template: str | None = None
+    task: str | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -55,8 +57,17 @@ class Reader:
     def document(self, record: Any, where: str) -> Any:
         """The Document of a record, or None if the record was skipped. `where`: the record's place, for errors.
 
-        Raises UserError for a bad record, unless `skip`.
+        Raises UserError for a bad record, unless `skip`, and for a tokenizer that lacks a character of a task.
         """
+        found = self._document(record, where)
+        if self.task and found and (character := _unknown(found.ids, record[self.field], self.tokenizer)):
+            raise UserError(
+                f"task:{self.task}: the tokenizer has no token for {character!r}; use "
+                f"{tasks.tokenizer_with(self.task, character)}"
+            )
+        return found
+
+    def _document(self, record: Any, where: str) -> Any:
         try:
             value = _value(record, where, self.field, self.chat)
             if self.chat:
@@ -80,6 +91,15 @@ class Reader:
         if self.skipped <= NAMED:
             more = "; the next ones are not named" if self.skipped == NAMED else ""
             print(f"skipped {error}{more}", file=sys.stderr)
+
+
+def _unknown(ids: list[int], messages: Any, tokenizer: Any) -> str | None:
+    """The first character of `messages` that the tokenizer lacks; None if it has all tokens of them, `ids`."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown not in ids:
+        return None
+    text = "".join(message["content"] for message in messages)
+    return next((c for c in text if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]), text)
 
 
 def _value(record: Any, where: str, field: str, chat: bool) -> Any:

@@ -13,8 +13,8 @@ Files in reading order:
     vocabulary.py    the tokenizer of a task, and the chat template
 """
 
-from .source import HELD_OUT, MESSAGES, TRAIN, Rows, Source, is_task, parse, placed
-from .vocabulary import CHAT_TEMPLATE, tokenizer
+from .source import HELD_OUT, MESSAGES, TRAIN, Rows, Source, is_task, name_of, parse, placed
+from .vocabulary import CHAT_TEMPLATE, tokenizer, tokenizer_with
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -24,7 +24,9 @@ __all__ = [
     "Rows",
     "Source",
     "is_task",
+    "name_of",
     "parse",
     "placed",
     "tokenizer",
+    "tokenizer_with",
 ]

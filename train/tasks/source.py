@@ -79,6 +79,11 @@ def is_task(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
+def name_of(source: str) -> str:
+    """The task that `source` names."""
+    return source.removeprefix(PREFIX).partition("?")[0]
+
+
 def parse(source: str) -> Source:
     """The source `task:NAME?parameter=value&...`. Raises UserError with the parameter, its rule and the choices."""
     name, _, text = source.removeprefix(PREFIX).partition("?")

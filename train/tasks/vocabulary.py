@@ -16,6 +16,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def tokenizer_with(name: str, character: str) -> str:
+    """The tokenizer that has `character` of the task `name`, in words, for errors."""
+    if character in TASKS[name].vocabulary:
+        return f"the one of `loopwise init task:{name} OUT`"
+    return "that of a pretrained model, as style=code is Python"
+
+
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of the task `name`, with its chat template. Imports transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
