@@ -243,8 +243,27 @@ def test_distractors_of_hops():
         assert len(made) == 4
         sizes |= {len(path) for last, path in made.items() if last not in asked}
     assert sizes == {1, 7}
-    filled = [chains(read(r)[0]) for r in taken("task:hops?hops=4&lookups=0&questions=1&distractor_hops=same", 9)]
-    assert {tuple(sorted(map(len, made.values()))) for made in filled} == {(4, 4, 4, 4, 4)}, "20 statements"
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"),
+    [
+        ("hops=4&lookups=0&questions=1&distractor_hops=same", {4}),  # in 20 statements
+        ("hops=1+2+4+5&lookups=0.2&questions=1&distractor_hops=same", None),
+        ("hops=3&questions=4&lookups=0&statements=12..21&distractor_hops=1..3", {1, 2, 3}),
+        ("hops=2+4&questions=2&lookups=0&statements=18&distractor_hops=2", {2}),
+    ],
+)
+def test_distractors_that_fill_a_record(source, sizes):
+    """No chain has another size than asked for: chains that would be cut are refused."""
+    for record in taken(f"task:hops?{source}", 60):
+        entries, answered = read(record)
+        asked = {question.strip("?=") for question, _ in answered}
+        others = {len(path) for last, path in chains(entries).items() if last not in asked}
+        if sizes is None:
+            assert others == {*record["hops"]} or record["hops"] == [0]
+        else:
+            assert others <= sizes
 
 
 def test_digits_of_hops():
@@ -314,6 +333,19 @@ def test_one_tokenizer_for_all_but_hops(tmp_path):
         ("task:hops?distractors=2&statements=9", "distractors and statements both set the number of statements: give"),
         ("task:hops?hops=8&questions=1&distractors=3&distractor_hops=8", "1 questions and 3 distractors may need 32"),
         ("task:hops?hops=0&questions=5&distractors=1&distractor_hops=2", "5 questions look up more statements than th"),
+        (
+            "task:hops?hops=3&lookups=0&questions=1&distractor_hops=same",
+            "chains of these distractor_hops do not always fill 20 statements; give their number as distractors=N",
+        ),
+        (
+            "task:hops?hops=1..2&statements=9..12&questions=2&distractor_hops=same",
+            "do not always fill 9 to 12 statemen",
+        ),
+        ("task:hops?hops=3&distractor_hops=7..9", "chains of these distractor_hops do not always fill 16 statements"),
+        (
+            "task:hops?hops=0..4&lookups=0&questions=1&distractors=0",
+            "hops=0 looks up a statement, and one question with distractors=0 leaves none",
+        ),
         ("task:hops?distractor_hops=all", "distractor_hops=all: same, or a whole number, a range as 1..8"),
         ("task:hops?order=backward", "order=backward: one of shuffled, forward, reverse, or several of these joined"),
         ("task:sum", "unknown task 'sum': did you mean 'sums'? choose from hops, parity, s5, sums"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,8 @@ from loopwise.train import tasks
 from loopwise.train.data import LEARN, build
 from loopwise.train.data.stream import Mark, Stream
 from loopwise.train.recipe import Data
+from loopwise.train.tasks import hops
+from tests.helpers.repository import ROOT
 from tests.helpers.train_tiny import run, same
 
 
@@ -292,12 +295,30 @@ def test_init_replaces_what_is_ours_alone(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_lookups_and_hops_are_drawn_as_asked():
-    hops = np.concatenate([record["hops"] for record in taken("task:hops?hops=1..4&lookups=0.25", 600)])
-    # Records whose chains do not fit are drawn again, so that long ones come a little less often.
-    shares = np.bincount(hops, minlength=5) / len(hops)
-    assert shares[0] == pytest.approx(0.27, abs=0.03)
-    assert shares[1:] == pytest.approx([0.195, 0.19, 0.18, 0.165], abs=0.03)
+@pytest.mark.parametrize("most", [4, 8])
+def test_lookups_and_hops_are_drawn_until_they_fit(most):
+    """The shares of all lists of hops that fit, each as likely as it is drawn."""
+    source = f"task:hops?hops=1..{most}"
+    values = tasks.parse(source).values
+    exact = np.zeros(most + 1)
+    for asked in itertools.product(range(most + 1), repeat=values["questions"]):
+        if sum(asked) <= values["statements"][0]:
+            exact += np.bincount(asked, minlength=most + 1) * math.prod(0.75 / most if n else 0.25 for n in asked)
+    exact /= exact.sum()
+    hops = np.concatenate([record["hops"] for record in taken(source, 1500)])
+    assert np.bincount(hops) / len(hops) == pytest.approx(exact, abs=0.015)
+    if most == 8:
+        page = (ROOT / "docs/reference/training.md").read_text()
+        assert (
+            f"{100 * exact[0]:.1f} % are lookups, {100 * exact[1]:.1f} % have 1 hop, {100 * exact[8]:.1f} % have 8"
+            in page
+        )
+
+
+def test_lookups_and_hops_of_one_question_are_drawn_as_asked():
+    records = taken("task:hops?questions=1", 1600)
+    shares = np.bincount([record["hops"][0] for record in records]) / 1600
+    assert shares == pytest.approx([0.25, *[0.75 / 8] * 8], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +342,12 @@ def test_a_tokenizer_without_a_character_is_refused(name, source, message, tmp_p
             read()
         assert message in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_a_source_whose_chains_never_fit_ends(monkeypatch):
+    monkeypatch.setattr(hops, "TRIES", 1)
+    with pytest.raises(UserError, match="task:hops: 1 draws gave no chains that fit; ask for fewer questions or hops"):
+        taken("task:hops", 100)
 
 
 def test_a_step_without_an_answer_has_no_loss(tmp_path):

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from loopwise.errors import UserError
+
 from .parameters import Draws, Parameter, choice, choices, conversation, either, integer, letters, numbers, share
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -23,13 +25,21 @@ LINES = 21  # default statements and questions of a record: 3 tokens each, 64 wi
 QUESTIONS = {1: 10, 2: 8, 3: 7, 4: 6, 5: 5}  # default number, by the most hops; 4 for more hops
 LONGEST = 8  # most statements of a chain without a question
 SAME = "same"
+TRIES = 10_000  # draws of a record's chains; a few suffice
 KEYWORDS = {"as", "if", "in", "is", "or", "and", "def", "del", "for", "not", "try"}  # Python's, of at most 3 letters
 
 PARAMETERS = {
     "hops": Parameter(
-        numbers(0, 26), tuple(range(1, 9)), "hops of a question, equally likely: 4, 1..8, 0+2+4..6; 0 is a lookup"
+        numbers(0, 26),
+        tuple(range(1, 9)),
+        "hops of a question: 4, 1..8, 0+2+4..6; 0 is a lookup. They are drawn equally often, but a record whose chains "
+        "do not fit is drawn again, so that many hops come less often; with one question, all come equally often",
     ),
-    "lookups": Parameter(share, 0.25, "share of the questions that are lookups, independent of hops"),
+    "lookups": Parameter(
+        share,
+        0.25,
+        "share of the questions that are drawn as lookups; as lookups fit more often, their share is larger",
+    ),
     "questions": Parameter(integer(1, 20), None, "questions of a record (default: by the most hops, 10 to 4)"),
     "statements": Parameter(numbers(1, 99), None, "statements of a record (default: 21 - questions, 64 tokens in all)"),
     "names": Parameter(letters, tuple(LETTERS), "letters of the names: a..z, a..m+x", later=True),
@@ -43,8 +53,8 @@ PARAMETERS = {
     "distractor_hops": Parameter(
         either(SAME, numbers(1, 26)),
         None,
-        "statements of such a chain, or same: as many as a chain that is asked for (default: 1 to the most hops, at "
-        "most 8)",
+        "statements of such a chain, or same: as many as a chain that is asked for; these must fill the record, or "
+        "distractors gives their number (default: 1 to the most hops, at most 8, and the last chain is cut)",
         later=True,
     ),
     "digits": Parameter(
@@ -92,11 +102,32 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
         )
     if statements[-1] > names:
         raise ValueError(f"{statements[-1]} statements need as many names, and there are {names}; give more letters")
+    if not _fills(values["distractor_hops"], hops, questions, statements):
+        raise ValueError(
+            f"chains of these distractor_hops do not always fill {_range(statements)} statements; give their number as "
+            "distractors=N, in place of statements"
+        )
     return {**values, "questions": questions, "statements": statements}
 
 
 def _fit(questions: int, hops: tuple[int, ...], needed: float, statements: int) -> bool:
     return questions <= statements and questions * needed <= statements and questions * hops[0] <= statements
+
+
+def _fills(
+    given: str | tuple[int, ...] | None, hops: tuple[int, ...], questions: int, statements: tuple[int, ...]
+) -> bool:
+    """True if chains of the sizes `given` fill every record behind those that are asked for, none with another size."""
+    asked = [n for n in hops if n]
+    if given == SAME:
+        return (questions == 1 or len(asked) == 1) and not any(total % n for n in asked for total in statements)
+    if given is None or given == tuple(range(1, len(given) + 1)):  # the chain that is cut is of such a size
+        return True
+    return len(given) == 1 and not any(n % int(given[0]) for n in (*asked, *statements))
+
+
+def _range(numbers: tuple[int, ...]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
 def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> dict[str, Any]:
@@ -118,6 +149,8 @@ def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> di
             f"{questions} questions and {distractors[-1]} distractors may need {most:g} names, and there are {names}; "
             "ask for fewer or shorter chains, or give more letters"
         )
+    if questions == 1 and 0 in hops and not distractors[-1]:
+        raise ValueError("hops=0 looks up a statement, and one question with distractors=0 leaves none")
     if questions * zero > questions * needed + each:
         raise ValueError(f"{questions} questions look up more statements than there are; ask for more distractors")
     return {**values, "questions": questions}
@@ -137,16 +170,18 @@ def draw(values: dict[str, Any], draws: Draws, index: int) -> tuple[str, dict[st
     """(the program, record number `index`).
 
     A record with one question takes the values of `hops` in turn, so that groups have equal sizes; else hops are drawn.
-    Every chain has at most one question. Lookups may ask for any statement.
+    Every chain has at most one question. Lookups may ask for any statement. Raises UserError if no chains fit.
     """
     hops, count = values["hops"], values["questions"]
     total = draws.pick(values["statements"]) if values["statements"] else None
-    while True:
+    for _ in range(TRIES):
         asked = [hops[index % len(hops)]] if count == 1 else [draws.pick(hops) for _ in range(count)]
         asked = [0 if draws.uniform() < values["lookups"] else n for n in asked]
         chains = _chains(values, draws, [n for n in asked if n], total)
         if chains and asked.count(0) <= sum(chains):
             break
+    else:
+        raise UserError(f"task:hops: {TRIES} draws gave no chains that fit; ask for fewer questions or hops")
     statements, ends = _program(values, draws, chains, len(asked) - asked.count(0))
     looked_up = draws.sample(statements, asked.count(0))
     problem = "".join(f"{name}={value};" for name, value in statements)
