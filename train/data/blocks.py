@@ -186,7 +186,7 @@ def _held_out(
         _save(directory, ALONE, [fill(corpus.tokens, bins, length, eos)], [fill(corpus.marks, bins, length, PAD)])
     found = together.in_blocks(fill(numbers, bins, length, 0)) if bins else None
     count = len(found.groups) if found else 0
-    if left := len(together.groups) - count:
+    if left := np.count_nonzero(np.unique(together.numbers)) - count:  # a share of training has the other numbers
         print(f"{name}: {left} of {count + left} answers are left out, as their records are cut", file=sys.stderr)
     if found:
         with naming(directory / ANSWERS):
