@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .. import load
-from ..checkpoint import config_fields
+from ..checkpoint import check_layers_stored, config_fields, weight_files
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
@@ -49,6 +50,7 @@ def read_source(path: Path) -> Source:
         check_fields(source.config, path)
         if source.config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={source.config.num_hidden_layers}")
+        check_layers_stored(path, _stored(path))
         with torch.device("meta"):
             empty_model(source.config)
     except UserError:
@@ -58,6 +60,13 @@ def read_source(path: Path) -> Source:
             f"{path / 'config.json'}: no {model_type} model can be built from it ({reason(error)})"
         ) from None
     return source
+
+
+def _stored(path: Path) -> list[Path]:
+    """The weight files of the directory `path`; none where they are not all there, as for a hub's before it is read."""
+    with suppress(UserError):
+        return weight_files(path)
+    return []
 
 
 def read_recurrent_config(path: Path) -> RecurrentDepthConfig:

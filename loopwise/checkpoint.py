@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ IMPLEMENTATIONS: dict[str, dict[str, str | None]] = {
     "experts_implementation": {"eager": None, "grouped_mm": None, "batched_mm": None},
 }  # fmt: skip
 
+# Names of fields that count layers, or have an entry for each, and the most layers of a model: transformers makes all
+# of them from config.json, before it looks at the weights, in some milliseconds each.
+LAYERS, MOST_LAYERS = re.compile(r"(^|_)(layers?|num_blocks)(_types)?$|^(prelude|core|coda)$"), 1024
+
 
 def config_fields(path: Path) -> dict[str, Any]:
     """The fields of config.json in the directory `path`.
 
     Raises UserError where there is none, or no model_type; for a recurrent-depth model of a newer format version; for a
-    file that is not regular or a link out of `path`; for kernels of the hub; and where a PEFT adapter lies beside the
-    model: transformers adds it to the weights without a word, and vLLM does not.
+    file that is not regular or a link out of `path`; for kernels of the hub; for too many layers; and where a PEFT
+    adapter lies beside the model: transformers adds it to the weights without a word, and vLLM does not.
     """
     check_entries(path)
     if (path / ADAPTER).exists():
@@ -38,7 +43,7 @@ def config_fields(path: Path) -> dict[str, Any]:
         fields.setdefault("model_type", "parcae")
     if not isinstance(fields.get("model_type"), str):
         raise UserError(f"{path / 'config.json'} has no model_type")
-    check_implementations(fields, str(path / "config.json"))
+    check_values(fields, str(path / "config.json"))
     version = fields.get("format_version", 1)
     known = type(version) is int and version == 1  # the first, without an import; True and 1.0 equal it, too
     if fields["model_type"] == "recurrent_depth" and not known:
@@ -59,23 +64,57 @@ def adapter_error(model: str) -> UserError:
     )
 
 
-def check_implementations(fields: dict[str, Any], where: str) -> None:
-    """Raises UserError, which begins with `where`, if the `fields` of a config.json name a kernel of the hub.
+def check_values(fields: dict[str, Any], where: str) -> None:
+    """Raises UserError, which begins with `where`, if the `fields` of a config.json name a kernel of the hub, or more
+    layers than a model has.
 
-    Configs inside of `fields` count, too. Values may be an object, with a name for each of these.
+    Configs inside of `fields` count, too. Names of kernels may be in an object, one for each of these.
     """
-    inside: list[Any] = [fields]
-    for part in inside:
-        if isinstance(part, list):
-            inside += part
-        if not isinstance(part, dict):
-            continue
-        inside += part.values()
+    for part in _objects(fields):
         for key, value in part.items():
             name = str(key).removeprefix("_").removesuffix("_internal")
             if name in IMPLEMENTATIONS:
                 for each in value.values() if isinstance(value, dict) else [value]:
                     _check_implementation(where, name, each)
+            count = len(value) if isinstance(value, list) else value
+            if LAYERS.search(name) and isinstance(count, int) and count > MOST_LAYERS:
+                kind = f" has {count} entries" if isinstance(value, list) else f"={count}"
+                raise UserError(f"{where}: {name}{kind}; a model has at most {MOST_LAYERS} layers")
+
+
+def check_layers_stored(path: Path, files: list[Path]) -> None:
+    """Raises UserError if config.json of the plain model `path` has more layers than its weights in `files`, if any.
+
+    transformers would make the others at random, of any size, before it names them as missing.
+    """
+    from safetensors import safe_open
+
+    counts = [
+        count
+        for part in _objects(read_json(path / "config.json"))
+        for name, count in part.items()
+        if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and isinstance(count, int)
+    ]
+    if not counts or not files:
+        return
+    stored = 0
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            numbers = re.findall(r"\.(\d{1,9})\.", "\n".join(tensors.keys()))
+        stored = max([stored, *(int(number) + 1 for number in numbers)])
+    if min(counts) > stored:
+        raise UserError(f"{path}: config.json has {min(counts)} layers, and the weights have {stored}")
+
+
+def _objects(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The object `fields`, and all objects inside of it."""
+    inside: list[Any] = [fields]
+    for part in inside:
+        if isinstance(part, list):
+            inside += part
+        elif isinstance(part, dict):
+            inside += part.values()
+            yield part
 
 
 def _check_implementation(where: str, name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import check_values
 from .errors import UserError, reason
 from .gguf_header import Header, check_kind
 
@@ -88,6 +89,7 @@ def build_config(header: Header, read: Read) -> PreTrainedConfig:
         fields["query_pre_attn_scalar"] = _gemma_scale(header)
     if fields.get("sliding_window") == 0:
         fields["sliding_window"] = None
+    check_values(fields, str(file))
     try:
         config = CONFIG_MAPPING[model_type](**fields)
     except Exception as error:  # transformers and huggingface_hub share no base class for errors in a config

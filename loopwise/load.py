@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .carried import SETTINGS, refuse_code
-from .checkpoint import ADAPTER, adapter_error, check_implementations, config_fields, read_json, weight_files
+from .checkpoint import (
+    ADAPTER,
+    adapter_error,
+    check_layers_stored,
+    check_values,
+    config_fields,
+    read_json,
+    weight_files,
+)
 from .errors import UserError, reason, shorten
 from .find_source import SHORT, snapshot
 from .input_files import check_entries
@@ -106,13 +114,18 @@ def read_model(model: str | Path, revision: str | None = None, **options: Any) -
     """The causal language model `model`, a directory or a hub id, from safetensors.
 
     options: of `AutoModelForCausalLM.from_pretrained`. Raises as `read_config` does, and UserError for weights of a
-    directory that are missing, truncated or pickled.
+    directory that are missing, truncated or pickled; and for quantized ones, for some of which transformers would fetch
+    a kernel of the hub, and run it.
     """
     from transformers import AutoModelForCausalLM
 
-    read_config(model, revision)
+    config = read_config(model, revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{model}: its weights are quantized, which only convert and serve read")
     if Path(model).is_dir():
-        weight_files(Path(model))
+        files = weight_files(Path(model))
+        if config.model_type != "recurrent_depth":
+            check_layers_stored(Path(model), files)
     made = AutoModelForCausalLM.from_pretrained(
         model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
     )
@@ -164,5 +177,5 @@ def _hub_fields(model: str, revision: str | None) -> dict[str, Any]:
     if (path / ADAPTER).exists():
         raise adapter_error(model)
     fields = read_json(path / "config.json", f"{model}: the hub has it, but no config.json")
-    check_implementations(fields, f"{model}: config.json")
+    check_values(fields, f"{model}: config.json")
     return fields

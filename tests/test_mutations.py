@@ -181,6 +181,32 @@ def check_recipe(seed: int, models: SimpleNamespace, folder: Path, capsys) -> in
     return check(given, out, seed, text[:300], capsys)
 
 
+PLAIN, EVERY = ("convert", "train", "eval"), ("inspect", "train", "eval", "generate")
+LARGE = [
+    ("plain", {"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000; a model has at most 1024 layers", PLAIN),
+    ("plain", {"num_hidden_layers": 1000}, "config.json has 1000 layers, and the weights have 4", PLAIN),
+    ("plain", {"layer_types": ["full_attention"] * 2000}, "layer_types has 2000 entries; a model has at most", PLAIN),
+    ("recurrent", {"core": [1] * 1_000_000}, "core has 1000000 entries; a model has at most 1024 layers", EVERY),
+    ("recurrent", {"source_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000; a model has", EVERY),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind", "fields", "said"), [(verb, *case) for *case, verbs in LARGE for verb in verbs]
+)
+def test_numbers_of_layers_have_a_limit(verb, kind, fields, said, models, tmp_path, capsys):
+    model = shutil.copytree(getattr(models, kind), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    inner = {"source_config": config["source_config"] | fields["source_config"]} if "source_config" in fields else {}
+    (model / "config.json").write_text(json.dumps(config | fields | inner))
+    given = [str(model) if word == "M" else word for word in COMMANDS[verb](models, tmp_path / "out")]
+    start = time.monotonic()
+    assert main([word for word in given if word != "--dry-run"]) == 2
+    assert time.monotonic() - start < 5
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_hundred_mutations(models, tmp_path, capsys):
     quick = ("inspect", "convert", "train")
     found = [check_checkpoint(seed, models, tmp_path, capsys, quick) for seed in range(50)]
