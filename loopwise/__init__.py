@@ -13,6 +13,7 @@ file imports only files above it:
     emulated.py       advice for CPUs without units for bfloat16
     deprecated.py     old names of keys
     unused.py         settings without effect
+    aliases.py        YAML whose aliases multiply
     recipe.py         recipes: YAML files and key=value settings
     recipe_schema.py  JSON schemas of recipes, for editors
     hub.py            ids of the Hugging Face hub

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from .aliases import Loader
 from .carried import CARD, LICENCES
 from .hub import is_hub_id, is_valid_id
 from .input_files import check_inside
@@ -67,7 +68,7 @@ def read_metadata(card: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         with card.open(encoding="utf-8", errors="replace") as file:
             front = FRONT.match(file.read(LONGEST))
-        fields = yaml.safe_load(front[1]) if front else None
+        fields = yaml.load(front[1], Loader) if front else None
         return fields if isinstance(fields, dict) else {}
     return {}
 

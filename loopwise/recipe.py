@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -26,11 +27,13 @@ from pydantic import (
     model_validator,
 )
 
+from . import aliases
 from .deprecated import RECIPE_KEYS, current_name, print_warning, rename
 from .errors import UserError, reason, shorten, unknown
 from .unused import Unused, refuse, turned_off
 
 RECIPES = Path(__file__).parent / "recipes"
+LARGEST = 2**18  # bytes of a recipe file
 
 
 class Section(BaseModel):
@@ -174,12 +177,12 @@ def _text(model: type[BaseModel], path: list[str], text: str) -> str | None:
     return None if text == "null" and _optional(model, path) else text
 
 
-class Loader(yaml.SafeLoader):
+class Loader(aliases.Loader):
     """YAML that refuses a key that stands twice in a mapping, as one of its values would have no effect."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((name for name in names if names.count(name) > 1 and name != "<<"), None):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((name for name, count in names.items() if count > 1 and name != "<<"), None):
             raise yaml.constructor.ConstructorError(problem=f"the key {twice!r} stands twice")
         return super().construct_mapping(node, deep)
 
@@ -233,6 +236,8 @@ def read_recipe(kind: str, recipe: str) -> dict[str, Any]:
             raise unknown(f"{kind} recipe", recipe, known, few=len(known))
         path = known[recipe]
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: {size:,} bytes; a recipe has at most {LARGEST:,}")
         values = _yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a YAML file in UTF-8 ({error.reason} at byte {error.start})") from None

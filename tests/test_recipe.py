@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -255,3 +256,36 @@ def test_recipes_in_other_encodings_are_named(tmp_path):
         read_recipe("train", str(file))
     file.write_bytes("data: {train: café.txt}\r\n".encode("utf-8-sig"))
     assert read_recipe("train", str(file)) == {"data": {"train": "café.txt"}}
+
+
+BOMB = ["seed: [&a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+BOMB += [f"&{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefghi", "bcdefghij", strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (", ".join(BOMB) + "]", "its aliases add more than 1,048,576 characters"),
+        ("a: &a " + "x" * 100_000 + "\nb: [" + ", ".join(["*a"] * 20) + "]", "its aliases add more than"),
+        ("a: &a {b: *a}", "an alias stands inside of its own value"),
+        ("\n".join(f"k{number}: 1" for number in range(60_000)), "588,889 bytes; a recipe has at most 262,144"),
+        ("\n".join(f"k{number}: 1" for number in range(5_000)) + "\nk7: 1", "the key 'k7' stands twice"),
+    ],
+    ids=["lists", "a text", "itself", "a large file", "many keys"],
+)
+def test_a_recipe_takes_little_time_and_memory(text, said, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=said) as error:
+        read_recipe("train", str(tmp_path / "recipe.yaml"))
+    assert time.monotonic() - start < 5
+    assert len(str(error.value)) < 600
+
+
+def test_aliases_of_a_recipe_mean_their_values(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]")
+    assert read_recipe("train", str(tmp_path / "recipe.yaml")) == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": [{"x": 1}] * 2,
+    }
