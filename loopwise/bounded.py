@@ -13,6 +13,7 @@ from .errors import UserError
 
 SECONDS = 10.0  # for the template on one conversation; those of published models take some milliseconds
 BYTES = 2**31  # that it may add to the memory of this process
+CHARACTERS = 2**24  # of the text that it makes: tokenizers take some 100 bytes for each, beyond all limits
 
 
 class _OutOfTime(BaseException):
@@ -45,6 +46,13 @@ def bounded(name: str, seconds: float = SECONDS, size: int = BYTES) -> Iterator[
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, before)
+
+
+def check_text(name: str, text: str) -> str:
+    """`text`. Raises UserError, which begins with `name`, if it has more than CHARACTERS characters."""
+    if len(text) > CHARACTERS:
+        raise UserError(f"{name} makes more than {CHARACTERS:,} characters of text")
+    return text
 
 
 @contextmanager

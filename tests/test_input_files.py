@@ -191,6 +191,24 @@ def test_a_template_that_does_not_end_is_one_line(template, monkeypatch):
     assert time.monotonic() - start < 5
 
 
+def test_a_large_text_of_a_template_reaches_no_tokenizer(tmp_path):
+    """For want of memory a tokenizer's own code aborts the process, so the texts are made in one of their own."""
+    text = "{% for m in messages %}{{ m.content * 30000000 }}{% endfor %}"
+    tokenizer().save_pretrained(tmp_path)
+    program = (
+        "from loopwise.load import read_tokenizer\nfrom loopwise.train.data import chat\n"
+        "from loopwise.errors import UserError\n"
+        f"tokens = read_tokenizer({str(tmp_path)!r})\n"
+        "messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]\n"
+        f"for template in ({text!r}, '{{% generation %}}' + {text!r} + '{{% endgeneration %}}'):\n"
+        "    try: chat.encode(chat.Conversation(messages), tokens, 'here', template)\n"
+        "    except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    said = "here: the chat template makes more than 16,777,216 characters of text\n"
+    assert (done.returncode, done.stdout) == (0, said * 2), done.stderr[-500:]
+
+
 def test_limits_are_lifted_afterwards():
     import resource
     import signal

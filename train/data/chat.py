@@ -7,13 +7,15 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loopwise.bounded import bounded
+from loopwise.bounded import bounded, check_text
 from loopwise.errors import UserError, reason, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
+Spans = list[tuple[int, int]]  # (first character, end) of each in a text
+TEMPLATE = "the chat template"  # begins the messages of its limits
 
 # Fields of a record that the template gets beside its messages, as in TRL.
 ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
@@ -136,9 +138,11 @@ def encode(
     try:
         if isinstance(template, dict):
             template = tokenizer.get_chat_template(None, arguments.get("tools"))
-        with bounded("the chat template"):
-            from_this = _from_template if MARKED.search(template) else _from_prefixes
-            ids, mask = from_this(messages, tokenizer, given)
+        # Tokens come afterwards: no signal ends a tokenizer's own code, and for want of memory it aborts the process.
+        with bounded(TEMPLATE):
+            marked = bool(MARKED.search(template))
+            text, spans = (_by_marks if marked else _by_prefixes)(messages, tokenizer, given)
+        ids, mask = (_with_marks if marked else _with_prefixes)(check_text(TEMPLATE, text), spans, tokenizer)
         key = json.dumps(messages if not arguments else [messages, arguments], default=str)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -150,14 +154,34 @@ def encode(
     return Encoded(ids, mask, learns_eos, key)
 
 
-def _from_template(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    out = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments
-    )
-    return list(out["input_ids"]), [bool(x) for x in out["assistant_masks"]]
+def _by_marks(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, Spans]:
+    """The text of a conversation, and the places between {% generation %} and its end."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = {**tokenizer.special_tokens_map, **arguments}
+    given["chat_template"] = tokenizer.get_chat_template(arguments.get("chat_template"), arguments.get("tools"))
+    made: Any = render_jinja_template(conversations=[messages], return_assistant_tokens_mask=True, **given)
+    return made[0][0], made[1][0]
 
 
-def _from_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[list[int], list[bool]]:
+def _with_marks(text: str, spans: Spans, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of `text`, and those from the one that holds a span's first character to that of its last one, as
+    transformers' `return_assistant_tokens_mask`."""
+    encoded = tokenizer(text, add_special_tokens=False)
+    ids = list(encoded["input_ids"])
+    mask = [False] * len(ids)
+    for start, end in spans:
+        first, last = encoded.char_to_token(0, start), encoded.char_to_token(0, end - 1)
+        if first is None:
+            break
+        until = last + 1 if last else len(ids)
+        mask[first:until] = [True] * (until - first)
+    return ids, mask
+
+
+def _by_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, Spans]:
+    """The text of a conversation, and the places that each message of the assistant adds behind its prompt."""
+
     def render(until: int, prompt: bool = False) -> str:
         keys = {"tokenize": False, "add_generation_prompt": prompt, **arguments}
         return tokenizer.apply_chat_template(messages[:until], **keys) if until else ""
@@ -173,6 +197,11 @@ def _from_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]
                     "tokens cannot be found; mark them with {% generation %} in the template"
                 )
             spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _with_prefixes(text: str, spans: Spans, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of `text`, and those that begin inside of a span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), mask

@@ -45,6 +45,23 @@ def test_chats_are_learned_where_the_assistant_speaks(template, tokenizer, tmp_p
     assert len(said) >= 8
 
 
+@pytest.mark.parametrize("spaces", ["", " ", "\n", "  "])
+def test_marked_tokens_are_those_of_transformers(spaces, tokenizer):
+    import copy
+
+    from loopwise.train.data.chat import Conversation, encode
+
+    chatting = copy.deepcopy(tokenizer)
+    template = TEMPLATES["marked"].replace("{% generation %}", spaces + "{% generation %}" + spaces)
+    chatting.chat_template = template.replace("|{% endgeneration %}", spaces + "{% endgeneration %}" + spaces)
+    theirs = chatting.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    ours = encode(Conversation(CHAT), chatting, "here")
+    assert ours.ids == theirs["input_ids"]
+    expected = [bool(one) for one in theirs["assistant_masks"]]
+    assert ours.assistant_mask[: len(expected) - 1] == expected[:-1]
+    assert 0 < sum(expected) < len(expected)
+
+
 def test_bad_chats(tokenizer, tmp_path):
     for value, message in {
         '"x"': "a conversation is a list of messages, not str",
