@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from ..arguments import RecipeParser
@@ -33,17 +34,22 @@ def main(argv: list[str]) -> int:
         "again",
     )
     parser.add_argument("--force", action="store_true", help="with tasks: start anew, whatever --out FILE holds")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the functions that task files name; read these first"
+    )
     args = parser.parse(argv)
     recipe = load_recipe(Evaluate, "eval", args.recipe, args.settings)
     out = Path(args.out).expanduser() if args.out else None
     if args.force and not (recipe.tasks and out):
         raise UserError("--force has no effect: it starts a measurement of tasks with --out FILE anew")
+    if args.trust_remote_code and not recipe.tasks:
+        raise UserError("--trust-remote-code has no effect: it runs functions of task files, and tasks names none")
     if recipe.tasks:
-        return _tasks(args.model, recipe, out, args.force, args.json)
+        return _tasks(args, recipe, out)
     return _data(args.model, recipe, out, args.json)
 
 
-def _tasks(model: str, recipe: Evaluate, out: Path | None, force: bool, as_json: bool) -> int:
+def _tasks(args: Namespace, recipe: Evaluate, out: Path | None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
     from .harness.measure import evaluate_tasks
@@ -52,8 +58,8 @@ def _tasks(model: str, recipe: Evaluate, out: Path | None, force: bool, as_json:
 
     if out:
         check_out(out)
-    result = evaluate_tasks(model, recipe, out, force)
-    print(json.dumps(result) if as_json else markdown(result), flush=True)
+    result = evaluate_tasks(args.model, recipe, out, args.force, args.trust_remote_code)
+    print(json.dumps(result) if args.json else markdown(result), flush=True)
     return 0
 
 

@@ -123,6 +123,44 @@ def test_the_canaries_can_fire(tmp_path):
     assert canary.exists()
 
 
+def eval_task(models: SimpleNamespace, *given: str) -> int:
+    return main(["eval", str(models.recurrent), "num_recurrences=1", *given])
+
+
+@pytest.mark.parametrize("kind", canaries.TASKS)
+def test_code_of_a_task_file_stays_quiet(kind, models, tmp_path, capsys):
+    file, canary = canaries.write_task(tmp_path, kind)
+    assert eval_task(models, f"tasks={file}") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "loopwise: error: " in line]
+    assert len(errors) == 1
+    assert "template" in errors[0] or "which is not run" in errors[0]
+    if "function" in kind:
+        assert f"{file.parent}/theirs.py" in errors[0]
+    assert not canary.exists()
+
+
+def test_a_recipe_of_others_names_a_task_file_that_stays_quiet(models, tmp_path, capsys):
+    file, canary = canaries.write_task(tmp_path, "a function")
+    (tmp_path / "recipe.yaml").write_text(f"tasks: [{file}]\n")
+    assert eval_task(models, "--recipe", str(tmp_path / "recipe.yaml")) == 2
+    search = ["search", str(models.plain), f"tasks={file}", "sizes=1", "stride=3", "ways=skip"]
+    assert main(search) == 2
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", ["a function", "a file of elsewhere"])
+def test_the_flag_names_and_runs_functions_of_a_task_file(kind, models, tmp_path, capsys):
+    file, canary = canaries.write_task(tmp_path, kind)
+    assert eval_task(models, f"tasks={file}", "--trust-remote-code") == 0
+    assert canary.exists()
+    elsewhere = f"{tmp_path}/outer.txt, which it includes, " * (kind != "a function")
+    told = capsys.readouterr().err
+    assert f"--trust-remote-code: {elsewhere}{file.parent if not elsewhere else tmp_path}/" in told
+    assert "theirs.py will run\n" in told
+    assert eval_task(models, f"data={models.text}", "--trust-remote-code") == 2
+    assert "--trust-remote-code has no effect" in capsys.readouterr().err
+
+
 @needs_vllm
 @pytest.mark.parametrize("place", canaries.REFUSED)
 def test_serve_refuses(place, models, tmp_path, capsys):

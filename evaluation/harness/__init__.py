@@ -5,6 +5,8 @@ those of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness, 0.4.13); 
 reading order:
 
     local.py       a .jsonl of questions and answers, or a short .yaml about one, as a task of lm-eval
+    trust.py       task files without their code
+    templates.py   templates of tasks in a sandbox, and the limits of these and of chat templates
     catalogue.py   names and files in `tasks` as tasks of lm-eval, with errors of one line
     work.py        tokens, recurrences and seconds of a model's requests
     models.py      `loopwise`: lm-eval's transformers model at a number of recurrences

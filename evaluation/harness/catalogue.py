@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ...errors import UserError, nearest, reason
+from ...errors import UserError, nearest, reason, shorten
 from ...hub import UNREACHED
 from .local import is_short, located, read_short
+from .templates import sandbox_tasks
+from .trust import FLAG, code_named_in
 
 FILES = (".yaml", ".yml", ".jsonl")
 SHOTS = 1000  # solved examples that the hash of a task covers
@@ -31,14 +34,19 @@ class Catalogue:
     groups: dict[str, Any] = field(default_factory=dict)
 
 
-def load_tasks(names: list[str]) -> Catalogue:
+def load_tasks(names: list[str], trust: bool = False) -> Catalogue:
     """The tasks that `names` stand for: lm-eval's names of tasks, groups and tags, with * for any letters; files.
 
-    Raises UserError for an unknown name, a wrong file, data that need a network where there is none, and tasks that
-    run the model's code or show images.
+    trust: run the code that these files name, and print its names. Raises UserError for an unknown name, a wrong file,
+    one that names code without `trust`, data that need a network where there is none, and tasks that run the model's
+    code or show images.
     """
+    sandbox_tasks()
+    code: list[str] = []
     places = [None if _registered(name) else Path(name).expanduser() for name in names]
-    files = [None if place is None else _of_file(place) for place in places]
+    files = [None if place is None else _of_file(place, trust, code) for place in places]
+    if trust:
+        print(f"{FLAG}: {', '.join(code)} will run" if code else f"{FLAG}: no file to run", file=sys.stderr, flush=True)
     manager = TaskManager(include_defaults=any(file is None or _names_tasks(file) for file in files))
     found = Catalogue()
     for name, file in zip(names, files, strict=True):
@@ -88,25 +96,34 @@ def _matching(manager: TaskManager, name: str) -> list[str]:
     return found
 
 
-def _of_file(file: Path) -> dict[str, Any]:
-    """The config of the task, or of the group of tasks, in `file`. Raises UserError for a wrong one."""
+def _of_file(file: Path, trust: bool, code: list[str]) -> dict[str, Any]:
+    """The config of the task, or of the group of tasks, in `file`. Raises UserError for a wrong one.
+
+    Names of its code, which `trust` allows, are added to `code`.
+    """
     if not file.is_file():
         raise UserError(f"tasks={file}: no such file")
     if file.suffix == ".jsonl":
         return read_short(file)
     try:
+        named = code_named_in(file, trust)
         values = load_yaml(file, resolve_func=False)
+    except UserError:
+        raise
     except Exception as error:  # PyYAML's, and those of lm-eval for includes
         raise UserError(f"{file}: not a task file ({reason(error)})") from None
     if is_short(values):
         return read_short(file)
     members = values.get("task")
     if "group" in values and not isinstance(members, list):
-        raise UserError(f"{file}: task={members!r}: the list of a group's tasks, by name or with their config")
+        raise UserError(
+            f"{file}: task={shorten(repr(members), 200)}: the list of a group's tasks, by name or with their config"
+        )
     if "group" not in values and not isinstance(members, str):
         raise UserError(f"{file}: no key 'data' (short form) or 'task' (lm-eval's) in it")
     try:
-        config = load_yaml(file)
+        code += named
+        config = load_yaml(file, resolve_func=bool(named))
         if "group" not in config:
             return located(file, config)
         tasks = [located(file, task) if isinstance(task, dict) else task for task in config["task"]]

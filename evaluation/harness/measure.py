@@ -13,15 +13,18 @@ from ...quiet import quiet
 from ..recipe import Evaluate
 
 
-def evaluate_tasks(model: str, recipe: Evaluate, out: Path | None = None, force: bool = False) -> dict[str, Any]:
+def evaluate_tasks(
+    model: str, recipe: Evaluate, out: Path | None = None, force: bool = False, trust: bool = False
+) -> dict[str, Any]:
     """Scores of `model` on `recipe.tasks` at each of its depths, and those of `recipe.baseline`.
 
     out: a file that gets the result after every pair, and whose finished pairs are not measured again.   force: start
-    anew. Returns {"model", "settings", "models", "tasks", "groups", "trained_recurrences", "results"}. A result has
-    "task", "baseline" (True for its row), "num_recurrences" (None for a plain model), "metric" (the task's first, as
-    `metric,filter`), "score", "score_error" (standard error; None if unknown), "samples" (questions), "metrics" (all
-    of lm-eval's), "tokens" (prompts and answers), "seconds", "seconds_per_token", "mean_recurrences" (None if unknown),
-    "flops_per_token", "beyond_trained", and "logged" with `log_samples`. Progress goes to stderr.
+    anew.   trust: run the code that task files name. Returns {"model", "settings", "models", "tasks", "groups",
+    "trained_recurrences", "results"}. A result has "task", "baseline" (True for its row), "num_recurrences" (None for a
+    plain model), "metric" (the task's first, as `metric,filter`), "score", "score_error" (standard error; None if
+    unknown), "samples" (questions), "metrics" (all of lm-eval's), "tokens" (prompts and answers), "seconds",
+    "seconds_per_token", "mean_recurrences" (None if unknown), "flops_per_token", "beyond_trained", and "logged" with
+    `log_samples`. Progress goes to stderr.
 
     Raises UserError for bad input, and if lm-eval is not installed.
     """
@@ -37,4 +40,4 @@ def evaluate_tasks(model: str, recipe: Evaluate, out: Path | None = None, force:
     with ExitStack() as stack:
         names = filter(None, [model, recipe.baseline])
         paths = {name: str(stack.enter_context(unpacked(Path(name)))) for name in names}
-        return Measurement(model, paths, recipe, out, force).run()
+        return Measurement(model, paths, recipe, out, force, trust).run()

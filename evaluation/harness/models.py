@@ -13,16 +13,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
 
 from ... import model as _registered  # noqa: F401  AutoModelForCausalLM finds recurrent-depth models by it
-from ...bounded import bounded
-from ...errors import UserError, reason, shorten
+from ...errors import UserError
 from ...sampling import end_tokens
 from ...train.pretrained import is_recurrent
+from .templates import ChatTemplates
 from .work import Work
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 
-class LoopwiseLM(HFLM):
+class LoopwiseLM(ChatTemplates, HFLM):
     """A recurrent-depth or plain model, loaded or a path, whose calls run `num_recurrences` recurrences.
 
     num_recurrences: R; default the config's. It may be changed between calls, and must be None for a plain model.
@@ -48,16 +48,6 @@ class LoopwiseLM(HFLM):
     def depth(self) -> int | None:
         """R of a call; None for a plain model."""
         return (self.num_recurrences or self.config.num_recurrences) if is_recurrent(self.config) else None
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation. Raises UserError where the template refuses it, or goes beyond its limits."""
-        try:
-            with bounded("the chat template"):
-                return super().apply_chat_template(chat_history, add_generation_prompt)
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program, which may raise any error
-            raise UserError(f"the chat template refuses a question ({shorten(reason(error), 200)})") from None
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with self.work.timed():

@@ -28,11 +28,11 @@ CHOICES = ("tasks", "num_recurrences", "data")
 class Measurement:
     """The pairs of `recipe`, and the record of those that are finished.
 
-    paths: the directory of `model` and of the baseline, by their names, or their hub ids.   out, force: as for
+    paths: the directory of `model` and of the baseline, by their names, or their hub ids.   out, force, trust: as for
     `evaluate_tasks`. Raises UserError for bad input, before any model is loaded.
     """
 
-    def __init__(self, model: str, paths: dict[str, str], recipe: Evaluate, out: Path | None, force: bool):
+    def __init__(self, model: str, paths: dict[str, str], recipe: Evaluate, out: Path | None, force: bool, trust: bool):
         self.model, self.paths, self.recipe = model, paths, recipe
         if recipe.baseline == model and recipe.baseline_revision != recipe.revision:
             raise UserError(f"baseline={model} is MODEL itself; give it another name, as that of a directory")
@@ -42,7 +42,7 @@ class Measurement:
             raise UserError(f"baseline={recipe.baseline} is a recurrent-depth model; give a plain one, as the source")
         self.depths = depths_of(model, self.configs[model], recipe.num_recurrences)
         self.trained = getattr(self.configs[model], "trained_recurrences", None)
-        self.found = load_tasks(recipe.tasks)
+        self.found = load_tasks(recipe.tasks, trust)
         check_used([*self.found.tasks.values()], recipe)
         for task in self.found.tasks.values():
             configure(task, recipe)

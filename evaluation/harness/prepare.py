@@ -10,6 +10,7 @@ from ...errors import UserError
 from ...train.pretrained import is_recurrent
 from ..recipe import Evaluate
 from .lanes import LanesLM
+from .trust import check_runs_nothing
 
 
 def depths_of(model: str, config: Any, asked: list[int] | None) -> list[int | None]:
@@ -31,6 +32,7 @@ def configure(task: Any, recipe: Evaluate) -> None:
     """Change the config of `task` as lm-eval's `simple_evaluate` does. Raises UserError for keys without effect."""
     if recipe.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
         task.set_config(key="generation_kwargs", value=recipe.gen_kwargs, update=True)
+    check_runs_nothing(task.get_config("generation_kwargs") or {}, task.task_name)
     own = task.get_config("num_fewshot")
     if own == 0 and recipe.num_fewshot:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models import openai_completions
 
+from .templates import ChatTemplates
 from .work import Work
 
 TRIES = 3  # of a request, before the measurement ends
@@ -15,7 +16,7 @@ TRIES = 3  # of a request, before the measurement ends
 LocalCompletionsAPI: Any = openai_completions.LocalCompletionsAPI  # its decorator hides its type
 
 
-class ServedLM(LocalCompletionsAPI):
+class ServedLM(ChatTemplates, LocalCompletionsAPI):
     """A model behind `base_url` (as http://127.0.0.1:8000/v1/completions).
 
     num_recurrences: R of every request; None for the server's own. It may be changed between calls.   request: more

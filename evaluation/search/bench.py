@@ -81,7 +81,7 @@ class TaskBench:
 
     metric, higher = "score", True
 
-    def __init__(self, model: ProgramModel, recipe: Evaluate, tokenizer: Any):
+    def __init__(self, model: ProgramModel, recipe: Evaluate, tokenizer: Any, trust: bool = False):
         from ..harness.catalogue import load_tasks
         from ..harness.models import LoopwiseLM
         from ..harness.prepare import check_generation, configure
@@ -89,7 +89,7 @@ class TaskBench:
         self.model = model
         self.lm = LoopwiseLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.batch_size)
         self.questions: list[tuple[Any, list[Any]]] = []  # (task, its requests about one document)
-        self.tasks = load_tasks(recipe.tasks).tasks
+        self.tasks = load_tasks(recipe.tasks, trust).tasks
         for task in self.tasks.values():
             configure(task, recipe)
             check_generation(task, self.lm)

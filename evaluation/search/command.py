@@ -32,6 +32,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--save", metavar="DIR", help="write the best program as a checkpoint that trains and serves")
     parser.add_argument("--force", action="store_true", help="start anew, and replace a DIR that Loopwise wrote")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the functions that task files name; read these first"
+    )
     args = parser.parse(argv)
     recipe = load_recipe(Search, "search", args.recipe, args.settings)
     out = Path(args.out).expanduser() if args.out else None
@@ -41,13 +44,15 @@ def main(argv: list[str]) -> int:
     if recipe.kind == "chains" and recipe.search_for == "each" and (save_as or recipe.check):
         name = "--save" if save_as else "check"
         raise UserError(f"search_for=each finds no chain for all, which {name} takes: search_for=all, or both")
+    if args.trust_remote_code and not recipe.tasks:
+        raise UserError("--trust-remote-code has no effect: it runs functions of task files, and tasks names none")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
     from .search import run
     from .table import table
 
     with ended_by_sigterm(), claimed(save_as) if save_as else nullcontext():
-        result = run(args.model, recipe, out, save_as, args.force)
+        result = run(args.model, recipe, out, save_as, args.force, args.trust_remote_code)
         print(json.dumps(result) if args.json else table(result), flush=True)
         if save_as:
             print(f"written: {save_as}")

@@ -22,12 +22,18 @@ from .record import Record, check_out
 
 
 def run(
-    model: str, recipe: Search, out: Path | None = None, save_as: Path | None = None, force: bool = False
+    model: str,
+    recipe: Search,
+    out: Path | None = None,
+    save_as: Path | None = None,
+    force: bool = False,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Search for the best program of `model`, a plain model, by `recipe`.
 
     out: a .json file that gets the result, and whose measured programs are not measured again.   save_as: directory for
     the best program as a checkpoint.   force: start anew, and replace a `save_as` that Loopwise wrote.
+    trust: run the code that task files name.
     Returns {"loopwise", "model", "settings", "layers", "metric", "higher" (True if more is better), "source",
     "programs" (rows of a scan), "tried" (chains for all questions), "questions" (chains for each), "each" (their
     summary), "best", "check", "seconds", "layers_run"}. A value has "value" and "value_error", a program "layers",
@@ -41,7 +47,7 @@ def run(
         check_new(save_as, Path(model), force)
     with ExitStack() as stack:
         path = str(stack.enter_context(unpacked(Path(model))))
-        searching = Searching(model, path, recipe, out, force)
+        searching = Searching(model, path, recipe, out, force, trust)
         result = searching.run()
         if save_as:
             from .save import save
@@ -53,13 +59,13 @@ def run(
 class Searching:
     """One search. path: directory of `model`, or its hub id. Raises UserError for bad input."""
 
-    def __init__(self, model: str, path: str, recipe: Search, out: Path | None, force: bool):
+    def __init__(self, model: str, path: str, recipe: Search, out: Path | None, force: bool, trust: bool = False):
         from ...train.pretrained import is_recurrent, load_config, load_tokenizer
         from ..harness.record import model_fingerprint
         from ..loss import load_weights
         from .model import ProgramModel
 
-        self.recipe, self.path = recipe, path
+        self.recipe, self.path, self.trust = recipe, path, trust
         self.config = load_config(path, recipe.revision)
         if is_recurrent(self.config):
             raise UserError(f"{model}: a recurrent-depth model; loopwise search starts from a plain one")
@@ -94,7 +100,7 @@ class Searching:
                 import lm_eval  # noqa: F401
             except ImportError:
                 raise missing("tasks", "lm-eval", "eval") from None
-            return TaskBench(self.model, asked, self.tokenizer)
+            return TaskBench(self.model, asked, self.tokenizer, self.trust)
         from ..loss import held_out
 
         sequences = held_out(self.path, asked, self.config, self.tokenizer)

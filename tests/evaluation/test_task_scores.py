@@ -353,15 +353,54 @@ def test_a_tokenizer_without_a_chat_template_is_one_line(asked, tmp_path, capsys
     ],
 )
 def test_a_chat_template_is_bounded(template, line, asked, tmp_path, capsys, monkeypatch):
-    from loopwise.evaluation.harness import models
+    from loopwise.evaluation.harness import templates
 
-    monkeypatch.setattr(models, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
+    monkeypatch.setattr(templates, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
     model = shutil.copytree(asked / "model", tmp_path / "model")
     (model / "chat_template.jinja").write_text(template)
     (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
     assert main(["eval", str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true"]) == 2
     errors = [told for told in capsys.readouterr().err.splitlines() if "error" in told]
     assert errors == [f"loopwise: error: the chat template {line}"]
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end within 1 s"),
+        ("{{ question * 40000000000 }}", "needs more than 0.25 GiB of memory"),
+        ("{{ question * 9000000 }}", "makes more than 16,777,216 characters of text"),
+        ("{{ answers }}", "refuses a question ('answers' is undefined)"),
+    ],
+)
+def test_a_template_of_a_task_is_bounded(template, line, asked, tmp_path, capsys, monkeypatch):
+    from loopwise.evaluation.harness import templates
+
+    monkeypatch.setattr(templates, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
+    (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
+    (tmp_path / "few.yaml").write_text(f"data: few.jsonl\ndoc_to_text: '{template}'\n")
+    assert main(["eval", str(asked / "model"), f"tasks={tmp_path}/few.yaml"]) == 2
+    errors = [told for told in capsys.readouterr().err.splitlines() if "error" in told]
+    assert errors == [f"loopwise: error: a template of the task {line}"]
+
+
+def test_lm_eval_s_own_tasks_have_their_functions_and_texts(monkeypatch):
+    """hellaswag prepares its records by a function of its own, and asks by a template."""
+    import datasets
+    from lm_eval import utils
+
+    from loopwise.evaluation.harness.catalogue import load_tasks
+
+    record = {"ind": 1, "activity_label": "Roof", "ctx_a": "A man [x]sits.", "ctx_b": "he", "label": "1"}
+    data = datasets.Dataset.from_list([record | {"endings": ["runs", "eats[y]", "sings", "sleeps"]}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: {"train": data, "validation": data})
+    task = load_tasks(["hellaswag"]).tasks["hellaswag"]
+    document = task.eval_docs[0]
+    assert (task.doc_to_text(document), task.doc_to_choice(document)[1]) == ("Roof: A man sits. He", "eats")
+    text = (
+        "{{a|regex_replace('b+', '<')}} {{c.strip().upper()}}{% if d is defined %}{% endif %}{{ c.split(' ')|join }}\n"
+    )
+    assert utils.apply_template(text, {"a": "abba", "c": " x y "}) == "a<a X Yxy\n"
 
 
 def test_the_package_that_tasks_need_is_named():

@@ -90,14 +90,18 @@ def _kernel(folder: Path, canary: Path) -> None:
     change(folder / "config.json", attn_implementation="kernels-community/canary")
 
 
-def _template(folder: Path, canary: Path) -> None:
+def template(canary: Path) -> str:
+    """A template of Jinja's that makes the file `canary` where it is rendered out of a sandbox."""
     escape = "''.__class__.__mro__[1].__subclasses__()"
-    text = (
+    return (
         f"{{% for c in {escape} %}}{{% if c.__name__ == '_wrap_close' %}}"
         f"{{{{ c.__init__.__globals__['system']('touch {canary}') }}}}{{% endif %}}{{% endfor %}}"
         f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}"
     )
-    (folder / "chat_template.jinja").write_text(text)
+
+
+def _template(folder: Path, canary: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template(canary))
 
 
 PLACES: dict[str, Callable[[Path, Path], None]] = {
@@ -121,3 +125,57 @@ def poisoned(model: Path, folder: Path, place: str) -> tuple[Path, Path]:
     shutil.copytree(model, copy)
     PLACES[place](copy, canary)
     return copy, canary
+
+
+MODULE = """
+import evaluate
+from datasets import Features, Value
+def process(documents): return documents
+def generate(*args, **kwargs): raise RuntimeError
+class Theirs(evaluate.Metric):
+    def _info(self):
+        features = Features({"predictions": Value("string"), "references": Value("string")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+    def _compute(self, predictions, references): return {"theirs": 1}
+"""
+LINE = '{"question": "a", "answer": "b"}\n'
+FULL = """
+task: theirs
+dataset_path: json
+dataset_kwargs: {data_files: {test: d.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {until: ["c"], max_gen_toks: 2}
+metric_list: [{metric: exact_match}]
+"""
+# Task files that run code in lm-eval. M is the path of a module beside them, without its end, and J a template.
+TASKS = {
+    "a function": FULL + "process_docs: !function M.process\n",
+    "an included function": FULL + "include: inner.txt\n",
+    "a file of elsewhere": FULL + "include: ../outer.txt\n",
+    "a metric": FULL.replace("exact_match", "M.py"),
+    "a metric of Hugging Face's": FULL.replace("metric: exact_match", "metric: M.py, hf_evaluate: true"),
+    "a metric of a group": "group: all\ntask:\n- task: few"
+    + FULL.replace("exact_match", "M.py").partition("theirs")[2].replace("\n", "\n  "),
+    "generation": FULL.replace("max_gen_toks: 2", "max_gen_toks: 2, custom_generate: M, trust_remote_code: true"),
+    "a template": FULL.replace("doc_to_text: question", "doc_to_text: >-\n  J"),
+    "a template of the short form": "data: d.jsonl\ndoc_to_text: >-\n  J\n",
+    "a metric of the short form": "data: d.jsonl\nmetric_list: [{metric: M.py}]\n",
+    "generation of the short form": "data: d.jsonl\ngeneration_kwargs: {custom_generate: M, trust_remote_code: true}\n",
+}
+
+
+def write_task(folder: Path, kind: str) -> tuple[Path, Path]:
+    """(a task file with code of `kind` in a new directory of `folder`, the file that this code would make)."""
+    place, canary = folder / "their", folder / "canary"
+    (place / "theirs" / "custom_generate").mkdir(parents=True)
+    for file in (place / "theirs.py", place / "theirs" / "custom_generate" / "generate.py"):
+        file.write_text(code(canary) + MODULE)
+    for file, module in ((place / "inner.txt", "theirs"), (folder / "outer.txt", "their.theirs")):
+        file.write_text(f"process_docs: !function {module}.process\n")
+    (place / "d.jsonl").write_text(LINE)
+    text = TASKS[kind].replace("!function M", "!function theirs").replace("J", template(canary))
+    (place / "t.yaml").write_text(text.replace(" M", f" {place}/theirs"))
+    return place / "t.yaml", canary
