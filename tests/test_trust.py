@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,12 @@ COMMANDS = {  # verb: does it read the plain model, arguments (M the model, R a 
     "export": (False, "export M O --unroll 2"),
     "teacher": (False, f"train R O data.train=T objectives.distillation.teacher=M {' '.join(TRAINING)}"),
 }
-SOME = [("convert", "auto_map of config.json"), ("calibrate", "files with Loopwise's names"), ("teacher", "an adapter")]
+SOME = [
+    ("eval", "a kernel of the hub"),
+    ("convert", "auto_map of config.json"),
+    ("calibrate", "files with Loopwise's names"),
+    ("teacher", "an adapter"),
+]
 EVERY = [(verb, place) for verb in COMMANDS for place in canaries.PLACES]
 
 
@@ -60,10 +66,11 @@ def arguments(verb: str, model: Path, models: SimpleNamespace, folder: Path) -> 
     return found
 
 
-def check_quiet(verb: str, place: str, models: SimpleNamespace, folder: Path, capsys) -> None:
+def check_quiet(verb: str, place: str, models: SimpleNamespace, folder: Path, capsys, monkeypatch) -> None:
     """Run `verb` on a model with code in `place`: refused in one line, or done without it; outputs have none of it."""
     plain = COMMANDS[verb][0]
     model, canary = canaries.poisoned(models.plain if plain else models.recurrent, folder, place)
+    canaries.fake_kernels(monkeypatch, canary)
     capsys.readouterr()
     status = main(arguments(verb, model, models, folder))
     errors = capsys.readouterr().err
@@ -82,8 +89,8 @@ def check_quiet(verb: str, place: str, models: SimpleNamespace, folder: Path, ca
 
 
 @pytest.mark.parametrize(("verb", "place"), SOME)
-def test_code_of_a_checkpoint_stays_quiet(verb, place, models, tmp_path, capsys):
-    check_quiet(verb, place, models, tmp_path, capsys)
+def test_code_of_a_checkpoint_stays_quiet(verb, place, models, tmp_path, capsys, monkeypatch):
+    check_quiet(verb, place, models, tmp_path, capsys, monkeypatch)
 
 
 def test_a_calibrated_copy_has_files_of_a_model_alone(models, tmp_path):
@@ -110,8 +117,8 @@ def test_a_calibrated_copy_has_files_of_a_model_alone(models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "place"), EVERY)
-def test_every_place_stays_quiet_for_every_verb(verb, place, models, tmp_path, capsys):
-    check_quiet(verb, place, models, tmp_path, capsys)
+def test_every_place_stays_quiet_for_every_verb(verb, place, models, tmp_path, capsys, monkeypatch):
+    check_quiet(verb, place, models, tmp_path, capsys, monkeypatch)
 
 
 def test_the_canaries_can_fire(tmp_path):
@@ -121,6 +128,26 @@ def test_the_canaries_can_fire(tmp_path):
     canary.unlink()
     pickle.loads(pickle.dumps(canaries.Fires(canary)))
     assert canary.exists()
+
+
+def test_the_canary_of_a_kernel_can_fire(models, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model, canary = canaries.poisoned(models.plain, tmp_path, "a kernel of the hub")
+    canaries.fake_kernels(monkeypatch, canary)
+    with suppress(Exception):  # the kernel has no functions
+        AutoModelForCausalLM.from_pretrained(model)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "generate"])
+def test_no_kernel_is_fetched_for_quantized_weights(verb, models, tmp_path, monkeypatch, capsys):
+    model = canaries.shutil.copytree(models.recurrent, tmp_path / "m")
+    canaries.change(model / "config.json", quantization_config={"quant_method": "mxfp4"})
+    canaries.fake_kernels(monkeypatch, tmp_path / "canary")
+    assert main(arguments(verb, model, models, tmp_path)) == 2
+    assert "weights are quantized" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def eval_task(models: SimpleNamespace, *given: str) -> int:

@@ -104,6 +104,25 @@ def _template(folder: Path, canary: Path) -> None:
     (folder / "chat_template.jinja").write_text(template(canary))
 
 
+def fake_kernels(monkeypatch: Any, canary: Path) -> None:
+    """Let the package `kernels` seem to be installed, whose every kernel of the hub makes the file `canary`."""
+    from types import ModuleType
+
+    from transformers import modeling_utils
+    from transformers.integrations import hub_kernels
+    from transformers.quantizers import quantizer_mxfp4
+
+    def get_kernel(*args: Any, **keywords: Any) -> ModuleType:
+        canary.touch()
+        return ModuleType("kernel")
+
+    for module in (hub_kernels, modeling_utils, quantizer_mxfp4):
+        for name in ("is_kernels_available", "is_triton_available"):
+            monkeypatch.setattr(module, name, lambda *args: True, raising=False)
+        monkeypatch.setattr(module, "get_kernel", get_kernel, raising=False)
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", get_kernel, raising=False)
+
+
 PLACES: dict[str, Callable[[Path, Path], None]] = {
     "auto_map of config.json": _config_code,
     "configs inside, generate, processor": _inner_code,
