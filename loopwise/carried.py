@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .input_files import check_inside
+from .input_files import check_inside, check_regular
 
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -31,10 +31,11 @@ def copy_model_code(directory: Path) -> None:
 
 
 def check_tokenizer_inside(path: Path) -> None:
-    """Raises UserError if a tokenizer file in the directory `path` is a link out of it."""
+    """Raises UserError if a tokenizer file in the directory `path` is not regular, or is a link out of it."""
     for pattern in TOKENIZER_FILES:
         for file in path.glob(pattern):
             if file.suffix != ".py":
+                check_regular(file)
                 check_inside(file, path)
 
 

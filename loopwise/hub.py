@@ -90,7 +90,7 @@ def is_hub_id(model: str) -> bool:
 def snapshot_of(path: Path) -> Path | None:
     """The snapshot in the hub's cache that `path` is, or lies in; None elsewhere. Its name is the commit."""
     for folder in (path, *path.parents):
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith(("models--", "datasets--")):
             return folder
     return None
 

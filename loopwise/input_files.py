@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import UserError
+from .hub import snapshot_of
 
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
@@ -34,15 +35,19 @@ def check_inside(file: Path, path: Path) -> None:
     target, root = _resolved(file), path.resolve()
     if target.is_relative_to(root):
         return
-    homes = [_hub_cache(), *([root.parent.parent] if root.parent.name == "snapshots" else [])]
+    snapshot = snapshot_of(root)
+    homes = [_hub_cache(), *([snapshot.parent.parent / "blobs"] if snapshot else [])]
     if not any(target.is_relative_to(home) for home in homes):
         raise UserError(f"{file} is a link to {target}, outside of the source; put the file itself there")
 
 
 def check_tree(path: Path) -> None:
-    """Raises UserError for a file below the directory `path` that is not regular, or is a link out of it."""
-    for here, _, names in os.walk(path):
-        for name in names:
+    """Raises UserError for a file below the directory `path` that is not regular, or is a link out of it.
+
+    A link to a folder within `path` passes: what is in the folder is looked at there.
+    """
+    for here, folders, names in os.walk(path):
+        for name in (*folders, *names):
             check_regular(Path(here, name))
             check_inside(Path(here, name), path)
 

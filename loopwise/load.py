@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from .carried import SETTINGS, refuse_code
+from .carried import SETTINGS, check_tokenizer_inside, refuse_code
 from .checkpoint import (
     ADAPTER,
     adapter_error,
@@ -88,6 +88,7 @@ def read_tokenizer(model: str | Path, revision: str | None = None, trust: bool =
     path = Path(model)
     if path.is_dir():
         check_entries(path)
+        check_tokenizer_inside(path)
         if (path / SETTINGS).is_file():
             read_json(path / SETTINGS)
         if (path / VOCABULARY).is_file():

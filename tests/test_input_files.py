@@ -20,6 +20,7 @@ from loopwise.checkpoint import config_fields, read_json
 from loopwise.cli import guarded, main
 from loopwise.errors import UserError
 from loopwise.input_files import check_entries, check_inside, check_regular
+from loopwise.load import read_tokenizer
 from loopwise.train.data.sources import files_of
 from tests.helpers.repository import ROOT, git
 from tests.helpers.serve_tiny import tokenizer
@@ -80,6 +81,40 @@ def test_links_within_and_into_the_hub_s_cache_are_read(model, tmp_path, monkeyp
         check_entries(folder)
 
 
+@pytest.mark.parametrize(
+    ("folder", "target", "fine"),
+    [
+        ("models--o--m/snapshots/c", "models--o--m/blobs/x", True),
+        ("datasets--o--m/snapshots/c/inner", "datasets--o--m/blobs/x", True),
+        ("models--o--m/snapshots/c", "models--o--m/refs/x", False),
+        ("models--o--m/snapshots/c", "models--o--other/blobs/x", False),
+        ("home/snapshots/m", "home/.ssh/x", False),
+        ("home/snapshots/m", "home/blobs/x", False),
+    ],
+)
+def test_a_snapshot_links_into_the_blobs_of_its_own_cache(folder, target, fine, tmp_path):
+    for path in (tmp_path / folder, (tmp_path / target).parent):
+        path.mkdir(parents=True)
+    (tmp_path / target).write_text("key")
+    link = tmp_path / folder / "LICENSE"
+    link.symlink_to(tmp_path / target)
+    if fine:
+        check_inside(link, link.parent)
+        return
+    with pytest.raises(UserError, match="outside of the source"):
+        check_inside(link, link.parent)
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a link out"])
+def test_further_chat_templates_are_regular_and_inside(kind, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "m")
+    (folder / "additional_chat_templates").mkdir()
+    make, said = KINDS[kind]
+    make(folder / "additional_chat_templates" / "x.jinja")
+    with pytest.raises(UserError, match=said):
+        read_tokenizer(folder)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a loop"])
 @pytest.mark.parametrize("place", ["a folder", "a glob", "the file"])
 def test_data_are_regular_files_inside_of_their_folder(kind, place, tmp_path, monkeypatch):
@@ -109,6 +144,26 @@ def test_a_saved_dataset_names_files_of_its_own(tmp_path):
     state["_data_files"] = [{"filename": "../theirs.arrow"}]
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="lie in its directory"):
+        load_dataset(str(folder), folder, "train", None)
+
+
+def test_a_saved_dataset_has_splits_of_its_own(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    from loopwise.train.data.tables import load_dataset
+
+    for name in ("saved", "theirs"):
+        DatasetDict({"train": Dataset.from_list([{"text": name}])}).save_to_disk(tmp_path / name)
+    folder = tmp_path / "saved"
+    assert load_dataset(str(folder), folder, "train", None)["text"] == ["saved"]
+    for name in ("../theirs/train", str(tmp_path / "theirs" / "train"), 7):
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+        with pytest.raises(UserError, match="splits of a dataset lie in its directory"):
+            load_dataset(str(folder), folder, "train", None)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    shutil.rmtree(folder / "train")
+    (folder / "train").symlink_to(tmp_path / "theirs" / "train")
+    with pytest.raises(UserError, match="outside of the source"):
         load_dataset(str(folder), folder, "train", None)
 
 

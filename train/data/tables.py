@@ -82,6 +82,12 @@ def load_saved(source: str, path: Path, split: str) -> Dataset:
             name = part.get("filename") if isinstance(part, dict) else part
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{state}: names {name!r}; the files of a dataset lie in its directory")
+    splits = read_json(path / "dataset_dict.json").get("splits") if (path / "dataset_dict.json").is_file() else None
+    for name in splits if isinstance(splits, list) else []:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"{path / 'dataset_dict.json'}: names {name!r}; the splits of a dataset lie in its directory"
+            )
     dataset = datasets.load_from_disk(str(path))
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
