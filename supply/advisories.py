@@ -1,7 +1,7 @@
 """Known advisories on the locked packages: `python -m supply.advisories [--need]` asks OSV, by pip-audit.
 
-An advisory is an error unless waivers.txt has it. Where OSV cannot be reached, a line says so; with --need it is an
-error.
+An advisory is an error unless waivers.txt has it, and so is a failure of pip-audit. Where OSV cannot be reached, or was
+not asked about a package, a line says so; with --need it is an error.
 """
 
 from __future__ import annotations
@@ -49,44 +49,61 @@ def findings(report: dict) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> int:
-    """Print a line for each finding, or one on why there is none. Returns the exit code."""
-    wanted = asked([*read(PINS), *read(LOCKS["gpu"])])
-    names = waived(WAIVERS.read_text(encoding="utf-8"), datetime.date.today())
-    ignored = [word for name in names for word in ("--ignore-vuln", name)]
+def skipped(report: dict) -> list[str]:
+    """One line for each package in a report of pip-audit that was not asked about."""
+    found = [each for each in report["dependencies"] if "skip_reason" in each]
+    return [f"{each['name']}: not checked ({each['skip_reason']})" for each in found]
+
+
+def unreached(stderr: str) -> bool:
+    """True if pip-audit ended with `stderr` for want of a connection to OSV."""
+    return bool(
+        re.search(r"Could not connect to |^(\w+\.)*(ConnectionError|\w*Timeout|ProxyError|SSLError)\b", stderr, re.M)
+    )
+
+
+def grouped(lines: list[str]) -> list[list[str]]:
+    """`lines`, each name==version, in as few groups as hold a package once: pip-audit takes one release of it."""
+    groups: list[dict[str, str]] = []
+    for line in lines:
+        name = line.partition("==")[0]
+        if (free := next((group for group in groups if name not in group), None)) is None:
+            groups.append(free := {})
+        free[name] = line
+    return [[*group.values()] for group in groups]
+
+
+def ask(lines: list[str], ignored: list[str]) -> tuple[dict, str]:
+    """The report of pip-audit on `lines`, each name==version, and its stderr. An empty report: it has failed."""
     with tempfile.TemporaryDirectory() as folder:
         path, report = Path(folder) / "requirements.txt", Path(folder) / "report.json"
-        # Two releases of one package, of the CPU's set and the GPU's, are asked about apart.
-        groups: list[dict[str, str]] = [{}, {}]
-        for line in wanted:
-            name = line.partition("==")[0]
-            groups[name in groups[0]][name] = line
-        lines = []
-        for group in groups:
-            path.write_text("\n".join(group.values()) + "\n", encoding="utf-8")
-            command = ["pip_audit", "--no-deps", "--disable-pip", "-s", "osv", "-f", "json", "-o", str(report)]
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    *command,
-                    "--timeout",
-                    "15",
-                    "--progress-spinner",
-                    "off",
-                    "-r",
-                    str(path),
-                    *ignored,
-                ],
-                capture_output=True,
-            )
-            if not report.exists():
-                print("advisories: not checked, OSV (api.osv.dev) could not be reached", file=sys.stderr)
-                return 1 if "--need" in argv else 0
-            lines += findings(json.loads(report.read_text(encoding="utf-8")))
-            report.unlink()
-    print("\n".join(lines) if lines else f"advisories: none on {len(wanted)} releases, by OSV")
-    return 1 if lines else 0
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = ["pip_audit", "--no-deps", "--disable-pip", "-s", "osv", "-f", "json", "-o", str(report)]
+        command += ["--timeout", "15", "--progress-spinner", "off", "-r", str(path)]
+        command += [word for name in ignored for word in ("--ignore-vuln", name)]
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        return json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}, done.stderr
+
+
+def main(argv: list[str]) -> int:
+    """Print a line for each finding, or one on why there is none. Returns the exit code."""
+    wanted = asked([*read(PINS), *read(LOCKS["gpu"]), *read(LOCKS["tools"])])
+    names = waived(WAIVERS.read_text(encoding="utf-8"), datetime.date.today())
+    need, lines, left_out = "--need" in argv, [], []
+    for group in grouped(wanted):
+        report, stderr = ask(group, names)
+        if not report and unreached(stderr):
+            print("advisories: not checked, OSV (api.osv.dev) could not be reached", file=sys.stderr)
+            return 1 if need else 0
+        if not report:
+            print(f"{stderr.strip()}\nadvisories: not checked, pip-audit has failed", file=sys.stderr)
+            return 1
+        lines += findings(report)
+        left_out += skipped(report)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    print("\n".join(lines) if lines else f"advisories: none on {len(wanted) - len(left_out)} releases, by OSV")
+    return 1 if lines or (left_out and need) else 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from supply import licenses, sbom
-from supply.advisories import asked, findings, waived
+from supply import advisories, licenses, sbom
+from supply.advisories import asked, findings, grouped, skipped, unreached, waived
 from supply.locks import LOCKS, PINS, ROOT, Pin, read
 from supply.renew import fits
 from tests.helpers.repository import git
@@ -173,6 +173,51 @@ def test_advisories_are_asked_for_by_the_project_and_its_release():
         ]
     }
     assert findings(report) == ["a 1: PYSEC-1, fixed in 2"]
+    assert skipped(report) == ["c: not checked (not found)"]
+    assert grouped(["a==1", "a==2", "a==3", "b==1"]) == [["a==1", "b==1"], ["a==2"], ["a==3"]]
+
+
+UNREACHED = (
+    "ERROR:pip_audit._cli:Could not connect to OSV's vulnerability feed\nERROR:pip_audit._cli:Tip: your network",
+    "Traceback (most recent call last):\n  File\nrequests.exceptions.ConnectionError: HTTPSConnectionPool(host)",
+    "requests.exceptions.ReadTimeout: timed out",
+)
+FAILED = ("No module named pip_audit", "error: unrecognized arguments: --disable", "KeyError: 'ConnectionError'", "")
+
+
+@pytest.mark.parametrize(("stderr", "status"), [*((text, 0) for text in UNREACHED), *((text, 1) for text in FAILED)])
+def test_a_failure_of_the_audit_is_told_from_no_network(stderr, status, monkeypatch, capsys):
+    assert unreached(stderr) == (status == 0)
+    monkeypatch.setattr(advisories, "ask", lambda lines, ignored: ({}, stderr))
+    assert advisories.main([]) == status
+    assert advisories.main(["--need"]) == 1
+    assert stderr.strip() in capsys.readouterr().err or status == 0
+
+
+def test_packages_that_were_not_asked_about_do_not_count(monkeypatch, capsys):
+    asked_for = []
+
+    def ask(lines, ignored):
+        asked_for.extend(lines)
+        return {"dependencies": [{"name": "c", "skip_reason": "not found"}]}, ""
+
+    monkeypatch.setattr(advisories, "ask", ask)
+    assert advisories.main([]) == 0
+    told = capsys.readouterr()
+    groups = len(grouped(asked_for))
+    assert f"none on {len(asked_for) - groups} releases" in told.out
+    assert told.err == "c: not checked (not found)\n" * groups
+    assert advisories.main(["--need"]) == 1
+    assert any(line.startswith("pip-audit==") for line in asked_for)
+
+
+def test_actions_of_workflows_are_commits():
+    used = [
+        line for file in sorted((ROOT / ".github/workflows").glob("*.yml")) for line in file.read_text().splitlines()
+    ]
+    used = [line.strip() for line in used if "uses:" in line]
+    assert len(used) > 5
+    assert [line for line in used if not re.fullmatch(r"- uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
 
 
 def test_a_waiver_has_a_day_and_a_reason():
