@@ -12,13 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from safetensors import safe_open
 
 from loopwise.cli import main
+from tests.helpers.gguf_files import family_model, write_gguf
 from tests.helpers.serve_tiny import tokenizer
 from tests.helpers.train_tiny import llama_config, save_recurrent
 
 FILES = ("config.json", "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-         "generation_config.json", "model.safetensors", "chat_template.jinja", "loopwise.json")  # fmt: skip
+         "generation_config.json", "model.safetensors", "chat_template.jinja", "loopwise.json",
+         "model.safetensors.index.json", "special_tokens_map.json")  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 10**18, -(10**30), 0.5, float("nan"), float("inf"), "", "x", "0", "../x",
     "é\u0000\ud83d", "/dev/zero", "a" * 10_000, [], [[]], {}, {"a": {}}, [None], [-1], [10**9], [1] * 5000,
@@ -50,7 +54,19 @@ def models(tmp_path_factory) -> SimpleNamespace:
     tokenizer().save_pretrained(folder / "plain")
     for model in ("plain", "recurrent"):
         (folder / model / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
-    return SimpleNamespace(plain=folder / "plain", recurrent=folder / "recurrent", text=text)
+    shutil.copytree(folder / "plain", folder / "indexed")
+    (folder / "indexed" / "model.safetensors").rename(folder / "indexed" / "part.safetensors")
+    with safe_open(folder / "indexed" / "part.safetensors", framework="numpy") as tensors:
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors.keys(), "part.safetensors")}
+    (folder / "indexed" / "model.safetensors.index.json").write_text(json.dumps(index))
+    lines = [json.dumps({"text": f"the core runs again {number} " * 20}) + "\n" for number in range(30)]
+    (folder / "data.jsonl").write_text("".join(lines))
+    Dataset.from_list([json.loads(line) for line in lines]).to_parquet(folder / "data.parquet")
+    write_gguf(folder / "model.gguf", family_model("llama", **small), "llama")
+    files = [folder / name for name in ("data.jsonl", "data.parquet", "model.gguf")]
+    return SimpleNamespace(
+        **{name: folder / name for name in ("plain", "recurrent", "indexed")}, text=text, files=files
+    )
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -94,6 +110,8 @@ def changed_bytes(content: bytes, draw: random.Random) -> bytes:
 def mutate(folder: Path, draw: random.Random) -> str:
     """Change one file of the checkpoint `folder`. Returns its name."""
     name = draw.choice(FILES)
+    if name == "model.safetensors" and not (folder / name).exists():
+        name = "part.safetensors"
     file = folder / name
     if not file.exists():
         file.write_text("{}")
@@ -132,11 +150,21 @@ COMMANDS: dict[str, Callable[[SimpleNamespace, Path], list[str]]] = {
     ],
     "eval": lambda models, out: ["eval", "M", f"data={models.text}", "sequence_length=32", "limit=1"],
     "generate": lambda models, out: ["generate", "M", "prompt=again", "max_tokens=1"],
+    "export": lambda models, out: ["export", "M", str(out), "--unroll", "2"],
+    "search": lambda models, out: [
+        *("search", "M", f"data={models.text}", "sequence_length=32", "limit=1", "sizes=1", "stride=3", "ways=skip"),
+    ],
+    "calibrate": lambda models, out: [
+        *("calibrate", "M", str(out), f"data={models.text}", "rule=latent-diff", "sequence_length=32", "limit=2"),
+        "budget=9",
+    ],
 }
+OF_PLAIN = ("convert", "search")  # verbs that read a plain model
+SECONDS = 5  # of a refusal
 
 
 def check(arguments: list[str], out: Path, seed: int, what: str, capsys) -> int:
-    """Run the command. Returns its exit code."""
+    """Run the command; where it refuses a --dry-run, once more in earnest. Returns its exit code."""
     capsys.readouterr()
     start = time.monotonic()
     try:
@@ -146,13 +174,16 @@ def check(arguments: list[str], out: Path, seed: int, what: str, capsys) -> int:
     took = time.monotonic() - start
     errors = capsys.readouterr().err
     assert status in (0, 2), (seed, what, status)
-    assert took < 60, (seed, what, took)  # no value makes a command hang
+    assert took < (SECONDS if status == 2 else 60), (seed, what, took)  # no value makes a command hang
     if status == 2:
         lines = [line for line in errors.splitlines() if line.startswith("loopwise: error: ")]
         assert len(lines) == 1, (seed, what, errors[-500:])
         assert errors.endswith(f"{lines[0]}\n"), (seed, what, errors[-500:])
         assert len(lines[0]) < 2000, (seed, what)
         assert not out.exists(), (seed, what)
+        if "--dry-run" in arguments:
+            earnest = [word for word in arguments if word != "--dry-run"]
+            assert check(earnest, out, seed, f"in earnest, {what}", capsys) == 2
     return status
 
 
@@ -160,11 +191,14 @@ def check_checkpoint(seed: int, models: SimpleNamespace, folder: Path, capsys, v
     draw, copy, out = random.Random(seed), folder / "model", folder / "out"
     verb = draw.choice(verbs or [*COMMANDS])
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(models.plain if verb == "convert" else models.recurrent, copy)
+    plain = models.indexed if draw.randrange(3) == 0 else models.plain
+    shutil.copytree(plain if verb in OF_PLAIN else models.recurrent, copy)
     name = mutate(copy, draw)
     given = [str(copy) if word == "M" else word for word in COMMANDS[verb](models, out)]
     before = sorted(path.name for path in folder.iterdir())
     status = check(given, out, seed, f"{verb} with another {name}", capsys)
+    if status == 0:
+        shutil.rmtree(out, ignore_errors=True)
     assert sorted(path.name for path in folder.iterdir()) == before, seed
     return status
 
@@ -179,6 +213,21 @@ def check_recipe(seed: int, models: SimpleNamespace, folder: Path, capsys) -> in
     text = file.read_text(encoding="utf-8", errors="replace")
     given = [kind, str(model), str(out), "--recipe", str(file), "--dry-run"]
     return check(given, out, seed, text[:300], capsys)
+
+
+def check_file(seed: int, models: SimpleNamespace, folder: Path, capsys) -> int:
+    """As `check_checkpoint`, of text in records or in a table, and of a GGUF file."""
+    draw, out = random.Random(seed), folder / "out"
+    source = draw.choice(models.files)
+    file = folder / source.name
+    file.write_bytes(changed_bytes(source.read_bytes(), draw))
+    given = ["train", str(models.recurrent), str(out), f"data.train={file}", "data.sequence_length=32", "steps=1"]
+    if source.suffix == ".gguf":
+        given = ["convert", str(file), str(out), "sizes=1,2,1"]
+    status = check([*given, "--dry-run"], out, seed, source.name, capsys)
+    file.unlink()
+    assert not [path for path in folder.iterdir() if path.name.startswith((".out", "out"))], seed
+    return status
 
 
 PLAIN, EVERY = ("convert", "train", "eval"), ("inspect", "train", "eval", "generate")
@@ -211,6 +260,7 @@ def test_a_hundred_mutations(models, tmp_path, capsys):
     quick = ("inspect", "convert", "train")
     found = [check_checkpoint(seed, models, tmp_path, capsys, quick) for seed in range(50)]
     found += [check_recipe(seed, models, tmp_path, capsys) for seed in range(50)]
+    found += [check_file(seed, models, tmp_path, capsys) for seed in range(12)]
     assert found.count(2) > 40  # most are refused
 
 
@@ -220,5 +270,6 @@ def test_ten_thousand_mutations(first, models, tmp_path, capsys):
     refused = 0
     for seed in range(first, first + 500):
         refused += check_checkpoint(seed, models, tmp_path, capsys) == 2
+        refused += seed % 5 == 0 and check_file(seed, models, tmp_path, capsys) == 2
         refused += check_recipe(seed, models, tmp_path, capsys) == 2
     assert refused > 300
