@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .. import load
-from ..checkpoint import check_layers_stored, config_fields, weight_files
+from ..checkpoint import config_fields, weight_files
+from ..config_limits import check_layers_stored
 from ..errors import UserError, reason
 from ..gguf_source import find_gguf
 from ..model import RecurrentDepthConfig
@@ -50,7 +51,7 @@ def read_source(path: Path) -> Source:
         check_fields(source.config, path)
         if source.config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={source.config.num_hidden_layers}")
-        check_layers_stored(path, _stored(path))
+        check_layers_stored(fields, path, _stored(path))
         with torch.device("meta"):
             empty_model(source.config)
     except UserError:

@@ -33,6 +33,7 @@ file imports only files above it:
     active.py         parameters that take part in a token's pass
     unroll.py         layers of a recurrent model as a plain one's
     model/            the recurrent-depth model, which travels with checkpoints
+    config_limits.py  values of a config that are refused
     checkpoint.py     reading a checkpoint directory
     gguf_header.py    a GGUF file's header
     gguf_config.py    its config

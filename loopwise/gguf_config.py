@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import check_values
+from .config_limits import check_values
 from .errors import UserError, reason
 from .gguf_header import Header, check_kind
 

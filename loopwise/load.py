@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .carried import SETTINGS, check_tokenizer_inside, refuse_code
-from .checkpoint import (
-    ADAPTER,
-    adapter_error,
-    check_layers_stored,
-    check_values,
-    config_fields,
-    read_json,
-    weight_files,
-)
+from .checkpoint import ADAPTER, adapter_error, config_fields, read_json, weight_files
+from .config_limits import check_layers_stored, check_values
 from .errors import UserError, reason, shorten
 from .find_source import SHORT, snapshot
 from .input_files import check_entries
@@ -126,7 +119,7 @@ def read_model(model: str | Path, revision: str | None = None, **options: Any) -
     if Path(model).is_dir():
         files = weight_files(Path(model))
         if config.model_type != "recurrent_depth":
-            check_layers_stored(Path(model), files)
+            check_layers_stored(config_fields(Path(model)), Path(model), files)
     made = AutoModelForCausalLM.from_pretrained(
         model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
     )
