@@ -31,7 +31,7 @@ class LoopwiseLM(ChatTemplates, HFLM):
     """
 
     def __init__(self, pretrained: Any, num_recurrences: int | None = None, **arguments: Any):
-        super().__init__(pretrained=pretrained, **arguments)
+        super().__init__(**{"pretrained": pretrained, **arguments})
         self.num_recurrences = num_recurrences
         self.work = Work()
         router: dict[str, Any] = getattr(self.config, "router", None) or {}
