@@ -30,8 +30,9 @@ def ordered(state: State, order: Tensor, runs: Tensor, width: int) -> Tensor:
     those in front that a pass of `width` rows takes."""
     rank = torch.where(torch.arange(len(order), device=order.device) < runs, _rank(state, order), NEVER)
     order = order[rank.argsort(stable=True)]
-    following = (state.lanes.row[order[min(width, len(order)) - 1]] + 1) % state.config.max_num_seqs
-    state.turn[1].copy_(torch.where(runs > width, following, state.turn[0]))
+    end = min(width, len(order))
+    following = (state.lanes.row[order[end - 1 : end]] + 1) % state.config.max_num_seqs  # an index [] would wait
+    state.turn[1:].copy_(torch.where(runs > width, following, state.turn[0]))
     return order
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.graph_steps import GraphSteps
+from loopwise.serve.engine.graph_tick import GraphTick
 from tests.helpers.engines import build, requests
 from tests.helpers.graph_ticks import MODELS, recorder
 from tests.helpers.waves import agreeing, drafts
@@ -29,15 +30,16 @@ def with_graphs(model: Any, **options: Any) -> Engine:
 
 
 class Waits(TorchDispatchMode):
-    """Refuses operations for which the host waits for the device."""
+    """Refuses operations for which the host waits for the device, but in the reference attention: no GPU has it."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         by_flags = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert name not in self.NAMES, name
-        assert not by_flags, name
+        if name in self.NAMES or by_flags:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            assert any(file.endswith("attention/reference.py") for file in files), name
         return func(*args, **(kwargs or {}))
 
 
@@ -47,6 +49,12 @@ def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
             return step(*args)
 
     return call
+
+
+def guard(tick: GraphTick) -> None:
+    """Guard all that `tick` records, and the choice of lanes before it. Nothing is recorded yet."""
+    tick._pass, tick._read_out = guarded(tick._pass), guarded(tick._read_out)
+    tick.steps = tick.steps._replace(choose=guarded(tick.steps.choose))
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"max_lanes": 9}, {"budget": 8}, {"compile": True}, {"max_lanes": 9, "budget": 4}]
@@ -69,7 +77,7 @@ def test_waves_and_plain_requests_have_the_text_of_plain_decoding(policy, option
     engine.loop.eager_tick.budget = budget
     assert engine.loop.graph_tick is not None
     if "compile" not in options:
-        engine.loop.graph_tick.steps = GraphSteps(*map(guarded, engine.loop.graph_tick.steps))
+        guard(engine.loop.graph_tick)
     got = engine.generate(prompts, mixed)
     assert [(c.tokens, c.depths, c.error) for c in got] == [(c.tokens, c.depths, None) for c in plain]
     keys = engine.loop.graph_tick.replays
