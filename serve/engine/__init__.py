@@ -40,6 +40,7 @@ imports only files above it:
     decoders/              several positions of a request in flight: wave, diffusion
     staggered_tick.py      the eager tick with waves and diffusions
     graph_steps.py         the steps of a tick of fixed width
+    notes.py               results of passes, read while the next ones run
     graph_tick.py          a tick of fixed width, as CUDA graphs
     admission.py           the decoders and exits that go with a model
     relaxation.py          LoRA, norms and biases of each row's own depth

@@ -27,6 +27,7 @@ class Note(NamedTuple):
     and wait in waves.
     soonest, latest: passes after which the first of these leaves at the soonest, and the last at the latest.
     leaving: lanes of the next pass that leave in it, whatever their rules decide.   live: requests that are live.
+    read: lanes of the read-out before the pass, or of the one that came last.
     """
 
     ran: int
@@ -38,6 +39,7 @@ class Note(NamedTuple):
     latest: int
     leaving: int
     live: int
+    read: int
 
 
 @dataclass(eq=False)
@@ -45,7 +47,8 @@ class GraphState:
     """A State with the tensors by which passes follow each other without the host. Written by the steps below.
 
     every [N]: 0, 1, ...   order [N + 1]: running lanes, at the front.   runs: their number.   real: false while a graph
-    is recorded, when no row is real.   note [9]: the newest `Note`.
+    is recorded, when no row is real.   read: lanes of the newest read-out, until a pass has noted them.   note [10]:
+    the newest `Note`.
     """
 
     state: State
@@ -53,6 +56,7 @@ class GraphState:
     order: Tensor
     runs: Tensor
     real: Tensor
+    read: Tensor
     note: Tensor
 
     @classmethod
@@ -66,6 +70,7 @@ class GraphState:
             order=zeros[: room + 1].clone(),
             runs=zeros[0].clone(),
             real=torch.ones((), dtype=torch.bool, device=device),
+            read=zeros[0].clone(),
             note=zeros[room + 1 :].clone(),
         )
 
@@ -88,6 +93,7 @@ def _keep(graph: GraphState, order: Tensor, *counts: Tensor) -> Tensor:
         torch.where(running, left, 0).max(),
         (next & (left <= 1)).sum(),
         state.requests.live.sum(),
+        graph.read,
     )
     note = torch.stack([*counts, *ahead])
     graph.note.copy_(note)
@@ -95,7 +101,8 @@ def _keep(graph: GraphState, order: Tensor, *counts: Tensor) -> Tensor:
 
 
 def _choose(graph: GraphState) -> Tensor:
-    """As transitions.choose. Returns the note."""
+    """As transitions.choose, where no read-out is to be noted. Returns the note."""
+    graph.read.zero_()
     return _chosen(graph, *transitions.steps.choose(graph.state))
 
 
@@ -139,6 +146,7 @@ def _settle(
     counts, empty, order = transitions.steps.settle(graph.state, which, row, position, depth, after, leaves)
     exits, _, *rest = counts
     _keep(graph, order, real.sum(), exits, *rest)
+    graph.read.zero_()
     return empty
 
 
@@ -150,6 +158,7 @@ def _fetch(graph: GraphState, every: Tensor) -> tuple[Tensor, ...]:
     place = torch.where(due, due.cumsum(0) - 1, len(graph.every))
     order = torch.zeros_like(graph.order).index_put((place,), decodes)
     real = (every < due.sum()) & graph.real
+    graph.read.copy_(real.sum())
     which = torch.where(real, order[every], state.spare)
     s, row, position = transitions.steps.fetch(state, which)
     return which, real, row, torch.where(real, position, 0), s

@@ -11,7 +11,6 @@ Shapes: N rows of a pass or a read-out, M rows that may start a position.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from .compile import ALONE, compiled
 from .exits import RULES
 from .graph_steps import STEPS, GraphState, GraphSteps, Note, keep_order, with_known
 from .graphs import GraphCache, padded, sizes
+from .notes import Notes
 from .tick import TickContext, TickReport
 
 
@@ -188,20 +188,27 @@ class GraphTick:
             reads |= (wide or known.drafts > 0) and schedule.drafts_due(forced=idle)
             if reads:
                 read_out()
-                self.counts.reads[sizes.reads] += 1
             if self.is_over(ended):
                 break
         while len(self.notes):
             known = self._learn()
             ended |= known.live < live
+        if reads:  # no pass has noted the last one
+            self._count_reads(self.notes.now())
         return TickReport(passes if known.live else max_passes, ended)
 
     def _learn(self) -> Note:
         """The note of the oldest pass that is not known yet."""
         note = self.notes.next()
-        self.counts.passes[note.ran] += 1
-        self.schedule.note(1, note.ran, note.exits)
+        self._count_reads(note)
+        if note.ran:  # a pass may start before the host knows that no lane is left
+            self.counts.passes[note.ran] += 1
+            self.schedule.note(1, note.ran, note.exits)
         return note
+
+    def _count_reads(self, note: Note) -> None:
+        if note.read:
+            self.counts.reads[note.read] += 1
 
     # ---- the recorded functions -----------------------------------------------------------------------------------
     def _replay(self, key: tuple[Any, ...], mix: Mix) -> Callable[[], Any]:
@@ -247,38 +254,3 @@ class GraphTick:
             started = self.steps.emit(self.graph, which, real, row, position, tokens)
         where, there, row, position, tokens = started
         self.context.start(partial(self.steps.start, self.graph), where, row, position, tokens, only=there)
-
-
-class Notes:
-    """Copies of a tensor [K] after each pass, which the host reads later: on a GPU, when the device has finished that
-    pass, and not when it has done everything started since."""
-
-    def __init__(self, note: Tensor, most: int = 4):
-        self.note = note
-        pinned = note.is_cuda
-        self.room = [torch.empty(len(note), dtype=note.dtype, device="cpu", pin_memory=pinned) for _ in range(most)]
-        self.events = [torch.cuda.Event() if pinned else None for _ in range(most)]
-        self.queue: deque[int] = deque()
-        self.at = 0
-
-    def __len__(self) -> int:
-        return len(self.queue)
-
-    def add(self) -> None:
-        """Copy the tensor as it will be after the work started so far."""
-        self.room[self.at].copy_(self.note, non_blocking=True)
-        if event := self.events[self.at]:
-            event.record(torch.cuda.current_stream(self.note.device))
-        self.queue.append(self.at)
-        self.at = (self.at + 1) % len(self.room)
-
-    def next(self) -> Note:
-        """The oldest copy that was not read yet. Waits for it."""
-        at = self.queue.popleft()
-        if event := self.events[at]:
-            event.synchronize()
-        return Note(*self.room[at].tolist())
-
-    def now(self) -> Note:
-        """The tensor as it is. Waits for the device."""
-        return Note(*self.note.tolist())
