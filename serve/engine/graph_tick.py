@@ -26,6 +26,7 @@ from .graph_steps import STEPS, GraphState, GraphSteps, Note, keep_order, with_k
 from .graphs import GraphCache, padded, sizes
 from .notes import Notes
 from .tick import TickContext, TickReport
+from .transitions.drafts import beyond_widths
 
 
 class Mix(NamedTuple):
@@ -47,7 +48,10 @@ class Mix(NamedTuple):
 
 class Sizes(NamedTuple):
     """Rows of graphs. width: of a pass.   crowded: it may lack room for all lanes that run.   reads: of a read-out.
-    starts: of the positions that start where there are waves; 0: plain requests start those that are read out."""
+    starts: of the positions that start where there are waves; 0: plain requests start those that are read out.
+
+    Where there are waves, `reads` is a power of two, and `starts` follows from it: any mix of them with plain requests
+    has one of a few read-outs."""
 
     width: int
     crowded: bool
@@ -71,37 +75,50 @@ class GraphTick:
         self.notes = Notes(self.graph.note)
         self.replays: dict[tuple[Any, ...], Callable[[], Any]] = {}
         self.steps = GraphSteps(*(compiled(step, **ALONE) for step in STEPS)) if compile else STEPS
+        self.planned = Sizes(1, False, 1)  # of the next run
 
     def fits(self) -> bool:
-        """The step has no prompts, no diffusion, and no tokens or exits for which the host must look at logits."""
+        """The step has no prompts, no diffusion, and no tokens or exits for which the host must look at logits.
+
+        If so, `run` may follow.
+        """
         in_use = self.work.in_use
         if self.work.chunks or any(in_use[name] for name in ("diffusion", "sampled_by_host", "host")):
             return False
-        return self._few(self.sizes().reads) and not self.rules.reading("logits")
+        if not self.possible or self.rules.reading("logits"):
+            return False
+        self.planned = self.sizes()
+        return self._few(self.planned.reads)
 
     def _few(self, rows: int) -> bool:
         """So many rows are few enough for a graph."""
         return self.possible and rows <= self.cache.max_rows
 
-    def sizes(self, rows: int = 0, exits: bool = False) -> Sizes:
-        """Sizes for the requests of this step, or for `rows` plain ones, with exits or at full depth.
+    def sizes(self, rows: int = 0, exits: bool = False, positions: int = 1) -> Sizes:
+        """Sizes for the requests of this step, or for `rows` others, with exits or at full depth and so many
+        `positions` in flight.
 
-        Every request may have a lane, and a wave as many as it is wide. Where exits leave recurrences behind them, all
-        depths of a row may run.
+        Every request may have a lane, and waves as many as they are wide, within the budget. Where exits leave
+        recurrences behind them, all depths of a row may run. Waits for the device where a budget binds.
         """
-        state, waves = self.state, {} if rows else self.work.waves
+        state, budget = self.state, self.state.config.max_lanes or self.work.budget
         resident = rows or max(self.work.resident, 1)
-        lanes = all_lanes = resident + sum(most - 1 for _, most in waves.values())
-        reads, budget = padded(lanes), self.work.budget
+        drafts = rows * (positions - 1) if rows else sum(most - 1 for _, most in self.work.waves.values())
+        lanes = all_lanes = resident + drafts
         lanes = min(lanes, max(budget, resident)) if budget else lanes
+        reads, starts = padded(lanes), 0
+        if drafts:
+            beyond = int(beyond_widths(state)) if lanes < all_lanes and not rows else 0
+            reads = 1 << (min(lanes + beyond, all_lanes) - 1).bit_length()
+            starts = min(reads, state.config.max_num_seqs)
         exits = exits if rows else bool(self.rules.in_use) or self.work.in_use["shallow"] > 0
         trails = state.policy.complete and exits
         lanes = max(lanes, resident * state.policy.depths) if trails else lanes
         room = min(padded(lanes), padded(state.config.max_lanes or lanes), self.cache.max_rows or lanes)
         most = min(room, state.config.max_lanes or room)
-        staggered = bool(waves) or state.policy.complete
+        staggered = drafts > 0 or state.policy.complete
         crowded = staggered and max(lanes, all_lanes) > most  # positions in flight may exceed a budget
-        return Sizes(room, crowded, reads, padded(resident) if waves else 0)
+        return Sizes(room, crowded, reads, starts)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -118,14 +135,19 @@ class GraphTick:
         self.graph.real.fill_(True)
 
     @torch.inference_mode()
-    def record_common(self, exits: bool) -> None:
+    def record_common(self, exits: bool, positions: int = 1) -> None:
         """Record the graphs of common mixes of requests now, as many as are kept. No request may be resident.
 
         exits: requests have exit rules by default. Without these, a mix that has some is the least common.
+        positions: those that a request has in flight by default. With several, plain requests are less common.
         """
         mixes = [Mix(exits, cut=True), Mix(exits), Mix(exits, drawn=True), Mix(not exits)]
-        of_size = sizes(min(self.state.config.max_num_seqs, self.cache.max_rows)) if self.possible else []
-        keys = {key: mix for mix in mixes for n in of_size for key in mix.keys(self.sizes(n, mix.exits))}
+        most = min(self.state.config.max_num_seqs, self.cache.max_rows) if self.possible else 0
+        wanted = [(mix, n, 1) for mix in mixes for n in sizes(most)]
+        if positions > 1:
+            wanted = [(mix, n, positions) for mix in mixes for n in range(most, 0, -1)] + wanted
+        of_mix = [(mix, self.sizes(n, mix.exits, wide)) for mix, n, wide in wanted]
+        keys = {key: mix for mix, found in of_mix if self._few(found.reads) for key in mix.keys(found)}
         chosen = list(keys)[: self.cache.most]
         for key in sorted(chosen, key=lambda key: -key[1]):  # the smaller ones find room in the pool
             self._replay(key, keys[key])
@@ -167,8 +189,8 @@ class GraphTick:
 
     def run(self, max_passes: int) -> TickReport:
         """As Tick.run; reports `max_passes`, too, once no request is left."""
-        schedule, sizes, wide = self.schedule, self.sizes(), self._wide()
-        run_pass, read_out = self.replay(sizes)
+        schedule, wide = self.schedule, self._wide()
+        run_pass, read_out = self.replay(self.planned)
         self.steps.choose(self.graph)
         known = Note(0, 0, *self.notes.now()[2:])
         reads, ended, passes, live = False, False, 0, known.live

@@ -40,20 +40,25 @@ class LaneWorkerBase(Worker):
         # compiled: what an engine before this one has left in cycles goes now.
         gc.collect()
         loop.warm_up()
-        compiled = time.perf_counter() - start
+        compiled, waves = time.perf_counter() - start, lanes.decoder == "wave"
+        if waves:  # the budget bounds the sizes of their graphs
+            self._measure(loop, lanes)
         if loop.graph_tick:
             start = time.perf_counter()
-            loop.graph_tick.record_common(((steps.config.exit or {}).get("rule") or "fixed") != "fixed")
+            exits = ((steps.config.exit or {}).get("rule") or "fixed") != "fixed"
+            loop.graph_tick.record_common(exits, lanes.max_in_flight if waves else 1)
             made, seconds = loop.graph_tick.cache.captures, time.perf_counter() - start
             if made:
                 print(f"loopwise: {made} CUDA graphs recorded in {seconds:.0f} s", file=sys.stderr, flush=True)
-        if AUTO in (lanes.budget, lanes.coda_wait):
+        if not waves:
             self._measure(loop, lanes)
         gc.freeze()  # vLLM's worker does so, too: what is there by now stays
         return CompilationTimes(compiled, 0.0)
 
     def _measure(self, loop: Any, lanes: Any) -> None:
-        """Set budget and coda_wait by the measured costs of passes and read-outs."""
+        """Set budget and coda_wait by the measured costs of passes and read-outs, where one of them is AUTO."""
+        if AUTO not in (lanes.budget, lanes.coda_wait):
+            return
         group: Any = get_tp_group()
         costs = loop.measure(group.broadcast_object)
         if lanes.budget is AUTO:

@@ -39,6 +39,15 @@ def allowed_widths(state: State) -> Tensor:
     return torch.where(budget > 0, torch.minimum(requests.max_in_flight, share), requests.max_in_flight)
 
 
+def beyond_widths(state: State) -> Tensor:
+    """Positions [] in flight beyond what their rows' waves may have now. They started when fewer requests were live.
+
+    The widths of live rows are one lane for each, and more up to the budget. A row's width shrinks when requests come,
+    between steps. So in a step no more positions are in flight than these lanes and those beyond.
+    """
+    return (in_flight(state) - allowed_widths(state)).clamp(min=0).sum()
+
+
 def passed(state: State, which: Tensor, row: Tensor, done: Tensor) -> Tensor:
     """[n]: decode lanes `which` [n] of waves, in rows [n], come to a draft with their recurrences up to `done` [n].
 

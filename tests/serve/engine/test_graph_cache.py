@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,27 @@ def test_common_mixes_are_recorded_at_the_start():
         prompts = [[5 + n, 6, 7] for n in range(count)]
         assert made.generate(prompts, params) == plain.generate(prompts, params)
     assert set(ticks.replays) == recorded
+
+
+@pytest.mark.parametrize("budget", [0, 9])
+def test_waves_find_their_graphs_recorded(budget):
+    """Where requests are waves by default, whatever their number; plain ones among them need no other read-out."""
+    plain, made, ticks = engines(max_in_flight=4)
+    made.loop.eager_tick.budget = budget
+    ticks.record_common(exits=False, positions=4)
+    recorded = set(ticks.replays)
+    assert {key[1:3] for key in recorded if key[0] == "read" and key[2]} == {
+        (n, min(n, 8)) for n in (4, 8, 16, 32) if n <= 16 or not budget
+    }
+    for count in range(1, 9):
+        params = [Params(3 + n % 4, 3, ignore_eos=True, **SAMPLING[count % 3]) for n in range(count)]
+        waves = [replace(p, decoder="wave", max_in_flight=4) for p in params]
+        prompts = [[5 + n, 6, 7] for n in range(count)]
+        assert [c.tokens for c in made.generate(prompts, waves)] == [c.tokens for c in plain.generate(prompts, params)]
+    assert set(ticks.replays) == recorded
+    mixed = [replace(p, decoder="plain", max_in_flight=1) if n % 3 else p for n, p in enumerate(waves)]
+    made.generate(prompts, mixed)
+    assert {key for key in ticks.replays if key[0] == "read"} == {key for key in recorded if key[0] == "read"}
 
 
 def test_the_start_records_no_more_than_are_kept():

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.graph_tick import GraphTick
+from loopwise.serve.engine.transitions import drafts as positions
 from tests.helpers.engines import build, requests
 from tests.helpers.graph_ticks import MODELS, recorder
 from tests.helpers.waves import agreeing, drafts
@@ -84,6 +85,38 @@ def test_waves_and_plain_requests_have_the_text_of_plain_decoding(policy, option
     assert any(key[0] == "read" and key[2] for key in keys)  # with waves
     if options.get("max_lanes"):
         assert any(key[0] == "pass" and key[3] for key in keys)  # with lanes that wait
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+@pytest.mark.parametrize("options", [{}, {"max_lanes": 9}], ids=["budget", "max_lanes"])
+def test_more_positions_than_graphs_have_rows_stay_in_graphs(policy, options):
+    """Within a budget, waves have few positions in flight. So a read-out has room, also after others have come."""
+    kind = MODELS["huginn-like"]
+    prompts, params = requests(61, 12, policy, ["fixed", "latent-diff"])
+    params = [replace(p, decoder="wave", max_in_flight=5, max_tokens=4 + 3 * (n % 4)) for n, p in enumerate(params)]
+    plain = [replace(p, decoder="plain", max_in_flight=1) for p in params]
+    want = Engine(build(**kind), max_num_seqs=7, max_model_len=100, kv_policy=policy).generate(prompts, plain)
+    engine = with_graphs(build(**kind), kv_policy=policy, max_num_seqs=7, **options)
+    engine.loop.eager_tick.budget = 9
+    tick = engine.loop.graph_tick
+    assert tick is not None
+    tick.cache.max_rows = 16  # for up to 35 positions
+    waiting, eager = [], engine.loop.eager_tick.run
+
+    def read_out(every: torch.Tensor, starts: int) -> None:
+        waiting.append((int(positions.due(engine.loop.state).sum()), len(every)))
+        type(tick)._read_out(tick, every, starts)
+
+    def prompts_alone(max_passes: int) -> Any:
+        assert engine.loop.work.chunks, "a tick without prompts runs without a graph"
+        return eager(max_passes)
+
+    tick._read_out, engine.loop.eager_tick.run = read_out, prompts_alone
+    # Other requests come while waves have more positions in flight than they may have then.
+    got = engine.generate(prompts[:1], params[:1]) + engine.generate(prompts[1:], params[1:])
+    assert [(c.tokens, c.depths) for c in got] == [(c.tokens, c.depths) for c in want]
+    assert max(due for due, _ in waiting) > 5
+    assert all(due <= room for due, room in waiting)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
