@@ -231,6 +231,7 @@ class Loop:
             report = self.tick(max(left, 1))
             if not report.passes:
                 return
+            self.cadence.note(report.passes)
             self.work.chunks[:] = [chunk for chunk in self.work.chunks if chunk not in report.through]
             self.parked += report.parked
             ended |= report.ended
@@ -251,9 +252,8 @@ class Loop:
     def resume(self, sampler: Sampler) -> None:
         """Sample for the rows that are sampled by the host and exited in this step; their next positions run in the
         next step."""
-        for parked in self.parked:
-            self.eager_tick.sample(sampler, parked)
-        self.parked = []
+        while self.parked:
+            self.eager_tick.sample(sampler, self.parked.pop(0))
 
     def outputs(self, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens of this step for each of rows [m], and the recurrences that each of them took. Waits for the

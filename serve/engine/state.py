@@ -92,7 +92,7 @@ class State:
     lanes: LaneState
     turn: Tensor  # int64 [2]: first row of this pass, then of the next, where not all fit; choose, enter, nearest
     budget: Tensor  # int64 []: lanes of a pass that waves may fill, 0 for no bound; set_budget
-    settled: Tensor  # int64 [depths + 1]: waves' positions by draft_depth, when they were put out; commit, take_settled
+    settled: Tensor  # int64 [R, depths + 1]: positions of waves, by draft_depth; commit, take_settled, clear_settled
     ring: int  # decode lanes of a row
     num_decode_lanes: int  # decode lanes of all rows; prompt lanes follow
     spare: int  # number of the last lane
@@ -132,9 +132,9 @@ class State:
         lanes = LaneState(**zeros(LaneState, spare + 1))
         requests.num_recurrences[-1] = NEVER
         lanes.row[spare], lanes.exit_at[spare] = config.max_num_seqs, NEVER
-        turn, budget, settled = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1, policy.depths + 1))
+        turn, budget, settled = (lanes.row.new_zeros(n) for n in ([2], [], [len(requests.live), policy.depths + 1]))
         rest = ring, num_decode_lanes, spare, model.injection != "none"
-        return cls(config, policy, requests, lanes, turn, budget.view(()), settled, *rest)
+        return cls(config, policy, requests, lanes, turn, budget, settled, *rest)
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,7 @@ class Cadence:
         self.state, self.work, self.schedule = state, work, schedule
         self.every, self.best = 1, 1  # K now, and the K to which it returns after a probe
         self.rows: dict[int, int] = {}  # with this K, and their R
-        self.settled = [0.0] * (state.policy.depths + 1)  # positions by t, older ones count less
+        self.settled = [0.0] * (state.policy.depths + 1)  # positions of `rows` by t, older ones count less
         self.passes = 0  # since the probe began
 
     def admit(self, row: int, request: Request) -> None:
@@ -38,6 +38,7 @@ class Cadence:
         if not request.draft_every and not request.draft_depths:
             self.rows[row] = request.num_recurrences
             windows.set_cadence(self.state, [row], self.every)
+            windows.clear_settled(self.state, row)
         first = min(request.draft_depths, default=request.draft_every or self.every)
         self.work.waves[row] = first, request.max_in_flight
 
@@ -56,10 +57,13 @@ class Cadence:
                 self.work.waves.update({row: (every, self.work.waves[row][1]) for row in self.rows})
         return min(self.work.waves.values(), default=(1, 0))[0]
 
+    def note(self, passes: int) -> None:
+        """So many passes of the step ran."""
+        self.passes += passes * bool(self.rows)
+
     def _next(self) -> int:
         """K of the next step. Waits for the device."""
-        depth, found = max(self.rows.values()), windows.take_settled(self.state)
-        self.passes += self.state.config.passes_per_step
+        depth, found = max(self.rows.values()), windows.take_settled(self.state, list(self.rows))
         if self.every == 1 and self.passes > depth:
             share = 0.5 if sum(self.settled) > MOST else 1.0
             self.settled = [old * share + new for old, new in zip(self.settled, found, strict=True)]

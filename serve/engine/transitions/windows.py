@@ -40,11 +40,17 @@ def set_cadence(state: State, rows: list[int], every: int) -> None:
 
 
 @torch.inference_mode()
-def take_settled(state: State) -> list[int]:
-    """`settled` since the last call. Waits for the device."""
-    found = state.settled.tolist()
+def take_settled(state: State, rows: list[int]) -> list[int]:
+    """`settled` of `rows` in all, since the last call or since they were cleared. Waits for the device."""
+    found = state.settled[rows].sum(0).tolist()
     state.settled.zero_()
     return found
+
+
+@torch.inference_mode()
+def clear_settled(state: State, row: int) -> None:
+    """Another request has `row`."""
+    state.settled[row] = 0
 
 
 def drop(state: State, which: Tensor, wrong: Tensor | None = None) -> None:
@@ -75,8 +81,9 @@ def commit(state: State, rows: Tensor, lane: Tensor, tokens: Tensor, certain: Te
         (torch.where(out, row, none), torch.where(out, position, 0)), torch.where(out, exit_depth, 0).int()
     )
     place = torch.where(counted, row, none), torch.where(counted, requests.count[rows][:, None] + counts - 1, 0)
-    at = lanes.draft_depth[lane].clamp(max=len(state.settled) - 1)
-    state.settled.index_add_(0, at.flatten(), out.flatten().long())
+    depths = state.settled.shape[1]
+    at = row * depths + lanes.draft_depth[lane].clamp(max=depths - 1)
+    state.settled.view(-1).index_add_(0, at.flatten(), out.flatten().long())
     requests.tokens.index_put_(place, tokens)
     requests.depths.index_put_(place, exit_depth)
     lanes.uncommitted.index_put_((lane,), lanes.uncommitted[lane] & ~out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,6 +70,29 @@ def test_an_engine_finds_it(right):
     assert done.passes <= (120 if right else want.passes)
     (fixed,) = engine.generate([[5, 6, 7]], replace(plain, **{**AUTO, "draft_every": 1}))
     assert done.items <= fixed.items
+
+
+@pytest.mark.parametrize("beside", [{"draft_every": 4}, {"draft_depths": (3,)}], ids=str)
+def test_waves_with_a_cadence_of_their_own_teach_it_nothing(beside):
+    """It learns from those alone whose cadence it chooses: others see no depth between their drafts."""
+    fixed = replace(Params(60, 8, ignore_eos=True), **{**AUTO, "draft_every": None, **beside})
+    engine = Engine(agreeing(8), max_num_seqs=3, max_model_len=128, max_in_flight="auto", passes_per_step=8)
+    engine.generate([[5, 6, 7], [8]], [fixed, fixed])
+    auto = replace(Params(30, 8, ignore_eos=True), **AUTO)
+    engine.generate([[5, 6, 7], [8], [9]], [auto, fixed, fixed])
+    found = engine.loop.cadence.settled
+    assert sum(found[:2]) == sum(found) > 10  # every draft is right at once
+
+
+def test_a_probe_counts_the_passes_that_ran():
+    """A step may end before its passes are over, as others wait for its end."""
+    engine = Engine(build(), max_num_seqs=1, max_model_len=128, max_in_flight=4, passes_per_step=64)
+    engine.loop.somebody_waits = lambda: True
+    seen: list[int] = []
+    step = engine.loop.step
+    engine.loop.step = lambda live: (step(live), seen.append(engine.loop.cadence.passes))[0]
+    engine.generate([[5, 6, 7]], replace(Params(20, 4, ignore_eos=True), **{**AUTO, "max_in_flight": 4}))
+    assert max(after - before for before, after in pairwise(seen)) <= 4
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
