@@ -40,6 +40,12 @@ class Logprobs:
         self.values = torch.empty(0, device=device)
         self.ranks = torch.empty(0, dtype=torch.long, device=device)  # [R + 1, room]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the records, once a request asks for them."""
+        entry = (1 + self.top) * (self.ids.itemsize + self.values.itemsize) + self.ranks.itemsize
+        return len(self.requests.live) * self.room * entry
+
     def note(self, logits: Tensor, tokens: Tensor, row: Tensor, position: Tensor) -> None:
         """Rows [m] have `tokens` [m] after positions [m], by logits [m, V]."""
         if not len(self.ids):

@@ -97,8 +97,8 @@ class Loop:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state of lanes and requests, before any of them has come."""
-        return self.state.nbytes + self.rules.nbytes + (self.routing.nbytes if self.routing else 0)
+        """Bytes of the state of lanes and requests, whatever they will ask for, before any of them has come."""
+        return sum(part.nbytes for part in (self.state, self.rules, self.context.logprobs, self.routing) if part)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

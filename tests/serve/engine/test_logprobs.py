@@ -68,6 +68,15 @@ def test_numbers_out_of_range_are_refused(value):
         engine(False).generate([[5]], Params(logprobs=1, decoder="diffusion", max_in_flight=4))
 
 
+def test_their_memory_is_counted_before_a_request_asks():
+    made = engine(False)
+    records, counted = made.loop.context.logprobs, made.loop.nbytes
+    made.generate([[5]], Params(1, 1, logprobs=1))
+    held = records.ids.nbytes + records.values.nbytes + records.ranks.nbytes
+    assert records.nbytes == held > 0
+    assert made.loop.nbytes == counted >= made.loop.state.nbytes + held
+
+
 def test_a_prompt_in_several_steps_has_none_until_its_token():
     made = engine(False, max_num_batched_tokens=4)
     prompts, params = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6]], Params(3, 4, ignore_eos=True, logprobs=1)
