@@ -6,6 +6,7 @@ A value that no lane can have would raise in the engine, and end it with all req
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -18,6 +19,7 @@ from ..api.limits import Limits, limits_of
 from ..api.validation import validate_params
 from .requests import tokens_of, validate_sampling, validate_tokens
 
+STREAMED = "a prompt that comes in parts (StreamingInput): the lane engine takes whole prompts; send one request each"
 PROCESSORS_READ = "logits processors, of --logits-processors or of a plugin, may read earlier tokens, which it guesses"
 
 
@@ -119,12 +121,16 @@ def install_validation() -> None:
     from ...model import RecurrentDepthConfig
 
     process, validator = InputProcessor.process_inputs, InputProcessor._build_logits_processors_params_validator
+    signature = inspect.signature(process)
 
     @functools.wraps(process)
     def process_inputs(self, request_id, prompt, params, *args, **kwargs):
         config = self.model_config.hf_config
         if not isinstance(config, RecurrentDepthConfig):
             return process(self, request_id, prompt, params, *args, **kwargs)
+        given = signature.bind(self, request_id, prompt, params, *args, **kwargs).arguments
+        if given.get("resumable") and is_lanes(self.vllm_config):
+            raise _refused(FieldError("prompt", STREAMED))
         validate_request(params, self.vllm_config, prompt)
         request = process(self, request_id, prompt, params, *args, **kwargs)
         validate_made(request, config.vocab_size)

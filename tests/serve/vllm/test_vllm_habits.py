@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import subprocess
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -98,6 +99,27 @@ def test_reasoning_and_tools(chain, monkeypatch):
 
     texts = asyncio.run(replies())
     check_all(lambda path, body: texts["stream" if body.get("stream") else path], len(ids))
+
+
+def test_prompts_in_parts_are_refused(chain):
+    """vLLM's streaming input: a request of lanes would never be given its second part, nor a token after it."""
+
+    async def ask() -> None:
+        from vllm import SamplingParams
+        from vllm.engine.protocol import StreamingInput
+        from vllm.sampling_params import RequestOutputKind
+
+        async def parts() -> AsyncGenerator[StreamingInput]:
+            for token in (5, 6):
+                yield StreamingInput({"prompt_token_ids": [token]})
+
+        params = SamplingParams(max_tokens=2, output_kind=RequestOutputKind.DELTA)
+        async with application(chain[0]) as app, asyncio.timeout(60):
+            async for _ in app.state.engine_client.generate(parts(), params, "grows"):
+                pass
+
+    with pytest.raises(ValueError, match=r"a prompt that comes in parts \(StreamingInput\)"):
+        asyncio.run(ask())
 
 
 @pytest.mark.slow
