@@ -69,6 +69,7 @@ def configure(vllm_config: Any) -> None:
     vllm_architecture(config.source_config.model_type)
     check_packed(config.router, config.source_config)
     recipe, report = read_settings(vllm_config)
+    _check_beside_lanes(vllm_config.additional_config or {})
     chosen = None if is_lanes(vllm_config) else _choose(vllm_config, recipe, report)
     check_vllm_config(vllm_config, is_lanes(vllm_config))
     check_environment(os.environ, server=False)
@@ -103,6 +104,20 @@ def read_settings(vllm_config: Any) -> tuple[ServeRecipe, bool]:
         return validate(ServeRecipe, settled(ServeRecipe, values, [])), report
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _check_beside_lanes(given: dict[str, Any]) -> None:
+    """Raises UserError for settings of users in an additional_config beside a whole LaneConfig, which wins."""
+    if LANES not in given:
+        return
+    settings = {"engine": "lanes", **given.get(SETTINGS, {})}
+    limits = {one.name for one in fields(HttpLimits)}
+    for name, value in settings.items():
+        if name not in limits and (name, value) != ("engine", "lanes"):
+            raise UserError(
+                f"--additional-config {SETTINGS}: {name}={value!r} has no effect beside {LANES}, the lane engine's "
+                f"settings in full: leave {LANES} out, and give keys of `loopwise serve` alone"
+            )
 
 
 def http_limits(vllm_config: Any) -> HttpLimits:
@@ -166,13 +181,16 @@ def use_lanes(vllm_config: Any) -> None:
     vllm_config.model_config.enforce_eager = True  # vLLM's own forward does not run
     from ..engine.kv import policy_of  # which imports torch; `loopwise serve --help` does not
 
-    out = excluded(policy_of(vllm_config.model_config.hf_config))
+    policy = policy_of(vllm_config.model_config.hf_config)
+    out = excluded(policy)
+    on = {"enable_chunked_prefill": scheduler, "enable_prefix_caching": vllm_config.cache_config}
+    if off := [name for name, where in on.items() if out[name] and getattr(where, name)]:
+        print(f"loopwise: kv_policy={policy.name} turns off vLLM's {' and '.join(off)}", file=sys.stderr, flush=True)
     if out["enable_prefix_caching"]:
         vllm_config.cache_config.enable_prefix_caching = False
     if out["enable_chunked_prefill"]:
         if (most := scheduler.long_prefill_token_threshold) > 0:
-            policy = vllm_config.model_config.hf_config.kv_policy
-            raise UserError(f"--long-prefill-token-threshold {most}: prompts run whole under kv_policy={policy}")
+            raise UserError(f"--long-prefill-token-threshold {most}: prompts run whole under kv_policy={policy.name}")
         scheduler.enable_chunked_prefill = False
         length = vllm_config.model_config.max_model_len
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, length)  # a prompt in one step

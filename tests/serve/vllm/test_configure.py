@@ -148,6 +148,14 @@ def test_settings_are_keys_of_loopwise_serve(model, way):
             {"additional_config": {SETTINGS: {"engine": "fixed", "exit_rule": "cosine"}}},
             "the fixed engine has no exits",
         ),
+        (
+            {"additional_config": {**LaneConfig().flags()["additional_config"], SETTINGS: {"num_recurrences": 2}}},
+            "num_recurrences=2 has no effect beside loopwise_lanes",
+        ),
+        (
+            {"additional_config": {**LaneConfig().flags()["additional_config"], SETTINGS: {"engine": "fixed"}}},
+            "engine='fixed' has no effect beside loopwise_lanes",
+        ),
         ({"async_scheduling": True}, "--async-scheduling True does not fit engine=lanes; use engine=fixed"),
         ({"worker_cls": "a.B"}, "--worker-cls a.B does not fit engine=lanes"),
         ({"scheduler_cls": "a.B"}, "--scheduler-cls a.B does not fit engine=lanes"),
@@ -183,8 +191,14 @@ def test_the_environment_is_checked(model, monkeypatch):
         made(model[0])
 
 
-def test_features_follow_the_kv_policy(model):
-    """A policy that overwrites slots computes prompts whole, in one step, and shares no block."""
+def test_features_follow_the_kv_policy(model, capsys):
+    """A policy that overwrites slots computes prompts whole, in one step, and shares no block. A line says so."""
+    off = "kv_policy=single turns off vLLM's enable_chunked_prefill and enable_prefix_caching"
+    lanes = {"enable_prefix_caching": True, **LaneConfig().flags()}
+    made(model[0], hf_overrides={"kv_policy": "single"}, max_num_batched_tokens=256, max_model_len=512, **lanes)
+    assert off in capsys.readouterr().err
+    made(model[0], **lanes)
+    assert "turns off" not in capsys.readouterr().err
     config = made(model[0], hf_overrides={"kv_policy": "single"}, max_num_batched_tokens=256, max_model_len=512)
     assert config.scheduler_config.enable_chunked_prefill is False
     assert config.cache_config.enable_prefix_caching is False
