@@ -174,7 +174,7 @@ class Engine:
             reader=self._read_prompt,
         )
         table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
-        loop.set_block_tables(torch.arange(rows, device=like.device), table.view(rows, blocks))
+        loop.set_block_tables(torch.arange(rows, device=like.device), slice(blocks), table.view(rows, blocks))
         return loop
 
     def _defaults(self, fields: dict[str, Any]) -> None:

@@ -148,9 +148,9 @@ class Loop:
         self.rules.use(self.work.in_use)
         self.prompt_exit[row] = request.prompt_exit
 
-    def set_block_tables(self, rows: Tensor, blocks: Tensor) -> None:
-        """Rows [m] have the KV blocks [m, num_blocks] from now on."""
-        transitions.requests.set_block_table(self.state, rows, blocks)
+    def set_block_tables(self, rows: Tensor, places: Tensor | slice, blocks: Tensor) -> None:
+        """Rows [n] have KV `blocks` [n] at `places` [n] of their tables from now on, or [n, B] at a slice of them."""
+        transitions.requests.set_block_table(self.state, rows, places, blocks)
 
     def set_known_tokens(self, row: int, first: int, tokens: Tensor) -> None:
         """Tokens [n] of a row, at positions `first` and after, are known: they are neither sampled nor put out."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors
@@ -47,6 +49,11 @@ class Held:
     sent: int | None = None
     appended: int = 0
     past: Past | None = None
+
+    @cached_property
+    def prompt_ids(self) -> torch.Tensor:
+        """`prompt` as a tensor on the host."""
+        return torch.tensor(self.prompt)
 
     @property
     def known(self) -> list[int]:

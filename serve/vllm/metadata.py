@@ -44,7 +44,9 @@ def metadata_of(
         generators={},
         max_num_logprobs=max(wanted, default=None),
         no_penalties=plain,
-        prompt_token_ids=None if plain else _padded([request.prompt for request in requests], vocabulary).to(device),
+        prompt_token_ids=None
+        if plain
+        else _padded([request.prompt_ids for request in requests], vocabulary).to(device),
         frequency_penalties=none if plain else tensor(frequency),
         presence_penalties=none if plain else tensor(presence),
         repetition_penalties=none if plain else tensor(repetition),
@@ -56,10 +58,9 @@ def metadata_of(
     )
 
 
-def _padded(prompts: list[list[int]], vocabulary: int) -> torch.Tensor:
+def _padded(prompts: list[torch.Tensor], vocabulary: int) -> torch.Tensor:
     """Tokens [m, longest], filled with the number `vocabulary`, which is no token's."""
-    lines = [torch.tensor(prompt) for prompt in prompts]
-    return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=vocabulary)
+    return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=vocabulary)
 
 
 def _masked(params: list[SamplingParams], vocabulary: int, device: torch.device) -> torch.Tensor | None:

@@ -54,8 +54,7 @@ class LaneSteps:
         rows, device = loop.config.max_num_seqs, loop.state.device
         self.device, self.held = device, dict[str, Held]()
         self.free = list(range(rows))  # a heap: rows of a user's logits processors stay few
-        self.tables = torch.zeros(rows, loop.config.num_blocks, dtype=torch.int32)  # the loop's block tables
-        self.split = torch.arange(split, dtype=torch.int32)
+        self.split = torch.arange(split)
         self.exits = [0] * (config.max_recurrences + 1)
         self.decoder = torch.zeros(rows, dtype=torch.long, device=device)  # by row, a number in DECODERS
         self.counted = torch.zeros(rows, 2, dtype=torch.long, device=device)  # passes and lanes, by row
@@ -74,8 +73,7 @@ class LaneSteps:
         for name in sorted(step.finished_req_ids & self.held.keys()):
             self._release(self.held.pop(name))
         for name in sorted((step.preempted_req_ids or set()) & self.held.keys()):
-            if (request := self.held[name]).row is not None:
-                request.past = self._release(request)
+            self._release(self.held[name], preempted=True)
         receive(self.held, step)
         if not step.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -172,31 +170,33 @@ class LaneSteps:
             decoder = replace(decoder, diffusion=replace(decoder.diffusion, seed=self.sampler.seed[row]))
         return decoder
 
-    def _release(self, request: Held) -> Past:
-        """Take a request's row back. Returns what it needs to go on in another."""
+    def _release(self, request: Held, preempted: bool = False) -> None:
+        """Take a request's row back, if it has one. preempted: keep its past, as it will go on in another row."""
         row = request.row
         if row is None:
-            return Past([])
+            return
         request.row, request.in_table, request.decoding, request.sent = None, 0, False, None
         heapq.heappush(self.free, row)
         self.sampler.release(row)
-        requests = self.loop.state.requests
-        return Past(self.loop.release(row).tolist(), int(requests.passes[row]), int(requests.lane_passes[row]))
+        trace, requests = self.loop.release(row), self.loop.state.requests
+        if preempted:  # which waits for the device, and makes a list of all positions
+            request.past = Past(trace.tolist(), int(requests.passes[row]), int(requests.lane_passes[row]))
 
     def _set_block_tables(self, resident: list[Held]) -> None:
         """Write the blocks that requests got since their last step into their rows' tables."""
-        changed = [request for request in resident if request.in_table < len(request.blocks)]
-        for request in changed:
-            table, first = self.tables[request.row], request.in_table
-            if not first:
-                table.zero_()  # vLLM's null block
-            new = torch.tensor(request.blocks[first:], dtype=torch.int32)
-            parts = (new[:, None] * len(self.split) + self.split).flatten()
-            table[first * len(self.split) :][: len(parts)] = parts
-            request.in_table = len(request.blocks)
-        if changed:
-            rows = torch.tensor([request.row for request in changed])
-            self.loop.set_block_tables(rows.to(self.device), self.tables[rows].to(self.device))
+        written = []
+        for request in resident:
+            if request.row is not None and request.in_table < len(request.blocks):
+                new = torch.tensor(request.blocks[request.in_table :])
+                blocks = (new[:, None] * len(self.split) + self.split).flatten()
+                if not request.in_table:  # the rest of the table is vLLM's null block
+                    blocks = torch.nn.functional.pad(blocks, (0, self.loop.config.num_blocks - len(blocks)))
+                places = torch.arange(len(blocks)) + request.in_table * len(self.split)
+                written.append(torch.stack([torch.full_like(places, request.row), places, blocks]))
+                request.in_table = len(request.blocks)
+        if written:
+            rows, places, blocks = torch.cat(written, 1).to(self.device)
+            self.loop.set_block_tables(rows, places, blocks.int())
 
     def _prompt(self, request: Held, row: int, count: int) -> Prompt | None:
         """The known tokens that the scheduler wants computed; None for a request that decodes."""

@@ -44,9 +44,9 @@ def release(state: State, row: int, prompt_lanes: list[tuple[int, int]]) -> None
     state.requests.live[row] = False
 
 
-def set_block_table(state: State, rows: Tensor, blocks: Tensor) -> None:
-    """Rows [m] have the KV blocks [m, B] from now on."""
-    state.requests.block_table[rows] = blocks
+def set_block_table(state: State, rows: Tensor, places: Tensor | slice, blocks: Tensor) -> None:
+    """Rows [n] have KV `blocks` [n] at `places` [n] of their tables from now on, or [n, B] at a slice of them."""
+    state.requests.block_table[rows, places] = blocks
 
 
 def set_known_tokens(state: State, row: int, first: int, tokens: Tensor) -> None:
