@@ -132,6 +132,7 @@ def test_waves_find_their_graphs_recorded(budget):
     assert {key[1:3] for key in recorded if key[0] == "read" and key[2]} == {
         (n, min(n, 8)) for n in (4, 8, 16, 32) if n <= 16 or not budget
     }
+    waves, prompts = list[Params](), list[list[int]]()
     for count in range(1, 9):
         params = [Params(3 + n % 4, 3, ignore_eos=True, **SAMPLING[count % 3]) for n in range(count)]
         waves = [replace(p, decoder="wave", max_in_flight=4) for p in params]

@@ -31,14 +31,18 @@ def with_graphs(model: Any, **options: Any) -> Engine:
 
 
 class Waits(TorchDispatchMode):
-    """Refuses operations for which the host waits for the device, but in the reference attention: no GPU has it."""
+    """Refuses operations for which the host waits for the device, but in the reference attention: no GPU has it.
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+    In inference mode, those that consist of others come whole: a number is read by `item`, a list by `resolve_neg`.
+    """
+
+    NAMES = ("item", "_local_scalar_dense", "resolve_neg", "is_nonzero", "nonzero", "masked_select", "unique", "equal")
+    NAMES += ("repeat_interleave",)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         by_flags = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in self.NAMES or by_flags:
+        if name in self.NAMES or by_flags or (name == "where" and len(args) == 1):
             files = [frame.filename for frame in traceback.extract_stack()]
             assert any(file.endswith("attention/reference.py") for file in files), name
         return func(*args, **(kwargs or {}))

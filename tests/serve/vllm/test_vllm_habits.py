@@ -111,7 +111,8 @@ def test_prompts_in_parts_are_refused(chain):
 
         async def parts() -> AsyncGenerator[StreamingInput]:
             for token in (5, 6):
-                yield StreamingInput({"prompt_token_ids": [token]})
+                part: Any = {"prompt_token_ids": [token]}
+                yield StreamingInput(part)
 
         params = SamplingParams(max_tokens=2, output_kind=RequestOutputKind.DELTA)
         async with application(chain[0]) as app, asyncio.timeout(60):
