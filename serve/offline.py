@@ -57,6 +57,8 @@ class Engine:
     max_num_batched_tokens: prompt tokens of a step.
     max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need; "auto": as
     many as a wave can use.
+    budget: lanes of a pass that waves may fill, 0 for no bound; "auto" or None: as many as add little time, measured
+    now.
     dtype: type of weights and cache, for a directory (default: the checkpoint's).
     tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
@@ -82,16 +84,17 @@ class Engine:
         coda_wait: int | Literal["auto"] | None = 0,
         max_num_batched_tokens: int = 512,
         max_in_flight: int | Literal["auto"] = 1,
+        budget: int | Literal["auto"] | None = 0,
         dtype: str | None = None,
         compile: bool = False,
         cuda_graphs: bool = True,
         tell: Callable[[str], Any] = warnings.warn,
         tokenizer: Any = None,
     ):
-        wait: int | None = read_auto(coda_wait)
+        wait, lanes = read_auto(coda_wait), read_auto(budget)
         _check_least(1, max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_recurrences=max_recurrences)
         _check_least(1, passes_per_step=passes_per_step, max_num_batched_tokens=max_num_batched_tokens)
-        _check_least(0, max_lanes=max_lanes, coda_wait=wait)
+        _check_least(0, max_lanes=max_lanes, coda_wait=wait, budget=lanes)
         self.tokenizer, self.tell, self.warned = tokenizer, tell, set[str]()
         self.faults = Faults()
         self.model, fields = self._load(model, dtype)
@@ -119,15 +122,8 @@ class Engine:
         )
         with torch.inference_mode():
             self.loop = self._make_loop(policy, sizes)
-            device = self.loop.state.device
-            self.draws = Draws(max_num_seqs, device)
-            waits = isinstance(self.loop.forward.attention, TorchAttention)  # for the device, as no graph can
-            if cuda_graphs and device.type == "cuda" and not waits:
-                self._record(on_cuda(device))
-            if compile:
-                self.loop.warm_up()
-            if wait is AUTO:
-                self.loop.schedule.costs = self.loop.measure()
+            self.draws = Draws(max_num_seqs, self.loop.state.device)
+            self._prepare(cuda_graphs, wait, lanes)
         self.max_num_seqs, self.max_model_len, self.max_num_batched_tokens = max_num_seqs, room, max_num_batched_tokens
 
     def _load(self, model: Any, dtype: str | None) -> tuple[Any, dict[str, Any]]:
@@ -176,6 +172,18 @@ class Engine:
         table = torch.arange(rows * blocks, dtype=torch.int32, device=like.device)
         loop.set_block_tables(torch.arange(rows, device=like.device), slice(blocks), table.view(rows, blocks))
         return loop
+
+    def _prepare(self, cuda_graphs: bool, wait: int | None, lanes: int | None) -> None:
+        """Compile and record what steps run, and measure it where coda_wait or the budget of `lanes` is AUTO."""
+        loop, device = self.loop, self.loop.state.device
+        waits = isinstance(loop.forward.attention, TorchAttention)  # for the device, as no graph can
+        if cuda_graphs and device.type == "cuda" and not waits:
+            self._record(on_cuda(device))
+        if loop.config.compile:
+            loop.warm_up()
+        costs = loop.measure() if AUTO in (wait, lanes) else None
+        loop.schedule.costs = costs if wait is AUTO else None
+        loop.eager_tick.budget = costs.knee() if costs and lanes is AUTO else lanes or 0
 
     def _defaults(self, fields: dict[str, Any]) -> None:
         """Set `defaults` of Params and the `stops` of every text by the fields of generation_config.json."""

@@ -17,7 +17,7 @@ from .state import State
 
 SLOWER = 1.5  # up to the knee, a pass takes at most so many times the time of a pass of one lane
 REPEATS, SECONDS = 5, 0.5  # repetitions of each size, and the time after which they end
-MOST, POSITIONS = 1024, 16
+MOST, POSITIONS = 1024, 32  # lanes, and positions of a row among them: as many as the widest wave has
 
 
 class Costs(NamedTuple):
@@ -92,7 +92,7 @@ def measure(
     measure together go by the same times.
     """
     rows = state.config.max_num_seqs
-    most = min(rows * min(state.config.max_in_flight, POSITIONS), MOST)
+    most = min(rows * min(state.config.max_in_flight, state.config.max_model_len, POSITIONS), MOST)
     sizes = sorted({n for k in range(11) for n in (2**k, 3 * 2**k // 2) if n <= most} | {most})
     costs = Costs({}, {})
     for n in sizes:

@@ -11,6 +11,8 @@ import torch
 from loopwise.errors import UserError
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
+from loopwise.serve.engine.costs import Costs
+from loopwise.serve.engine.loop import Loop
 from tests.helpers.engines import build
 from tests.helpers.tiny import VOCAB, source_config, tokenizer
 
@@ -80,6 +82,25 @@ def test_settings_out_of_range_are_refused(name):
 def test_a_width_below_a_request_is_refused():
     with pytest.raises(UserError, match="max_lanes=1: kv_policy=per-depth has up to"):
         Engine(build(), max_lanes=1, kv_policy="per-depth")
+
+
+def test_waves_fill_a_pass_up_to_the_budget(monkeypatch):
+    """Two lanes leave two waves nothing but their certain positions, so they take as many passes as plain decoding."""
+    plain, prompts = Params(9, 4, ignore_eos=True), [[5, 6, 7], [8, 9]]
+    wave = replace(plain, decoder="wave", max_in_flight=4)
+    sizes: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 40, "max_in_flight": 4}
+    want = Engine(build(), **sizes).generate(prompts, plain)
+    measured = Costs({1: 1.0, 2: 1.4, 3: 9.0}, {1: 0.0, 2: 0.0, 3: 0.0})
+    monkeypatch.setattr(Loop, "measure", lambda loop: measured)
+    for narrow in (2, "auto"):
+        engine = Engine(build(), budget=narrow, **sizes)
+        assert (engine.loop.eager_tick.budget, engine.loop.schedule.costs) == (2, None)
+        assert engine.generate(prompts, wave) == want
+    wide = Engine(build(), coda_wait="auto", **sizes)
+    assert (wide.loop.eager_tick.budget, wide.loop.schedule.costs) == (0, measured)
+    assert sum(done.items for done in wide.generate(prompts, wave)) > sum(done.items for done in want)
+    with pytest.raises(UserError, match="budget=-2: an integer of 0 or more"):
+        Engine(build(), budget=-2)
 
 
 def test_finish_reasons():

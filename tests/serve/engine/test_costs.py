@@ -28,6 +28,15 @@ def test_the_knee_is_where_a_pass_takes_half_more(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("room", "widest"), [(64, 32), (10, 10)])
+def test_all_lanes_of_the_widest_wave_are_measured(room, widest):
+    """Also those of one request alone, as far as it has positions."""
+    model = build(num_recurrences=40, max_recurrences=40)
+    engine = Engine(model, max_num_seqs=1, max_model_len=room, max_in_flight="auto")
+    assert engine.loop.config.max_in_flight == 32
+    assert engine.loop.measure(lambda seconds: seconds * 0 + 1.0).knee() == widest
+
+
 def test_ranks_measure_as_often_as_each_other(monkeypatch):
     """Whatever their clocks say: a pass of one rank waits for those of the others."""
     measured = []
