@@ -32,139 +32,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .figures import add
+from .forced import DEPTHS, OUTPUT, Bound, Job, jobs, make, report, share
+from .over_http import over_http
 
-DEPTHS, VOCABULARY, OUTPUT, MEAN = 8, 8192, 64, 3.0
 ENGINE = {"max_model_len": 256, "block_size": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
-
-
-@dataclass
-class Job:
-    """One request: its prompt, and the depth of every position."""
-
-    prompt: list[int]
-    trace: list[int]
-
-
-@dataclass
-class Bound:
-    """Multiply-adds of a position: `once` in the head, `core` in a recurrence."""
-
-    once: int
-    core: int
-
-    def work(self, depths: list[int], reads: int) -> int:
-        return sum(depths) * self.core + reads * self.once
-
-
-def make(folder: Path, lora: int = 0, router: dict[str, Any] | None = None) -> Bound:
-    """Write the model, with a tokenizer, to `folder`. With a router, it has as many recurrences as thresholds."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
-
-    torch.manual_seed(0)
-    source = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2688, num_hidden_layers=4, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False,
-    )  # fmt: skip
-    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-    relaxation = {"depths": DEPTHS, "rank": dict.fromkeys(names, lora), "own": [], "dora": False} if lora else None
-    depths = len(router["thresholds"]) if router else DEPTHS
-    config = RecurrentDepthConfig(
-        source_config=source, core=[0, 1, 2, 3], num_recurrences=depths, relaxation=relaxation, router=router
-    )
-    model = RecurrentDepthForCausalLM(config).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or name.startswith("router."):
-            torch.nn.init.normal_(parameter, std=0.01 if "lora_" in name else 0.3)
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:150]
-    special = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, show_progress=False, initial_alphabet=alphabet
-    )
-    tokenizer.train([str(text) for text in texts], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.save_pretrained(folder)
-    head = model.get_output_embeddings().weight.numel()
-    return Bound(head, sum(p.numel() for p in model.core.parameters()))
-
-
-def jobs(draw: random.Random, count: int, system: str) -> list[Job]:
-    weights = geometric(MEAN)
-    made = []
-    for _ in range(count):
-        prompt = draw.choices(range(3, 8000), k=draw.randint(16, 48))
-        drawn = draw.choices(range(1, DEPTHS + 1), weights, k=len(prompt) + OUTPUT)
-        if system in ("fixed", "full"):
-            drawn = [DEPTHS] * len(drawn)
-        elif system != "prompts":
-            drawn[: len(prompt) - 1] = [DEPTHS] * (len(prompt) - 1)
-        made.append(Job(prompt, drawn))
-    return made
-
-
-def geometric(mean: float) -> list[float]:
-    """Weights of depths 1 .. DEPTHS, proportional to q^k, with this mean."""
-    low, high = 1e-6, 1e3
-    for _ in range(200):
-        q = (low * high) ** 0.5
-        weights = [q**k for k in range(1, DEPTHS + 1)]
-        now = sum(k * w for k, w in enumerate(weights, 1)) / sum(weights)
-        low, high = (q, high) if now < mean else (low, q)
-    return weights
-
-
-def share(bound: Bound, done: list[Job]) -> tuple[float, float]:
-    """The FLOP bounds: how much less than at full depth was asked for, end to end and in decoding alone. The last
-    token of a request is never run."""
-    runs = [job.trace[:-1] for job in done]
-    decoding = [job.trace[len(job.prompt) - 1 : -1] for job in done]
-
-    def of(traces: list[list[int]]) -> float:
-        full = sum(bound.work([DEPTHS] * len(trace), OUTPUT) for trace in traces)
-        return full / sum(bound.work(trace, OUTPUT) for trace in traces)
-
-    return of(runs), of(decoding)
-
-
-def report(rates: dict[str, list[float]], bounds: dict[str, tuple[float, float]]) -> None:
-    print(f"\n{'':<10}{'tok/s':>8}{'x fixed':>9}{'spread':>14}{'bound':>8}{'share':>8}{'other bound':>14}")
-    for system, rate in rates.items():
-        ratios = [mine / base for mine, base in zip(rate, rates["fixed"], strict=True)]
-        ratio, (bound, decode) = statistics.median(ratios), bounds[system]
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(
-            f"{system:<10}{statistics.median(rate):>8.0f}{ratio:>9.2f}{spread:>14}{bound:>8.2f}{ratio / bound:>8.1%}"
-            f"{decode:>14.2f}"
-        )
-        add(f"{system} against fixed", ratio, "x", spread=spread, bound=round(bound, 3))
-    if "lora" in rates:
-        slower = statistics.median(b / a for a, b in zip(rates["lora"], rates["exits"], strict=True)) - 1
-        print(f"LoRA costs {slower:.1%}")
 
 
 # ---- offline ------------------------------------------------------------------------------------------------------
@@ -363,136 +244,6 @@ def transformers_generate(folder: Path, batch: int) -> Callable[[list[Job], int]
         return time.perf_counter() - began
 
     return run
-
-
-# ---- over HTTP ----------------------------------------------------------------------------------------------------
-@dataclass
-class Times:
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-
-
-class Server:
-    def __init__(self, folder: Path, *settings: str, flags: tuple[str, ...] = ()):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "loopwise", "serve", str(folder), f"port={self.port}", "name=m", *settings]
-        command += ["--", "--max-model-len", "256", "--block-size", "32", "--max-num-batched-tokens", "2048"]
-        command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log", *flags]
-        self.log = folder.parent / f"{self.port}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    async def ready(self, session: Any) -> None:
-        import aiohttp
-
-        while True:
-            if self.process.poll() is not None:
-                raise SystemExit(self.log.read_text()[-3000:])
-            try:
-                async with session.get(f"http://127.0.0.1:{self.port}/health") as reply:
-                    if reply.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.5)
-
-    async def ask(self, session: Any, job: Job, system: str, times: Times) -> int:
-        """Stream one completion; returns its number of tokens."""
-        body = {"model": "m", "prompt": job.prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        if system != "fixed":
-            body["trace"] = job.trace
-        began, last, tokens = time.perf_counter(), 0.0, 0
-        async with session.post(f"http://127.0.0.1:{self.port}/v1/completions", json=body) as reply:
-            if reply.status != 200:
-                raise SystemExit(await reply.text())
-            async for line in reply.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                event, now = json.loads(line[6:]), time.perf_counter()
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-                elif event["choices"]:
-                    if last:
-                        times.between.append(now - last)
-                    else:
-                        times.first.append(now - began)
-                    last = now
-        return tokens
-
-
-async def over_http(args: argparse.Namespace, folder: Path, bound: Bound) -> None:
-    import aiohttp
-
-    compiled = ("--enforce-eager",) if args.eager else ("--no-enforce-eager",)
-    seats = ("--max-num-seqs", str(args.clients))
-    servers = {"fixed": Server(folder, "engine=fixed", flags=(*compiled, *seats))}
-    settings = [f"kv_policy={args.policy}", f"passes_per_step={args.passes_per_step}"]
-    settings += [f"coda_wait={args.coda_wait}"] if args.coda_wait is not None else []
-    servers["lanes"] = Server(folder, *settings, flags=(*compiled, *seats))
-    try:
-        timeout = aiohttp.ClientTimeout(total=None)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # the server closes what idles for 5 seconds
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            for server in servers.values():
-                await server.ready(session)
-            await closed_loops(args, servers, session, bound)
-    finally:
-        for server in servers.values():
-            server.process.send_signal(signal.SIGTERM)
-        for server in servers.values():
-            server.process.wait(60)
-
-
-async def closed_loops(args: argparse.Namespace, servers: dict[str, Server], session: Any, bound: Bound) -> None:
-    systems = ["fixed", "full", "exits", "prompts"]
-    rates: dict[str, list[float]] = {system: [] for system in systems}
-    bounds = {}
-    for pair in range(args.pairs + 1):
-        for system in systems:
-            server = servers.get(system, servers["lanes"])
-            work = jobs(random.Random(pair), args.clients * args.each, system)
-            left = list(work)
-
-            async def client(server=server, system=system, left=left) -> int:
-                tokens = 0
-                while left:
-                    tokens += await server.ask(session, left.pop(), system, Times())
-                return tokens
-
-            began = time.perf_counter()
-            tokens = sum(await asyncio.gather(*(client() for _ in range(args.clients))))
-            rate = tokens / (time.perf_counter() - began)
-            bounds[system] = share(bound, work)
-            if pair:
-                rates[system].append(rate)
-        print(f"pair {pair}: " + ", ".join(f"{s} {r[-1]:.0f}" for s, r in rates.items() if r), flush=True)
-    report(rates, bounds)
-    capacity = statistics.median(rates["exits"]) / OUTPUT
-    for load in [float(part) for part in args.load.split(",") if part]:
-        await open_loop(servers["lanes"], session, load, capacity, args.seconds)
-
-
-async def open_loop(server: Server, session: Any, load: float, capacity: float, seconds: float) -> None:
-    """Poisson arrivals at `load` of `capacity` requests a second."""
-    draw, times, tasks = random.Random(0), Times(), []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        job = jobs(draw, 1, "exits")[0]
-        tasks.append(asyncio.create_task(server.ask(session, job, "exits", times)))
-        await asyncio.sleep(draw.expovariate(load * capacity))
-    await asyncio.gather(*tasks)
-
-    def at(values: list[float], percent: int) -> str:
-        return f"{statistics.quantiles(values, n=100)[percent - 1] * 1e3:.0f} ms" if len(values) > 1 else "-"
-
-    print(
-        f"load {load:.2f} ({load * capacity:.2f} requests/s, {len(tasks)} requests): "
-        f"first token p50 {at(times.first, 50)} p99 {at(times.first, 99)}; "
-        f"between chunks p50 {at(times.between, 50)} p99 {at(times.between, 99)}",
-        flush=True,
-    )
 
 
 def main() -> None:
