@@ -18,6 +18,8 @@ from typing import Any
 
 from .forced import OUTPUT, Bound, Job, jobs, report, share
 
+CACHE, SHARE = 1 << 30, 0.4  # bytes of an engine's cache; its share of a GPU, on which several are
+
 
 @dataclass
 class Times:
@@ -31,6 +33,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "loopwise", "serve", str(folder), f"port={self.port}", "name=m", *settings]
         command += ["--", "--max-model-len", "256", "--block-size", "32", "--max-num-batched-tokens", "2048"]
+        command += ["--kv-cache-memory-bytes", str(2 * CACHE), "--gpu-memory-utilization", str(SHARE)]
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log", *flags]
         self.log = folder.parent / f"{self.port}.log"
         with self.log.open("w") as log:

@@ -10,7 +10,7 @@ A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 
 tokens are continued by 64. Depths are forced: a truncated geometric of mean 3. Systems run the same requests one after
 the other in every pair:
 
-    fixed       engine=fixed, compiled as vLLM does by default (--eager: neither this nor the others are)
+    fixed       engine=fixed, compiled and in graphs as vLLM does by default (--eager: neither this nor the others are)
     full        engine=lanes, every token at full depth
     exits       engine=lanes, generated tokens exit, prompts run at full depth
     prompts     engine=lanes, prompts exit, too
@@ -43,28 +43,40 @@ from typing import Any
 
 from .figures import add
 from .forced import DEPTHS, OUTPUT, Bound, Job, jobs, make, report, share
-from .over_http import over_http
+from .over_http import CACHE, SHARE, over_http
 
 ENGINE = {"max_model_len": 256, "block_size": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
 
 
 # ---- offline ------------------------------------------------------------------------------------------------------
 def in_process(seats: int) -> dict[str, Any]:
-    """Arguments of a vLLM engine in this process, for as many requests at once. Call it before vLLM is imported."""
+    """Arguments of a vLLM engine in this process, for as many requests at once. Call it before vLLM is imported.
+
+    Scheduling is left to vLLM: asynchronous on a GPU, but for lanes.
+    """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     options: dict[str, Any] = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": seats}
-    return options | {"kv_cache_memory_bytes": 1 << 30, "async_scheduling": False, "disable_log_stats": True}
+    return options | {
+        "kv_cache_memory_bytes": CACHE, "gpu_memory_utilization": SHARE, "disable_log_stats": True
+    }  # fmt: skip
+
+
+def lane_flags(args: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """Arguments of vLLM for lanes with these `settings`, compiled and in graphs unless `args.eager`."""
+    from loopwise.serve.api.lanes import LaneConfig
+
+    fast = {"compile": not args.eager, "graphs": not args.eager}
+    return LaneConfig(args.passes_per_step, **{"coda_wait": args.coda_wait, **fast, **settings}).flags()
 
 
 def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) -> None:
     options = in_process(args.seats or args.requests)
     from vllm import LLM, SamplingParams
 
-    from loopwise.serve.api.lanes import LaneConfig
     from loopwise.serve.engine.kv import KVPolicy
 
     most = options["max_num_seqs"] if args.resident else 0
-    lanes = {**options, **LaneConfig(args.passes_per_step, most, args.coda_wait, compile=not args.eager).flags()}
+    lanes = {**options, **lane_flags(args, max_lanes=most)}
     lanes["max_num_seqs"] = args.resident or options["max_num_seqs"]
     lanes["hf_overrides"] = {"kv_policy": args.policy}
     lanes["enable_chunked_prefill"] = not KVPolicy(args.policy, DEPTHS).overwrites
@@ -76,7 +88,7 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
         engines["lora"] = LLM(str(folders["lora"]), **lanes)
         systems.append("lora")
     if args.decode:  # exits wait for the last of their token's pass: no successor takes the place that one leaves
-        every = LaneConfig(args.passes_per_step, coda_wait=DEPTHS, compile=not args.eager).flags()
+        every = lane_flags(args, coda_wait=DEPTHS)
         seats = {"max_num_seqs": options["max_num_seqs"]}
         engines["compaction"] = LLM(str(folders["plain"]), **{**lanes, **every, **seats})
         generate = transformers_generate(folders["plain"], options["max_num_seqs"])
@@ -134,10 +146,8 @@ def of_source(args: argparse.Namespace, work: Path) -> None:
     shares = flop_shares(work / "looped", recurrences)
     from vllm import LLM, SamplingParams
 
-    from loopwise.serve.api.lanes import LaneConfig
-
-    flags = LaneConfig(args.passes_per_step, 0, args.coda_wait, compile=not args.eager).flags()
-    lanes = {**options, **flags, "hf_overrides": {"kv_policy": args.policy, "max_recurrences": max(recurrences)}}
+    overrides = {"kv_policy": args.policy, "max_recurrences": max(recurrences)}
+    lanes = {**options, **lane_flags(args), "hf_overrides": overrides}
     plain = LLM(str(work / "plain"), **options, enforce_eager=args.eager)
     looped = LLM(str(work / "looped"), **lanes)
 
@@ -188,9 +198,7 @@ def routed(args: argparse.Namespace, work: Path) -> None:
     options = in_process(args.requests)
     from vllm import LLM, SamplingParams
 
-    from loopwise.serve.api.lanes import LaneConfig
-
-    options |= LaneConfig(args.passes_per_step, coda_wait=args.coda_wait, compile=not args.eager).flags()
+    options |= lane_flags(args)
     engines, passes, items = {}, {}, {}
     for full in (True, False):
         thresholds = [0.0] * 4 if full else [0.0, 0.45, 0.5, 0.5]
