@@ -5,6 +5,7 @@
     python -m bench.serve source MODEL [--pairs 7] [--requests 16] [--sizes 10,10,10] [--recurrences 1,2,4]
     python -m bench.serve routed  [--pairs 7]
     python -m bench.serve http    [--pairs 7] [--clients 32] [--load 0.5,0.8,0.95,1.2]
+    python -m bench.serve http --waves 0.25 [--pairs 7] [--clients 32] [--load 0.8] [--seconds 30]
 
 A Llama-shaped model of random weights in bfloat16 (d=1024, a core of 4 layers, 8,192 tokens, R=8). Prompts of 16 to 48
 tokens are continued by 64. Depths are forced: a truncated geometric of mean 3. Systems run the same requests one after
@@ -22,7 +23,10 @@ Printed: tokens a second, the median ratio to `fixed` with its spread, and its s
 (all positions at R) / (what was asked). `offline --decode` takes the time to the first tokens off; with `--resident`,
 the lane engine holds more requests than a pass has lanes, so that exits wait for others without leaving lanes empty.
 `http` runs `loopwise serve` for both engines with as many clients; `--load` adds open loops of Poisson arrivals at
-those shares of the capacity that `exits` showed, with percentiles of the time to the first token and between tokens.
+those shares of the capacity that `exits` showed, with percentiles of the times to the first token, between chunks and
+of whole replies. `http --waves` has open loops alone, at full depth, with that share of the requests as waves. It
+prints how much longer each percentile of the plain requests is than with the same arrivals and no waves, and an A/A.
+Random weights seldom draft the right token, so waves take all lanes that they may, and waste most.
 `routed` is Mixture-of-Recursions by thresholds, against the same at full recursion. `source` compares with what a user
 has before the conversion: plain vLLM on the pretrained MODEL (a directory or a GGUF file) against its retrofit in
 lanes, at each number of recurrences, and the share of what the FLOPs allow (head and injection counted).
@@ -279,6 +283,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="offline: rank of the LoRA of every depth")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--load", default="", help="http: shares of the capacity, as 0.5,0.8,0.95,1.2")
+    parser.add_argument("--waves", type=float, default=0.0, help="http: share of the requests that are waves")
     parser.add_argument("--seconds", type=float, default=30, help="http: of each load")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
