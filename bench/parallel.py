@@ -6,8 +6,8 @@ A byte-level model (a core of 2 layers, 128 wide) learns running sums at random 
 not run again once they are done. Then held-out questions are answered at R = 32 by three
 decoders, on the engine core without vLLM, and it prints: core passes a token (one after the other, and positions in
 them), wall-clock against plain decoding (medians of interleaved pairs), the share of right answers, and the share of
-answers that are those of plain decoding. Then: what waves cost plain requests that fill the engine, on a wide model of
-random weights. `--pictures` draws two.
+answers that are those of plain decoding. Then: what waves without lanes for drafts cost plain requests that fill the
+engine, on a wide model of random weights. `--pictures` draws two.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ def timed(engine: Engine, prompts: list[list[int]], params: Any) -> tuple[float,
 
 
 def crowded(pairs: int, rows: int = 16) -> None:
-    """Plain requests fill all rows but two, whose requests are plain, or waves that share a budget of lanes. Of random
-    weights, at R = 8: waves are as narrow as plain decoding then, whatever they guess."""
+    """Plain requests fill all rows but two, whose requests are plain, or waves under a budget of as many lanes as rows.
+    That leaves each wave one position, whatever it guesses: the figure is what a wave without lanes costs. Of random
+    weights, at R = 8."""
     from transformers import LlamaConfig
 
     torch.manual_seed(0)
@@ -175,8 +176,7 @@ def crowded(pairs: int, rows: int = 16) -> None:
     )  # fmt: skip
     config = RecurrentDepthConfig(source_config=source, core=[0, 1, 2, 3], num_recurrences=8)
     model = RecurrentDepthForCausalLM(config).eval().to(torch.bfloat16)
-    engine = Engine(model, max_num_seqs=rows, max_model_len=96, max_in_flight=8, kv_policy="last-exited")
-    engine.loop.eager_tick.budget = rows
+    engine = Engine(model, max_num_seqs=rows, max_model_len=96, max_in_flight=8, budget=rows, kv_policy="last-exited")
     draw = random.Random(3)
     prompts = [[draw.randrange(1024) for _ in range(24)] for _ in range(rows)]
     plain = Params(max_tokens=24, ignore_eos=True)
@@ -187,8 +187,8 @@ def crowded(pairs: int, rows: int = 16) -> None:
         ]
         ratios.append(took[0] / took[1])
     print(
-        f"{rows - 2} plain requests beside 2 waves: {statistics.median(ratios):.1%} of their throughput beside 2 plain "
-        f"ones ({min(ratios):.1%} to {max(ratios):.1%})"
+        f"{rows - 2} plain requests and 2 waves of one position: {statistics.median(ratios):.1%} of the throughput of "
+        f"{rows} plain requests ({min(ratios):.1%} to {max(ratios):.1%})"
     )
 
 
