@@ -30,6 +30,7 @@ from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.model.configuration_sandwich import SandwichConfig
 from loopwise.serve import Engine, Params, offline
 from loopwise.serve.engine.attention.reference import TorchAttention
+from loopwise.serve.params import Completion
 
 from .figures import add
 
@@ -101,6 +102,23 @@ def geometric(mean: float, depths: int) -> torch.Tensor:
     return q**k / (q**k).sum()
 
 
+def decoding(engine: Engine, prompts: list[Any], params: list[Params]) -> tuple[float, list[Completion]]:
+    """Seconds for decoding, and the completions: the time of the same requests for one token is taken off."""
+    began = time.perf_counter()
+    done = engine.generate(prompts, params)
+    whole = time.perf_counter() - began
+    began = time.perf_counter()
+    engine.generate(prompts, [replace(p, max_tokens=1) for p in params])
+    return whole - (time.perf_counter() - began), done
+
+
+def check_graphs(engine: Engine) -> None:
+    """Raises SystemExit where a graph was not recorded: its passes ran without, so figures stand for others."""
+    ticks = engine.loop.graph_tick
+    if ticks is not None and ticks.cache.failures:
+        raise SystemExit(f"{ticks.cache.failures} captures of CUDA graphs failed, and such passes ran without graphs")
+
+
 class Timed:
     """A graph whose replays leave events of the GPU's clock: before and behind each."""
 
@@ -157,7 +175,7 @@ def main() -> None:
     parser.add_argument("--policy", default="single,last-exited")
     parser.add_argument("--coda-wait", type=int, help="default: measured")
     parser.add_argument("--lora", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
