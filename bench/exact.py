@@ -1,11 +1,14 @@
 """Is the text the same on this device? Kernels and graphs against torch operations, waves against plain decoding.
 
     python -m bench.exact [--shape small] [--requests 16] [--tokens 640] [--policy per-depth,last-exited,single]
+                          [--width 4] [--budget 0]
 
 A model of random weights, whose logits lie as close together as any model's. In float32, every policy is run by the
 device's own attention and graphs and by torch operations alone: equal text is expected, greedy and sampled. In
-bfloat16, waves are compared with plain decoding by the same engine, whose passes have the same width: equal text is
-expected there, too, and is counted token by token.
+bfloat16, waves are compared with plain decoding by the same engine. A product of matrices rounds by its number of rows,
+so all passes and read-outs of both have as many as those of the waves take; a server pads plain requests to fewer.
+Equal text is expected then, and is counted token by token. With `--budget`, passes have that many rows, and lanes of
+waves wait. Without a GPU, the functions run that a GPU records as graphs.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import torch
 
 from loopwise.serve import Engine, Params, offline
 from loopwise.serve.engine.attention.reference import TorchAttention
+from loopwise.serve.engine.graph_tick import Sizes
+from loopwise.serve.engine.graphs import padded
 
-from .engine import SHAPES, make
+from .engine import SHAPES, check_graphs, make
 from .figures import add
+from .graphs import call
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
 
@@ -57,6 +63,7 @@ def kernels(args: argparse.Namespace, policy: str, prompts: list[list[int]], par
         engine = build(args, torch.float32, kv_policy=policy, cuda_graphs=graphs)
         name = type(engine.loop.forward.attention).__name__
         found.append({kind: texts(engine, prompts, each) for kind, each in params.items()})
+        check_graphs(engine)
         del engine
         if graphs and name == "TorchAttention":
             print(f"{policy}: this device has no attention kernels and no graphs", flush=True)
@@ -68,17 +75,37 @@ def kernels(args: argparse.Namespace, policy: str, prompts: list[list[int]], par
 
 
 def waves(args: argparse.Namespace, policy: str, prompts: list[list[int]], params: dict[str, Params]) -> bool:
-    """Waves against plain decoding in one engine, in bfloat16."""
-    engine = build(args, torch.bfloat16, kv_policy=policy, max_in_flight=args.width)
+    """Waves against plain decoding in one engine, in bfloat16, by passes of one width."""
+    engine = build(args, torch.bfloat16, kv_policy=policy, max_in_flight=args.width, budget=args.budget)
+    rows = fix_sizes(engine, args.requests, args.width)
     whole = True
     for kind, each in params.items():
         wave = replace(each, decoder="wave", max_in_flight=args.width)
         whole &= tell(
-            f"{policy}, {kind}, bfloat16: waves against plain decoding",
+            f"{policy}, {kind}, bfloat16, passes of {rows} rows: waves against plain decoding",
             texts(engine, prompts, wave),
             texts(engine, prompts, each),
         )
+    check_graphs(engine)
     return whole
+
+
+def fix_sizes(engine: Engine, requests: int, width: int) -> int:
+    """Give all graphs of `engine` the sizes that so many waves of `width` have. Returns the rows of a pass.
+
+    Raises SystemExit for more rows than graphs have.
+    """
+    if engine.loop.graph_tick is None:
+        with torch.inference_mode():
+            engine._record(call)
+    ticks: Any = engine.loop.graph_tick
+    lanes, budget = requests * width, engine.loop.eager_tick.budget
+    room = min(lanes, max(budget, requests)) if budget else lanes
+    sizes = Sizes(padded(room), lanes > padded(room), padded(lanes), padded(requests))
+    if sizes.reads > ticks.cache.max_rows:
+        raise SystemExit(f"{requests} waves of {width}: graphs have at most {ticks.cache.max_rows} rows")
+    ticks.sizes = lambda *_: sizes
+    return sizes.width
 
 
 def build(args: argparse.Namespace, dtype: torch.dtype, **options: Any) -> Engine:
@@ -101,6 +128,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=640, help="of each request; 16 of 640 are 10,240")
     parser.add_argument("--policy", default="per-depth,last-exited,single")
     parser.add_argument("--width", type=int, default=4, help="positions of a wave in flight")
+    parser.add_argument("--budget", type=int, default=0, help="rows of passes that have no room for all; 0: all have")
     args = parser.parse_args()
     draw = torch.Generator().manual_seed(0)
     vocabulary = SHAPES[args.shape].source["vocab_size"]

@@ -20,12 +20,13 @@ from transformers import LlamaConfig
 
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.serve import Engine, Params
-from loopwise.serve.engine.graphs import on_cuda, reserved_bytes, sizes
+from loopwise.serve.engine.graphs import GraphCache, on_cuda, reserved_bytes, sizes
 
 from .figures import add
 
 SAMPLING: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}]
 RULES: list[dict[str, Any]] = [{}, {"exit_rule": "latent-diff"}, {"exit_rule": "cosine"}]
+EVERY = 100  # mixes after which the figures so far are added, as a run may be killed
 
 
 def call(function: Callable[[], None]) -> Callable[[], Any]:
@@ -74,8 +75,11 @@ def main() -> None:
     ticks.record_common(exits=False)
     taken = free - torch.cuda.mem_get_info()[0] if on_gpu else 0
     at_start, spent = ticks.cache.captures, time.perf_counter() - start
-    print(f"start: {at_start} graphs in {spent:.1f} s, {taken / 2**20:.0f} MiB", end="; ")
-    print(f"reserved: {reserved_bytes(options.rows, options.vocabulary) / 2**20:.0f} MiB")
+    reserved = reserved_bytes(options.rows, options.vocabulary) >> 20
+    print(
+        f"start: {at_start} graphs in {spent:.1f} s, {taken / 2**20:.0f} MiB; reserved: {reserved:.0f} MiB", flush=True
+    )
+    add("graphs at the start", at_start, f"in {spent:.1f} s", MiB=taken >> 20, reserved=reserved)
     steps: list[float] = []
     step = engine.loop.step
 
@@ -89,15 +93,18 @@ def main() -> None:
     for number, (rows, sampling, rule) in enumerate(itertools.islice(mixes, options.mixes)):
         params = Params(4, ignore_eos=True, seed=number, **sampling, **rule)
         engine.generate([[5 + n % 90, 6, 7] for n in range(rows)], params)
-    steps.sort()
-    median, p99 = steps[len(steps) // 2] * 1e3, steps[int(len(steps) * 0.99)] * 1e3
-    print(
-        f"{options.mixes} mixes: {ticks.cache.captures - at_start} captures more, {len(ticks.cache.used)} graphs kept"
-    )
-    print(f"{ticks.cache.failures} captures failed; a step: median {median:.1f} ms, p99 {p99:.1f} ms")
-    later = ticks.cache.captures - at_start
-    add("captures after the start", later, f"in {options.mixes} mixes", at_start=at_start, failed=ticks.cache.failures)
-    add("a step", median, "ms", p99=round(p99, 2))
+        if (number + 1) % EVERY == 0 or number + 1 == options.mixes:
+            tell(ticks.cache, at_start, number + 1, steps)
+
+
+def tell(cache: GraphCache, at_start: int, mixes: int, steps: list[float]) -> None:
+    """Print and note captures after the start, and the seconds of `steps`, over so many mixes."""
+    ordered, later = sorted(steps), cache.captures - at_start
+    median, p99 = ordered[len(ordered) // 2] * 1e3, ordered[int(len(ordered) * 0.99)] * 1e3
+    print(f"{mixes} mixes: {later} captures more, {len(cache.used)} graphs kept, {cache.failures} captures failed;")
+    print(f"  a step: median {median:.1f} ms, p99 {p99:.1f} ms", flush=True)
+    add("captures after the start", later, f"in {mixes} mixes", failed=cache.failures)
+    add(f"a step, {mixes} mixes", median, "ms", p99=round(p99, 2))
 
 
 if __name__ == "__main__":

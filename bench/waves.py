@@ -1,28 +1,31 @@
 """Waves against plain decoding on one engine, with forced drafts: the timings are complete, the text is not.
 
     python -m bench.waves [--shape small] [--recurrences 32] [--batch 1,4,16] [--profile hard,mid,easy]
-                          [--every auto,1,2,4] [--tokens 64] [--pairs 3] [--ordinary 0.5] [--compile] [--threads 2]
+                          [--every auto,1,2,4] [--tokens 64] [--pairs 3] [--ordinary 0.5] [--budget auto]
+                          [--compile] [--threads 2]
 
 A model of random weights. A table says at which depth the draft of each position becomes right; prelude, core, coda,
 head and sampling run as for any model, then the token is replaced by the right one, or by a wrong one. The chance that
 a draft is right from depth 1, 2, 4, 8 or 16 on is that of the profile. Measured is decoding alone, in interleaved
-pairs: what one token takes is taken off. With `--ordinary`, that share of the requests is decoded plainly beside the
-waves, and their tokens count, too.
+pairs: what one token takes is taken off. Waves share as many lanes of a pass as the engine finds to add little time, as
+those of a server do (`--budget`). With `--ordinary`, that share of the requests is decoded plainly beside the waves,
+and their tokens count, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from loopwise.serve import Engine, Params
+from loopwise.serve.engine.decoders.cadence import Cadence
+from loopwise.serve.engine.transitions.windows import take_settled
 
-from .engine import SHAPES, make
+from .engine import SHAPES, check_graphs, decoding, make
 from .figures import add
 
 # Chance that t, the depth from which a draft is right, is at most a depth; for R = 4 and for R = 32.
@@ -67,17 +70,20 @@ class Forced:
 
 
 def seconds(engine: Engine, params: list[Params]) -> float:
-    """Time for decoding: what the same requests take for one token is taken off."""
+    """Time for decoding these requests, whose tokens are all the right one."""
     prompts = [[5 + n % 90] * PROMPT for n in range(len(params))]
-    found = []
-    for some in (params, [replace(p, max_tokens=1) for p in params]):
-        began = time.perf_counter()
-        done = engine.generate(prompts, some)
-        found.append(time.perf_counter() - began)
-        assert all(tuple(one.tokens) == (RIGHT,) * p.max_tokens for one, p in zip(done, some, strict=True)), (
-            "a token is not the right one"
-        )
-    return found[0] - found[1]
+    took, done = decoding(engine, prompts, params)
+    assert all(tuple(one.tokens) == (RIGHT,) * p.max_tokens for one, p in zip(done, params, strict=True)), (
+        "a token is not the right one"
+    )
+    return took
+
+
+def forget(engine: Engine) -> None:
+    """Let `draft_every=auto` learn the next profile without the drafts of the one before."""
+    loop = engine.loop
+    loop.cadence = Cadence(loop.state, loop.work, loop.schedule)
+    take_settled(loop.state)
 
 
 def measure(args: argparse.Namespace, batch: int, device: str) -> None:
@@ -91,6 +97,7 @@ def measure(args: argparse.Namespace, batch: int, device: str) -> None:
         max_model_len=PROMPT + args.tokens + 1,
         kv_policy="per-depth",
         max_in_flight="auto",
+        budget=args.budget,
         passes_per_step=64,
         compile=args.compile,
         coda_wait="auto",
@@ -101,8 +108,9 @@ def measure(args: argparse.Namespace, batch: int, device: str) -> None:
     # Drawn, as the argmax alone asks no sampler.
     plain = Params(args.tokens, depths, ignore_eos=True, exit_rule="fixed", temperature=1.0)
     waves = {every: replace(plain, decoder="wave", max_in_flight="auto", draft_every=every) for every in args.every}
-    ordinary = round(args.ordinary * batch)
+    ordinary, lanes = round(args.ordinary * batch), engine.loop.eager_tick.budget
     for profile in args.profile:
+        forget(engine)
         table.copy_(settling(profile, depths, table.numel(), 0).view(table.shape))
         base: list[float] = []
         took: dict[Any, list[float]] = {every: [] for every in waves}
@@ -118,11 +126,12 @@ def measure(args: argparse.Namespace, batch: int, device: str) -> None:
             ratio, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
             beside = f", {ordinary} of them plain" if ordinary else ""
             what = f"{args.shape}, R={depths}, batch {batch}{beside}, forced profile {profile}, draft_every={every}"
-            print(f"{what}: {ratio:.2f}x plain decoding ({spread})", flush=True)
-            add(f"timings complete, text is not: {what}", ratio, "x", spread=spread)
+            print(f"{what}, budget={lanes}: {ratio:.2f}x plain decoding ({spread})", flush=True)
+            add(f"timings complete, text is not: {what}", ratio, "x", spread=spread, budget=lanes)
+    check_graphs(engine)
 
 
-def cadence(text: str) -> Any:
+def auto_or_number(text: str) -> Any:
     return text if text == "auto" else int(text)
 
 
@@ -136,10 +145,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--ordinary", type=float, default=0.0, help="share of the requests that is decoded plainly")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--budget", type=auto_or_number, default="auto", help="lanes that waves may fill; 0: no bound")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    args.profile, args.every = args.profile.split(","), [cadence(word) for word in args.every.split(",")]
+    args.profile, args.every = args.profile.split(","), [auto_or_number(word) for word in args.every.split(",")]
     torch.set_num_threads(args.threads)
     for batch in map(int, args.batch.split(",")):
         measure(args, batch, "cuda" if torch.cuda.is_available() else "cpu")
