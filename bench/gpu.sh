@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What a GPU answers, in three parts of at most four minutes each, in order of value:
 #
-#   exact    kernels and graphs against torch operations, waves against plain decoding, captures of graphs
-#   engine   the engine's ratios at the shapes of Ouro and Huginn, waves against plain decoding at batch 1, 8 and 32
-#   served   lanes inside vLLM, compiled and in graphs, and over HTTP
+#   exact    kernels and graphs against torch operations, waves against plain decoding, also where passes have no room
+#            for all lanes, captures of graphs
+#   engine   waves against plain decoding at batch 1, 8 and 32, exits against full depth, at the shapes of Huginn and Ouro
+#   served   lanes inside vLLM, compiled and in graphs, and over HTTP, there also beside waves
 #
 #   bench/gpu.sh [--tiny] OUT [PART...]     all three parts by default; --tiny: every line with a small model, on a CPU too
 #
@@ -35,23 +36,27 @@ run() {
 
 exact() {
   run exact "--shape tiny --requests 2 --tokens 8" exact --shape small --requests 16 --tokens 640
+  run exact-crowded "--shape tiny --requests 2 --tokens 8 --width 4 --budget 4" \
+    exact --shape small --requests 16 --tokens 128 --policy per-depth --width 8 --budget 48
   run graphs "--rows 4 --mixes 6 --hidden 64 --layers 4 --vocabulary 512" graphs --rows 256 --mixes 680
   run exact-huginn "--shape tiny --requests 2 --tokens 8" exact --shape huginn-3.5b --requests 4 --tokens 64
 }
 
 engine() {
   local small="--shape tiny --batch 2 --resident 2 --tokens 6 --pairs 1 --passes-per-step 4"
-  local wave="--shape tiny --recurrences 4 --batch 2 --profile mid --every auto --tokens 6 --pairs 1"
+  local wave="--shape tiny --recurrences 4 --batch 2 --profile mid --every auto --tokens 6 --pairs 1 --no-compile"
+  local waves=(--batch 1,8,32 --profile mid,easy --tokens 32 --pairs 3 --compile)
+  run waves-huginn "$wave" waves --shape huginn-3.5b "${waves[@]}" --every auto,2
+  run waves-ouro "$wave" waves --shape ouro-1.4b "${waves[@]}" --every auto,1
   run ouro "$small" engine --shape ouro-1.4b --batch 16 --resident 48 --policy last-exited --compile --pairs 3
-  run huginn "$small" engine --shape huginn-3.5b --batch 16 --resident 64 --tokens 32 --policy last-exited --pairs 1
-  run waves-huginn "$wave" waves --shape huginn-3.5b --batch 1,8,32 --profile mid,easy --every auto,2 --tokens 32 --pairs 1
-  run waves-ouro "$wave" waves --shape ouro-1.4b --batch 1,8,32 --profile mid,easy --every auto,1 --tokens 32 --pairs 1
+  run huginn "$small --no-compile" engine --shape huginn-3.5b --batch 16 --resident 64 --tokens 32 --policy last-exited --compile --pairs 1
 }
 
 served() {
   local small="--pairs 1 --requests 2"
   run vllm-compiled "$small" serve offline --pairs 3
   run vllm-http "--pairs 1 --clients 2 --each 1" serve http --pairs 3
+  run vllm-waves "--pairs 1 --clients 2 --each 1" serve http --waves 0.25 --pairs 3 --seconds 5
   run vllm-eager "$small" serve offline --pairs 3 --eager
 }
 
