@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_arrivals_repeat_whatever_the_decoder():
     assert one == again
     assert one != arrivals(4, 40.0, 5.0, "full", 0.25)
     assert one[0].at == 0.0
-    assert all(a.at < b.at < 5.0 for a, b in zip(one, one[1:], strict=False))
+    assert all(a.at < b.at < 5.0 for a, b in pairwise(one))
     assert 140 < len(one) < 260
     assert 0.15 < sum(arrival.wave for arrival in one) / len(one) < 0.35
     assert not any(arrival.wave for arrival in arrivals(3, 40.0, 5.0, "full"))

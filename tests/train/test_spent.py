@@ -108,7 +108,7 @@ def test_depths_whose_logits_enter_the_loss_are_read_out(recurrent, command, tmp
 def test_frozen_parameters_cost_no_gradient_of_their_own(relaxation):
     """A frozen prelude is not even passed by gradients. The LoRA of a depth is counted where that depth runs."""
     keys = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3, "relaxation": relaxation}
-    model = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config("llama"), **keys))
+    model: Any = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config("llama"), **keys))
     sizes = {
         name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("prelude", "core", "coda")
     }

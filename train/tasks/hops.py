@@ -123,7 +123,7 @@ def _fills(
         return (questions == 1 or len(asked) == 1) and not any(total % n for n in asked for total in statements)
     if given is None or given == tuple(range(1, len(given) + 1)):  # the chain that is cut is of such a size
         return True
-    return len({*given}) == 1 and not any(n % int(max(given)) for n in (*asked, *statements))
+    return len({*given}) == 1 and not any(n % size for n in (*asked, *statements) for size in given)
 
 
 def _range(numbers: tuple[int, ...]) -> str:
