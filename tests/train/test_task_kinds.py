@@ -339,7 +339,7 @@ def test_one_tokenizer_for_all_but_hops(tmp_path):
         ),
         (
             "task:hops?hops=1..2&statements=9..12&questions=2&distractor_hops=same",
-            "do not always fill 9 to 12 statemen",
+            "do not always fill 9 to 12 ",
         ),
         ("task:hops?hops=3&distractor_hops=7..9", "chains of these distractor_hops do not always fill 16 statements"),
         (
