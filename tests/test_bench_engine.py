@@ -23,6 +23,7 @@ def told(monkeypatch: Any, tmp_path: Any, module: Any, line: str) -> tuple[Any, 
     file = tmp_path / "figures.jsonl"
     file.unlink(missing_ok=True)
     monkeypatch.setenv(FILE, str(file))
+    monkeypatch.setattr(exact.torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(sys, "argv", [module.__name__, *line.split()])
     return module.main(), read(file)
 
@@ -46,7 +47,7 @@ def test_waves_and_plain_decoding_have_passes_of_one_width(budget, rows):
         exact.fix_sizes(engine, 99, 4)
 
 
-@pytest.mark.parametrize("more", ["", "--width 6 --budget 8"])
+@pytest.mark.parametrize("more", ["", pytest.param("--width 6 --budget 8", marks=pytest.mark.slow)])
 def test_exact_compares_texts(more, tmp_path, monkeypatch):
     line = f"--shape tiny --requests 3 --tokens 12 --policy per-depth {more}"
     code, lines = told(monkeypatch, tmp_path, exact, line)

@@ -14,10 +14,10 @@ from tests.helpers.engines import build
 from tests.helpers.waves import agreeing
 
 
-def found(make: Any, temperature: float) -> dict[str, Any]:
+def found(make: Any, temperature: float, pairs: int = 0) -> dict[str, Any]:
     engine = Engine(make(), max_num_seqs=1, max_model_len=64, max_in_flight="auto", kv_policy="per-depth")
     params = Params(14, 8, ignore_eos=True, temperature=temperature, seed=1)
-    return wave_trace.compare(engine, make(), [[5, 6, 7]], params, 1.0, pairs=1)
+    return wave_trace.compare(engine, make(), [[5, 6, 7]], params, 1.0, pairs)
 
 
 @pytest.mark.parametrize("temperature", [0.8, pytest.param(0.0, marks=pytest.mark.slow)])
@@ -33,8 +33,6 @@ def test_simulated_passes_are_those_of_the_engine(temperature):
         assert all(row["same_text"] for row in measured)
         passes = [row["measured_passes"] for row in measured]
         assert [row["passes"] for row in measured] == pytest.approx(passes, rel=0.15)
-        assert all(row["measured_speedups"][0] > 0 for row in measured)
-        assert each["plain_seconds"]["predicted"] > 0 < each["plain_seconds"]["measured"]
     loopspec = {row["schedule"]: row["passes"] for row in right["schedules"] if "LoopSpec" in row["schedule"]}
     assert loopspec == {"LoopSpec's schedule, 1": 1, "LoopSpec's schedule, 1:2": 1, "LoopSpec's schedule, 2": 2,
                         "LoopSpec's schedule, 2:2": 2, "LoopSpec's schedule, 4": 4}  # fmt: skip
@@ -46,13 +44,15 @@ def test_predictions_follow_from_measured_costs(monkeypatch, capsys):
     alike, each = ({1: 2.0, 64: 2.0},) * 2, ({1: 1.0, 64: 64.0}, {1: 0.0, 64: 0.0})
     for costs in (alike, each):
         monkeypatch.setattr(Loop, "measure", lambda loop, costs=costs: Costs(*costs))
-        right = found(lambda: agreeing(8), 0.0)
+        right = found(lambda: agreeing(8), 0.0, pairs=int(costs is each))
         assert right["plain_seconds"]["predicted"] == pytest.approx(18.0 if costs is alike else 8.0)
         for row in right["schedules"]:
             want = row["simulated_speedup"] if costs is alike else 8 / row["lanes"]
             assert row["predicted_speedup"] == pytest.approx(want)
     waves = [row for row in right["schedules"] if row["schedule"].startswith("wave")]
     assert all(row["lanes"] == pytest.approx(8.0) for row in waves)  # no lane that waits counts as one that runs
+    assert all(len(row["measured_speedups"]) == 1 for row in right["schedules"] if "same_text" in row)
+    assert right["plain_seconds"]["measured"] > 0
     wave_trace.printed(right, 1.0)
     assert capsys.readouterr().out.count("x measured") == len([r for r in right["schedules"] if "same_text" in r])
 
