@@ -23,7 +23,6 @@ import torch
 
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.decoders.cadence import Cadence
-from loopwise.serve.engine.transitions.windows import take_settled
 
 from .engine import SHAPES, check_graphs, decoding, make
 from .figures import add
@@ -83,7 +82,6 @@ def forget(engine: Engine) -> None:
     """Let `draft_every=auto` learn the next profile without the drafts of the one before."""
     loop = engine.loop
     loop.cadence = Cadence(loop.state, loop.work, loop.schedule)
-    take_settled(loop.state)
 
 
 def measure(args: argparse.Namespace, batch: int, device: str) -> None:
