@@ -119,7 +119,7 @@ def _fills(
 ) -> bool:
     """True if chains of the sizes `given` fill every record behind those that are asked for, none with another size."""
     asked = [n for n in hops if n]
-    if given == SAME:
+    if isinstance(given, str):  # SAME
         return (questions == 1 or len(asked) == 1) and not any(total % n for n in asked for total in statements)
     if given is None or given == tuple(range(1, len(given) + 1)):  # the chain that is cut is of such a size
         return True
@@ -127,7 +127,8 @@ def _fills(
 
 
 def _range(numbers: tuple[int, ...]) -> str:
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+    least, most = min(numbers), max(numbers)
+    return f"{least} to {most}" if most > least else str(least)
 
 
 def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> dict[str, Any]:
