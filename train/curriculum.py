@@ -152,7 +152,7 @@ def curriculum_of(
     """The curriculum of the recipe section `keys` for a run of `steps`. `mean`: the section's own, or the model's.
 
     phases: of the data, (share of the run, keys of its own).   records: means of records.   Raises UserError if `max`
-    is below a mean.
+    is below a mean, and if `min` is above all that `uniform` draws.
     """
     if not any(own for _, own in phases):
         return _single(keys, mean, steps, seed, records, "")

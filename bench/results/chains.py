@@ -40,10 +40,10 @@ def train(at: Commands, made: str, model: str, arguments: Sequence[str], steps: 
     return at.run(made, "train", model, made, *arguments, f"seed={seed}", f"steps={steps}", *often)
 
 
-def untrained(at: Commands, name: str, seed: int, *arguments: str) -> str:
+def untrained(at: Commands, name: str, seed: int, tokenizer: str, *settings: str) -> str:
     """A model of random weights, other ones for each seed. Returns its name."""
     made = f"{name}-{seed}"
-    at.run(made, "init", arguments[0], made, *arguments[1:], f"seed={seed}")
+    at.run(made, "init", tokenizer, made, *settings, f"seed={seed}")
     return made
 
 

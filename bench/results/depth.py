@@ -154,10 +154,9 @@ def _claims(size: Size, ours: Any, plain: Any, deep: Any, digits: Any) -> list[s
 
 def _commands(at: Commands, size: Size) -> list[str]:
     seed = size.seeds[0]
-    made = ["empty", "base", "base-converted", "hops", "hops.json", "plain", "plain.json", "empty-deep", "deep-base"]
-    made += ["deep", "digits-base", "digits-base-converted", "digits"]
-    names = (f"{name.removesuffix('.json')}-{seed}{'.json' * name.endswith('.json')}" for name in made)
-    return [at.line(f"chains/{name}") for name in names]
+    made = ["empty-{}", "base-{}", "base-converted-{}", "hops-{}", "hops-{}.json", "plain-{}", "plain-{}.json"]
+    made += ["empty-deep-{}", "deep-base-{}", "deep-{}", "digits-base-{}", "digits-base-converted-{}", "digits-{}"]
+    return [at.line(f"chains/{name.format(seed)}") for name in made]
 
 
 def _exits(at: Commands, size: Size, images: Path, link: str) -> tuple[list[str], list[str]]:

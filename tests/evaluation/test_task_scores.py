@@ -344,6 +344,15 @@ def test_a_tokenizer_without_a_chat_template_is_one_line(asked, tmp_path, capsys
     assert len(told) == 1
 
 
+def beyond_limits(monkeypatch, capsys, *arguments: str) -> list[str]:
+    """Errors of `loopwise eval` with templates that may take 1 s and 0.25 GiB."""
+    from loopwise.evaluation.harness import templates
+
+    monkeypatch.setattr(templates, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
+    assert main(["eval", *arguments]) == 2
+    return [told for told in capsys.readouterr().err.splitlines() if "error" in told]
+
+
 @pytest.mark.parametrize(
     ("template", "line"),
     [
@@ -353,15 +362,11 @@ def test_a_tokenizer_without_a_chat_template_is_one_line(asked, tmp_path, capsys
     ],
 )
 def test_a_chat_template_is_bounded(template, line, asked, tmp_path, capsys, monkeypatch):
-    from loopwise.evaluation.harness import templates
-
-    monkeypatch.setattr(templates, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
     model = shutil.copytree(asked / "model", tmp_path / "model")
     (model / "chat_template.jinja").write_text(template)
     (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
-    assert main(["eval", str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true"]) == 2
-    errors = [told for told in capsys.readouterr().err.splitlines() if "error" in told]
-    assert errors == [f"loopwise: error: the chat template {line}"]
+    keys = [str(model), f"tasks={tmp_path}/few.jsonl", "apply_chat_template=true"]
+    assert beyond_limits(monkeypatch, capsys, *keys) == [f"loopwise: error: the chat template {line}"]
 
 
 @pytest.mark.parametrize(
@@ -374,14 +379,11 @@ def test_a_chat_template_is_bounded(template, line, asked, tmp_path, capsys, mon
     ],
 )
 def test_a_template_of_a_task_is_bounded(template, line, asked, tmp_path, capsys, monkeypatch):
-    from loopwise.evaluation.harness import templates
-
-    monkeypatch.setattr(templates, "bounded", lambda name: bounded(name, seconds=1, size=2**28))
     (tmp_path / "few.jsonl").write_text('{"question": "abc", "answer": "x"}\n')
     (tmp_path / "few.yaml").write_text(f"data: few.jsonl\ndoc_to_text: '{template}'\n")
-    assert main(["eval", str(asked / "model"), f"tasks={tmp_path}/few.yaml"]) == 2
-    errors = [told for told in capsys.readouterr().err.splitlines() if "error" in told]
-    assert errors == [f"loopwise: error: a template of the task {line}"]
+    assert beyond_limits(monkeypatch, capsys, str(asked / "model"), f"tasks={tmp_path}/few.yaml") == [
+        f"loopwise: error: a template of the task {line}"
+    ]
 
 
 def test_lm_eval_s_own_tasks_have_their_functions_and_texts(monkeypatch):

@@ -135,7 +135,7 @@ PACKINGS = [
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_an_answer_counts_where_its_record_stands_before_it(packing, tmp_path, capsys):
-    """Of records of 40 to 100 tokens, the answers within 60 tokens of their beginning count, and no others do."""
+    """Answers within 60 tokens of their record's beginning count, and no others do: records have 40 to 100 tokens."""
     from loopwise.train import tasks
 
     tokenizer = tasks.tokenizer("hops")
