@@ -516,7 +516,7 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path, source):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_convert_leaves_no_output(tmp_path, source, kind):
     """Killed while it writes: OUT does not exist, and the next convert removes what lies beside it."""
     code = (

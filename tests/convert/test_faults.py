@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,12 +178,12 @@ ENDS = {"gpt_neox_japanese", "modernbert-decoder"}  # their last, or first, laye
 
 
 def cases() -> list[Any]:
-    few = ("llama", "qwen3_moe")
-    return [pytest.param(name, id=name, marks=[] if name in few else pytest.mark.slow) for name in SUPPORTED]
+    few = ("llama", 1), ("qwen3_moe", 2)
+    every = itertools.product(SUPPORTED, (1, 2, 4))
+    return [pytest.param(*case, marks=[] if case in few else pytest.mark.slow) for case in every]
 
 
-@pytest.mark.parametrize("threads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_type", cases())
+@pytest.mark.parametrize(("model_type", "threads"), cases())
 def test_rounding_is_no_fault(model_type, threads, tmp_path):
     """With LoRA in each dtype, and bit for bit without, in any number of threads."""
     # An indexer that chooses few keys chooses others once rounded; here it has room for all keys that are compared.

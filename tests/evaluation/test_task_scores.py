@@ -386,6 +386,7 @@ def test_a_template_of_a_task_is_bounded(template, line, asked, tmp_path, capsys
     ]
 
 
+@pytest.mark.slow
 def test_lm_eval_s_own_tasks_have_their_functions_and_texts(monkeypatch):
     """hellaswag prepares its records by a function of its own, and asks by a template."""
     import datasets

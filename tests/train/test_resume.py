@@ -272,7 +272,7 @@ def kill_at_random(arguments: list[str], out: Path, kills: int, seed: int) -> in
 
 def test_kills_at_random_change_no_bit(noisy, command, tmp_path):
     settings = ["steps=60", "save_every=1", "keep_checkpoints=2", *RECURRENCE]
-    assert kill_at_random(command(noisy, tmp_path / "killed", *settings), tmp_path / "killed", 3, seed=1) >= 2
+    assert kill_at_random(command(noisy, tmp_path / "killed", *settings), tmp_path / "killed", 2, seed=1) >= 1
     run(command(noisy, tmp_path / "whole", *settings))
     assert same(tmp_path / "killed", tmp_path / "whole")
     assert not list((tmp_path / "killed").glob(".*"))

@@ -48,7 +48,8 @@ def test_sampling_stop_tokens_and_rules_that_read_logits():
     compare_ticks(build, prompts, params, max_in_flight=3, kv_policy="last-exited")
 
 
-@pytest.mark.parametrize("policy", [pytest.param("per-depth", marks=pytest.mark.slow), "last-exited"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
 def test_compiled(policy):
     prompts, params = requests(33, 10, policy, ["fixed", "latent-diff"])
     compare_ticks(build, prompts, params, kv_policy=policy, compile=True)

@@ -12,7 +12,7 @@ from tests.helpers.engines import build, check, requests
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited", "single", "first", "modulo-2"])
 def test_every_policy_with_forced_depths_and_rules(policy):
     cheap = ["fixed", "latent-diff", "cosine"]
-    want = check(build(), policy, *requests(1, 24, policy, cheap))
+    want = check(build(), policy, *requests(1, 14, policy, cheap))
     assert {depth for answer in want for depth in answer.depths} == {1, 2, 3, 4}
 
 

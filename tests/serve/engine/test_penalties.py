@@ -54,8 +54,8 @@ def test_repetition_is_as_in_transformers_generate(penalty):
 @pytest.mark.parametrize(
     ("policy", "wave"),
     [
-        ("per-depth", 1),
         ("last-exited", 5),
+        pytest.param("per-depth", 1, marks=pytest.mark.slow),
         pytest.param("per-depth", 5, marks=pytest.mark.slow),
         pytest.param("last-exited", 1, marks=pytest.mark.slow),
     ],

@@ -92,8 +92,8 @@ def greedy(alone) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def ran(model, greedy) -> dict[str, Any]:
-    """Results of all requests, the refused ones first."""
+def sampled(model, greedy) -> tuple[dict[str, Any], list[str]]:
+    """A case of all requests, and their names."""
     stop = greedy[11]
     more = {
         "stop-id": {"stop_token_ids": [stop]},
@@ -115,9 +115,20 @@ def ran(model, greedy) -> dict[str, Any]:
         "refused": [{"extra_args": fields} for fields, _ in BAD.values()],
     }
     case["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
-    result = run_cases([case], model[0].parent, "run_lanes.py")[0]
-    assert "error" not in result, result["error"]
-    return result | {"names": [*REQUESTS, *more]}
+    return case, [*REQUESTS, *more]
+
+
+@pytest.fixture(scope="module")
+def engines(model, sampled, own, turns) -> list[dict[str, Any]]:
+    """Results of all engines of this file, which one process makes."""
+    return run_cases([sampled[0], own, *turns[0]], model[0].parent, "run_lanes.py")
+
+
+@pytest.fixture(scope="module")
+def ran(engines, sampled) -> dict[str, Any]:
+    """Results of all requests of one engine, the refused ones first."""
+    assert "error" not in engines[0], engines[0]["error"]
+    return engines[0] | {"names": sampled[1]}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +209,8 @@ def test_processors(results):
     assert not set(results["bad-words"][0]["text"]) & {"a", "b"}
 
 
-def test_processors_of_a_users_own(model, tmp_path):
+@pytest.fixture(scope="module")
+def own(model) -> dict[str, Any]:
     """Requests of several depths that come and go, so that rows are sampled in turn, and change hands."""
     common = {"ignore_eos": True, "max_tokens": 5}
     sampling = [
@@ -210,7 +222,11 @@ def test_processors_of_a_users_own(model, tmp_path):
     for one in sampling[1::3]:  # decoded plainly, as it may read earlier tokens
         one["extra_args"] |= {"decoder": "wave", "max_in_flight": 4}
     case["refused"] = [{"extra_args": {"decoder": "diffusion"}, "seed": 1}]
-    result = run_cases([case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}], tmp_path, "run_lanes.py")[0]
+    return case | {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}
+
+
+def test_processors_of_a_users_own(engines):
+    result = engines[1]
     assert "error" not in result, result["error"]
     assert [done["tokens"] for done in result["rounds"][0]] == [[10 * n + i for i in range(5)] for n in range(9)]
     assert "decoder='diffusion': logits processors" in result["refused"][0]
@@ -227,13 +243,14 @@ TURNS: dict[str, dict[str, Any]] = {  # KV policy -> fields of the requests
 }
 
 
-def test_what_the_prefix_cache_holds_changes_no_token(tmp_path):
-    """A coda's keys are those of the depth of an exit. A further turn of a chat has the answer in its prompt, and does
-    not read them. Of prompts that begin alike and leave at their own depths, others wait for the coda of the first."""
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory) -> tuple[list[dict[str, Any]], list[list[list[int]]]]:
+    """Cases of prompts that share blocks, under each KV policy, and the tokens of each request."""
+    folder = tmp_path_factory.mktemp("turns")
     cases, wanted = [], []
     for policy, fields in TURNS.items():
         shape = {**RETROFIT, "num_recurrences": 4, "kv_policy": policy}
-        small = save(tmp_path / policy, source_config("llama", **GROUPED, initializer_range=0.12), **shape)
+        small = save(folder / policy, source_config("llama", **GROUPED, initializer_range=0.12), **shape)
         engine = Engine(small, max_num_seqs=1, max_model_len=200)
 
         def alone(prompt: list[int], count: int, engine: Engine = engine, fields: Any = fields) -> list[int]:
@@ -247,10 +264,16 @@ def test_what_the_prefix_cache_holds_changes_no_token(tmp_path):
         for prompt, count, arrive in turns:
             sampling = {"temperature": 0, "max_tokens": count, "ignore_eos": True, "extra_args": fields}
             asked.append({"prompt": prompt, "sampling": sampling, "arrive": arrive, "abort": -1})
-        case = {"folder": str(tmp_path / policy), "requests": asked, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}
+        case = {"folder": str(folder / policy), "requests": asked, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0"}}
         cases.append(case | {"engine": {"max_model_len": 200, "max_num_batched_tokens": 2048}})
         wanted.append([alone(prompt, count) for prompt, count, _ in turns])
-    for result, want in zip(run_cases(cases, tmp_path, "run_lanes.py"), wanted, strict=True):
+    return cases, wanted
+
+
+def test_what_the_prefix_cache_holds_changes_no_token(engines, turns):
+    """A coda's keys are those of the depth of an exit. A further turn of a chat has the answer in its prompt, and does
+    not read them. Of prompts that begin alike and leave at their own depths, others wait for the coda of the first."""
+    for result, want in zip(engines[2:], turns[1], strict=True):
         assert "error" not in result, result["error"]
         assert result["prefix_hits"] > 0
         assert [done["tokens"] for done in result["rounds"][0]] == want

@@ -109,7 +109,7 @@ ARCHITECTURES = {
     )
     for name, fields in {**REQUIRED, **OTHERS}.items()
 }
-# The offline engine has fast tests of these.
+# The offline engine, or another case, has fast tests of these.
 BETWEEN = {
     "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
     "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
@@ -166,22 +166,22 @@ BETWEEN = {
         policy="last-exited", lanes={"coda_wait": 3, "passes_per_step": 6, "budget": 9}, decoders=ALL
     ),
     "narrow-plain": Case(policy="last-exited", lanes={"max_lanes": 3, "coda_wait": -1, "compile": True}),
+    "last-exited": Case(policy="last-exited", count=40, seed=2, decoders=ALL),
+    "transformers-backend": Case(
+        "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
+    ),
+    "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
+    "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
 }
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
     "per-depth": Case(count=40, seed=1, decoders=ALL),
-    "last-exited": Case(policy="last-exited", count=40, seed=2, decoders=ALL),
     "rules-that-read-logits": Case(
         policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
     ),
-    "transformers-backend": Case(
-        "smollm3", source={**CALM, "no_rope_layers": [1, 0, 1, 1, 0, 1]}, policy="last-exited"
-    ),
     "relaxed": Case(shape=RELAXED, decoders=("wave",), engine=MANY_AT_ONCE),
     "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
-    "scheduling": Case(policy="last-exited", engine={**FEW_BLOCKS, **SCHEDULING}, decoders=("plain", "wave")),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
-    "token-choice": Case(shape={**ROUTED, "router": {**TOKEN, "kv": "first-recursion"}}),
     # As a configuration for vLLM's second model runner, with blocks that attention's kernels cannot have.
     "worker": Case(
         policy="last-exited",
@@ -311,6 +311,7 @@ assert before == (torch.cuda.Event, torch.cuda.Stream, torch.accelerator.synchro
 """
 
 
+@pytest.mark.slow
 def test_the_worker_of_a_gpu_leaves_torch_its_streams():
     """vLLM's worker for CPUs replaces them when it is imported: no CUDA graph could be recorded then."""
     settings = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(Path(__file__).parents[3])}
