@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .results.commands import Commands, Failed, Paused, alone, read
+from .results.commands import Commands, Failed, Paused, alone, read, write
 from .results.gained import NEEDED, OPTIONAL
 
 # Import names of what the commands need, and the names by which pip knows some of them.
@@ -126,11 +126,14 @@ def make(args: argparse.Namespace) -> None:
 
 def texts(args: argparse.Namespace) -> None:
     """Write text.jsonl and held_out.jsonl into OUT, unless they are there."""
-    if (args.out / "text.jsonl").is_file():
-        return
-    from .results.text import prepare
+    from .results.text import check_same, prepare
 
     learned, held = args.text, args.held_out
+    made = args.out / "texts.json"
+    named = {name: file and str(file.resolve()) for name, file in (("text", learned), ("held_out", held))}
+    if (args.out / "text.jsonl").is_file():
+        check_same(made, named)
+        return
     if held is None:
         prepare(args.out / "text", args.text, 200_000 if args.tiny else 12_000_000)
         learned, held = (args.out / "text" / f"{name}.jsonl" for name in ("train", "held_out"))
@@ -139,6 +142,7 @@ def texts(args: argparse.Namespace) -> None:
     random.Random(0).shuffle(pieces)
     partial = args.out / "text.partial"
     partial.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), encoding="utf-8")
+    write(made, named)
     partial.replace(args.out / "text.jsonl")
 
 
@@ -167,10 +171,7 @@ def source_in(at: Commands, source: Path | None) -> str:
     if source is None:
         at.run("source", "init", "text/tokenizer", "source", "num_hidden_layers=4", "hidden_size=64")
         return "source"
-    place = at.out / source.name
-    if not place.exists():
-        place.symlink_to(source.resolve())
-    return place.name
+    return at.linked(source)
 
 
 def training(args: argparse.Namespace, gpu: bool) -> list[str]:

@@ -40,8 +40,14 @@ class Sequences:
     answers: list[Answer]
 
     def spread(self, most: int) -> Sequences:
-        """At most `most` of the sequences, evenly spread."""
-        return self.some(spread(len(self.ids), most))
+        """At most `most` of the sequences: of text evenly spread; of conversations at random, as groups may take turns.
+
+        It is the same choice at every call.
+        """
+        count = len(self.ids)
+        if not self.answers:
+            return self.some(spread(count, most))
+        return self.some(sorted(np.random.default_rng(0).permutation(count)[:most].tolist()))
 
     def some(self, kept: Iterable[int]) -> Sequences:
         """The sequences of these numbers, in this order."""

@@ -141,26 +141,99 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.slow
-def test_steps_that_cost_as_much(tmp_path):
+RETROFIT = ["sizes=1,1,0", "injection=linear"]
+SUPERVISED = ["objectives.deep_supervision.segments=2", "recurrence.backprop=null", "gradient_accumulation=2"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "more"),
+    [
+        pytest.param(RETROFIT, [], id="fixed", marks=pytest.mark.slow),
+        pytest.param(RETROFIT, ["optimiser.train=core,injection", "optimiser.multipliers=null"], id="frozen"),
+        pytest.param(RETROFIT, SUPERVISED, id="supervised", marks=pytest.mark.slow),
+        pytest.param(
+            ["method=mor", "loops=3", "sharing=middle-cycle"],
+            ["recurrence=null", "recurrence.sampler=fixed", "recurrence.capacity_warmup=0.5"],
+            id="mor",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_steps_that_cost_as_much(keys, more, tmp_path):
     """The price of a run is what its record says it spent, with every arm's curriculum and router."""
     from bench.results.costs import price, spent, steps_worth
     from tests.helpers.train_tiny import run
 
-    run(["init", "task:hops", str(tmp_path / "empty"), "num_hidden_layers=5", "hidden_size=16"])
-    settings = ["--recipe=hops", "seed=0", "batch_size=4"]
-    for name, keys in {
-        "fixed": ["sizes=1,1,0", "injection=linear"],
-        "mor": ["method=mor", "loops=3", "sharing=middle-cycle"],
-    }.items():
-        run(["convert", str(tmp_path / "empty"), str(tmp_path / name), *keys])
-        more = (
-            ["recurrence=null", "recurrence.sampler=fixed", "recurrence.capacity_warmup=0.5"] if name == "mor" else []
-        )
-        run(["train", str(tmp_path / name), str(tmp_path / f"{name}-run"), *settings, *more, "steps=3"])
-        flops = spent(tmp_path / f"{name}-run")
-        assert price(tmp_path / name, [*settings, *more], 3) == flops
-        assert steps_worth(tmp_path / name, [*settings, *more], flops) == 3
+    empty, model, out = (tmp_path / name for name in ("empty", "model", "run"))
+    run(["init", "task:hops", str(empty), "num_hidden_layers=5", "hidden_size=16"])
+    settings = ["--recipe=hops", "seed=0", "batch_size=4", *more]
+    run(["convert", str(empty), str(model), *keys])
+    run(["train", str(model), str(out), *settings, "steps=3"])
+    assert price(model, settings, 3) == spent(out)
+    assert steps_worth(model, settings, spent(out)) == 3
+
+
+def test_losses_recovered_are_printed(tmp_path, monkeypatch):
+    """Section (a) of files made by hand: each arm recovers its share of 1 nat, for FLOPs with the teacher's."""
+    from bench.results import relaxed
+    from bench.results.chains import TINY
+    from bench.results.commands import Commands, write
+    from loopwise.train.measure import Cost, Costs
+
+    at, folder = Commands(tmp_path), tmp_path / "relaxed"
+    folder.mkdir()
+    loss = lambda value: {"results": [{"loss": value}]}  # noqa: E731
+    for made, value in {"source": 2.0, "random": 4.0, "few-source": 2.0, **dict.fromkeys(relaxed.RANKS, 2.5)}.items():
+        write(folder / (f"{made}.json" if made == "few-source" else f"start-{made}.json"), loss(value))
+    write(folder / "start-tied.json", loss(3.0))
+    for n, (kind, way) in enumerate(relaxed.ARMS):
+        run = folder / f"{kind}-{way}"
+        run.mkdir()
+        write(run / "run.json", {"spent": {"flops": 1e15}})
+        write(run / "trainer_state.json", {"max_steps": 4, "log_history": [{"step": 4, "eval_loss_r2": 2.5}]})
+        write(folder / f"{kind}-{way}.json", loss(2.9 - n / 10))
+    for made in ("teacher", "lora-low", "lora-low-distilled", "lora-low-distilled.json"):
+        write(tmp_path / "jobs" / f"relaxed.{made}.json", {"command": ["convert"], "seconds": 6.0, "attempts": 1})
+    forward = 1e15 / 2 / (TINY.steps(relaxed.STEPS) * relaxed.BATCH * relaxed.LENGTH)
+    part = Cost(forward / 4, 0.0)
+    monkeypatch.setattr(relaxed, "costs", lambda model: Costs(part, part, Cost(forward / 2, 0.0)))
+    page = "\n".join(relaxed.lines(at, TINY, Path("SmolLM2"), tmp_path, "images"))
+    assert "| tied | 3.0000 | 2.9000 | 10 % | 1.00e+15 | 0.10 |" in page
+    assert "| tied, distilled | 3.0000 | 2.8000 | 20 % | 2.00e+15 | 0.10 |" in page
+    assert (tmp_path / "results-relaxed.png").stat().st_size > 5_000
+
+
+def test_errors_of_seeds_and_problems(tmp_path):
+    """Three models are right in 40, 50 and 60 of the same 100 problems."""
+    from bench.results.chains import pooled
+
+    def result(share: float) -> dict:
+        cell = {"accuracy": share, "answers": 100}
+        return {"results": [{"num_recurrences": 1, "groups": {"2": cell}}]}
+
+    file = pooled([result(share) for share in (0.4, 0.5, 0.6)], "three", tmp_path / "pooled.json")
+    (row,) = json.loads(file.read_text())["results"]
+    assert row["groups"]["2"]["answers"] == 100
+    assert row["groups"]["2"]["accuracy_error"] == pytest.approx((0.25 / 100 + 0.01 / 3) ** 0.5)
+
+
+def test_another_text_and_another_source_are_refused(tmp_path):
+    from bench.results import text
+    from bench.results.commands import Commands, Failed
+
+    learned = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for file in learned:
+        file.write_text("some text\n\n" * 200)
+    text.prepare(tmp_path / "text", learned[0], 1000)
+    text.prepare(tmp_path / "text", learned[0], 1000)
+    with pytest.raises(Failed, match=r"has a text of text=.*a.txt, and now it is .*b.txt; choose another OUT"):
+        text.prepare(tmp_path / "text", learned[1], 1000)
+    at, (one, other) = Commands(tmp_path / "out"), (tmp_path / name / "model" for name in "ab")
+    for model in (one, other):
+        model.mkdir(parents=True)
+    assert at.linked(one) == at.linked(one) == "model"
+    with pytest.raises(Failed, match=r"choose another OUT"):
+        at.linked(other)
 
 
 def test_models_are_priced_in_threads(tmp_path):

@@ -75,7 +75,7 @@ def _card(facts: dict[str, Any], trainer: RecurrentTrainer, folder: Path | None,
     return f"""{as_front(front)}# {Path(source).name}, trained
 
 Trained from `{source}` by loopwise {facts["loopwise"]}: {facts["steps"]:,} steps, {facts["tokens"]:,} tokens,
-{facts["flops"]:.3g} training FLOPs (6 for each parameter and token; attention scores are left out).
+{facts["flops"]:.3g} training FLOPs (6 for each trained parameter and token; attention scores are left out).
 {table}
 The recipe, the versions and the model's own origin are in `loopwise.json`.
 """

@@ -152,7 +152,7 @@ def curriculum_of(
     """The curriculum of the recipe section `keys` for a run of `steps`. `mean`: the section's own, or the model's.
 
     phases: of the data, (share of the run, keys of its own).   records: means of records.   Raises UserError if `max`
-    is below a mean, and if `min` is above all that `uniform` draws.
+    is below a mean, if `min` is above all that `uniform` draws, and for a mean that changes without effect.
     """
     if not any(own for _, own in phases):
         return _single(keys, mean, steps, seed, records, "")
@@ -203,6 +203,12 @@ def _single(keys: Recurrence, mean: int, steps: int, seed: int, records: tuple[i
         raise UserError(
             f"{place}recurrence.min={chosen.min} is above the mean of {chosen.mean.top} recurrences; lower it, or set "
             f"{place}recurrence.mean or {place}recurrence.max"
+        )
+    if keys.sampler == "uniform" and keys.max is not None and (records or keys.schedule != "constant"):
+        what = "data.recurrences sets" if records else f"recurrence.schedule={keys.schedule} changes"
+        raise UserError(
+            f"{place}recurrence.sampler=uniform draws from min to max, whatever the mean, and {what} the mean; leave "
+            f"{place}recurrence.max={keys.max} out, or choose sampler=truncated-poisson"
         )
     if keys.max is not None and keys.sampler != "fixed":
         if keys.max < chosen.mean.top:

@@ -33,6 +33,11 @@ def check_model(model: str, config: PretrainedConfig, recipe: Train) -> Curricul
             f"objectives.deep_supervision.segments={supervision.segments}: each segment needs a recurrence, and a step "
             f"has at most {chosen.cap}"
         )
+    if supervision and (field := _reuses_first(config)):
+        raise UserError(
+            f"objectives.deep_supervision: this model's {field} reads what the first recurrence wrote, so that the "
+            "loss of a segment would reach the first one, too"
+        )
     if recipe.objectives.distillation:
         teacher.check(recipe.objectives.distillation, config)
     router = getattr(config, "router", None)
@@ -117,19 +122,24 @@ def _check_depths(router: dict[str, Any], chosen: Curriculum) -> None:
         )
 
 
+def _reuses_first(config: Any) -> str | None:
+    """The field of `config` by which every recurrence reads keys and values of the first; None without one."""
+    router = getattr(config, "router", None)
+    if config.kv_policy == "first":
+        return "kv_policy=first"
+    return "router.kv=first-recursion" if router and router["kv"] == "first-recursion" else None
+
+
 def _check_checkpointing(checkpointing: str, config: Any, recurrent: bool) -> None:
     if checkpointing == "recurrence" and not recurrent:
         raise UserError(
             f"gradient_checkpointing=recurrence belongs to recurrent-depth models, and this is a plain "
             f"{config.model_type}: use gradient_checkpointing=layer"
         )
-    router = getattr(config, "router", None) if recurrent else None
-    reuses = recurrent and (config.kv_policy == "first" or (router and router["kv"] == "first-recursion"))
-    if checkpointing != "none" and reuses:
-        name = "kv_policy=first" if config.kv_policy == "first" else "router.kv=first-recursion"
+    if checkpointing != "none" and recurrent and (field := _reuses_first(config)):
         raise UserError(
-            f"gradient_checkpointing={checkpointing}: this model's {name} reads what the first recurrence wrote, which "
-            "a second run of a recurrence does not have; set gradient_checkpointing=none"
+            f"gradient_checkpointing={checkpointing}: this model's {field} reads what the first recurrence wrote, "
+            "which a second run of a recurrence does not have; set gradient_checkpointing=none"
         )
 
 

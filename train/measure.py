@@ -10,7 +10,15 @@ from .curriculum import Depth
 from .pretrained import is_recurrent
 from .schedule import capacities
 
-RECURRING = ("core.", "injection.", "relaxation.", "damping.")
+# In the order of the forward pass: those of a recurrent model that are not `before`, by their names.
+PARTS = {
+    "before": (),
+    "router": ("router.",),
+    "each": ("core.", "injection.", "relaxation.", "damping."),
+    "halting": ("halting_gate.",),
+    "read": ("coda.",),
+    "gate": ("exit_gate.",),
+}
 
 
 class Cost(NamedTuple):
@@ -32,13 +40,15 @@ class Costs(NamedTuple):
 def parameter_costs(model: Any) -> Costs:
     """The costs of `model`, recurrent or plain. Experts count as far as a token uses them.
 
-    A frozen parameter has no gradient of its own; before the first trained part none flows through it either.
+    A frozen parameter has no gradient of its own; before the first trained part none flows through it either. An exit
+    gate reads states and comes last: where it alone is trained, none flows through the model.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    parts: dict[str, list[tuple[float, bool]]] = {"once": [], "each": [], "read": []}  # (numbers, True if trained)
+    # The parts in the order of the forward pass, each a list of (numbers, True if trained).
+    parts: dict[str, list[tuple[float, bool]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         if parameter is not embeddings.weight:
-            part = _part(name, head, parameter) if is_recurrent(model.config) else "once"
+            part = _part(name, head, parameter) if is_recurrent(model.config) else "before"
             parts[part].append((_used(model.config, name, parameter), parameter.requires_grad))
     if head is not None and head.weight is embeddings.weight:
         parts["read"].append((embeddings.weight.numel(), embeddings.weight.requires_grad))
@@ -48,14 +58,15 @@ def parameter_costs(model: Any) -> Costs:
         found[part] = Cost(
             sum(numbers for numbers, _ in parameters), sum(n * (flows + trained) for n, trained in parameters)
         )
-    return Costs(**found)
+    once = (found[part] for part in PARTS if part not in ("each", "read"))
+    return Costs(Cost(*map(sum, zip(*once, strict=True))), found["each"], found["read"])
 
 
 def _part(name: str, head: Any, parameter: Any) -> str:
     """The part of a recurrent model that a parameter is in."""
-    if name.startswith("coda.") or (head is not None and parameter is head.weight):
+    if head is not None and parameter is head.weight:
         return "read"
-    return "each" if name.startswith(RECURRING) else "once"
+    return next((part for part, names in PARTS.items() if name.startswith(names)), "before")
 
 
 def _used(config: Any, name: str, parameter: Any) -> float:
@@ -83,3 +94,15 @@ def token_flops(
     ungraded = recurrences - graded
     recurring = costs.each.forward * sum(shares) + costs.each.backward * sum(shares[ungraded:])
     return round(2 * (sum(costs.once) + sum(costs.read) * reads + recurring))
+
+
+def step_flops(costs: Costs, objective: Any, step: int, depth: Depth | None) -> int:
+    """Training FLOPs per token at `step` with an Objective, whose calls and read-outs are counted."""
+    arguments = objective.router, step, objective.capacity_warmup
+    if depth is None:
+        return token_flops(costs, None, *arguments)
+    total = 0
+    for _, call in objective.passes(step, depth):
+        read = objective.depths(step, call.num_recurrences)  # the call ends at the last of them
+        total += token_flops(costs, Depth(read[-1], call.grad_recurrences), *arguments, reads=len(read))
+    return total

@@ -27,7 +27,7 @@ from .curriculum import Curriculum, Depth
 from .data import Blocks, Mixture, Stream
 from .held_out import Depths, HeldOut, diagnose, held_out, metrics, state_logs, states_of
 from .losses import balanced_bias
-from .measure import parameter_costs, token_flops
+from .measure import parameter_costs, step_flops
 from .objectives import Objective
 from .progress import Progress
 from .recipe import Distillation, Train
@@ -204,7 +204,7 @@ class RecurrentTrainer(CheckpointTrainer):
             return self.curriculum and self.curriculum.at(step)
         backprop = self.curriculum.backprop
         depth = Depth(int(rows.max()), backprop and backprop.at(step))
-        self._rows.append((float(rows.float().mean()), self._flops(step, depth)))
+        self._rows.append((float(rows.float().mean()), step_flops(self._costs, self.objective, step, depth)))
         return depth
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -343,16 +343,4 @@ class RecurrentTrainer(CheckpointTrainer):
     def _of_step(self, step: int) -> tuple[int, int]:
         """(R, FLOPs per token) of `step`, whose rows have one R."""
         depth = self.curriculum.at(step) if self.curriculum else None
-        return depth.num_recurrences if depth else 0, self._flops(step, depth)
-
-    def _flops(self, step: int, depth: Depth | None) -> int:
-        """FLOPs per token at `step` and `depth`."""
-        objective = self.objective
-        arguments = objective.router, step, objective.capacity_warmup
-        if depth is None:
-            return token_flops(self._costs, None, *arguments)
-        total = 0
-        for _, call in objective.passes(step, depth):
-            read = objective.depths(step, call.num_recurrences)  # the call ends at the last of them
-            total += token_flops(self._costs, Depth(read[-1], call.grad_recurrences), *arguments, reads=len(read))
-        return total
+        return depth.num_recurrences if depth else 0, step_flops(self._costs, self.objective, step, depth)

@@ -84,10 +84,7 @@ def source_in(at: Commands, model: Path | None, tiny: bool) -> Path:
         model = fetch()
     if not model.exists():
         raise Failed(f"--model {model}: no such file or directory")
-    place = at.out / model.name
-    if not place.exists():
-        place.symlink_to(model.resolve())
-    return place
+    return at.out / at.linked(model)
 
 
 def run(args: argparse.Namespace) -> list[str]:

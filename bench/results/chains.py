@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +99,19 @@ def rights(result: dict[str, Any], depth: int | None = None) -> list[float]:
 
 
 def pooled(results: Sequence[dict[str, Any]], name: str, file: Path) -> Path:
-    """The answers of several seeds as one result of `loopwise eval`, for `loopwise plot eval`."""
+    """The answers of several seeds to the same problems as one result of `loopwise eval`, for `loopwise plot eval`.
+
+    Its standard errors are those of the problems and of the seeds together.
+    """
     rows = []
     for of_depth in zip(*(result["results"] for result in results), strict=True):
         groups = {}
         for group in of_depth[0]["groups"]:
             cells = [row["groups"][group] for row in of_depth]
-            count = sum(cell["answers"] for cell in cells)
-            share = sum(cell["accuracy"] * cell["answers"] for cell in cells) / count
-            error = math.sqrt(share * (1 - share) / count)
+            shares, count = [cell["accuracy"] for cell in cells], cells[0]["answers"]
+            share = statistics.mean(shares)
+            between = statistics.variance(shares) / len(shares) if shares[1:] else 0.0
+            error = math.sqrt(share * (1 - share) / count + between)
             groups[group] = {"accuracy": share, "accuracy_error": error, "answers": count}
         rows.append({"num_recurrences": of_depth[0]["num_recurrences"], "groups": groups})
     write(file, {"model": name, "group": "hops", "results": rows})

@@ -83,6 +83,15 @@ class Commands:
                 self._fail(f"loopwise {' '.join(argv)}: {last_line(note.with_suffix('.log'))}")
         return target
 
+    def linked(self, file: Path) -> str:
+        """The name in OUT of a link to `file`, so that commands can name it. Raises Failed if another file has it."""
+        place = self.out / file.name
+        if not place.exists():
+            place.symlink_to(file.resolve())
+        if place.resolve() != file.resolve():
+            raise Failed(f"{place} is {place.resolve()}, and not {file.resolve()}; choose another OUT")
+        return file.name
+
     def _is_over(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
 

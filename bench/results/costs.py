@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import cache
 from pathlib import Path
 
 from loopwise.recipe import load_recipe
 from loopwise.train.fitting import curriculum
-from loopwise.train.measure import Costs, parameter_costs, token_flops
+from loopwise.train.measure import Costs, parameter_costs, step_flops
+from loopwise.train.objectives import Objective
+from loopwise.train.optimisers import freeze
 from loopwise.train.pretrained import load_config, load_model
 from loopwise.train.recipe import Train
 
 LOADING = threading.Lock()
+KNOWN: dict[tuple[Path, str], Costs] = {}
 
 
 def spent(run: Path) -> float:
@@ -21,15 +23,19 @@ def spent(run: Path) -> float:
     return json.loads((run / "run.json").read_text(encoding="utf-8"))["spent"]["flops"]
 
 
-def costs(model: Path) -> Costs:
-    """`parameter_costs` of the checkpoint `model`. Threads take turns: loading by transformers is not made for them."""
+def costs(model: Path, recipe: Train | None = None) -> Costs:
+    """`parameter_costs` of the checkpoint `model`, with what `recipe` freezes.
+
+    Threads take turns: loading by transformers is not made for them.
+    """
+    key = model, recipe.model_dump_json(include={"optimiser", "objectives"}) if recipe else ""
     with LOADING:
-        return _costs(model)
-
-
-@cache
-def _costs(model: Path) -> Costs:
-    return parameter_costs(load_model(str(model)))
+        if key not in KNOWN:
+            loaded = load_model(str(model))
+            if recipe:
+                freeze(loaded, recipe.optimiser, recipe.objectives, False)
+            KNOWN[key] = parameter_costs(loaded)
+        return KNOWN[key]
 
 
 def price(model: Path, arguments: list[str], steps: int) -> float:
@@ -39,10 +45,11 @@ def price(model: Path, arguments: list[str], steps: int) -> float:
     name = named[0].partition("=")[2] if named else None
     recipe = load_recipe(Train, "train", name, [*settings, f"steps={steps}"])
     config = load_config(str(model), None)
-    course, router = curriculum(config, recipe, steps), getattr(config, "router", None)
+    course, of_token = curriculum(config, recipe, steps), costs(model, recipe)
     warmup = round(((recipe.recurrence and recipe.recurrence.capacity_warmup) or 0) * steps)
-    tokens = recipe.batch_size * recipe.data.sequence_length
-    each = (token_flops(costs(model), course.at(s) if course else None, router, s, warmup) for s in range(steps))
+    objective = Objective(recipe.objectives, config, None, steps, recipe.seed, warmup)
+    tokens = recipe.batch_size * recipe.gradient_accumulation * recipe.data.sequence_length
+    each = (step_flops(of_token, objective, s, course.at(s) if course else None) for s in range(steps))
     return tokens * float(sum(each))
 
 

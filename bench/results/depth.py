@@ -94,8 +94,8 @@ def lines(at: Commands, size: Size, images: Path, link: str) -> list[str]:
         "learned lookups (recipe `hops-base`). Then it learns chains of up to 8 hops, retrofitted with 1 prelude and "
         f"1 core layer (recipe `hops`, {sum(flops) / len(flops):.2e} FLOPs), or as it is, for the same FLOPs. The "
         f"plain model of {LAYERS} layers has the FLOPs of both parts, from random weights on. Right answers in %, mean "
-        f"± standard deviation over {len(size.seeds)} seeds; {size.records} held-out problems a group and seed; more "
-        "than 8 hops were never trained.",
+        f"± standard deviation over {len(size.seeds)} seeds; the same {size.records} held-out problems a group in "
+        "every seed; more than 8 hops were never trained.",
         "",
         f"![Right answers by hops and R]({link}/results-hops.png)",
         "",

@@ -88,7 +88,8 @@ def lines(at: Commands, size: Size, source: Path, images: Path, link: str) -> li
     """The section, with its picture. Raises FileNotFoundError where a run has not finished."""
     start = {made: read(at.out / f"relaxed/start-{made}.json")["results"][-1]["loss"] for made in ("source", *KINDS)}
     ends = {(kind, way): read(at.out / f"relaxed/{kind}-{way}.json")["results"][-1]["loss"] for kind, way in ARMS}
-    teacher = 2 * sum(costs(at.out / "relaxed/teacher")) * size.steps(STEPS) * BATCH * LENGTH
+    forward = 2 * sum(part.forward for part in costs(at.out / "relaxed/teacher"))
+    teacher = forward * size.steps(STEPS) * BATCH * LENGTH
     flops = {
         (kind, way): spent(at.out / f"relaxed/{kind}-{way}") + (teacher if way == "distilled" else 0)
         for kind, way in ARMS

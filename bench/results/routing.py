@@ -63,7 +63,7 @@ SERVED = ("topk", "threshold")  # how a trained router takes tokens
 
 
 def prepare(at: Commands, size: Size) -> None:
-    """The untrained models of both arms, with the same weights in every seed."""
+    """The untrained models of both arms, with the same weights; other ones for each seed."""
     for kind, seed in product(KINDS, size.seeds):
         empty = chains.untrained(at, f"routing/{kind.name}-empty", seed, *kind.empty)
         for arm, settings in ARMS.items():

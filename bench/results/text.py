@@ -7,11 +7,12 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .commands import Failed
+from .commands import Failed, read, write
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 LEAST = 1_000_000  # characters
@@ -23,9 +24,12 @@ def prepare(folder: Path, text: Path | None, most: int = MOST) -> None:
     """Write train.jsonl, held_out.jsonl and tokenizer/ into `folder`, unless they are there.
 
     text: a file or a folder; None: Python's standard library.   most: about so many characters to learn from. Every
-    20th document is held out, and of it 4,000 characters. Raises Failed for too little text.
+    20th document is held out, and of it 4,000 characters. Raises Failed for too little text, and for another text than
+    that which is there.
     """
+    made, arguments = folder / "made.json", {"text": text and str(text.resolve()), "most": most}
     if (folder / "tokenizer" / "tokenizer.json").is_file():
+        check_same(made, arguments)
         return
     folder.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
@@ -47,7 +51,17 @@ def prepare(folder: Path, text: Path | None, most: int = MOST) -> None:
     vocabulary = {token: i for i, token in enumerate(["<eos>", *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    write(made, arguments)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+
+
+def check_same(file: Path, arguments: dict[str, Any]) -> None:
+    """Raises Failed if `file`, of an earlier call, has other `arguments`."""
+    if file.is_file() and (known := read(file)) != arguments:
+        name = next(name for name, value in arguments.items() if known.get(name) != value)
+        raise Failed(
+            f"{file.parent} has a text of {name}={known.get(name)}, and now it is {arguments[name]}; choose another OUT"
+        )
 
 
 def documents(text: Path | None) -> Iterator[str]:

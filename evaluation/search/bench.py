@@ -70,10 +70,12 @@ class TextBench:
         return np.bincount([a.sequence for a in chosen.answers], right, len(chosen.ids))
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for ids, learned in zip(self.sequences.ids, self.sequences.learned, strict=True):
-            digest.update(np.array([ids, learned], np.int64).tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(b"".join(self.samples())).hexdigest()[:16]
+
+    def samples(self) -> list[bytes]:
+        """A hash of each sample."""
+        each = zip(self.sequences.ids, self.sequences.learned, strict=True)
+        return [hashlib.sha256(np.array(sample, np.int64).tobytes()).digest() for sample in each]
 
 
 class TaskBench:

@@ -118,6 +118,13 @@ class Searching:
                 f"check={source}: these are the samples of data, on which the program is chosen; give others (of a "
                 "generated task: &seed=1)"
             )
+        known = {*self.bench.samples()}
+        if shared := sum(sample in known for sample in bench.samples()):
+            print(
+                f"warning: check={source}: {shared:,} of its {len(bench.weights):,} samples are samples of data, too, "
+                "on which the program is chosen",
+                file=sys.stderr,
+            )
         return bench
 
     def _check_sizes(self) -> None:

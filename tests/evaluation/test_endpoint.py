@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -132,12 +133,19 @@ def test_depths_are_drawn_of_a_server_s_answers_alone(tmp_path, capsys):
 
 
 def test_a_limit_spreads_over_the_data():
-    ids = [np.array([i, i + 1, i + 2]) for i in range(10)]
-    answers = [Answer(i, 1, 2, str(i)) for i in range(10)]
-    some = Sequences(ids, [np.ones(3, bool)] * 10, answers).spread(4)
+    """Blocks of text evenly. Of conversations whose eight groups take turns, all groups are measured."""
+    ids = [np.array([i, i + 1, i + 2]) for i in range(2000)]
+    learned = [np.ones(3, bool)] * 2000
+    some = Sequences(ids[:10], learned[:10], []).spread(4)
     assert [of_one[0] for of_one in some.ids] == [0, 2, 5, 7]
-    assert [(answer.sequence, answer.group) for answer in some.answers] == [(0, "0"), (1, "2"), (2, "5"), (3, "7")]
     assert len(some.spread(9).ids) == 4
+    answers = [Answer(i, 1, 2, str(i % 8)) for i in range(2000)]
+    some = Sequences(ids, learned, answers).spread(250)
+    assert [of_one[0] for of_one in some.ids] == sorted({int(of_one[0]) for of_one in some.ids})
+    assert [answer.group for answer in some.answers] == [str(of_one[0] % 8) for of_one in some.ids]
+    counts = Counter(answer.group for answer in some.answers)
+    assert len(counts) == 8
+    assert min(counts.values()) > 15
 
 
 def test_a_limit_of_a_generated_task_draws_no_more(model, tmp_path, monkeypatch, capsys):

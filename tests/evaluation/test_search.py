@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -284,6 +285,18 @@ def test_bad_input(plain, corpus, arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_samples_of_data_in_a_check_are_named(plain, corpus, tmp_path, capsys):
+    from loopwise.evaluation.search.recipe import Search
+    from loopwise.evaluation.search.search import Searching
+
+    more = tmp_path / "more.jsonl"
+    more.write_text(corpus.read_text() + json.dumps({"text": "and one document more " * 9}) + "\n")
+    Searching(str(plain), str(plain), Search(data=[str(corpus)], check=[str(more)], sequence_length=32), None, False)
+    found = re.search(r"more.jsonl: (\d+) of its (\d+) samples are samples of data", capsys.readouterr().err)
+    assert found
+    assert int(found[2]) - 8 < int(found[1]) < int(found[2])
 
 
 def test_a_recurrent_model_is_refused(recurrent, corpus, capsys):

@@ -628,6 +628,7 @@ UNFIT = {
             "recurrence.eval_at=1 data.eval_fraction=0.1": "router runs exactly 2 recurrences",
             "objectives.progressive.alpha=0.5": "this model's token-choice router runs exactly 2",
             "gradient_checkpointing=layer": "this model's router.kv=first-recursion reads what the first",
+            "objectives.deep_supervision.segments=2": "this model's router.kv=first-recursion reads what the first",
         },
     ),
     "uninjected": (
@@ -643,6 +644,7 @@ UNFIT = {
         {
             "gradient_checkpointing=recurrence": "this model's kv_policy=first reads what the first",
             "gradient_checkpointing=true": "gradient_checkpointing=layer: this model's kv_policy=first reads",
+            "objectives.deep_supervision.segments=2": "this model's kv_policy=first reads what the first recurrence",
         },
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,18 @@ def test_conversations_of_a_generated_task(tokenizer, tmp_path):
 
     blocks = build(data, of_task("hops"), tmp_path / "tokens").train
     found = [int(blocks.row(i)["num_recurrences"]) for i in range(len(blocks))]
-    assert len(blocks) == 30 or len({*found}) == 3  # records may be cut
-    assert {max(record["hops"]) for record in records} == {1, 2, 3}
-    assert {*found} == {2, 3, 7}
+    wanted = Counter({1: 2, 2: 3, 3: 7}[max(record["hops"])] for record in records)
+    assert len(wanted) == 3
+    # A block has the greatest R of its records, of which it holds one and the beginning of another.
+    assert len(blocks) >= 25
+    assert min(found) >= 2
+    assert Counter(found)[7] >= wanted[7] - 1
 
 
-@pytest.mark.parametrize("sampler", ["fixed", "truncated-poisson"])
+@pytest.mark.parametrize("sampler", ["fixed", "truncated-poisson", "uniform"])
 def test_recurrences_of_a_sample_are_a_function_of_its_number(sampler):
-    curriculum = Curriculum(Schedule(4, 10), sampler, 2, 12, seed=3, records=(3, 9))
+    most = {"fixed": 12, "truncated-poisson": 12, "uniform": None}[sampler]
+    curriculum = Curriculum(Schedule(4, 10), sampler, 2, most, seed=3, records=(3, 9))
     drawn = [curriculum.of_sample(0, sample, 9) for sample in range(400)]
     assert drawn == [curriculum.of_sample(7, sample, 9) for sample in range(400)]
     assert curriculum.of_sample(5, 1, 0) == curriculum.at(5).num_recurrences
@@ -74,7 +79,9 @@ def test_recurrences_of_a_sample_are_a_function_of_its_number(sampler):
         assert curriculum.trained() == {"mean": 4, "min": 3, "max": 9}
     else:
         assert len({*drawn}) > 5
-        assert 2 <= min(drawn) <= max(drawn) <= 12
+        assert 2 <= min(drawn) <= max(drawn) <= (most or 2 * 9 - 2)
+        shallow = [curriculum.of_sample(0, sample, 3) for sample in range(400)]
+        assert sum(shallow) / 400 < sum(drawn) / 400 - 3
 
 
 def test_a_run_has_the_loss_of_calls_of_their_own(recurrent, leveled, tokenizer, tmp_path):
@@ -111,7 +118,8 @@ REFUSED = {
     "data.recurrences={field: grade, table: {easy: 1}}": "data.recurrences.field=grade has no effect: no record",
     "data.recurrences={field: level, table: {easy: 32}}": "data.recurrences.table.easy=32: Input should be less than",
     "objectives.nested=2": "data.recurrences and objectives.nested both choose the depths of a block: give one",
-    "recurrence={sampler: uniform, max: 4}": "recurrence.max=4 is below 5 of data.recurrences.table; raise it",
+    "recurrence={sampler: truncated-poisson, max: 4}": "recurrence.max=4 is below 5 of data.recurrences.table; raise",
+    "recurrence={sampler: uniform, max: 9}": "sampler=uniform draws from min to max, whatever the mean, and data.rec",
 }
 
 

@@ -16,7 +16,9 @@ from loopwise.disk import checksum
 from loopwise.model import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from loopwise.train.curriculum import Depth
 from loopwise.train.measure import parameter_costs, token_flops
+from loopwise.train.optimisers import freeze
 from loopwise.train.pretrained import load_model
+from loopwise.train.recipe import Objectives, Optimiser
 from tests.helpers.tiny import source_config
 from tests.helpers.train_tiny import run
 
@@ -102,6 +104,20 @@ def test_depths_whose_logits_enter_the_loss_are_read_out(recurrent, command, tmp
     run(command(recurrent, tmp_path / "out", *settings))
     once, each, read = (cost.forward for cost in parameter_costs(load_model(str(recurrent))))
     assert record(tmp_path / "out")["flops"] == 6 * (once + 2 * read + 4 * each) * 3 * 4 * 32
+
+
+@pytest.mark.parametrize("stage", ["gate", "joint"])
+def test_a_gate_alone_sends_no_gradient_through_the_model(stage):
+    keys = {"prelude": [0], "core": [1, 2], "coda": [3], "num_recurrences": 3, "exit_gate": True}
+    model: Any = RecurrentDepthForCausalLM(RecurrentDepthConfig(source_config=source_config("llama"), **keys))
+    freeze(model, Optimiser(), Objectives.model_validate({"exit_gate": {"stage": stage}}), False)
+    gate = sum(p.numel() for name, p in model.named_parameters() if name.startswith("exit_gate."))
+    once, each, read = parameter_costs(model)
+    if stage == "gate":
+        assert (each.backward, read.backward, once.backward) == (0, 0, 2 * gate)
+    else:
+        assert all(cost.backward == 2 * cost.forward for cost in (once, each, read))
+    assert once.forward > gate > 0
 
 
 @pytest.mark.parametrize("relaxation", [None, {"rank": {"self_attn.q_proj": 2}, "depths": 3, "own": []}])

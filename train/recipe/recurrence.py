@@ -46,7 +46,7 @@ class Recurrence(Section):
     sampler: Sampler = Field(
         default="fixed",
         description="R of a step: fixed (the mean), poisson-lognormal (around mean + 1), truncated-poisson (rate mean, "
-        "within min and max), uniform (min to 2 mean - min, or to max)",
+        "within min and max), uniform (min to 2 mean - min; with max: min to max, whatever the mean)",
     )
     min: Count | None = Field(default=None, description="least sampled R (default: 1)")
     max: Count | None = Field(default=None, description="cap on a sampled R (default: 4 x mean, at least 8)")

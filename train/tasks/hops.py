@@ -102,7 +102,7 @@ def settle(values: dict[str, Any]) -> dict[str, Any]:
         )
     if statements[-1] > names:
         raise ValueError(f"{statements[-1]} statements need as many names, and there are {names}; give more letters")
-    if not _fills(values["distractor_hops"], hops, questions, statements):
+    if not _fills(values, questions, statements):
         raise ValueError(
             f"chains of these distractor_hops do not always fill {_range(statements)} statements; give their number as "
             "distractors=N, in place of statements"
@@ -114,16 +114,20 @@ def _fit(questions: int, hops: tuple[int, ...], needed: float, statements: int) 
     return questions <= statements and questions * needed <= statements and questions * hops[0] <= statements
 
 
-def _fills(
-    given: str | tuple[int, ...] | None, hops: tuple[int, ...], questions: int, statements: tuple[int, ...]
-) -> bool:
-    """True if chains of the sizes `given` fill every record behind those that are asked for, none with another size."""
+def _fills(values: dict[str, Any], questions: int, statements: tuple[int, ...]) -> bool:
+    """True if chains of `distractor_hops` fill every record behind those that are asked for, none with another size."""
+    given, hops = values["distractor_hops"], values["hops"]
     asked = [n for n in hops if n]
     if isinstance(given, str):  # SAME
         return (questions == 1 or len(asked) == 1) and not any(total % n for n in asked for total in statements)
     if given is None or given == tuple(range(1, len(given) + 1)):  # the chain that is cut is of such a size
         return True
-    return len({*given}) == 1 and not any(n % size for n in (*asked, *statements) for size in given)
+    if len(given) > 1:
+        return False
+    if questions == 1:
+        used = {*asked, 0} if values["lookups"] or 0 in hops else {*asked}
+        return not any((total - n) % given[0] for n in used for total in statements)
+    return not any(n % given[0] for n in (*asked, *statements))
 
 
 def _range(numbers: tuple[int, ...]) -> str:
@@ -136,6 +140,11 @@ def _settle_distractors(values: dict[str, Any], needed: float, names: int) -> di
     if values["statements"] is not None:
         raise ValueError("distractors and statements both set the number of statements: give one")
     hops, distractors = values["hops"], values["distractors"]
+    if distractors[-1] == 0:
+        if values["distractor_hops"] is not None:
+            raise ValueError("distractor_hops has no effect: distractors is 0")
+        if values["place"] != "any":
+            raise ValueError("place has no effect: distractors is 0, so that all chains are asked for")
     sizes = [n for n in hops if n] if values["distractor_hops"] == SAME else []
     sizes = sizes or _distractor_hops(values, [])
     each = sum(sizes) / len(sizes) * sum(distractors) / len(distractors)

@@ -61,7 +61,12 @@ class Words:
         }
 
     def settle(self, values: Values) -> Values:
-        """`values` unchanged. Raises ValueError for more words than names."""
+        """`values` unchanged. Raises ValueError for more words than names, and for values without effect."""
+        if values["distractors"][-1] == 0:
+            if values["distractor_length"] is not None:
+                raise ValueError("distractor_length has no effect: distractors is 0; give distractors=N, too")
+            if values["place"] != "any":
+                raise ValueError("place has no effect: distractors is 0, so that all words are asked for")
         count, names = values["questions"] + values["distractors"][-1], len(values["names"])
         if count > names:
             raise ValueError(
