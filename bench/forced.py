@@ -21,6 +21,11 @@ class Job:
     prompt: list[int]
     trace: list[int]
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request that ask for these depths; those at full depth as users do."""
+        return {"num_recurrences": DEPTHS} if {*self.trace} == {DEPTHS} else {"trace": self.trace}
+
 
 @dataclass
 class Bound:

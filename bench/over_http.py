@@ -164,9 +164,9 @@ async def closed_loops(args: argparse.Namespace, servers: dict[str, Server], ses
         for system in systems:
             server = servers.get(system, servers["lanes"])
             work = jobs(random.Random(pair), args.clients * args.each, system)
-            traced = system != "fixed"
+            forced = system != "fixed"
             rate = await server.rate(
-                session, args.clients, work, lambda job, traced=traced: {"trace": job.trace} if traced else {}
+                session, args.clients, work, lambda job, forced=forced: job.fields if forced else {}
             )
             bounds[system] = share(bound, work)
             if pair:
@@ -176,7 +176,7 @@ async def closed_loops(args: argparse.Namespace, servers: dict[str, Server], ses
     capacity = statistics.median(rates["exits"]) / OUTPUT
     for load in map(float, args.load.split(",") if args.load else []):
         due = arrivals(0, load * capacity, args.seconds, "exits")
-        times = await open_loop(servers["lanes"], session, due, lambda one: {"trace": one.job.trace})
+        times = await open_loop(servers["lanes"], session, due, lambda one: one.job.fields)
         found = ", ".join(f"{what} {seconds * 1e3:.0f} ms" for what, seconds in times.percentiles().items())
         print(f"load {load:.2f} ({load * capacity:.2f} requests/s, {len(due)} requests): {found}", flush=True)
 

@@ -108,7 +108,7 @@ def offline(args: argparse.Namespace, folders: dict[str, Path], bound: Bound) ->
                 max_tokens=tokens,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args=None if system == "fixed" else {"trace": job.trace},
+                extra_args=None if system == "fixed" else job.fields,
             )
             for job in work
         ]
@@ -242,14 +242,15 @@ def transformers_generate(folder: Path, batch: int) -> Callable[[list[Job], int]
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
 
     def run(work: list[Job], tokens: int) -> float:
         began = time.perf_counter()
         for some in (work[n : n + batch] for n in range(0, len(work), batch)):
             longest = max(len(job.prompt) for job in some)
-            ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in some])
-            mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in some])
+            ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in some], device=device)
+            mask = (torch.arange(longest) >= torch.tensor([[longest - len(job.prompt)] for job in some])).to(device)
             limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
             done = model.generate(ids, attention_mask=mask, **limits)
             assert done.shape[1] == longest + tokens, "a batch ended early"

@@ -60,9 +60,9 @@ def settles(drafts: list[int]) -> int:
 @torch.no_grad()
 def traced(model: Any, prompt: list[int], tokens: list[int], depth: int, temperature: float, seed: int) -> Trace:
     """The drafts of the positions that gave `tokens` after `prompt`, by the noise with which the engine samples."""
-    ids = torch.tensor([prompt + tokens])
+    ids = torch.tensor([prompt + tokens], device=model.device)
     out = model(ids, num_recurrences=depth, output_depth_logits=True, use_cache=False)
-    logits = out.depth_logits[:, 0, len(prompt) - 1 : -1]  # [R, n, V]
+    logits = out.depth_logits[:, 0, len(prompt) - 1 : -1].cpu()  # [R, n, V]
     best = logits.argmax(-1)
     if temperature:
         position = torch.arange(len(prompt), len(prompt) + len(tokens))

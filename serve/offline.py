@@ -58,7 +58,7 @@ class Engine:
     max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need; "auto": as
     many as a wave can use.
     budget: lanes of a pass that waves may fill, 0 for no bound; "auto" or None: as many as add little time, measured
-    now.
+    now. A directory's model runs on the GPU, if there is one.
     dtype: type of weights and cache, for a directory (default: the checkpoint's).
     tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
@@ -139,7 +139,7 @@ class Engine:
             fields = fields_of(model)
             check_tensors(model)
             self.tokenizer = load_tokenizer(model)
-            model = read_model(model, dtype=dtype or "auto")
+            model = read_model(model, dtype=dtype or "auto").to("cuda" if torch.cuda.is_available() else "cpu")
         model = model.eval()
         if model.config.model_type != "recurrent_depth":
             raise UserError(f"model_type {model.config.model_type!r}: convert the model first (loopwise convert)")

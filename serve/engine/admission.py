@@ -53,6 +53,24 @@ def exact(request: Request, rule: str, config: Any) -> Request:
     return replace(request, max_in_flight=1) if plain else request
 
 
+def features(request: Request, rule: str) -> set[str]:
+    """What not every request has: its exit `rule`, its kind of sampling, and traits by which ticks and graphs differ.
+
+    at_one: a position may leave after its first recurrence.   trails: one may leave before the request's last.
+    """
+    most, forced = request.num_recurrences, {*request.forced_depths} - {0}
+    others = {
+        "wave": request.max_in_flight > 1,
+        "diffusion": request.diffusion is not None,
+        "sampled_by_host": request.sampled_by_host,
+        "penalised": request.penalised,
+        "logprobs": request.logprobs is not None,
+        "at_one": most == 1 or 1 in forced or (rule != "fixed" and request.min_recurrences == 1),
+        "trails": rule != "fixed" or any(depth < most for depth in forced),
+    }
+    return {rule, request.sampling, *(name for name, has in others.items() if has)}
+
+
 def refusal(request: Request, policy: KVPolicy, config: Any, max_in_flight: int) -> str | None:
     """The reason why a request's decoder or exits do not go with the model, its KV policy or the request itself.
 

@@ -110,8 +110,7 @@ class EagerTick:
         counts, empty, self.order = self.steps.settle(state, which, row, position, depth, after, leaves)
         exits, empties, self.waits, self.runs, self.drafts = counts.tolist()
         self.unread |= self.waits + self.drafts > 0
-        if not self.work.chunks:
-            self.schedule.note(passes, passes * len(which), exits)
+        self.schedule.note(passes, passes * len(which), exits, prompts=bool(self.work.chunks))
         if exits and self.routing:
             gone = which[leaves]
             transitions.routers.set_exit_depth(state, gone, self.routing.recurrences(gone, state.lanes.depth[gone]))
@@ -185,7 +184,12 @@ class EagerTick:
 
     def sample(self, sampler: Sampler, read: Parked) -> None:
         """Sample the tokens that follow lanes [m], put them out, and start the positions after them."""
-        which, row, position, x = read
+        parts = zip(*(part.split(self.state.config.most_read) for part in read[1:]), strict=True)
+        tokens = torch.cat([self._tokens(sampler, *part) for part in parts])
+        self._emit(*read[:3], tokens)
+
+    def _tokens(self, sampler: Sampler, row: Tensor, position: Tensor, x: Tensor) -> Tensor:
+        """The tokens [m] that follow positions [m] of rows [m], by the head's input x [m, D]."""
         state, in_use, following = self.state, self.work.in_use, position + 1
         logits, tokens = self.forward.head(x)
         if any(in_use[name] for name in ("drawn", "cut", "penalised", "host")):
@@ -197,7 +201,7 @@ class EagerTick:
             tokens = torch.where(known > 0, known - 1, tokens)
         if in_use["logprobs"]:
             self.context.logprobs.note(logits, tokens, row, position)
-        self._emit(which, row, position, tokens)
+        return tokens
 
     def _emit(self, which: Tensor, row: Tensor, position: Tensor, tokens: Tensor) -> None:
         """Put out tokens [m] of lanes `which` [m], one a row at most, and start them."""

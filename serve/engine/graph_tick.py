@@ -111,7 +111,7 @@ class GraphTick:
             beyond = int(beyond_widths(state)) if lanes < all_lanes and not rows else 0
             reads = 1 << (min(lanes + beyond, all_lanes) - 1).bit_length()
             starts = min(reads, state.config.max_num_seqs)
-        exits = exits if rows else bool(self.rules.in_use) or self.work.in_use["shallow"] > 0
+        exits = exits if rows else bool(self.rules.in_use) or self.work.in_use["trails"] > 0
         trails = state.policy.complete and exits
         lanes = max(lanes, resident * state.policy.depths) if trails else lanes
         room = min(padded(lanes), padded(state.config.max_lanes or lanes), self.cache.max_rows or lanes)
@@ -169,8 +169,8 @@ class GraphTick:
 
     def _wide(self) -> bool:
         """The budget leaves waves lanes for drafts."""
-        free, waves = self.work.budget - self.work.resident, len(self.work.waves)
-        return waves > 0 and (not self.work.budget or free >= waves)
+        budget, waves = self.state.config.max_lanes or self.work.budget, len(self.work.waves)
+        return waves > 0 and (not budget or budget - self.work.resident >= waves)
 
     def replay(self, sizes: Sizes) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """Graphs of a pass and a read-out of these sizes, for the requests that there are.
@@ -203,7 +203,7 @@ class GraphTick:
                 known = self._learn()  # the pass before the one that is under way
                 ended |= known.live < live
             waits = known.waits and not reads
-            pending = bool(waits or known.soonest <= 1 or (reads and self.work.in_use["shallow"]))
+            pending = bool(waits or known.soonest <= 1 or (reads and self.work.in_use["at_one"]))
             # Lanes that leave in the pass that is under way are not in the next one.
             running, idle = known.runs - known.leaving, not reads and known.latest <= 1
             reads = schedule.due(pending, running, forced=idle)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .attention.base import Rows
 from .forward import Forward
+from .loop_config import MAX_ROWS
 from .state import State
 
-MAX_ROWS = 256  # rows of a graph: wider passes keep the device busy without one
 CACHE = 64  # graphs that are kept
 TRIES = 3  # captures that may fail, if none succeeds, before graphs are given up
 

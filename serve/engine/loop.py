@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import costs, transitions
-from .admission import exact, refusal, too_narrow
+from .admission import exact, features, refusal, too_narrow
 from .attention.base import Attention
 from .compile import ALONE, compiled
 from .costs import Costs
@@ -20,10 +20,10 @@ from .decoders.diffusion import Diffusion
 from .exits import NUMBER, RULES, ExitRules
 from .forward import Forward
 from .graph_tick import GraphTick
-from .graphs import MAX_ROWS, GraphCache, Graphs, Record
+from .graphs import GraphCache, Graphs, Record
 from .kv import KVPolicy
 from .logprobs import Logprobs
-from .loop_config import LoopConfig
+from .loop_config import MAX_ROWS, LoopConfig
 from .parts import Parts
 from .readout_schedule import ReadoutSchedule
 from .request import NEVER, Request
@@ -115,7 +115,8 @@ class Loop:
 
     def measure(self, agree: Callable[[float], float] = lambda seconds: seconds) -> Costs:
         """Measure passes and read-outs by number of lanes (costs.measure). No request may be resident."""
-        return costs.measure(self.state, self.forward, self.graph_tick and self.graph_tick.recorded, agree)
+        self.work.costs = costs.measure(self.state, self.forward, self.graph_tick and self.graph_tick.recorded, agree)
+        return self.work.costs
 
     # ---- requests -------------------------------------------------------------------------------------------------
     def admit(self, row: int, request: Request, passes: int = 0, lane_passes: int = 0) -> None:
@@ -133,17 +134,8 @@ class Loop:
             self.diffusion.settings[row] = request.diffusion
         if self.routing:
             self.routing.admit(row)
-        at_one = request.min_recurrences == 1 and (rule != "fixed" or request.num_recurrences == 1)
-        others = {
-            "wave": request.max_in_flight > 1,
-            "diffusion": request.diffusion is not None,
-            "sampled_by_host": request.sampled_by_host,
-            "penalised": request.penalised,
-            "logprobs": request.logprobs is not None,
-            "shallow": at_one or bool(request.forced_depths),  # a position may exit after its first recurrence
-        }
         self.cadence.admit(row, request)
-        self.features[row] = {rule, request.sampling, *(name for name, has in others.items() if has)}
+        self.features[row] = features(request, rule)
         self.work.in_use.update(self.features[row])
         self.rules.use(self.work.in_use)
         self.prompt_exit[row] = request.prompt_exit
@@ -231,7 +223,6 @@ class Loop:
             report = self.tick(max(left, 1))
             if not report.passes:
                 return
-            self.cadence.note(report.passes)
             self.work.chunks[:] = [chunk for chunk in self.work.chunks if chunk not in report.through]
             self.parked += report.parked
             ended |= report.ended

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_ROWS = 256  # of a CUDA graph: wider passes keep the device busy without one
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -25,3 +27,8 @@ class LoopConfig:
     coda_wait: int = 0
     max_in_flight: int = 1
     compile: bool = False
+
+    @property
+    def most_read(self) -> int:
+        """The most rows whose logits are held at once: those of all requests, and of waves no more than graphs have."""
+        return max(self.max_num_seqs, min(self.max_num_seqs * self.max_in_flight, MAX_ROWS))

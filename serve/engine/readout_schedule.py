@@ -16,6 +16,7 @@ class ReadoutSchedule:
         self.costs: Costs | None = None
         self.waited = 0  # passes that an exit has waited
         self.every, self.since = 1, 0  # passes between drafts of waves, and passes since the last
+        self.passes = 0  # that have run
         self.load = [0.0, 0.0, 0.0]  # passes, lanes in them, exits; older steps count half as much each
 
     def begin_step(self, every: int) -> None:
@@ -26,9 +27,11 @@ class ReadoutSchedule:
             self.coda_wait = self.costs.patience(lanes / passes, exits / passes, lanes / exits)
         self.load = [part / 2 for part in self.load]
 
-    def note(self, passes: int, lanes: int, exits: int) -> None:
-        """So many passes ran, with `lanes` in all, and lanes left."""
-        self.load = [a + b for a, b in zip(self.load, (passes, lanes, exits), strict=True)]
+    def note(self, passes: int, lanes: int, exits: int, prompts: bool = False) -> None:
+        """So many passes ran, with `lanes` in all, and lanes left. Passes with `prompts` are no measure of the load."""
+        self.passes += passes
+        if not prompts:
+            self.load = [a + b for a, b in zip(self.load, (passes, lanes, exits), strict=True)]
 
     def due(
         self,

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .costs import Costs
 from .exits import ExitRules
 from .forward import Forward
 from .logprobs import Logprobs
@@ -44,6 +45,7 @@ class Workload:
     chunks: prompts that are not through.   in_use: rules and other features by name, with the number of resident
     requests that have them; a feature of none costs a pass nothing.   resident: requests of this step.   waves: rows
     with that decoder: recurrences before the first draft, and width.   budget: lanes that waves may fill; 0: no bound.
+    costs: of passes and read-outs, if they were measured.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Workload:
     resident: int = 0
     waves: dict[int, tuple[int, int]] = field(default_factory=dict)
     budget: int = 0
+    costs: Costs | None = None
 
 
 @dataclass

@@ -123,8 +123,9 @@ class LaneRunner:
 
     def graph_bytes(self) -> int:
         """Bytes that graphs will hold, by an estimate."""
-        rows, vocabulary = self.vllm_config.scheduler_config.max_num_seqs, self.model.config.vocab_size
-        return reserved_bytes(rows, vocabulary) if self._records() else 0
+        if not self._records():
+            return 0
+        return reserved_bytes(self._loop("meta", None, None).config.most_read, self.model.config.vocab_size)
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.max_model_len = max_model_len

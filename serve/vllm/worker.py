@@ -41,8 +41,7 @@ class LaneWorkerBase(Worker):
         gc.collect()
         loop.warm_up()
         compiled, waves = time.perf_counter() - start, lanes.decoder == "wave"
-        if waves:  # the budget bounds the sizes of their graphs
-            self._measure(loop, lanes)
+        self._measure(loop, lanes)  # first: a budget bounds the sizes of graphs, and common ones outlive measured ones
         if loop.graph_tick:
             start = time.perf_counter()
             exits = ((steps.config.exit or {}).get("rule") or "fixed") != "fixed"
@@ -50,14 +49,15 @@ class LaneWorkerBase(Worker):
             made, seconds = loop.graph_tick.cache.captures, time.perf_counter() - start
             if made:
                 print(f"loopwise: {made} CUDA graphs recorded in {seconds:.0f} s", file=sys.stderr, flush=True)
-        if not waves:
-            self._measure(loop, lanes)
         gc.freeze()  # vLLM's worker does so, too: what is there by now stays
         return CompilationTimes(compiled, 0.0)
 
     def _measure(self, loop: Any, lanes: Any) -> None:
-        """Set budget and coda_wait by the measured costs of passes and read-outs, where one of them is AUTO."""
-        if AUTO not in (lanes.budget, lanes.coda_wait):
+        """Set budget and coda_wait by the measured costs of passes and read-outs, where one of them is AUTO.
+
+        Waves draft by these costs, too."""
+        drafts = lanes.decoder == "wave" and not (lanes.draft_every or lanes.draft_depths)
+        if AUTO not in (lanes.budget, lanes.coda_wait) and not drafts:
             return
         group: Any = get_tp_group()
         costs = loop.measure(group.broadcast_object)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,26 @@ def recorder() -> Record:
     """The recorder of the GPU for tensors on one, else `run_once`."""
     device = torch.get_default_device()
     return on_cuda(device) if device.type == "cuda" else run_once
+
+
+def runs_of(engine: Engine) -> Counter[tuple[str, int]]:
+    """What the graph ticks of `engine` run from now on, also where no row is real: ("pass" or "read", rows) -> times.
+
+    It must come before the first request, as what is recorded is seen no more.
+    """
+    tick, found = engine.loop.graph_tick, Counter[tuple[str, int]]()
+    assert tick is not None
+    assert not tick.replays
+
+    def counting(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def run(every: torch.Tensor, *more: Any) -> None:
+            found[name, len(every)] += bool(tick.graph.real.all())  # not while it is recorded
+            function(every, *more)
+
+        return run
+
+    tick._pass, tick._read_out = counting("pass", tick._pass), counting("read", tick._read_out)
+    return found
 
 
 def compare_ticks(

@@ -22,14 +22,14 @@ PROBE, PAUSE = 3, 45  # times R: passes with K = 1, whose first third is not cou
 
 
 class Cadence:
-    """Keeps `Workload.waves`. `schedule` has the measured costs."""
+    """Keeps `Workload.waves`. `schedule` counts passes."""
 
     def __init__(self, state: State, work: Workload, schedule: ReadoutSchedule):
         self.state, self.work, self.schedule = state, work, schedule
         self.every, self.best = 1, 1  # K now, and the K to which it returns after a probe
         self.rows: dict[int, int] = {}  # with this K, and their R
         self.settled = [0.0] * (state.policy.depths + 1)  # positions of `rows` by t, older ones count less
-        self.passes = 0  # since the probe began
+        self.passes, self.before = 0, schedule.passes  # since the probe began; of `schedule`, before this step
 
     def admit(self, row: int, request: Request) -> None:
         """A request has come to `row`."""
@@ -49,6 +49,8 @@ class Cadence:
 
     def begin_step(self) -> int:
         """Set K for this step. Returns the passes after which all waves draft."""
+        self.passes += (self.schedule.passes - self.before) * bool(self.rows)
+        self.before = self.schedule.passes
         if self.rows:
             every = self._next()
             if every != self.every:
@@ -56,10 +58,6 @@ class Cadence:
                 windows.set_cadence(self.state, list(self.rows), every)
                 self.work.waves.update({row: (every, self.work.waves[row][1]) for row in self.rows})
         return min(self.work.waves.values(), default=(1, 0))[0]
-
-    def note(self, passes: int) -> None:
-        """So many passes of the step ran."""
-        self.passes += passes * bool(self.rows)
 
     def _next(self) -> int:
         """K of the next step. Waits for the device."""
@@ -75,7 +73,7 @@ class Cadence:
         widths = [self.work.waves[row][1] for row in self.rows]
         plain = max(self.work.resident - len(widths), 0)
         rates = {
-            every: rate(every, depth, self.settled, max(widths), len(widths), plain, self.schedule.costs, self._budget)
+            every: rate(every, depth, self.settled, max(widths), len(widths), plain, self.work.costs, self._budget)
             for every in range(1, depth + 1)
         }
         best = max(rates, key=lambda every: rates[every])

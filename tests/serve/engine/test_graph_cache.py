@@ -15,6 +15,7 @@ import torch
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.graph_tick import GraphTick
 from loopwise.serve.engine.graphs import CACHE, TRIES, GraphCache, padded, reserved_bytes, sizes
+from loopwise.serve.engine.loop_config import LoopConfig
 from tests.helpers.engines import build
 from tests.helpers.graph_ticks import run_once
 
@@ -151,6 +152,40 @@ def test_the_start_records_no_more_than_are_kept():
     assert len(ticks.replays) == min(CACHE, 5 * len(sizes(100))) == ticks.cache.captures
     assert {key[1] for key in ticks.replays} == set(sizes(100))
     assert [n for n in range(1, 101) if padded(n) not in sizes(100)] == []
+
+
+def test_common_graphs_outlive_measured_ones():
+    """Costs are measured first, as a server does: by graphs that no request may use."""
+    _, made, ticks = engines(max_num_seqs=100)
+    made.loop.measure()
+    measured = set(ticks.replays)
+    ticks.record_common(exits=True)
+    common = set(ticks.replays)
+    assert len(common) == CACHE
+    assert measured - common
+    assert {("pass", n, True, False) for n in sizes(100)} <= common
+
+
+def test_more_logits_than_are_reserved_are_read_in_parts(monkeypatch):
+    """Those of all requests fit, and those of waves up to the rows of a graph."""
+    config = Engine(build(), max_num_seqs=4, max_model_len=48).loop.config
+    assert config.most_read == 4
+    assert replace(config, max_in_flight=8).most_read == 32
+    assert replace(config, max_num_seqs=64, max_in_flight=8).most_read == 256
+    assert replace(config, max_num_seqs=300, max_in_flight=8).most_read == 300
+    waves = [
+        replace(Params(9, 3, ignore_eos=True, seed=n, **SAMPLING[n]), decoder="wave", max_in_flight=4) for n in range(4)
+    ]
+    prompts = [[5 + n, 6, 7] for n in range(4)]
+    found = []
+    for most in (256, 3):
+        monkeypatch.setattr(LoopConfig, "most_read", most)
+        engine = Engine(build(**GATED), cuda_graphs=False, max_num_seqs=4, max_model_len=48, max_in_flight=4)
+        rows, head = [], engine.loop.forward.head
+        engine.loop.forward.head = lambda x, head=head, rows=rows: (rows.append(len(x)), head(x))[1]
+        found.append(engine.generate(prompts, waves))
+        assert (max(rows) > 4) if most > 4 else (max(rows) == 3)
+    assert found[0] == found[1]
 
 
 def test_however_requests_are_mixed_few_graphs_are_kept():

@@ -12,7 +12,7 @@ import torch
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.costs import Costs
 from tests.helpers.engines import build, requests
-from tests.helpers.graph_ticks import MODELS, compare_ticks, recorder
+from tests.helpers.graph_ticks import MODELS, compare_ticks, recorder, runs_of
 
 GATED = {"prelude": [], "core": [0, 1, 2], "coda": [], "injection": "none", "exit_gate": True}
 KINDS = {**MODELS, "gated": GATED}
@@ -68,7 +68,7 @@ def test_read_outs_wait_by_the_costs(width):
 
 def recorded(**options: Any) -> Engine:
     """An engine with graph ticks."""
-    engine = Engine(build(), kv_policy="last-exited", cuda_graphs=False, **options)
+    engine = Engine(build(), cuda_graphs=False, **{"kv_policy": "last-exited", **options})
     with torch.inference_mode():
         engine._record(recorder())
     return engine
@@ -82,6 +82,30 @@ def test_full_depth_reads_out_once_a_token():
     counts = engine.loop.counts
     assert counts.passes == {9: 4, 3: 80}
     assert counts.reads == {9: 1, 3: 20}
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+def test_full_depth_costs_no_more_where_a_trace_asks_for_it(policy):
+    """As of a request that goes on after a preemption. A trace of smaller depths needs more rows, or more read-outs."""
+    found = []
+    for more in ({}, {"trace": (4,) * 24}, {"trace": (4,) * 6 + (1,) * 18}):
+        engine = recorded(max_num_seqs=3, max_model_len=60, passes_per_step=100, kv_policy=policy)
+        runs = runs_of(engine)
+        engine.generate([[5, 6, 7]] * 3, Params(21, 4, ignore_eos=True, **more))
+        found.append(runs)
+    assert found[0] == found[1]
+    assert found[0]["read", 4] == 20
+    assert 80 <= found[0]["pass", 4] <= 82  # some start before the host knows that no request is left
+    assert len(found[0]) == 2
+    assert found[2] != found[0]
+
+
+@pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
+def test_one_recurrence_trails_nothing(policy):
+    engine = recorded(max_num_seqs=3, max_model_len=60, passes_per_step=100, kv_policy=policy)
+    runs = runs_of(engine)
+    engine.generate([[5, 6, 7]] * 3, Params(21, 1, ignore_eos=True))
+    assert {rows for _, rows in runs} == {4}
 
 
 def test_costs_are_measured_by_graphs_however_few_tokens_a_step_holds():

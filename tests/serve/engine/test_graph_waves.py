@@ -16,7 +16,7 @@ from loopwise.serve import Engine, Params
 from loopwise.serve.engine.graph_tick import GraphTick
 from loopwise.serve.engine.transitions import drafts as positions
 from tests.helpers.engines import build, requests
-from tests.helpers.graph_ticks import MODELS, recorder
+from tests.helpers.graph_ticks import MODELS, recorder, runs_of
 from tests.helpers.waves import agreeing, drafts
 
 
@@ -136,11 +136,15 @@ def test_read_outs_come_at_the_cadence(every):
     assert done.passes // every - 1 <= engine.loop.counts.reads.total() <= done.passes // every + 3
 
 
-def test_waves_without_lanes_take_the_passes_and_read_outs_of_plain_decoding():
+@pytest.mark.parametrize("limit", ["budget", "max_lanes"])
+def test_waves_without_lanes_take_the_passes_and_read_outs_of_plain_decoding(limit):
+    """Also those read-outs that find nothing to read."""
     plain, prompts = Params(7, 4, ignore_eos=True), [[5, 6, 7], [8, 9], [10]]
-    engine = with_graphs(build(), max_num_seqs=3, passes_per_step=99)
+    more = {"max_lanes": 4} if limit == "max_lanes" else {}
+    engine = with_graphs(build(), kv_policy="last-exited", max_num_seqs=3, passes_per_step=99, **more)
+    runs = runs_of(engine)
     want = engine.generate(prompts, plain)
-    reads = engine.loop.counts.reads.total()
-    engine.loop.eager_tick.budget = 4
+    reads = sum(count for (name, _), count in runs.items() if name == "read")
+    engine.loop.eager_tick.budget = 4 if limit == "budget" else 0
     assert engine.generate(prompts, replace(plain, decoder="wave", max_in_flight=4)) == want
-    assert engine.loop.counts.reads.total() == 2 * reads
+    assert sum(count for (name, _), count in runs.items() if name == "read") == 2 * reads

@@ -8,11 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from loopwise.serve import Engine, Params
 from loopwise.serve.engine.costs import Costs
 from loopwise.serve.engine.decoders.cadence import rate
 from tests.helpers.engines import build, requests
+from tests.helpers.graph_ticks import recorder
 from tests.helpers.waves import agreeing
 
 AUTO: dict[str, Any] = {"decoder": "wave", "max_in_flight": "auto", "draft_every": "auto"}
@@ -93,6 +95,25 @@ def test_a_probe_counts_the_passes_that_ran():
     engine.loop.step = lambda live: (step(live), seen.append(engine.loop.cadence.passes))[0]
     engine.generate([[5, 6, 7]], replace(Params(20, 4, ignore_eos=True), **{**AUTO, "max_in_flight": 4}))
     assert max(after - before for before, after in pairwise(seen)) <= 4
+
+
+def test_a_probe_counts_no_passes_of_a_graph_tick_that_did_not_run():
+    engine = Engine(build(), max_num_seqs=1, max_model_len=128, max_in_flight=4, passes_per_step=500, cuda_graphs=False)
+    with torch.inference_mode():
+        engine._record(recorder())
+    wave = replace(Params(6, 4, ignore_eos=True), **{**AUTO, "max_in_flight": 4})
+    engine.generate([[5, 6, 7]] * 2, wave)
+    first = engine.loop.schedule.passes
+    engine.generate([[5, 6, 7]], wave)
+    assert first <= engine.loop.cadence.passes <= first + 30
+
+
+def test_measured_costs_are_those_of_the_cadence():
+    """Whether exits wait by them or not."""
+    engine = Engine(build(), max_num_seqs=2, max_in_flight="auto", budget="auto")
+    assert engine.loop.schedule.costs is None
+    assert engine.loop.cadence.work.costs is engine.loop.work.costs
+    assert engine.loop.work.costs is not None
 
 
 @pytest.mark.parametrize("policy", ["per-depth", "last-exited"])
