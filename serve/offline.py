@@ -45,7 +45,9 @@ POSITIONS = 1024  # default of max_model_len
 
 @accept_old_names(SERVING)
 class Engine:
-    """Serves `model`, a directory or a RecurrentDepthForCausalLM, which is the engine's from then on.
+    """Serves `model`: a directory, on the GPU if there is one, or a RecurrentDepthForCausalLM where it is.
+
+    The model is the engine's from then on.
 
     max_num_seqs: requests that run at once.
     max_model_len: positions of each (default 1024, or as many as the model has).
@@ -58,7 +60,7 @@ class Engine:
     max_in_flight: most positions of a request in flight, which the decoders `wave` and `diffusion` need; "auto": as
     many as a wave can use.
     budget: lanes of a pass that waves may fill, 0 for no bound; "auto" or None: as many as add little time, measured
-    now. A directory's model runs on the GPU, if there is one.
+    now.
     dtype: type of weights and cache, for a directory (default: the checkpoint's).
     tokenizer: of a loaded model, for prompts and stops in words; a directory has its own.
     compile: compile passes of the core.
