@@ -6,8 +6,10 @@ import ast
 import importlib.util
 import json
 import pickle
+import re
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +175,71 @@ def test_a_recipe_of_others_names_a_task_file_that_stays_quiet(models, tmp_path,
     search = ["search", str(models.plain), f"tasks={file}", "sizes=1", "stride=3", "ways=skip"]
     assert main(search) == 2
     assert not canary.exists()
+
+
+EVAL_OF_RECORDS = """
+group: all
+dataset_path: json
+dataset_kwargs: {data_files: {test: CODE}}
+test_split: test
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("unsafe_code: false\ntask: [cruxeval_input]", "unsafe_code=false: tasks of lm-eval"),
+        ("task: [{task: cruxeval_input, unsafe_code: false}]", "unsafe_code=false: tasks of lm-eval"),
+        ("task: [{group: inner, unsafe_code: false, task: [cruxeval_input]}]", "unsafe_code=false: tasks of lm-eval"),
+        ("task: [cruxeval_input]", "task cruxeval_input runs code that the model writes"),
+        ("process_docs: null\ntask: [non_greedy_robustness_math_algebra]", "runs code that the model writes"),
+    ],
+)
+def test_no_file_takes_the_mark_of_a_task_that_runs_code_away(lines, said, tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    from loopwise.evaluation.harness import catalogue
+
+    # These two folders alone: an index of all tasks takes ten seconds.
+    folders: list[str | Path] = [Path(lm_eval.tasks.__file__).parent / name for name in ("cruxeval", "score/math")]
+    manager = partial(catalogue.TaskManager, include_path=folders)
+    monkeypatch.setattr(catalogue, "TaskManager", lambda **_: manager(include_defaults=False))
+    canary, data, file = tmp_path / "canary", tmp_path / "code.jsonl", tmp_path / "t.yaml"
+    fields = ("question", "answer", "prompt", "problem", "solution")
+    record = {"code": canaries.code(canary), "input": "1", "output": "1", **dict.fromkeys(fields, "1")}
+    data.write_text(json.dumps(record) + "\n")
+    file.write_text(EVAL_OF_RECORDS.replace("CODE", str(data)) + lines + "\n")
+    with pytest.raises(UserError, match=said):
+        catalogue.load_tasks([str(file)])
+    assert not canary.exists()
+
+
+def test_every_task_of_lm_eval_that_evaluates_text_is_known():
+    """Those of cruxeval and longproc have the mark; that of score/math has none, and is named in the catalogue."""
+    import lm_eval.tasks
+
+    from loopwise.evaluation.harness.catalogue import EVALUATING
+
+    root = Path(lm_eval.tasks.__file__).parent
+    evaluates = re.compile(r"(?<![\w.])(?:eval|exec|parse_expr|sympify|os\.system)\(")
+    found = {str(file.relative_to(root)) for file in root.rglob("*.py") if evaluates.search(file.read_text("utf-8"))}
+    assert found == {"cruxeval/utils.py", "longproc/metrics.py", "score/math/math_grader.py"}
+    assert EVALUATING == ("lm_eval.tasks.score.math.utils_math",)
+
+
+@pytest.mark.parametrize("kind", ["a function", "a metric of the short form"])
+def test_the_flag_names_code_of_a_task_file_before_it_runs(kind, tmp_path, capsys):
+    """Code that ends the process keeps no line back."""
+    from loopwise.evaluation.harness.catalogue import load_tasks
+
+    file, _ = canaries.write_task(tmp_path, kind)
+    (file.parent / "theirs.py").write_text("raise SystemExit(7)\n")
+    with pytest.raises(SystemExit, match="7"):
+        load_tasks([str(file)], trust=True)
+    told = capsys.readouterr().err.splitlines()[0]
+    assert told.startswith("--trust-remote-code: ")
+    assert f"{file.parent}/theirs.py" in told
+    assert told.endswith(" will run")
 
 
 @pytest.mark.parametrize("kind", ["a function", "a file of elsewhere"])

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .trust import FLAG, code_named_in
 
 FILES = (".yaml", ".yml", ".jsonl")
 SHOTS = 1000  # solved examples that the hash of a task covers
+# Modules of lm-eval's tasks that evaluate an answer as Python, by sympy's parse_expr, though no key says so.
+EVALUATING = ("lm_eval.tasks.score.math.utils_math",)
 
 
 @dataclass
@@ -37,16 +40,16 @@ class Catalogue:
 def load_tasks(names: list[str], trust: bool = False) -> Catalogue:
     """The tasks that `names` stand for: lm-eval's names of tasks, groups and tags, with * for any letters; files.
 
-    trust: run the code that these files name, and print its names. Raises UserError for an unknown name, a wrong file,
-    one that names code without `trust`, data that need a network where there is none, and tasks that run the model's
-    code or show images.
+    trust: run the code that these files name, and print its names before. Raises UserError for an unknown name, a wrong
+    file, one that names code without `trust`, data that need a network where there is none, and tasks that run the
+    model's code or show images.
     """
     sandbox_tasks()
-    code: list[str] = []
-    places = [None if _registered(name) else Path(name).expanduser() for name in names]
-    files = [None if place is None else _of_file(place, trust, code) for place in places]
+    read = [None if _registered(name) else _read(Path(name).expanduser(), trust) for name in names]
     if trust:
+        code = [name for one in read if one for name in one[0]]
         print(f"{FLAG}: {', '.join(code)} will run" if code else f"{FLAG}: no file to run", file=sys.stderr, flush=True)
+    files = [None if one is None else one[1]() for one in read]
     manager = TaskManager(include_defaults=any(file is None or _names_tasks(file) for file in files))
     found = Catalogue()
     for name, file in zip(names, files, strict=True):
@@ -57,7 +60,7 @@ def load_tasks(names: list[str], trust: bool = False) -> Catalogue:
             found.tasks |= loaded["tasks"]
             found.groups |= loaded.get("groups", {})
     for name, task in found.tasks.items():
-        if getattr(task, "UNSAFE_CODE", False):
+        if _runs_answers(task):
             raise UserError(f"task {name} runs code that the model writes, and Loopwise does not; use lm-eval itself")
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"task {name} shows images or sound, and Loopwise's models read text alone")
@@ -71,6 +74,12 @@ def fingerprint(task: Any) -> str:
     for part in itertools.chain([task.dump_config()], task.eval_docs, shots):
         digest.update(json.dumps(part, sort_keys=True, default=_named).encode())
     return digest.hexdigest()[:16]
+
+
+def _runs_answers(task: Any) -> bool:
+    """True for a task that runs the model's answers as code."""
+    scores = task.get_config("process_results") if hasattr(task, "get_config") else None
+    return getattr(task, "UNSAFE_CODE", False) or getattr(scores, "__module__", None) in EVALUATING
 
 
 def _named(value: Any) -> str:
@@ -96,15 +105,15 @@ def _matching(manager: TaskManager, name: str) -> list[str]:
     return found
 
 
-def _of_file(file: Path, trust: bool, code: list[str]) -> dict[str, Any]:
-    """The config of the task, or of the group of tasks, in `file`. Raises UserError for a wrong one.
+def _read(file: Path, trust: bool) -> tuple[list[str], Callable[[], dict[str, Any]]]:
+    """(names of the code in `file`, which `trust` allows; a function that gives the config of its task or group).
 
-    Names of its code, which `trust` allows, are added to `code`.
+    That function imports this code. Both raise UserError for a wrong file.
     """
     if not file.is_file():
         raise UserError(f"tasks={file}: no such file")
     if file.suffix == ".jsonl":
-        return read_short(file)
+        return [], partial(read_short, file)
     try:
         named = code_named_in(file, trust)
         values = load_yaml(file, resolve_func=False)
@@ -113,7 +122,7 @@ def _of_file(file: Path, trust: bool, code: list[str]) -> dict[str, Any]:
     except Exception as error:  # PyYAML's, and those of lm-eval for includes
         raise UserError(f"{file}: not a task file ({reason(error)})") from None
     if is_short(values):
-        return read_short(file)
+        return named, partial(read_short, file)
     members = values.get("task")
     if "group" in values and not isinstance(members, list):
         raise UserError(
@@ -121,9 +130,13 @@ def _of_file(file: Path, trust: bool, code: list[str]) -> dict[str, Any]:
         )
     if "group" not in values and not isinstance(members, str):
         raise UserError(f"{file}: no key 'data' (short form) or 'task' (lm-eval's) in it")
+    return named, partial(_full, file, bool(named))
+
+
+def _full(file: Path, functions: bool) -> dict[str, Any]:
+    """The lm-eval config in `file`, with its `functions` if there are some. Raises UserError where they fail."""
     try:
-        code += named
-        config = load_yaml(file, resolve_func=bool(named))
+        config = load_yaml(file, resolve_func=functions)
         if "group" not in config:
             return located(file, config)
         tasks = [located(file, task) if isinstance(task, dict) else task for task in config["task"]]

@@ -22,17 +22,26 @@ FLAG = "--trust-remote-code"
 FUNCTION = "!function"  # lm-eval's tag for a function of a module
 # Settings of transformers' generate that name a module to run.
 RUNS = ("custom_generate", "trust_remote_code")
+# Arguments by which functions of lm-eval's tasks get a tokenizer, whose code they run.
+TOKENIZERS = ("tokenizer", "pretrained", "model")
 
 
 def code_named_in(file: Path, trust: bool) -> list[str]:
-    """The code that the task file `file` and those that it includes name: files, installed functions, metrics.
+    """The code that the task file `file` and those that it includes name: files, installed functions, metrics,
+    tokenizers.
 
-    trust: allow it. Raises UserError for code without that, and PyYAML's and lm-eval's errors for no task file.
+    trust: allow it. Raises UserError for code without that, for a mark of lm-eval's tasks that the file takes away, and
+    PyYAML's and lm-eval's errors for no task file.
     """
     named = [*_functions(file.resolve(), file.resolve().parent, set(), trust)]
-    named += [
-        f"the hub's module for the metric {name}" for name in _unknown_metrics(load_yaml(file, resolve_func=False))
-    ]
+    parts = _tasks_in(load_yaml(file, resolve_func=False))
+    if any(part.get("unsafe_code") is False for part in parts):
+        raise UserError(
+            f"{file}: unsafe_code=false: tasks of lm-eval that run the model's code are marked, which no file takes "
+            "away; leave it out"
+        )
+    named += [f"the hub's module for the metric {name}" for name in _unknown_metrics(parts)]
+    named += [f"the code of the tokenizer {name}" for name in _tokenizers(parts)]
     if named and not trust:
         raise UserError(
             f"{file}: names code, which is not run ({shorten(', '.join(dict.fromkeys(named)), 300)}); read it, then "
@@ -78,20 +87,32 @@ def _place(function: str, folder: Path) -> str:
     return str(file) if file.exists() else f"the installed {function}"
 
 
-def _unknown_metrics(values: Any) -> list[str]:
-    """Metrics of a task, or of a group of tasks, that lm-eval lacks: Hugging Face's `evaluate` fetches their modules.
-
-    Tasks inside of `values` count, too.
-    """
+def _unknown_metrics(parts: list[dict[str, Any]]) -> list[str]:
+    """Metrics of `parts`, tasks and groups, that lm-eval lacks: Hugging Face's `evaluate` fetches their modules."""
     found: list[str] = []
-    for part in _tasks_in(values):
+    for part in parts:
         listed = part.get("metric_list")
-        # With process_results, a function, lm-eval only aggregates the metrics of these names.
-        for one in listed if isinstance(listed, list) and part.get("process_results") is None else ():
+        # With process_results, a function, lm-eval only aggregates the metrics of these names. A group's is no reason:
+        # its tasks inherit the metrics, and may set that key back.
+        counted = _is_group(part) or part.get("process_results") is None
+        for one in listed if counted and isinstance(listed, list) else ():
             name = one.get("metric") if isinstance(one, dict) else None
             if isinstance(name, str) and (one.get("hf_evaluate") or name not in metric_registry):
                 found.append(shorten(repr(name), 80))
     return found
+
+
+def _tokenizers(parts: list[dict[str, Any]]) -> list[str]:
+    """Tokenizers that the group `parts`, or a task in it, gives to functions of lm-eval's tasks; these run its code."""
+    if not _is_group(parts[0]):
+        return []  # a task of its own has no such function but those that it names
+    given = [part.get(key) for part in parts for key in ("metadata", "dataset_kwargs")]
+    values = [one[name] for one in given if isinstance(one, dict) for name in TOKENIZERS if name in one]
+    return [shorten(repr(value), 80) for value in values]
+
+
+def _is_group(part: dict[str, Any]) -> bool:
+    return "group" in part or isinstance(part.get("task"), list)
 
 
 def _tasks_in(values: Any) -> list[dict[str, Any]]:

@@ -178,6 +178,11 @@ TASKS = {
     "a metric of Hugging Face's": FULL.replace("metric: exact_match", "metric: M.py, hf_evaluate: true"),
     "a metric of a group": "group: all\ntask:\n- task: few"
     + FULL.replace("exact_match", "M.py").partition("theirs")[2].replace("\n", "\n  "),
+    "a metric that a group hides": "group: all\nprocess_results: x\nmetric_list: [{metric: M.py, aggregation: mean}]\n"
+    + "task:\n- process_results: null\n  task: few"
+    + FULL.partition("metric_list")[0].partition("theirs")[2].replace("\n", "\n  "),
+    "a tokenizer": "group: all\ntask:\n- task: ruler_fwe\n  metadata: {tokenizer: M}\n",
+    "a tokenizer for a whole group": "group: all\ndataset_kwargs: {pretrained: M}\ntask: [ruler_fwe]\n",
     "generation": FULL.replace("max_gen_toks: 2", "max_gen_toks: 2, custom_generate: M, trust_remote_code: true"),
     "a template": FULL.replace("doc_to_text: question", "doc_to_text: >-\n  J"),
     "a template of the short form": "data: d.jsonl\ndoc_to_text: >-\n  J\n",
@@ -195,6 +200,8 @@ def write_task(folder: Path, kind: str) -> tuple[Path, Path]:
     for file, module in ((place / "inner.txt", "theirs"), (folder / "outer.txt", "their.theirs")):
         file.write_text(f"process_docs: !function {module}.process\n")
     (place / "d.jsonl").write_text(LINE)
+    _tokenizer_code(place / "theirs", canary)
+    change(place / "theirs" / "config.json", model_type="llama")
     text = TASKS[kind].replace("!function M", "!function theirs").replace("J", template(canary))
     (place / "t.yaml").write_text(text.replace(" M", f" {place}/theirs"))
     return place / "t.yaml", canary
