@@ -137,7 +137,8 @@ def code_of(path: Path) -> list[str]:
     found: dict[str, None] = {}
     for name in MAPPED:
         fields = read_json(path / name) if (path / name).is_file() else {}
-        if fields.get("model_type") == "recurrent_depth" or not isinstance(fields.get("auto_map"), dict | list):
+        own = name == "config.json" and fields.get("model_type") == "recurrent_depth"  # the installed classes are used
+        if own or not isinstance(fields.get("auto_map"), dict | list):
             continue
         code = fields["auto_map"]
         named = list(code.values()) if isinstance(code, dict) else code

@@ -8,6 +8,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -310,6 +312,11 @@ def test_trusted_code_is_named(models, tmp_path, capsys):
     with pytest.raises(UserError, match="which is not run"):
         read_tokenizer(model)
     assert not canary.exists()
+    for file in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):  # whatever they say
+        foreign = tmp_path / file
+        foreign.mkdir()
+        canaries.change(foreign / file, model_type="recurrent_depth", auto_map={"AutoTokenizer": [None, "tok.Tok"]})
+        assert code_of(foreign) == [str(foreign / "tok.py")]
 
 
 @needs_vllm
@@ -322,6 +329,18 @@ def test_the_flag_prints_what_it_runs(models, tmp_path):
     assert trusted_code(args, str(models.recurrent)) == ["--trust-remote-code: no file to run"]
     args.trust_remote_code = False
     assert trusted_code(args, str(model)) == []
+
+
+@needs_vllm
+def test_serve_names_code_of_a_tokenizer_before_it_runs(models, tmp_path):
+    """Code that ends the process keeps no line back."""
+    model, _ = canaries.poisoned(models.recurrent, tmp_path, "auto_map of the tokenizer")
+    (model / "tokenization_foreign.py").write_text("raise SystemExit(7)\n")
+    command = ["serve", str(model), f"port={free_port()}", "--", "--trust-remote-code", "--enforce-eager"]
+    done = subprocess.run([sys.executable, "-m", "loopwise", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 7
+    named = f"loopwise: --trust-remote-code: {model}/tokenization_foreign.py will run"
+    assert done.stderr.splitlines().count(named) == 1, done.stderr
 
 
 def test_the_flag_runs_no_code_of_the_hub(models, tmp_path):

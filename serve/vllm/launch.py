@@ -48,9 +48,9 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
     """vLLM's own arguments for `model`: its `flags` win over the recipe, and the recipe over vLLM's defaults.
 
-    Returns the arguments, those of them that differ from the defaults, and lines to print when the server starts. Sets
-    variables of the environment that vLLM reads. Raises UserError for a flag that vLLM does not know, or that does not
-    fit a recurrent-depth model.
+    Returns the arguments, those of them that differ from the defaults, and lines to print when the server starts.
+    Prints the names of the code that --trust-remote-code runs, before it runs. Sets variables of the environment that
+    vLLM reads. Raises UserError for a flag that vLLM does not know, or that does not fit a recurrent-depth model.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     load_endpoint(os.environ)
@@ -79,11 +79,12 @@ def parse_arguments(
         arguments.validate_parsed_serve_args(args)
     except (TypeError, ValueError, VLLMValidationError) as error:
         raise UserError(explained(error, given)) from None
-    trusted = trusted_code(args, model)
+    for line in trusted_code(args, model):  # before it runs
+        print(f"loopwise: {line}", file=sys.stderr, flush=True)
     _check_tokenizer(args, model)
     exposure = check_exposure(args, defaults.http.open_metrics, os.environ)
     lines = [exposure, check_memory(args, defaults)]
-    return args, given, [*trusted, *(line for line in lines if line)]
+    return args, given, [line for line in lines if line]
 
 
 def first_module(*names: str) -> Any:
