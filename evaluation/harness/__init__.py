@@ -7,6 +7,7 @@ reading order:
     local.py       a .jsonl of questions and answers, or a short .yaml about one, as a task of lm-eval
     trust.py       task files without their code
     templates.py   templates of tasks in a sandbox, and the limits of these and of chat templates
+    faults.py      errors of tasks out of files, as one line
     catalogue.py   names and files in `tasks` as tasks of lm-eval, with errors of one line
     work.py        tokens, recurrences and seconds of a model's requests
     models.py      `loopwise`: lm-eval's transformers model at a number of recurrences

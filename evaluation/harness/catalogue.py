@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ...errors import UserError, nearest, reason, shorten
 from ...hub import UNREACHED
+from .faults import one_line
 from .local import is_short, located, read_short
 from .templates import sandbox_tasks
 from .trust import FLAG, code_named_in
@@ -31,10 +33,18 @@ EVALUATING = ("lm_eval.tasks.score.math.utils_math",)
 
 @dataclass
 class Catalogue:
-    """tasks: lm-eval's tasks by name, in the order that was asked for.   groups: those of them that are one score."""
+    """tasks: lm-eval's tasks by name, in the order that was asked for.   groups: those of them that are one score.
+
+    of_files: names of those out of task files.
+    """
 
     tasks: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
+    of_files: set[str] = field(default_factory=set)
+
+    def faults(self, name: str) -> AbstractContextManager[None]:
+        """A block of work on the task or group `name`, whose errors are one line if it is of a file."""
+        return one_line(name) if name in self.of_files else nullcontext()
 
 
 def load_tasks(names: list[str], trust: bool = False) -> Catalogue:
@@ -59,6 +69,7 @@ def load_tasks(names: list[str], trust: bool = False) -> Catalogue:
                 raise UserError(f"tasks={','.join(names)}: two of them hold a task named {twice!r}")
             found.tasks |= loaded["tasks"]
             found.groups |= loaded.get("groups", {})
+            found.of_files |= set() if file is None else {*loaded["tasks"], *loaded.get("groups", {})}
     for name, task in found.tasks.items():
         if _runs_answers(task):
             raise UserError(f"task {name} runs code that the model writes, and Loopwise does not; use lm-eval itself")

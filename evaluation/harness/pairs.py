@@ -44,8 +44,9 @@ class Measurement:
         self.trained = getattr(self.configs[model], "trained_recurrences", None)
         self.found = load_tasks(recipe.tasks, trust)
         check_used([*self.found.tasks.values()], recipe)
-        for task in self.found.tasks.values():
-            configure(task, recipe)
+        for name, task in self.found.tasks.items():
+            with self.found.faults(name):
+                configure(task, recipe)
         settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in CHOICES}
         facts = {
             "loopwise": __version__,
@@ -53,13 +54,17 @@ class Measurement:
             "model_path": places(model, recipe)["model_path"],
             "settings": {"model": model, **settings},
             "models": {name: model_fingerprint(path, revisions[name]) for name, path in paths.items()},
-            "tasks": {name: fingerprint(task) for name, task in self.found.tasks.items()},
+            "tasks": {name: self._fingerprint(name) for name in self.found.tasks},
             "groups": [name for name, group in self.found.groups.items() if group.has_aggregation],
             "trained_recurrences": self.trained,
         }
         self.record = Record(out, facts)
         if not force:
             self.record.resume()
+
+    def _fingerprint(self, name: str) -> str:
+        with self.found.faults(name):
+            return fingerprint(self.found.tasks[name])
 
     def run(self) -> dict[str, Any]:
         """The result, after all pairs that the record lacks."""
@@ -86,8 +91,9 @@ class Measurement:
     def _load(self, baseline: bool) -> Any:
         name, depths = self._name(baseline), None if baseline else self.depths
         lm = load(name, self.paths[name], self.configs[name], self.recipe, depths)
-        for task in self.found.tasks.values():
-            check_generation(task, lm)
+        for task_name, task in self.found.tasks.items():
+            with self.found.faults(task_name):
+                check_generation(task, lm)
         if warning := beyond_trained(self.trained, [depth for depth in depths or () if depth]):
             print(warning, file=sys.stderr)
         return lm
@@ -96,13 +102,14 @@ class Measurement:
         """The row of task `name` at `depth`."""
         task, config = self.found.tasks[name], self.configs[self._name(baseline)]
         lm.num_recurrences, lm.work = depth, Work()
-        found = scores(lm, task, name, self.recipe)
+        with self.found.faults(name):
+            scored = row(scores(lm, task, name, self.recipe), name)
         work: Work = lm.work
         return {
             "task": name,
             "baseline": baseline,
             "num_recurrences": depth,
-            **row(found, name),
+            **scored,
             "tokens": work.tokens,
             "seconds": work.seconds,
             "seconds_per_token": work.seconds_per_token,
@@ -119,7 +126,9 @@ class Measurement:
                 one["task"]: one for one in rows if (one["num_recurrences"], one["baseline"]) == (depth, baseline)
             }
             for group in self.found.groups.values():
-                if group.has_aggregation and (found := group_row(group, of_depth)):
+                with self.found.faults(group.name):
+                    found = group_row(group, of_depth) if group.has_aggregation else None
+                if found:
                     self.record.add(found)
 
 

@@ -91,21 +91,22 @@ class TaskBench:
         self.model = model
         self.lm = LoopwiseLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.batch_size)
         self.questions: list[tuple[Any, list[Any]]] = []  # (task, its requests about one document)
-        self.tasks = load_tasks(recipe.tasks, trust).tasks
-        for task in self.tasks.values():
-            configure(task, recipe)
-            check_generation(task, self.lm)
-            task.set_fewshot_seed(seed=1234)
-            task.build_all_requests(
-                limit=recipe.limit,
-                rank=0,
-                world_size=1,
-                system_instruction=recipe.system_instruction,
-                apply_chat_template=recipe.apply_chat_template,
-                fewshot_as_multiturn=True,
-                chat_template=self.lm.apply_chat_template if recipe.apply_chat_template else None,
-                tokenizer_name=getattr(self.lm, "tokenizer_name", "") if recipe.apply_chat_template else "",
-            )
+        self.found = load_tasks(recipe.tasks, trust)
+        for name, task in self.found.tasks.items():
+            with self.found.faults(name):
+                configure(task, recipe)
+                check_generation(task, self.lm)
+                task.set_fewshot_seed(seed=1234)
+                task.build_all_requests(
+                    limit=recipe.limit,
+                    rank=0,
+                    world_size=1,
+                    system_instruction=recipe.system_instruction,
+                    apply_chat_template=recipe.apply_chat_template,
+                    fewshot_as_multiturn=True,
+                    chat_template=self.lm.apply_chat_template if recipe.apply_chat_template else None,
+                    tokenizer_name=getattr(self.lm, "tokenizer_name", "") if recipe.apply_chat_template else "",
+                )
             by_document: dict[int, list[Any]] = {}
             for request in task.instances:
                 by_document.setdefault(request.doc_id, []).append(request)
@@ -128,20 +129,26 @@ class TaskBench:
     def fingerprint(self) -> str:
         from ..harness.catalogue import fingerprint
 
-        return " ".join(fingerprint(task) for task in self.tasks.values())
+        found = []
+        for name, task in self.found.tasks.items():
+            with self.found.faults(name):
+                found.append(fingerprint(task))
+        return " ".join(found)
 
-    @staticmethod
-    def _score(task: Any, requests: list[Any]) -> float:
+    def _score(self, task: Any, requests: list[Any]) -> float:
         """The first metric of one question. Raises UserError for one that is no number, or that falls as models get
         better."""
         all_requests, task._instances = task._instances, requests
-        try:
-            task.apply_filters()
-        finally:
-            task._instances = all_requests
-        key = next(iter(requests[0].filtered_resps))
-        metrics = task.process_results(requests[0].doc, [request.filtered_resps[key] for request in requests])
-        name, value = next(iter(metrics.items()))
-        if isinstance(value, tuple | list) or not task.higher_is_better().get(name, True):
-            raise UserError(f"task {task.task_name}: {name} is no score of one question that rises with better answers")
-        return float(value)
+        with self.found.faults(task.task_name):
+            try:
+                task.apply_filters()
+            finally:
+                task._instances = all_requests
+            key = next(iter(requests[0].filtered_resps))
+            metrics = task.process_results(requests[0].doc, [request.filtered_resps[key] for request in requests])
+            name, value = next(iter(metrics.items()))
+            if isinstance(value, tuple | list) or not task.higher_is_better().get(name, True):
+                raise UserError(
+                    f"task {task.task_name}: {name} is no score of one question that rises with better answers"
+                )
+            return float(value)

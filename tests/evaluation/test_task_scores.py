@@ -213,6 +213,38 @@ def test_wrong_files_are_one_line(data, task, message, asked, tmp_path, capsys):
     assert message in told[0]
 
 
+FULL = """
+task: t
+dataset_path: json
+dataset_kwargs: {data_files: {test: d.jsonl}}
+test_split: test
+doc_to_text: question
+"""
+SHORT = "doc_to_target: answer\ngeneration_kwargs: {until: [c], max_gen_toks: 2}\n"
+
+
+@pytest.mark.parametrize("verb", ["eval", "search"])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (f"{SHORT}process_results: x\nmetric_list: [{{metric: exact_match}}]", "TypeError: 'NoneType' object is not"),
+        (f"{SHORT}metric_list: []", "StopIteration"),
+        ("output_type: multiple_choice\ndoc_to_choice: [a, b]\ndoc_to_target: texts", "TypeError: '<' not supported"),
+        ("doc_to_target: answer\ngeneration_kwargs: {until: [c], max_gen_toks: x}", "ValueError: invalid literal for"),
+    ],
+)
+def test_a_wrong_key_that_lm_eval_meets_late_is_one_line(verb, lines, message, asked, source, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"question": "abc", "answer": "x", "texts": ["x"]}\n')
+    (tmp_path / "t.yaml").write_text(FULL + lines + "\n")
+    capsys.readouterr()
+    given = ["num_recurrences=1"] if verb == "eval" else ["sizes=1", "stride=3", "ways=skip"]
+    model = asked / "model" if verb == "eval" else source
+    assert main([verb, str(model), f"tasks={tmp_path}/t.yaml", *given]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loopwise: error: ")]
+    assert len(told) == 1
+    assert f"task t: {message}" in told[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
