@@ -15,7 +15,7 @@ from typing import Any
 from ..api.fields import FIELDS, OLD_FIELDS, FieldError, parse_body, take_fields
 from ..api.validation import validate_fields
 from .guard import read_body, refuse, replay, route
-from .load import RETRY_AFTER, Load, ServerFull, check_choices, choices_of
+from .load import RETRY_AFTER, Load, ServerFull, check_choices, choices_of, copied
 from .requests import DEEPEST, check_fields, check_holdable, validate_beam_search, validate_body
 from .routes import GENERATION, REFUSED, TOKENIZING
 from .shutdown import Ending
@@ -63,6 +63,7 @@ class DepthFields:
             work = _completed(path, fields, scope["app"])
             choices = choices_of(path, fields) if fields is not None and path in GENERATION else 0
             check_choices(choices, self.load.limits)
+            copies = copied(fields or {}, choices, self.load.limits)
         except FieldError as error:
             return await refuse(400, "BadRequestError", str(error), send, error.field)
         if work is not None:
@@ -74,8 +75,13 @@ class DepthFields:
         token, receive = WORK.set(work), replay(body, receive)
         del body, fields  # which may be large, while the request may take minutes
         try:
-            with self.load.admitted(choices, max_num_seqs(scope["app"])), self.load.texts.body() as grow:
-                grow(text)
+            with (
+                self.load.admitted(choices, max_num_seqs(scope["app"])),
+                self.load.texts.body() as tokenized,
+                self.load.copies.body() as held,
+            ):
+                tokenized(text)
+                held(copies)
                 await self.app(scope, receive, send)
         except ServerFull as error:
             await refuse(429, "TooManyRequests", str(error), send, retry_after=RETRY_AFTER)

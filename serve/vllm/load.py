@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from ..api.limits import HttpLimits
 RETRY_AFTER = "5"  # seconds, as a header
 SMALL = 1 << 16  # bytes of each body beside the common limit, so that large ones keep no small one out
 INTEGER = TypeAdapter(int)
+COPIES = 16  # times `max_body_mib`: the fields of all open requests, as the engine holds them for each choice
 
 
 class ServerFull(Exception):
@@ -50,13 +52,15 @@ class Bodies:
 
 class Load:
     """Choices of the requests that are open. limits: of the server.   texts: the bodies that are only tokenized, which
-    one thread does for all requests."""
+    one thread does for all requests.   copies: the fields that the engine holds once for each choice."""
 
     def __init__(self, limits: HttpLimits):
         self.limits = limits
         self.open = 0
         full = f"the texts that are tokenized now take max_body_mib={limits.max_body_mib}: try later"
         self.texts = Bodies(limits.max_body_mib << 20, full)
+        full = f"the fields of open requests, for each of their choices, take {COPIES} x max_body_mib: try later"
+        self.copies = Bodies(COPIES * limits.max_body_mib << 20, full)
 
     @contextmanager
     def admitted(self, choices: int, running: int) -> Iterator[None]:
@@ -83,6 +87,10 @@ PROMPTS = {  # by route: the field with a request's prompts; elsewhere, a reques
 }
 
 
+# Fields that the engine does not hold for each choice: prompts, which the prefix cache shares, or what becomes one.
+PROMPT = frozenset(["prompt", "messages", "items", "token_ids", "documents"])
+
+
 def choices_of(path: str, body: dict[str, Any]) -> int:
     """The sequences that a request with this `body` asks for; where vLLM will refuse the fields that tell it, any."""
     params = body.get("sampling_params") if path == "/inference/v1/generate" else body
@@ -99,6 +107,23 @@ def _count(n: Any) -> int:
         return max(INTEGER.validate_python(n), 1)
     except ValidationError:
         return 1
+
+
+def copied(body: dict[str, Any], choices: int, limits: HttpLimits) -> int:
+    """Bytes of the fields of `body`, beside its prompts, once for each of several `choices`: vLLM sends them so.
+
+    Raises FieldError for more than `max_body_mib`.
+    """
+    if choices < 2:
+        return 0
+    size = len(json.dumps({name: value for name, value in body.items() if name not in PROMPT}))
+    if size * choices > limits.max_body_mib << 20:
+        raise FieldError(
+            "n",
+            f"n x prompts = {choices}: each takes a copy of the {size} bytes of fields beside the prompt, at most "
+            f"max_body_mib={limits.max_body_mib} of this server together",
+        )
+    return size * choices
 
 
 def check_choices(choices: int, limits: HttpLimits) -> None:

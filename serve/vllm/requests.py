@@ -73,6 +73,7 @@ UNREAD_BY_BEAMS: dict[str, tuple] = {
 SMALLEST, LARGEST = -(2**63), 2**64 - 1  # integers that a message between vLLM's processes can hold
 DEEPEST = 100  # objects and lists in one another: parsers, printers and templates call themselves for each
 MOST_FIELDS = 256  # of a body; vLLM reads about 100
+MOST_STOPS = 64  # strings: vLLM searches all of them at every token of a choice
 OBJECTS = ("structured_outputs",)  # vLLM reads their keys before it checks that they are objects
 UNKNOWN = "it is not known to work with Loopwise yet"
 
@@ -160,10 +161,13 @@ def validate_beam_search(body: dict[str, Any], depth: Iterable[str]) -> None:
 
 
 def validate_sampling(params: Any, default: Any) -> None:
-    """Raises FieldError for a refused field of vLLM's sampling `params`. `default`: params with all defaults."""
+    """Raises FieldError for a refused field of vLLM's sampling `params`, and for too many stop strings. `default`:
+    params with all defaults."""
     for name in type(default).__struct_fields__:
         if name not in SAMPLING and (value := getattr(params, name, None)) != getattr(default, name):
             _refuse(name, value, *REFUSED_SAMPLING.get(name, ((), UNKNOWN)))
+    if (count := len(params.stop or ())) > MOST_STOPS:
+        raise FieldError("stop", f"stop has {count} strings: at most {MOST_STOPS}")
     for name in ("kv_transfer_params", "ec_transfer_params"):
         _refuse(name, (getattr(params, "extra_args", None) or {}).get(name), (), CONNECTOR)
 

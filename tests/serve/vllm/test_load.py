@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from loopwise.serve.api.fields import FieldError
 from loopwise.serve.api.limits import HttpLimits, Limits
 from loopwise.serve.api.validation import validate_fields
 from loopwise.serve.vllm.http import DepthFields
-from loopwise.serve.vllm.load import Load, ServerFull, check_choices, choices_of
+from loopwise.serve.vllm.load import Load, ServerFull, check_choices, choices_of, copied
 from loopwise.serve.vllm.routes import TOKENIZING
 from loopwise.serve.vllm.shutdown import Ending
 from loopwise.serve.vllm.watchdog import Watchdog
@@ -59,6 +60,15 @@ def test_a_request_of_too_many_choices_is_refused():
     check_choices(128, HttpLimits())
     with pytest.raises(FieldError, match="n x prompts = 129: at most max_choices=128 of this server"):
         check_choices(129, HttpLimits())
+
+
+def test_fields_that_the_engine_holds_for_each_choice_are_limited():
+    limits, stops = HttpLimits(max_body_mib=1), ["x" * 10] * 1000
+    assert copied({"prompt": "a" * (1 << 20), "stop": stops}, 1, limits) == 0
+    body = {"prompt": "a" * (1 << 20), "documents": ["a" * (1 << 20)], "messages": ["a" * (1 << 20)], "stop": stops}
+    assert copied(body, 50, limits) == 50 * len(json.dumps({"stop": stops}))
+    with pytest.raises(FieldError, match=r"n x prompts = 128: each takes a copy of the 14010 bytes"):
+        copied(body, 128, limits)
 
 
 def test_the_queue_has_an_end_and_room_again():
@@ -205,7 +215,35 @@ def test_bodies_of_waiting_requests_are_bounded(model):
                 assert await asyncio.gather(*small) == [200] * 20
                 assert await ask(2_000_000) == 200
 
+                async def ask_for_choices() -> int:
+                    """Each of the eight takes 180 kB with it to the engine."""
+                    body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "temperature": 1, "n": 8}
+                    body |= {"vllm_xargs": {"x": [1] * 60_000}}
+                    return (await client.post("/v1/completions", json=body)).status_code
+
+                core.answers.clear()
+                waiting = [asyncio.create_task(ask_for_choices()) for _ in range(40)]
+                await asyncio.wait(waiting, timeout=60, return_when="FIRST_COMPLETED")
+                await asyncio.sleep(1)
+                core.answers.set()
+                assert Counter(await asyncio.gather(*waiting)) == {200: 24, 429: 16}  # 24 x 1.31 MiB in 16 x 2 MiB
+                assert await ask_for_choices() == 200
+
     asyncio.run(check())
+
+
+async def check_stops(client: Any) -> None:
+    """The detokenizer searches all of them at every token: no route takes many. These have vLLM's own limit, 4."""
+    chat, many = {"messages": [{"role": "user", "content": "a"}]}, ["x"] * 65
+    for path, body in (
+        ("/v1/completions", {"prompt": "a", "stop": many}),
+        ("/v1/chat/completions", {**chat, "stop": many}),
+        ("/v1/responses", {"input": "a", "stop": many}),
+        ("/v1/messages", {**chat, "stop_sequences": many}),
+    ):
+        reply = await client.post(path, json={"model": "tiny", "max_tokens": 1, **body})
+        assert reply.status_code == 400, (path, reply.text)
+        assert "stop" in reply.text, path
 
 
 @needs_vllm
@@ -224,6 +262,11 @@ def test_limits_are_400_over_http(model):
                     reply = await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", **fields})
                     assert reply.status_code == 400
                     assert said in reply.json()["error"]["message"]
+                copies = {"n": 4, "temperature": 1, "vllm_xargs": {"x": [1] * 800_000}}
+                reply = await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", **copies})
+                assert reply.status_code == 400
+                assert "n x prompts = 4: each takes a copy of the 2400" in reply.json()["error"]["message"]
+                await check_stops(client)
                 body = {"model": "tiny", "prompt": ["a", "b"], "n": 2, "trace": [1] * 512, "max_tokens": 1}
                 assert (await client.post("/v1/completions", json={**body, "temperature": 1})).status_code == 200
 
