@@ -89,21 +89,26 @@ def main(argv: list[str]) -> int:
     """Print a line for each finding, or one on why there is none. Returns the exit code."""
     wanted = asked([*read(PINS), *read(LOCKS["gpu"]), *read(LOCKS["tools"])])
     names = waived(WAIVERS.read_text(encoding="utf-8"), datetime.date.today())
-    need, lines, left_out = "--need" in argv, [], []
+    need, found, checked = "--need" in argv, False, 0
     for group in grouped(wanted):
         report, stderr = ask(group, names)
+        rest = f"advisories: {len(wanted) - checked} of {len(wanted)} releases not checked"
         if not report and unreached(stderr):
-            print("advisories: not checked, OSV (api.osv.dev) could not be reached", file=sys.stderr)
-            return 1 if need else 0
+            print(f"{rest}, OSV (api.osv.dev) could not be reached", file=sys.stderr)
+            return 1 if need or found else 0
         if not report:
-            print(f"{stderr.strip()}\nadvisories: not checked, pip-audit has failed", file=sys.stderr)
+            print(f"{stderr.strip()}\n{rest}, pip-audit has failed", file=sys.stderr)
             return 1
-        lines += findings(report)
-        left_out += skipped(report)
-    for line in left_out:
-        print(line, file=sys.stderr)
-    print("\n".join(lines) if lines else f"advisories: none on {len(wanted) - len(left_out)} releases, by OSV")
-    return 1 if lines or (left_out and need) else 0
+        for line in findings(report):
+            found = True
+            print(line)
+        left_out = skipped(report)
+        for line in left_out:
+            print(line, file=sys.stderr)
+        checked += len(group) - len(left_out)
+    if not found:
+        print(f"advisories: none on {checked} releases, by OSV")
+    return 1 if found or (checked < len(wanted) and need) else 0
 
 
 if __name__ == "__main__":

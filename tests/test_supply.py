@@ -194,6 +194,17 @@ def test_a_failure_of_the_audit_is_told_from_no_network(stderr, status, monkeypa
     assert stderr.strip() in capsys.readouterr().err or status == 0
 
 
+@pytest.mark.parametrize("stderr", [UNREACHED[0], FAILED[0]])
+def test_advisories_count_where_a_later_group_is_not_checked(stderr, monkeypatch, capsys):
+    vulnerable = {"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}
+    answers = iter([({"dependencies": [vulnerable]}, ""), ({}, stderr)])
+    monkeypatch.setattr(advisories, "ask", lambda lines, ignored: next(answers))
+    assert advisories.main([]) == 1
+    told = capsys.readouterr()
+    assert told.out == "a 1: PYSEC-1, fixed in 2\n"
+    assert "releases not checked" in told.err
+
+
 def test_packages_that_were_not_asked_about_do_not_count(monkeypatch, capsys):
     asked_for = []
 
