@@ -151,6 +151,20 @@ def test_services_read_files_that_exist():
             assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), "images have a release"
 
 
+def test_the_server_s_container_is_as_the_page_on_security_asks():
+    """It takes a key, and has the options of the page's own command."""
+    server = read("compose.yaml")["services"]["server"]
+    assert server["environment"] == ["VLLM_API_KEY"]
+    page = (ROOT / "docs/security.md").read_text()
+    asked = re.search(r"docker run (--read-only .*?)--publish", page, re.S)
+    assert asked is not None
+    assert server["read_only"] is True
+    options = {"--tmpfs": server["tmpfs"], "--cap-drop": server["cap_drop"], "--env": server["environment"]}
+    options["--security-opt"] = [option.removesuffix(":true") for option in server["security_opt"]]
+    given = asked[1].replace("\\\n", " ").split()[1:]
+    assert dict(zip(given[::2], ([value] for value in given[1::2]), strict=True)) == options
+
+
 def test_places_of_the_compose_file_fit_together():
     """The server's image and port, Prometheus' target, Grafana's source and dashboard."""
     services = read("compose.yaml")["services"]
