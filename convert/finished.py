@@ -9,6 +9,7 @@ from ..checkpoint import first_difference
 from ..directory import RECORD, changed_weights, is_whole, record_of
 from ..errors import UserError
 from ..find_source import commit_of
+from ..foreign import entries
 from ..input_files import newer
 from .hashes import hashing
 
@@ -62,7 +63,7 @@ def _change(source: Path, known: Any, out: Path) -> str | None:
     # A file without an ending is recorded by the name of a link to it.
     weights = {name: source if source.is_file() else source / name for name in known}
     # A hard link, as `calibrate` makes, changes a file's st_ctime; the sha256 tells of weights.
-    others = [] if source.is_file() else [file for file in source.iterdir() if file.name not in known]
+    others = [] if source.is_file() else [file for file in entries(source) if file.name not in known]
     if late := newer(others, out / RECORD):
         return f"{late} is newer"
     try:

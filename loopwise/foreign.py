@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,15 +14,21 @@ RUN_RECORD = "train_recipe.yaml"  # the record of a training run without a final
 CHECKPOINT_RECORD = "run.json"  # lists the files of a checkpoint
 DAMAGED = "run.json.damaged"  # its name in a damaged one
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-RUN_FILES = re.compile(  # files of a training run in OUT, beside its checkpoints
-    rf"{re.escape(RUN_RECORD)}|run\.png"
-    r"|tokens/((facts|commits)\.json|(train|held_out)(_marks|_answers)?(\.partial)?\.npy)"
-    r"|tokens/teacher_(ids\.npy|log_probs\.npy|done)"
+EMISSIONS = "emissions.csv"  # of the tracker codecarbon
+RUN_FILES = re.compile(  # files of a training run in OUT, beside its checkpoints and its tokens
+    rf"{re.escape(RUN_RECORD)}|run\.png|{re.escape(EMISSIONS)}"
     r"|runs/(.+/)?events\.out\.tfevents\.[^/]+"
     r"|\.(checkpoint-\d+|final|rehearsal)\.partial(/.+)?"
 )
+TOKENS = "tokens"  # the folder of a run's packed data, whose writers take their names from here
+BLOCKS = TRAIN, HELD_OUT, ALONE = "train", "held_out", "alone"  # the last: records that are measured each alone
+MARKS, ARRAY, PARTIAL = "_marks", ".npy", ".partial.npy"
+FACTS, COMMITS, ANSWERS = "facts.json", "commits.json", "held_out_answers.npy"
+TEACHER = TEACHER_IDS, TEACHER_LOG_PROBS, TEACHER_DONE = "teacher_ids.npy", "teacher_log_probs.npy", "teacher_done"
+TOKEN_FILES = {FACTS, COMMITS, ANSWERS, *TEACHER}
+TOKEN_FILES |= {f"{name}{kind}{end}" for name in BLOCKS for kind in ("", MARKS) for end in (ARRAY, PARTIAL)}
 PICTURES = {"calibration.sweep.png": "calibration.json"}  # of `loopwise plot` by their default names, and their sources
-SYSTEM = {".DS_Store", "__pycache__"}
+SYSTEM = {".DS_Store", "__pycache__"}  # of macOS and of Python, which come to any folder
 
 
 def foreign_file(out: Path, listed: set[str], run: bool) -> str | None:
@@ -50,7 +57,22 @@ def foreign_in_checkpoint(checkpoint: Path) -> str | None:
 
 def is_run_file(name: str) -> bool:
     """True for the `name` in OUT of a file that a training run writes there, beside checkpoints and the model."""
-    return RUN_FILES.fullmatch(name) is not None
+    folder, _, file = name.partition("/")
+    return RUN_FILES.fullmatch(name) is not None or (folder == TOKENS and file in TOKEN_FILES)
+
+
+def entries(folder: Path) -> list[Path]:
+    """All that is in `folder` but files of the system, sorted by name; nothing where there is no such folder."""
+    return sorted(path for path in folder.iterdir() if path.name not in SYSTEM) if folder.is_dir() else []
+
+
+def remove_system_files(folder: Path) -> None:
+    """Remove the system's files from `folder`, so that it can be removed, or replaced by a rename."""
+    for path in map(folder.joinpath, SYSTEM):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:

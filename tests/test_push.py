@@ -379,6 +379,7 @@ def test_train_pushes_the_model_of_a_finished_run(place, capsys, tmp_path, monke
 
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     keys = [f"data.train={tmp_path / 'text.txt'}", "data.sequence_length=32", "recurrence.mean=2", "save_every=1"]
+    keys += ["data.eval=task:parity?records=4"]
     argv = ["train", str(place.out), str(tmp_path / "run"), *keys, "steps=1", "--push-to-hub", "trained"]
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", lambda *_: None)  # as one that SIGTERM ends

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loopwise.carried import check_tokenizer_inside
 from loopwise.directory import RECORD
 from loopwise.errors import UserError, reason, unknown
+from loopwise.foreign import SYSTEM
 from loopwise.gguf_source import find_gguf
 from loopwise.input_files import newer
 from loopwise.unused import check_used
@@ -47,7 +48,7 @@ def check_unchanged(run: Run) -> None:
     for source in _named(run.recipe):
         found = sources.files_of(source, data.split, data.subset)
         files += Path(source).expanduser().rglob("*") if found is None and not is_task(source) else found or []
-    if found := newer(files, run.out / RECORD):
+    if found := newer((file for file in files if file.name not in SYSTEM), run.out / RECORD):
         raise UserError(
             f"{found} is newer than the finished run in {run.out}: train anew in another directory or with --force, or "
             "push that run as it is with --resume"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loopwise.foreign import COMMITS
+
 from .pretrained import load_config
 from .recipe import Train
-
-COMMITS = "commits.json"
 
 
 def resolve(model: str, recipe: Train) -> Train:

@@ -20,12 +20,10 @@ from loopwise.directory import (
     settle,
 )
 from loopwise.errors import UserError
-from loopwise.foreign import DAMAGED, is_run_file
+from loopwise.foreign import DAMAGED, EMISSIONS, TOKENS, entries, is_run_file, remove_system_files
 from loopwise.foreign import RUN_RECORD as RECIPE
 
 from .checkpoint import RUN, checkpoints, partials
-
-TOKENS = "tokens"
 
 
 @contextmanager
@@ -75,11 +73,10 @@ def discard(out: Path) -> None:
         for events in out.glob("runs/*/events.out.tfevents.*"):  # the Trainer's, for TensorBoard
             events.unlink()
         for folder in [*out.glob("runs/*"), out / "runs"]:
-            with suppress(OSError):
-                folder.rmdir()
-        (out / RECIPE).unlink(missing_ok=True)
-    with suppress(OSError):
-        out.rmdir()  # fails if something is left in it
+            _remove_empty(folder)
+        for name in (EMISSIONS, RECIPE):
+            (out / name).unlink(missing_ok=True)
+    _remove_empty(out)
 
 
 def remove_tokens(out: Path) -> None:
@@ -87,8 +84,15 @@ def remove_tokens(out: Path) -> None:
     for file in (out / TOKENS).glob("*"):
         if is_run_file(f"{TOKENS}/{file.name}"):
             file.unlink()
-    with suppress(OSError):  # of a folder with something in it, or of none
-        (out / TOKENS).rmdir()
+    _remove_empty(out / TOKENS)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove `folder` if nothing but files of the system is in it."""
+    if folder.is_dir() and not folder.is_symlink() and not entries(folder):
+        with suppress(OSError):  # where nothing may be written, or a file has just come
+            remove_system_files(folder)
+            folder.rmdir()
 
 
 def recover(out: Path) -> None:
@@ -107,7 +111,7 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
     if resume and force:
         raise UserError("--resume continues the run in OUT, --force deletes it: give one")
     place(out, Path(model))
-    if not out.exists() or not any(out.iterdir()):
+    if not entries(out):
         return
     run = (out / RECIPE).is_file()
     if resume and not run:
@@ -120,7 +124,7 @@ def check_out(model: str, out: Path, resume: bool, force: bool) -> None:
     if force:
         check_nothing_foreign(out)
     if resume:
-        tokens = (f"{TOKENS}/{path.name}" for path in sorted((out / TOKENS).glob("*")))
+        tokens = (f"{TOKENS}/{path.name}" for path in entries(out / TOKENS))
         refuse_foreign(out, [name for name in tokens if not is_run_file(name)])
         refuse_foreign(out, not_listed(out, ["config.json"]))  # by which a run counts as finished
     if not resume and not force:
@@ -138,4 +142,4 @@ def refuse_foreign(out: Path, names: Iterable[str]) -> None:
 def _replaceable(out: Path) -> bool:
     """True if Loopwise wrote `out`. A copy of a run's recipe among other files does not count."""
     written = any((out / name).exists() for name in (RECORD, RUN, TOKENS)) or bool(checkpoints(out))
-    return is_ours(out) and (written or {path.name for path in out.iterdir()} == {RECIPE})
+    return is_ours(out) and (written or {path.name for path in entries(out)} == {RECIPE})

@@ -72,7 +72,7 @@ def _check_processes(processes: int, recipe: Train, config: PretrainedConfig) ->
 
 def _has_tokens(out: Path, recipe: Train) -> bool:
     """True if OUT has tokens of the text, and for the teacher, that `recipe` names. Its own recipe is that of them."""
-    if not (out / TOKENS / blocks.FACTS).is_file():
+    if not blocks.complete(out / TOKENS):
         return False
     try:
         kept = load_recipe(Train, "train", str(out / RECIPE), [])

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from loopwise.disk import naming
 from loopwise.errors import UserError
+from loopwise.foreign import TEACHER_DONE, TEACHER_IDS, TEACHER_LOG_PROBS
 from loopwise.model.some_logits import head_at
 
 from . import separation
@@ -23,8 +24,8 @@ from .data import Blocks
 from .pretrained import is_recurrent, load_config, load_model
 from .recipe import Distillation
 
-FILES = ("teacher_ids.npy", "teacher_log_probs.npy")
-DONE = "teacher_done"  # written last; after a kill the computation starts over
+FILES = (TEACHER_IDS, TEACHER_LOG_PROBS)
+DONE = TEACHER_DONE  # written last; after a kill the computation starts over
 
 
 def check(keys: Distillation, config: Any) -> None:

@@ -11,15 +11,14 @@ import pytest
 
 from loopwise.cli import main
 from loopwise.directory import check_nothing_foreign
-from loopwise.foreign import is_run_file
+from loopwise.foreign import foreign_file, is_run_file
 from loopwise.train import prepare, publish, teacher
 from loopwise.train import run as training
 from loopwise.train.checkpoint import commit, last_sound, prune
-from loopwise.train.commits import COMMITS
-from loopwise.train.data import blocks
 from tests.helpers.train_tiny import run
 
-SETTINGS = ["steps=2", "save_every=1", "data.eval_fraction=0.2"]
+# With right answers of held-out conversations, each in a row of its own, as it is by default.
+SETTINGS = ["steps=2", "save_every=1", "data.eval=task:parity?records=8", "data.group=length"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -64,11 +63,74 @@ def test_force_spares_files_inside_a_run(name, state, plain, command, request, t
     assert files(out) == before
 
 
-def test_all_files_of_a_run_count_as_its_own():
-    names = [blocks.FACTS, blocks.ANSWERS, COMMITS, *teacher.FILES, teacher.DONE, "held_out.npy", "train_marks.npy"]
-    assert all(is_run_file(f"tokens/{name}") for name in names)
+def test_all_files_of_a_run_count_as_its_own(stopped, plain, command, tmp_path):
+    """Those that runs really left, of every kind of data, and of a teacher."""
+    assert (stopped / "tokens" / "alone.npy").is_file()
+    assert foreign_file(stopped, {"loopwise.json"}, run=True) is None
+    out, names = tmp_path / "out", set[str]()
+
+    def killed(*_: object) -> bool:
+        names.update(files(out))
+        raise KeyboardInterrupt
+
+    taught = [f"objectives.distillation.teacher={plain}", "objectives.distillation.top_k=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_finish", killed)
+        assert main(command(plain, out, "steps=1", "data.eval_fraction=0.2", *taught)) == 130
+    assert {f"tokens/{name}" for name in (*teacher.FILES, teacher.DONE)} <= names
+    assert all(map(is_run_file, names))
     assert is_run_file("runs/Nov30_12-00-00_node/events.out.tfevents.1700000000.node.1.0")
-    assert not any(map(is_run_file, ("tokens/mine.npy", "runs/mine", "tokens/a/facts.json", "run.json")))
+    assert is_run_file("emissions.csv")
+    assert not any(map(is_run_file, ("tokens/mine.npy", "runs/mine", "tokens/a/facts.json", "run.json", "facts.json")))
+
+
+@pytest.mark.parametrize("lost", [None, "alone.npy", "held_out_answers.npy", "train_marks.npy"])
+def test_a_run_with_answers_goes_on(lost, finished, stopped, plain, command, tmp_path):
+    """It ends with the measurements of one that was never stopped, also where a file of its tokens is lost."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    if lost:
+        (out / "tokens" / lost).unlink()
+    run([*command(plain, out, *SETTINGS), "--resume"])
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (finished, out)]
+    ends = [{name: value for name, value in log[-1].items() if name.startswith("eval_accuracy")} for log in logs]
+    assert len(ends[0]) > 1
+    assert ends[0] == ends[1]
+    assert not (out / "tokens").exists()
+    run([*command(plain, out, *SETTINGS), "--force"])
+
+
+@pytest.mark.parametrize("option", ["--resume", "--force"])
+def test_files_of_the_system_are_nobody_s(option, stopped, plain, command, tmp_path):
+    """A file browser and Python leave them in any folder."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    for folder in (out, out / "tokens", out / "checkpoint-2"):
+        (folder / ".DS_Store").write_bytes(b"\0")
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "x.pyc").touch()
+    (out / "emissions.csv").write_text("of codecarbon")
+    (out / "tokens" / "alone.npy").unlink()  # so that the tokens are made anew
+    run([*command(plain, out, *SETTINGS), option])
+    assert not (out / "tokens").exists()
+    assert (out / "config.json").is_file()
+
+
+def test_force_puts_back_what_it_was_to_replace(finished, plain, command, tmp_path, monkeypatch, capsys):
+    """A run that fails before its first checkpoint leaves the earlier one, whatever it wrote, and the system."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = files(out)
+
+    def fail(*_: object) -> None:
+        assert (out / "tokens" / "alone.npy").is_file()
+        for name in (".DS_Store", "tokens/.DS_Store", "emissions.csv"):
+            (out / name).touch()
+        raise RuntimeError("as the machine wills")
+
+    monkeypatch.setattr(training, "work", fail)
+    with pytest.raises(RuntimeError):
+        main(command(plain, out, *SETTINGS, "--force"))
+    assert capsys.readouterr().err == ""
+    assert files(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("force", [True, False])

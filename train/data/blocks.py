@@ -14,6 +14,7 @@ import numpy as np
 
 from loopwise.disk import naming
 from loopwise.errors import UserError
+from loopwise.foreign import ALONE, ANSWERS, ARRAY, FACTS, HELD_OUT, MARKS, PARTIAL, TRAIN
 
 from ..recipe import Data
 from . import cache
@@ -25,10 +26,6 @@ from .tokens import PAD, Corpus, Report, joined, recurrences_of, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FACTS = "facts.json"
-ANSWERS = "held_out_answers.npy"
-ALONE = "alone"  # name of the blocks of `Answers.alone`
 
 
 @dataclass
@@ -146,7 +143,7 @@ def build(
     if data.recurrences and not any(recurrences_of(x.marks).any() for x in (*trained, *streamed)):
         raise UserError(f"data.recurrences.field={data.recurrences.field} has no effect: no record has this field")
     directory.mkdir(parents=True, exist_ok=True)
-    _save(directory, "train", *([getattr(x, kind) for x in packed] for kind in ("tokens", "marks")))
+    _save(directory, TRAIN, *([getattr(x, kind) for x in packed] for kind in ("tokens", "marks")))
     found = _held_out(joined(held), [x for x in numbered if x], data, tokenizer, directory) if data.held_out else None
     greatest = max(int(x.tokens.max()) for x in (*trained, *held, *streamed) if x.tokens.size)
     facts = {
@@ -157,6 +154,7 @@ def build(
         "recurrences": data.recurrences is not None,
         "greatest": greatest,
         "groups": found.groups if found else [],
+        "files": sorted(path.name for path in directory.iterdir()),
     }
     (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     return load(directory)
@@ -173,7 +171,7 @@ def _held_out(
     name = "the held-out text"
     name_long(corpus, data, name)
     blocks = packed_documents(corpus, data, tokenizer, name)
-    _save(directory, "held_out", [blocks.tokens], [blocks.marks])
+    _save(directory, HELD_OUT, [blocks.tokens], [blocks.marks])
     if not numbered:
         return None
     together = Numbered.joined(numbered)
@@ -208,24 +206,33 @@ def _digest(trained: list[Corpus], held: list[Corpus], streamed: Sequence[Packed
     return digest.hexdigest()
 
 
+def complete(directory: Path) -> bool:
+    """True if `directory` has all files that `build` wrote there."""
+    try:
+        files = json.loads((directory / FACTS).read_text(encoding="utf-8")).get("files", [])  # earlier releases: none
+    except (OSError, ValueError):
+        return False
+    return all((directory / name).is_file() for name in files)
+
+
 def load(directory: Path) -> Blocks:
     """The result of `build` in `directory`, memory-mapped, so that the processes of one machine share it."""
     facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
 
     def packed(name: str, **keys: bool) -> Packed:
-        files = (directory / f"{name}{kind}.npy" for kind in ("", "_marks"))
-        empty = not any(facts["parts"]) and name == "train"  # an empty file cannot be mapped
+        files = (directory / f"{name}{kind}{ARRAY}" for kind in ("", MARKS))
+        empty = not any(facts["parts"]) and name == TRAIN  # an empty file cannot be mapped
         tokens, marks = (np.load(file, mmap_mode=None if empty else "r") for file in files)
-        by_record = name == "train" and facts.get("recurrences", False)
+        by_record = name == TRAIN and facts.get("recurrences", False)
         kind = {"separate": facts["separate"], "padded": facts.get("padded", False), "by_record": by_record}
         return Packed(tokens, marks, **{**kind, **keys})
 
-    held_out = packed("held_out") if (directory / "held_out.npy").is_file() else None
+    held_out = packed(HELD_OUT) if (directory / f"{HELD_OUT}{ARRAY}").is_file() else None
     answers = None
     if (file := directory / ANSWERS).is_file():
-        rows = packed(ALONE, separate=False, padded=True) if (directory / f"{ALONE}.npy").is_file() else None
+        rows = packed(ALONE, separate=False, padded=True) if (directory / f"{ALONE}{ARRAY}").is_file() else None
         answers = Answers(np.load(file, mmap_mode="r"), facts["groups"], rows)
-    return Blocks(packed("train"), held_out, answers, facts["parts"], facts["digest"], facts["greatest"], directory)
+    return Blocks(packed(TRAIN), held_out, answers, facts["parts"], facts["digest"], facts["greatest"], directory)
 
 
 def _empty(data: Data) -> Packed:
@@ -267,9 +274,12 @@ def name_long(corpus: Corpus, data: Data, name: str) -> bool:
 
 
 def _save(directory: Path, name: str, tokens: list[np.ndarray], marks: list[np.ndarray]) -> None:
-    """Write `name`.npy and `name`_marks.npy, each joined from several arrays of blocks."""
-    for path, arrays in ((directory / f"{name}.npy", tokens), (directory / f"{name}_marks.npy", marks)):
-        partial = path.with_suffix(".partial.npy")
+    """Write `name`.npy and `name`_marks.npy, each joined from several arrays of blocks.
+
+    name: of `loopwise.foreign`, by which the files count as those of a run.
+    """
+    for kind, arrays in (("", tokens), (MARKS, marks)):
+        path, partial = directory / f"{name}{kind}{ARRAY}", directory / f"{name}{kind}{PARTIAL}"
         with naming(path):
             np.save(partial, np.concatenate(arrays))
             partial.replace(path)
