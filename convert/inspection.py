@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..model import RecurrentDepthConfig
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
+MOST = 1e30  # steps, tokens or FLOPs of a run: a larger number in a record is no count
 
 
 def main(argv: list[str]) -> int:
@@ -98,8 +99,10 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
 
 
 def _training(model: Path) -> dict[str, float] | None:
-    facts, names = record_of(model), ("steps", "tokens", "flops")
-    return {name: facts[name] for name in names} if facts.keys() >= {*names} else None
+    """Steps, tokens and FLOPs of the run that `model` is from; None where its record has no such numbers."""
+    record = record_of(model)
+    facts: dict[str, Any] = {name: record.get(name) for name in ("steps", "tokens", "flops")}
+    return facts if all(isinstance(x, int | float) and 0 <= x < MOST for x in facts.values()) else None
 
 
 def flops_per_token(config: PreTrainedConfig, depth: float | None) -> int | None:

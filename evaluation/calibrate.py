@@ -19,7 +19,7 @@ from ..checkpoint import config_fields, read_json, weight_files
 from ..convert.calibrate import calibrate as calibrate_in_place
 from ..convert.calibrate import router_table, router_thresholds, write_fields
 from ..deprecated import print_warning
-from ..directory import check_new, claimed, ended_by_sigterm, new_directory, record_of, write_record
+from ..directory import OWN, check_new, claimed, ended_by_sigterm, new_directory, record_of, write_record
 from ..errors import UserError
 from ..exit_rules import ExitRule
 from ..find_source import find_model
@@ -209,7 +209,8 @@ def _write(
         copy_model_code(directory)
         source = {name: x for name, x in config_fields(model)["source_config"].items() if name != "auto_map"}
         write_fields(directory / "config.json", {**settings, "source_config": source, "auto_map": MODEL_CODE})
-        record = {"loopwise": __version__, **record_of(model), "calibrated": {"from": name, **settings}}
+        known = {key: value for key, value in record_of(model).items() if key not in OWN}  # of strangers, maybe
+        record = {"loopwise": __version__, **known, "calibrated": {"from": name, **settings}}
         write_record(directory, record)
         if found:
             (directory / CURVE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

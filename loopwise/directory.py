@@ -17,12 +17,13 @@ from typing import Any
 
 from .disk import allocated, checksum, free_bytes, naming, room, sync, sync_tree, system_error
 from .errors import UserError
-from .foreign import RUN_RECORD, foreign_file
+from .foreign import RUN_RECORD, entries, foreign_file
 from .lock import RUN, locked, marker
 from .version import __version__
 
 RECORD = "loopwise.json"  # every command that makes a directory writes this file into it
 LOCKED = re.compile(r"-[0-9a-f]{12}$")  # the end of a temporary directory's name, of a release that takes locks
+OWN = ("files", "code", "weights", "unfinished", "marker")  # entries of a record that describe its directory alone
 RUN_HEADER = "# loopwise "  # begins its first line, before release and command; a recipe written by hand lacks it
 
 
@@ -94,18 +95,29 @@ def check_replaceable(out: Path, force: bool) -> None:
 
 
 def check_nothing_foreign(out: Path) -> None:
-    """Raises UserError if `out`, which is ours, holds a file that Loopwise did not write.
-
-    Records of earlier releases list no files: all files count as ours there.
-    """
-    run, files = (out / RUN_RECORD).is_file(), record_of(out).get("files")
-    if files is None and (not run or (out / RECORD).exists()):
-        return
-    if theirs := foreign_file(out, {*map(str, files or ()), RECORD}, run):
+    """Raises UserError if `out`, which is ours, holds a file that Loopwise did not write."""
+    if theirs := foreign_in(out):
         raise UserError(
             f"{out}: --force replaces only what Loopwise wrote, and not {theirs}; move that elsewhere, or choose "
             "another directory"
         )
+
+
+def foreign_in(out: Path) -> str | None:
+    """The first file of `out`, which is ours, that Loopwise did not write; None where there is none.
+
+    Records of earlier releases list no files: all files count as ours there.
+    """
+    run, record = (out / RUN_RECORD).is_file(), record_of(out)
+    if record.get("files") is None and (not run or (out / RECORD).exists()):
+        return None
+    return foreign_file(out, {*_listed(record), RECORD}, run)
+
+
+def _listed(record: dict[str, Any]) -> list[str]:
+    """The files that `record` lists; none where it has no list, as one that another program has changed."""
+    files = record.get("files")
+    return [*map(str, files)] if isinstance(files, list) else []
 
 
 def not_listed(out: Path, names: Iterable[str]) -> list[str]:
@@ -113,8 +125,8 @@ def not_listed(out: Path, names: Iterable[str]) -> list[str]:
     record = record_of(out)
     if "loopwise" in record and "files" not in record:  # of an earlier release
         return []
-    files = [*record["files"], RECORD] if "loopwise" in record else []
-    known = {str(name).partition("/")[0] for name in files}
+    files = [*_listed(record), RECORD] if "loopwise" in record else []
+    known = {name.partition("/")[0] for name in files}
     return [name for name in names if name not in known and os.path.lexists(out / name)]
 
 
@@ -133,11 +145,7 @@ def finish(directory: Path) -> None:
     names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
     record |= {"code": code} if code else {}
     weights = {name: directory / name for name in names if name.endswith(".safetensors")}
-    known = record.get("weights", {})  # of an output whose weights are linked into this one
-    sums = {
-        name: known[name] if name in known and file.stat().st_nlink > 1 else [file.stat().st_size, checksum(file)]
-        for name, file in weights.items()
-    }
+    sums = {name: [file.stat().st_size, checksum(file)] for name, file in weights.items()}
     write_record(directory, {**record, "files": names, "weights": sums})
 
 
@@ -158,8 +166,8 @@ def record_of(directory: Path) -> dict[str, Any]:
 
 def is_whole(out: Path) -> bool:
     """True for a directory of Loopwise's whose files are all there."""
-    files = record_of(out).get("files")
-    return isinstance(files, list) and bool(files) and all((out / str(name)).is_file() for name in files)
+    files = _listed(record_of(out))
+    return bool(files) and all((out / name).is_file() for name in files)
 
 
 def changed_weights(out: Path, thorough: bool) -> str | None:
@@ -417,7 +425,7 @@ def removable(path: Path) -> bool:
 
 
 def _empty(directory: Path) -> bool:
-    return not any(directory.iterdir())
+    return not entries(directory)
 
 
 def _alive(pid: int) -> bool:

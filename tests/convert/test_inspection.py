@@ -14,7 +14,8 @@ from loopwise.cli import main
 from loopwise.convert import ConvertRecipe, convert
 from loopwise.convert.inspection import flops_per_token, inspect, table
 from loopwise.recipe import validate
-from tests.helpers.tiny import VOCAB, save_source
+from tests.helpers.tiny import VOCAB, save_source, tokenizer
+from tests.helpers.train_tiny import save_recurrent
 
 
 def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):
@@ -49,6 +50,18 @@ def test_counts_are_those_of_the_model_and_its_cache(capsys, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
     assert "trained at 1 to 16 recurrences (mean 4.5)" in table(inspect(tmp_path / "model"))
     assert main(["inspect", str(tmp_path / "source")]) == 2
+
+
+@pytest.mark.parametrize("wrong", ["x", None, [1], {}, -1, float("nan"), pytest.param(10**400, id="huge")])
+@pytest.mark.parametrize("name", ["steps", "tokens", "flops"])
+def test_a_record_without_counts_has_none(name, wrong, capsys, tmp_path):
+    save_recurrent(tmp_path / "model", tokenizer())
+    counts = {"steps": 3, "tokens": 96, "flops": 1e9}
+    for record, shown in ((counts, True), ({**counts, name: wrong}, False)):
+        (tmp_path / "model" / "loopwise.json").write_text(json.dumps({"loopwise": "0.1.0", **record}))
+        assert main(["inspect", str(tmp_path / "model")]) == 0
+        last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("last run")]
+        assert last == ["last run: 3 steps, 96 tokens, 1e+09 FLOPs"] * shown
 
 
 def test_a_router_and_a_lora_count(capsys, tmp_path):

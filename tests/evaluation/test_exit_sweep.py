@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from loopwise.cli import main
+from loopwise.directory import changed_weights, check_nothing_foreign
+from loopwise.disk import checksum
+from loopwise.evaluation import calibrate
 from loopwise.evaluation.answers import Answer, Sequences
 from loopwise.evaluation.exits.bench import Bench, Decoding
 from loopwise.evaluation.exits.choose import choose
@@ -400,6 +403,32 @@ def test_a_calibrated_copy(model, chats, tmp_path, capsys):
     assert "R=4" in [text.get_text() for text in drawn.get_legend().get_texts()]
     assert "is not empty" in refused([*arguments, "budget=3"], capsys)
     run([*arguments, "budget=3", "--force"])
+
+
+WRONG = {
+    "weights": [5, None, "model.safetensors", {"model.safetensors": None}, {"model.safetensors": [1, 2]}],
+    "files": [5, "config.json", [None, "optimizer.pt"]],
+    "code": [5, {"a.py": "0"}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_copy_has_sums_of_its_own(key, value, model, tmp_path):
+    """Whatever a stranger's record has in their place; its provenance goes on."""
+    source = shutil.copytree(model, tmp_path / "source")
+    given = {"loopwise": "0.1.0", "source": {"id": "them/base"}, "unfinished": True, "marker": {}, key: value}
+    (source / "loopwise.json").write_text(json.dumps(given))
+    out, weights = tmp_path / "out", [source / "model.safetensors"]
+    calibrate._write("them/model", source, out, weights, {"kv_policy": "last-exited"}, None, force=False)
+    assert (out / "model.safetensors").samefile(weights[0])
+    record = json.loads((out / "loopwise.json").read_text())
+    assert record["weights"] == {"model.safetensors": [weights[0].stat().st_size, checksum(weights[0])]}
+    assert {*record["files"]} == {path.name for path in out.iterdir()}
+    assert {*record["code"]} == {path.name for path in out.glob("*.py")}
+    assert record.keys() == {"loopwise", "source", "calibrated", "code", "files", "weights"}
+    assert record["source"] == {"id": "them/base"}
+    assert changed_weights(out, thorough=True) is None
+    check_nothing_foreign(out)
 
 
 def test_halves_share_no_sequence_and_check_the_choice(model, chats, tmp_path, capsys, monkeypatch):
