@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from loopwise.cli import guarded
 from loopwise.demo import chains, pretrained, processes, serving
 from loopwise.demo.__main__ import FILES, MODELS, OURS, check_out, main, prepare
+from loopwise.errors import UserError
 
 # A step that starts a process of its own, tells both ids, and heeds no SIGINT.
 STUBBORN = """
@@ -108,11 +110,48 @@ def test_what_no_demo_left_and_what_it_reads_stay(standing, options, message, tm
     assert file.exists()
 
 
+@pytest.mark.parametrize("name", ["eval.json", "checkpoint-3/notes.txt", "tokens/notes.txt"])
+def test_a_file_of_the_user_inside_of_a_model_stays(name, tmp_path):
+    """As a result of `loopwise eval --out`, beside the model that it measured."""
+    model = tmp_path / "run" / "chains-trained"
+    model.mkdir(parents=True)
+    (tmp_path / "run" / OURS).touch()
+    (model / "model.safetensors").touch()
+    (model / "train_recipe.yaml").write_text("# loopwise 0: loopwise train model out\n")
+    files = ["model.safetensors"]
+    (model / "loopwise.json").write_text(json.dumps({"loopwise": "0.1.0", "files": files}))
+    check_out(tmp_path / "run")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds chains-trained/{name}, which no demo left"):
+        prepare(check_out(tmp_path / "run"))
+    assert (model / name).read_text() == "mine"
+    assert (model / "model.safetensors").is_file()
+
+
+def test_a_demo_that_runs_keeps_its_directory(tmp_path, monkeypatch, capsys):
+    script = "import sys; from loopwise.cli import guarded; from loopwise.demo import __main__ as it"
+    script += "; it.demo = lambda *_: None; sys.exit(guarded(it.main, sys.argv[1:]))"
+
+    def second(*_: object) -> None:
+        command = [sys.executable, "-c", script, "--out", str(tmp_path / "run")]
+        other = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert other.returncode == 2
+        assert "another run of Loopwise writes it" in other.stderr
+        raise processes.StepFailed("enough")
+
+    monkeypatch.setattr(pretrained, "check", lambda *_: None)
+    monkeypatch.setattr(pretrained, "part", second)
+    assert guarded(main, ["--out", str(tmp_path / "run")]) == 2
+    assert "enough" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_earlier_demo_is_replaced_and_a_link_to_it_kept(tmp_path):
     killed = (".chains.json.partial-7", ".retrained.old-7/loopwise.json", "chains-base/.checkpoint-1.partial/x")
     (tmp_path / "run" / "chains-base").mkdir(parents=True)
     (tmp_path / "run" / "chains-base" / "train_recipe.yaml").write_text("# loopwise 0: loopwise train model out\n")
-    for name in (OURS, "chains.json", "converted/loopwise.json", "converted/model.safetensors", *killed):
+    for name in (OURS, ".DS_Store", "chains.json", "converted/loopwise.json", "converted/model.safetensors", *killed):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text('{"loopwise": "0.1.0"}')
     (tmp_path / "link").symlink_to("run")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..arguments import Parser
 from ..cli import guarded
-from ..directory import place, removable, remove
+from ..directory import claimed, foreign_in, place, removable, remove
 from ..errors import UserError
+from ..foreign import entries, remove_system_files
 
 OURS = ".loopwise-demo"  # marks a directory that the demo may replace
 # Output of a demo: models, which have Loopwise's record, and files.
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", default="demo-run", help="output directory (default demo-run)")
     args = parser.parse_args(argv)
     stop_by_signals()
-    demo(Path(args.out), args.model, args.text)
+    with claimed(Path(args.out)):
+        demo(Path(args.out), args.model, args.text)
     return 0
 
 
@@ -51,19 +53,23 @@ def stop_by_signals() -> None:
 def check_out(out: Path, *read: str | None) -> Path:
     """The resolved path of `out`.
 
-    Raises UserError if `out` holds files that are not from a demo, and if one of the inputs `read` lies in it.
+    Raises UserError if `out`, or a model in it, holds files that are not from a demo, and if one of the inputs `read`
+    lies in it.
     """
     found = place(out)
-    if found.exists() and any(found.iterdir()) and not (found / OURS).is_file():
+    if entries(found) and not (found / OURS).is_file():
         raise UserError(f"{out} exists and is not a demo's; choose another directory with --out")
     for given in filter(None, read):
         if Path(given).expanduser().resolve().is_relative_to(found):
             raise UserError(f"{given} lies in {out}, which the demo replaces; choose another directory with --out")
-    for path in sorted(found.iterdir()) if found.exists() else []:
+    for path in entries(found):
         # Left by a demo that was killed.
         name = re.sub(r"^\.(.+)\.((partial|old)-[0-9]+(-[0-9a-f]{12})?|lock)$", r"\1", path.name)
-        if not (removable(path) if path.is_dir() else path.is_file()) or name not in MODELS | FILES:
-            raise UserError(f"{out} holds {path.name}, which no demo left: move it, or choose another with --out")
+        theirs = "" if (removable(path) if path.is_dir() else path.is_file()) and name in MODELS | FILES else path.name
+        if not theirs and path.is_dir() and (inside := foreign_in(path)):
+            theirs = f"{path.name}/{inside}"
+        if theirs:
+            raise UserError(f"{out} holds {theirs}, which no demo left: move it, or choose another with --out")
     return found
 
 
@@ -72,6 +78,7 @@ def prepare(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / OURS).touch()
+        remove_system_files(out)
         for path in out.iterdir():
             if path.is_dir():
                 remove(path)
