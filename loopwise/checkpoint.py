@@ -9,7 +9,7 @@ from typing import Any
 
 from .config_limits import check_values
 from .errors import UserError, reason, shorten
-from .input_files import check_entries, check_regular
+from .input_files import check_entries, check_regular, is_plain_name
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
@@ -118,7 +118,7 @@ def _indexed(path: Path, index: str, stored: Collection[str]) -> list[str]:
 
 def _beside(path: Path, name: str, where: str, stored: Collection[str]) -> str:
     """The file `name`, named in the file `where` of `path`. Raises UserError unless it is one of the `stored` ones."""
-    if Path(name).name != name:
+    if not is_plain_name(name):
         raise UserError(f"{path / where}: names {name!r}; weights lie in the same directory")
     if name not in stored:
         raise UserError(f"{path / name}: missing, though {where} names it")

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .hub import snapshot_of
@@ -50,6 +51,11 @@ def check_tree(path: Path) -> None:
         for name in (*folders, *names):
             check_regular(Path(here, name))
             check_inside(Path(here, name), path)
+
+
+def is_plain_name(name: Any) -> bool:
+    """True for the name of a file or folder in a directory: no path, and not that directory or the one above."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 def check_entries(path: Path) -> None:

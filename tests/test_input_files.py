@@ -132,6 +132,9 @@ def test_data_are_regular_files_inside_of_their_folder(kind, place, tmp_path, mo
         files_of(str(source))
 
 
+NO_NAMES = ("..", ".", "", "a\0b")  # of a directory itself, of the one above, and of none
+
+
 def test_a_saved_dataset_names_files_of_its_own(tmp_path):
     from datasets import Dataset
 
@@ -141,10 +144,11 @@ def test_a_saved_dataset_names_files_of_its_own(tmp_path):
     Dataset.from_list([{"text": "a"}]).save_to_disk(folder)
     assert len(load_dataset(str(folder), folder, "train", None)) == 1
     state = json.loads((folder / "state.json").read_text())
-    state["_data_files"] = [{"filename": "../theirs.arrow"}]
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="lie in its directory"):
-        load_dataset(str(folder), folder, "train", None)
+    for name in ("../theirs.arrow", *NO_NAMES):
+        state["_data_files"] = [{"filename": name}]
+        (folder / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match="files of a dataset lie in its directory"):
+            load_dataset(str(folder), folder, "train", None)
 
 
 def test_a_saved_dataset_has_splits_of_its_own(tmp_path):
@@ -156,10 +160,13 @@ def test_a_saved_dataset_has_splits_of_its_own(tmp_path):
         DatasetDict({"train": Dataset.from_list([{"text": name}])}).save_to_disk(tmp_path / name)
     folder = tmp_path / "saved"
     assert load_dataset(str(folder), folder, "train", None)["text"] == ["saved"]
-    for name in ("../theirs/train", str(tmp_path / "theirs" / "train"), 7):
+    Dataset.from_list([{"text": "nobody has looked at it"}]).save_to_disk(tmp_path / "above")
+    shutil.move(folder, tmp_path / "above" / "saved")
+    folder = tmp_path / "above" / "saved"
+    for name in ("../theirs/train", str(tmp_path / "theirs" / "train"), 7, *NO_NAMES):
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
         with pytest.raises(UserError, match="splits of a dataset lie in its directory"):
-            load_dataset(str(folder), folder, "train", None)
+            load_dataset(str(folder), folder, str(name), None)
     (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
     shutil.rmtree(folder / "train")
     (folder / "train").symlink_to(tmp_path / "theirs" / "train")

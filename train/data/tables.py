@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loopwise.checkpoint import read_json
 from loopwise.errors import UserError, missing, reason
-from loopwise.input_files import check_tree
+from loopwise.input_files import check_tree, is_plain_name
 
 from .snapshot import kind_of
 
@@ -80,11 +80,11 @@ def load_saved(source: str, path: Path, split: str) -> Dataset:
     for state in path.rglob("state.json"):
         for part in read_json(state).get("_data_files") or []:
             name = part.get("filename") if isinstance(part, dict) else part
-            if not isinstance(name, str) or Path(name).name != name:
+            if not is_plain_name(name):
                 raise UserError(f"{state}: names {name!r}; the files of a dataset lie in its directory")
     splits = read_json(path / "dataset_dict.json").get("splits") if (path / "dataset_dict.json").is_file() else None
     for name in splits if isinstance(splits, list) else []:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not is_plain_name(name):
             raise UserError(
                 f"{path / 'dataset_dict.json'}: names {name!r}; the splits of a dataset lie in its directory"
             )
