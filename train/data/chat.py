@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loopwise.bounded import bounded, check_text
 from loopwise.errors import UserError, reason, shorten
 
@@ -167,16 +169,18 @@ def _by_marks(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> 
 def _with_marks(text: str, spans: Spans, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """The tokens of `text`, and those from the one that holds a span's first character to that of its last one, as
     transformers' `return_assistant_tokens_mask`."""
-    encoded = tokenizer(text, add_special_tokens=False)
-    ids = list(encoded["input_ids"])
-    mask = [False] * len(ids)
-    for start, end in spans:
-        first, last = encoded.char_to_token(0, start), encoded.char_to_token(0, end - 1)
-        if first is None:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = list(encoded["input_ids"]), []
+    starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    bounds = np.array([(start, end - 1) for start, end in spans if end], np.int64).reshape(-1, 2)
+    # The first token that ends behind a character holds it, unless the tokenizer has left the character out.
+    found = np.searchsorted(np.maximum.accumulate(ends), bounds, side="right")
+    held = (found < len(ids)) & (np.append(starts, 0)[found] <= bounds)
+    for (first, last), (has_first, has_last) in zip(found.tolist(), held.tolist(), strict=True):
+        if not has_first:
             break
-        until = last + 1 if last else len(ids)
-        mask[first:until] = [True] * (until - first)
-    return ids, mask
+        places.append((first, last + 1 if has_last and last else len(ids)))
+    return ids, _covered(places, len(ids)).tolist()
 
 
 def _by_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, Spans]:
@@ -203,8 +207,18 @@ def _by_prefixes(messages: Messages, tokenizer: Any, arguments: dict[str, Any]) 
 def _with_prefixes(text: str, spans: Spans, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """The tokens of `text`, and those that begin inside of a span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), mask
+    starts = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
+    inside = _covered(spans, max([len(text) + 1, *(end for _, end in spans)]))
+    return list(encoded["input_ids"]), inside[starts].tolist()
+
+
+def _covered(spans: Spans, size: int) -> np.ndarray:
+    """True [size] for the places that a span holds. The time is that of spans and places in sum, not their product."""
+    edges = np.zeros(size + 1, np.int64)
+    begin, end = np.array([span for span in spans if span[0] < span[1]], np.int64).reshape(-1, 2).T
+    np.add.at(edges, begin, 1)
+    np.subtract.at(edges, end, 1)
+    return edges[:-1].cumsum() > 0
 
 
 def _mark_stop(ids: list[int], mask: list[bool], tokenizer: Any) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
 from loopwise.errors import UserError
-from loopwise.train.data import build
+from loopwise.train.data import build, chat
 from loopwise.train.data.documents import documents
 from loopwise.train.data.reader import Reader
 from loopwise.train.recipe import Data
@@ -60,6 +63,37 @@ def test_marked_tokens_are_those_of_transformers(spaces, tokenizer):
     expected = [bool(one) for one in theirs["assistant_masks"]]
     assert ours.assistant_mask[: len(expected) - 1] == expected[:-1]
     assert 0 < sum(expected) < len(expected)
+
+
+@pytest.mark.parametrize("kind", ["marked", "plain"])
+def test_spans_of_any_kind_are_those_of_the_naive_rule(kind, tokenizer):
+    """Among them empty ones, overlapping ones, and those that begin or end inside of a character of several tokens."""
+    text = "añ→𝛼 b ⚠ c" * 8
+    draw = random.Random(0)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for _ in range(200):
+        ends = [sorted(draw.choices(range(1, len(text) + 1), k=2)) for _ in range(draw.randrange(4))]
+        spans = [(a, b) for a, b in ends if a < len(text)]
+        naive = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+        if kind == "marked":  # as transformers does it
+            naive = [False] * len(naive)
+            for a, b in spans:
+                first, last = encoded.char_to_token(0, a), encoded.char_to_token(0, b - 1)
+                naive[first : last + 1] = [True] * (last + 1 - first)
+        ids, mask = (chat._with_marks if kind == "marked" else chat._with_prefixes)(text, spans, tokenizer)
+        assert ids == encoded["input_ids"]
+        assert mask == naive
+
+
+@pytest.mark.parametrize("kind", ["marked", "plain"])
+def test_the_time_of_many_answers_grows_with_the_text(kind, tokenizer):
+    """100,000 tokens and 25,000 answers: their product would take minutes."""
+    text = "abcd" * 25_000
+    spans = [(place, place + 2) for place in range(0, len(text), 4)]
+    start = time.monotonic()
+    _, mask = (chat._with_marks if kind == "marked" else chat._with_prefixes)(text, spans, tokenizer)
+    assert time.monotonic() - start < 5
+    assert mask == [True, True, False, False] * 25_000
 
 
 def test_bad_chats(tokenizer, tmp_path):
