@@ -7,6 +7,7 @@ Nothing of a model is run: no Python file, no kernel of the hub, no pickle. The 
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .carried import SETTINGS, check_tokenizer_inside, refuse_code
 from .checkpoint import ADAPTER, adapter_error, config_fields, read_json, weight_files
 from .config_limits import check_layers_stored, check_values
 from .errors import UserError, reason, shorten
-from .find_source import SHORT, snapshot
+from .find_source import SHORT, find_source, named, snapshot
 from .input_files import check_entries
 
 VOCABULARY, MOST_IDS = "tokenizer.json", 2**24
@@ -107,24 +108,47 @@ def _check_ids(file: Path) -> None:
 def read_model(model: str | Path, revision: str | None = None, **options: Any) -> Any:
     """The causal language model `model`, a directory or a hub id, from safetensors.
 
-    options: of `AutoModelForCausalLM.from_pretrained`. Raises as `read_config` does, and UserError for weights of a
-    directory that are missing, truncated or pickled; and for quantized ones, for some of which transformers would fetch
-    a kernel of the hub, and run it.
+    options: of `AutoModelForCausalLM.from_pretrained`. Raises as `read_config` does, and UserError for weights that are
+    missing, truncated or pickled, or much fewer than the config describes; and for quantized ones, for some of which
+    transformers would fetch a kernel of the hub, and run it.
     """
     from transformers import AutoModelForCausalLM
 
     config = read_config(model, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model}: its weights are quantized, which only convert and serve read")
-    if Path(model).is_dir():
-        files = weight_files(Path(model))
+    path, on_hub = (Path(model), None) if Path(model).is_dir() else find_source(str(model), revision)
+    if on_hub:
+        on_hub.fetch()
+    with named(str(model), path):
+        files = weight_files(path)
         if config.model_type != "recurrent_depth":
-            check_layers_stored(config_fields(Path(model)), Path(model), files)
-    made = AutoModelForCausalLM.from_pretrained(
-        model, revision=revision, trust_remote_code=False, use_safetensors=True, **options
-    )
-    _without_code((made[0] if isinstance(made, tuple) else made).config)
+            check_layers_stored(config_fields(path), path, files)
+        _check_size(config, path, files)
+    made = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+    found = (made[0] if isinstance(made, tuple) else made).config
+    found.name_or_path = str(model)
+    _without_code(found)
     return made
+
+
+def _check_size(config: Any, path: Path, files: list[Path]) -> None:
+    """Raises UserError if the model of `config` has over twice as many parameters as its weights in `files`.
+
+    transformers would make the others at random, of any size, before it names them.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        described = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters())
+    stored = 0
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if described > 2 * stored:
+        raise UserError(f"{path}: config.json describes {described:,} parameters, and the weights have {stored:,}")
 
 
 def code_of(path: Path) -> list[str]:

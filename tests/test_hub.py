@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,25 @@ model = AutoModelForCausalLM.from_pretrained("me/model", revision=sys.argv[1], t
 with torch.no_grad():
     save_file({"logits": model(torch.arange(3, 20)[None], num_recurrences=3, use_cache=False).logits}, sys.argv[2])
 """
+
+
+@pytest.mark.parametrize("verb", ["eval", "train", "teacher"])
+def test_no_more_layers_are_made_than_a_plain_model_has(verb, world, capsys, tmp_path):
+    """The files of a hub id are looked at as those of a directory."""
+    folder = save_source(tmp_path / "source")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 1000, "layer_types": None}))
+    world.hub.add("them/layers", folder)
+    text = world.folder / "text.txt"
+    argv = ["eval", "them/layers", f"data={text}", "sequence_length=32"]
+    if verb != "eval":
+        model = "me/model" if verb == "teacher" else "them/layers"
+        argv = ["train", model, tmp_path / "out", f"data.train={text}", "data.sequence_length=32", "steps=1"]
+        argv += ["objectives.distillation.teacher=them/layers"] * (verb == "teacher")
+    start = time.monotonic()
+    assert refused(capsys, *argv).endswith("them/layers: config.json has 1000 layers, and the weights have 6")
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def models(tmp_path_factory) -> SimpleNamespace:
     save_recurrent(folder / "recurrent", tokenizer(), small)
     tokenizer().save_pretrained(folder / "plain")
     for model in ("plain", "recurrent"):
-        (folder / model / "loopwise.json").write_text('{"loopwise": "0.1.0"}')
+        (folder / model / "loopwise.json").write_text(json.dumps(RECORD_OF_A_RUN))
     shutil.copytree(folder / "plain", folder / "indexed")
     (folder / "indexed" / "model.safetensors").rename(folder / "indexed" / "part.safetensors")
     with safe_open(folder / "indexed" / "part.safetensors", framework="numpy") as tensors:
@@ -159,6 +159,14 @@ COMMANDS: dict[str, Callable[[SimpleNamespace, Path], list[str]]] = {
         "budget=9",
     ],
 }
+RECORD_OF_A_RUN = {
+    "loopwise": "0.1.0",
+    "source": {"id": "them/base", "revision": None, "sha256": {"model.safetensors": "0"}},
+    "files": ["config.json", "loopwise.json", "model.safetensors"],
+    "weights": {"model.safetensors": [1, 2]},
+    "code": {"modeling_recurrent_depth.py": "0"},
+    **{"steps": 3, "tokens": 96, "flops": 1e9, "held_out_loss": {"eval_loss_r1": 2.5}},
+}
 OF_PLAIN = ("convert", "search")  # verbs that read a plain model
 SECONDS = 5  # of a refusal
 
@@ -235,6 +243,9 @@ LARGE = [
     ("plain", {"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000; a model has at most 1024 layers", PLAIN),
     ("plain", {"num_hidden_layers": 1000}, "config.json has 1000 layers, and the weights have 4", PLAIN),
     ("plain", {"layer_types": ["full_attention"] * 2000}, "layer_types has 2000 entries; a model has at most", PLAIN),
+    ("plain", {"intermediate_size": 10**8}, " parameters, and the weights have ", ("train", "eval", "search")),
+    ("plain", {"vocab_size": 10**8}, " parameters, and the weights have ", ("train", "eval", "search")),
+    ("recurrent", {"source_config": {"vocab_size": 10**8}}, " parameters, and the weights have ", ("train", "eval")),
     ("recurrent", {"core": [1] * 1_000_000}, "core has 1000000 entries; a model has at most 1024 layers", EVERY),
     ("recurrent", {"source_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000; a model has", EVERY),
 ]
