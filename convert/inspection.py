@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..active import active
 from ..arguments import Parser
+from ..diagnosis import Effect
 from ..directory import record_of
 from ..errors import UserError, reason
 from ..find_source import find_model
@@ -53,6 +54,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
 
     training: steps, tokens and FLOPs of the `loopwise train` that wrote the checkpoint; None if another command did, or
         an earlier release.
+    effect: of the recurrences on that run's held-out data, as by `diagnosis.Effect.record`; None if it measured none.
 
     A router has its own policy. With one, both costs are means over tokens at its capacities (expert-choice), or
     upper bounds (token-choice).
@@ -86,6 +88,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
         "max_recurrences": config.max_recurrences,
         "trained_recurrences": config.trained_recurrences,
         "training": _training(path),
+        "effect": (effect := Effect.of(record_of(path).get("effect"))) and effect.record(),
         "parameters": {
             **sizes.counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},
@@ -222,6 +225,7 @@ def table(facts: dict[str, Any]) -> str:
             if training
             else []
         ),
+        *(effect.lines() if (effect := Effect.of(facts["effect"])) else []),
         *(
             f"{part:<9} layers {' '.join(map(str, facts[part])) or 'none':<28} {sizes[part]:>15,} parameters"
             for part in PARTS

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..train.diagnosis import States, state_sums
+from ..diagnosis import States, state_sums
 from ..train.losses import cross_entropy, shifted
 from .answers import Sequences
 

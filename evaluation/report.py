@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..diagnosis import state_lines
 from .exits.table import mark, marked, sweep_table
 
 
@@ -49,11 +50,7 @@ def _loop_lines(loop: dict[str, Any]) -> list[str]:
     if loop["gain"] is not None:
         error = "" if loop["gain_error"] is None else f" ± {loop['gain_error']:.4f}"
         lines.append(f"loss at R=1 less that at R={top}: {loop['gain']:.4f}{error}")
-    for name, key in (("|s_r|", "state_norm"), ("|s_r - s_(r-1)| / |s_r|", "state_change")):
-        if loop[key]:
-            first = 1 if key == "state_norm" else 2
-            lines.append(f"{name}, r = {first} ..: {' '.join(f'{value:.3g}' for value in loop[key])}")
-    return lines + loop["diagnosis"]
+    return lines + state_lines(loop["state_norm"], loop["state_change"]) + loop["diagnosis"]
 
 
 def _replies_table(result: dict[str, Any]) -> str:

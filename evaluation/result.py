@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..train import diagnosis
-from ..train.diagnosis import standard_error
+from .. import diagnosis
+from ..diagnosis import standard_error
 from .depths import Measured
 
 

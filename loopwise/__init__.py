@@ -27,6 +27,7 @@ file imports only files above it:
     sampling.py       ranges of sampling parameters
     exit_rules.py     names of the exit rules
     trained.py        depths beyond those that a model was trained at
+    diagnosis.py      states and gain by recurrence, and lines on what is wrong
     candidates.py     answers to TAB
     arguments.py      command-line arguments
     completion.py     loopwise completion

@@ -17,7 +17,6 @@
     compute.py            gradient checkpointing and torch.compile
     separation.py         a check that packed documents do not see each other
     teacher.py            the teacher of a distillation
-    diagnosis.py          states and gain by recurrence, and lines on what is wrong
     held_out.py           held-out losses, right answers and states
     measure.py            FLOPs
     estimate.py           memory of a rank

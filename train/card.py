@@ -37,6 +37,7 @@ def write_card(directory: Path, model: str, recipe: Train, trainer: RecurrentTra
         **trainer.spent(),
         "held_out_loss": _measured(trainer, "eval_loss"),
         "held_out_accuracy": _measured(trainer, "eval_accuracy"),
+        "effect": trainer.effect and trainer.effect.record(),
     }
     if folder and (folder / RECORD).is_file():  # provenance of the model that was trained
         facts["source"]["facts"] = record_of(folder)

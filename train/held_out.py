@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from . import diagnosis
+from loopwise import diagnosis
+from loopwise.diagnosis import Effect, States, state_sums
+
 from .data import Answers, Packed
 from .data.answers import accuracy
-from .diagnosis import States, state_sums
 from .losses import cross_entropy, shifted
 
 Depths = dict[int | None, "HeldOut"]  # by R; None for a plain model
@@ -155,10 +156,10 @@ def state_logs(states: States | None) -> dict[str, float]:
     return norms | {f"state_change_r{r}": x for r, x in enumerate(states.change, 2)}
 
 
-def diagnose(found: Depths, states: States | None) -> list[str]:
-    """Lines on what is wrong with the recurrences. states: at the most recurrences of `found`."""
+def effect_of(found: Depths, states: States | None) -> Effect | None:
+    """What the recurrences do; None for a plain model. states: at the most recurrences of `found`."""
     most, nothing = max(r or 0 for r in found), None
     if most >= 2 and (first := found.get(1)):
         sums = (x.numpy() for x in (first.losses, found[most].losses, first.tokens))
         _, _, nothing = diagnosis.gain(*sums)
-    return diagnosis.lines(nothing, most, states)
+    return Effect(most, nothing, states) if most else None

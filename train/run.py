@@ -156,7 +156,8 @@ def _finish(run: Run, trainer: RecurrentTrainer, dtype: str) -> bool:
     if trainer.args.should_save:
         publish(trainer, state, run.model, run.out, dtype)
         remove_tokens(run.out)
-        print(*trainer.diagnosis, sep="\n", end="\n" * bool(trainer.diagnosis))
+        for line in trainer.effect.lines() if trainer.effect else []:
+            print(line)
         print(f"model written to {run.out}", flush=True)
     return True
 

@@ -20,12 +20,13 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
+from loopwise.diagnosis import Effect
 from loopwise.errors import UserError
 
 from . import optimisers, teacher
 from .curriculum import Curriculum, Depth
 from .data import Blocks, Mixture, Stream
-from .held_out import Depths, HeldOut, diagnose, held_out, metrics, state_logs, states_of
+from .held_out import Depths, HeldOut, effect_of, held_out, metrics, state_logs, states_of
 from .losses import balanced_bias
 from .measure import parameter_costs, step_flops
 from .objectives import Objective
@@ -97,7 +98,7 @@ class RecurrentTrainer(CheckpointTrainer):
         self._tokens: Any = 0  # of this rank since the last `store_flos`, without padding
         self._rows: list[tuple[float, int]] = []  # this rank's micro-batches since the last log: mean R, FLOPs
         self.evaluated: dict[str, float] = {}  # the last held-out losses and accuracies, and their step
-        self.diagnosis: list[str] = []  # lines of the last evaluation
+        self.effect: Effect | None = None  # of the recurrences, in the last evaluation
         self._costs = parameter_costs(model)
         self._stopping = False
 
@@ -286,7 +287,7 @@ class RecurrentTrainer(CheckpointTrainer):
         if deepest >= 2 and self.trained.config.sharing != "sequence":
             states = states_of(self.trained, blocks, deepest, self.recipe.batch_size, self.args.device)
         named = metrics(found, answers, metric_key_prefix)
-        self.diagnosis = diagnose(found, states)
+        self.effect = effect_of(found, states)
         self.log({**named, **state_logs(states)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         self._speed.skip(time.perf_counter() - started)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ... import diagnosis
 from ...errors import UserError
 from ...serve.engine.admission import prompt_rules
 from ...serve.engine.exits import RULES
 from ...serve.params import Params
-from ...train import diagnosis
 from ...trained import is_beyond
 from .. import result
 from ..answers import Sequences, accuracy

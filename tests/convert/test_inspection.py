@@ -64,6 +64,25 @@ def test_a_record_without_counts_has_none(name, wrong, capsys, tmp_path):
         assert last == ["last run: 3 steps, 96 tokens, 1e+09 FLOPs"] * shown
 
 
+@pytest.mark.parametrize(
+    "effect",
+    [
+        5,
+        {"num_recurrences": "8", "changes_nothing": None, "states": None},
+        {"num_recurrences": 10**9, "changes_nothing": None, "states": None},
+        {"num_recurrences": 8, "changes_nothing": "\x1b[2J", "states": None},
+        {"num_recurrences": 8, "changes_nothing": None, "states": {"norm": [1.0]}},
+        {"num_recurrences": 8, "changes_nothing": None, "states": {"norm": ["x"], "change": [], "growth": []}},
+        {"num_recurrences": 8, "changes_nothing": None, "states": {"norm": [10**400], "change": [], "growth": []}},
+    ],
+)
+def test_another_effect_of_the_recurrences_is_left_out(effect, capsys, tmp_path):
+    save_recurrent(tmp_path / "model", tokenizer())
+    (tmp_path / "model" / "loopwise.json").write_text(json.dumps({"loopwise": "0.1.0", "effect": effect}))
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert "|s_r" not in capsys.readouterr().out
+
+
 def test_a_router_and_a_lora_count(capsys, tmp_path):
     save_source(tmp_path / "source")
     sizes: dict[str, Any] = {}

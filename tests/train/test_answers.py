@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from loopwise import diagnosis
 from loopwise.cli import main
-from loopwise.train import diagnosis
+from loopwise.diagnosis import States, state_sums
 from loopwise.train.data import LEARN, START, Corpus, build
 from loopwise.train.data.answers import Numbered
-from loopwise.train.diagnosis import States, state_sums
 from loopwise.train.recipe import Data
 from tests.helpers.train_tiny import run, save_recurrent
 
@@ -258,6 +258,13 @@ def test_a_run_ends_with_its_diagnosis(tokenizer, corpus, tmp_path, capsys):
         out = tmp_path / f"{factor}-out"
         keys = [f"data.train={corpus}", "data.sequence_length=32", "data.eval_fraction=0.2", "steps=1"]
         run(["train", str(model), str(out), *keys, "recurrence.eval_at=1,6", "optimiser.learning_rate=1e-12"])
-        assert f"\n{line}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"\n{line}" in printed
+        assert "\n|s_r|, r = 1 ..: " in printed
+        run(["inspect", str(out)])
+        assert f"\n{line}" in (inspected := capsys.readouterr().out)
+        assert [one for one in inspected.splitlines() if "|s_r" in one] == [
+            x for x in printed.splitlines() if "|s_r" in x
+        ]
         run(["eval", str(out), f"data={corpus}", "sequence_length=32", "limit=20", "num_recurrences=1,6"])
         assert f"\n{line}" in capsys.readouterr().out

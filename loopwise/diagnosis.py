@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+MOST, HUGE = 1024, 1e30  # recurrences in a record, and a number there
 FEW = 8  # sequences; with fewer, a standard error is not reliable
 LAST = 3  # recurrences that show how the states grow
 GROWS = 0.1  # growth of a recurrence that counts
@@ -47,6 +50,44 @@ class States:
         excess = [factor - 1 for factor in self.growth[-LAST:]]
         steady = len(excess) == LAST and min(excess) >= GROWS and excess[-1] >= STEADY * excess[0]
         return self.growth[-1] if steady else None
+
+
+@dataclass
+class Effect:
+    """What recurrences do to held-out data at 1 to `num_recurrences` of them; `changes_nothing` None if unknown."""
+
+    num_recurrences: int
+    changes_nothing: bool | None
+    states: States | None
+
+    def lines(self) -> list[str]:
+        """The sizes of the states, and what is wrong with the recurrences."""
+        sizes = state_lines(self.states.norm, self.states.change) if self.states else []
+        return sizes + lines(self.changes_nothing, self.num_recurrences, self.states)
+
+    def record(self) -> dict[str, Any]:
+        """This as JSON, which `of` reads."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Any) -> Effect | None:
+        """The effect in a `record`; None for any other content, as a stranger's record may have."""
+        fields = record if isinstance(record, dict) else {}
+        states, most, nothing = (fields.get(name) for name in ("states", "num_recurrences", "changes_nothing"))
+        kept = [states.get(name) for name in ("norm", "change", "growth")] if isinstance(states, dict) else []
+        if type(most) is not int or not 0 < most <= MOST or not (nothing is None or isinstance(nothing, bool)):
+            return None
+        if not all(isinstance(one, list) and len(one) <= MOST for one in kept):
+            return None
+        if not all(isinstance(x, int | float) and abs(x) < HUGE for one in kept for x in one):
+            return None
+        return cls(most, nothing, States(*kept) if kept else None)
+
+
+def state_lines(norm: Sequence[float] | None, change: Sequence[float] | None) -> list[str]:
+    """Lines on |s_r| for r = 1, 2, .. and |s_r - s_(r-1)| / |s_r| for r = 2, 3, ..; none for None or no values."""
+    each = (("|s_r|, r = 1", norm), ("|s_r - s_(r-1)| / |s_r|, r = 2", change))
+    return [f"{name} ..: {' '.join(f'{value:.3g}' for value in values)}" for name, values in each if values]
 
 
 def state_sums(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
