@@ -88,10 +88,10 @@ def test_full_depth_reads_out_once_a_token():
 def test_full_depth_costs_no_more_where_a_trace_asks_for_it(policy):
     """As of a request that goes on after a preemption. A trace of smaller depths needs more rows, or more read-outs."""
     found = []
-    for more in ({}, {"trace": (4,) * 24}, {"trace": (4,) * 6 + (1,) * 18}):
+    for trace in ((), (4,) * 24, (4,) * 6 + (1,) * 18):
         engine = recorded(max_num_seqs=3, max_model_len=60, passes_per_step=100, kv_policy=policy)
         runs = runs_of(engine)
-        engine.generate([[5, 6, 7]] * 3, Params(21, 4, ignore_eos=True, **more))
+        engine.generate([[5, 6, 7]] * 3, Params(21, 4, ignore_eos=True, trace=trace))
         found.append(runs)
     assert found[0] == found[1]
     assert found[0]["read", 4] == 20
