@@ -74,7 +74,9 @@ class Effect:
         """The effect in a `record`; None for any other content, as a stranger's record may have."""
         fields = record if isinstance(record, dict) else {}
         states, most, nothing = (fields.get(name) for name in ("states", "num_recurrences", "changes_nothing"))
-        kept = [states.get(name) for name in ("norm", "change", "growth")] if isinstance(states, dict) else []
+        kept: list[Any] = (
+            [states.get(name) for name in ("norm", "change", "growth")] if isinstance(states, dict) else []
+        )
         if type(most) is not int or not 0 < most <= MOST or not (nothing is None or isinstance(nothing, bool)):
             return None
         if not all(isinstance(one, list) and len(one) <= MOST for one in kept):
