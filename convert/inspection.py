@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..active import active
 from ..arguments import Parser
-from ..diagnosis import Effect
 from ..directory import record_of
 from ..errors import UserError, reason
 from ..find_source import find_model
@@ -59,6 +58,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     A router has its own policy. With one, both costs are means over tokens at its capacities (expert-choice), or
     upper bounds (token-choice).
     """
+    from ..diagnosis import Effect
     from .source_config import read_recurrent_config
 
     path = find_model(model, revision, weights=False)
@@ -209,6 +209,8 @@ def _kv_bytes(config: RecurrentDepthConfig) -> int:
 
 def table(facts: dict[str, Any]) -> str:
     """The facts of `inspect` as tables of text."""
+    from ..diagnosis import Effect
+
     sizes = facts["parameters"]
     columns: dict[str, list[str]] = {}  # title -> policies that keep the same
     for policy, kept in facts["kv_bytes_per_token"].items():

@@ -12,7 +12,7 @@ import pytest
 
 from bench import over_http
 from bench.figures import FILE, read
-from bench.forced import OUTPUT, jobs
+from bench.forced import DEPTHS, OUTPUT, jobs
 from bench.over_http import Arrival, Times, arrivals, beside_waves, closed_loops, decoded_by, open_loop, percentile
 
 
@@ -98,5 +98,8 @@ def test_closed_loops_send_depths_to_lanes_alone(load, capsys):
     bound = over_http.Bound(1000, 1000)
     asyncio.run(closed_loops(args, servers, None, bound))
     assert all(fields == {} for _, fields in servers["fixed"].asked)
-    assert all(len(fields["trace"]) == len(prompt) + OUTPUT for prompt, fields in servers["lanes"].asked)
+    full = {"num_recurrences": DEPTHS}  # as users ask for it
+    traces = [(len(prompt), fields["trace"]) for prompt, fields in servers["lanes"].asked if fields != full]
+    assert 0 < len(traces) < len(servers["lanes"].asked)
+    assert all(len(trace) == length + OUTPUT and {*trace} != {DEPTHS} for length, trace in traces)
     assert capsys.readouterr().out.count("requests/s") == (2 if load else 0)

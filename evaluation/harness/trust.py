@@ -98,7 +98,7 @@ def _unknown_metrics(parts: list[dict[str, Any]]) -> list[str]:
         for one in listed if counted and isinstance(listed, list) else ():
             name = one.get("metric") if isinstance(one, dict) else None
             if isinstance(name, str) and (one.get("hf_evaluate") or name not in metric_registry):
-                found.append(shorten(repr(name), 80))
+                found.append(repr(name))
     return found
 
 
@@ -108,7 +108,7 @@ def _tokenizers(parts: list[dict[str, Any]]) -> list[str]:
         return []  # a task of its own has no such function but those that it names
     given = [part.get(key) for part in parts for key in ("metadata", "dataset_kwargs")]
     values = [one[name] for one in given if isinstance(one, dict) for name in TOKENIZERS if name in one]
-    return [shorten(repr(value), 80) for value in values]
+    return [repr(value) for value in values]
 
 
 def _is_group(part: dict[str, Any]) -> bool:
