@@ -100,7 +100,7 @@ FACTS = {
 }
 
 
-@pytest.fixture(params=["forwards", "backwards"])
+@pytest.fixture(params=["forwards", pytest.param("backwards", marks=pytest.mark.slow)])
 def programs(request, monkeypatch):
     """Programs run in either order; results must not depend on it."""
     builder = interpreter_builder

@@ -617,7 +617,7 @@ def check_chunks_of_the_fixed_engine(server) -> None:
 def test_drains_and_leaves_no_process(request, to_group, server, model):
     """SIGTERM to the server, or Ctrl-C as a terminal sends it, to all its processes: open requests are answered."""
     if to_group:
-        server = Server(model[0], "engine=fixed")
+        server = Server(model[0], "engine=fixed", "--", "--enforce-eager")  # compiling takes half a minute
         request.addfinalizer(server.kill)
         server.wait_until(server.healthy, 240)
         check_tokens_beyond_the_model(server)

@@ -48,7 +48,7 @@ def read(source: Path, **keys) -> list[str]:
 
 def streamed(source: Path, tokenizer, **keys) -> set[str]:
     """The documents in a window that holds all, without remainders that fill no block."""
-    data = Data.model_validate({"train": [str(source)], "streaming": True, "sequence_length": 2, **keys})
+    data = Data.model_validate({"train": [str(source)], "streaming": True, "window": 12, "sequence_length": 2, **keys})
     window = Stream([str(source)], data, tokenizer, 0, None).first_window().tokens
     return {chr(c) for c in tokenizer.decode(window.ravel().tolist()).encode() if 65 <= c <= 90}
 
