@@ -62,6 +62,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     from .source_config import read_recurrent_config
 
     path = find_model(model, revision, weights=False)
+    record = record_of(path)
     config = read_recurrent_config(path)
     sizes = _sizes(config)
     core, outside = len(config.core), len(config.prelude) + len(config.coda)
@@ -87,8 +88,8 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
         "num_recurrences": config.num_recurrences,
         "max_recurrences": config.max_recurrences,
         "trained_recurrences": config.trained_recurrences,
-        "training": _training(path),
-        "effect": (effect := Effect.of(record_of(path).get("effect"))) and effect.record(),
+        "training": _training(record),
+        "effect": (effect := Effect.of(record.get("effect"))) and effect.record(),
         "parameters": {
             **sizes.counts,
             "effective": {r: total + (r - 1) * recurring for r in depths},
@@ -101,9 +102,8 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     }
 
 
-def _training(model: Path) -> dict[str, float] | None:
-    """Steps, tokens and FLOPs of the run that `model` is from; None where its record has no such numbers."""
-    record = record_of(model)
+def _training(record: dict[str, Any]) -> dict[str, float] | None:
+    """Steps, tokens and FLOPs of the run that a model of this `record` is from; None where it has no such numbers."""
     facts: dict[str, Any] = {name: record.get(name) for name in ("steps", "tokens", "flops")}
     return facts if all(isinstance(x, int | float) and 0 <= x < MOST for x in facts.values()) else None
 

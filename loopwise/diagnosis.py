@@ -54,7 +54,10 @@ class States:
 
 @dataclass
 class Effect:
-    """What recurrences do to held-out data at 1 to `num_recurrences` of them; `changes_nothing` None if unknown."""
+    """The effect of recurrences on held-out data, at 1 to `num_recurrences` of them.
+
+    changes_nothing: True where the losses of the least and the most agree within noise; None if that is unknown.
+    """
 
     num_recurrences: int
     changes_nothing: bool | None

@@ -157,7 +157,7 @@ def state_logs(states: States | None) -> dict[str, float]:
 
 
 def effect_of(found: Depths, states: States | None) -> Effect | None:
-    """What the recurrences do; None for a plain model. states: at the most recurrences of `found`."""
+    """The effect of the recurrences; None for a plain model. states: at the most recurrences of `found`."""
     most, nothing = max(r or 0 for r in found), None
     if most >= 2 and (first := found.get(1)):
         sums = (x.numpy() for x in (first.losses, found[most].losses, first.tokens))

@@ -54,7 +54,7 @@ def exact(request: Request, rule: str, config: Any) -> Request:
 
 
 def features(request: Request, rule: str) -> set[str]:
-    """What not every request has: its exit `rule`, its kind of sampling, and traits by which ticks and graphs differ.
+    """Features that not every request has: exit `rule`, kind of sampling, and traits by which ticks and graphs differ.
 
     at_one: a position may leave after its first recurrence.   trails: one may leave before the request's last.
     """

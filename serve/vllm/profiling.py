@@ -28,7 +28,7 @@ class Blind:
 
 @torch.inference_mode()
 def run_largest(parts: Any, state: State, device: torch.device) -> None:
-    """Run all lanes of a `state`, on the meta device, through `parts` once, and sample as many tokens as at most.
+    """Run all lanes of a `state`, on the meta device, through `parts` once, and sample the most tokens of a read-out.
 
     Compiled passes take less. The attention of `parts` is as before afterwards.
     """
@@ -45,9 +45,8 @@ def run_largest(parts: Any, state: State, device: torch.device) -> None:
         s = forward.recur(forward.initial_state(e, zeros), e, zeros, zeros > 0, zeros + 1, zeros)
         del kept
         x = forward.read_out(s, zeros, zeros)[: config.most_read]
-        rows = torch.arange(len(x), device=device)
+        rows = torch.arange(len(x), device=device) % config.max_num_seqs
         logits, best = forward.head(x)
-        rows = rows % config.max_num_seqs
         Draws(config.max_num_seqs, device)(logits, best, rows, zeros[: len(x)], Counter(cut=1))
     finally:
         parts.attention = before

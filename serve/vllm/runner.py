@@ -125,7 +125,7 @@ class LaneRunner:
         """Bytes that graphs will hold, by an estimate."""
         if not self._records():
             return 0
-        return reserved_bytes(self._loop("meta", None, None).config.most_read, self.model.config.vocab_size)
+        return reserved_bytes(self._sizes().most_read, self.model.config.vocab_size)
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.max_model_len = max_model_len
@@ -160,10 +160,10 @@ class LaneRunner:
         arrived = shared.waiting if shared and get_tp_group().world_size == 1 else lambda: False
         return LaneSteps(loop, sampler, reader, self.model.config, self.lanes, self.split, arrived)
 
-    def _loop(self, device: Any, attention: Any, sampler: Any, reader: Any = None) -> Loop:
-        lanes, parts, scheduler = self.lanes, self.model.parts, self.vllm_config.scheduler_config
+    def _sizes(self) -> LoopConfig:
+        lanes, scheduler = self.lanes, self.vllm_config.scheduler_config
         block = self.vllm_config.cache_config.block_size
-        sizes = LoopConfig(
+        return LoopConfig(
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
             num_blocks=-(-(self.max_model_len + 1) // block) * self.split,
@@ -174,9 +174,18 @@ class LaneRunner:
             max_in_flight=lanes.max_in_flight,
             compile=lanes.compile,
         )
-        policy = policy_of(self.model.config)
+
+    def _loop(self, device: Any, attention: Any, sampler: Any, reader: Any = None) -> Loop:
+        sizes, policy = self._sizes(), policy_of(self.model.config)
         return Loop(
-            parts, attention, policy, sampler, sizes, dtype=self.model_config.dtype, device=device, reader=reader
+            self.model.parts,
+            attention,
+            policy,
+            sampler,
+            sizes,
+            dtype=self.model_config.dtype,
+            device=device,
+            reader=reader,
         )
 
     def _attention(self, block_size: int, builder: Any) -> Attention:

@@ -55,7 +55,8 @@ class LaneWorkerBase(Worker):
     def _measure(self, loop: Any, lanes: Any) -> None:
         """Set budget and coda_wait by the measured costs of passes and read-outs, where one of them is AUTO.
 
-        Waves draft by these costs, too."""
+        Waves draft by these costs, too.
+        """
         drafts = lanes.decoder == "wave" and not (lanes.draft_every or lanes.draft_depths)
         if AUTO not in (lanes.budget, lanes.coda_wait) and not drafts:
             return

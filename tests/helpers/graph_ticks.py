@@ -34,7 +34,7 @@ def recorder() -> Record:
 
 
 def runs_of(engine: Engine) -> Counter[tuple[str, int]]:
-    """What the graph ticks of `engine` run from now on, also where no row is real: ("pass" or "read", rows) -> times.
+    """Runs of the graph ticks of `engine` from now on, also where no row is real: ("pass" or "read", rows) -> times.
 
     It must come before the first request, as what is recorded is seen no more.
     """

@@ -109,7 +109,7 @@ def test_a_probe_counts_no_passes_of_a_graph_tick_that_did_not_run():
 
 
 def test_measured_costs_are_those_of_the_cadence():
-    """Whether exits wait by them or not."""
+    """The cadence has them whether exits wait by them or not."""
     engine = Engine(build(), max_num_seqs=2, max_in_flight="auto", budget="auto")
     assert engine.loop.schedule.costs is None
     assert engine.loop.cadence.work.costs is engine.loop.work.costs
