@@ -162,6 +162,11 @@ def _check_plain(path: Path, config: RecurrentDepthConfig, unroll: int) -> None:
     for name, without in plain.items():
         if (value := getattr(config, name)) != without:
             raise UserError(f"{path} has {name}={value!r}, and a plain {kind} no such thing; it cannot be exported")
+    if unroll > 1 and config.kv_policy not in ("per-depth", "last-exited"):
+        raise UserError(
+            f"{path} has kv_policy={config.kv_policy!r}: recurrences share keys and values, and each layer of a plain "
+            f"{kind} has its own; --unroll 1 exports it"
+        )
     if config.recurrence_damping != 1 and (unroll > 1 or config.recurrence_damping == "selective"):
         raise UserError(
             f"{path} has recurrence_damping={config.recurrence_damping}: each recurrence takes a share of the state "

@@ -156,6 +156,7 @@ class ImportConversion(Conversion):
         noise = torch.randn(*ids.shape, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
         state = (noise * STATE_STD).to(dtype) if self.config.injection != "none" else None
         with reloaded(directory, dtype) as (model, _), torch.no_grad():
+            model.config.kv_policy = "per-depth"  # as the formulas
             for depth in depths:
                 want = self.kind.reference(checkpoint, ids, depth, state)
                 got = model(ids, num_recurrences=depth, initial_state=state, use_cache=False).logits

@@ -44,7 +44,7 @@ def verify(
     First every tensor is compared with the source's (see `check_tensors`). Then two models run on two random sequences,
     one padded on the left: the checkpoint, reloaded, and a plain one with the source's layers written out. One module's
     weights are in memory at a time. Their logits are to agree (see `agreement`) at one recurrence; where more
-    recurrences are layers and nothing else, also at the plan's R (at most DEPTH).
+    recurrences are layers and nothing else, also at the plan's R (at most DEPTH), with the keys of every depth.
 
     An injection is checked from the state that it starts to preserve: s_0 = e where `state_init` is `input`, else
     zeros. A router is left out of the comparison, as the source has none. With both, logits from the model's own state
@@ -73,6 +73,7 @@ def verify(
         state = None if from_input else torch.zeros(*ids.shape, source_config.hidden_size, dtype=dtype)
         with reloaded(directory, dtype) as (model, written), torch.no_grad():
             model.config.router = None
+            model.config.kv_policy = "per-depth"  # as the source's layers
             for depth in sorted({1, deep} if plain else {1}):
                 reference = _written_out(expected, source_config, written, depth, dtype)
                 want = reference(ids, attention_mask=mask, use_cache=False)

@@ -150,6 +150,20 @@ def test_sharing_and_init(sharing, groups, init, tmp_path):
         torch.testing.assert_close(model(**tokens()).logits[1], plain(**tokens()).logits[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("more", [{}, {"recurrence_norm": "between"}, {"recurrence_damping": 0.5}])
+@pytest.mark.parametrize("kv_policy", ["first", "single", "modulo-2"])
+def test_a_kv_policy_of_few_slots(kv_policy, more, tmp_path):
+    """Under `first`, recurrences are not the source's layers, each with its own keys: that is no fault to be found."""
+    save_source(tmp_path / "source")
+    keys = {"method": "recursive", "loops": 3, "kv_policy": kv_policy, **more}
+    model = run(tmp_path / "source", tmp_path / "out", **keys)
+    assert model.config.kv_policy == kv_policy
+    own = run(tmp_path / "source", tmp_path / "own", **{**keys, "kv_policy": "per-depth"})
+    with torch.no_grad():
+        found, expected = (each(**tokens(), use_cache=False).logits[1] for each in (model, own))
+    assert torch.equal(found, expected) == (kv_policy != "first")
+
+
 def test_random_layers_depend_on_the_seed_alone(tmp_path):
     save_source(tmp_path / "source")
     keys = {"method": "recursive", "loops": 2, "init": "random", "sharing": "middle-cycle"}

@@ -125,6 +125,17 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("policy", ["first", "single", "modulo-2"])
+def test_recurrences_that_share_keys_are_no_plain_layers(policy, capsys, tmp_path):
+    keys = {"method": "recursive", "loops": 2, "kv_policy": policy}
+    convert(save_source(tmp_path / "source"), tmp_path / "model", validate(ConvertRecipe, keys))
+    argv = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--unroll"]
+    assert main([*argv, "2"]) == 2
+    assert f"kv_policy='{policy}': recurrences share keys and values" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*argv, "1"]) == 0
+
+
 def test_layers_that_transformers_lacks_are_refused(capsys, tmp_path):
     """Ouro's, for one: a plain model of them would load nowhere."""
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

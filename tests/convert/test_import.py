@@ -93,6 +93,20 @@ def test_ouro_without_a_threshold_has_no_exit_rule(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "out").exit is None
 
 
+def test_a_kv_policy_of_one_slot_is_added(tmp_path):
+    """The formulas have keys of every depth; the model that is written reads the first one's."""
+    folder, found = source("huginn", tmp_path / "source"), {}
+    for policy in ("first", "per-depth"):
+        out = tmp_path / policy
+        assert main(["convert", str(folder), str(out), f"kv_policy={policy}"]) == 0
+        model, ids = AutoModelForCausalLM.from_pretrained(out).eval(), torch.arange(12)[None]
+        state = torch.zeros(1, 12, model.config.hidden_size)
+        with torch.no_grad():
+            found[policy] = model(ids, num_recurrences=4, initial_state=state, use_cache=False).logits
+        assert model.config.kv_policy == policy
+    assert not torch.allclose(found["first"], found["per-depth"], atol=1e-4)
+
+
 def test_what_the_checkpoint_says_is_kept(tmp_path):
     config = imported("huginn", tmp_path).config
     assert (config.num_recurrences, config.state_init, config.recurrence_norm) == (4, "normal", "last")
