@@ -91,7 +91,7 @@ def test_what_the_tensors_deny_is_refused(capsys, tmp_path):
     assert "kv_sharing.update_cache" in import_refused(capsys, folder, out)
 
 
-@pytest.mark.parametrize("model_type", named({*ARCHITECTURES} - {*keeping_more()}))
+@pytest.mark.parametrize("model_type", named({*ARCHITECTURES} - {*keeping_more()}, every=3))
 def test_every_architecture(model_type, tmp_path):
     """Converted and verified; with thresholds the same with a cache, and a prefix's logits are those of the whole."""
     sharing = "cycle" if model_type in MIXED else "middle-cycle"

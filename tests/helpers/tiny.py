@@ -21,10 +21,11 @@ def source_config(model_type: str, **fields: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type], **fields})
 
 
-def named(model_types: Iterable[str] = ARCHITECTURES) -> list[Any]:
-    """Parameters of a test by architecture, of which some are slow."""
-    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in model_types}
-    return [pytest.param(name, id=name, marks=marks[name]) for name in sorted(marks)]
+def named(model_types: Iterable[str] = ARCHITECTURES, every: int = 1) -> list[Any]:
+    """Parameters of a test by architecture, of which some are slow, and all but each `every`-th."""
+    names = sorted({*model_types})
+    slow = {name for number, name in enumerate(names) if name in SLOW or number % every}
+    return [pytest.param(name, id=name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 def kinds(model_type: str) -> set[str]:

@@ -114,6 +114,9 @@ BETWEEN = {
     "gemma": Case("gemma3_text", source={**WINDOWS, "query_pre_attn_scalar": 48}),
     "huginn": Case("sandwich", "last-exited", {**RETROFIT, "recurrence_norm": "last"}, {**HUGINN, **CALM}),
     "first": Case(policy="first"),
+    "rules-that-read-logits": Case(
+        policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
+    ),
     "narrow": Case(policy="last-exited", lanes={"max_lanes": 3, "passes_per_step": 40}, decoders=ALL),
     "compiled": Case(
         "gemma3_text",
@@ -175,10 +178,7 @@ BETWEEN = {
 }
 LOGITS = ("entropy-diff", "kl", "minp-kl", "argmax-stability")  # which cannot end prompt tokens with a coda
 CASES = {
-    "per-depth": Case(count=40, seed=1, decoders=ALL),
-    "rules-that-read-logits": Case(
-        policy="last-exited", rules=("entropy-diff", "kl", "minp-kl", "argmax-stability"), lanes={"passes_per_step": 5}
-    ),
+    "per-depth": Case(count=24, seed=1, decoders=ALL),
     "relaxed": Case(shape=RELAXED, decoders=("wave",), engine=MANY_AT_ONCE),
     "ouro": Case("sandwich", "per-depth", OURO, {**SANDWICH, **CALM}, rules=("gate", "fixed", "trace")),
     "expert-choice": Case(shape={**ROUTED, "router": EXPERT}, engine={**FEW_BLOCKS, "enable_prefix_caching": False}),
