@@ -31,8 +31,16 @@ class Size:
     def steps(self, count: int) -> int:
         return max(4, round(count * self.share))
 
+    def of(self, name: str) -> int:
+        """The steps of the recipe `name`."""
+        return self.steps(recipe(name)["steps"])
+
 
 TINY = Size(seeds=(0,), share=0.001, records=2)
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def train(at: Commands, made: str, model: str, arguments: Sequence[str], steps: int, seed: int) -> Path:
@@ -51,7 +59,7 @@ def untrained(at: Commands, name: str, seed: int, tokenizer: str, *settings: str
 def base(at: Commands, size: Size, seed: int) -> Path:
     """A plain model of 2 layers that has learned lookups: recipe `hops-base`."""
     empty = untrained(at, "chains/empty", seed, "task:hops")
-    return train(at, f"chains/base-{seed}", empty, ["--recipe=hops-base"], size.steps(300), seed)
+    return train(at, f"chains/base-{seed}", empty, ["--recipe=hops-base"], size.of("hops-base"), seed)
 
 
 def converted(at: Commands, seed: int, of: str = "base") -> Path:
@@ -63,7 +71,7 @@ def converted(at: Commands, seed: int, of: str = "base") -> Path:
 def retrofitted(at: Commands, size: Size, seed: int) -> Path:
     """The base, converted and trained by the recipe `hops`."""
     model = f"chains/base-converted-{seed}"
-    return train(at, f"chains/hops-{seed}", model, ["--recipe=hops"], size.steps(1000), seed)
+    return train(at, f"chains/hops-{seed}", model, ["--recipe=hops"], size.of("hops"), seed)
 
 
 def phases(change: Callable[[str], str], last_only: bool = False, of: str = "hops", recurrence: bool = True) -> str:
@@ -71,7 +79,7 @@ def phases(change: Callable[[str], str], last_only: bool = False, of: str = "hop
 
     last_only: the sources of the last phase from the first step on, but for those of fewer hops.
     """
-    found = yaml.safe_load((RECIPES / f"{of}.yaml").read_text())["data"]["phases"]
+    found = recipe(of)["data"]["phases"]
     if last_only:
         found = [{"share": 1, "sources": {list(found[-1]["sources"])[-1]: 1}}]
     for phase in found:

@@ -53,7 +53,7 @@ def lines(at: Commands, size: Size) -> list[str]:
         "## (b) A curriculum of recurrences",
         "",
         "Chains of assignments again: the converted base of (c) learns up to 8 hops. The recipe `hops` holds 1 and 2 "
-        "hops at R of mean 3, and then lets hops and R grow together. The other two have R of mean 9 from the start, "
+        "hops at R = 2 to 3, and then adds a hop a phase while R grows. The other two have R of mean 9 from the start, "
         "and one of them all hops as well, for the same FLOPs. Right answers in % at R = 8, mean ± standard deviation "
         f"over seeds ({minutes(at.seconds('chains/grown'))} of one core beside those of (c)):",
         "",

@@ -14,7 +14,7 @@ from .costs import spent, steps_worth
 from .markdown import block, claim, judged, kept, minutes, spread, table
 
 PLAIN = ["--recipe=hops", "recurrence=null"]
-LAYERS, DEEP_BASE = 10, 250  # of the deep plain model, and its steps of lookups
+LAYERS = 10  # of the deep plain model
 DIGITS_BASE = 1500  # steps; 1 hop takes longer than a lookup
 EXIT = ["request.exit_rule=cosine", "request.exit_threshold=0.05", "request.prompt_exit=true"]
 EXIT_HOPS, EXIT_R = [1, 2, 4, 6, 8], 16
@@ -44,7 +44,7 @@ def _plain(at: Commands, size: Size, seed: int) -> None:
 def _deep(at: Commands, size: Size, seed: int) -> None:
     empty = chains.untrained(at, "chains/empty-deep", seed, "task:hops", f"num_hidden_layers={LAYERS}")
     base, made = f"chains/deep-base-{seed}", f"chains/deep-{seed}"
-    chains.train(at, base, empty, ["--recipe=hops-base"], size.steps(DEEP_BASE), seed)
+    chains.train(at, base, empty, ["--recipe=hops-base"], size.of("hops-base"), seed)
     flops = sum(spent(at.out / f"chains/{name}-{seed}") for name in ("base", "hops")) - spent(at.out / base)
     chains.train(at, made, base, PLAIN, steps_worth(at.out / base, PLAIN, flops), seed)
     chains.measure(at, size, made, None)
@@ -58,7 +58,7 @@ def _digits(at: Commands, size: Size, seed: int) -> None:
     chains.measure(at, size, base, None)
     chains.converted(at, seed, "digits-base")
     settings = ["--recipe=hops", chains.phases(lambda source: f"{source}&lookups=0")]
-    chains.train(at, made, f"chains/digits-base-converted-{seed}", settings, size.steps(1000), seed)
+    chains.train(at, made, f"chains/digits-base-converted-{seed}", settings, size.of("hops"), seed)
     chains.measure(at, size, made)
 
 
