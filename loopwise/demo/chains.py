@@ -27,9 +27,7 @@ def part(out: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     loopwise("plot", "eval", result, "--out", picture)
     if (plain := recorded(RESULTS)) is not None:
-        print(
-            f"\nA plain model after as many FLOPs: {plain} % in all (recorded in docs/results.md, not measured here)."
-        )
+        print(f"\nA plain model, trained longer: {plain} % in all (docs/results.md, section (c); not measured here).")
     return chains, picture
 
 
